@@ -1,0 +1,131 @@
+"""Cottention inside a GPT-J block: the definition, in modules named as the published weights are.
+
+Owns the arithmetic of the model between token ids and hidden states or logits. Does not know where
+the recurrence's state lives: each layer hands its mapped q, k, v to an `Attend` that the caller
+gives, so that the parallel, chunked and recurrent forms are one model.
+
+Letters: B batch, T time, N tokens (any leading shape), H heads, D head width, C channels.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from engine import ops
+from engine.config import ModelConfig
+from engine.feature_maps import FEATURE_MAPS, Features, TokenPositions
+
+Attend = Callable[[int, Features], Tensor]
+"""(layer, mapped q, k, v [..., N, H, ·]) → outputs [..., N, H, V]."""
+
+ROTARY_BASE = 10_000.0
+
+
+class Attention(nn.Module):
+    """Projections without bias, and m, one learned scalar per head (eq. 5 of arXiv 2409.18747)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.n_embd
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.norm_const = nn.Parameter(torch.full((1, config.n_head, 1, 1), 0.5))
+
+    def sigma(self) -> Tensor:
+        """σ(m), float64 [H]: values are divided by position^σ(m)."""
+        return torch.sigmoid(self.norm_const.double()).flatten()
+
+
+class MLP(nn.Module):
+    """The two products around gelu_new."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc_in = nn.Linear(config.n_embd, config.n_inner)
+        self.fc_out = nn.Linear(config.n_inner, config.n_embd)
+
+
+class Block(nn.Module):
+    """x + attn(ln_1(x)) + mlp(ln_1(x)), computed as two stacked products with the step between.
+
+    The weights stay apart, under their published names; `stacked_in` and `stacked_out` join them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def stacked_in(self) -> tuple[Tensor, Tensor]:
+        """Weight [3C + inner, C] and bias [3C + inner] of q, k, v and fc_in in one product."""
+        attn, fc_in = self.attn, self.mlp.fc_in
+        projections = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
+        none = fc_in.bias.new_zeros(3 * fc_in.in_features)
+        return torch.cat([*projections, fc_in.weight]), torch.cat([none, fc_in.bias])
+
+    def stacked_out(self) -> tuple[Tensor, Tensor]:
+        """Weight [C, C + inner] and bias [C] of out_proj and fc_out in one product."""
+        fc_out = self.mlp.fc_out
+        return torch.cat([self.attn.out_proj.weight, fc_out.weight], dim=1), fc_out.bias
+
+
+class Transformer(nn.Module):
+    """Token embeddings, blocks and the last norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+
+
+class CottentionForCausalLM(nn.Module):
+    """The whole model; its state dict has exactly the keys of the published checkpoints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+
+    def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """ids [..., N] at `positions` int64 [N], counted from 0 → logits [..., N, vocab_size]."""
+        x = self.transformer.wte(ids)
+        at = token_positions(self.config, positions)
+        for layer, block in enumerate(self.transformer.h):
+            x = x + self._mixed(block, layer, x, at, attend)
+        logits: Tensor = self.lm_head(self.transformer.ln_f(x))
+        return logits
+
+    def _mixed(
+        self, block: Block, layer: int, x: Tensor, at: TokenPositions, attend: Attend
+    ) -> Tensor:
+        """What attention and MLP of one block add to x [..., N, C]."""
+        joined = nn.functional.linear(block.ln_1(x), *block.stacked_in())
+        features, up = split_heads(self.config, joined, block.attn.sigma(), at)
+        mixed = attend(layer, features).flatten(-2).to(up.dtype)
+        out = torch.cat([mixed, ops.gelu_new(up)], dim=-1)
+        return nn.functional.linear(out, *block.stacked_out())
+
+
+def token_positions(config: ModelConfig, positions: Tensor) -> TokenPositions:
+    """Angles for int64 positions [N], counted from 0."""
+    return TokenPositions(positions, *ops.rotary_table(positions, config.rotary_dim, ROTARY_BASE))
+
+
+def split_heads(
+    config: ModelConfig, joined: Tensor, sigma: Tensor, at: TokenPositions
+) -> tuple[Features, Tensor]:
+    """The first product's output [..., N, 3C + inner] → mapped q, k, v and the MLP's [..., N, inner].
+
+    Features are float32 or wider whatever the model's dtype: the state is kept in them.
+    """
+    width = config.n_embd
+    wide = torch.promote_types(joined.dtype, torch.float32)
+    *qkv, up = joined.split([width, width, width, config.n_inner], dim=-1)
+    heads = (x.unflatten(-1, (config.n_head, config.head_dim)).to(wide) for x in qkv)
+    return FEATURE_MAPS[config.attention_type](*heads, at, sigma), up
