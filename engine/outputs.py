@@ -1,0 +1,50 @@
+"""What the engine says: a piece of one choice per step, and its figures. Knows no transport."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended; the values are those of the OpenAI API where it has them."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one choice of a request.
+
+    text: characters that are certain now; they may belong to earlier ids, and may be none.
+    token_ids: ids sampled in this step, the end-of-text id included.
+    finish_reason: set in a choice's last output, exactly once.
+    error: what went wrong, where finish_reason is ERROR.
+    """
+
+    request_id: str
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start and gauges of this moment.
+
+    num_running and num_waiting count requests; num_finished counts choices by how they ended.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_finished: dict[FinishReason, int]
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_steps: int
+    num_slots: int
+    num_free_slots: int
+    pool_bytes: int
+    bytes_per_slot: int
