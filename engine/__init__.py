@@ -1,0 +1,41 @@
+"""The inference engine: a library without a web framework. `from engine import Engine`.
+
+Names are loaded when they are first asked for, so that reading settings does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig, ModelConfig, StateSpec
+    from engine.engine import Engine
+    from engine.outputs import EngineStats, FinishReason, Output
+    from engine.params import SamplingParams
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "FinishReason",
+    "ModelConfig",
+    "Output",
+    "SamplingParams",
+    "StateSpec",
+]
+
+_HOMES = {
+    "Engine": "engine.engine",
+    "EngineConfig": "engine.config",
+    "EngineStats": "engine.outputs",
+    "FinishReason": "engine.outputs",
+    "ModelConfig": "engine.config",
+    "Output": "engine.outputs",
+    "SamplingParams": "engine.params",
+    "StateSpec": "engine.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

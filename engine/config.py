@@ -1,21 +1,23 @@
-"""What is fixed before the first token: the model's shape, the bytes of a state, the engine's limits.
+"""What is fixed before the first token: the model's shape, a state's bytes, the engine's limits.
 
 Owns `ModelConfig` (read from a model folder), `StateSpec` (exact bytes of one session's state) and
 `EngineConfig` (the one declaration from which flags, variables, defaults and help are made).
-Knows no torch modules.
+Knows no torch modules, and loads none before a model is named: `--help` stays quick.
 """
 
 import json
 import math
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from engine.errors import ConfigurationError, ModelFolderError
-from engine.feature_maps import FEATURE_MAPS
+from engine.options import check_options, option
 
 STATE_BYTES_PER_ELEMENT = 4
 """State is float32: facts of the papers' precision table."""
+
+DEFAULT_SLOTS = 64
 
 DType = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -88,6 +90,8 @@ def _check_kind(raw: dict[str, Any], where: str) -> None:
         raise ModelFolderError(
             f"{where}: model_type is {kind!r}; a causal Cottention model has model_type 'gptj'"
         )
+    from engine.feature_maps import FEATURE_MAPS
+
     attention = raw.get("attention_type", "cottention")
     if attention not in FEATURE_MAPS:
         known = ", ".join(sorted(FEATURE_MAPS))
@@ -138,6 +142,8 @@ class StateSpec:
     @classmethod
     def of(cls, config: ModelConfig) -> Self:
         """The state that a model of this shape keeps."""
+        from engine.feature_maps import FEATURE_MAPS
+
         feature_map = FEATURE_MAPS[config.attention_type]
         return cls(
             layers=config.n_layer,
@@ -171,16 +177,9 @@ class StateSpec:
         return sum(self.itemised_bytes().values())
 
 
-def option(
-    default: Any, help: str, *, minimum: float | None = None, unit: str | None = None
-) -> Any:
-    """A setting's default, help text, unit and lower bound, in one place."""
-    return field(default=default, metadata={"help": help, "minimum": minimum, "unit": unit})
-
-
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Settings of the engine. Each becomes a flag `--like-this` and a variable `COTTENTION_LIKE_THIS`."""
+    """The engine's settings: each is a flag `--like-this` and a variable `COTTENTION_LIKE_THIS`."""
 
     device: Device = option("auto", "where the model runs; auto takes CUDA if there is one")
     dtype: DType = option(
@@ -190,11 +189,13 @@ class EngineConfig:
         None, "states in the pool, which is how many sequences run at once (default 64)", minimum=1
     )
     state_memory: int | None = option(
-        None, "memory for the pool, instead of --max-slots; 512M and 2G are understood",
-        minimum=1, unit="bytes",
+        None,
+        "memory for the pool, instead of --max-slots; 512M and 2G are understood",
+        minimum=1,
+        unit="bytes",
     )
     max_batch_tokens: int = option(
-        512, "most tokens that one step computes, over all sequences", minimum=1, unit="tokens"
+        512, "most tokens that one step computes, over all sequences", minimum=2, unit="tokens"
     )
     max_tokens_limit: int = option(
         1_000_000, "most tokens that one request may ask for", minimum=1, unit="tokens"
@@ -217,22 +218,3 @@ class EngineConfig:
                 " of one state of this model"
             )
         return slots
-
-
-DEFAULT_SLOTS = 64
-
-
-def check_options(config: Any) -> None:
-    """Check every `option` of a configuration against its type's choices and its lower bound."""
-    for item in fields(config):
-        _check_option(item, getattr(config, item.name))
-
-
-def _check_option(item: Field[Any], value: Any) -> None:
-    flag = "--" + item.name.replace("_", "-")
-    choices = get_args(item.type) if get_args(item.type) and isinstance(item.default, str) else ()
-    if choices and value not in choices:
-        raise ConfigurationError(f"{flag} must be one of {', '.join(choices)}; it is {value!r}")
-    minimum = item.metadata.get("minimum")
-    if minimum is not None and value is not None and value < minimum:
-        raise ConfigurationError(f"{flag} must be at least {minimum}; it is {value!r}")

@@ -1,12 +1,12 @@
 """Everything that can go wrong and be told to a user, as one tree.
 
-    CottentionError
-    ├── ModelFolderError      a model that cannot be served: what is wrong with its folder
-    ├── ConfigurationError    a setting, or a combination of settings, that cannot work
-    ├── OutOfMemoryError      the pool does not fit: what was asked, what there is
-    ├── ParameterError        a request's field: its name and what is allowed
-    ├── EngineStoppedError    the engine takes no more work
-    └── RequestFailedError    a request that the engine accepted and could not finish
+CottentionError
+├── ModelFolderError      a model that cannot be served: what is wrong with its folder
+├── ConfigurationError    a setting, or a combination of settings, that cannot work
+├── OutOfMemoryError      the pool does not fit: what was asked, what there is
+├── ParameterError        a request's field: its name and what is allowed
+├── EngineStoppedError    the engine takes no more work
+└── RequestFailedError    a request that the engine accepted and could not finish
 """
 
 

@@ -37,20 +37,25 @@ class TokenPositions:
 class FeatureMap(Protocol):
     """One kind of attention, as the recurrence sees it."""
 
-    has_denominator: bool
+    @property
+    def has_denominator(self) -> bool:
+        """Whether outputs are divided by the sum of their scores."""
+        ...
 
     def key_width(self, head_dim: int) -> int:
         """Width K of the mapped queries and keys for heads of `head_dim`."""
         ...
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor) -> Features:
-        """Map q, k, v [..., N, H, D]; sigma float64 [H] is the logistic of the layer's norm_const."""
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor
+    ) -> Features:
+        """Map q, k, v [..., N, H, D]; sigma float64 [H] is σ(m) of the layer."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Cottention:
-    """Cosine similarity (arXiv 2409.18747): rotary, then q and k to unit length, v over its position.
+    """Cosine similarity (arXiv 2409.18747): rotary, q and k to unit length, v over its position.
 
     q′ = N(q), k′ = N(k), v′ = v / j^σ(m) with j the token's position counted from 1 and
     N(x) = x / max(‖x‖₂, 1e-12). There is no denominator and no 1/√d.
@@ -61,7 +66,9 @@ class Cottention:
     def key_width(self, head_dim: int) -> int:
         return head_dim
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor) -> Features:
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor
+    ) -> Features:
         return Features(*ops.cottention_features(q, k, v, at.index, sigma, at.cos, at.sin))
 
 

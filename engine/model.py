@@ -7,7 +7,8 @@ gives, so that the parallel, chunked and recurrent forms are one model.
 Letters: B batch, T time, N tokens (any leading shape), H heads, D head width, C channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,14 @@ class CottentionForCausalLM(nn.Module):
         """ids [..., N] at `positions` int64 [N], counted from 0 → logits [..., N, vocab_size]."""
         x = self.transformer.wte(ids)
         at = token_positions(self.config, positions)
-        for layer, block in enumerate(self.transformer.h):
+        for layer, block in enumerate(self.blocks()):
             x = x + self._mixed(block, layer, x, at, attend)
         logits: Tensor = self.lm_head(self.transformer.ln_f(x))
         return logits
+
+    def blocks(self) -> list[Block]:
+        """The layers, in order."""
+        return list(cast(Iterable[Block], self.transformer.h))
 
     def _mixed(
         self, block: Block, layer: int, x: Tensor, at: TokenPositions, attend: Attend
@@ -120,12 +125,12 @@ def token_positions(config: ModelConfig, positions: Tensor) -> TokenPositions:
 def split_heads(
     config: ModelConfig, joined: Tensor, sigma: Tensor, at: TokenPositions
 ) -> tuple[Features, Tensor]:
-    """The first product's output [..., N, 3C + inner] → mapped q, k, v and the MLP's [..., N, inner].
+    """First product [..., N, 3C + inner] → mapped q, k, v and the MLP's [..., N, inner].
 
     Features are float32 or wider whatever the model's dtype: the state is kept in them.
     """
     width = config.n_embd
     wide = torch.promote_types(joined.dtype, torch.float32)
     *qkv, up = joined.split([width, width, width, config.n_inner], dim=-1)
-    heads = (x.unflatten(-1, (config.n_head, config.head_dim)).to(wide) for x in qkv)
-    return FEATURE_MAPS[config.attention_type](*heads, at, sigma), up
+    q, k, v = (x.unflatten(-1, (config.n_head, config.head_dim)).to(wide) for x in qkv)
+    return FEATURE_MAPS[config.attention_type](q, k, v, at, sigma), up

@@ -48,3 +48,12 @@ class EngineStats:
     num_free_slots: int
     pool_bytes: int
     bytes_per_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One finished choice of a prompt: what its outputs came to."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason

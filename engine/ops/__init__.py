@@ -1,1 +1,106 @@
-from engine.ops.reference import cottention_features, gelu_new, recurrent_step, rotary_table
+"""The ops of the engine: compiled where that is possible, plain torch where it is not.
+
+Owns the dispatch. Tensors that are float32 and on the CPU go to the compiled ops (one arithmetic:
+a row's bits depend on nothing but the row); other devices, other types and tensors that need
+gradients go to the reference. Widths that the kernel does not take are announced once. Knows no
+model, no session and no position in a conversation.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.ops import checks, reference
+from engine.ops.build import BuildError
+from engine.ops.linear import FixedOrderLinear
+from engine.ops.loader import Backend, announce_reference, backend
+
+__all__ = [
+    "Backend",
+    "BuildError",
+    "FixedOrderLinear",
+    "backend",
+    "cottention_features",
+    "gelu_new",
+    "recurrent_step",
+    "rotary_table",
+]
+
+MAX_KEY_WIDTH = 512
+MAX_VALUE_WIDTH = 256
+
+
+def recurrent_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    slots: Tensor,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Advance the named rows of the pool in place, in token order, and read each token's output.
+
+    q, k [N, H, K]; v [N, H, V]; state [S, H, V, K] and z [S, H, K] or None, changed in place;
+    slots int32 [B], −1 is padding and yields zeros; offsets int32 [B + 1] gives segment i the
+    tokens offsets[i]:offsets[i + 1], None means one token per slot. Returns [N, H, V]. Raises
+    ValueError or RuntimeError before any memory is touched.
+    """
+    if _compiled_takes(q) and _kernel_has_width(q.shape[-1], v.shape[-1]):
+        out: Tensor = torch.ops.cottention.recurrent_step(q, k, v, state, z, slots, offsets)
+        return out
+    checks.check_step(q, k, v, state, z, slots, offsets)
+    return reference.recurrent_step(q, k, v, state, z, slots, offsets)
+
+
+def rotary_table(
+    positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, rotary_dim / 2] of position · base^(−2i / rotary_dim).
+
+    positions int64 [N], counted from 0. The angles are taken in float64 whatever the `dtype`.
+    """
+    if positions.device.type == "cpu" and dtype == torch.float32 and backend() == "compiled":
+        cos, sin = torch.ops.cottention.rotary_table(positions, rotary_dim, base)
+        return cos, sin
+    cos, sin = reference.rotary_table(positions, rotary_dim, base)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def cottention_features(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sigma: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated and normalised q and k, and v / (position + 1)^sigma.
+
+    q, k, v [N, H, D] (the reference also takes leading dimensions); positions int64 [N], from 0;
+    sigma float64 [H]; cos, sin [N, rotary_dim / 2] (float32 spares a cast). Returns q's shape.
+    """
+    if q.dim() == 3 and _compiled_takes(q, k, v, sigma):
+        angles = cos.float(), sin.float()
+        q, k, v = torch.ops.cottention.cottention_features(q, k, v, positions, sigma, *angles)
+        return q, k, v
+    return reference.cottention_features(q, k, v, positions, sigma, cos, sin)
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), elementwise; x [N, C] for the compiled form."""
+    if x.dim() == 2 and _compiled_takes(x):
+        out: Tensor = torch.ops.cottention.gelu_new(x)
+        return out
+    return reference.gelu_new(x)
+
+
+def _compiled_takes(x: Tensor, *others: Tensor) -> bool:
+    """x decides on type and device; a mismatch between arguments is the op's to refuse."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
+        return False
+    return backend() == "compiled"
+
+
+def _kernel_has_width(key: int, value: int) -> bool:
+    fits = 8 <= key <= MAX_KEY_WIDTH and 8 <= value <= MAX_VALUE_WIDTH
+    if fits and key % 8 == 0 and value % 8 == 0:
+        return True
+    announce_reference(f"no kernel for key width {key} and value width {value}")
+    return False

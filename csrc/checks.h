@@ -1,0 +1,43 @@
+// What every op asks of its tensors before it touches their memory.
+//
+// Owns the wording of the errors: each names the op's argument and what it should have been.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "kernels.h"
+
+namespace cottention {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline void check_kind(const Tensor& x, const char* name, int64_t dim, ScalarType type) {
+  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " has the wrong dtype");
+  STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, not ", x.dim());
+}
+
+// Float32 with a contiguous last dimension; the other strides are free.
+inline void check_rows(const Tensor& x, const char* name, int64_t dim) {
+  check_kind(x, name, dim, ScalarType::Float);
+  const bool contiguous = x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1;
+  STD_TORCH_CHECK(contiguous, "the last dimension of ", name, " must be contiguous");
+}
+
+inline void check_contiguous(const Tensor& x, const char* name, int64_t dim, ScalarType type) {
+  check_kind(x, name, dim, type);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+}
+
+inline void check_size(const Tensor& x, const char* name, int64_t dim, int64_t size) {
+  STD_TORCH_CHECK(x.size(dim) == size, name, ".size(", dim, ") must be ", size, ", not ",
+                  x.size(dim));
+}
+
+inline HeadView head_view(const Tensor& x) {
+  return {x.const_data_ptr<float>(), x.stride(0), x.stride(1)};
+}
+
+}  // namespace cottention

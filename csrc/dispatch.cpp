@@ -1,0 +1,52 @@
+// Picks the instruction set, once, when the first op runs.
+//
+// Owns the reading of COTTENTION_CPU_ISA (plain, avx2 or avx512: forces one that the machine has).
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace cottention {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+const Kernels* named(const std::string& isa) {
+  if (isa == "plain") return &plain::kernels;
+  if (isa == "avx2" && has_avx2()) return &avx2::kernels;
+  if (isa == "avx512" && has_avx512()) return &avx512::kernels;
+  return nullptr;
+}
+
+const char* best() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "plain"; }
+#else
+const Kernels* named(const std::string& isa) { return isa == "plain" ? &plain::kernels : nullptr; }
+
+const char* best() { return "plain"; }
+#endif
+
+const Kernels& pick() {
+  const char* forced = std::getenv("COTTENTION_CPU_ISA");
+  const std::string isa = forced && *forced ? forced : best();
+  const Kernels* found = named(isa);
+  if (!found)
+    throw std::runtime_error("COTTENTION_CPU_ISA=" + isa +
+                             ": not one of plain, avx2, avx512 that this machine runs");
+  return *found;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& picked = pick();
+  return picked;
+}
+
+}  // namespace cottention

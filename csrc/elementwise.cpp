@@ -1,0 +1,106 @@
+// rotary_table, cottention_features and gelu_new on the CPU: the checks and the calls.
+//
+// Owns the angles of rotary (float64 until the last cast). The rest of the arithmetic stands in
+// elementwise.h.
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+#include "checks.h"
+#include "ops.h"
+#include "parallel.h"
+
+namespace cottention {
+namespace {
+
+constexpr int64_t kAnglesPerThread = 512;
+constexpr int64_t kFeaturesPerThread = 16384;
+constexpr int64_t kGelusPerThread = 16384;
+
+int64_t least_tasks(int64_t work, int64_t each) { return work / std::max<int64_t>(1, each); }
+
+}  // namespace
+
+// positions int64 [N], from 0 → cos, sin float32 [N, rotary_dim / 2] of
+// position × base^(−2i / rotary_dim).
+std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, int64_t rotary_dim, double base) {
+  check_contiguous(positions, "positions", 1, ScalarType::Long);
+  STD_TORCH_CHECK(rotary_dim >= 0 && rotary_dim % 2 == 0, "rotary_dim must be even, not ",
+                  rotary_dim);
+  const int64_t tokens = positions.size(0), pairs = rotary_dim / 2;
+  Tensor cos = torch::stable::new_empty(positions, {tokens, pairs}, ScalarType::Float);
+  Tensor sin = torch::stable::new_empty(positions, {tokens, pairs}, ScalarType::Float);
+  const int64_t* position = positions.const_data_ptr<int64_t>();
+  float* c = cos.mutable_data_ptr<float>();
+  float* s = sin.mutable_data_ptr<float>();
+  std::vector<double> frequency(pairs);
+  for (int64_t i = 0; i < pairs; ++i) frequency[i] = std::pow(base, -2.0 * i / rotary_dim);
+  for_each_task(tokens, least_tasks(kAnglesPerThread, pairs), [&](int64_t t) {
+    for (int64_t i = 0; i < pairs; ++i) {
+      const double angle = static_cast<double>(position[t]) * frequency[i];
+      c[t * pairs + i] = static_cast<float>(std::cos(angle));
+      s[t * pairs + i] = static_cast<float>(std::sin(angle));
+    }
+  });
+  return {cos, sin};
+}
+
+// q, k, v [N, H, D] with free strides but the last; positions int64 [N], from 0; sigma float64
+// [H]; cos, sin [N, R / 2] → contiguous [N, H, D]: rotated and normalised q and k, and
+// v / (position + 1)^sigma.
+std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Tensor& k,
+                                                       const Tensor& v, const Tensor& positions,
+                                                       const Tensor& sigma, const Tensor& cos,
+                                                       const Tensor& sin) {
+  check_rows(q, "q", 3);
+  check_rows(k, "k", 3);
+  check_rows(v, "v", 3);
+  const int64_t tokens = q.size(0), heads = q.size(1), width = q.size(2);
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    check_size(k, "k", dim, q.size(dim));
+    check_size(v, "v", dim, q.size(dim));
+  }
+  check_contiguous(positions, "positions", 1, ScalarType::Long);
+  check_size(positions, "positions", 0, tokens);
+  check_contiguous(sigma, "sigma", 1, ScalarType::Double);
+  check_size(sigma, "sigma", 0, heads);
+  check_contiguous(cos, "cos", 2, ScalarType::Float);
+  check_contiguous(sin, "sin", 2, ScalarType::Float);
+  check_size(cos, "cos", 0, tokens);
+  check_size(sin, "sin", 0, tokens);
+  check_size(sin, "sin", 1, cos.size(1));
+  STD_TORCH_CHECK(2 * cos.size(1) <= width, "rotary_dim ", 2 * cos.size(1), " exceeds the heads' ",
+                  width);
+  Tensor q_out = torch::stable::new_empty(q, {tokens, heads, width});
+  Tensor k_out = torch::stable::new_empty(q, {tokens, heads, width});
+  Tensor v_out = torch::stable::new_empty(q, {tokens, heads, width});
+  FeatureParams p{head_view(q), head_view(k), head_view(v)};
+  p.positions = positions.const_data_ptr<int64_t>();
+  p.sigma = sigma.const_data_ptr<double>();
+  p.cos = cos.const_data_ptr<float>();
+  p.sin = sin.const_data_ptr<float>();
+  p.q_out = q_out.mutable_data_ptr<float>();
+  p.k_out = k_out.mutable_data_ptr<float>();
+  p.v_out = v_out.mutable_data_ptr<float>();
+  p.heads = heads;
+  p.width = width;
+  p.pairs = cos.size(1);
+  const Kernels& table = kernels();
+  for_each_task(tokens, least_tasks(kFeaturesPerThread, 3 * heads * width),
+                [&](int64_t token) { table.features(p, token); });
+  return {q_out, k_out, v_out};
+}
+
+// x [N, C], rows any distance apart → contiguous [N, C].
+Tensor gelu_new(const Tensor& x) {
+  check_rows(x, "x", 2);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  const GeluParams p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1),
+                     x.stride(0)};
+  const Kernels& table = kernels();
+  for_each_task(x.size(0), least_tasks(kGelusPerThread, x.size(1)),
+                [&](int64_t row) { table.gelu(p, row); });
+  return out;
+}
+
+}  // namespace cottention

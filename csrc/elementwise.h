@@ -1,0 +1,88 @@
+// What happens to a token around the recurrence: rotary, normalisation, scaling, gelu_new.
+//
+// Elementwise loops are left to the compiler to widen: with contraction off, an element's bits do
+// not depend on where it stands. The only sum (of squares) runs over sixteen fixed lanes.
+// Included by kernels.cpp only.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace cottention::COTTENTION_ISA {
+
+// Rotates the pairs (2i, 2i + 1) of one head's first 2 × pairs elements; the rest is copied.
+inline void rotate(const float* x, const float* cos, const float* sin, int64_t pairs, int64_t width,
+                   float* __restrict out) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    out[2 * i] = a * cos[i] - b * sin[i];
+    out[2 * i + 1] = b * cos[i] + a * sin[i];
+  }
+  for (int64_t i = 2 * pairs; i < width; ++i) out[i] = x[i];
+}
+
+inline float sum_of_squares(const float* x, int64_t width) {
+  Lanes total = broadcast(0.0f);
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) total = multiply_add(load(x + j), load(x + j), total);
+  float rest[kLanes] = {};
+  for (int64_t i = j; i < width; ++i) rest[i - j] = x[i];
+  return sum(multiply_add(load(rest), load(rest), total));
+}
+
+inline void normalise(float* x, int64_t width) {
+  const float norm = __builtin_sqrtf(sum_of_squares(x, width));
+  const float below = norm < kNormFloor ? kNormFloor : norm;
+  for (int64_t i = 0; i < width; ++i) x[i] /= below;
+}
+
+inline void features(const FeatureParams& p, int64_t token) {
+  const float* cos = p.cos + token * p.pairs;
+  const float* sin = p.sin + token * p.pairs;
+  for (int64_t head = 0; head < p.heads; ++head) {
+    const int64_t at = (token * p.heads + head) * p.width;
+    rotate(p.q.at(token, head), cos, sin, p.pairs, p.width, p.q_out + at);
+    rotate(p.k.at(token, head), cos, sin, p.pairs, p.width, p.k_out + at);
+    normalise(p.q_out + at, p.width);
+    normalise(p.k_out + at, p.width);
+    const float* v = p.v.at(token, head);
+    const float below = (float)__builtin_pow((double)p.positions[token] + 1.0, p.sigma[head]);
+    float* __restrict out = p.v_out + at;
+    for (int64_t i = 0; i < p.width; ++i) out[i] = v[i] / below;
+  }
+}
+
+// e^x to about one unit in the last place; infinite from 88.4 on, e^-87 below -87.
+inline float exponential(float x) {
+  constexpr float kShift = 12582912.0f;  // 1.5 × 2^23: adding it rounds to an integer
+  x = x > 89.0f ? 89.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = multiply_add(x, 1.44269504f, kShift);
+  const float n = shifted - kShift;
+  float r = multiply_add(n, -0.693359375f, x);  // ln 2 in two parts; the first times n is exact
+  r = multiply_add(n, 2.12194440e-4f, r);
+  float y = 1.0f / 5040.0f;
+  y = multiply_add(y, r, 1.0f / 720.0f);
+  y = multiply_add(y, r, 1.0f / 120.0f);
+  y = multiply_add(y, r, 1.0f / 24.0f);
+  y = multiply_add(y, r, 1.0f / 6.0f);
+  y = multiply_add(y, r, 0.5f);
+  y = multiply_add(y, r, 1.0f);
+  y = multiply_add(y, r, 1.0f);
+  const float power = __builtin_bit_cast(float, (uint32_t)((int32_t)n + 127) << 23);
+  return y * power;
+}
+
+// 0.5 x (1 + tanh u) = x / (1 + e^{-2u}), u = sqrt(2/π) (x + 0.044715 x³).
+inline void gelu(const GeluParams& p, int64_t row) {
+  constexpr float kMinusTwoRoot = -1.5957691216f;
+  const float* x = p.x + row * p.x_stride;
+  float* __restrict out = p.out + row * p.columns;
+  for (int64_t i = 0; i < p.columns; ++i) {
+    const float cubed = x[i] * x[i] * x[i];
+    const float u = multiply_add(cubed, 0.044715f, x[i]);
+    out[i] = x[i] / (1.0f + exponential(kMinusTwoRoot * u));
+  }
+}
+
+}  // namespace cottention::COTTENTION_ISA

@@ -1,0 +1,15 @@
+// The kernels of one instruction set, which COTTENTION_ISA names; compiled once for each.
+//
+// Includes no C++ library header: an inline function of one, compiled here for AVX-512, could
+// otherwise be the copy that the linker keeps for everybody.
+#include "kernels.h"
+
+#include "elementwise.h"
+#include "linear.h"
+#include "recurrent.h"
+
+namespace cottention::COTTENTION_ISA {
+
+const Kernels kernels = {denominators, recurrent, linear, features, gelu};
+
+}  // namespace cottention::COTTENTION_ISA

@@ -1,0 +1,92 @@
+// What the kernels are told: plain parameter structs between the checks and the arithmetic.
+//
+// Owns the structs and the table of functions of one instruction set. Knows no torch. All strides
+// are counted in elements; all data is float32 unless said. A kernel does one task of many and
+// never asks which thread it is on: tasks are independent, and no sum crosses from one to another.
+// Members are always inlined, so that no copy compiled for one instruction set serves another.
+#pragma once
+
+#include <stdint.h>
+
+namespace cottention {
+
+constexpr int64_t kPanel = 64;         // output columns that a packed weight holds side by side
+constexpr int64_t kTaskRows = 96;      // rows of x per task of the product
+constexpr float kDenominatorFloor = 1e-6f;
+constexpr float kNormFloor = 1e-12f;
+constexpr int32_t kPaddingSlot = -1;
+
+// A view [N, H, D] with free strides but for the last, which is 1.
+struct HeadView {
+  const float* data;
+  int64_t token_stride, head_stride;
+  [[gnu::always_inline]] const float* at(int64_t token, int64_t head) const {
+    return data + token * token_stride + head * head_stride;
+  }
+};
+
+struct RecurrentParams {
+  HeadView q, k, v;
+  float* state;                // [S, H, V, K], [H, V, K] contiguous
+  float* z;                    // [S, H, K], [H, K] contiguous; null: no denominator
+  int64_t state_stride, z_stride;
+  float* out;                  // [N, H, V]
+  float* denominators;         // [N, H], already held above the floor; null without z
+  const int32_t* slots;        // [B]
+  const int32_t* offsets;      // [B + 1]; null: one token per slot
+  int64_t segments, heads, key_width, value_width;
+  int64_t block_rows;          // value rows per task, a multiple of 8
+
+  [[gnu::always_inline]] int64_t blocks() const { return (value_width + block_rows - 1) / block_rows; }
+  [[gnu::always_inline]] int64_t first(int64_t segment) const {
+    return offsets ? offsets[segment] : segment;
+  }
+};
+
+struct LinearParams {
+  const float* x;              // [rows, channels], rows x_stride apart
+  const float* packed;         // [ceil(columns / kPanel), channels, kPanel]
+  const float* bias;           // [columns] or null
+  float* out;                  // [rows, columns]
+  int64_t rows, channels, columns, x_stride;
+
+  [[gnu::always_inline]] int64_t row_tasks() const { return (rows + kTaskRows - 1) / kTaskRows; }
+};
+
+struct FeatureParams {
+  HeadView q, k, v;
+  const int64_t* positions;    // [N], from 0
+  const double* sigma;         // [H]
+  const float *cos, *sin;      // [N, pairs]
+  float *q_out, *k_out, *v_out;  // [N, H, D]
+  int64_t heads, width, pairs;
+};
+
+struct GeluParams {
+  const float* x;              // [rows, columns], rows x_stride apart
+  float* out;                  // [rows, columns]
+  int64_t columns, x_stride;
+};
+
+struct Kernels {
+  void (*denominators)(const RecurrentParams&, int64_t task);  // tasks: segments × heads
+  void (*recurrent)(const RecurrentParams&, int64_t task);     // tasks: segments × heads × blocks
+  void (*linear)(const LinearParams&, int64_t task);           // tasks: panels × row_tasks
+  void (*features)(const FeatureParams&, int64_t token);
+  void (*gelu)(const GeluParams&, int64_t row);
+};
+
+namespace plain {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+
+// The best table that this machine runs, or the one that COTTENTION_CPU_ISA names.
+const Kernels& kernels();
+
+}  // namespace cottention

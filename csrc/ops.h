@@ -1,0 +1,26 @@
+// The ops as torch sees them; shapes and meaning stand with each definition.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace cottention {
+
+using torch::stable::Tensor;
+
+Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
+                      const std::optional<Tensor>& z, const Tensor& slots,
+                      const std::optional<Tensor>& offsets);
+Tensor pack_weight(const Tensor& weight);
+Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+              int64_t out_features);
+std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, int64_t rotary_dim, double base);
+std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Tensor& k,
+                                                       const Tensor& v, const Tensor& positions,
+                                                       const Tensor& sigma, const Tensor& cos,
+                                                       const Tensor& sin);
+Tensor gelu_new(const Tensor& x);
+
+}  // namespace cottention

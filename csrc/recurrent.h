@@ -1,0 +1,116 @@
+// The recurrence on value rows: state += v ⊗ k, out = state q, token after token.
+//
+// A block of value rows stays in the first cache while a whole segment runs through it, so prefill
+// moves the state once, and a token's arithmetic is the same in prefill and in decode: one chain
+// of sixteen lanes along the keys, folded in one order. Included by kernels.cpp only.
+#pragma once
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace cottention::COTTENTION_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kRowGroup = 8;
+#else
+constexpr int kRowGroup = 4;
+#endif
+
+// One token on kRowGroup value rows: h [kRowGroup, width] in place, sums[r] = h_r · q.
+inline void advance_rows(float* h, const float* k, const float* q, const float* v, int64_t width,
+                         Quad* sums) {
+  Lanes total[kRowGroup], value[kRowGroup];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowGroup; ++r) {
+    total[r] = broadcast(0.0f);
+    value[r] = broadcast(v[r]);
+  }
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) {
+    const Lanes key = load(k + j), query = load(q + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowGroup; ++r) {
+      const Lanes row = multiply_add(value[r], key, load(h + r * width + j));
+      store(h + r * width + j, row);
+      total[r] = multiply_add(row, query, total[r]);
+    }
+  }
+  if (j < width) {
+    const Lanes key = load_half(k + j), query = load_half(q + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowGroup; ++r) {
+      const Lanes row = multiply_add(value[r], key, load_half(h + r * width + j));
+      store_half(h + r * width + j, row);
+      total[r] = multiply_add(row, query, total[r]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < kRowGroup; r += 4)
+    sums[r / 4] = finish(fold(total[r]), fold(total[r + 1]), fold(total[r + 2]), fold(total[r + 3]));
+}
+
+inline void zero_outputs(const RecurrentParams& p, int64_t segment, int64_t head, int64_t row,
+                         int64_t rows) {
+  for (int64_t t = p.first(segment); t < p.first(segment + 1); ++t)
+    __builtin_memset(p.out + (t * p.heads + head) * p.value_width + row, 0, rows * sizeof(float));
+}
+
+// One token on a block of rows; out is divided by the token's denominator where there is one.
+inline void advance_block(const RecurrentParams& p, float* h, int64_t token, int64_t head,
+                          int64_t row, int64_t rows) {
+  const float* q = p.q.at(token, head);
+  const float* k = p.k.at(token, head);
+  const float* v = p.v.at(token, head) + row;
+  float* out = p.out + (token * p.heads + head) * p.value_width + row;
+  const float below = p.denominators ? p.denominators[token * p.heads + head] : 1.0f;
+  for (int64_t r = 0; r < rows; r += kRowGroup) {
+    Quad sums[kRowGroup / 4];
+    advance_rows(h + r * p.key_width, k, q, v + r, p.key_width, sums);
+#pragma GCC unroll 2
+    for (int i = 0; i < kRowGroup / 4; ++i) {
+      const Quad result = p.denominators ? sums[i] / Quad{below, below, below, below} : sums[i];
+      __builtin_memcpy(out + r + 4 * i, &result, sizeof result);
+    }
+  }
+}
+
+inline void recurrent(const RecurrentParams& p, int64_t task) {
+  const int64_t row = task % p.blocks() * p.block_rows;
+  const int64_t head = task / p.blocks() % p.heads;
+  const int64_t segment = task / p.blocks() / p.heads;
+  const int64_t left = p.value_width - row;
+  const int64_t rows = left < p.block_rows ? left : p.block_rows;
+  const int32_t slot = p.slots[segment];
+  if (slot == kPaddingSlot) return zero_outputs(p, segment, head, row, rows);
+  float* h = p.state + slot * p.state_stride + (head * p.value_width + row) * p.key_width;
+  for (int64_t t = p.first(segment); t < p.first(segment + 1); ++t)
+    advance_block(p, h, t, head, row, rows);
+}
+
+// z += k along a segment; denominators[t] = max(z · q, floor).
+inline void denominators(const RecurrentParams& p, int64_t task) {
+  const int64_t head = task % p.heads, segment = task / p.heads;
+  const int32_t slot = p.slots[segment];
+  if (slot == kPaddingSlot) return;
+  float* z = p.z + slot * p.z_stride + head * p.key_width;
+  for (int64_t t = p.first(segment); t < p.first(segment + 1); ++t) {
+    const float* q = p.q.at(t, head);
+    const float* k = p.k.at(t, head);
+    Lanes total = broadcast(0.0f);
+    int64_t j = 0;
+    for (; j + kLanes <= p.key_width; j += kLanes) {
+      const Lanes row = add(load(z + j), load(k + j));
+      store(z + j, row);
+      total = multiply_add(row, load(q + j), total);
+    }
+    if (j < p.key_width) {
+      const Lanes row = add(load_half(z + j), load_half(k + j));
+      store_half(z + j, row);
+      total = multiply_add(row, load_half(q + j), total);
+    }
+    const float value = sum(total);
+    p.denominators[t * p.heads + head] = value < kDenominatorFloor ? kDenominatorFloor : value;
+  }
+}
+
+}  // namespace cottention::COTTENTION_ISA

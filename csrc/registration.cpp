@@ -1,0 +1,26 @@
+// The schemas of the ops and their CPU implementations, entered with torch's dispatcher.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(cottention, m) {
+  m.def(
+      "recurrent_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor(b!)? z, Tensor slots, "
+      "Tensor? offsets=None) -> Tensor");
+  m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
+  m.def("rotary_table(Tensor positions, int rotary_dim, float base) -> (Tensor, Tensor)");
+  m.def(
+      "cottention_features(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor sigma, "
+      "Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)");
+  m.def("gelu_new(Tensor x) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
+  m.impl("recurrent_step", TORCH_BOX(&cottention::recurrent_step));
+  m.impl("pack_weight", TORCH_BOX(&cottention::pack_weight));
+  m.impl("linear", TORCH_BOX(&cottention::linear));
+  m.impl("rotary_table", TORCH_BOX(&cottention::rotary_table));
+  m.impl("cottention_features", TORCH_BOX(&cottention::cottention_features));
+  m.impl("gelu_new", TORCH_BOX(&cottention::gelu_new));
+}

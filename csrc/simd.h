@@ -1,0 +1,123 @@
+// Sixteen floats that move together: one AVX-512 register, two AVX2 registers or four of 128 bits.
+//
+// Owns the few vector operations that the kernels are written in. The lanes of a sum and the tree
+// that folds them are the same at every width, so AVX2 and AVX-512 give equal bits; the plain form
+// rounds after the multiplication as well, because it may not assume fused multiply-add.
+// Included by kernels.cpp only, once per instruction set.
+#pragma once
+
+#include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace cottention::COTTENTION_ISA {
+
+typedef float Quad __attribute__((vector_size(16)));
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kHalf = 8;
+
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+#if defined(__AVX512F__)
+
+struct Lanes {
+  __m512 all;
+};
+inline Lanes broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Lanes load_half(const float* p) { return {_mm512_maskz_loadu_ps(0xff, p)}; }
+inline void store(float* p, Lanes x) { _mm512_storeu_ps(p, x.all); }
+inline void store_half(float* p, Lanes x) { _mm512_mask_storeu_ps(p, 0xff, x.all); }
+inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.all, b.all)}; }
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+  return {_mm512_fmadd_ps(a.all, b.all, c.all)};
+}
+inline Quad fold(Lanes x) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.all), _mm512_extractf32x8_ps(x.all, 1));
+  return (Quad)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+
+#elif defined(__AVX2__)
+
+struct Lanes {
+  __m256 low, high;
+};
+inline Lanes broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Lanes load_half(const float* p) { return {_mm256_loadu_ps(p), _mm256_setzero_ps()}; }
+inline void store(float* p, Lanes x) {
+  _mm256_storeu_ps(p, x.low);
+  _mm256_storeu_ps(p + 8, x.high);
+}
+inline void store_half(float* p, Lanes x) { _mm256_storeu_ps(p, x.low); }
+inline Lanes add(Lanes a, Lanes b) {
+  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline Quad fold(Lanes x) {
+  const __m256 eight = _mm256_add_ps(x.low, x.high);
+  return (Quad)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+}
+
+#else
+
+struct Lanes {
+  Quad part[4];
+};
+inline Quad load_quad(const float* p) {
+  Quad x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store_quad(float* p, Quad x) { __builtin_memcpy(p, &x, sizeof x); }
+inline Lanes broadcast(float x) {
+  const Quad all = {x, x, x, x};
+  return {{all, all, all, all}};
+}
+inline Lanes load(const float* p) {
+  return {{load_quad(p), load_quad(p + 4), load_quad(p + 8), load_quad(p + 12)}};
+}
+inline Lanes load_half(const float* p) { return {{load_quad(p), load_quad(p + 4), Quad{}, Quad{}}}; }
+inline void store_half(float* p, Lanes x) {
+  store_quad(p, x.part[0]);
+  store_quad(p + 4, x.part[1]);
+}
+inline void store(float* p, Lanes x) {
+  store_half(p, x);
+  store_quad(p + 8, x.part[2]);
+  store_quad(p + 12, x.part[3]);
+}
+inline Lanes add(Lanes a, Lanes b) {
+  return {{a.part[0] + b.part[0], a.part[1] + b.part[1], a.part[2] + b.part[2], a.part[3] + b.part[3]}};
+}
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+  return {{a.part[0] * b.part[0] + c.part[0], a.part[1] * b.part[1] + c.part[1],
+           a.part[2] * b.part[2] + c.part[2], a.part[3] * b.part[3] + c.part[3]}};
+}
+inline Quad fold(Lanes x) { return (x.part[0] + x.part[2]) + (x.part[1] + x.part[3]); }
+
+#endif
+
+// Four folded sums brought to their ends side by side: each is (x0 + x2) + (x1 + x3).
+inline Quad finish(Quad a, Quad b, Quad c, Quad d) {
+  const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+inline float sum(Lanes x) {
+  const Quad four = fold(x);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+}  // namespace cottention::COTTENTION_ISA

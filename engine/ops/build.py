@@ -1,0 +1,148 @@
+"""Builds the compiled ops with ninja and finds what was built before.
+
+Owns where a library may lie, how it is named and how it comes to be. Knows nothing of what is in
+it. A library's name carries the hash of its sources and flags, a cache's folder torch's version
+(the ABI is stable, so a library built ahead serves several versions).
+
+Errors:
+    BuildError    no sources, no compiler, no ninja, no writable cache, or a failed compilation
+"""
+
+import fcntl
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import engine
+
+PREBUILT_DIR = Path(__file__).parent / "_prebuilt"
+KERNEL_SOURCE = "kernels.cpp"
+KERNEL_FLAGS = {
+    "plain": "",
+    "avx2": "-mavx2 -mfma",
+    "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+}
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"
+    " -fno-trapping-math -DTORCH_TARGET_VERSION=0x020a000000000000"
+)
+
+
+class BuildError(RuntimeError):
+    """The compiled ops could not be built; the message says why."""
+
+
+def build(target_dir: Path | None = None) -> Path:
+    """Build into `target_dir` (default: the cache) unless the library lies there; return its path.
+
+    Processes that build at once take turns; a library appears whole or not at all.
+    """
+    folder = target_dir or cache_dirs()[0]
+    library = folder / library_name()
+    with _turn(folder):
+        if not library.exists():
+            _build_into(library)
+    return library
+
+
+def find() -> Path | None:
+    """The library built ahead, or the cached one; None where neither exists."""
+    name = library_name()
+    candidates = (folder / name for folder in (PREBUILT_DIR, *cache_dirs()))
+    return next((path for path in candidates if path.exists()), None)
+
+
+def cache_dirs() -> list[Path]:
+    """Where built libraries are kept, in the order of the search; builds go to the first."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    roots = [os.environ.get("COTTENTION_CACHE"), Path(home) / "cottention"]
+    return [Path(root) / f"torch-{torch.__version__}" for root in roots if root]
+
+
+def library_name() -> str:
+    """File name of the library that these sources and flags give on this kind of machine."""
+    digest = hashlib.sha256(f"{_flags()} {KERNEL_FLAGS} {platform.machine()}".encode())
+    for path in sorted(_source_dir().iterdir()):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"cottention-{digest.hexdigest()[:16]}.so"
+
+
+def _source_dir() -> Path:
+    """The C++ sources, which lie beside the engine in a checkout and in an installation alike."""
+    folder = Path(engine.__file__).parents[1] / "csrc"
+    if not (folder / KERNEL_SOURCE).exists():
+        raise BuildError(f"no sources in {folder}")
+    return folder
+
+
+def _flags() -> str:
+    return f"{FLAGS} {os.environ.get('COTTENTION_CXXFLAGS', '')}".strip()
+
+
+@contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; it goes with the process, so none is ever left behind."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise BuildError(f"cannot write to {folder}: {error}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build_into(library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as work:
+        Path(work, "build.ninja").write_text(_ninja_file(_compiler(), library.name))
+        run = subprocess.run([_ninja(), "-C", work], capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise BuildError(f"compilation failed:\n{run.stdout[-4000:]}{run.stderr[-1000:]}")
+        os.replace(Path(work, library.name), library)
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(shlex.split(name)[0]):
+            return name
+    raise BuildError("no C++ compiler (CXX, c++, g++ or clang++) on the PATH")
+
+
+def _ninja() -> str:
+    beside_python = Path(sys.executable).parent / "ninja"
+    found = shutil.which("ninja") or (beside_python if beside_python.exists() else None)
+    if found is None:
+        raise BuildError("ninja is not installed")
+    return str(found)
+
+
+def _ninja_file(compiler: str, library: str) -> str:
+    """One object per source, the kernels once per instruction set, one shared library."""
+    root = Path(torch.__file__).parent
+    objects = {f"{path.stem}.o": (path, "") for path in sorted(_source_dir().glob("*.cpp"))}
+    kernels, _ = objects.pop("kernels.o")
+    for isa in KERNEL_FLAGS if platform.machine() in ("x86_64", "AMD64") else ("plain",):
+        flags = f"{KERNEL_FLAGS[isa]} -DCOTTENTION_ISA={isa}"
+        objects[f"kernels_{isa}.o"] = (kernels, flags)
+    rules = [
+        f"rule compile\n  command = {compiler} {_flags()} -isystem {root / 'include'}"
+        " $flags -c $in -o $out",
+        f"rule link\n  command = {compiler} {_flags()} -shared $in -o $out"
+        f" -L{root / 'lib'} -ltorch_cpu -lc10",
+    ]
+    edges = [
+        f"build {name}: compile {source}\n  flags = {flags}"
+        for name, (source, flags) in objects.items()
+    ]
+    return "\n".join([*rules, *edges, f"build {library}: link {' '.join(objects)}", ""])

@@ -1,0 +1,64 @@
+"""What the reference step asks of its tensors, in the words of the compiled op.
+
+Owns the refusal of wrong devices, types, shapes, offsets and slots before memory is touched.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.ops.reference import PADDING_SLOT
+
+
+def check_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    slots: Tensor,
+    offsets: Tensor | None,
+) -> None:
+    """Raise ValueError unless the arguments of `recurrent_step` fit together."""
+    num_tokens, heads, key = q.shape
+    value = v.shape[-1]
+    _check_shape(k, "k", (num_tokens, heads, key))
+    _check_shape(v, "v", (num_tokens, heads, value))
+    _check_shape(state, "state", (state.shape[0], heads, value, key))
+    if z is not None:
+        _check_shape(z, "z", (state.shape[0], heads, key))
+    for name, x in (("k", k), ("v", v), ("state", state), ("z", z)):
+        if x is not None and (x.device != q.device or not x.is_floating_point()):
+            raise ValueError(f"{name} must be a floating-point tensor on {q.device}")
+    _check_slots(slots, state.shape[0])
+    _check_offsets(offsets, len(slots), num_tokens)
+
+
+def _check_shape(x: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, not {list(x.shape)}")
+
+
+def _check_slots(slots: Tensor, pool_size: int) -> None:
+    if slots.dtype != torch.int32 or slots.dim() != 1:
+        raise ValueError("slots must be int32 with 1 dimension")
+    named = [slot for slot in slots.tolist() if slot != PADDING_SLOT]
+    for slot in named:
+        if not 0 <= slot < pool_size:
+            raise ValueError(f"slot {slot} is out of range for a pool of {pool_size}")
+    if len(set(named)) != len(named):
+        raise ValueError("a slot is named twice")
+
+
+def _check_offsets(offsets: Tensor | None, num_segments: int, num_tokens: int) -> None:
+    if offsets is None:
+        if num_segments != num_tokens:
+            raise ValueError(
+                "without offsets there must be one slot per token:"
+                f" {num_segments} slots, {num_tokens} tokens"
+            )
+        return
+    if offsets.dtype != torch.int32 or offsets.shape != (num_segments + 1,):
+        raise ValueError(f"offsets must be int32 with {num_segments + 1} elements")
+    bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_tokens or bounds != sorted(bounds):
+        raise ValueError(f"offsets must rise from 0 to {num_tokens}")

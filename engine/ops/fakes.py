@@ -1,0 +1,57 @@
+"""The fake (meta) forms of the compiled ops: the shapes and types they return, without any memory.
+
+Owns what the compiler of graphs and `opcheck` ask for. Knows no arithmetic.
+"""
+# ruff: noqa: ARG001 - a fake takes all arguments of its op and looks at few
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+PANEL = 64  # output columns side by side in a packed weight, as in csrc/kernels.h
+
+
+def recurrent_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    slots: Tensor,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    return weight.new_empty((weight.shape[0] + PANEL - 1) // PANEL, weight.shape[1], PANEL)
+
+
+def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
+
+
+def rotary_table(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    cos = positions.new_empty(positions.shape[0], rotary_dim // 2, dtype=torch.float32)
+    return cos, torch.empty_like(cos)
+
+
+def cottention_features(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sigma: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def gelu_new(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+FAKES: dict[str, Callable[..., object]] = {
+    "recurrent_step": recurrent_step,
+    "pack_weight": pack_weight,
+    "linear": linear,
+    "rotary_table": rotary_table,
+    "cottention_features": cottention_features,
+    "gelu_new": gelu_new,
+}

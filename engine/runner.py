@@ -1,0 +1,126 @@
+"""A plan to tensors, through the model, to sampled ids. Knows no queue, no text and no socket."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine import ops
+from engine.feature_maps import Features
+from engine.inference import ServedModel
+from engine.model import Attend
+from engine.request import Choice
+from engine.sampler import Draw, Sampler, uniform
+from engine.scheduler import Plan
+from engine.state import StatePool
+
+PADDING_SLOT = -1
+
+
+class Segment(NamedTuple):
+    """Consecutive ids of one sequence: where its state is and the first id's position."""
+
+    slot: int
+    ids: Sequence[int]
+    position: int
+
+
+class Wanted(NamedTuple):
+    """A row of hidden states whose next id is to be drawn, and that id's place in its sequence."""
+
+    row: int
+    choice: Choice
+    token_index: int
+
+
+class Sample(NamedTuple):
+    """An id drawn for a choice."""
+
+    choice: Choice
+    token_id: int
+
+
+class Runner:
+    """Runs one plan at a time on the pool's rows."""
+
+    def __init__(self, model: ServedModel, pool: StatePool, sampler: Sampler, device: str) -> None:
+        self._model = model
+        self._pool = pool
+        self._sampler = sampler
+        self._device = device
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> list[Sample]:
+        """Advance every state of the plan; draw an id for each choice whose context is complete."""
+        hidden = self._hidden(_segments(plan))
+        self._share_prompts(plan)
+        wanted = _wanted(plan)
+        if not wanted:
+            return []
+        logits = self._model.logits(hidden[[place.row for place in wanted]])
+        ids = self._sampler.sample(logits, [_draw(place) for place in wanted])
+        return [Sample(place.choice, i) for place, i in zip(wanted, ids, strict=True)]
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """One step on padding alone: libraries load and threads start before the first request."""
+        self._model.logits(self._hidden([Segment(PADDING_SLOT, [0], 0)]))
+
+    def _hidden(self, segments: Sequence[Segment]) -> Tensor:
+        """Hidden states [N, C] of all ids of the segments, in order; their states move on."""
+        ids = [token_id for segment in segments for token_id in segment.ids]
+        positions = [segment.position + i for segment in segments for i in range(len(segment.ids))]
+        attend = self._attend(segments)
+        return self._model.hidden(self._tensor(ids), self._tensor(positions), attend)
+
+    def _attend(self, segments: Sequence[Segment]) -> Attend:
+        """The recurrence on the rows of these segments."""
+        slots = self._tensor([segment.slot for segment in segments], torch.int32)
+        ends = accumulate((len(segment.ids) for segment in segments), initial=0)
+        offsets = self._tensor(list(ends), torch.int32)
+
+        def attend(layer: int, features: Features) -> Tensor:
+            state, z = self._pool.layer(layer)
+            return ops.recurrent_step(*features, state, z, slots, offsets)
+
+        return attend
+
+    def _share_prompts(self, plan: Plan) -> None:
+        """Where a prompt is complete, the request's other choices get its state."""
+        for chunk in plan.prefill:
+            if chunk.is_last:
+                first, *others = (choice.slot for choice in chunk.request.choices)
+                self._pool.copy(first, others)
+
+    def _tensor(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _segments(plan: Plan) -> list[Segment]:
+    """Running choices first, then chunks of prompts, as `_wanted` counts on."""
+    segments = [Segment(c.slot, c.pending, c.position) for c in plan.decode]
+    for chunk in plan.prefill:
+        ids = chunk.request.prompt_ids[chunk.start : chunk.stop]
+        segments.append(Segment(chunk.request.choices[0].slot, ids, chunk.start))
+    return segments
+
+
+def _wanted(plan: Plan) -> list[Wanted]:
+    """Rows whose next id is to be drawn: of running choices, and the last of complete prompts."""
+    wanted = []
+    row = 0
+    for choice in plan.decode:
+        row += len(choice.pending)
+        wanted.append(Wanted(row - 1, choice, choice.position + len(choice.pending)))
+    for chunk in plan.prefill:
+        row += chunk.stop - chunk.start
+        if chunk.is_last:
+            wanted += [Wanted(row - 1, choice, chunk.stop) for choice in chunk.request.choices]
+    return wanted
+
+
+def _draw(place: Wanted) -> Draw:
+    request = place.choice.request
+    return Draw(request.params, uniform(request.seed, place.choice.index, place.token_index))

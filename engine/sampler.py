@@ -1,0 +1,112 @@
+"""Logits to ids, for a batch of rows that each want something else.
+
+Owns the filters (temperature, min_p, top_k, top_p) and the randomness. What a row gets depends on
+its own logits, parameters and (seed, choice index, absolute token index) alone, never on the rows
+beside it: there is no generator whose order of use could matter.
+
+Letters: R rows, N vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.params import SamplingParams
+
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one row wants: its parameters, and the random number in [0, 1) that decides."""
+
+    params: SamplingParams
+    uniform: float
+
+
+def uniform(seed: int, choice: int, token_index: int) -> float:
+    """A number in [0, 1) that is a function of its arguments only (three rounds of SplitMix64).
+
+    seed: any int64. choice: index of the choice in its request. token_index: place of the token
+    to be drawn, counted from the start of the sequence, prompt included.
+    """
+    mixed = 0
+    for word in (seed, choice, token_index):
+        mixed = _mix((mixed + word + 0x9E3779B97F4A7C15) & _MASK)
+    return (mixed >> 11) / 2**53
+
+
+def _mix(x: int) -> int:
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+class Sampler:
+    """Draws ids among those that the tokenizer has."""
+
+    def __init__(self, sampleable_ids: Sequence[int], vocab_size: int, device: str) -> None:
+        self._never = torch.ones(vocab_size, dtype=torch.bool, device=device)
+        self._never[torch.tensor(sampleable_ids, device=device)] = False
+
+    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
+        """One id for each row of logits float32 [R, N], in which forbidden ids are overwritten."""
+        logits.masked_fill_(self._never, -torch.inf)
+        ids = logits.argmax(dim=-1).tolist()
+        for wanted, draw in ((_needs_order, _draw_ordered), (_needs_no_order, _draw_unordered)):
+            rows = [row for row, item in enumerate(draws) if wanted(item.params)]
+            if rows:
+                chosen = draw(logits[rows], [draws[row] for row in rows])
+                for row, token_id in zip(rows, chosen.tolist(), strict=True):
+                    ids[row] = token_id
+        return ids
+
+
+def _needs_order(params: SamplingParams) -> bool:
+    """Whether ids must be sorted by likelihood to be filtered."""
+    return not params.is_greedy and (params.top_k > 0 or params.top_p < 1)
+
+
+def _needs_no_order(params: SamplingParams) -> bool:
+    return not params.is_greedy and params.top_k <= 0 and params.top_p == 1
+
+
+def _draw_unordered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Ids int64 [R] for rows that only min_p filters."""
+    return _pick(_likely(logits, draws), draws)
+
+
+def _draw_ordered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Ids int64 [R]: top_k keeps so many, then top_p the fewest whose likelihood reaches it."""
+    probs, ids = _likely(logits, draws).sort(dim=-1, descending=True, stable=True)
+    top_k = _column(probs, [d.params.top_k if d.params.top_k > 0 else len(ids[0]) for d in draws])
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    probs = probs.masked_fill(rank >= top_k, 0)
+    sums = probs.cumsum(dim=-1, dtype=torch.float64)
+    top_p = _column(sums, [draw.params.top_p for draw in draws])
+    probs = probs.masked_fill(sums - probs >= top_p * sums[:, -1:], 0)
+    return ids.gather(-1, _pick(probs, draws).unsqueeze(-1)).squeeze(-1)
+
+
+def _likely(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Likelihoods [R, N] after temperature, and 0 for ids less likely than min_p of the best."""
+    temperature = _column(logits, [draw.params.temperature for draw in draws])
+    probs = torch.softmax(logits / temperature, dim=-1)
+    min_p = _column(probs, [draw.params.min_p for draw in draws])
+    return probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0)
+
+
+def _pick(probs: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Invert each row's distribution function at its random number: int64 [R]."""
+    sums = probs.cumsum(dim=-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    targets = _column(sums, [draw.uniform for draw in draws]) * total
+    below = torch.minimum(targets, total.nextafter(torch.zeros_like(total)))  # rounding, at worst
+    return torch.searchsorted(sums, below, right=True).squeeze(-1)
+
+
+def _column(like: Tensor, values: Sequence[float]) -> Tensor:
+    """One value a row, [R, 1], in the type and place of `like`."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(-1)

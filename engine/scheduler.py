@@ -1,0 +1,119 @@
+"""Who runs in the next step, under one token budget. Knows no torch.
+
+Running choices come first, one token each; prompts take what is left, in the order of arrival, and
+at least a share of the budget, so that neither can starve the other.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+
+from engine.request import Choice, Request
+
+_PROMPT_SHARE = 4
+"""Prompts that wait get at least a fourth of the budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Prompt ids start:stop of a request, to be read in one step."""
+
+    request: Request
+    start: int
+    stop: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prompt is complete with it."""
+        return self.stop == len(self.request.prompt_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step's work: choices that take one token each, and chunks of prompts."""
+
+    decode: list[Choice]
+    prefill: list[Chunk]
+
+    def __bool__(self) -> bool:
+        return bool(self.decode or self.prefill)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Everyone with work in this step, once."""
+        everyone = [choice.request for choice in self.decode]
+        return list(dict.fromkeys(everyone + [chunk.request for chunk in self.prefill]))
+
+
+class Scheduler:
+    """Three lines: requests that wait for slots, prompts being read, choices being continued."""
+
+    def __init__(self, max_batch_tokens: int) -> None:
+        self._budget = max_batch_tokens
+        self._waiting: deque[Request] = deque()
+        self._reading: deque[Request] = deque()
+        self._running: deque[Choice] = deque()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without slots."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Requests with slots."""
+        return len(self._reading) + len({choice.request for choice in self._running})
+
+    def has_work(self) -> bool:
+        """Whether anything waits, is read or runs."""
+        return bool(self._waiting or self._reading or self._running)
+
+    def add(self, request: Request) -> None:
+        """Put a new request at the end of the line."""
+        self._waiting.append(request)
+
+    def admit(self, num_free_slots: int) -> list[Request]:
+        """Requests that may start now, first come first served; each needs a slot per choice."""
+        admitted = []
+        while self._waiting and len(self._waiting[0].choices) <= num_free_slots:
+            request = self._waiting.popleft()
+            num_free_slots -= len(request.choices)
+            self._reading.append(request)
+            admitted.append(request)
+        return admitted
+
+    def schedule(self) -> Plan:
+        """The next step. Whoever does not fit into the budget is first in the step after it."""
+        reserved = max(1, self._budget // _PROMPT_SHARE) if self._reading else 0
+        num_decode = min(len(self._running), max(1, self._budget - reserved))
+        decode = list(islice(self._running, num_decode))
+        self._running.rotate(-num_decode)
+        return Plan(decode, self._chunks(self._budget - num_decode))
+
+    def _chunks(self, budget: int) -> list[Chunk]:
+        chunks = []
+        for request in self._reading:
+            if budget <= 0:
+                break
+            start = request.num_prefilled
+            stop = min(len(request.prompt_ids), start + budget)
+            budget -= stop - start
+            chunks.append(Chunk(request, start, stop))
+        return chunks
+
+    def start_choices(self, request: Request) -> None:
+        """The prompt has been read: its choices run from the next step on."""
+        self._reading.remove(request)
+        self._running.extend(request.choices)
+
+    def remove_choice(self, choice: Choice) -> None:
+        """A running choice has ended."""
+        self._running.remove(choice)
+
+    def remove_request(self, request: Request) -> None:
+        """Take a request out of wherever it is."""
+        for line in (self._waiting, self._reading):
+            if request in line:
+                line.remove(request)
+        for choice in [choice for choice in self._running if choice.request is request]:
+            self._running.remove(choice)

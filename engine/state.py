@@ -1,0 +1,107 @@
+"""The pool: every session's state, allocated and touched once, at the start.
+
+Owns the rows and which of them are free. Does not know what is in them or whose they are.
+
+Letters: S slots, L layers, H heads, V value width, K key width. A slot's layers lie side by side,
+so that a row moves in one copy.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.config import StateSpec
+from engine.errors import OutOfMemoryError
+
+_HEADROOM = 64 * 2**20
+"""Bytes that must stay free beside the pool for the steps themselves."""
+
+
+class StatePool:
+    """State float32 [S, L, H, V, K] and, where the attention has one, denominators [S, L, H, K]."""
+
+    def __init__(self, spec: StateSpec, num_slots: int, device: str) -> None:
+        """Raises OutOfMemoryError before anything is allocated."""
+        _check_memory(spec, num_slots, device)
+        self.spec = spec
+        self.num_slots = num_slots
+        self.state = torch.empty(num_slots, *spec.state_shape, device=device)
+        self.z: Tensor | None = None
+        if spec.has_denominator:
+            self.z = torch.empty(num_slots, *spec.denominator_shape, device=device)
+        for tensor in self._tensors():
+            tensor.zero_()  # writes every page now, so that no step meets a page fault
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole pool."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def allocate(self) -> int:
+        """A zeroed slot; the caller has seen that one is free."""
+        slot = self._free.pop()
+        for tensor in self._tensors():
+            tensor[slot].zero_()
+        return slot
+
+    def free(self, slot: int) -> None:
+        """Give a slot back, once."""
+        assert slot not in self._free, f"slot {slot} was freed twice"
+        self._free.append(slot)
+
+    def copy(self, source: int, targets: list[int]) -> None:
+        """Make the rows of `targets` equal to that of `source`."""
+        for tensor in self._tensors():
+            for target in targets:
+                tensor[target].copy_(tensor[source])
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Views [S, H, V, K] and [S, H, K] of one layer, to be changed in place."""
+        return self.state[:, index], None if self.z is None else self.z[:, index]
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.state] if self.z is None else [self.state, self.z]
+
+
+def _check_memory(spec: StateSpec, num_slots: int, device: str) -> None:
+    needed = spec.bytes_per_slot * num_slots
+    available = available_memory(device) - _HEADROOM
+    if needed > available:
+        most = max(available, 0) // spec.bytes_per_slot
+        raise OutOfMemoryError(
+            f"{num_slots} slots of {spec.bytes_per_slot:,} bytes need {needed:,} bytes and only"
+            f" {max(available, 0):,} are available: give --max-slots {most} or fewer, or a smaller"
+            " --state-memory"
+        )
+
+
+def available_memory(device: str) -> int:
+    """Bytes that can be allocated on `device` now, within the container's limit if there is one."""
+    if device.startswith("cuda"):
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return min(_system_memory(), _container_memory())
+
+
+def _system_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    raise OutOfMemoryError("/proc/meminfo does not say how much memory is available")
+
+
+def _container_memory(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a control group still allows; unlimited is a number larger than any memory."""
+    try:
+        limit = int((folder / "memory.max").read_text())
+        return limit - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 2**63

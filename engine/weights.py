@@ -1,0 +1,109 @@
+"""Weights between a Hugging Face folder and the model's modules.
+
+Owns the file formats (`model.safetensors`, `pytorch_model.bin`, and sharded indices of either) and
+the check that a checkpoint has exactly the model's keys and shapes. Executes nothing that a file
+brings: a `.bin` is read with `weights_only=True`, other pickles are never opened.
+"""
+
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.errors import ModelFolderError
+from engine.model import CottentionForCausalLM
+
+Reader = Callable[[Path], dict[str, Tensor]]
+
+
+def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> CottentionForCausalLM:
+    """The model of `folder` on the CPU in `dtype` (norm_const float32). Raises ModelFolderError."""
+    with torch.device("meta"):
+        model = CottentionForCausalLM(config)
+    weights = read_weights(folder)
+    check_weights(weights, model, folder)
+    for name, weight in weights.items():
+        weights[name] = weight.to(torch.float32 if name.endswith("norm_const") else dtype)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `folder`, from whichever format it has. Raises ModelFolderError."""
+    for name, read in _FORMATS.items():
+        if (folder / name).is_file():
+            return _read_file(folder / name, read)
+        if (folder / f"{name}.index.json").is_file():
+            return _read_shards(folder, folder / f"{name}.index.json", read)
+    names = " or ".join(f"{name} (or {name}.index.json)" for name in _FORMATS)
+    raise ModelFolderError(f"{folder} has no weights: it needs {names}")
+
+
+def check_weights(weights: dict[str, Tensor], model: torch.nn.Module, folder: Path) -> None:
+    """Keys and shapes are those of `model`, no more and no less. Raises ModelFolderError."""
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    faults = [
+        *_listed("missing", expected.keys() - weights.keys()),
+        *_listed("unexpected", weights.keys() - expected.keys()),
+        *_listed("of another shape", _misshapen(weights, expected)),
+    ]
+    if faults:
+        raise ModelFolderError(
+            f"the weights in {folder} are not those of its config.json: {'; '.join(faults)}"
+        )
+
+
+def _misshapen(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    for name in expected.keys() & weights.keys():
+        found = tuple(weights[name].shape)
+        if found != expected[name]:
+            yield f"{name} {list(found)} instead of {list(expected[name])}"
+
+
+def _listed(what: str, names: object, most: int = 8) -> Iterator[str]:
+    """One phrase that names up to `most` of the faulty keys, or none."""
+    found = sorted(names)  # type: ignore[call-overload]
+    if found:
+        more = f" and {len(found) - most} more" if len(found) > most else ""
+        yield f"{what}: {', '.join(found[:most])}{more}"
+
+
+def _read_file(path: Path, read: Reader) -> dict[str, Tensor]:
+    try:
+        weights = read(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelFolderError(
+            f"{path} is damaged or is no weights file ({reason}): fetch it again"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ModelFolderError(f"{path} does not hold a table of tensors")
+    return weights
+
+
+def _read_shards(folder: Path, index: Path, read: Reader) -> dict[str, Tensor]:
+    """All shards that an index names; they must lie beside it."""
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelFolderError(f"{index} is not a weights index: {error!r}") from error
+    weights: dict[str, Tensor] = {}
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise ModelFolderError(f"{index} names {shard}, which is not a file beside it")
+        weights |= _read_file(folder / shard, read)
+    return weights
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
+
+
+_FORMATS: dict[str, Reader] = {"model.safetensors": load_file, "pytorch_model.bin": _read_bin}

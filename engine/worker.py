@@ -1,0 +1,79 @@
+"""The one engine thread: steps while there is work, sleeps while there is none.
+
+Owns the thread and the order of its end. Knows no asyncio: `deliver` may do what it likes with a
+step's outputs, and is called once per step.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from engine.engine import Engine
+from engine.outputs import EngineStats, Output
+from engine.params import SamplingParams
+
+Deliver = Callable[[list[Output]], None]
+
+
+class EngineWorker:
+    """Runs an engine in a thread of its own; `submit`, `cancel` and `stats` from any thread."""
+
+    def __init__(
+        self, engine: Engine, deliver: Deliver, on_death: Callable[[BaseException], None]
+    ) -> None:
+        """`deliver` gets each step's outputs, never none; `on_death` what ended the thread."""
+        self._engine = engine
+        self._deliver = deliver
+        self._on_death = on_death
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._thread.start()
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str) -> str:
+        """As Engine.submit."""
+        self._engine.submit(prompt_ids, params, request_id=request_id)
+        self._wake.set()
+        return request_id
+
+    def cancel(self, request_id: str) -> None:
+        """As Engine.cancel."""
+        self._engine.cancel(request_id)
+        self._wake.set()
+
+    def stats(self) -> EngineStats:
+        """As Engine.stats."""
+        return self._engine.stats()
+
+    def stop(self) -> None:
+        """End after the current step; what is unfinished gets a CANCELLED output."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _main(self) -> None:
+        try:
+            self._loop()
+            self._send(self._engine.close())
+        except BaseException as error:
+            self._on_death(error)
+
+    def _loop(self) -> None:
+        while not self._stopping.is_set():
+            self._wake.clear()
+            if self._engine.has_work():
+                self._send(self._engine.step())
+            else:
+                self._wake.wait()
+
+    def _send(self, outputs: list[Output]) -> None:
+        if outputs:
+            self._deliver(outputs)
