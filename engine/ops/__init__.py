@@ -46,6 +46,7 @@ def recurrent_step(
     ValueError or RuntimeError before any memory is touched.
     """
     if _compiled_takes(q) and _kernel_has_width(q.shape[-1], v.shape[-1]):
+        checks.check_one_device(q, k, v, state, z, slots, offsets)
         out: Tensor = torch.ops.cottention.recurrent_step(q, k, v, state, z, slots, offsets)
         return out
     checks.check_step(q, k, v, state, z, slots, offsets)
@@ -75,6 +76,7 @@ def cottention_features(
     sigma float64 [H]; cos, sin [N, rotary_dim / 2] (float32 spares a cast). Returns q's shape.
     """
     if q.dim() == 3 and _compiled_takes(q, k, v, sigma):
+        checks.check_one_device(q, k, v, positions, sigma, cos, sin)
         angles = cos.float(), sin.float()
         q, k, v = torch.ops.cottention.cottention_features(q, k, v, positions, sigma, *angles)
         return q, k, v

@@ -1,6 +1,7 @@
-"""What the reference step asks of its tensors, in the words of the compiled op.
+"""What the ops ask of their tensors where the compiled op does not ask itself.
 
-Owns the refusal of wrong devices, types, shapes, offsets and slots before memory is touched.
+Owns the refusal, before memory is touched, of arguments on several devices, and for the reference
+step of wrong types, shapes, offsets and slots, in the words of the compiled one.
 """
 
 import torch
@@ -19,6 +20,7 @@ def check_step(
     offsets: Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments of `recurrent_step` fit together."""
+    check_one_device(q, k, v, state, z)
     num_tokens, heads, key = q.shape
     value = v.shape[-1]
     _check_shape(k, "k", (num_tokens, heads, key))
@@ -27,10 +29,17 @@ def check_step(
     if z is not None:
         _check_shape(z, "z", (state.shape[0], heads, key))
     for name, x in (("k", k), ("v", v), ("state", state), ("z", z)):
-        if x is not None and (x.device != q.device or not x.is_floating_point()):
-            raise ValueError(f"{name} must be a floating-point tensor on {q.device}")
+        if x is not None and not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor")
     _check_slots(slots, state.shape[0])
     _check_offsets(offsets, len(slots), num_tokens)
+
+
+def check_one_device(*tensors: Tensor | None) -> None:
+    """Raise ValueError unless all lie on one device: torch would choose the op by any of them."""
+    devices = {x.device for x in tensors if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors must lie on one device, not on {sorted(map(str, devices))}")
 
 
 def _check_shape(x: Tensor, name: str, shape: tuple[int, ...]) -> None:
