@@ -1,0 +1,20 @@
+"""What tests of several rooms share: where the golden cases are."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+_OWN_COPY = Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of golden cases: COTTENTION_GOLDEN, or the project's own copy."""
+    return Path(os.environ.get("COTTENTION_GOLDEN", _OWN_COPY))
+
+
+@pytest.fixture(scope="session")
+def gptj_folder(golden: Path) -> Path:
+    """A small causal Cottention model with random weights, as a Hugging Face folder."""
+    return golden / "cottention-gptj"
