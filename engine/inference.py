@@ -45,7 +45,7 @@ class ServedModel:
     def hidden(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """ids and positions int64 [N] → hidden states [N, C] before the last norm."""
         x: Tensor = self._embedding(ids)
-        at = token_positions(self.config, positions)
+        at = token_positions(self.config, positions, x.dtype)
         for index, layer in enumerate(self._layers):
             x = x + self._mixed(layer, index, x, at, attend)
         return x

@@ -96,7 +96,7 @@ class CottentionForCausalLM(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """ids [..., N] at `positions` int64 [N], counted from 0 → logits [..., N, vocab_size]."""
         x = self.transformer.wte(ids)
-        at = token_positions(self.config, positions)
+        at = token_positions(self.config, positions, x.dtype)
         for layer, block in enumerate(self.blocks()):
             x = x + self._mixed(block, layer, x, at, attend)
         logits: Tensor = self.lm_head(self.transformer.ln_f(x))
@@ -117,9 +117,11 @@ class CottentionForCausalLM(nn.Module):
         return nn.functional.linear(out, *block.stacked_out())
 
 
-def token_positions(config: ModelConfig, positions: Tensor) -> TokenPositions:
-    """Angles for int64 positions [N], counted from 0."""
-    return TokenPositions(positions, *ops.rotary_table(positions, config.rotary_dim, ROTARY_BASE))
+def token_positions(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> TokenPositions:
+    """Angles for int64 positions [N], counted from 0, for a model of `dtype`."""
+    wide = _at_least_float32(dtype)
+    angles = ops.rotary_table(positions, config.rotary_dim, ROTARY_BASE, wide)
+    return TokenPositions(positions, *angles)
 
 
 def split_heads(
@@ -130,7 +132,11 @@ def split_heads(
     Features are float32 or wider whatever the model's dtype: the state is kept in them.
     """
     width = config.n_embd
-    wide = torch.promote_types(joined.dtype, torch.float32)
+    wide = _at_least_float32(joined.dtype)
     *qkv, up = joined.split([width, width, width, config.n_inner], dim=-1)
     q, k, v = (x.unflatten(-1, (config.n_head, config.head_dim)).to(wide) for x in qkv)
     return FEATURE_MAPS[config.attention_type](q, k, v, at, sigma), up
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
