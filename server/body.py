@@ -1,0 +1,87 @@
+"""A request's body, from bytes on the wire to one JSON object.
+
+Owns the size limit and what strict JSON is: UTF-8, no NaN, no name twice, no text that is half a
+character. Does not know what the object means.
+"""
+
+import json
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from server.errors import ApiError, invalid
+
+NOT_JSON = "the body must be a JSON object"
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """All of the body. Raises ApiError 413 as soon as it is longer than `max_bytes`."""
+    announced = request.headers.get("content-length", "0")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_long(max_bytes)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_long(max_bytes)
+    return bytes(body)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object that `raw` holds. Raises ApiError 400."""
+    try:
+        text = raw.decode("utf-8")
+        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise invalid(None, f"the body is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise invalid(None, f"{NOT_JSON}; it is not JSON: {error}") from None
+    except RecursionError:
+        raise invalid(None, f"{NOT_JSON}; it is nested too deeply") from None
+    except ValueError:  # Python's own limit on the digits of an integer
+        raise invalid(None, "the body has a number with too many digits") from None
+    if not isinstance(value, dict):
+        raise invalid(None, f"{NOT_JSON}; it is {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A JSON value as a message may quote it: short, and no container's contents."""
+    match value:
+        case dict():
+            return "an object"
+        case list():
+            return "a list"
+        case float():
+            return repr(value)
+        case str() if not is_text(value):
+            return "text with a lone surrogate"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:36]} ..."
+
+
+def is_text(value: str) -> bool:
+    """Whether every character of it is one; JSON can escape half of a UTF-16 pair."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _too_long(max_bytes: int) -> ApiError:
+    message = f"the body is longer than this server's limit of {max_bytes} bytes"
+    return ApiError(413, message, code="body_too_large")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise invalid(None, f"the body has {name}, which is not JSON: numbers must be finite")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise invalid(twice, f"the body has {shown(twice)} twice")
+    return found

@@ -1,0 +1,123 @@
+"""What each command does, given its settings. Knows no flags.
+
+Everything heavy is imported inside: torch takes seconds, and --help should not.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig
+from engine.errors import ConfigurationError
+from engine.outputs import FinishReason
+from engine.params import SamplingParams
+from server.settings import GenerateConfig, ServerConfig
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+GB = 10**9
+
+
+def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Serve until told to stop. The port comes first: a model takes seconds to load in vain."""
+    from server.lifecycle import bind_socket, run_server, url_of
+
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
+    )
+    with bind_socket(config.host, config.port) as sock:
+        from engine.engine import Engine
+        from engine.worker import EngineWorker
+        from server.app import create_app
+        from server.bridge import Bridge
+
+        engine = Engine(model, engine_config)
+        url = url_of(sock)
+        bridge = Bridge(engine, partial(EngineWorker, engine))
+        app = create_app(bridge, config)
+        return run_server(app, bridge, config, sock, lambda: _announce(engine, url))
+
+
+def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -> int:
+    """Continue `prompt`, or standard input where it is "-", on standard output."""
+    from engine.engine import Engine
+
+    text = _standard_input() if prompt == "-" else prompt
+    params = SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        seed=config.seed,
+        stop=config.stop,
+    )
+    engine = Engine(config.model, engine_config)
+    status = 0
+    for output in engine.stream(text, params):
+        print(output.text, end="", flush=True)
+        if output.finish_reason is FinishReason.ERROR:
+            print(f"cottention generate: {output.error}", file=sys.stderr)
+            status = 1
+    print()
+    return status
+
+
+def info(model: str | None, engine_config: EngineConfig) -> int:
+    """Print what a model is and what its sessions cost."""
+    from engine.engine import Engine
+
+    engine = Engine(model, engine_config)
+    for name, value in _facts(engine):
+        print(f"{name:<18} {value}")
+    return 0
+
+
+def build() -> int:
+    """Compile the ops."""
+    from engine.ops.build import build as build_ops
+
+    print(build_ops())
+    return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
+
+
+def _announce(engine: "Engine", url: str) -> None:
+    stats = engine.stats()
+    print(f"model    {engine.name}, {_on_what(engine)}")
+    print(f"memory   {_pool(stats.num_slots, stats.bytes_per_slot, stats.pool_bytes)}")
+    print(f"ready    {url}", flush=True)
+
+
+def _facts(engine: "Engine") -> Iterator[tuple[str, str]]:
+    shape, stats = engine.model_config, engine.stats()
+    yield "model", engine.name
+    yield "parameters", f"{engine.num_parameters:,}"
+    yield "runs on", _on_what(engine)
+    yield "shape", f"{shape.n_layer} layers of {shape.n_head} heads of {shape.head_dim}"
+    for what, size in engine.spec.itemised_bytes().items():
+        yield f"  {what}", f"{size:,} bytes"
+    yield "bytes per session", f"{engine.spec.bytes_per_slot:,}, whatever its length"
+    yield "sessions per GB", f"{GB // engine.spec.bytes_per_slot:,}"
+    yield "pool", _pool(stats.num_slots, stats.bytes_per_slot, stats.pool_bytes)
+    yield "trained length", f"{shape.n_positions:,} tokens"
+    yield "position limit", "none; past the trained length the text gets worse, not the memory"
+
+
+def _on_what(engine: "Engine") -> str:
+    from engine.ops import backend
+
+    return f"{engine.dtype} on {engine.device}, {backend()} ops"
+
+
+def _pool(num_slots: int, bytes_per_slot: int, pool_bytes: int) -> str:
+    return f"{num_slots} slots of {bytes_per_slot:,} bytes, {pool_bytes / 2**20:,.1f} MiB in all"

@@ -1,0 +1,123 @@
+"""Every refusal and failure in one form: `{"error": {"message", "type", "param", "code"}}`.
+
+Owns the form, the statuses and the handlers that turn exceptions into answers. Knows no engine
+beyond its errors.
+
+    ApiError         what a client is told, with its status
+    ReadingClosed    nobody is left to be told (reading.py)
+"""
+
+import json
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from engine.errors import EngineStoppedError, ParameterError
+from server.reading import ReadingClosed
+
+logger = logging.getLogger("cottention")
+
+RETRY_AFTER_SECONDS = 5
+CLIENT_CLOSED_REQUEST = 499
+"""What proxies log for a client that left; it is never sent to anyone."""
+
+
+class ApiError(Exception):
+    """An answer other than success: its status, what went wrong, and the field to change."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.headers = headers
+
+    @property
+    def body(self) -> str:
+        """The JSON text; ASCII, so that any text a client sent can be quoted in it."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error})
+
+    def response(self) -> Response:
+        """The answer to send."""
+        return Response(self.body, self.status, self.headers, media_type="application/json")
+
+
+def invalid(param: str | None, message: str) -> ApiError:
+    """A 400: `param` names the field, `message` says what is allowed."""
+    return ApiError(400, message, param=param)
+
+
+def unavailable(message: str) -> ApiError:
+    """A 503 that may be tried again, here or elsewhere."""
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return ApiError(503, message, code="unavailable", headers=headers)
+
+
+def engine_failed() -> ApiError:
+    """A 500 for a request that the engine took and could not finish; the log has the reason."""
+    return ApiError(500, "the engine failed on this request; it may be sent again")
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer every exception that leaves an endpoint in the one form."""
+    for kind in (ApiError, ParameterError, EngineStoppedError, HTTPException):
+        app.add_exception_handler(kind, _answer)
+    app.add_exception_handler(RequestValidationError, _answer)
+    app.add_exception_handler(ClientDisconnect, _nobody_there)
+    app.add_exception_handler(ReadingClosed, _nobody_there)
+    app.add_exception_handler(Exception, _internal)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    return _as_api_error(request, error).response()
+
+
+async def _nobody_there(request: Request, _: Exception) -> Response:
+    logger.debug("%s %s: the client left", request.method, request.url.path)
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _internal(_request: Request, _error: Exception) -> Response:
+    """uvicorn logs the exception itself; a client learns only that it is not to blame."""
+    return ApiError(500, "an internal error; the server's log has the details").response()
+
+
+def _as_api_error(request: Request, error: Any) -> ApiError:
+    match error:
+        case ApiError():
+            return error
+        case ParameterError():
+            return invalid(error.param, str(error))
+        case EngineStoppedError():
+            return unavailable(str(error))
+        case RequestValidationError():
+            first = error.errors()[0]
+            return invalid(str(first["loc"][-1]), first["msg"])
+        case _:
+            return _of_route(request, error)
+
+
+def _of_route(request: Request, error: HTTPException) -> ApiError:
+    """What the framework itself refuses: a path or a method that is not there."""
+    path, phrase = request.url.path, HTTPStatus(error.status_code).phrase
+    messages = {
+        404: f"there is nothing at {path}; see /openapi.json for what there is",
+        405: f"{path} does not take {request.method}",
+    }
+    message = messages.get(error.status_code, phrase)
+    return ApiError(error.status_code, message, headers=dict(error.headers or {}))

@@ -1,0 +1,153 @@
+"""From a bound socket to an exit status: what signals and a dead engine do to a running server.
+
+Owns the drain: the first SIGTERM or SIGINT refuses new work and lets what runs finish, the second
+stops now. Knows uvicorn, and nothing of endpoints.
+"""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from engine.errors import ConfigurationError
+from server.bridge import Bridge
+from server.settings import ServerConfig
+
+FINAL_EVENT_SECONDS = 0.5
+"""How long cancelled streams have to send their last event."""
+
+FAILURE_SECONDS = 1.0
+"""How long a server whose engine died still answers /health with 503."""
+
+BACKLOG = 2048
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises ConfigurationError saying what to change."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, OverflowError) as error:
+        raise ConfigurationError(f"--host {host} --port {port} is no address: {error}") from None
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except (OSError, OverflowError) as error:
+        sock.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigurationError(
+            f"cannot listen on {host}:{port}: {reason}; choose another with --host and --port"
+        ) from None
+    return sock
+
+
+def url_of(sock: socket.socket) -> str:
+    """Where a socket listens, as a browser takes it."""
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_server(
+    app: FastAPI,
+    bridge: Bridge,
+    config: ServerConfig,
+    sock: socket.socket,
+    announce: Callable[[], None],
+) -> int:
+    """Serve until told to stop; the exit status. `announce` is called when requests are taken."""
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=1,
+        backlog=BACKLOG,
+    )
+    server = DrainingServer(settings, bridge, config.drain_seconds, announce)
+    try:
+        server.run(sockets=[sock])
+    finally:
+        bridge.stop()
+    return server.exit_status
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn that goes on listening while it drains, so that a newcomer hears 503, not silence."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        bridge: Bridge,
+        drain_seconds: float,
+        announce: Callable[[], None],
+    ) -> None:
+        super().__init__(config)
+        self.exit_status = 0
+        self._draining = False
+        self._bridge = bridge
+        self._drain_seconds = drain_seconds
+        self._announce = announce
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """In place of uvicorn's, which closes the door at once and ends by the signal."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGINT, signal.SIGTERM)
+        for each in signals:
+            loop.add_signal_handler(each, self._on_signal, each)
+        try:
+            yield
+        finally:
+            for each in signals:
+                loop.remove_signal_handler(each)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, watch the engine, and say so."""
+        await super().startup(sockets)
+        self._spawn(self._exit_when_engine_fails())
+        self._announce()
+
+    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _on_signal(self, number: int) -> None:
+        if self._draining:
+            self._stop_now(number)
+        else:
+            self._draining = True
+            self._spawn(self._drain())
+
+    def _stop_now(self, number: int) -> None:
+        self.exit_status = 128 + number
+        self._bridge.cancel_all()
+        self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        self._bridge.drain()
+        try:
+            async with asyncio.timeout(self._drain_seconds):
+                await self._bridge.wait_idle()
+        except TimeoutError:
+            self._bridge.cancel_all()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FINAL_EVENT_SECONDS):
+                    await self._bridge.wait_idle()
+        self.should_exit = True
+
+    async def _exit_when_engine_fails(self) -> None:
+        await self._bridge.failed.wait()
+        self.exit_status = 1
+        await asyncio.sleep(FAILURE_SECONDS)
+        self.should_exit = True

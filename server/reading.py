@@ -1,0 +1,111 @@
+"""What one HTTP request reads of the engine: the unread pieces of all its choices.
+
+Owns the merging of what a reader has not read yet, so that a slow one costs its text and nothing
+per token. Lives on the event loop alone; knows no HTTP and no engine.
+"""
+
+import asyncio
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from engine.outputs import FinishReason, Output
+
+
+class ReadingClosed(Exception):
+    """The reader went away, or was sent away; there is nothing left to read."""
+
+
+@dataclass(slots=True)
+class Piece:
+    """Unread text of one choice, merged from however many steps it took."""
+
+    _text: io.StringIO = field(default_factory=io.StringIO)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return self._text.getvalue()
+
+    def add(self, text: str, finish_reason: FinishReason | None) -> None:
+        """Append one step's text; a choice ends once."""
+        self._text.write(text)
+        self.finish_reason = self.finish_reason or finish_reason
+
+
+class Reading:
+    """The pieces of `num_choices` choices, from first to last; `close` when done, in any case."""
+
+    def __init__(self, num_choices: int, on_close: Callable[["Reading"], None]) -> None:
+        self._unread: dict[int, Piece] = {}
+        self._unfinished = set(range(num_choices))
+        self._on_close = on_close
+        self._changed = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._closed = False
+        self.num_generated = 0
+
+    @property
+    def has_more(self) -> bool:
+        """Whether anything is unread or still to come."""
+        return bool(self._unread or self._unfinished)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice has ended, read or not."""
+        return not self._unfinished
+
+    def deliver(self, choice: int, output: Output) -> None:
+        """Take one output of the engine for the choice of this number."""
+        self.num_generated += len(output.token_ids)
+        if output.text or output.finish_reason:
+            self._add(choice, output.text, output.finish_reason)
+
+    def fail(self) -> None:
+        """End every unfinished choice with an error: the engine is gone."""
+        for choice in sorted(self._unfinished):
+            self._add(choice, "", FinishReason.ERROR)
+
+    async def take(self, idle_seconds: float | None = None) -> dict[int, Piece]:
+        """All unread pieces by choice, waiting for the first; empty after `idle_seconds` of none.
+
+        Raises ReadingClosed.
+        """
+        if not self._changed.is_set() and not await self._arrives(idle_seconds):
+            return {}
+        if self._closed:
+            raise ReadingClosed
+        self._changed.clear()
+        unread, self._unread = self._unread, {}
+        return unread
+
+    async def wait_ended(self) -> None:
+        """Return when every choice has ended, one has failed, or the reading is closed."""
+        await self._ended.wait()
+
+    def close(self) -> None:
+        """Stop reading; what has not ended is cancelled. May be called again."""
+        if not self._closed:
+            self._closed = True
+            self._changed.set()
+            self._ended.set()
+            self._on_close(self)
+
+    async def _arrives(self, idle_seconds: float | None) -> bool:
+        try:
+            async with asyncio.timeout(idle_seconds):
+                return await self._changed.wait()
+        except TimeoutError:
+            return False
+
+    def _add(self, choice: int, text: str, finish_reason: FinishReason | None) -> None:
+        piece = self._unread.get(choice)
+        if piece is None:
+            piece = self._unread[choice] = Piece()
+        piece.add(text, finish_reason)
+        if finish_reason:
+            self._unfinished.discard(choice)
+            if self.is_finished or finish_reason is FinishReason.ERROR:
+                self._ended.set()
+        self._changed.set()

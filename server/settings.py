@@ -1,0 +1,57 @@
+"""What a user may set about the server and the command, beside the engine's own settings.
+
+Declares; `flags.py` makes flags, variables and help of it. Knows no HTTP.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from engine.errors import ConfigurationError
+from engine.options import check_options, option
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+MAX_PORT = 65_535
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Settings of the server. Each becomes a flag and a variable, as those of EngineConfig do."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 interface")
+    port: int = option(8000, "port to listen on; 0 takes a free one", minimum=0)
+    served_model_name: str | None = option(
+        None, "the model's id in requests and answers (default: the model's own name)"
+    )
+    drain_seconds: float = option(
+        30.0, "how long running streams may go on after SIGTERM", minimum=0, unit="seconds"
+    )
+    keep_alive_seconds: float = option(
+        15.0, "an idle stream gets a comment this often", minimum=0.01, unit="seconds"
+    )
+    max_body_bytes: int = option(
+        4 * 1024**2, "longest request body; 512K and 4M are understood", minimum=1, unit="bytes"
+    )
+    log_level: LogLevel = option("info", "least serious messages to log")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.port > MAX_PORT:
+            raise ConfigurationError(f"--port must be at most {MAX_PORT}; it is {self.port}")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateConfig:
+    """How `cottention generate` chooses tokens; the names and meanings are those of the API."""
+
+    model: str | None = option(None, "folder or Hugging Face id (default: the one that ships)")
+    max_tokens: int = option(256, "most tokens to generate", minimum=1, unit="tokens")
+    temperature: float = option(1.0, "0 always takes the likeliest token", minimum=0)
+    top_p: float = option(1.0, "keep the likeliest tokens that make up this probability")
+    top_k: int = option(0, "keep this many of the likeliest tokens; 0 keeps all")
+    min_p: float = option(0.0, "drop tokens less likely than this times the likeliest")
+    seed: int | None = option(None, "the same seed gives the same text (default: a fresh one)")
+    stop: tuple[str, ...] = option((), "end before this text; may be given several times")
+
+    def __post_init__(self) -> None:
+        check_options(self)
