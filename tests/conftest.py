@@ -10,11 +10,11 @@ _OWN_COPY = Path(__file__).parent / "data" / "golden"
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder of golden cases: COTTENTION_GOLDEN, or the project's own copy."""
+    """Folder of golden cases for the tests of that name: COTTENTION_GOLDEN, or our own copy."""
     return Path(os.environ.get("COTTENTION_GOLDEN", _OWN_COPY))
 
 
 @pytest.fixture(scope="session")
-def gptj_folder(golden: Path) -> Path:
+def gptj_folder() -> Path:
     """A small causal Cottention model with random weights, as a Hugging Face folder."""
-    return golden / "cottention-gptj"
+    return _OWN_COPY / "cottention-gptj"

@@ -46,8 +46,8 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case(gptj_folder: Path) -> Case:
-    return Case(gptj_folder)
+def case(golden: Path) -> Case:
+    return Case(golden / "cottention-gptj")
 
 
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 2e-5)]
@@ -70,9 +70,7 @@ def test_golden_parallel(case: Case, dtype: torch.dtype, tolerance: float) -> No
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 16, 48])
 @pytest.mark.parametrize(("dtype", "tolerance"), TOLERANCES)
-def test_golden_chunked(
-    case: Case, dtype: torch.dtype, tolerance: float, chunk_size: int
-) -> None:
+def test_golden_chunked(case: Case, dtype: torch.dtype, tolerance: float, chunk_size: int) -> None:
     states = case.state(dtype)
 
     def attend(layer: int, features: Features) -> Tensor:
@@ -96,8 +94,7 @@ def test_golden_recurrent(case: Case, dtype: torch.dtype, tolerance: float) -> N
 
     with torch.inference_mode():
         steps = [
-            model(case.ids[:, t], torch.full((case.batch,), t), attend)
-            for t in range(case.length)
+            model(case.ids[:, t], torch.full((case.batch,), t), attend) for t in range(case.length)
         ]
     assert case.error(torch.stack(steps, dim=1)) <= tolerance
     assert (states - case.expected["final_state"]).abs().max() <= tolerance

@@ -1,0 +1,45 @@
+# Every target sets itself up: it needs Python 3.11 or later, a C++ compiler and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check bench train format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/ready ## Make the virtual environment and build the compiled ops
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/cottention build
+	@touch $@
+
+serve: setup ## Serve the model that ships in the package (ARGS="--port 9000")
+	$(BIN)/cottention serve $(ARGS)
+
+test: setup ## Run all tests with the coverage gate
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+check: setup ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## Run all benchmarks (ARGS="--quick")
+	$(BIN)/python -m benchmarks $(ARGS)
+
+train: setup ## Train the default model (resumes from checkpoints/)
+	$(BIN)/python -m engine.training $(ARGS)
+
+format: setup ## Rewrite the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

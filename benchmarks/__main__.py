@@ -1,0 +1,18 @@
+"""All benchmarks one after the other: `python -m benchmarks [--quick] [--json FILE]`."""
+
+from benchmarks import memory, position, serving
+from benchmarks.common import Report, machine, parse, write_json
+
+
+def main() -> None:
+    """Run them in this process; each prints its tables."""
+    arguments = parse(__doc__)
+    report: Report = {"machine": machine()}
+    for benchmark in (serving, position, memory):
+        report |= benchmark.measure(arguments.quick)
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What all benchmarks share: the command line, the machine's name, tables and JSON."""
+
+import argparse
+import json
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from engine import ops
+
+Report = dict[str, Any]
+
+
+def parse(description: str) -> argparse.Namespace:
+    """--quick ends within a minute; --json FILE keeps the figures."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    return parser.parse_args()
+
+
+def run(description: str, measure: Callable[[bool], Report]) -> None:
+    """A benchmark's main: parse, measure, write."""
+    arguments = parse(description)
+    report = {"machine": machine(), **measure(arguments.quick)}
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+def write_json(path: Path, report: Report) -> None:
+    """Figures as JSON, readable."""
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def machine() -> Report:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "ops": ops.backend(),
+    }
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
+    """A table with the keys of the first row as its head."""
+    on = machine()
+    caption = f"{on['cpu']}, {on['cores']} threads, torch {on['torch']}, {on['ops']} ops"
+    table = Table(title=title, caption=caption)
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            *(
+                f"{x:,.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+                for x in row.values()
+            )
+        )
+    Console(width=120).print(table)
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The value that `percent` of a hundred do not exceed."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

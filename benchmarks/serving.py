@@ -1,0 +1,134 @@
+"""Tokens per second in-process and over HTTP, time to first token, and time between tokens.
+
+The HTTP client runs beside the server on the same cores and reads server-sent events from bare
+sockets, so that what is measured is the server.
+"""
+
+import asyncio
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+from benchmarks.common import Report, percentile, run, show
+from engine import Engine, EngineConfig, SamplingParams
+
+STREAMS = (1, 8, 64)
+PROMPT = "def __init__(self, "
+
+
+def measure(quick: bool) -> Report:
+    """A row for each number of streams; every stream generates the same number of tokens."""
+    num_tokens = 100 if quick else 500
+    local = {streams: _in_process(streams, num_tokens) for streams in STREAMS}
+    remote = _over_http(num_tokens)
+    rows = [_row(num_tokens, local[streams], remote[streams]) for streams in STREAMS]
+    show(f"Serving the default model, {num_tokens} tokens a stream, greedy", rows)
+    return {"serving": rows}
+
+
+def _in_process(streams: int, num_tokens: int) -> float:
+    """Tokens per second of the engine alone."""
+    engine = Engine(config=EngineConfig(max_slots=streams))
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    engine.generate([PROMPT] * streams, SamplingParams(max_tokens=8, temperature=0))
+    start = time.perf_counter()
+    engine.generate([PROMPT] * streams, params)
+    return streams * num_tokens / (time.perf_counter() - start)
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """When the events of one stream came, in seconds."""
+
+    sent: float
+    events: list[float] = field(default_factory=list)
+
+
+def _over_http(num_tokens: int) -> dict[int, list[Arrivals]]:
+    """Streams against a real server in a process of its own, on a free port."""
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--max-slots", "64"]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as server:
+        try:
+            port = _port(server)
+            asyncio.run(_streams(port, 8, 8))
+            return {n: asyncio.run(_streams(port, n, num_tokens)) for n in STREAMS}
+        finally:
+            server.terminate()
+
+
+def _port(server: "subprocess.Popen[str]") -> int:
+    """The port that the server says it listens on."""
+    assert server.stdout is not None
+    for line in server.stdout:
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        if found:
+            return int(found[1])
+    raise SystemExit("the server did not start")
+
+
+async def _streams(port: int, streams: int, num_tokens: int) -> list[Arrivals]:
+    return await asyncio.gather(*(_stream(port, num_tokens) for _ in range(streams)))
+
+
+async def _stream(port: int, num_tokens: int) -> Arrivals:
+    """One request; notes the time of each event with text."""
+    body = json.dumps(
+        {
+            "prompt": PROMPT,
+            "max_tokens": num_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+    ).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    arrivals = Arrivals(time.perf_counter())
+    writer.write(head.encode() + body)
+    async for line in reader:
+        if line.startswith(b"data: {"):
+            arrivals.events.append(time.perf_counter())
+    writer.close()
+    return arrivals
+
+
+def _row(num_tokens: int, local: float, arrivals: list[Arrivals]) -> dict[str, object]:
+    seconds = max(one.events[-1] for one in arrivals) - min(one.sent for one in arrivals)
+    remote = len(arrivals) * num_tokens / seconds
+    return {
+        "streams": len(arrivals),
+        "in-process tok/s": local,
+        "HTTP tok/s": remote,
+        "HTTP / in-process": remote / local,
+        **_latencies(arrivals),
+    }
+
+
+def _latencies(arrivals: list[Arrivals]) -> dict[str, object]:
+    first = [1e3 * (one.events[0] - one.sent) for one in arrivals]
+    gaps = [
+        1e3 * (b - a) for one in arrivals for a, b in zip(one.events, one.events[1:], strict=False)
+    ]
+    return {
+        "first token ms p50": statistics.median(first),
+        "between p50 ms": statistics.median(gaps),
+        "between p99 ms": percentile(gaps, 99),
+    }
+
+
+if __name__ == "__main__":
+    run(__doc__, measure)
