@@ -27,7 +27,6 @@ def create_app(bridge: Bridge, config: ServerConfig) -> FastAPI:
         yield
         await asyncio.to_thread(bridge.stop)
 
-    context = Context(bridge, config)
     # The interactive pages would be fetched from elsewhere; /openapi.json is all there is here.
     app = FastAPI(
         title="cottention-server",
@@ -36,8 +35,9 @@ def create_app(bridge: Bridge, config: ServerConfig) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.context = context
+    registry = make_registry(bridge.stats, config.served_model_name or bridge.engine.name)
+    app.state.context = Context(bridge, config, registry)
     add_error_handlers(app)
     app.include_router(completions.router)
-    app.include_router(status.make_router(make_registry(bridge.stats, context.model_name)))
+    app.include_router(status.router)
     return app

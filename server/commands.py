@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
-from engine.errors import ConfigurationError
+from engine.errors import ConfigurationError, CottentionError
 from engine.outputs import FinishReason
 from engine.params import SamplingParams
 from server.settings import GenerateConfig, ServerConfig
@@ -78,9 +78,13 @@ def info(model: str | None, engine_config: EngineConfig) -> int:
 
 def build() -> int:
     """Compile the ops."""
+    from engine.ops.build import BuildError
     from engine.ops.build import build as build_ops
 
-    print(build_ops())
+    try:
+        print(build_ops())
+    except BuildError as error:
+        raise CottentionError(str(error)) from None
     return 0
 
 

@@ -1,9 +1,10 @@
-"""What every endpoint is given: the bridge to the engine, the settings, the model's public name."""
+"""What every endpoint is given: the bridge to the engine, the settings, the figures."""
 
 from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Request
+from prometheus_client import CollectorRegistry
 
 from server.bridge import Bridge
 from server.settings import ServerConfig
@@ -15,6 +16,7 @@ class Context:
 
     bridge: Bridge
     config: ServerConfig
+    registry: CollectorRegistry
 
     @property
     def model_name(self) -> str:

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import EngineStoppedError, ParameterError
 from server.reading import ReadingClosed
@@ -80,7 +81,35 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _answer)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
     app.add_exception_handler(ReadingClosed, _nobody_there)
-    app.add_exception_handler(Exception, _internal)
+    app.add_middleware(InternalErrors)
+
+
+class InternalErrors:
+    """Middleware that answers what no handler knows with a 500, and tells the log alone why.
+
+    The framework's own would raise it again, upon which uvicorn closes the connection.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on one request."""
+        has_started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except Exception:
+            if has_started or scope["type"] != "http":
+                raise
+            logger.exception("an internal error at %s", scope["path"])
+            error = ApiError(500, "an internal error; the server's log has the details")
+            await error.response()(scope, receive, send)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
@@ -90,11 +119,6 @@ async def _answer(request: Request, error: Exception) -> Response:
 async def _nobody_there(request: Request, _: Exception) -> Response:
     logger.debug("%s %s: the client left", request.method, request.url.path)
     return Response(status_code=CLIENT_CLOSED_REQUEST)
-
-
-async def _internal(_request: Request, _error: Exception) -> Response:
-    """uvicorn logs the exception itself; a client learns only that it is not to blame."""
-    return ApiError(500, "an internal error; the server's log has the details").response()
 
 
 def _as_api_error(request: Request, error: Any) -> ApiError:

@@ -17,7 +17,7 @@ from engine.errors import ConfigurationError
 from server.bridge import Bridge
 from server.settings import ServerConfig
 
-FINAL_EVENT_SECONDS = 0.5
+FINAL_EVENT_SECONDS = 1
 """How long cancelled streams have to send their last event."""
 
 FAILURE_SECONDS = 1.0
@@ -69,7 +69,7 @@ def run_server(
         access_log=False,
         ws="none",
         server_header=False,
-        timeout_graceful_shutdown=1,
+        timeout_graceful_shutdown=FINAL_EVENT_SECONDS,
         backlog=BACKLOG,
     )
     server = DrainingServer(settings, bridge, config.drain_seconds, announce)
@@ -141,9 +141,6 @@ class DrainingServer(uvicorn.Server):
                 await self._bridge.wait_idle()
         except TimeoutError:
             self._bridge.cancel_all()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FINAL_EVENT_SECONDS):
-                    await self._bridge.wait_idle()
         self.should_exit = True
 
     async def _exit_when_engine_fails(self) -> None:

@@ -3,7 +3,6 @@
 from typing import Any
 
 from fastapi import APIRouter, Response
-from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from server.bridge import Phase
@@ -11,27 +10,16 @@ from server.completions import unknown_model
 from server.context import Context, ContextDep
 from server.errors import unavailable
 
-
-def make_router(registry: CollectorRegistry) -> APIRouter:
-    """The endpoints that take no work; `registry` is what /metrics shows."""
-    router = APIRouter()
-    router.add_api_route("/v1/models", list_models)
-    router.add_api_route("/v1/models/{model_id:path}", get_model)
-    router.add_api_route("/health", health)
-    router.add_api_route("/ready", ready)
-
-    @router.get("/metrics", response_class=Response)
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-    return router
+router = APIRouter()
 
 
+@router.get("/v1/models")
 async def list_models(context: ContextDep) -> dict[str, Any]:
     """The one model, as a list."""
     return {"object": "list", "data": [_model(context)]}
 
 
+@router.get("/v1/models/{model_id:path}")
 async def get_model(model_id: str, context: ContextDep) -> dict[str, Any]:
     """The one model, by its id."""
     if model_id != context.model_name:
@@ -39,6 +27,7 @@ async def get_model(model_id: str, context: ContextDep) -> dict[str, Any]:
     return _model(context)
 
 
+@router.get("/health")
 async def health(context: ContextDep) -> dict[str, str]:
     """200 while the engine's thread lives, draining or not."""
     if context.bridge.phase is Phase.FAILED or not context.bridge.is_alive:
@@ -46,10 +35,17 @@ async def health(context: ContextDep) -> dict[str, str]:
     return {"status": "alive"}
 
 
+@router.get("/ready")
 async def ready(context: ContextDep) -> dict[str, str]:
     """200 while new work is taken."""
     context.bridge.check_accepting()
     return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(context: ContextDep) -> Response:
+    """Figures in Prometheus' text format."""
+    return Response(generate_latest(context.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def _model(context: Context) -> dict[str, Any]:

@@ -91,7 +91,8 @@ class EventStream(Response):
         """Answer one request."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         async with closing(self._reading, receive):
-            with contextlib.suppress(ReadingClosed):
+            # Cancelled is a stream that nobody reads while the server stops: no fault to log.
+            with contextlib.suppress(ReadingClosed, asyncio.CancelledError):
                 await send(start)
                 async for text in self._texts():
                     await send(_body(text, more_body=True))

@@ -1,0 +1,163 @@
+"""An engine without a model: every choice says the alphabet, one letter per step.
+
+It has the face of `engine.Engine` that `EngineWorker` and the server use. Text is a function of the
+prompt, so that a test can ask for a fault or for a certain text:
+
+    "fail"        ends with an error after one letter
+    "die"         kills the engine's thread
+    "quiet"       says nothing until its last token
+    "say:<text>"  says exactly <text>, a character a step, then stops
+"""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from engine.errors import EngineStoppedError, ParameterError
+from engine.outputs import EngineStats, FinishReason, Output
+from engine.params import SamplingParams
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+
+
+class FakeTokenizer:
+    """Bytes of UTF-8."""
+
+    num_ids = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+
+class Cancelled(NamedTuple):
+    """A request that was cancelled, and the steps that had begun by then and when it ended."""
+
+    request_id: str
+    asked_at: int
+    ended_at: int
+
+
+@dataclass
+class Running:
+    prompt: str
+    params: SamplingParams
+    said: int = 0
+    cancelled_at: int | None = None
+    unfinished: set[int] = field(default_factory=set)
+
+
+class FakeEngine:
+    name = "fake"
+
+    def __init__(self, num_slots: int = 64, step_seconds: float = 0.0) -> None:
+        self.tokenizer = FakeTokenizer()
+        self.num_slots = num_slots
+        self.step_seconds = step_seconds
+        self.may_step = threading.Event()
+        self.may_step.set()
+        self.running: dict[str, Running] = {}
+        self.cancelled: list[Cancelled] = []
+        self.num_steps = self.num_prompt = self.num_generated = 0
+        self.finished = dict.fromkeys(FinishReason, 0)
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str
+    ) -> str:
+        if not prompt_ids:
+            raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
+        if not 0 <= min(prompt_ids) <= max(prompt_ids) < 256:
+            raise ParameterError("prompt", "prompt ids must be from 0 to 255")
+        if params.n > self.num_slots:
+            raise ParameterError("n", f"n must be at most {self.num_slots}; it is {params.n}")
+        if params.max_tokens > 1_000_000:
+            raise ParameterError("max_tokens", "max_tokens must be at most 1000000")
+        if self._closed:
+            raise EngineStoppedError("the engine has stopped")
+        prompt = bytes(prompt_ids).decode(errors="replace")
+        with self._lock:
+            self.num_prompt += len(prompt_ids)
+            self.running[request_id] = Running(prompt, params, unfinished=set(range(params.n)))
+        return request_id
+
+    def cancel(self, request_id: str) -> None:
+        with self._lock:
+            if request := self.running.get(request_id):
+                request.cancelled_at = self.num_steps
+
+    def has_work(self) -> bool:
+        return bool(self.running)
+
+    def step(self) -> list[Output]:
+        self.may_step.wait()
+        time.sleep(self.step_seconds)
+        with self._lock:
+            self.num_steps += 1
+            return [out for name in list(self.running) for out in self._step_one(name)]
+
+    def close(self) -> list[Output]:
+        self._closed = True
+        with self._lock:
+            return [out for name in list(self.running) for out in self._cancel_one(name)]
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self.running),
+            num_waiting=0,
+            num_finished=dict(self.finished),
+            num_prompt_tokens=self.num_prompt,
+            num_generated_tokens=self.num_generated,
+            num_steps=self.num_steps,
+            num_slots=self.num_slots,
+            num_free_slots=self.num_slots - sum(len(r.unfinished) for r in self.running.values()),
+            pool_bytes=1000 * self.num_slots,
+            bytes_per_slot=1000,
+        )
+
+    def _step_one(self, name: str) -> list[Output]:
+        request = self.running[name]
+        if request.cancelled_at is not None:
+            self.cancelled.append(Cancelled(name, request.cancelled_at, self.num_steps))
+            return self._cancel_one(name)
+        if request.prompt == "die":
+            raise RuntimeError("told to die")
+        if request.prompt == "fail" and request.said == 1:
+            return self._end(name, FinishReason.ERROR, "RuntimeError: secret internals")
+        return self._speak(name, request)
+
+    def _speak(self, name: str, request: Running) -> list[Output]:
+        said, request.said = request.said, request.said + 1
+        text, reason = ALPHABET[said % 26], None
+        if request.prompt.startswith("say:"):
+            wanted = request.prompt.removeprefix("say:")
+            text, reason = wanted[said], FinishReason.STOP if said + 1 == len(wanted) else None
+        if request.said == request.params.max_tokens:
+            reason = reason or FinishReason.LENGTH
+        if request.prompt == "quiet" and reason is None:
+            text = ""
+        self.num_generated += len(request.unfinished)
+        return self._end(name, reason, None, text, (said % 256,))
+
+    def _cancel_one(self, name: str) -> list[Output]:
+        return self._end(name, FinishReason.CANCELLED)
+
+    def _end(
+        self,
+        name: str,
+        reason: FinishReason | None,
+        error: str | None = None,
+        text: str = "",
+        ids: tuple[int, ...] = (),
+    ) -> list[Output]:
+        """One output per unfinished choice; with a reason, the last."""
+        outputs = [
+            Output(name, choice, text, ids, reason, error)
+            for choice in sorted(self.running[name].unfinished)
+        ]
+        if reason:
+            self.finished[reason] += len(outputs)
+            del self.running[name]
+        return outputs

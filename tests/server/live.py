@@ -1,0 +1,84 @@
+"""A real uvicorn on a free port, in a thread, around a fake engine."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import httpx
+import uvicorn
+
+from engine.worker import EngineWorker
+from server.app import create_app
+from server.bridge import Bridge
+from server.lifecycle import bind_socket, url_of
+from server.settings import ServerConfig
+from tests.server.fake_engine import FakeEngine
+
+
+class Live:
+    """A running server and its client."""
+
+    def __init__(self, engine: Any, bridge: Bridge, url: str, client: httpx.Client) -> None:
+        self.engine = engine
+        self.bridge = bridge
+        self.url = url
+        self.client = client
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.client.post("/v1/completions", json=body)
+
+    def events(self, **body: Any) -> list[Any]:
+        """The events of a streamed answer, parsed; [DONE] as text."""
+        return [
+            data if data == "[DONE]" else json.loads(data) for data in self.stream_data(**body)
+        ]
+
+    def stream_data(self, **body: Any) -> list[str]:
+        response = self.client.post("/v1/completions", json={"stream": True} | body)
+        assert response.status_code == 200, response.text
+        *blocks, last = response.text.split("\n\n")
+        assert last == ""
+        return [block.removeprefix("data: ") for block in blocks if block.startswith("data: ")]
+
+    def connect(self, **body: Any) -> socket.socket:
+        """Send a request by hand and leave the answer unread."""
+        host, port = self.url.removeprefix("http://").split(":")
+        raw = json.dumps(body).encode()
+        sock = socket.create_connection((host, int(port)), timeout=20)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
+        sock.sendall(head.encode() + raw)
+        return sock
+
+
+@contextlib.contextmanager
+def serving(engine: Any = None, **settings: Any) -> Iterator[Live]:
+    """A live server; at its end nothing may be left running."""
+    engine = engine or FakeEngine()
+    bridge = Bridge(engine, partial(EngineWorker, engine))
+    app = create_app(bridge, ServerConfig(port=0, **settings))
+    sock = bind_socket("127.0.0.1", 0)
+    url = url_of(sock)
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        with httpx.Client(base_url=url, timeout=20) as client:
+            yield Live(engine, bridge, url, client)
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        sock.close()
+    assert not thread.is_alive()
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 10) -> None:
+    """Wait until `condition` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
