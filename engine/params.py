@@ -1,6 +1,7 @@
 """How a request wants its tokens chosen. Validated once, here; knows nothing of HTTP."""
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
     allowed = f"a finite number from {low:g}" + ("" if high == math.inf else f" to {high:g}")
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise ParameterError(name, f"{name} must be {allowed}; it is {value!r}")
-    if not (low <= value <= high and math.isfinite(value)):
+    if not low <= value <= min(high, sys.float_info.max):  # false for NaN, exact for any int
         raise ParameterError(name, f"{name} must be {allowed}; it is {value}")
 
 

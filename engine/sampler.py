@@ -17,6 +17,9 @@ from engine.params import SamplingParams
 
 _MASK = 2**64 - 1
 
+_HOTTEST = torch.finfo(torch.float32).max
+"""Temperatures above this are taken as this: in float32 they are infinite, and −∞ / ∞ is NaN."""
+
 
 @dataclass(frozen=True, slots=True)
 class Draw:
@@ -52,9 +55,15 @@ class Sampler:
         self._never[torch.tensor(sampleable_ids, device=device)] = False
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-        """One id for each row of logits float32 [R, N], in which forbidden ids are overwritten."""
+        """One id for each row of logits float32 [R, N], in which forbidden ids are overwritten.
+
+        Raises FloatingPointError where a row has no likeliest id: NaN or infinity among its logits.
+        """
         logits.masked_fill_(self._never, -torch.inf)
-        ids = logits.argmax(dim=-1).tolist()
+        best, likeliest = logits.max(dim=-1)
+        if not best.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
+        ids: list[int] = likeliest.tolist()
         for wanted, draw in ((_needs_order, _draw_ordered), (_needs_no_order, _draw_unordered)):
             rows = [row for row, item in enumerate(draws) if wanted(item.params)]
             if rows:
@@ -86,13 +95,14 @@ def _draw_ordered(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     probs = probs.masked_fill(rank >= top_k, 0)
     sums = probs.cumsum(dim=-1, dtype=torch.float64)
     top_p = _column(sums, [draw.params.top_p for draw in draws])
-    probs = probs.masked_fill(sums - probs >= top_p * sums[:, -1:], 0)
+    beyond = (sums - probs >= top_p * sums[:, -1:]) & (rank > 0)  # a tiny top_p rounds to 0
+    probs = probs.masked_fill(beyond, 0)
     return ids.gather(-1, _pick(probs, draws).unsqueeze(-1)).squeeze(-1)
 
 
 def _likely(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Likelihoods [R, N] after temperature, and 0 for ids less likely than min_p of the best."""
-    temperature = _column(logits, [draw.params.temperature for draw in draws])
+    temperature = _column(logits, [min(draw.params.temperature, _HOTTEST) for draw in draws])
     probs = torch.softmax(logits / temperature, dim=-1)
     min_p = _column(probs, [draw.params.min_p for draw in draws])
     return probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0)
