@@ -5,12 +5,12 @@ Owns `ModelConfig` (read from a model folder), `StateSpec` (exact bytes of one s
 Knows no torch modules, and loads none before a model is named: `--help` stays quick.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from engine import fields
 from engine.errors import ConfigurationError, ModelFolderError
 from engine.options import check_options, option
 
@@ -49,32 +49,24 @@ class ModelConfig:
     def from_folder(cls, folder: Path) -> Self:
         """Read and check `folder`/config.json. Raises ModelFolderError."""
         path = folder / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ModelFolderError(
-                f"{folder} has no config.json: give a Hugging Face model folder"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise ModelFolderError(f"{path} cannot be read as JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ModelFolderError(f"{path} must hold a JSON object")
-        return cls.from_dict(raw, str(path))
+        return cls.from_dict(fields.read(path), str(path))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str) -> Self:
         """From a config.json's object; `where` names it in messages. Raises ModelFolderError."""
         _check_kind(raw, where)
-        sizes = {name: _size(raw, name, where) for name in _SIZES}
+        sizes = {name: fields.size(raw, name, where) for name in _SIZES}
         config = cls(
             **sizes,
-            rotary_dim=_size(raw, "rotary_dim", where, default=sizes["n_embd"] // sizes["n_head"]),
-            n_inner=_size(raw, "n_inner", where, default=4 * sizes["n_embd"]),
-            layer_norm_epsilon=float(raw.get("layer_norm_epsilon", 1e-5)),
+            rotary_dim=fields.size(
+                raw, "rotary_dim", where, default=sizes["n_embd"] // sizes["n_head"]
+            ),
+            n_inner=fields.size(raw, "n_inner", where, default=4 * sizes["n_embd"]),
+            layer_norm_epsilon=fields.epsilon(raw, "layer_norm_epsilon", where, default=1e-5),
             bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=_token_ids(raw.get("eos_token_id")),
+            eos_token_ids=fields.token_ids(raw, "eos_token_id", where),
             attention_type=raw.get("attention_type", "cottention"),
-            torch_dtype=raw.get("dtype") or raw.get("torch_dtype") or "float32",
+            torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
         )
         _check_widths(config, where)
         return config
@@ -93,28 +85,12 @@ def _check_kind(raw: dict[str, Any], where: str) -> None:
     from engine.feature_maps import FEATURE_MAPS
 
     attention = raw.get("attention_type", "cottention")
-    if attention not in FEATURE_MAPS:
+    if not isinstance(attention, str) or attention not in FEATURE_MAPS:
         known = ", ".join(sorted(FEATURE_MAPS))
         raise ModelFolderError(f"{where}: attention_type {attention!r} is not one of: {known}")
     for name, allowed in (("activation_function", "gelu_new"), ("tie_word_embeddings", False)):
         if raw.get(name, allowed) != allowed:
             raise ModelFolderError(f"{where}: {name} must be {allowed!r}, it is {raw[name]!r}")
-
-
-def _size(raw: dict[str, Any], name: str, where: str, default: int | None = None) -> int:
-    value = raw.get(name)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelFolderError(f"{where}: {name} must be a whole number from 1, it is {value!r}")
-    return value
-
-
-def _token_ids(value: Any) -> tuple[int, ...]:
-    """`eos_token_id` is a number, a list of them or null."""
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _check_widths(config: ModelConfig, where: str) -> None:
