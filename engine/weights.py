@@ -6,12 +6,11 @@ brings: a `.bin` is read with `weights_only=True`, other pickles are never opene
 """
 
 import json
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -77,26 +76,39 @@ def _listed(what: str, names: object, most: int = 8) -> Iterator[str]:
 def _read_file(path: Path, read: Reader) -> dict[str, Tensor]:
     try:
         weights = read(path)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except UnpicklingError as error:  # its text recommends to load the file unsafely
+        raise ModelFolderError(
+            f"{path} is damaged or holds more than tensors, which is never loaded: fetch it again,"
+            " or convert it to model.safetensors where you trust it"
+        ) from error
+    except Exception as error:  # on damaged bytes the readers raise whatever they trip over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelFolderError(
             f"{path} is damaged or is no weights file ({reason}): fetch it again"
         ) from error
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise ModelFolderError(f"{path} does not hold a table of tensors")
+    if not isinstance(weights, dict) or not all(map(_is_named_tensor, weights.items())):
+        raise ModelFolderError(f"{path} does not hold a table of named tensors")
     return weights
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def _read_shards(folder: Path, index: Path, read: Reader) -> dict[str, Tensor]:
     """All shards that an index names; they must lie beside it."""
     try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted({Path(name) for name in names})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelFolderError(f"{index} is not a weights index: {error!r}") from error
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
     weights: dict[str, Tensor] = {}
     for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise ModelFolderError(f"{index} names {shard}, which is not a file beside it")
+        if shard.name != str(shard) or shard.suffix != suffix or not (folder / shard).is_file():
+            raise ModelFolderError(
+                f"{index} names {shard}, which is not a {suffix} file beside it: fetch it again"
+            )
         weights |= _read_file(folder / shard, read)
     return weights
 
