@@ -75,10 +75,11 @@ def _check_memory(spec: StateSpec, num_slots: int, device: str) -> None:
     available = available_memory(device) - _HEADROOM
     if needed > available:
         most = max(available, 0) // spec.bytes_per_slot
+        remedy = f"give --max-slots {most} or fewer, or a smaller --state-memory"
         raise OutOfMemoryError(
             f"{num_slots} slots of {spec.bytes_per_slot:,} bytes need {needed:,} bytes and only"
-            f" {max(available, 0):,} are available: give --max-slots {most} or fewer, or a smaller"
-            " --state-memory"
+            f" {max(available, 0):,} are available:"
+            f" {remedy if most else 'free memory, or give the container more'}"
         )
 
 
@@ -99,9 +100,23 @@ def _system_memory() -> int:
 
 
 def _container_memory(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a control group still allows; unlimited is a number larger than any memory."""
+    """What a control group, of version 2 or 1, still allows."""
+    version_2 = _group_memory(folder, "memory.max", "memory.current")
+    version_1 = _group_memory(folder / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+    return min(version_2, version_1)
+
+
+def _group_memory(folder: Path, limit: str, usage: str) -> int:
+    """Limit less use; without a limit, a number larger than any memory.
+
+    Cached files count as used and make room when asked: weights that were just read, above all,
+    must not stand in the way of the pool.
+    """
     try:
-        limit = int((folder / "memory.max").read_text())
-        return limit - int((folder / "memory.current").read_text())
-    except (OSError, ValueError):
+        allowed = int((folder / limit).read_text())
+        used = int((folder / usage).read_text())
+        figures = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = int(figures["active_file"]) + int(figures["inactive_file"])
+        return allowed - max(used - cached, 0)
+    except (OSError, ValueError, KeyError):
         return 2**63
