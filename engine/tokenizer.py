@@ -30,6 +30,8 @@ class Tokenizer:
                 f"{where}: the tokenizer's decoder is {decoder.get('type')}; only byte-level BPE"
                 " (decoder ByteLevel) is supported"
             )
+        backend.no_truncation()  # a folder's habits in training must not cut a prompt
+        backend.no_padding()
         self._backend = backend
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.num_ids = max(vocabulary.values()) + 1
@@ -92,7 +94,6 @@ def _from_vocab_and_merges(folder: Path) -> Backend:
     backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(_named_specials(_json(folder / "tokenizer_config.json")))
     added = _json(folder / "added_tokens.json")
     for token, token_id in sorted(added.items(), key=lambda item: item[1]):
         backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
@@ -101,6 +102,7 @@ def _from_vocab_and_merges(folder: Path) -> Backend:
                 f"{folder}/added_tokens.json gives {token!r} the id {token_id}; the next free id"
                 f" is {backend.token_to_id(token)}"
             )
+    backend.add_special_tokens(_named_specials(_json(folder / "tokenizer_config.json")))
     return backend
 
 
