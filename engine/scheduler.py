@@ -62,7 +62,8 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests with slots."""
-        return len(self._reading) + len({choice.request for choice in self._running})
+        running = list(self._running)  # one operation: `stats` asks from other threads
+        return len(self._reading) + len({choice.request for choice in running})
 
     def has_work(self) -> bool:
         """Whether anything waits, is read or runs."""
