@@ -6,6 +6,7 @@ step's outputs, and is called once per step.
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from engine.engine import Engine
 from engine.outputs import EngineStats, Output
@@ -20,7 +21,10 @@ class EngineWorker:
     def __init__(
         self, engine: Engine, deliver: Deliver, on_death: Callable[[BaseException], None]
     ) -> None:
-        """`deliver` gets each step's outputs, never none; `on_death` what ended the thread."""
+        """`deliver` gets each step's outputs, never none; `on_death` what ended the thread.
+
+        A thread that died has closed its engine: nothing more is delivered, nothing more is taken.
+        """
         self._engine = engine
         self._deliver = deliver
         self._on_death = on_death
@@ -64,6 +68,8 @@ class EngineWorker:
             self._loop()
             self._send(self._engine.close())
         except BaseException as error:
+            with suppress(Exception):  # whatever state it is in, it refuses work from now on
+                self._engine.close()
             self._on_death(error)
 
     def _loop(self) -> None:
