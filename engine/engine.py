@@ -8,11 +8,12 @@ import logging
 import queue
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.errors import EngineStoppedError, ParameterError, RequestFailedError
+from engine.errors import EngineStoppedError, ParameterError
 from engine.loading import load
 from engine.outputs import Completion, EngineStats, FinishReason, Output
 from engine.params import SamplingParams
@@ -45,6 +46,7 @@ class Engine:
         self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._is_closed = False
+        self._inboxes: dict[str, deque[Output]] = {}
         self._num_steps = 0
         self._runner.warm_up()
 
@@ -79,13 +81,13 @@ class Engine:
         outputs = self._run_commands()
         self._registry.admit()
         plan = self._scheduler.schedule()
-        return outputs + self._advance(plan) if plan else outputs
+        return self._post(outputs + self._advance(plan) if plan else outputs)
 
     def close(self) -> list[Output]:
         """Take no more work and cancel what is left; gives the last outputs."""
         with self._gate:
             self._is_closed = True
-        return self._run_commands() + self._registry.cancel_all()
+        return self._post(self._run_commands() + self._registry.cancel_all())
 
     def stats(self) -> EngineStats:
         """Figures of this moment."""
@@ -105,13 +107,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
         """Generate in this thread and yield outputs as they come; leaving early cancels."""
-        request_id = self.submit(self._ids(prompt), params or SamplingParams())
-        try:
-            while self.has_work():
-                yield from (out for out in self.step() if out.request_id == request_id)
-        finally:
-            self.cancel(request_id)
-            self._run_commands()
+        yield from self._follow({uuid.uuid4().hex: prompt}, params or SamplingParams())
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None
@@ -121,17 +117,52 @@ class Engine:
         Raises RequestFailedError where the engine failed on one of them.
         """
         params = params or SamplingParams()
-        order = [self.submit(self._ids(prompt), params) for prompt in prompts]
+        named = {uuid.uuid4().hex: prompt for prompt in prompts}
         parts: dict[tuple[str, int], list[Output]] = {
-            (request_id, index): [] for request_id in order for index in range(params.n)
+            (request_id, index): [] for request_id in named for index in range(params.n)
         }
-        while self.has_work():
-            for output in self.step():
-                parts[output.request_id, output.choice].append(output)
-        return [_completion(outputs) for outputs in parts.values()]
+        for output in self._follow(named, params):
+            parts[output.request_id, output.choice].append(output)
+        return [Completion.of(outputs) for outputs in parts.values()]
+
+    def _follow(self, prompts: dict[str, Prompt], params: SamplingParams) -> Iterator[Output]:
+        """Outputs of prompts under these ids, stepping in this thread; leaving early cancels.
+
+        Several may be followed in turn: what a step brings for another waits in its inbox.
+        """
+        inbox: deque[Output] = deque()
+        self._inboxes |= dict.fromkeys(prompts, inbox)
+        try:
+            for request_id, prompt in prompts.items():
+                self.submit(self._ids(prompt), params, request_id=request_id)
+            num_unfinished = len(prompts) * params.n
+            while num_unfinished:
+                if not inbox:
+                    self.step()
+                while inbox:
+                    output = inbox.popleft()
+                    num_unfinished -= output.finish_reason is not None
+                    yield output
+        finally:
+            for request_id in prompts:
+                del self._inboxes[request_id]
+                self.cancel(request_id)
+            self._post(self._run_commands())
+
+    def _post(self, outputs: list[Output]) -> list[Output]:
+        """Put each output into the inbox of whoever follows its request in the engine's thread."""
+        for output in outputs:
+            if output.request_id in self._inboxes:
+                self._inboxes[output.request_id].append(output)
+        return outputs
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, str):
+            return prompt
+        try:
+            return self.tokenizer.encode(prompt)
+        except TypeError:  # what the tokenizers library says to text that is no Unicode
+            raise ParameterError("prompt", "prompt has a lone surrogate (no character)") from None
 
     def _check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         if not prompt_ids:
@@ -167,11 +198,3 @@ class Engine:
     def _fail(self, request: Request, error: Exception) -> list[Output]:
         what = f"the engine failed on this request ({type(error).__name__})"
         return self._registry.end(request, FinishReason.ERROR, what)
-
-
-def _completion(outputs: list[Output]) -> Completion:
-    last = outputs[-1]
-    if last.finish_reason is FinishReason.ERROR or last.finish_reason is None:
-        raise RequestFailedError(last.error or "the request did not finish")
-    ids = tuple(token_id for output in outputs for token_id in output.token_ids)
-    return Completion("".join(output.text for output in outputs), ids, last.finish_reason)

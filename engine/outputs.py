@@ -1,7 +1,11 @@
 """What the engine says: a piece of one choice per step, and its figures. Knows no transport."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Self
+
+from engine.errors import RequestFailedError
 
 
 class FinishReason(StrEnum):
@@ -57,3 +61,12 @@ class Completion:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
+
+    @classmethod
+    def of(cls, outputs: Sequence[Output]) -> Self:
+        """All outputs of one choice, the last one included. Raises RequestFailedError."""
+        last = outputs[-1]
+        if last.finish_reason is FinishReason.ERROR or last.finish_reason is None:
+            raise RequestFailedError(last.error or "the request did not finish")
+        ids = tuple(token_id for output in outputs for token_id in output.token_ids)
+        return cls("".join(output.text for output in outputs), ids, last.finish_reason)

@@ -58,7 +58,7 @@ class Request:
     ) -> "Request":
         """A request nobody has worked on; draws a fresh seed where none is given."""
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = cls(request_id, prompt_ids, params, seed)
+        request = cls(request_id, tuple(prompt_ids), params, seed)
         for index in range(params.n):
             text = Detokenizer(token_bytes, params.stop)
             request.choices.append(Choice(request, index, text, position=len(prompt_ids)))
