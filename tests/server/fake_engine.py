@@ -6,6 +6,7 @@ prompt, so that a test can ask for a fault or for a certain text:
     "fail"        ends with an error after one letter
     "die"         kills the engine's thread
     "quiet"       says nothing until its last token
+    "loud"        says each letter a thousand times
     "say:<text>"  says exactly <text>, a character a step, then stops
 """
 
@@ -64,9 +65,7 @@ class FakeEngine:
         self._lock = threading.Lock()
         self._closed = False
 
-    def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str
-    ) -> str:
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str) -> str:
         if not prompt_ids:
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < 256:
@@ -136,6 +135,8 @@ class FakeEngine:
             text, reason = wanted[said], FinishReason.STOP if said + 1 == len(wanted) else None
         if request.said == request.params.max_tokens:
             reason = reason or FinishReason.LENGTH
+        if request.prompt == "loud":
+            text *= 1000
         if request.prompt == "quiet" and reason is None:
             text = ""
         self.num_generated += len(request.unfinished)

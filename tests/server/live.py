@@ -34,9 +34,7 @@ class Live:
 
     def events(self, **body: Any) -> list[Any]:
         """The events of a streamed answer, parsed; [DONE] as text."""
-        return [
-            data if data == "[DONE]" else json.loads(data) for data in self.stream_data(**body)
-        ]
+        return [data if data == "[DONE]" else json.loads(data) for data in self.stream_data(**body)]
 
     def stream_data(self, **body: Any) -> list[str]:
         response = self.client.post("/v1/completions", json={"stream": True} | body)
@@ -49,7 +47,10 @@ class Live:
         """Send a request by hand and leave the answer unread."""
         host, port = self.url.removeprefix("http://").split(":")
         raw = json.dumps(body).encode()
-        sock = socket.create_connection((host, int(port)), timeout=20)
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or stalling takes megabytes
+        sock.settimeout(20)
+        sock.connect((host, int(port)))
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
         sock.sendall(head.encode() + raw)
         return sock

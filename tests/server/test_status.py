@@ -1,0 +1,89 @@
+"""What the server says of itself: models, health, readiness, figures, its description."""
+
+import re
+
+from tests.server.live import Live, eventually, serving
+
+
+def figures(live: Live) -> dict[str, float]:
+    text = live.client.get("/metrics").text
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+    return {re.sub(r',?model_name="fake"', "", name): float(value) for name, value in lines}
+
+
+def test_the_model_is_listed_and_described(shared: Live) -> None:
+    listed = shared.client.get("/v1/models").json()
+    (model,) = listed["data"]
+    assert listed["object"] == "list"
+    assert model == shared.client.get("/v1/models/fake").json()
+    assert (model["id"], model["object"]) == ("fake", "model")
+    assert model["created"] > 1_600_000_000
+
+
+def test_figures_follow_the_work() -> None:
+    with serving() as live:
+        live.complete(prompt="hello", max_tokens=7)
+        live.engine.may_step.clear()
+        with live.connect(prompt="xy", n=2):
+            eventually(lambda: live.engine.running)
+            told = figures(live)
+        live.engine.may_step.set()
+    assert told["cottention:num_requests_running{}"] == 1
+    assert told["cottention:num_requests_waiting{}"] == 0
+    assert told["cottention:prompt_tokens_total{}"] == 7
+    assert told["cottention:generation_tokens_total{}"] == 7
+    assert told['cottention:request_success_total{finished_reason="length"}'] == 1
+    assert told['cottention:request_success_total{finished_reason="stop"}'] == 0
+    assert told["cottention:num_slots{}"] == 64
+    assert told["cottention:num_free_slots{}"] == 62
+    assert told["cottention:state_pool_bytes{}"] == 64_000
+    assert told["cottention:bytes_per_session{}"] == 1000
+    assert told["process_resident_memory_bytes"] > 0
+
+
+def test_figures_have_prometheus_content_type(shared: Live) -> None:
+    response = shared.client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    assert "# TYPE cottention:num_requests_running gauge" in response.text
+
+
+def test_alive_and_ready(shared: Live) -> None:
+    assert shared.client.get("/health").status_code == 200
+    assert shared.client.get("/ready").status_code == 200
+
+
+def test_draining_is_alive_and_not_ready() -> None:
+    with serving() as live:
+        live.bridge.drain()
+        assert live.client.get("/health").status_code == 200
+        for response in (live.client.get("/ready"), live.complete(prompt="x")):
+            assert response.status_code == 503
+            assert int(response.headers["retry-after"]) > 0
+            assert "shutting down" in response.json()["error"]["message"]
+
+
+def test_a_dead_engine_ends_streams_with_an_error_and_health_with_503() -> None:
+    with serving() as live:
+        live.engine.may_step.clear()
+        with live.connect(prompt="x", stream=True, max_tokens=100) as stream:
+            eventually(lambda: live.engine.running)
+            with live.connect(prompt="die"):
+                eventually(lambda: len(live.engine.running) == 2)
+                live.engine.may_step.set()
+                received = b""
+                while not received.endswith(b"0\r\n\r\n"):
+                    received += stream.recv(10_000)
+        assert b'"type": "server_error"' in received
+        assert b"[DONE]" not in received
+        response = live.client.get("/health")
+        assert response.status_code == 503
+        assert "told to die" not in response.text
+        assert live.client.get("/ready").status_code == 503
+        assert live.complete(prompt="x").status_code == 503
+        live.bridge.drain()
+        assert live.client.get("/health").status_code == 503
+
+
+def test_the_description_names_the_endpoints(shared: Live) -> None:
+    paths = shared.client.get("/openapi.json").json()["paths"]
+    assert {"/v1/completions", "/v1/models", "/health", "/ready", "/metrics"} <= paths.keys()

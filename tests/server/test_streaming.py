@@ -1,0 +1,129 @@
+"""Streamed completions: exact bytes, interleaving, usage, what an error or an idle stream sends."""
+
+import json
+
+from engine.outputs import FinishReason
+from server.reading import Piece
+from server.streaming import CompletionEvents, Heading
+from tests.server.live import Live, eventually, serving
+
+HEADING = Heading("cmpl-1", "text_completion", 7, "m")
+HEAD = '"id":"cmpl-1","object":"text_completion","created":7,"model":"m"'
+
+
+def piece(text: str, reason: FinishReason | None = None) -> Piece:
+    made = Piece()
+    made.add(text, reason)
+    return made
+
+
+def test_an_event_s_bytes() -> None:
+    events = CompletionEvents(HEADING, include_usage=False)
+    assert events.pieces({0: piece('a"\u2028é\n')}) == (
+        f'data: {{{HEAD},"choices":[{{"index":0,"text":"a\\"\\u2028\\u00e9\\n","logprobs":null,'
+        '"finish_reason":null}]}\n\n'
+    )
+    assert events.last({}) == "data: [DONE]\n\n"
+
+
+def test_an_event_s_bytes_beside_usage() -> None:
+    events = CompletionEvents(HEADING, include_usage=True)
+    assert events.pieces({1: piece("", FinishReason.LENGTH)}) == (
+        f'data: {{{HEAD},"choices":[{{"index":1,"text":"","logprobs":null,'
+        '"finish_reason":"length"}],"usage":null}\n\n'
+    )
+    assert events.last({"prompt_tokens": 1}) == (
+        f'data: {{{HEAD},"choices":[],"usage":{{"prompt_tokens":1}}}}\n\ndata: [DONE]\n\n'
+    )
+
+
+def test_a_piece_that_tells_nothing_is_no_event() -> None:
+    assert CompletionEvents(HEADING, include_usage=True).pieces({0: piece("")}) == ""
+
+
+def test_a_model_name_is_escaped_in_every_event() -> None:
+    events = CompletionEvents(Heading("i", "o", 1, 'a"\n'), include_usage=False)
+    assert json.loads(events.pieces({0: piece("x")})[6:])["model"] == 'a"\n'
+
+
+def test_a_stream_s_headers_and_end(shared: Live) -> None:
+    response = shared.client.post("/v1/completions", json={"prompt": "x", "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert "content-length" not in response.headers
+    assert response.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_stream_and_a_whole_answer_say_the_same(shared: Live) -> None:
+    *chunks, done = shared.events(prompt=["say:one", "x"], n=2, max_tokens=5)
+    assert done == "[DONE]"
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    told = dict.fromkeys(range(4), "")
+    reasons: dict[int, str] = {}
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        assert choice["index"] not in reasons, "a choice spoke after its end"
+        told[choice["index"]] += choice["text"]
+        if choice["finish_reason"]:
+            reasons[choice["index"]] = choice["finish_reason"]
+        assert "usage" not in chunk
+    whole = shared.complete(prompt=["say:one", "x"], n=2, max_tokens=5).json()["choices"]
+    assert told == {choice["index"]: choice["text"] for choice in whole}
+    assert reasons == {choice["index"]: choice["finish_reason"] for choice in whole}
+
+
+def test_usage_comes_in_a_chunk_of_its_own(shared: Live) -> None:
+    *chunks, usage, done = shared.events(
+        prompt=["ab", "c"], n=2, max_tokens=3, stream_options={"include_usage": True}
+    )
+    assert done == "[DONE]"
+    assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
+    assert usage["choices"] == []
+    assert usage["usage"] == {"prompt_tokens": 3, "completion_tokens": 12, "total_tokens": 15}
+
+
+def test_steps_without_text_are_not_sent(shared: Live) -> None:
+    (chunk, _) = shared.events(prompt="quiet", max_tokens=20)
+    assert chunk["choices"][0]["finish_reason"] == "length"
+
+
+def test_an_error_is_an_event_and_the_end(shared: Live) -> None:
+    *chunks, error = shared.events(prompt=["fail", "fine"], max_tokens=1000)
+    assert error["error"]["type"] == "server_error"
+    assert "secret" not in json.dumps(error)
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+    eventually(lambda: not shared.engine.running)
+
+
+def test_bad_input_of_a_stream_is_a_plain_400(shared: Live) -> None:
+    response = shared.complete(prompt="x", stream=True, max_tokens=0)
+    assert response.status_code == 400
+    assert response.headers["content-type"] == "application/json"
+
+
+def test_an_idle_stream_gets_comments() -> None:
+    with serving(keep_alive_seconds=0.02) as live:
+        live.engine.may_step.clear()
+        body = {"prompt": "x", "stream": True, "max_tokens": 2}
+        with live.client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert [next(lines), next(lines)] == [": keep-alive", ""]
+            live.engine.may_step.set()
+            assert list(lines)[-2] == "data: [DONE]"
+
+
+def test_what_a_reader_has_not_read_is_merged() -> None:
+    """A reader that stalls gets all the text, in far fewer events than steps."""
+    num_tokens = 8000
+    with serving() as live:
+        with live.connect(prompt="loud", stream=True, max_tokens=num_tokens) as sock:
+            eventually(lambda: not live.engine.running)
+            received = bytearray()
+            while b"[DONE]" not in received[-100:]:
+                received += sock.recv(1 << 20)
+        events = [line for line in received.split(b"\n") if line.startswith(b"data: {")]
+        assert len(events) < num_tokens * 3 / 4
+        text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in events)
+        letters = "abcdefghijklmnopqrstuvwxyz"
+        assert text == "".join(letters[step % 26] * 1000 for step in range(num_tokens))
