@@ -1,0 +1,30 @@
+"""A process that serves a fake engine as `cottention serve` serves a real one; for signals.
+
+Arguments: seconds per step, seconds to drain.
+"""
+
+import sys
+from functools import partial
+from typing import cast
+
+from engine.engine import Engine
+from engine.worker import EngineWorker
+from server.app import create_app
+from server.bridge import Bridge
+from server.lifecycle import bind_socket, run_server, url_of
+from server.settings import ServerConfig
+from tests.server.fake_engine import FakeEngine
+
+
+def main() -> int:
+    engine = cast(Engine, FakeEngine(step_seconds=float(sys.argv[1])))
+    config = ServerConfig(port=0, drain_seconds=float(sys.argv[2]))
+    bridge = Bridge(engine, partial(EngineWorker, engine))
+    sock = bind_socket(config.host, config.port)
+    url = url_of(sock)
+    app = create_app(bridge, config)
+    return run_server(app, bridge, config, sock, lambda: print(url, flush=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The command: its pages, its mistakes in one line, and each word against a real small model."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server import cli
+from server.lifecycle import bind_socket
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: object, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    """`cottention ARGUMENTS` in a process of its own."""
+    command = [sys.executable, "-m", "server", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Status and message of a command that fails, in this process; the message is one line."""
+    try:
+        status = cli.main([str(each) for each in arguments])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1, told.err
+    assert told.out == ""
+    return status, told.err
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = "import sys, server.cli as c\ntry: c.main(['serve', '--help'])\n"
+    code += "finally: print(sorted({'torch', 'fastapi', 'pydantic'} & set(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.endswith("[]\n")
+    assert "--max-slots" in found.stdout
+    assert "--drain-seconds" in found.stdout
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("cottention ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "required: COMMAND"),
+        (("sever",), "choose from"),
+        (("serve", "--prot", "9"), "there is no --prot; did you mean --port? see cottention serve"),
+        (("serve", "--port", "many"), "--port must be a whole number"),
+        (("serve", "--max-slots", "1", "--state-memory", "1G"), "not both"),
+        (("generate", "x", "--top-p", "2"), "top_p must be"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
+) -> None:
+    status, told = fails(capsys, *arguments)
+    assert status == 2 or "top_p" in told
+    assert says in told
+
+
+def test_a_folder_that_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, told = fails(capsys, "info", tmp_path)
+    assert status == 1
+    assert str(tmp_path) in told
+
+
+def test_a_folder_that_is_not_there_is_one_line_from_the_process_too(tmp_path: Path) -> None:
+    done = run("serve", tmp_path / "nowhere", "--port", 0)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use_is_told_before_the_model_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with bind_socket("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        status, told = fails(capsys, "serve", tmp_path / "nowhere", "--port", port)
+    assert status == 2
+    assert (
+        f"127.0.0.1:{port}: Address already in use; choose another with --host and --port" in told
+    )
+
+
+def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder: Path) -> None:
+    assert cli.main(["info", str(gptj_folder), "--max-slots", "2"]) == 0
+    facts = dict(line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines())
+    told = {name.strip(): value.strip() for name, value in facts.items()}
+    assert told["model"] == "cottention-gptj"
+    assert told["parameters"] == "124,104"
+    assert told["bytes per session"].startswith("8,192")
+    assert told["sessions per GB"] == f"{10**9 // 8192:,}"
+    assert {"state", "denominator", "trained length", "runs on"} <= told.keys()
+
+
+def test_generate_reads_standard_input_and_repeats_itself(
+    capsys: pytest.CaptureFixture[str], gptj_folder: Path
+) -> None:
+    flags = ["--model", str(gptj_folder), "--max-tokens", "12", "--seed", "5", "--max-slots", "1"]
+    first = run("generate", "-", *flags, stdin="def f(")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.endswith("\n")
+    assert len(first.stdout) > 5
+    assert cli.main(["generate", "def f(", *flags]) == 0
+    assert capsys.readouterr().out == first.stdout
+
+
+def test_generate_refuses_input_that_is_no_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "raw").write_bytes(b"\xff")
+    with (tmp_path / "raw").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, told = fails(capsys, "generate")
+    assert status == 2
+    assert "not UTF-8" in told
+
+
+def test_an_interrupt_ends_generate_quietly(gptj_folder: Path) -> None:
+    command = [sys.executable, "-m", "server", "generate", "x", "--max-tokens", "900000"]
+    with subprocess.Popen(
+        [*command, "--model", str(gptj_folder)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as popen:
+        assert popen.stdout
+        assert popen.stderr
+        assert popen.stdout.read(1)
+        popen.send_signal(signal.SIGINT)
+        popen.stdout.read()
+        assert popen.stderr.read() == b""
+        assert popen.wait(20) == 130
+
+
+def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
+    """The whole way: variables, a model folder's name, the printed URL, a stream, SIGTERM."""
+    folder = shutil.copytree(gptj_folder, tmp_path / "tiny")
+    variables = os.environ | {"COTTENTION_PORT": "0", "COTTENTION_MODEL": str(folder)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "server", "serve", "--max-slots", "4"],
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as popen:
+        try:
+            assert popen.stdout
+            assert popen.stderr
+            model, memory, ready = (popen.stdout.readline() for _ in range(3))
+            assert "tiny, float32 on cpu" in model
+            assert "4 slots of 8,192 bytes" in memory
+            url = ready.split()[-1]
+            body = {"prompt": "def f(", "max_tokens": 5, "model": "tiny", "seed": 1}
+            whole = httpx.post(f"{url}/v1/completions", json=body, timeout=20).json()
+            assert whole["usage"]["completion_tokens"] <= 5
+            streamed = httpx.post(f"{url}/v1/completions", json=body | {"stream": True}, timeout=20)
+            assert streamed.text.endswith("data: [DONE]\n\n")
+            time.sleep(0.05)
+            popen.send_signal(signal.SIGTERM)
+            assert popen.wait(20) == 0
+            assert popen.stderr.read() == ""
+        finally:
+            popen.kill()
