@@ -11,7 +11,7 @@
 namespace cottention {
 
 constexpr int64_t kPanel = 64;         // output columns that a packed weight holds side by side
-constexpr int64_t kTaskRows = 96;      // rows of x per task of the product
+constexpr int64_t kTaskRows = 48;      // rows of x per task of the product
 constexpr float kDenominatorFloor = 1e-6f;
 constexpr float kNormFloor = 1e-12f;
 constexpr int32_t kPaddingSlot = -1;
@@ -35,9 +35,11 @@ struct RecurrentParams {
   const int32_t* slots;        // [B]
   const int32_t* offsets;      // [B + 1]; null: one token per slot
   int64_t segments, heads, key_width, value_width;
-  int64_t block_rows;          // value rows per task, a multiple of 8
+  int64_t share_rows;          // value rows per task, a multiple of 8
 
-  [[gnu::always_inline]] int64_t blocks() const { return (value_width + block_rows - 1) / block_rows; }
+  [[gnu::always_inline]] int64_t shares() const {
+    return (value_width + share_rows - 1) / share_rows;
+  }
   [[gnu::always_inline]] int64_t first(int64_t segment) const {
     return offsets ? offsets[segment] : segment;
   }
@@ -50,7 +52,7 @@ struct LinearParams {
   float* out;                  // [rows, columns]
   int64_t rows, channels, columns, x_stride;
 
-  [[gnu::always_inline]] int64_t row_tasks() const { return (rows + kTaskRows - 1) / kTaskRows; }
+  [[gnu::always_inline]] int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
 };
 
 struct FeatureParams {
@@ -70,8 +72,8 @@ struct GeluParams {
 
 struct Kernels {
   void (*denominators)(const RecurrentParams&, int64_t task);  // tasks: segments × heads
-  void (*recurrent)(const RecurrentParams&, int64_t task);     // tasks: segments × heads × blocks
-  void (*linear)(const LinearParams&, int64_t task);           // tasks: panels × row_tasks
+  void (*recurrent)(const RecurrentParams&, int64_t task);     // tasks: segments × heads × shares
+  void (*linear)(const LinearParams&, int64_t task);           // tasks: blocks of rows × panels
   void (*features)(const FeatureParams&, int64_t token);
   void (*gelu)(const GeluParams&, int64_t row);
 };

@@ -61,9 +61,10 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   p.channels = x.size(1);
   p.columns = out_features;
   p.x_stride = x.stride(0);
-  const int64_t products = std::min(p.rows, kTaskRows) * kPanel * p.channels;
+  const int64_t tasks = ceil_div(p.rows, kTaskRows) * p.panels();
+  const int64_t products = std::max<int64_t>(1, std::min(p.rows, kTaskRows) * kPanel * p.channels);
   const Kernels& table = kernels();
-  for_each_task(packed.size(0) * p.row_tasks(), kProductsPerThread / std::max<int64_t>(1, products),
+  for_each_task(tasks, kProductsPerThread / products,
                 [&](int64_t task) { table.linear(p, task); });
   return out;
 }

@@ -2,7 +2,8 @@
 //
 // A panel of 64 output columns meets a few rows of x whose sums stay in registers. Channels are
 // taken in blocks so that a panel's block stays in the first cache while all rows of the task pass
-// it; between blocks the sums rest in a tile of float32, which leaves the chain as it was.
+// it; between blocks the sums rest in a tile of float32, which leaves the chain as it was. The
+// groups of rows share the fetching of the next block, so that memory works while they compute.
 // Included by kernels.cpp only.
 #pragma once
 
@@ -24,9 +25,15 @@ constexpr int kMaxRows = 2;
 constexpr int across(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
-// Adds `channels` terms to the sums of R rows and across(R) × 16 columns at `tile`.
+// A block of a panel's channels, and the columns [first, last) of the next that are to be fetched.
+struct PanelBlock {
+  const float* data;
+  int64_t channels, first_fetched, last_fetched;
+};
+
+// Adds the block's terms to the sums of R rows and across(R) × 16 columns from `column` on.
 template <int R>
-inline void extend_chains(const float* x, int64_t x_stride, const float* panel, int64_t channels,
+inline void extend_chains(const float* x, int64_t x_stride, const PanelBlock& block, int64_t column,
                           float* tile) {
   constexpr int A = across(R);
   Lanes sums[R][A];
@@ -34,7 +41,13 @@ inline void extend_chains(const float* x, int64_t x_stride, const float* panel, 
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) sums[r][a] = load(tile + r * kPanel + a * kLanes);
-  for (int64_t c = 0; c < channels; ++c, panel += kPanel) {
+  const int64_t end = column + A * kLanes;
+  const int64_t first = block.first_fetched > column ? block.first_fetched : column;
+  const int64_t last = least(block.last_fetched, end);
+  const float* panel = block.data + column;
+  const float* next = block.data + block.channels * kPanel;
+  for (int64_t c = 0; c < block.channels; ++c, panel += kPanel, next += kPanel) {
+    for (int64_t j = first; j < last; j += kLanes) __builtin_prefetch(next + j, 0, 2);
     Lanes weights[A];
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) weights[a] = load(panel + a * kLanes);
@@ -52,13 +65,12 @@ inline void extend_chains(const float* x, int64_t x_stride, const float* panel, 
 }
 
 template <int R>
-inline void extend_rows(const float* x, int64_t x_stride, const float* panel, int64_t channels,
-                        float* tile) {
+inline void extend_rows(const float* x, int64_t x_stride, const PanelBlock& block, float* tile) {
   for (int64_t column = 0; column < kPanel; column += across(R) * kLanes)
-    extend_chains<R>(x, x_stride, panel + column, channels, tile + column);
+    extend_chains<R>(x, x_stride, block, column, tile + column);
 }
 
-using ExtendRows = void (*)(const float*, int64_t, const float*, int64_t, float*);
+using ExtendRows = void (*)(const float*, int64_t, const PanelBlock&, float*);
 
 inline ExtendRows extend_rows_for(int64_t rows) {
 #if defined(__AVX2__)
@@ -72,20 +84,22 @@ inline ExtendRows extend_rows_for(int64_t rows) {
 }
 
 // One block of channels for all rows of a task, in groups of nearly equal size.
-inline void extend_task(const LinearParams& p, const float* x, const float* panel, int64_t rows,
-                        int64_t channels, float* tile) {
+inline void extend_task(const LinearParams& p, const float* x, PanelBlock block, int64_t rows,
+                        float* tile) {
   const int64_t groups = (rows + kMaxRows - 1) / kMaxRows;
+  constexpr int64_t lines = kPanel / kLanes;
   for (int64_t g = 0, row = 0; g < groups; ++g) {
     const int64_t count = (rows - row + groups - g - 1) / (groups - g);
-    extend_rows_for(count)(x + row * p.x_stride, p.x_stride, panel, channels, tile + row * kPanel);
+    block.first_fetched = g * lines / groups * kLanes;
+    block.last_fetched = (g + 1) * lines / groups * kLanes;
+    extend_rows_for(count)(x + row * p.x_stride, p.x_stride, block, tile + row * kPanel);
     row += count;
   }
 }
 
 inline void write_rows(const LinearParams& p, int64_t first, int64_t rows, int64_t column,
                        const float* tile) {
-  const int64_t left = p.columns - column;
-  const int64_t count = left < kPanel ? left : kPanel;
+  const int64_t count = least(p.columns - column, kPanel);
   for (int64_t r = 0; r < rows; ++r) {
     float* out = p.out + (first + r) * p.columns + column;
     for (int64_t j = 0; j < count; ++j)
@@ -95,14 +109,14 @@ inline void write_rows(const LinearParams& p, int64_t first, int64_t rows, int64
 
 inline void linear(const LinearParams& p, int64_t task) {
   alignas(64) float tile[kTaskRows * kPanel];
-  const int64_t panel = task / p.row_tasks();
-  const int64_t first = task % p.row_tasks() * kTaskRows;
-  const int64_t rows = p.rows - first < kTaskRows ? p.rows - first : kTaskRows;
+  const int64_t panel = task % p.panels();  // the rows stay in the second cache, panels pass
+  const int64_t first = task / p.panels() * kTaskRows;
+  const int64_t rows = least(p.rows - first, kTaskRows);
   __builtin_memset(tile, 0, rows * kPanel * sizeof(float));
   for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
-    const int64_t left = p.channels - c;
-    extend_task(p, p.x + first * p.x_stride + c, p.packed + (panel * p.channels + c) * kPanel, rows,
-                left < kChannelBlock ? left : kChannelBlock, tile);
+    const float* weights = p.packed + (panel * p.channels + c) * kPanel;
+    const PanelBlock block{weights, least(p.channels - c, kChannelBlock), 0, 0};
+    extend_task(p, p.x + first * p.x_stride + c, block, rows, tile);
   }
   write_rows(p, first, rows, panel * kPanel, tile);
 }

@@ -13,9 +13,15 @@ namespace cottention {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls task(i) for i in [0, count). `least` tasks are worth waking a thread for.
+// How many neighbouring tasks a thread takes at a time: runs of them lie side by side in memory.
+// Tasks of one length allow long runs, tasks of many lengths none.
+inline int64_t even_run(int64_t count) {
+  return std::max<int64_t>(1, count / (8 * int64_t(torch::stable::get_num_threads())));
+}
+
+// Calls task(i) for i in [0, count), `run` at a time. `least` tasks are worth waking a thread for.
 template <class Task>
-void for_each_task(int64_t count, int64_t least, const Task& task) {
+void for_each_task(int64_t count, int64_t least, int64_t run, const Task& task) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t workers = std::min(threads, ceil_div(count, std::max<int64_t>(least, 1)));
   if (workers <= 1) {
@@ -24,8 +30,14 @@ void for_each_task(int64_t count, int64_t least, const Task& task) {
   }
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) task(i);
+    for (int64_t first = next.fetch_add(run); first < count; first = next.fetch_add(run))
+      for (int64_t i = first; i < std::min(first + run, count); ++i) task(i);
   });
+}
+
+template <class Task>
+void for_each_task(int64_t count, int64_t least, const Task& task) {
+  for_each_task(count, least, even_run(count), task);
 }
 
 }  // namespace cottention

@@ -14,7 +14,6 @@
 namespace cottention {
 namespace {
 
-constexpr int64_t kBlockElements = 4096;      // 16 KB of state: half of a small first cache
 constexpr int64_t kElementsPerThread = 16384;  // below this a thread costs more than it gives
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -83,22 +82,22 @@ void check_offsets(const std::optional<Tensor>& offsets, int64_t segments, int64
     STD_TORCH_CHECK(at[i] <= at[i + 1], "offsets must not fall");
 }
 
-// Value rows per task: what fits the first cache, or fewer where threads would stand idle.
-int64_t block_rows(int64_t segments, int64_t heads, int64_t key_width, int64_t value_width) {
-  const int64_t fitting = std::max<int64_t>(8, kBlockElements / key_width / 8 * 8);
+// Value rows per task: all of a head, or fewer where threads would stand idle.
+int64_t share_rows(int64_t segments, int64_t heads, int64_t value_width) {
   const int64_t tasks = 2 * int64_t(torch::stable::get_num_threads());
-  const int64_t blocks = ceil_div(tasks, std::max<int64_t>(1, segments * heads));
-  const int64_t sharing = ceil_div(ceil_div(value_width, blocks), 8) * 8;
-  return std::min({fitting, sharing, value_width});
+  const int64_t shares = ceil_div(tasks, std::max<int64_t>(1, segments * heads));
+  return std::min(ceil_div(ceil_div(value_width, shares), 8) * 8, value_width);
 }
 
 void run(const RecurrentParams& p, int64_t tokens) {
   const Kernels& table = kernels();
   const int64_t work = std::max<int64_t>(1, ceil_div(tokens, p.segments) * p.key_width);
+  const int64_t heads = p.segments * p.heads, shares = heads * p.shares();
+  const bool is_even = tokens <= p.segments;
   if (p.z)
-    for_each_task(p.segments * p.heads, kElementsPerThread / work,
+    for_each_task(heads, kElementsPerThread / work, is_even ? even_run(heads) : 1,
                   [&](int64_t task) { table.denominators(p, task); });
-  for_each_task(p.segments * p.heads * p.blocks(), kElementsPerThread / (work * p.block_rows),
+  for_each_task(shares, kElementsPerThread / (work * p.share_rows), is_even ? even_run(shares) : 1,
                 [&](int64_t task) { table.recurrent(p, task); });
 }
 
@@ -129,7 +128,7 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.heads = heads;
   p.key_width = q.size(2);
   p.value_width = v.size(2);
-  p.block_rows = block_rows(segments, heads, p.key_width, p.value_width);
+  p.share_rows = share_rows(segments, heads, p.value_width);
   run(p, tokens);
   return out;
 }

@@ -1,8 +1,9 @@
 // The recurrence on value rows: state += v ⊗ k, out = state q, token after token.
 //
-// A block of value rows stays in the first cache while a whole segment runs through it, so prefill
-// moves the state once, and a token's arithmetic is the same in prefill and in decode: one chain
-// of sixteen lanes along the keys, folded in one order. Included by kernels.cpp only.
+// A block of value rows stays in the first cache while a chunk of tokens runs through it, and a
+// head's rows in the second while the segment does, so prefill moves the state once. A token's
+// arithmetic is the same in prefill and in decode: one chain of sixteen lanes along the keys,
+// folded in one order. Included by kernels.cpp only.
 #pragma once
 
 #include "kernels.h"
@@ -16,7 +17,14 @@ constexpr int kRowGroup = 8;
 constexpr int kRowGroup = 4;
 #endif
 
-// One token on kRowGroup value rows: h [kRowGroup, width] in place, sums[r] = h_r · q.
+constexpr int64_t kFetchAhead = 2048;     // elements of state
+constexpr int64_t kTokensAhead = 2;
+constexpr int64_t kTokenChunk = 32;       // its keys and queries stay in the second cache
+constexpr int64_t kBlockElements = 4096;  // 16 KB of state: half of a small first cache
+
+// One token on kRowGroup value rows: h [kRowGroup, width] in place, sums[r] = h_r · q. At a
+// segment's first token the rows come from memory, and those ahead are asked for in their order.
+template <bool kIsFirst>
 inline void advance_rows(float* h, const float* k, const float* q, const float* v, int64_t width,
                          Quad* sums) {
   Lanes total[kRowGroup], value[kRowGroup];
@@ -30,6 +38,7 @@ inline void advance_rows(float* h, const float* k, const float* q, const float* 
     const Lanes key = load(k + j), query = load(q + j);
 #pragma GCC unroll 8
     for (int r = 0; r < kRowGroup; ++r) {
+      if (kIsFirst) __builtin_prefetch(h + kFetchAhead + j * kRowGroup + r * kLanes, 1);
       const Lanes row = multiply_add(value[r], key, load(h + r * width + j));
       store(h + r * width + j, row);
       total[r] = multiply_add(row, query, total[r]);
@@ -46,7 +55,8 @@ inline void advance_rows(float* h, const float* k, const float* q, const float* 
   }
 #pragma GCC unroll 2
   for (int r = 0; r < kRowGroup; r += 4)
-    sums[r / 4] = finish(fold(total[r]), fold(total[r + 1]), fold(total[r + 2]), fold(total[r + 3]));
+    sums[r / 4] =
+        finish(fold(total[r]), fold(total[r + 1]), fold(total[r + 2]), fold(total[r + 3]));
 }
 
 inline void zero_outputs(const RecurrentParams& p, int64_t segment, int64_t head, int64_t row,
@@ -56,6 +66,7 @@ inline void zero_outputs(const RecurrentParams& p, int64_t segment, int64_t head
 }
 
 // One token on a block of rows; out is divided by the token's denominator where there is one.
+template <bool kIsFirst>
 inline void advance_block(const RecurrentParams& p, float* h, int64_t token, int64_t head,
                           int64_t row, int64_t rows) {
   const float* q = p.q.at(token, head);
@@ -65,7 +76,7 @@ inline void advance_block(const RecurrentParams& p, float* h, int64_t token, int
   const float below = p.denominators ? p.denominators[token * p.heads + head] : 1.0f;
   for (int64_t r = 0; r < rows; r += kRowGroup) {
     Quad sums[kRowGroup / 4];
-    advance_rows(h + r * p.key_width, k, q, v + r, p.key_width, sums);
+    advance_rows<kIsFirst>(h + r * p.key_width, k, q, v + r, p.key_width, sums);
 #pragma GCC unroll 2
     for (int i = 0; i < kRowGroup / 4; ++i) {
       const Quad result = p.denominators ? sums[i] / Quad{below, below, below, below} : sums[i];
@@ -74,17 +85,46 @@ inline void advance_block(const RecurrentParams& p, float* h, int64_t token, int
   }
 }
 
+// A head's tokens lie too far apart for the machine to foresee; above all its stores to `out`,
+// which retire in order, would hold up those to the state.
+inline void fetch_token(const RecurrentParams& p, int64_t token, int64_t head, int64_t row,
+                        int64_t rows) {
+  for (int64_t j = 0; j < p.key_width; j += kLanes) {
+    __builtin_prefetch(p.q.at(token, head) + j);
+    __builtin_prefetch(p.k.at(token, head) + j);
+  }
+  for (int64_t r = row; r < row + rows; r += kLanes) {
+    __builtin_prefetch(p.v.at(token, head) + r);
+    __builtin_prefetch(p.out + (token * p.heads + head) * p.value_width + r, 1);
+  }
+}
+
+// Tokens [first, last) on a block of rows.
+inline void advance_tokens(const RecurrentParams& p, float* h, int64_t first, int64_t last,
+                           bool is_start, int64_t head, int64_t row, int64_t rows) {
+  for (int64_t t = first; t < last; ++t) {
+    if (t + kTokensAhead < last) fetch_token(p, t + kTokensAhead, head, row, rows);
+    if (is_start && t == first)
+      advance_block<true>(p, h, t, head, row, rows);
+    else
+      advance_block<false>(p, h, t, head, row, rows);
+  }
+}
+
 inline void recurrent(const RecurrentParams& p, int64_t task) {
-  const int64_t row = task % p.blocks() * p.block_rows;
-  const int64_t head = task / p.blocks() % p.heads;
-  const int64_t segment = task / p.blocks() / p.heads;
-  const int64_t left = p.value_width - row;
-  const int64_t rows = left < p.block_rows ? left : p.block_rows;
+  const int64_t begin = task % p.shares() * p.share_rows;
+  const int64_t head = task / p.shares() % p.heads;
+  const int64_t segment = task / p.shares() / p.heads;
+  const int64_t end = least(begin + p.share_rows, p.value_width);
+  const int64_t first = p.first(segment), last = p.first(segment + 1);
   const int32_t slot = p.slots[segment];
-  if (slot == kPaddingSlot) return zero_outputs(p, segment, head, row, rows);
-  float* h = p.state + slot * p.state_stride + (head * p.value_width + row) * p.key_width;
-  for (int64_t t = p.first(segment); t < p.first(segment + 1); ++t)
-    advance_block(p, h, t, head, row, rows);
+  if (slot == kPaddingSlot) return zero_outputs(p, segment, head, begin, end - begin);
+  float* h = p.state + slot * p.state_stride + head * p.value_width * p.key_width;
+  const int64_t fitting = kBlockElements / p.key_width / kRowGroup * kRowGroup;
+  for (int64_t t = first; t < last; t += kTokenChunk)
+    for (int64_t row = begin; row < end; row += fitting)
+      advance_tokens(p, h + row * p.key_width, t, least(t + kTokenChunk, last), t == first, head,
+                     row, least(fitting, end - row));
 }
 
 // z += k along a segment; denominators[t] = max(z · q, floor).

@@ -18,6 +18,8 @@ typedef float Quad __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 16;
 constexpr int64_t kHalf = 8;
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__)
   return __builtin_fmaf(a, b, c);
@@ -41,7 +43,8 @@ inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {_mm512_fmadd_ps(a.all, b.all, c.all)};
 }
 inline Quad fold(Lanes x) {
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.all), _mm512_extractf32x8_ps(x.all, 1));
+  const __m256 high = _mm512_extractf32x8_ps(x.all, 1);
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.all), high);
   return (Quad)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 }
 
@@ -87,7 +90,9 @@ inline Lanes broadcast(float x) {
 inline Lanes load(const float* p) {
   return {{load_quad(p), load_quad(p + 4), load_quad(p + 8), load_quad(p + 12)}};
 }
-inline Lanes load_half(const float* p) { return {{load_quad(p), load_quad(p + 4), Quad{}, Quad{}}}; }
+inline Lanes load_half(const float* p) {
+  return {{load_quad(p), load_quad(p + 4), Quad{}, Quad{}}};
+}
 inline void store_half(float* p, Lanes x) {
   store_quad(p, x.part[0]);
   store_quad(p + 4, x.part[1]);
@@ -98,7 +103,8 @@ inline void store(float* p, Lanes x) {
   store_quad(p + 12, x.part[3]);
 }
 inline Lanes add(Lanes a, Lanes b) {
-  return {{a.part[0] + b.part[0], a.part[1] + b.part[1], a.part[2] + b.part[2], a.part[3] + b.part[3]}};
+  return {{a.part[0] + b.part[0], a.part[1] + b.part[1], a.part[2] + b.part[2],
+           a.part[3] + b.part[3]}};
 }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {{a.part[0] * b.part[0] + c.part[0], a.part[1] * b.part[1] + c.part[1],
@@ -110,8 +116,10 @@ inline Quad fold(Lanes x) { return (x.part[0] + x.part[2]) + (x.part[1] + x.part
 
 // Four folded sums brought to their ends side by side: each is (x0 + x2) + (x1 + x3).
 inline Quad finish(Quad a, Quad b, Quad c, Quad d) {
-  const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Quad ab =
+      __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad cd =
+      __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
   return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 

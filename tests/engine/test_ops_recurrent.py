@@ -1,58 +1,16 @@
-"""recurrent_step: against float64, in equal bits however a sequence is cut, and what it refuses."""
+"""recurrent_step: against float64, and in equal bits however a sequence is cut."""
 
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from engine import ops
 from engine.ops import reference
+from tests.engine.step_cases import Case, make
 
 VALUE_WIDTHS = [8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256]
 KEY_WIDTHS = [8, 24, 64, 72, 128, 512]
-
-
-class Case(NamedTuple):
-    """Arguments of the op, in its order."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    state: Tensor
-    z: Tensor | None
-    slots: Tensor
-    offsets: Tensor | None = None
-
-    def to(self, dtype: torch.dtype) -> "Case":
-        """Copies, floats in `dtype`."""
-        kinds = [x if x is None or not x.is_floating_point() else x.to(dtype) for x in self]
-        return Case(*(None if x is None else x.clone() for x in kinds))
-
-
-def make(
-    lengths: list[int],
-    slots: list[int],
-    key: int = 64,
-    value: int = 64,
-    heads: int = 2,
-    *,
-    denominator: bool = False,
-    pool_size: int = 70,
-) -> Case:
-    """Segments of the given lengths as slices of one stacked projection, on a pool that is full."""
-    generator = torch.Generator().manual_seed(key * 1000 + value + len(lengths))
-    tokens = sum(lengths)
-    stacked = torch.rand(tokens, heads * (2 * key + value) + 5, generator=generator)
-    q = stacked[:, : heads * key].view(tokens, heads, key)
-    k = stacked[:, heads * key : 2 * heads * key].view(tokens, heads, key)
-    v = stacked[:, 2 * heads * key : -5].view(tokens, heads, value) - 0.5
-    pool = torch.randn(pool_size, 3, heads, value, key, generator=generator)
-    z = torch.rand(pool_size, 3, heads, key, generator=generator)[:, 1] if denominator else None
-    ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    offsets = torch.tensor(ends, dtype=torch.int32)
-    return Case(q, k, v, pool[:, 1], z, torch.tensor(slots, dtype=torch.int32), offsets)
 
 
 def assert_parity(case: Case) -> None:
@@ -188,50 +146,3 @@ def test_other_widths_and_types_take_the_reference(dtype: torch.dtype) -> None:
 def test_opcheck(denominator: bool) -> None:
     case = make([2, 1], [3, -1], 16, 8, denominator=denominator)
     torch.library.opcheck(torch.ops.cottention.recurrent_step.default, case)
-
-
-def _int(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-WRONG = {
-    "out of range": lambda c: c._replace(slots=_int(70, 1)),
-    "named twice": lambda c: c._replace(slots=_int(1, 1)),
-    r"must (rise|run)": lambda c: c._replace(offsets=_int(0, 2, 4)),
-    r"must (rise|not fall)": lambda c: c._replace(offsets=_int(0, 6, 5)),
-    "one slot per token": lambda c: c._replace(offsets=None),
-    "offsets": lambda c: c._replace(offsets=_int(0, 5)),
-    "slots": lambda c: c._replace(slots=c.slots.long()),
-    r"\bk\b": lambda c: c._replace(k=c.k[:, :1]),
-    r"\bv\b": lambda c: c._replace(v=c.v[:3]),
-    "state": lambda c: c._replace(state=c.state[..., :8]),
-    r"\bz\b": lambda c: c._replace(z=c.state[:, :, 0, :8]),
-    "dimensions|shape": lambda c: c._replace(v=c.v.flatten(1)),
-    "one device": lambda c: c._replace(state=c.state.to("meta")),
-}
-
-
-@pytest.mark.parametrize("width", [16, 12])
-@pytest.mark.parametrize("message", WRONG)
-def test_wrong_arguments_are_refused_before_memory_is_touched(message: str, width: int) -> None:
-    case = make([2, 3], [1, 0], width, width, denominator=True)
-    before = case.state.clone()
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        ops.recurrent_step(*WRONG[message](case))
-    assert torch.equal(case.state, before)
-
-
-@pytest.mark.parametrize(
-    ("message", "name"),
-    [("dtype", "state"), ("contiguous", "q"), ("contiguous behind", "state"), ("overlap", "state")],
-)
-def test_the_kernel_refuses_layouts_it_would_misread(message: str, name: str) -> None:
-    case = make([2, 3], [1, 0], 16, 16)
-    wrong = {
-        "dtype": case.state.double(),
-        "contiguous": case.q.transpose(1, 2).contiguous().transpose(1, 2),
-        "contiguous behind": case.state.transpose(2, 3),
-        "overlap": case.state[:1].expand_as(case.state),
-    }[message]
-    with pytest.raises(RuntimeError, match=message):
-        ops.recurrent_step(*case._replace(**{name: wrong}))

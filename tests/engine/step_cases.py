@@ -1,0 +1,47 @@
+"""Arguments for recurrent_step as the engine makes them: slices of one projection, a full pool."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    """Arguments of the op, in its order."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: Tensor
+    z: Tensor | None
+    slots: Tensor
+    offsets: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """Copies, floats in `dtype`."""
+        kinds = [x if x is None or not x.is_floating_point() else x.to(dtype) for x in self]
+        return Case(*(None if x is None else x.clone() for x in kinds))
+
+
+def make(
+    lengths: list[int],
+    slots: list[int],
+    key: int = 64,
+    value: int = 64,
+    heads: int = 2,
+    *,
+    denominator: bool = False,
+    pool_size: int = 70,
+) -> Case:
+    """Segments of the given lengths as slices of one stacked projection, on a pool that is full."""
+    generator = torch.Generator().manual_seed(key * 1000 + value + len(lengths))
+    tokens = sum(lengths)
+    stacked = torch.rand(tokens, heads * (2 * key + value) + 5, generator=generator)
+    q = stacked[:, : heads * key].view(tokens, heads, key)
+    k = stacked[:, heads * key : 2 * heads * key].view(tokens, heads, key)
+    v = stacked[:, 2 * heads * key : -5].view(tokens, heads, value) - 0.5
+    pool = torch.randn(pool_size, 3, heads, value, key, generator=generator)
+    z = torch.rand(pool_size, 3, heads, key, generator=generator)[:, 1] if denominator else None
+    ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    return Case(q, k, v, pool[:, 1], z, torch.tensor(slots, dtype=torch.int32), offsets)
