@@ -1,5 +1,6 @@
 """From what a user calls a model to a folder on disk. Knows nothing of what is inside it."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,10 +26,10 @@ def resolve_model(model: str | Path | None) -> NamedFolder:
     """
     if model is None:
         return NamedFolder(DEFAULT_MODEL.name, DEFAULT_MODEL)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))  # of os.path: it never raises on what is no path
+    if os.path.isdir(folder):
         return NamedFolder(folder.resolve().name, folder)
-    if folder.exists():
+    if os.path.exists(folder):
         raise ModelFolderError(f"{model} is a file: give the model's folder")
     if not _looks_like_hub_id(str(model)):
         raise ModelFolderError(
