@@ -1,0 +1,62 @@
+"""`python -m engine.training`: text in, model folder out."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from engine.errors import CottentionError
+from engine.training.bpe import train_tokenizer
+from engine.training.corpus import read_corpus, standard_library
+from engine.training.data import token_stream
+from engine.training.export import write_folder, write_json
+from engine.training.facts import card_of, facts_of
+from engine.training.loop import Run
+from engine.training.memory import keep_freed_memory
+from engine.training.progress import PlainProgress, open_progress
+from engine.training.rounding import round_best
+from engine.training.samples import PROMPTS, greedy_text
+from engine.training.score import HeldOut
+from engine.training.settings import TrainingSettings, parse
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as the arguments say; returns the exit status."""
+    settings = parse(arguments)
+    keep_freed_memory()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        with open_progress() as progress:
+            train(settings, arguments, progress)
+    except CottentionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(settings: TrainingSettings, arguments: Sequence[str], progress: PlainProgress) -> None:
+    """Corpus, tokenizer, run, rounding, folder, and samples to look at."""
+    corpus = read_corpus(settings.corpus or standard_library())
+    tokenizer = train_tokenizer((file.text for file in corpus.training), settings.vocab_size)
+    held_out = HeldOut.of(tokenizer, corpus.held_out, settings.context)
+    stream = token_stream(tokenizer, corpus.training)
+    progress.say(f"{len(corpus.training)} files, {len(stream):,} tokens; corpus {corpus.sha256}")
+    run = Run(settings, stream, held_out, corpus.sha256)
+    outcome = run.train(progress)
+    rounded = round_best(outcome.weights, run.model_config, held_out)
+    write_folder(settings.output, run.model_config, rounded.dtype, rounded.weights, tokenizer)
+    facts = facts_of(settings, corpus, outcome, rounded, arguments)
+    write_json(settings.output / "training.json", facts)
+    card = card_of(settings.output.name, facts)
+    (settings.output / "README.md").write_text(card, encoding="utf-8")
+    progress.say(f"{settings.output}: {rounded.score.bits_per_byte:.4f} held-out bits/byte")
+    for prompt in PROMPTS:
+        progress.say("---\n" + greedy_text(rounded.model, tokenizer, prompt))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

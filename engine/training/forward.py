@@ -1,0 +1,81 @@
+"""One window through the model, differentiably: the chunked form from a zero state.
+
+Owns precision and dropout of training. Does not know optimizers or files.
+"""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from engine.feature_maps import Features
+from engine.model import Attend, CottentionForCausalLM
+from engine.ops.chunked import chunked
+from engine.training.data import NO_TARGET, Windows
+
+INITIAL_DEVIATION = 0.02
+
+
+def new_model(model: CottentionForCausalLM) -> CottentionForCausalLM:
+    """Draw first weights: normal, smaller where a product adds to the residual; biases zero."""
+    residual = INITIAL_DEVIATION / (2 * model.config.n_layer) ** 0.5
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(weight)
+        elif weight.ndim == 2:
+            ends_branch = "out_proj" in name or "fc_out" in name
+            nn.init.normal_(weight, std=residual if ends_branch else INITIAL_DEVIATION)
+    return model
+
+
+def attend_from_zero(dtype: torch.dtype) -> Attend:
+    """The chunked form over whole windows, products in `dtype`, the running state in float32."""
+
+    def attend(_layer: int, features: Features) -> Tensor:
+        q, k, v = (x.transpose(1, 2).to(dtype) for x in features)
+        state = features.v.new_zeros((*v.shape[:2], v.shape[-1], k.shape[-1]))
+        return chunked(q, k, v, state)[0].transpose(1, 2)
+
+    return attend
+
+
+def logits_of(model: CottentionForCausalLM, inputs: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Logits float32 [B, T, vocabulary] of int64 [B, T]; matrix products in `dtype`."""
+    positions = torch.arange(inputs.shape[1], device=inputs.device)
+    with _autocast(inputs.device, dtype):
+        logits = model(inputs, positions, attend_from_zero(dtype))
+    wide: Tensor = logits.float()
+    return wide
+
+
+def nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """−ln p of each target, float32 [B, T]; zero where there is none."""
+    flat = nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+    )
+    return flat.view(targets.shape)
+
+
+def mean_loss(model: CottentionForCausalLM, windows: Windows, *, dtype: torch.dtype) -> Tensor:
+    """Mean −ln p over a batch, to differentiate."""
+    logits = logits_of(model, windows.inputs, dtype=dtype)
+    return nn.functional.cross_entropy(logits.flatten(0, 1), windows.targets.flatten())
+
+
+def add_dropout(model: CottentionForCausalLM, probability: float) -> None:
+    """Drop embeddings and what each block's norm hands to its branches, in training mode only."""
+    if probability == 0:
+        return
+    for module in _dropped(model):
+        module.register_forward_hook(
+            lambda owner, _, out: nn.functional.dropout(out, probability, owner.training)
+        )
+
+
+def _dropped(model: CottentionForCausalLM) -> list[nn.Module]:
+    norms = [block.get_submodule("ln_1") for block in model.transformer.h]
+    return [model.transformer.wte, *norms, model.transformer.ln_f]
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype.itemsize < 4)

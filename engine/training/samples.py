@@ -1,0 +1,31 @@
+"""Greedy text from a model just trained, for a person to look at.
+
+Owns the simplest of decoders: the whole text again for every token. Not for serving.
+"""
+
+import torch
+from tokenizers import Tokenizer
+
+from engine.model import CottentionForCausalLM
+from engine.training.bpe import end_of_text_id
+from engine.training.forward import logits_of
+
+PROMPTS = (
+    "def __init__(self, ",
+    "import os\nimport sys\n\n",
+    "class Queue:\n    \"\"\"",
+    "    for key, value in ",
+)
+
+
+@torch.no_grad()
+def greedy_text(
+    model: CottentionForCausalLM, tokenizer: Tokenizer, prompt: str, num_tokens: int = 64
+) -> str:
+    """`prompt` and what the model, on the CPU in float32, thinks most likely to follow it."""
+    ids = [end_of_text_id(tokenizer), *tokenizer.encode(prompt).ids]
+    for _ in range(num_tokens):
+        logits = logits_of(model, torch.tensor([ids]), dtype=torch.float32)
+        ids.append(int(logits[0, -1].argmax()))
+    text: str = tokenizer.decode(ids)
+    return text
