@@ -6,6 +6,7 @@ Everything heavy is imported inside: torch takes seconds, and --help should not.
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -67,11 +68,11 @@ def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -
 
 
 def info(model: str | None, engine_config: EngineConfig) -> int:
-    """Print what a model is and what its sessions cost."""
+    """Print what a model is and what its sessions cost, without allocating a pool for them."""
     from engine.engine import Engine
 
-    engine = Engine(model, engine_config)
-    for name, value in _facts(engine):
+    engine = Engine(model, replace(engine_config, max_slots=1, state_memory=None))
+    for name, value in _facts(engine, engine_config.num_slots(engine.spec)):
         print(f"{name:<18} {value}")
     return 0
 
@@ -98,21 +99,21 @@ def _standard_input() -> str:
 def _announce(engine: "Engine", url: str) -> None:
     stats = engine.stats()
     print(f"model    {engine.name}, {_on_what(engine)}")
-    print(f"memory   {_pool(stats.num_slots, stats.bytes_per_slot, stats.pool_bytes)}")
+    print(f"memory   {_pool(stats.num_slots, stats.bytes_per_slot)}")
     print(f"ready    {url}", flush=True)
 
 
-def _facts(engine: "Engine") -> Iterator[tuple[str, str]]:
-    shape, stats = engine.model_config, engine.stats()
+def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
+    shape, size_of_one = engine.model_config, engine.spec.bytes_per_slot
     yield "model", engine.name
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
     yield "shape", f"{shape.n_layer} layers of {shape.n_head} heads of {shape.head_dim}"
     for what, size in engine.spec.itemised_bytes().items():
         yield f"  {what}", f"{size:,} bytes"
-    yield "bytes per session", f"{engine.spec.bytes_per_slot:,}, whatever its length"
-    yield "sessions per GB", f"{GB // engine.spec.bytes_per_slot:,}"
-    yield "pool", _pool(stats.num_slots, stats.bytes_per_slot, stats.pool_bytes)
+    yield "bytes per session", f"{size_of_one:,}, whatever its length"
+    yield "sessions per GB", f"{GB // size_of_one:,}"
+    yield "pool when served", _pool(num_slots, size_of_one)
     yield "trained length", f"{shape.n_positions:,} tokens"
     yield "position limit", "none; past the trained length the text gets worse, not the memory"
 
@@ -123,5 +124,6 @@ def _on_what(engine: "Engine") -> str:
     return f"{engine.dtype} on {engine.device}, {backend()} ops"
 
 
-def _pool(num_slots: int, bytes_per_slot: int, pool_bytes: int) -> str:
-    return f"{num_slots} slots of {bytes_per_slot:,} bytes, {pool_bytes / 2**20:,.1f} MiB in all"
+def _pool(num_slots: int, bytes_per_slot: int) -> str:
+    in_all = num_slots * bytes_per_slot / 2**20
+    return f"{num_slots} slots of {bytes_per_slot:,} bytes, {in_all:,.1f} MiB in all"

@@ -6,6 +6,7 @@ user gets for a mistake. Does not know what any setting means.
 
 import argparse
 import difflib
+import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
@@ -74,10 +75,12 @@ def variable_of(name: str) -> str:
 
 def _named_as_given(message: str, variables: Mapping[str, str], environ: Mapping[str, str]) -> str:
     """A configuration speaks of its flags; who set a variable reads the variable's name."""
-    words = message.split(" ")
-    return " ".join(
-        variables[word] if variables.get(word, "") in environ else word for word in words
-    )
+
+    def name(found: re.Match[str]) -> str:
+        variable = variables.get(found[0], "")
+        return variable if variable in environ else found[0]
+
+    return re.sub(r"--[a-z-]+", name, message)
 
 
 def _convert(item: Field[Any], given: str | list[str], source: str) -> Any:

@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,6 +23,9 @@ FINAL_EVENT_SECONDS = 1
 
 FAILURE_SECONDS = 1.0
 """How long a server whose engine died still answers /health with 503."""
+
+IDLE_CONNECTION_SECONDS = 75
+"""Longer than clients keep theirs, so that none sends a request into a connection being closed."""
 
 BACKLOG = 2048
 
@@ -69,6 +73,7 @@ def run_server(
         access_log=False,
         ws="none",
         server_header=False,
+        timeout_keep_alive=IDLE_CONNECTION_SECONDS,
         timeout_graceful_shutdown=FINAL_EVENT_SECONDS,
         backlog=BACKLOG,
     )
@@ -117,7 +122,7 @@ class DrainingServer(uvicorn.Server):
         self._spawn(self._exit_when_engine_fails())
         self._announce()
 
-    def _spawn(self, work: "asyncio._CoroutineLike[None]") -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -48,7 +48,7 @@ class Live:
         host, port = self.url.removeprefix("http://").split(":")
         raw = json.dumps(body).encode()
         sock = socket.socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # or stalling takes megabytes
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(20)
         sock.connect((host, int(port)))
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
@@ -63,6 +63,7 @@ def serving(engine: Any = None, **settings: Any) -> Iterator[Live]:
     bridge = Bridge(engine, partial(EngineWorker, engine))
     app = create_app(bridge, ServerConfig(port=0, **settings))
     sock = bind_socket("127.0.0.1", 0)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from engine.ops import build
 from server import cli
 from server.lifecycle import bind_socket
 
@@ -106,8 +107,26 @@ def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder
     assert told["model"] == "cottention-gptj"
     assert told["parameters"] == "124,104"
     assert told["bytes per session"].startswith("8,192")
+    assert told["pool when served"] == "2 slots of 8,192 bytes, 0.0 MiB in all"
     assert told["sessions per GB"] == f"{10**9 // 8192:,}"
     assert {"state", "denominator", "trained length", "runs on"} <= told.keys()
+
+
+def test_build_says_what_it_built_or_what_it_lacks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "build", lambda: Path("/somewhere/ops.so"))
+    assert cli.main(["build"]) == 0
+    assert capsys.readouterr().out == "/somewhere/ops.so\n"
+
+    def without_compiler() -> Path:
+        raise build.BuildError("there is no C++ compiler:\ninstall g++")
+
+    monkeypatch.setattr(build, "build", without_compiler)
+    assert fails(capsys, "build") == (
+        1,
+        "cottention build: there is no C++ compiler: install g++\n",
+    )
 
 
 def test_generate_reads_standard_input_and_repeats_itself(

@@ -39,7 +39,7 @@ def test_a_client_that_leaves_before_the_first_token(stream: bool) -> None:
 def test_a_client_that_stalls_and_leaves_frees_its_slots() -> None:
     with serving() as live:
         with live.connect(prompt="loud", max_tokens=1_000_000, stream=True):
-            eventually(lambda: live.engine.num_generated > 8000)
+            eventually(lambda: live.engine.num_generated > 2000)
         left_promptly(live, 1)
 
 

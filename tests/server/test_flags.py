@@ -68,6 +68,8 @@ def test_a_mistake_is_named_as_it_was_made(
 def test_settings_that_exclude_each_other_are_named_as_they_were_given() -> None:
     with pytest.raises(ConfigurationError, match="COTTENTION_MAX_SLOTS or --state-memory"):
         read(EngineConfig, "--state-memory 1G", COTTENTION_MAX_SLOTS="3")
+    with pytest.raises(ConfigurationError, match="--max-slots or COTTENTION_STATE_MEMORY, not"):
+        read(EngineConfig, "--max-slots 3", COTTENTION_STATE_MEMORY="1G")
 
 
 def test_help_has_every_flag_variable_default_and_unit() -> None:

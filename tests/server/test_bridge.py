@@ -1,0 +1,128 @@
+"""Readings and the bridge by themselves: one post per step, merging, closing."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engine.errors import EngineStoppedError
+from engine.outputs import FinishReason, Output
+from engine.params import SamplingParams
+from server.bridge import Bridge
+from server.reading import Reading, ReadingClosed
+from tests.server.fake_engine import FakeEngine
+
+
+class HandWorker:
+    """A worker whose steps the test makes itself."""
+
+    is_alive = True
+
+    def __init__(self, deliver: Callable[[list[Output]], None], _: Any) -> None:
+        self.deliver = deliver
+        self.cancelled: list[str] = []
+        self.submitted: list[str] = []
+
+    def start(self) -> None:
+        pass
+
+    def submit(self, _: Any, __: Any, *, request_id: str) -> None:
+        self.submitted.append(request_id)
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+
+def bridge() -> Bridge:
+    made = Bridge(FakeEngine(), HandWorker)  # type: ignore[arg-type]
+    made.start()
+    return made
+
+
+def test_unread_outputs_are_one_piece_per_choice() -> None:
+    async def run() -> None:
+        reading = Reading(2, lambda _: None)
+        for step in range(1000):
+            reading.deliver(step % 2, Output("r", 0, "ab"[step % 2], (1,)))
+        reading.deliver(1, Output("r", 0, "!", (2, 3), FinishReason.STOP))
+        pieces = await reading.take()
+        assert {n: (p.text, p.finish_reason) for n, p in pieces.items()} == {
+            0: ("a" * 500, None),
+            1: ("b" * 500 + "!", FinishReason.STOP),
+        }
+        assert reading.num_generated == 1002
+        assert reading.has_more
+        assert await reading.take(idle_seconds=0.001) == {}
+
+    asyncio.run(run())
+
+
+def test_a_step_is_posted_once_however_many_it_feeds() -> None:
+    async def run() -> None:
+        made = bridge()
+        worker: Any = made._worker
+        readings = [made.open(str(n), [[1], [2]], SamplingParams()) for n in range(3)]
+        posts: list[object] = []
+        post = made._loop.call_soon_threadsafe
+        made._loop.call_soon_threadsafe = lambda *a: (posts.append(a), post(*a))  # type: ignore
+        worker.deliver([Output(part, 0, part, (1,)) for part in [*worker.submitted, "unknown"]])
+        assert len(posts) == 1
+        for n, reading in enumerate(readings):
+            pieces = await reading.take()
+            assert [piece.text for piece in pieces.values()] == [f"{n}-0", f"{n}-1"]
+
+    asyncio.run(run())
+
+
+def test_closing_cancels_once_and_wakes_whoever_waits() -> None:
+    async def run() -> None:
+        made = bridge()
+        worker: Any = made._worker
+        reading = made.open("r", [[1], [2]], SamplingParams())
+        waiting = asyncio.create_task(reading.take())
+        await asyncio.sleep(0)
+        reading.close()
+        reading.close()
+        with pytest.raises(ReadingClosed):
+            await waiting
+        assert worker.cancelled == ["r-0", "r-1"]
+        await made.wait_idle()
+
+    asyncio.run(run())
+
+
+def test_a_finished_reading_cancels_nothing() -> None:
+    async def run() -> None:
+        made = bridge()
+        worker: Any = made._worker
+        reading = made.open("r", [[1]], SamplingParams())
+        worker.deliver([Output("r-0", 0, "x", (1,), FinishReason.STOP)])
+        await reading.take()
+        assert not reading.has_more
+        reading.close()
+        assert worker.cancelled == []
+
+    asyncio.run(run())
+
+
+def test_nothing_is_taken_before_the_start_or_while_draining() -> None:
+    async def run() -> None:
+        made = Bridge(FakeEngine(), HandWorker)  # type: ignore[arg-type]
+        with pytest.raises(EngineStoppedError, match="starting"):
+            made.open("r", [[1]], SamplingParams())
+        made.start()
+        made.drain()
+        with pytest.raises(EngineStoppedError, match="shutting down"):
+            made.open("r", [[1]], SamplingParams())
+
+    asyncio.run(run())
+
+
+def test_outputs_after_the_loop_has_closed_are_dropped() -> None:
+    async def run() -> Bridge:
+        return bridge()
+
+    made: Any = asyncio.run(run())
+    made._worker.deliver([Output("r", 0, "x", (1,))])
+    made._on_death(RuntimeError("late"))
