@@ -137,9 +137,8 @@ class Engine:
                 self.submit(self._ids(prompt), params, request_id=request_id)
             num_unfinished = len(prompts) * params.n
             while num_unfinished:
-                if not inbox:
-                    self.step()
-                while inbox:
+                self.step()
+                while inbox:  # also what others' steps bring while this one's reader is away
                     output = inbox.popleft()
                     num_unfinished -= output.finish_reason is not None
                     yield output
