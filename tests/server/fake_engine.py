@@ -6,7 +6,7 @@ prompt, so that a test can ask for a fault or for a certain text:
     "fail"        ends with an error after one letter
     "die"         kills the engine's thread
     "quiet"       says nothing until its last token
-    "loud"        says each letter a thousand times
+    "loud"        says each letter ten thousand times
     "say:<text>"  says exactly <text>, a character a step, then stops
 """
 
@@ -136,7 +136,7 @@ class FakeEngine:
         if request.said == request.params.max_tokens:
             reason = reason or FinishReason.LENGTH
         if request.prompt == "loud":
-            text *= 1000
+            text *= 10_000
         if request.prompt == "quiet" and reason is None:
             text = ""
         self.num_generated += len(request.unfinished)
