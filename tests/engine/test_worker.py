@@ -1,5 +1,6 @@
 """The engine's thread: what it delivers, how it ends, and that nobody waits for ever."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ import pytest
 
 from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from engine.errors import EngineStoppedError
+from engine.request import Request
+from engine.scheduler import Scheduler
 from engine.worker import EngineWorker
 
 PATIENCE = 30.0
@@ -225,27 +228,33 @@ def test_many_threads_at_once(gptj_folder: Path, reader: Reader) -> None:
     assert engine.pool.num_free == 32
 
 
-def test_figures_while_a_step_changes_them(engine: Engine) -> None:
-    """`stats` walks nothing that the engine's thread is changing."""
-    for _ in range(4):
-        engine.submit([1], LONG)
-    engine.step()
-    running = engine._scheduler._running
-    for choice in list(running):
-        running.remove(choice)
+@pytest.fixture
+def eager_switching() -> Iterator[None]:
+    """Threads take turns every microsecond, so that a race shows."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("eager_switching")
+def test_figures_while_a_step_changes_them() -> None:
+    """The number of running requests is asked for while the engine's thread moves them around."""
+    scheduler = Scheduler(64)
+    for number in range(4):
+        scheduler.add(Request.new(str(number), [1], SamplingParams(n=16), [b""]))
+    for request in scheduler.admit(64):
+        scheduler.start_choices(request)
     stop = threading.Event()
 
     def change() -> None:
         while not stop.is_set():
-            running.extend(choices)
-            running.clear()
+            scheduler._running.append(scheduler._running.popleft())
 
-    choices = [request.choices[0] for request in engine._registry._requests.values()] * 16
     thread = threading.Thread(target=change)
     thread.start()
     try:
-        for _ in range(3000):
-            assert engine.stats().num_running in (0, 4)
+        assert all(scheduler.num_running == 4 for _ in range(20_000))
     finally:
         stop.set()
         thread.join()
