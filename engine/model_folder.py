@@ -54,8 +54,8 @@ def _fetch(repo_id: str) -> Path:
         raise ModelFolderError(f"{repo_id} is not a folder and not a Hugging Face id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelFolderError(
-            f"{repo_id} is no folder here, is not in the cache and could not be fetched from Hugging"
-            f" Face ({type(error).__name__})."
+            f"{repo_id} is no folder here, is not in the cache and could not be fetched"
+            f" from Hugging Face ({type(error).__name__})."
             f" Download config.json, tokenizer files and weights of {repo_id} into a folder"
             " on a machine with access, and give that folder instead"
         ) from error
