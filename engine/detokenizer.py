@@ -9,14 +9,18 @@ from collections.abc import Sequence
 
 
 class Detokenizer:
-    """One choice's text as it grows. `stopped` turns true when a stop string is complete."""
+    """One choice's text as it grows. `stop` is the stop string that has ended it, if one has."""
 
     def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stop = tuple(stop)
         self._held = ""
-        self.stopped = False
+        self.stop: str | None = None
+        self.watch(stop)
+
+    def watch(self, stop: Sequence[str]) -> None:
+        """End before any of these strings, if it begins in text that is still to come."""
+        self._watched = tuple(stop)
 
     def push(self, token_id: int) -> str:
         """Text that is certain now that `token_id` has come."""
@@ -24,33 +28,28 @@ class Detokenizer:
 
     def finish(self) -> str:
         """What was held back and will not become anything else; U+FFFD for half a character."""
-        if self.stopped:
+        if self.stop is not None:
             return ""
         text = self._release(self._decoder.decode(b"", final=True))
         rest, self._held = self._held, ""
-        return text if self.stopped else text + rest
+        return text if self.stop is not None else text + rest
 
     def _release(self, new: str) -> str:
-        """Cut before a complete stop string; hold back the start of a possible one."""
-        if not self._stop:
+        """Cut before the stop string that is complete first; hold back what may become one."""
+        if not self._watched:
             return new
         text = self._held + new
-        end = self._first_stop(text)
-        if end is not None:
-            self.stopped, self._held = True, ""
-            return text[:end]
+        found = [(text.find(stop), stop) for stop in self._watched if stop in text]
+        if found:
+            start, self.stop = min(found, key=lambda at: (at[0] + len(at[1]), at[0]))
+            self._held = ""
+            return text[:start]
         certain = len(text) - self._longest_start(text)
         self._held = text[certain:]
         return text[:certain]
 
-    def _first_stop(self, text: str) -> int | None:
-        """Where the stop string begins that is complete first; of several, the longest."""
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop]
-        complete = [place for place in found if place[1] >= 0]
-        return min(complete)[1] if complete else None
-
     def _longest_start(self, text: str) -> int:
         """Length of the longest end of `text` that is the beginning of a stop string."""
-        longest = min(len(text), max(len(stop) for stop in self._stop) - 1)
+        longest = min(len(text), max(len(stop) for stop in self._watched) - 1)
         lengths = range(longest, 0, -1)
-        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._stop)), 0)
+        return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._watched)), 0)

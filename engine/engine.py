@@ -14,6 +14,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import EngineStoppedError, ParameterError
+from engine.limits import Limits
 from engine.loading import load
 from engine.outputs import Completion, EngineStats, FinishReason, Output
 from engine.params import SamplingParams
@@ -24,6 +25,8 @@ from engine.scheduler import Plan, Scheduler
 _log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
+
+UNDRAWN = "no token could be drawn: every one is forbidden, or the model's logits are not finite"
 
 
 class Engine:
@@ -42,7 +45,8 @@ class Engine:
         self.pool, self.spec = loaded.pool, loaded.pool.spec
         self._runner = loaded.runner
         self._scheduler = Scheduler(self.config.max_batch_tokens)
-        self._registry = Registry(self._scheduler, self.pool, self.model_config.eos_token_ids)
+        self._registry = Registry(self._scheduler, self.pool)
+        self._limits = Limits.of(self.tokenizer, self.pool, self.config)
         self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._is_closed = False
@@ -51,17 +55,25 @@ class Engine:
         self._runner.warm_up()
 
     def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> str:
         """Hand in a request and get its id; its outputs come from later steps.
 
-        A `request_id` of the caller's must not be that of a request that is still alive.
+        A `request_id` of the caller's must not be that of a request that is still alive. Among
+        those that wait, lower `priority` goes first.
 
         Raises ParameterError for a prompt or limits that cannot be, EngineStoppedError after close.
         """
-        self._check(prompt_ids, params)
+        self._limits.check(prompt_ids, params)
         request_id = request_id or uuid.uuid4().hex
-        request = Request.new(request_id, prompt_ids, params, self.tokenizer.token_bytes)
+        ends = self.model_config.eos_token_ids
+        request = Request.new(request_id, prompt_ids, params, self.tokenizer, ends)
+        request.priority = priority
         with self._gate:
             if self._is_closed:
                 raise EngineStoppedError("the engine has stopped and takes no more requests")
@@ -163,20 +175,6 @@ class Engine:
         except TypeError:  # what the tokenizers library says to text that is no Unicode
             raise ParameterError("prompt", "prompt has a lone surrogate (no character)") from None
 
-    def _check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        if not prompt_ids:
-            raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
-        top = self.tokenizer.num_ids - 1
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) <= top:
-            raise ParameterError("prompt", f"prompt ids must be from 0 to {top}")
-        if params.n > self.pool.num_slots:
-            raise ParameterError("n", f"n must be at most {self.pool.num_slots}; it is {params.n}")
-        limit = self.config.max_tokens_limit
-        if params.max_tokens > limit:
-            raise ParameterError(
-                "max_tokens", f"max_tokens must be at most {limit}; it is {params.max_tokens}"
-            )
-
     def _run_commands(self) -> list[Output]:
         outputs: list[Output] = []
         while not self._commands.empty():
@@ -186,14 +184,16 @@ class Engine:
     def _advance(self, plan: Plan) -> list[Output]:
         """Run a plan; a fault ends the plan's requests and nobody else's."""
         try:
-            samples = self._runner.run(plan)
+            result = self._runner.run(plan)
         except Exception as error:
             _log.exception("a step failed; its %d requests end with an error", len(plan.requests))
-            return [out for request in plan.requests for out in self._fail(request, error)]
+            what = f"the engine failed on this request ({type(error).__name__})"
+            return [out for request in plan.requests for out in self._fail(request, what)]
         self._num_steps += 1
-        self._registry.move_on(plan)
-        return [self._registry.accept(sample) for sample in samples]
+        outputs = self._registry.move_on(plan, result.scores)
+        outputs += [self._registry.accept(sample) for sample in result.samples]
+        failed = dict.fromkeys(choice.request for choice in result.undrawn)
+        return outputs + [out for request in failed for out in self._fail(request, UNDRAWN)]
 
-    def _fail(self, request: Request, error: Exception) -> list[Output]:
-        what = f"the engine failed on this request ({type(error).__name__})"
+    def _fail(self, request: Request, what: str) -> list[Output]:
         return self._registry.end(request, FinishReason.ERROR, what)

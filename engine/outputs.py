@@ -18,12 +18,27 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely the model itself held an id: its log-softmax in float32, before all settings.
+
+    top: (id, logprob) of as many of the likeliest ids as were asked for, best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """What one step added to one choice of a request.
 
     text: characters that are certain now; they may belong to earlier ids, and may be none.
     token_ids: ids sampled in this step, the end-of-text id included.
     finish_reason: set in a choice's last output, exactly once.
+    stop_reason: the stop string or stop id that ended it; None for the model's own end.
+    logprobs: one for each of token_ids, where they were asked for.
+    prompt_logprobs: of the whole prompt, None for its first id; in choice 0's first output.
     error: what went wrong, where finish_reason is ERROR.
     """
 
@@ -33,6 +48,9 @@ class Output:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     error: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

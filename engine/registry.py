@@ -5,8 +5,9 @@ end. Called from the engine's thread alone. Knows no model and no queue of comma
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 
-from engine.outputs import FinishReason, Output
+from engine.outputs import FinishReason, Output, TokenLogprob
 from engine.request import Choice, Request
 from engine.runner import Sample
 from engine.scheduler import Plan, Scheduler
@@ -16,12 +17,9 @@ from engine.state import StatePool
 class Registry:
     """Keeps requests, scheduler and pool in step with each other, and counts."""
 
-    def __init__(
-        self, scheduler: Scheduler, pool: StatePool, eos_token_ids: tuple[int, ...]
-    ) -> None:
+    def __init__(self, scheduler: Scheduler, pool: StatePool) -> None:
         self._scheduler = scheduler
         self._pool = pool
-        self._eos_token_ids = frozenset(eos_token_ids)
         self._requests: dict[str, Request] = {}
         self.num_finished: Counter[FinishReason] = Counter()
         self.num_prompt_tokens = 0
@@ -38,31 +36,47 @@ class Registry:
         for request in self._scheduler.admit(self._pool.num_free):
             request.slots = [self._pool.allocate() for _ in request.choices]
 
-    def move_on(self, plan: Plan) -> None:
-        """Note what a finished step has put into the states."""
+    def move_on(self, plan: Plan, scores: Mapping[Request, Sequence[TokenLogprob]]) -> list[Output]:
+        """Note what a finished step has put into the states; requests without text end here."""
         for choice in plan.decode:
             choice.position += len(choice.pending)
             choice.pending = []
+        for request, new in scores.items():
+            request.scores += new
+        outputs = []
         for chunk in plan.prefill:
             self.num_prompt_tokens += chunk.stop - chunk.start
             chunk.request.num_prefilled = chunk.stop
-            if chunk.is_last:
+            if chunk.is_last and chunk.request.params.max_tokens == 0:
+                outputs += self.end(chunk.request, FinishReason.LENGTH)
+            elif chunk.is_last:
                 self._scheduler.start_choices(chunk.request)
+        return outputs
 
     def accept(self, sample: Sample) -> Output:
         """Take a new id into its choice: text, and whether this is the end."""
-        choice, token_id = sample
-        choice.pending.append(token_id)
-        choice.num_generated += 1
+        choice, (token_id, logprob) = sample
+        request, params = choice.request, choice.request.params
+        choice.note(token_id)
         self.num_generated_tokens += 1
-        is_end = self._is_end(choice, token_id)
-        text = "" if is_end else choice.detokenizer.push(token_id)
+        is_end = token_id in request.end_ids
+        is_written = not is_end or params.include_stop_str_in_output
+        text = choice.detokenizer.push(token_id) if is_written else ""
         reason = _reason(choice, is_end)
         if reason is not None:
-            text += choice.detokenizer.finish()
+            text += self._last_text(choice)
             self._scheduler.remove_choice(choice)
             self._finish(choice, reason)
-        return Output(choice.request.id, choice.index, text, (token_id,), reason)
+        return Output(
+            request.id,
+            choice.index,
+            text,
+            (token_id,),
+            reason,
+            stop_reason=_stop_reason(choice, token_id),
+            logprobs=() if logprob is None else (logprob,),
+            prompt_logprobs=_scores(choice) if choice.num_generated == 1 else None,
+        )
 
     def cancel(self, request_id: str) -> list[Output]:
         """End a request, if it is still alive."""
@@ -78,13 +92,19 @@ class Registry:
         self._scheduler.remove_request(request)
         outputs = []
         for choice in request.unfinished:
-            text = choice.detokenizer.finish()
+            text = self._last_text(choice)
             self._finish(choice, reason)
-            outputs.append(Output(request.id, choice.index, text, (), reason, error))
+            scores = None if choice.num_generated else _scores(choice)
+            out = Output(request.id, choice.index, text, (), reason, error, prompt_logprobs=scores)
+            outputs.append(out)
         return outputs
 
-    def _is_end(self, choice: Choice, token_id: int) -> bool:
-        return token_id in self._eos_token_ids and not choice.request.params.ignore_eos
+    @staticmethod
+    def _last_text(choice: Choice) -> str:
+        """What was held back, and the stop string where it is wanted."""
+        text = choice.detokenizer.finish()
+        wants_stop = choice.request.params.include_stop_str_in_output
+        return text + (choice.detokenizer.stop or "") if wants_stop else text
 
     def _finish(self, choice: Choice, reason: FinishReason) -> None:
         """Free the choice's slot; with its last choice a request is forgotten."""
@@ -97,6 +117,19 @@ class Registry:
 
 
 def _reason(choice: Choice, is_end: bool) -> FinishReason | None:
-    if is_end or choice.detokenizer.stopped:
+    if is_end or choice.detokenizer.stop is not None:
         return FinishReason.STOP
     return FinishReason.LENGTH if choice.num_generated == choice.request.params.max_tokens else None
+
+
+def _stop_reason(choice: Choice, token_id: int) -> str | int | None:
+    """The stop string or stop id, where one of the request's own ended the choice."""
+    if choice.detokenizer.stop is not None:
+        return choice.detokenizer.stop
+    return token_id if token_id in choice.request.params.stop_token_ids else None
+
+
+def _scores(choice: Choice) -> tuple[TokenLogprob | None, ...] | None:
+    """The prompt's log-probabilities, told once: with choice 0."""
+    wants = choice.request.params.prompt_logprobs is not None and choice.index == 0
+    return tuple(choice.request.scores) if wants else None

@@ -4,12 +4,14 @@ A request's prompt is read once, into the slot of its first choice; the others s
 """
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from engine.detokenizer import Detokenizer
-from engine.outputs import FinishReason
+from engine.history import History
+from engine.outputs import FinishReason, TokenLogprob
 from engine.params import SamplingParams
+from engine.tokenizer import Tokenizer
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +24,7 @@ class Choice:
     request: "Request"
     index: int
     detokenizer: Detokenizer
+    history: History
     position: int
     pending: list[int] = field(default_factory=list)
     num_generated: int = 0
@@ -32,21 +35,38 @@ class Choice:
         """Its row in the pool; only an admitted request has slots."""
         return self.request.slots[self.index]
 
+    def note(self, token_id: int) -> None:
+        """An id has been drawn; it is not in the state yet."""
+        self.pending.append(token_id)
+        self.history.note(token_id)
+        self.num_generated += 1
+        if self.num_generated == self.request.params.min_tokens:
+            self.detokenizer.watch(self.request.params.stop)
+
+    def barred_ids(self) -> list[int]:
+        """Ids that may not be drawn now: the end before its time, and the last of a bad word."""
+        too_early = self.num_generated < self.request.params.min_tokens
+        return [*(self.request.end_ids if too_early else ()), *self.history.barred_ids()]
+
 
 @dataclass(slots=True, eq=False)
 class Request:
     """A prompt, what is wanted of it, and how far it has come.
 
-    slots: one a choice while it is admitted, else empty.
+    end_ids: ids that end a choice. slots: one a choice while it is admitted, else empty.
+    scores: of the prompt as far as it has been read, where they are asked for.
     """
 
     id: str
     prompt_ids: Sequence[int]
     params: SamplingParams
     seed: int
+    end_ids: frozenset[int]
+    priority: int = 0
     slots: list[int] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     num_prefilled: int = 0
+    scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
 
     @classmethod
     def new(
@@ -54,17 +74,29 @@ class Request:
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        token_bytes: Sequence[bytes],
+        tokenizer: Tokenizer,
+        eos_token_ids: Iterable[int],
     ) -> "Request":
         """A request nobody has worked on; draws a fresh seed where none is given."""
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = cls(request_id, tuple(prompt_ids), params, seed)
+        ends = frozenset(params.stop_token_ids)
+        ends |= frozenset(() if params.ignore_eos else eos_token_ids)
+        request = cls(request_id, tuple(prompt_ids), params, seed, ends)
+        bad_words = _bad_words(params, tokenizer)
+        table = tokenizer.token_bytes if params.skip_special_tokens else tokenizer.written_bytes
         for index in range(params.n):
-            text = Detokenizer(token_bytes, params.stop)
-            request.choices.append(Choice(request, index, text, position=len(prompt_ids)))
+            text = Detokenizer(table, () if params.min_tokens else params.stop)
+            history = History(params, request.prompt_ids, bad_words)
+            request.choices.append(Choice(request, index, text, history, len(prompt_ids)))
         return request
 
     @property
     def unfinished(self) -> list[Choice]:
         """Choices that still grow, or have not begun to."""
         return [choice for choice in self.choices if choice.finish_reason is None]
+
+
+def _bad_words(params: SamplingParams, tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of each word as it stands and as it follows a space."""
+    spellings = [start + word.lstrip(" ") for word in params.bad_words for start in ("", " ")]
+    return [tokenizer.encode(spelling) for spelling in spellings]

@@ -11,9 +11,11 @@ from engine import ops
 from engine.feature_maps import Features
 from engine.inference import ServedModel
 from engine.model import Attend
-from engine.request import Choice
-from engine.sampler import Draw, Sampler, uniform
+from engine.outputs import TokenLogprob
+from engine.request import Choice, Request
+from engine.sampler import Draw, Drawn, Sampler, uniform
 from engine.scheduler import Plan
+from engine.scoring import score
 from engine.state import StatePool
 
 PADDING_SLOT = -1
@@ -39,7 +41,15 @@ class Sample(NamedTuple):
     """An id drawn for a choice."""
 
     choice: Choice
-    token_id: int
+    drawn: Drawn
+
+
+class Result(NamedTuple):
+    """What a step brought: ids, choices for which none could be drawn, scores of prompts' ids."""
+
+    samples: list[Sample]
+    undrawn: list[Choice]
+    scores: dict[Request, list[TokenLogprob]]
 
 
 class Runner:
@@ -52,16 +62,19 @@ class Runner:
         self._device = device
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[Sample]:
+    def run(self, plan: Plan) -> Result:
         """Advance every state of the plan; draw an id for each choice whose context is complete."""
         hidden = self._hidden(_segments(plan))
         self._share_prompts(plan)
+        scores = self._scores(hidden, plan)
         wanted = _wanted(plan)
         if not wanted:
-            return []
+            return Result([], [], scores)
         logits = self._model.logits(hidden[[place.row for place in wanted]])
-        ids = self._sampler.sample(logits, [_draw(place) for place in wanted])
-        return [Sample(place.choice, i) for place, i in zip(wanted, ids, strict=True)]
+        drawn = self._sampler.sample(logits, [_draw(place) for place in wanted])
+        pairs = [(place.choice, one) for place, one in zip(wanted, drawn, strict=True)]
+        samples = [Sample(choice, one) for choice, one in pairs if one is not None]
+        return Result(samples, [choice for choice, one in pairs if one is None], scores)
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -94,6 +107,19 @@ class Runner:
                 first, *others = (choice.slot for choice in chunk.request.choices)
                 self._pool.copy(first, others)
 
+    def _scores(self, hidden: Tensor, plan: Plan) -> dict[Request, list[TokenLogprob]]:
+        """How likely the model held the ids that follow those of each chunk that is scored."""
+        scores: dict[Request, list[TokenLogprob]] = {}
+        row = sum(len(choice.pending) for choice in plan.decode)
+        for chunk in plan.prefill:
+            num_top = chunk.request.params.prompt_logprobs
+            if num_top is not None:
+                following = chunk.request.prompt_ids[chunk.start + 1 : chunk.stop + 1]
+                rows = hidden[row : row + len(following)]
+                scores[chunk.request] = score(self._model.logits(rows), following, num_top)
+            row += chunk.stop - chunk.start
+        return scores
+
     def _tensor(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
 
@@ -116,11 +142,12 @@ def _wanted(plan: Plan) -> list[Wanted]:
         wanted.append(Wanted(row - 1, choice, choice.position + len(choice.pending)))
     for chunk in plan.prefill:
         row += chunk.stop - chunk.start
-        if chunk.is_last:
+        if chunk.is_last and chunk.request.params.max_tokens:
             wanted += [Wanted(row - 1, choice, chunk.stop) for choice in chunk.request.choices]
     return wanted
 
 
 def _draw(place: Wanted) -> Draw:
-    request = place.choice.request
-    return Draw(request.params, uniform(request.seed, place.choice.index, place.token_index))
+    choice, request = place.choice, place.choice.request
+    chance = uniform(request.seed, choice.index, place.token_index)
+    return Draw(request.params, chance, choice.history.counts, choice.barred_ids())

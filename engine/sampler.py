@@ -7,13 +7,17 @@ beside it: there is no generator whose order of use could matter.
 Letters: R rows, N vocabulary.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.adjust import adjust
+from engine.outputs import TokenLogprob
 from engine.params import SamplingParams
+from engine.scoring import score
 
 _MASK = 2**64 - 1
 
@@ -23,10 +27,30 @@ _HOTTEST = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row wants: its parameters, and the random number in [0, 1) that decides."""
+    """What one row wants: its parameters, and the random number in [0, 1) that decides.
+
+    counts: how often ids of its prompt and text were generated. barred: ids not to be drawn now.
+    """
 
     params: SamplingParams
     uniform: float
+    counts: Mapping[int, int] = field(default_factory=dict)
+    barred: Sequence[int] = ()
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether anything but the filters changes its logits."""
+        params = self.params
+        return bool(
+            self.counts or self.barred or params.logit_bias or params.allowed_token_ids is not None
+        )
+
+
+class Drawn(NamedTuple):
+    """An id, and how likely the model held it where that was asked for."""
+
+    token_id: int
+    logprob: TokenLogprob | None
 
 
 def uniform(seed: int, choice: int, token_index: int) -> float:
@@ -54,16 +78,28 @@ class Sampler:
         self._never = torch.ones(vocab_size, dtype=torch.bool, device=device)
         self._never[torch.tensor(sampleable_ids, device=device)] = False
 
-    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-        """One id for each row of logits float32 [R, N], in which forbidden ids are overwritten.
+    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | None]:
+        """One id for each row of logits float32 [R, N]; None where no id can be drawn.
 
-        Raises FloatingPointError where a row has no likeliest id: NaN or infinity among its logits.
+        That is so where a row's logits are not finite, or all its ids are forbidden.
         """
-        logits.masked_fill_(self._never, -torch.inf)
-        best, likeliest = logits.max(dim=-1)
-        if not best.isfinite().all():
-            raise FloatingPointError("the model's logits are not finite")
-        ids: list[int] = likeliest.tolist()
+        allowed = logits.masked_fill(self._never, -torch.inf)
+        for row, draw in enumerate(draws):
+            if draw.is_adjusted:
+                adjust(allowed[row], draw.params, draw.counts, draw.barred)
+        best, likeliest = allowed.max(dim=-1)
+        is_finite = best.isfinite()
+        allowed.masked_fill_(~is_finite.unsqueeze(-1), 0)
+        ids = self._draw(allowed, likeliest.tolist(), draws)
+        logprobs = _logprobs(logits, ids, draws)
+        return [
+            Drawn(token_id, logprobs.get(row)) if finite else None
+            for row, (token_id, finite) in enumerate(zip(ids, is_finite.tolist(), strict=True))
+        ]
+
+    def _draw(self, logits: Tensor, likeliest: list[int], draws: Sequence[Draw]) -> list[int]:
+        """The likeliest ids, replaced where a row wants chance."""
+        ids = list(likeliest)
         for wanted, draw in ((_needs_order, _draw_ordered), (_needs_no_order, _draw_unordered)):
             rows = [row for row, item in enumerate(draws) if wanted(item.params)]
             if rows:
@@ -71,6 +107,19 @@ class Sampler:
                 for row, token_id in zip(rows, chosen.tolist(), strict=True):
                     ids[row] = token_id
         return ids
+
+
+def _logprobs(logits: Tensor, ids: Sequence[int], draws: Sequence[Draw]) -> dict[int, TokenLogprob]:
+    """By row, for those that ask; the longest list that anybody wants is cut for the others."""
+    wanted = {row: n for row, d in enumerate(draws) if (n := d.params.logprobs) is not None}
+    if not wanted:
+        return {}
+    rows = list(wanted)
+    scores = score(logits[rows], [ids[row] for row in rows], max(wanted.values()))
+    return {
+        row: TokenLogprob(one.token_id, one.logprob, one.top[: wanted[row]])
+        for row, one in zip(rows, scores, strict=True)
+    }
 
 
 def _needs_order(params: SamplingParams) -> bool:

@@ -4,7 +4,9 @@ Running choices come first, one token each; prompts take what is left, in the or
 at least a share of the budget, so that neither can starve the other.
 """
 
+import bisect
 from collections import deque
+from collections.abc import MutableSequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -50,7 +52,7 @@ class Scheduler:
 
     def __init__(self, max_batch_tokens: int) -> None:
         self._budget = max_batch_tokens
-        self._waiting: deque[Request] = deque()
+        self._waiting: list[Request] = []
         self._reading: deque[Request] = deque()
         self._running: deque[Choice] = deque()
 
@@ -70,14 +72,14 @@ class Scheduler:
         return bool(self._waiting or self._reading or self._running)
 
     def add(self, request: Request) -> None:
-        """Put a new request at the end of the line."""
-        self._waiting.append(request)
+        """Put a new request into the line: behind all of its priority."""
+        bisect.insort_right(self._waiting, request, key=lambda waiting: waiting.priority)
 
     def admit(self, num_free_slots: int) -> list[Request]:
         """Requests that may start now, first come first served; each needs a slot per choice."""
         admitted = []
         while self._waiting and len(self._waiting[0].choices) <= num_free_slots:
-            request = self._waiting.popleft()
+            request = self._waiting.pop(0)
             num_free_slots -= len(request.choices)
             self._reading.append(request)
             admitted.append(request)
@@ -113,7 +115,8 @@ class Scheduler:
 
     def remove_request(self, request: Request) -> None:
         """Take a request out of wherever it is."""
-        for line in (self._waiting, self._reading):
+        lines: tuple[MutableSequence[Request], ...] = (self._waiting, self._reading)
+        for line in lines:
             if request in line:
                 line.remove(request)
         for choice in [choice for choice in self._running if choice.request is request]:

@@ -36,6 +36,7 @@ class Tokenizer:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.num_ids = max(vocabulary.values()) + 1
         self.token_bytes = _token_bytes(backend, vocabulary, self.num_ids)
+        self.written_bytes = _with_specials(backend, self.token_bytes)
         self.sampleable_ids = sorted(
             token_id for token, token_id in vocabulary.items() if not _PADDING.fullmatch(token)
         )
@@ -60,6 +61,10 @@ class Tokenizer:
         """Ids of `text`; special tokens written out in it become their ids."""
         return self._backend.encode(text).ids
 
+    def token_text(self, token_id: int) -> str:
+        """The text of one id by itself, special tokens written out."""
+        return self.written_bytes[token_id].decode("utf-8", errors="replace")
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens left out, incomplete characters as U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
@@ -74,6 +79,14 @@ def _token_bytes(backend: Backend, vocabulary: dict[str, int], num_ids: int) -> 
             table[token_id] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
         elif not added[token_id].special:
             table[token_id] = token.encode()
+    return table
+
+
+def _with_specials(backend: Backend, token_bytes: list[bytes]) -> list[bytes]:
+    """The same table with special tokens written out."""
+    table = list(token_bytes)
+    for token_id, added in backend.get_added_tokens_decoder().items():
+        table[token_id] = added.content.encode()
     return table
 
 

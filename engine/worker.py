@@ -41,9 +41,16 @@ class EngineWorker:
         """Begin to step."""
         self._thread.start()
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str) -> str:
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+    ) -> str:
         """As Engine.submit."""
-        self._engine.submit(prompt_ids, params, request_id=request_id)
+        self._engine.submit(prompt_ids, params, request_id=request_id, priority=priority)
         self._wake.set()
         return request_id
 

@@ -21,7 +21,7 @@ def run(pieces: list[bytes], stops: list[str]) -> tuple[list[str], Detokenizer]:
     emitted = []
     for token_id in range(len(pieces)):
         emitted.append(detokenizer.push(token_id))
-        if detokenizer.stopped:
+        if detokenizer.stop is not None:
             return emitted, detokenizer
     return [*emitted, detokenizer.finish()], detokenizer
 
@@ -48,7 +48,7 @@ def cut_text(draw: st.DrawFn) -> list[bytes]:
 def test_text_up_to_the_first_complete_stop(pieces: list[bytes], stops: list[str]) -> None:
     emitted, detokenizer = run(pieces, stops)
     whole = b"".join(pieces).decode()
-    assert ("".join(emitted), detokenizer.stopped) == cut(whole, stops)
+    assert ("".join(emitted), detokenizer.stop is not None) == cut(whole, stops)
 
 
 @given(pieces=cut_text(), stops=STOPS)
@@ -62,7 +62,7 @@ def test_whatever_is_emitted_is_final(pieces: list[bytes], stops: list[str]) -> 
     for token_id in range(len(pieces)):
         so_far += detokenizer.push(token_id)
         assert final.startswith(so_far)
-        if detokenizer.stopped:
+        if detokenizer.stop is not None:
             break
 
 
@@ -102,7 +102,7 @@ def test_stop_that_begins_inside_a_token_half_way_through_a_character() -> None:
     euro = "€".encode()
     emitted, detokenizer = run([b"x" + euro[:1], euro[1:2], euro[2:] + b"y"], ["€"])
     assert emitted == ["x", "", ""]
-    assert detokenizer.stopped
+    assert detokenizer.stop is not None
     assert detokenizer.finish() == ""
 
 
@@ -114,7 +114,7 @@ def test_half_a_character_at_the_end() -> None:
 def test_stop_string_completed_by_the_end() -> None:
     emitted, detokenizer = run([b"a\xe2"], ["\ufffd"])
     assert emitted == ["a", ""]
-    assert detokenizer.stopped
+    assert detokenizer.stop is not None
 
 
 def test_tokens_without_bytes_hold_nothing_up() -> None:

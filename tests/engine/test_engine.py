@@ -14,8 +14,9 @@ import torch
 import engine as library
 from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from engine.errors import EngineStoppedError, ParameterError, RequestFailedError
-from engine.runner import Sample
+from engine.runner import Result
 from engine.scheduler import Plan
+from tests.engine.making import drew
 
 LONG = SamplingParams(max_tokens=10_000, ignore_eos=True, seed=1)
 
@@ -59,10 +60,10 @@ def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> list[i
     """Make the model say `text` whatever it is asked, one id a step; gives the ids."""
     ids = engine.tokenizer.encode(text)
 
-    def run(plan: Plan) -> list[Sample]:
+    def run(plan: Plan) -> Result:
         read = [chunk.request for chunk in plan.prefill if chunk.is_last]
         choices = plan.decode + [choice for request in read for choice in request.choices]
-        return [Sample(choice, ids[choice.num_generated % len(ids)]) for choice in choices]
+        return drew({choice: ids[choice.num_generated % len(ids)] for choice in choices})
 
     monkeypatch.setattr(engine._runner, "run", run)
     return ids
@@ -217,11 +218,11 @@ def test_choices_end_one_by_one(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     end = engine.model_config.eos_token_ids[0]
     other = engine.tokenizer.encode("a")[0]
 
-    def run(plan: Plan) -> list[Sample]:
+    def run(plan: Plan) -> Result:
         read = [chunk.request for chunk in plan.prefill if chunk.is_last]
         choices = plan.decode + [choice for request in read for choice in request.choices]
         last = {c: 2 if c.request.id == "one" else c.index for c in choices}
-        return [Sample(c, end if c.num_generated == last[c] else other) for c in choices]
+        return drew({c: end if c.num_generated == last[c] else other for c in choices})
 
     monkeypatch.setattr(engine._runner, "run", run)
     engine.submit([1], SamplingParams(n=4), request_id="four")
@@ -489,7 +490,7 @@ def test_broken_weights_are_an_error_and_no_text(
     monkeypatch.setattr(
         engine._runner._model, "logits", lambda x: torch.full((len(x), width), torch.nan)
     )
-    with pytest.raises(RequestFailedError, match="FloatingPointError"):
+    with pytest.raises(RequestFailedError, match="not finite"):
         engine.generate(["abc"])
     check_all_ended(engine, {})
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.runner import Sample
+from engine.runner import Result
 from engine.scheduler import Plan
 
 NUM_REQUESTS = 200
@@ -40,13 +40,13 @@ class Recorded:
 
         return kept
 
-    def _record(self, run: Callable[[Plan], list[Sample]]) -> Callable[[Plan], list[Sample]]:
-        def recorded(plan: Plan) -> list[Sample]:
-            samples = run(plan)
-            for row, (choice, token_id) in enumerate(samples):
+    def _record(self, run: Callable[[Plan], Result]) -> Callable[[Plan], Result]:
+        def recorded(plan: Plan) -> Result:
+            result = run(plan)
+            for row, (choice, drawn) in enumerate(result.samples):
                 self.logits[choice.request.id].append(self._last[row])
-                self.ids[choice.request.id].append(token_id)
-            return samples
+                self.ids[choice.request.id].append(drawn.token_id)
+            return result
 
         return recorded
 

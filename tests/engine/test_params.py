@@ -12,6 +12,7 @@ from engine.params import GREEDY_BELOW, MAX_SEED, MAX_STOP_LENGTH, MAX_TOP_K, Sa
 @pytest.mark.parametrize(
     ("field", "value"),
     [
+        ("max_tokens", 0),
         ("max_tokens", 1),
         ("max_tokens", 10**9),
         ("n", 1),
@@ -38,7 +39,6 @@ def test_allowed(field: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max_tokens", 0),
         ("max_tokens", -1),
         ("max_tokens", 1.0),
         ("max_tokens", True),

@@ -9,11 +9,12 @@ from engine.detokenizer import Detokenizer
 from engine.params import SamplingParams
 from engine.request import Choice, Request
 from engine.scheduler import Plan, Scheduler
+from tests.engine.making import make_request
 
 
 def request(length: int = 1, n: int = 1, max_tokens: int = 16, name: str = "r") -> Request:
     params = SamplingParams(n=n, max_tokens=max_tokens)
-    made = Request.new(name, [0] * length, params, [b"x"])
+    made = make_request(name, [0] * length, params)
     assert all(isinstance(choice.detokenizer, Detokenizer) for choice in made.choices)
     return made
 

@@ -11,9 +11,9 @@ import pytest
 
 from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from engine.errors import EngineStoppedError
-from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.worker import EngineWorker
+from tests.engine.making import make_request
 
 PATIENCE = 30.0
 """Seconds after which something hangs."""
@@ -242,7 +242,7 @@ def test_figures_while_a_step_changes_them() -> None:
     """The number of running requests is asked for while the engine's thread moves them around."""
     scheduler = Scheduler(64)
     for number in range(4):
-        scheduler.add(Request.new(str(number), [1], SamplingParams(n=16), [b""]))
+        scheduler.add(make_request(str(number), [1], SamplingParams(n=16)))
     for request in scheduler.admit(64):
         scheduler.start_choices(request)
     stop = threading.Event()

@@ -1,0 +1,40 @@
+"""What a choice has had, as far as its parameters make later draws depend on it. Knows no torch."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from engine.params import SamplingParams
+
+
+class History:
+    """Counts for the penalties, and the last few ids for words that may not be completed.
+
+    counts: how often each id of the prompt and the text has been generated; empty where no penalty
+    asks for it.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        bad_words: Sequence[Sequence[int]],
+    ) -> None:
+        self._is_counting = params.has_penalty
+        self._bad_words = bad_words
+        self._last: deque[int] = deque(maxlen=max((len(ids) - 1 for ids in bad_words), default=0))
+        self.counts = dict.fromkeys(prompt_ids, 0) if self._is_counting else {}
+
+    def note(self, token_id: int) -> None:
+        """An id has been generated."""
+        self._last.append(token_id)
+        if self._is_counting:
+            self.counts[token_id] = self.counts.get(token_id, 0) + 1
+
+    def barred_ids(self) -> list[int]:
+        """Ids that would complete a bad word now."""
+        if not self._bad_words:
+            return []
+        last = list(self._last)
+        return [
+            ids[-1] for ids in self._bad_words if last[len(last) - len(ids) + 1 :] == list(ids[:-1])
+        ]

@@ -1,0 +1,55 @@
+"""What a request may ask of this engine: its vocabulary, its pool, its longest answer."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from engine.config import EngineConfig
+from engine.errors import ParameterError
+from engine.params import SamplingParams
+from engine.state import StatePool
+from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Ids are 0 to num_ids − 1; those in sampleable_ids may be drawn."""
+
+    num_ids: int
+    sampleable_ids: frozenset[int]
+    num_slots: int
+    max_tokens: int
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, pool: StatePool, config: EngineConfig) -> Self:
+        """Those of an engine with these parts."""
+        sampleable = frozenset(tokenizer.sampleable_ids)
+        return cls(tokenizer.num_ids, sampleable, pool.num_slots, config.max_tokens_limit)
+
+    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises ParameterError naming the field and what it allows."""
+        if not prompt_ids:
+            raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
+        self._check_ids("prompt", "prompt ids", prompt_ids)
+        self._check_ids("stop_token_ids", "stop_token_ids", params.stop_token_ids)
+        self._check_ids("logit_bias", "the ids in logit_bias", params.logit_bias)
+        if params.allowed_token_ids is not None:
+            self._check_allowed(params.allowed_token_ids)
+        _check_most("n", params.n, self.num_slots)
+        _check_most("max_tokens", params.max_tokens, self.max_tokens)
+
+    def _check_ids(self, param: str, what: str, ids: Collection[int]) -> None:
+        if ids and not 0 <= min(ids) <= max(ids) < self.num_ids:
+            raise ParameterError(param, f"{what} must be from 0 to {self.num_ids - 1}")
+
+    def _check_allowed(self, allowed: Sequence[int]) -> None:
+        self._check_ids("allowed_token_ids", "allowed_token_ids", allowed)
+        if self.sampleable_ids.isdisjoint(allowed):
+            raise ParameterError(
+                "allowed_token_ids", "allowed_token_ids must hold an id that the tokenizer has"
+            )
+
+
+def _check_most(param: str, value: int, most: int) -> None:
+    if value > most:
+        raise ParameterError(param, f"{param} must be at most {most}; it is {value}")
