@@ -58,9 +58,7 @@ class ModelConfig:
         sizes = {name: fields.size(raw, name, where) for name in _SIZES}
         config = cls(
             **sizes,
-            rotary_dim=fields.size(
-                raw, "rotary_dim", where, default=sizes["n_embd"] // sizes["n_head"]
-            ),
+            rotary_dim=fields.size(raw, "rotary_dim", where, default=_GPTJ_ROTARY_DIM),
             n_inner=fields.size(raw, "n_inner", where, default=4 * sizes["n_embd"]),
             layer_norm_epsilon=fields.epsilon(raw, "layer_norm_epsilon", where, default=1e-5),
             bos_token_id=raw.get("bos_token_id"),
@@ -71,6 +69,9 @@ class ModelConfig:
         _check_widths(config, where)
         return config
 
+
+_GPTJ_ROTARY_DIM = 64
+"""What transformers takes where a GPT-J's config.json does not say."""
 
 _SIZES = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
 
