@@ -64,10 +64,8 @@ class Engine:
     ) -> str:
         """Hand in a request and get its id; its outputs come from later steps.
 
-        A `request_id` of the caller's must not be that of a request that is still alive. Among
-        those that wait, lower `priority` goes first.
-
-        Raises ParameterError for a prompt or limits that cannot be, EngineStoppedError after close.
+        Among those that wait, lower `priority` goes first. Raises ParameterError for a prompt or
+        limits that cannot be and for a `request_id` in use, EngineStoppedError after close.
         """
         self._limits.check(prompt_ids, params)
         request_id = request_id or uuid.uuid4().hex
@@ -77,6 +75,7 @@ class Engine:
         with self._gate:
             if self._is_closed:
                 raise EngineStoppedError("the engine has stopped and takes no more requests")
+            self._registry.take_id(request_id)
             self._commands.put(lambda: self._registry.add(request))
         return request_id
 

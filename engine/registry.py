@@ -7,6 +7,7 @@ end. Called from the engine's thread alone. Knows no model and no queue of comma
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from engine.errors import ParameterError
 from engine.outputs import FinishReason, Output, TokenLogprob
 from engine.request import Choice, Request
 from engine.runner import Sample
@@ -21,9 +22,19 @@ class Registry:
         self._scheduler = scheduler
         self._pool = pool
         self._requests: dict[str, Request] = {}
+        self._taken_ids: set[str] = set()
         self.num_finished: Counter[FinishReason] = Counter()
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
+
+    def take_id(self, request_id: str) -> None:
+        """Keep an id for a request until its last output; under the engine's lock, from any thread.
+
+        Raises ParameterError where a request of that id is alive.
+        """
+        if request_id in self._taken_ids:
+            raise ParameterError("request_id", "there is an unfinished request of that request_id")
+        self._taken_ids.add(request_id)
 
     def add(self, request: Request) -> list[Output]:
         """Put a new request in line."""
@@ -65,6 +76,7 @@ class Registry:
         reason = _reason(choice, is_end)
         if reason is not None:
             text += self._last_text(choice)
+            reason = _reason(choice, is_end) or reason  # the last text may complete a stop string
             self._scheduler.remove_choice(choice)
             self._finish(choice, reason)
         return Output(
@@ -114,6 +126,7 @@ class Registry:
             self._pool.free(choice.slot)
         if not choice.request.unfinished:
             del self._requests[choice.request.id]
+            self._taken_ids.remove(choice.request.id)
 
 
 def _reason(choice: Choice, is_end: bool) -> FinishReason | None:

@@ -6,12 +6,13 @@ Letters: S slots, L layers, H heads, V value width, K key width. A slot's layers
 so that a row moves in one copy.
 """
 
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.config import StateSpec
+from engine.config import STATE_BYTES_PER_ELEMENT, StateSpec
 from engine.errors import OutOfMemoryError
 
 _HEADROOM = 64 * 2**20
@@ -26,12 +27,10 @@ class StatePool:
         _check_memory(spec, num_slots, device)
         self.spec = spec
         self.num_slots = num_slots
-        self.state = torch.empty(num_slots, *spec.state_shape, device=device)
+        self.state = _touched((num_slots, *spec.state_shape), device)
         self.z: Tensor | None = None
         if spec.has_denominator:
-            self.z = torch.empty(num_slots, *spec.denominator_shape, device=device)
-        for tensor in self._tensors():
-            tensor.zero_()  # writes every page now, so that no step meets a page fault
+            self.z = _touched((num_slots, *spec.denominator_shape), device)
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -68,6 +67,17 @@ class StatePool:
 
     def _tensors(self) -> list[Tensor]:
         return [self.state] if self.z is None else [self.state, self.z]
+
+
+def _touched(shape: tuple[int, ...], device: str) -> Tensor:
+    """Zeros float32 whose every page is written now, so that no step meets a page fault."""
+    try:
+        return torch.empty(shape, device=device).zero_()
+    except RuntimeError as error:  # torch's own, where a limit that is not seen here holds
+        size = math.prod(shape) * STATE_BYTES_PER_ELEMENT
+        raise OutOfMemoryError(
+            f"{size:,} bytes for the pool could not be allocated: give a smaller --max-slots"
+        ) from error
 
 
 def _check_memory(spec: StateSpec, num_slots: int, device: str) -> None:

@@ -7,10 +7,13 @@ step's outputs, and is called once per step.
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from engine.engine import Engine
 from engine.outputs import EngineStats, Output
 from engine.params import SamplingParams
+
+if TYPE_CHECKING:  # a worker drives an engine; it does not load one
+    from engine.engine import Engine
 
 Deliver = Callable[[list[Output]], None]
 
@@ -19,7 +22,7 @@ class EngineWorker:
     """Runs an engine in a thread of its own; `submit`, `cancel` and `stats` from any thread."""
 
     def __init__(
-        self, engine: Engine, deliver: Deliver, on_death: Callable[[BaseException], None]
+        self, engine: "Engine", deliver: Deliver, on_death: Callable[[BaseException], None]
     ) -> None:
         """`deliver` gets each step's outputs, never none; `on_death` what ended the thread.
 

@@ -213,6 +213,29 @@ def test_half_a_character_at_the_last_token(
         assert done.text == "\ufffd"
 
 
+def test_a_stop_string_that_only_the_end_completes(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = next(i for i, b in enumerate(engine.tokenizer.token_bytes) if b == b"\xe2")
+    monkeypatch.setattr(
+        engine._runner,
+        "run",
+        lambda plan: drew({chunk.request.choices[0]: half for chunk in plan.prefill}),
+    )
+    (done,) = engine.generate(["a"], SamplingParams(max_tokens=1, stop=("\ufffd",)))
+    assert (done.text, done.finish_reason) == ("", FinishReason.STOP)
+
+
+def test_an_id_in_use_is_refused_until_its_last_output(engine: Engine) -> None:
+    engine.submit([1], SamplingParams(max_tokens=2, ignore_eos=True), request_id="mine")
+    with pytest.raises(ParameterError, match="unfinished request") as refused:
+        engine.submit([1], SamplingParams(), request_id="mine")
+    assert refused.value.param == "request_id"
+    assert len(collect(engine)["mine", 0]) == 2
+    engine.submit([1], SamplingParams(max_tokens=1), request_id="mine")
+    assert len(collect(engine)["mine", 0]) == 1
+
+
 def test_choices_end_one_by_one(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A choice that ends gives its slot to the next request while its siblings go on."""
     end = engine.model_config.eos_token_ids[0]

@@ -150,3 +150,11 @@ def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_available_memory_of_a_gpu() -> None:
     assert available_memory("cuda") > 0
+
+
+def test_what_torch_cannot_allocate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit that /proc and the control groups do not show, such as `ulimit -v`."""
+    monkeypatch.setattr("engine.state.available_memory", lambda _: 2**62)
+    spec = StateSpec(1, 1, 8, 8, has_denominator=False)
+    with pytest.raises(OutOfMemoryError, match="could not be allocated: give a smaller"):
+        StatePool(spec, 2**45, "cpu")
