@@ -19,9 +19,10 @@ inline void check_kind(const Tensor& x, const char* name, int64_t dim, ScalarTyp
   STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, not ", x.dim());
 }
 
-// Float32 with a contiguous last dimension; the other strides are free.
-inline void check_rows(const Tensor& x, const char* name, int64_t dim) {
-  check_kind(x, name, dim, ScalarType::Float);
+// A contiguous last dimension; the other strides are free.
+inline void check_rows(const Tensor& x, const char* name, int64_t dim,
+                       ScalarType type = ScalarType::Float) {
+  check_kind(x, name, dim, type);
   const bool contiguous = x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1;
   STD_TORCH_CHECK(contiguous, "the last dimension of ", name, " must be contiguous");
 }

@@ -1,6 +1,7 @@
 // Picks the instruction set, once, when the first op runs.
 //
-// Owns the reading of COTTENTION_CPU_ISA (plain, avx2 or avx512: forces one that the machine has).
+// Owns the reading of COTTENTION_CPU_ISA (plain, avx2, avx512 or avx512_bf16: forces
+// one that the machine has).
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -18,14 +19,22 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 const Kernels* named(const std::string& isa) {
   if (isa == "plain") return &plain::kernels;
   if (isa == "avx2" && has_avx2()) return &avx2::kernels;
   if (isa == "avx512" && has_avx512()) return &avx512::kernels;
+  if (isa == "avx512_bf16" && has_avx512_bf16()) return &avx512_bf16::kernels;
   return nullptr;
 }
 
-const char* best() { return has_avx512() ? "avx512" : has_avx2() ? "avx2" : "plain"; }
+const char* best() {
+  return has_avx512_bf16() ? "avx512_bf16"
+         : has_avx512()    ? "avx512"
+         : has_avx2()      ? "avx2"
+                           : "plain";
+}
 #else
 const Kernels* named(const std::string& isa) { return isa == "plain" ? &plain::kernels : nullptr; }
 
@@ -38,7 +47,7 @@ const Kernels& pick() {
   const Kernels* found = named(isa);
   if (!found)
     throw std::runtime_error("COTTENTION_CPU_ISA=" + isa +
-                             ": not one of plain, avx2, avx512 that this machine runs");
+                             ": not one of plain, avx2, avx512, avx512_bf16 that this machine runs");
   return *found;
 }
 

@@ -1,4 +1,4 @@
-// rotary_table, cottention_features and gelu_new on the CPU: the checks and the calls.
+// rotary_table, cottention_features, gelu_new and layer_norm on the CPU: the checks and the calls.
 //
 // Owns the angles of rotary (float64 until the last cast). The rest of the arithmetic stands in
 // elementwise.h.
@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kAnglesPerThread = 512;
 constexpr int64_t kFeaturesPerThread = 16384;
 constexpr int64_t kGelusPerThread = 16384;
+constexpr int64_t kNormsPerThread = 65536;
 
 int64_t least_tasks(int64_t work, int64_t each) { return work / std::max<int64_t>(1, each); }
 
@@ -96,11 +97,31 @@ Tensor gelu_new(const Tensor& x) {
   check_rows(x, "x", 2);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   const GeluParams p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1),
-                     x.stride(0)};
+                     x.stride(0), x.size(1)};
   const Kernels& table = kernels();
   for_each_task(x.size(0), least_tasks(kGelusPerThread, x.size(1)),
                 [&](int64_t row) { table.gelu(p, row); });
   return out;
+}
+
+// x [N, C], rows any distance apart; weight and bias [C]; into out [N, C].
+void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon,
+                const Tensor& out) {
+  check_rows(x, "x", 2);
+  check_contiguous(weight, "weight", 1, ScalarType::Float);
+  check_contiguous(bias, "bias", 1, ScalarType::Float);
+  check_contiguous(out, "out", 2, ScalarType::Float);
+  check_size(weight, "weight", 0, x.size(1));
+  check_size(bias, "bias", 0, x.size(1));
+  for (int64_t dim = 0; dim < 2; ++dim) check_size(out, "out", dim, x.size(dim));
+  NormParams p{x.const_data_ptr<float>(), weight.const_data_ptr<float>(),
+               bias.const_data_ptr<float>(), out.mutable_data_ptr<float>()};
+  p.columns = x.size(1);
+  p.x_stride = x.stride(0);
+  p.epsilon = static_cast<float>(epsilon);
+  const Kernels& table = kernels();
+  for_each_task(x.size(0), least_tasks(kNormsPerThread, x.size(1)),
+                [&](int64_t row) { table.layer_norm(p, row); });
 }
 
 }  // namespace cottention

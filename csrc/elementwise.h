@@ -1,7 +1,8 @@
-// What happens to a token around the recurrence: rotary, normalisation, scaling, gelu_new.
+// What happens to a token around the recurrence: rotary, normalisation, scaling, gelu_new,
+// and the norm before it.
 //
 // Elementwise loops are left to the compiler to widen: with contraction off, an element's bits do
-// not depend on where it stands. The only sum (of squares) runs over sixteen fixed lanes.
+// not depend on where it stands. Sums run over sixteen fixed lanes.
 // Included by kernels.cpp only.
 #pragma once
 
@@ -36,20 +37,46 @@ inline void normalise(float* x, int64_t width) {
   for (int64_t i = 0; i < width; ++i) x[i] /= below;
 }
 
-inline void features(const FeatureParams& p, int64_t token) {
+// One head's features of a token: q, k and v [width].
+inline void map_head(const FeatureParams& p, int64_t token, int64_t head, float* q, float* k,
+                     float* __restrict v) {
   const float* cos = p.cos + token * p.pairs;
   const float* sin = p.sin + token * p.pairs;
+  rotate(p.q.at(token, head), cos, sin, p.pairs, p.width, q);
+  rotate(p.k.at(token, head), cos, sin, p.pairs, p.width, k);
+  normalise(q, p.width);
+  normalise(k, p.width);
+  const float* value = p.v.at(token, head);
+  const float below = (float)__builtin_pow((double)p.positions[token] + 1.0, p.sigma[head]);
+  for (int64_t i = 0; i < p.width; ++i) v[i] = value[i] / below;
+}
+
+inline void features(const FeatureParams& p, int64_t token) {
   for (int64_t head = 0; head < p.heads; ++head) {
     const int64_t at = (token * p.heads + head) * p.width;
-    rotate(p.q.at(token, head), cos, sin, p.pairs, p.width, p.q_out + at);
-    rotate(p.k.at(token, head), cos, sin, p.pairs, p.width, p.k_out + at);
-    normalise(p.q_out + at, p.width);
-    normalise(p.k_out + at, p.width);
-    const float* v = p.v.at(token, head);
-    const float below = (float)__builtin_pow((double)p.positions[token] + 1.0, p.sigma[head]);
-    float* __restrict out = p.v_out + at;
-    for (int64_t i = 0; i < p.width; ++i) out[i] = v[i] / below;
+    map_head(p, token, head, p.q_out + at, p.k_out + at, p.v_out + at);
   }
+}
+
+inline float sum_of(const float* x, int64_t width) {
+  Lanes total = broadcast(0.0f);
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) total = add(total, load(x + j));
+  float rest[kLanes] = {};
+  for (int64_t i = j; i < width; ++i) rest[i - j] = x[i];
+  return sum(add(total, load(rest)));
+}
+
+// (x - mean) / sqrt(variance + epsilon) × weight + bias, along a row.
+inline void layer_norm(const NormParams& p, int64_t row) {
+  const float* x = p.x + row * p.x_stride;
+  float* __restrict out = p.out + row * p.columns;
+  const float mean = sum_of(x, p.columns) / (float)p.columns;
+  for (int64_t i = 0; i < p.columns; ++i) out[i] = x[i] - mean;
+  const float variance = sum_of_squares(out, p.columns) / (float)p.columns;
+  const float scale = 1.0f / __builtin_sqrtf(variance + p.epsilon);
+  for (int64_t i = 0; i < p.columns; ++i)
+    out[i] = multiply_add(out[i] * scale, p.weight[i], p.bias[i]);
 }
 
 // e^x to about one unit in the last place; infinite from 88.4 on, e^-87 below -87.
@@ -74,15 +101,17 @@ inline float exponential(float x) {
 }
 
 // 0.5 x (1 + tanh u) = x / (1 + e^{-2u}), u = sqrt(2/π) (x + 0.044715 x³).
-inline void gelu(const GeluParams& p, int64_t row) {
+inline void gelu_of(const float* x, int64_t count, float* __restrict out) {
   constexpr float kMinusTwoRoot = -1.5957691216f;
-  const float* x = p.x + row * p.x_stride;
-  float* __restrict out = p.out + row * p.columns;
-  for (int64_t i = 0; i < p.columns; ++i) {
+  for (int64_t i = 0; i < count; ++i) {
     const float cubed = x[i] * x[i] * x[i];
     const float u = multiply_add(cubed, 0.044715f, x[i]);
     out[i] = x[i] / (1.0f + exponential(kMinusTwoRoot * u));
   }
+}
+
+inline void gelu(const GeluParams& p, int64_t row) {
+  gelu_of(p.x + row * p.x_stride, p.columns, p.out + row * p.out_stride);
 }
 
 }  // namespace cottention::COTTENTION_ISA

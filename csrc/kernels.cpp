@@ -6,10 +6,12 @@
 
 #include "elementwise.h"
 #include "linear.h"
+#include "mix.h"
 #include "recurrent.h"
 
 namespace cottention::COTTENTION_ISA {
 
-const Kernels kernels = {denominators, recurrent, linear, features, gelu};
+const Kernels kernels = {
+    denominators, recurrent, mix, linear<FloatWord>, linear<PairWord>, features, gelu, layer_norm};
 
 }  // namespace cottention::COTTENTION_ISA

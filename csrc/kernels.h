@@ -11,17 +11,19 @@
 namespace cottention {
 
 constexpr int64_t kPanel = 64;         // output columns that a packed weight holds side by side
-constexpr int64_t kTaskRows = 48;      // rows of x per task of the product
+constexpr int64_t kTaskRows = 48;      // most rows of x per task of the product
+constexpr int64_t kMaxMixWidth = 256;  // widest head that the mixer maps on its stack
 constexpr float kDenominatorFloor = 1e-6f;
 constexpr float kNormFloor = 1e-12f;
 constexpr int32_t kPaddingSlot = -1;
 
-// A view [N, H, D] with free strides but for the last, which is 1.
+// A view [N, H, D] with free strides but for the last, which is 1; data may begin at a later token.
 struct HeadView {
   const float* data;
   int64_t token_stride, head_stride;
+  int64_t first_token = 0;
   [[gnu::always_inline]] const float* at(int64_t token, int64_t head) const {
-    return data + token * token_stride + head * head_stride;
+    return data + (token - first_token) * token_stride + head * head_stride;
   }
 };
 
@@ -30,7 +32,8 @@ struct RecurrentParams {
   float* state;                // [S, H, V, K], [H, V, K] contiguous
   float* z;                    // [S, H, K], [H, K] contiguous; null: no denominator
   int64_t state_stride, z_stride;
-  float* out;                  // [N, H, V]
+  float* out;                  // [N, H, V], tokens out_stride apart
+  int64_t out_stride;
   float* denominators;         // [N, H], already held above the floor; null without z
   const int32_t* slots;        // [B]
   const int32_t* offsets;      // [B + 1]; null: one token per slot
@@ -43,16 +46,21 @@ struct RecurrentParams {
   [[gnu::always_inline]] int64_t first(int64_t segment) const {
     return offsets ? offsets[segment] : segment;
   }
+  [[gnu::always_inline]] float* out_at(int64_t token, int64_t head) const {
+    return out + token * out_stride + head * value_width;
+  }
 };
 
 struct LinearParams {
   const float* x;              // [rows, channels], rows x_stride apart
-  const float* packed;         // [ceil(columns / kPanel), channels, kPanel]
+  const float* packed;         // words [ceil(columns / kPanel), words, kPanel]
   const float* bias;           // [columns] or null
   float* out;                  // [rows, columns]
   int64_t rows, channels, columns, x_stride;
+  bool adds;                   // to what is in out
 
   [[gnu::always_inline]] int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
+  [[gnu::always_inline]] int64_t blocks() const { return (rows + kTaskRows - 1) / kTaskRows; }
 };
 
 struct FeatureParams {
@@ -60,22 +68,39 @@ struct FeatureParams {
   const int64_t* positions;    // [N], from 0
   const double* sigma;         // [H]
   const float *cos, *sin;      // [N, pairs]
-  float *q_out, *k_out, *v_out;  // [N, H, D]
+  float *q_out, *k_out, *v_out;  // [N, H, D]; not for the mixer
   int64_t heads, width, pairs;
 };
 
 struct GeluParams {
   const float* x;              // [rows, columns], rows x_stride apart
+  float* out;                  // [rows, columns], rows out_stride apart
+  int64_t columns, x_stride, out_stride;
+};
+
+// What stands between a layer's two products: the recurrence on mapped q, k, v, and the MLP's gelu.
+struct MixParams {
+  FeatureParams features;
+  RecurrentParams recurrent;   // without q, k, v
+  GeluParams gelu;             // rows are tokens
+};
+
+struct NormParams {
+  const float *x, *weight, *bias;  // [rows, columns], [columns], [columns]
   float* out;                  // [rows, columns]
   int64_t columns, x_stride;
+  float epsilon;
 };
 
 struct Kernels {
   void (*denominators)(const RecurrentParams&, int64_t task);  // tasks: segments × heads
   void (*recurrent)(const RecurrentParams&, int64_t task);     // tasks: segments × heads × shares
-  void (*linear)(const LinearParams&, int64_t task);           // tasks: blocks of rows × panels
+  void (*mix)(const MixParams&, int64_t task);                 // tasks: as recurrent
+  void (*linear)(const LinearParams&, int64_t task);           // tasks: panels × blocks of rows
+  void (*linear_pairs)(const LinearParams&, int64_t task);     // the same, weights in bfloat16
   void (*features)(const FeatureParams&, int64_t token);
   void (*gelu)(const GeluParams&, int64_t row);
+  void (*layer_norm)(const NormParams&, int64_t row);
 };
 
 namespace plain {
@@ -85,6 +110,9 @@ namespace avx2 {
 extern const Kernels kernels;
 }
 namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
 extern const Kernels kernels;
 }
 

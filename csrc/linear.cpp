@@ -1,7 +1,8 @@
 // The product of fixed order on the CPU: packing of weights, checks, the call.
 //
-// Owns the packed layout [panels, C, 64]: panel i holds output columns 64 i to 64 i + 63 side by
-// side for each channel, zeros behind the last column. Owns no arithmetic.
+// Owns the packed layout [panels, words, 64]: panel i holds output columns 64 i to 64 i + 63 side by
+// side for each word of 32 bits, zeros behind the last column. A word is one channel in float32 or
+// two in bfloat16; torch sees [panels, C, 64] or [panels, C / 2, 128]. Owns no arithmetic.
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
@@ -12,61 +13,113 @@ namespace cottention {
 namespace {
 
 constexpr int64_t kProductsPerThread = 131072;
-constexpr int64_t kPackedAtOnce = 16;  // channels: one cache line of each of a panel's 64 rows
+constexpr int64_t kPackedAtOnce = 16;  // words: a cache line or two of each of a panel's 64 rows
 
-void pack_panel(const float* weight, int64_t stride, int64_t columns, int64_t channels,
-                float* panel) {
-  for (int64_t c0 = 0; c0 < channels; c0 += kPackedAtOnce) {
-    const int64_t end = std::min(c0 + kPackedAtOnce, channels);
-    for (int64_t j = 0; j < kPanel; ++j)
-      for (int64_t c = c0; c < end; ++c)
-        panel[c * kPanel + j] = j < columns ? weight[j * stride + c] : 0.0f;
+// Weights as they come: rows of float or of the bits of bfloat16, `stride` apart.
+template <class Element>
+struct Unpacked {
+  static constexpr int64_t kPerWord = sizeof(float) / sizeof(Element);
+  const Element* data;
+  int64_t stride, columns, channels;
+
+  int64_t words() const { return ceil_div(channels, kPerWord); }
+  Element at(int64_t column, int64_t channel) const {
+    return column < columns && channel < channels ? data[column * stride + channel] : Element{};
   }
+};
+
+template <class Element>
+void pack_panel(const Unpacked<Element>& weight, int64_t panel, Element* packed) {
+  const int64_t each = weight.kPerWord;
+  for (int64_t w0 = 0; w0 < weight.words(); w0 += kPackedAtOnce) {
+    const int64_t end = std::min(w0 + kPackedAtOnce, weight.words());
+    for (int64_t j = 0; j < kPanel; ++j)
+      for (int64_t c = w0 * each; c < end * each; ++c)
+        packed[(c / each * kPanel + j) * each + c % each] = weight.at(panel * kPanel + j, c);
+  }
+}
+
+template <class Element>
+Tensor pack(const Tensor& weight) {
+  const auto* data = static_cast<const Element*>(weight.const_data_ptr());
+  const Unpacked<Element> from{data, weight.stride(0), weight.size(0), weight.size(1)};
+  const int64_t panels = ceil_div(from.columns, kPanel), width = kPanel * from.kPerWord;
+  Tensor packed = torch::stable::new_empty(weight, {panels, from.words(), width});
+  auto* to = static_cast<Element*>(packed.mutable_data_ptr());
+  for_each_task(panels, 1,
+                [&](int64_t i) { pack_panel(from, i, to + i * from.words() * width); });
+  return packed;
+}
+
+void check_bias(const std::optional<Tensor>& bias, int64_t columns) {
+  if (!bias) return;
+  check_contiguous(*bias, "bias", 1, ScalarType::Float);
+  check_size(*bias, "bias", 0, columns);
+}
+
+LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                    const Tensor& out) {
+  check_rows(x, "x", 2);
+  check_contiguous(out, "out", 2, ScalarType::Float);
+  check_size(out, "out", 0, x.size(0));
+  check_bias(bias, out.size(1));
+  const bool is_float = packed.scalar_type() == ScalarType::Float;
+  const int64_t each = is_float ? 1 : 2;
+  check_contiguous(packed, "packed", 3, is_float ? ScalarType::Float : ScalarType::BFloat16);
+  check_size(packed, "packed", 0, ceil_div(out.size(1), kPanel));
+  check_size(packed, "packed", 1, ceil_div(x.size(1), each));
+  check_size(packed, "packed", 2, kPanel * each);
+  LinearParams p{x.const_data_ptr<float>(), static_cast<const float*>(packed.const_data_ptr())};
+  p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
+  p.out = out.mutable_data_ptr<float>();
+  p.rows = x.size(0);
+  p.channels = x.size(1);
+  p.columns = out.size(1);
+  p.x_stride = x.stride(0);
+  return p;
+}
+
+void run(const LinearParams& p, const Tensor& packed) {
+  const int64_t tasks = p.panels() * p.blocks();
+  const int64_t products = std::max<int64_t>(1, std::min(p.rows, kTaskRows) * kPanel * p.channels);
+  const bool is_float = packed.scalar_type() == ScalarType::Float;
+  const auto kernel = is_float ? kernels().linear : kernels().linear_pairs;
+  for_each_task(tasks, kProductsPerThread / products, [&](int64_t task) { kernel(p, task); });
 }
 
 }  // namespace
 
-// weight [out_features, C] → [ceil(out_features / 64), C, 64].
+// weight [out_features, C], float32 or bfloat16 → packed, of the same type.
 Tensor pack_weight(const Tensor& weight) {
+  if (weight.scalar_type() == ScalarType::BFloat16) {
+    check_rows(weight, "weight", 2, ScalarType::BFloat16);
+    return pack<uint16_t>(weight);
+  }
   check_rows(weight, "weight", 2);
-  const int64_t columns = weight.size(0), channels = weight.size(1), stride = weight.stride(0);
-  const int64_t panels = ceil_div(columns, kPanel);
-  Tensor packed = torch::stable::new_empty(weight, {panels, channels, kPanel});
-  const float* from = weight.const_data_ptr<float>();
-  float* to = packed.mutable_data_ptr<float>();
-  for_each_task(panels, 1, [&](int64_t i) {
-    pack_panel(from + i * kPanel * stride, stride, std::min(kPanel, columns - i * kPanel), channels,
-               to + i * kPanel * channels);
-  });
-  return packed;
+  return pack<float>(weight);
 }
 
 // x [N, C] (rows any distance apart), packed, bias [out_features] or none → [N, out_features].
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               int64_t out_features) {
   check_rows(x, "x", 2);
-  check_contiguous(packed, "packed", 3, ScalarType::Float);
-  check_size(packed, "packed", 0, ceil_div(out_features, kPanel));
-  check_size(packed, "packed", 1, x.size(1));
-  check_size(packed, "packed", 2, kPanel);
-  if (bias) {
-    check_contiguous(*bias, "bias", 1, ScalarType::Float);
-    check_size(*bias, "bias", 0, out_features);
-  }
   Tensor out = torch::stable::new_empty(x, {x.size(0), out_features});
-  LinearParams p{x.const_data_ptr<float>(), packed.const_data_ptr<float>()};
-  p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
-  p.out = out.mutable_data_ptr<float>();
-  p.rows = x.size(0);
-  p.channels = x.size(1);
-  p.columns = out_features;
-  p.x_stride = x.stride(0);
-  const int64_t tasks = ceil_div(p.rows, kTaskRows) * p.panels();
-  const int64_t products = std::max<int64_t>(1, std::min(p.rows, kTaskRows) * kPanel * p.channels);
-  const Kernels& table = kernels();
-  for_each_task(tasks, kProductsPerThread / products,
-                [&](int64_t task) { table.linear(p, task); });
+  linear_out(x, packed, bias, out);
   return out;
+}
+
+// As linear, into out [N, out_features].
+void linear_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                const Tensor& out) {
+  run(params(x, packed, bias, out), packed);
+}
+
+// As linear, added to what is in out [N, out_features].
+void linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                const Tensor& out) {
+  LinearParams p = params(x, packed, bias, out);
+  p.adds = true;
+  run(p, packed);
 }
 
 }  // namespace cottention

@@ -4,15 +4,14 @@
 // taken in blocks so that a panel's block stays in the first cache while all rows of the task pass
 // it; between blocks the sums rest in a tile of float32, which leaves the chain as it was. The
 // groups of rows share the fetching of the next block, so that memory works while they compute.
-// Included by kernels.cpp only.
+// Weights of float32 or bfloat16 differ in their words alone. Included by kernels.cpp only.
 #pragma once
 
 #include "kernels.h"
 #include "simd.h"
+#include "words.h"
 
 namespace cottention::COTTENTION_ISA {
-
-constexpr int64_t kChannelBlock = 128;
 
 #if defined(__AVX512F__)
 constexpr int kMaxRows = 6;
@@ -25,16 +24,15 @@ constexpr int kMaxRows = 2;
 constexpr int across(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
-// A block of a panel's channels, and the columns [first, last) of the next that are to be fetched.
+// A block of a panel's words, and the columns [first, last) of the next that are to be fetched.
 struct PanelBlock {
   const float* data;
-  int64_t channels, first_fetched, last_fetched;
+  int64_t words, first_fetched, last_fetched;
 };
 
 // Adds the block's terms to the sums of R rows and across(R) × 16 columns from `column` on.
-template <int R>
-inline void extend_chains(const float* x, int64_t x_stride, const PanelBlock& block, int64_t column,
-                          float* tile) {
+template <class Word, int R>
+inline void extend_chains(const RowBlock& x, const PanelBlock& block, int64_t column, float* tile) {
   constexpr int A = across(R);
   Lanes sums[R][A];
 #pragma GCC unroll 8
@@ -45,17 +43,18 @@ inline void extend_chains(const float* x, int64_t x_stride, const PanelBlock& bl
   const int64_t first = block.first_fetched > column ? block.first_fetched : column;
   const int64_t last = least(block.last_fetched, end);
   const float* panel = block.data + column;
-  const float* next = block.data + block.channels * kPanel;
-  for (int64_t c = 0; c < block.channels; ++c, panel += kPanel, next += kPanel) {
+  const float* next = block.data + block.words * kPanel;
+  for (int64_t c = 0; c < block.words; ++c, panel += kPanel, next += kPanel) {
     for (int64_t j = first; j < last; j += kLanes) __builtin_prefetch(next + j, 0, 2);
     Lanes weights[A];
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) weights[a] = load(panel + a * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Lanes value = broadcast(x[r * x_stride + c]);
+      const Lanes value = broadcast(x.words[r * x.stride + c]);
 #pragma GCC unroll 4
-      for (int a = 0; a < A; ++a) sums[r][a] = multiply_add(weights[a], value, sums[r][a]);
+      for (int a = 0; a < A; ++a) 
+        sums[r][a] = Word::multiply_add(weights[a], value, sums[r][a]);
     }
   }
 #pragma GCC unroll 8
@@ -64,35 +63,38 @@ inline void extend_chains(const float* x, int64_t x_stride, const PanelBlock& bl
     for (int a = 0; a < A; ++a) store(tile + r * kPanel + a * kLanes, sums[r][a]);
 }
 
-template <int R>
-inline void extend_rows(const float* x, int64_t x_stride, const PanelBlock& block, float* tile) {
+template <class Word, int R>
+inline void extend_rows(const RowBlock& x, const PanelBlock& block, float* tile) {
   for (int64_t column = 0; column < kPanel; column += across(R) * kLanes)
-    extend_chains<R>(x, x_stride, block, column, tile + column);
+    extend_chains<Word, R>(x, block, column, tile + column);
 }
 
-using ExtendRows = void (*)(const float*, int64_t, const PanelBlock&, float*);
+using ExtendRows = void (*)(const RowBlock&, const PanelBlock&, float*);
 
+template <class Word>
 inline ExtendRows extend_rows_for(int64_t rows) {
 #if defined(__AVX2__)
-  static constexpr ExtendRows table[] = {extend_rows<1>, extend_rows<2>, extend_rows<3>,
-                                         extend_rows<4>, extend_rows<5>, extend_rows<6>};
+  static constexpr ExtendRows table[] = {extend_rows<Word, 1>, extend_rows<Word, 2>,
+                                         extend_rows<Word, 3>, extend_rows<Word, 4>,
+                                         extend_rows<Word, 5>, extend_rows<Word, 6>};
 #else
-  static constexpr ExtendRows table[] = {extend_rows<1>, extend_rows<2>};
+  static constexpr ExtendRows table[] = {extend_rows<Word, 1>, extend_rows<Word, 2>};
 #endif
   static_assert(sizeof table / sizeof *table == kMaxRows);
   return table[rows - 1];
 }
 
-// One block of channels for all rows of a task, in groups of nearly equal size.
-inline void extend_task(const LinearParams& p, const float* x, PanelBlock block, int64_t rows,
-                        float* tile) {
+// One block of words for all rows of a task, in groups of nearly equal size.
+template <class Word>
+inline void extend_task(const RowBlock& x, PanelBlock block, int64_t rows, float* tile) {
   const int64_t groups = (rows + kMaxRows - 1) / kMaxRows;
   constexpr int64_t lines = kPanel / kLanes;
   for (int64_t g = 0, row = 0; g < groups; ++g) {
     const int64_t count = (rows - row + groups - g - 1) / (groups - g);
     block.first_fetched = g * lines / groups * kLanes;
     block.last_fetched = (g + 1) * lines / groups * kLanes;
-    extend_rows_for(count)(x + row * p.x_stride, p.x_stride, block, tile + row * kPanel);
+    const RowBlock group{x.words + row * x.stride, x.stride};
+    extend_rows_for<Word>(count)(group, block, tile + row * kPanel);
     row += count;
   }
 }
@@ -102,21 +104,27 @@ inline void write_rows(const LinearParams& p, int64_t first, int64_t rows, int64
   const int64_t count = least(p.columns - column, kPanel);
   for (int64_t r = 0; r < rows; ++r) {
     float* out = p.out + (first + r) * p.columns + column;
-    for (int64_t j = 0; j < count; ++j)
-      out[j] = p.bias ? tile[r * kPanel + j] + p.bias[column + j] : tile[r * kPanel + j];
+    for (int64_t j = 0; j < count; ++j) {
+      const float sum = p.bias ? tile[r * kPanel + j] + p.bias[column + j] : tile[r * kPanel + j];
+      out[j] = p.adds ? out[j] + sum : sum;
+    }
   }
 }
 
+template <class Word>
 inline void linear(const LinearParams& p, int64_t task) {
   alignas(64) float tile[kTaskRows * kPanel];
-  const int64_t panel = task % p.panels();  // the rows stay in the second cache, panels pass
-  const int64_t first = task / p.panels() * kTaskRows;
-  const int64_t rows = least(p.rows - first, kTaskRows);
+  typename Word::Buffer buffer;
+  const int64_t panel = task / p.blocks();  // stays in the second cache while the rows pass
+  const int64_t block_of_rows = task % p.blocks();
+  const int64_t first = p.rows * block_of_rows / p.blocks();
+  const int64_t rows = p.rows * (block_of_rows + 1) / p.blocks() - first;
+  const int64_t words = (p.channels + Word::kChannels - 1) / Word::kChannels;
   __builtin_memset(tile, 0, rows * kPanel * sizeof(float));
-  for (int64_t c = 0; c < p.channels; c += kChannelBlock) {
-    const float* weights = p.packed + (panel * p.channels + c) * kPanel;
-    const PanelBlock block{weights, least(p.channels - c, kChannelBlock), 0, 0};
-    extend_task(p, p.x + first * p.x_stride + c, block, rows, tile);
+  for (int64_t w = 0; w < words; w += Word::kBlock) {
+    const float* weights = p.packed + (panel * words + w) * kPanel;
+    const PanelBlock block{weights, least(words - w, Word::kBlock), 0, 0};
+    extend_task<Word>(Word::rows(p, first, rows, w, buffer), block, rows, tile);
   }
   write_rows(p, first, rows, panel * kPanel, tile);
 }

@@ -16,11 +16,20 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
 Tensor pack_weight(const Tensor& weight);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               int64_t out_features);
+void linear_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                const Tensor& out);
+void linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                const Tensor& out);
 std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, int64_t rotary_dim, double base);
 std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Tensor& k,
                                                        const Tensor& v, const Tensor& positions,
                                                        const Tensor& sigma, const Tensor& cos,
                                                        const Tensor& sin);
 Tensor gelu_new(const Tensor& x);
+void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon,
+                const Tensor& out);
+void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                    const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
+                    const std::optional<Tensor>& offsets, const Tensor& out);
 
 }  // namespace cottention

@@ -62,7 +62,7 @@ inline void advance_rows(float* h, const float* k, const float* q, const float* 
 inline void zero_outputs(const RecurrentParams& p, int64_t segment, int64_t head, int64_t row,
                          int64_t rows) {
   for (int64_t t = p.first(segment); t < p.first(segment + 1); ++t)
-    __builtin_memset(p.out + (t * p.heads + head) * p.value_width + row, 0, rows * sizeof(float));
+    __builtin_memset(p.out_at(t, head) + row, 0, rows * sizeof(float));
 }
 
 // One token on a block of rows; out is divided by the token's denominator where there is one.
@@ -72,7 +72,7 @@ inline void advance_block(const RecurrentParams& p, float* h, int64_t token, int
   const float* q = p.q.at(token, head);
   const float* k = p.k.at(token, head);
   const float* v = p.v.at(token, head) + row;
-  float* out = p.out + (token * p.heads + head) * p.value_width + row;
+  float* out = p.out_at(token, head) + row;
   const float below = p.denominators ? p.denominators[token * p.heads + head] : 1.0f;
   for (int64_t r = 0; r < rows; r += kRowGroup) {
     Quad sums[kRowGroup / 4];
@@ -95,7 +95,7 @@ inline void fetch_token(const RecurrentParams& p, int64_t token, int64_t head, i
   }
   for (int64_t r = row; r < row + rows; r += kLanes) {
     __builtin_prefetch(p.v.at(token, head) + r);
-    __builtin_prefetch(p.out + (token * p.heads + head) * p.value_width + r, 1);
+    __builtin_prefetch(p.out_at(token, head) + r, 1);
   }
 }
 
@@ -111,20 +111,35 @@ inline void advance_tokens(const RecurrentParams& p, float* h, int64_t first, in
   }
 }
 
-inline void recurrent(const RecurrentParams& p, int64_t task) {
+// The part of one head of one segment that a task works on: tokens [first, last) on value rows
+// [begin, end).
+struct Share {
+  int64_t segment, head, first, last, begin, end;
+};
+
+inline Share share_of(const RecurrentParams& p, int64_t task) {
   const int64_t begin = task % p.shares() * p.share_rows;
   const int64_t head = task / p.shares() % p.heads;
   const int64_t segment = task / p.shares() / p.heads;
   const int64_t end = least(begin + p.share_rows, p.value_width);
-  const int64_t first = p.first(segment), last = p.first(segment + 1);
-  const int32_t slot = p.slots[segment];
-  if (slot == kPaddingSlot) return zero_outputs(p, segment, head, begin, end - begin);
-  float* h = p.state + slot * p.state_stride + head * p.value_width * p.key_width;
+  return {segment, head, p.first(segment), p.first(segment + 1), begin, end};
+}
+
+// Tokens [t, stop) of a share, at most kTokenChunk of them.
+inline void advance_chunk(const RecurrentParams& p, const Share& s, int64_t t, int64_t stop) {
+  float* h = p.state + p.slots[s.segment] * p.state_stride + s.head * p.value_width * p.key_width;
   const int64_t fitting = kBlockElements / p.key_width / kRowGroup * kRowGroup;
-  for (int64_t t = first; t < last; t += kTokenChunk)
-    for (int64_t row = begin; row < end; row += fitting)
-      advance_tokens(p, h + row * p.key_width, t, least(t + kTokenChunk, last), t == first, head,
-                     row, least(fitting, end - row));
+  for (int64_t row = s.begin; row < s.end; row += fitting)
+    advance_tokens(p, h + row * p.key_width, t, stop, t == s.first, s.head, row,
+                   least(fitting, s.end - row));
+}
+
+inline void recurrent(const RecurrentParams& p, int64_t task) {
+  const Share s = share_of(p, task);
+  if (p.slots[s.segment] == kPaddingSlot)
+    return zero_outputs(p, s.segment, s.head, s.begin, s.end - s.begin);
+  for (int64_t t = s.first; t < s.last; t += kTokenChunk)
+    advance_chunk(p, s, t, least(t + kTokenChunk, s.last));
 }
 
 // z += k along a segment; denominators[t] = max(z · q, floor).

@@ -14,6 +14,7 @@
 namespace cottention::COTTENTION_ISA {
 
 typedef float Quad __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kHalf = 8;
@@ -42,6 +43,13 @@ inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.all, b.all)}; }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {_mm512_fmadd_ps(a.all, b.all, c.all)};
 }
+inline Lanes first_halves(Lanes x) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.all), 16))};
+}
+inline Lanes second_halves(Lanes x) {
+  const __m512i mask = _mm512_set1_epi32(~0xffff);
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.all), mask))};
+}
 inline Quad fold(Lanes x) {
   const __m256 high = _mm512_extractf32x8_ps(x.all, 1);
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x.all), high);
@@ -67,6 +75,14 @@ inline Lanes add(Lanes a, Lanes b) {
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
+inline __m256 first_halves(__m256 x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16));
+}
+inline __m256 second_halves(__m256 x) {
+  return _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(~0xffff)));
+}
+inline Lanes first_halves(Lanes x) { return {first_halves(x.low), first_halves(x.high)}; }
+inline Lanes second_halves(Lanes x) { return {second_halves(x.low), second_halves(x.high)}; }
 inline Quad fold(Lanes x) {
   const __m256 eight = _mm256_add_ps(x.low, x.high);
   return (Quad)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -110,9 +126,31 @@ inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {{a.part[0] * b.part[0] + c.part[0], a.part[1] * b.part[1] + c.part[1],
            a.part[2] * b.part[2] + c.part[2], a.part[3] * b.part[3] + c.part[3]}};
 }
+inline Quad first_halves(Quad x) { return (Quad)((Words)x << 16); }
+inline Quad second_halves(Quad x) { return (Quad)((Words)x & ~0xffffu); }
+inline Lanes first_halves(Lanes x) {
+  return {{first_halves(x.part[0]), first_halves(x.part[1]), first_halves(x.part[2]),
+           first_halves(x.part[3])}};
+}
+inline Lanes second_halves(Lanes x) {
+  return {{second_halves(x.part[0]), second_halves(x.part[1]), second_halves(x.part[2]),
+           second_halves(x.part[3])}};
+}
 inline Quad fold(Lanes x) { return (x.part[0] + x.part[2]) + (x.part[1] + x.part[3]); }
 
 #endif
+
+// Each lane of a and b holds two bfloat16: c + a1 b1 + a0 b0, each product added with one rounding
+// where the machine can. first_halves and second_halves widen them to float32 (the first is the
+// lower half).
+inline Lanes multiply_add_pairs(Lanes a, Lanes b, Lanes c) {
+#if defined(__AVX512BF16__)
+  return {_mm512_dpbf16_ps(c.all, (__m512bh)a.all, (__m512bh)b.all)};
+#else
+  const Lanes second = multiply_add(second_halves(a), second_halves(b), c);
+  return multiply_add(first_halves(a), first_halves(b), second);
+#endif
+}
 
 // Four folded sums brought to their ends side by side: each is (x0 + x2) + (x1 + x3).
 inline Quad finish(Quad a, Quad b, Quad c, Quad d) {

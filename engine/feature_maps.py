@@ -34,8 +34,30 @@ class TokenPositions:
     sin: Tensor
 
 
+class Mix(Protocol):
+    """All between a layer's two products in one compiled op, as `ops.cottention_mix`."""
+
+    def __call__(
+        self,
+        joined: Tensor,
+        positions: Tensor,
+        sigma: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        offsets: Tensor,
+        out: Tensor,
+    ) -> None: ...
+
+
 class FeatureMap(Protocol):
     """One kind of attention, as the recurrence sees it."""
+
+    @property
+    def mix(self) -> Mix | None:
+        """Map, recurrence and gelu as one op of equal bits; None where nobody wrote one."""
+        ...
 
     @property
     def has_denominator(self) -> bool:
@@ -62,6 +84,7 @@ class Cottention:
     """
 
     has_denominator: bool = False
+    mix: Mix | None = ops.cottention_mix
 
     def key_width(self, head_dim: int) -> int:
         return head_dim

@@ -7,7 +7,7 @@ gives, so that the parallel, chunked and recurrent forms are one model.
 Letters: B batch, T time, N tokens (any leading shape), H heads, D head width, C channels.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
@@ -105,6 +105,11 @@ class CottentionForCausalLM(nn.Module):
     def blocks(self) -> list[Block]:
         """The layers, in order."""
         return list(cast(Iterable[Block], self.transformer.h))
+
+    def take_blocks(self) -> Iterator[Block]:
+        """The layers, in order, each for whoever asks to keep: the model is left without them."""
+        while len(self.transformer.h):
+            yield cast(Block, self.transformer.h.pop(0))
 
     def _mixed(
         self, block: Block, layer: int, x: Tensor, at: TokenPositions, attend: Attend

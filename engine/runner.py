@@ -7,11 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine import ops
-from engine.feature_maps import Features
 from engine.inference import ServedModel
-from engine.model import Attend
 from engine.outputs import TokenLogprob
+from engine.recurrence import Recurrence
 from engine.request import Choice, Request
 from engine.sampler import Draw, Drawn, Sampler, uniform
 from engine.scheduler import Plan
@@ -85,20 +83,14 @@ class Runner:
         """Hidden states [N, C] of all ids of the segments, in order; their states move on."""
         ids = [token_id for segment in segments for token_id in segment.ids]
         positions = [segment.position + i for segment in segments for i in range(len(segment.ids))]
-        attend = self._attend(segments)
-        return self._model.hidden(self._tensor(ids), self._tensor(positions), attend)
+        recurrence = self._recurrence(segments)
+        return self._model.hidden(self._tensor(ids), self._tensor(positions), recurrence)
 
-    def _attend(self, segments: Sequence[Segment]) -> Attend:
-        """The recurrence on the rows of these segments."""
+    def _recurrence(self, segments: Sequence[Segment]) -> Recurrence:
+        """The rows of these segments."""
         slots = self._tensor([segment.slot for segment in segments], torch.int32)
         ends = accumulate((len(segment.ids) for segment in segments), initial=0)
-        offsets = self._tensor(list(ends), torch.int32)
-
-        def attend(layer: int, features: Features) -> Tensor:
-            state, z = self._pool.layer(layer)
-            return ops.recurrent_step(*features, state, z, slots, offsets)
-
-        return attend
+        return Recurrence(self._pool.layer, slots, self._tensor(list(ends), torch.int32))
 
     def _share_prompts(self, plan: Plan) -> None:
         """Where a prompt is complete, the request's other choices get its state."""

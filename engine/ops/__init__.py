@@ -11,16 +11,20 @@ from torch import Tensor
 
 from engine.ops import checks, reference
 from engine.ops.build import BuildError
-from engine.ops.linear import FixedOrderLinear
+from engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
 from engine.ops.loader import Backend, announce_reference, backend
 
 __all__ = [
     "Backend",
     "BuildError",
     "FixedOrderLinear",
+    "FixedOrderNorm",
     "backend",
+    "can_pack",
     "cottention_features",
+    "cottention_mix",
     "gelu_new",
+    "kernel_has_width",
     "recurrent_step",
     "rotary_table",
 ]
@@ -45,7 +49,7 @@ def recurrent_step(
     tokens offsets[i]:offsets[i + 1], None means one token per slot. Returns [N, H, V]. Raises
     ValueError or RuntimeError before any memory is touched.
     """
-    if _compiled_takes(q) and _kernel_has_width(q.shape[-1], v.shape[-1]):
+    if _compiled_takes(q) and _kernel_takes(q.shape[-1], v.shape[-1]):
         checks.check_one_device(q, k, v, state, z, slots, offsets)
         out: Tensor = torch.ops.cottention.recurrent_step(q, k, v, state, z, slots, offsets)
         return out
@@ -83,6 +87,28 @@ def cottention_features(
     return reference.cottention_features(q, k, v, positions, sigma, cos, sin)
 
 
+def cottention_mix(
+    joined: Tensor,
+    positions: Tensor,
+    sigma: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    out: Tensor,
+) -> None:
+    """`cottention_features`, `recurrent_step` and `gelu_new` in one pass, bit for bit.
+
+    joined [N, 3C + inner] is q, k, v and the MLP's input side by side, out [N, C + inner] gets the
+    attention's output and the gelu; both float32 and contiguous. The rest as in those ops, without
+    a denominator; heads of a width that the kernel takes. Compiled form on the CPU only.
+    """
+    torch.ops.cottention.cottention_mix(
+        joined, positions, sigma, cos, sin, state, slots, offsets, out
+    )
+
+
 def gelu_new(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), elementwise; x [N, C] for the compiled form."""
     if x.dim() == 2 and _compiled_takes(x):
@@ -100,9 +126,14 @@ def _compiled_takes(x: Tensor, *others: Tensor) -> bool:
     return backend() == "compiled"
 
 
-def _kernel_has_width(key: int, value: int) -> bool:
+def kernel_has_width(key: int, value: int) -> bool:
+    """Whether the compiled step takes keys and values of these widths."""
     fits = 8 <= key <= MAX_KEY_WIDTH and 8 <= value <= MAX_VALUE_WIDTH
-    if fits and key % 8 == 0 and value % 8 == 0:
+    return fits and key % 8 == 0 and value % 8 == 0
+
+
+def _kernel_takes(key: int, value: int) -> bool:
+    if kernel_has_width(key, value):
         return True
     announce_reference(f"no kernel for key width {key} and value width {value}")
     return False

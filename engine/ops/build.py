@@ -27,10 +27,12 @@ import engine
 
 PREBUILT_DIR = Path(__file__).parent / "_prebuilt"
 KERNEL_SOURCE = "kernels.cpp"
+_AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 KERNEL_FLAGS = {
     "plain": "",
     "avx2": "-mavx2 -mfma",
-    "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+    "avx512": _AVX512,
+    "avx512_bf16": f"{_AVX512} -mavx512bf16",
 }
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 PANEL = 64  # output columns side by side in a packed weight, as in csrc/kernels.h
+WORD_BYTES = 4
 
 
 def recurrent_step(
@@ -25,7 +26,10 @@ def recurrent_step(
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    return weight.new_empty((weight.shape[0] + PANEL - 1) // PANEL, weight.shape[1], PANEL)
+    columns, channels = weight.shape
+    per_word = WORD_BYTES // weight.element_size()
+    words = (channels + per_word - 1) // per_word
+    return weight.new_empty((columns + PANEL - 1) // PANEL, words, PANEL * per_word)
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -47,6 +51,10 @@ def gelu_new(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def in_place(*arguments: object) -> None:
+    """For ops that return nothing."""
+
+
 FAKES: dict[str, Callable[..., object]] = {
     "recurrent_step": recurrent_step,
     "pack_weight": pack_weight,
@@ -54,4 +62,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "rotary_table": rotary_table,
     "cottention_features": cottention_features,
     "gelu_new": gelu_new,
+    "linear_out": in_place,
+    "linear_add": in_place,
+    "layer_norm": in_place,
+    "cottention_mix": in_place,
 }

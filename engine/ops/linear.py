@@ -1,4 +1,4 @@
-"""A linear layer whose rows do not know each other.
+"""A linear layer and a norm whose rows do not know each other.
 
 Owns the choice between packed weights (compiled ops) and torch products in tiles of one height.
 Knows no model.
@@ -17,7 +17,9 @@ class FixedOrderLinear(nn.Module):
     """x Wᵀ + bias; on the CPU a row's bits do not depend on how many rows come with it.
 
     weight [out_features, C] and bias [out_features] or None are taken as they are, on the device
-    where the layer will run: float32 on the CPU is packed for the compiled product. No gradients.
+    where the layer will run. Float32 and bfloat16 on the CPU are packed for the compiled product,
+    which takes and gives float32; for bfloat16 weights it rounds x and sums in float32. No
+    gradients.
     """
 
     weight: Tensor
@@ -26,13 +28,13 @@ class FixedOrderLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features = weight.shape[0]
-        takes = weight.device.type == "cpu" and weight.dtype == torch.float32
-        self.is_packed = takes and backend() == "compiled"
-        weight = weight.detach()
+        self.is_packed = can_pack(weight)
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
         if self.is_packed:
             weight = torch.ops.cottention.pack_weight(weight)
+            bias = None if bias is None else bias.float()
         self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, C], rows any distance apart → [N, out_features]."""
@@ -42,6 +44,46 @@ class FixedOrderLinear(nn.Module):
         if x.device.type == "cpu":
             return linear_in_tiles(x, self.weight, self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """As `forward`, into out [N, out_features]; packed weights only."""
+        torch.ops.cottention.linear_out(x, self.weight, self.bias, out)
+
+    def add_to(self, x: Tensor, out: Tensor) -> None:
+        """As `forward`, added to what is in out [N, out_features]; packed weights only."""
+        torch.ops.cottention.linear_add(x, self.weight, self.bias, out)
+
+
+class FixedOrderNorm(nn.Module):
+    """(x − mean) / √(variance + ε) · weight + bias along rows, by the compiled op, in float32.
+
+    weight and bias [C], any float type, on the CPU. No gradients.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.register_buffer("weight", weight.detach().float(), persistent=False)
+        self.register_buffer("bias", bias.detach().float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x float32 [N, C] → [N, C]."""
+        out = torch.empty_like(x)
+        self.into(x, out)
+        return out
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """As `forward`, into out [N, C]."""
+        torch.ops.cottention.layer_norm(x, self.weight, self.bias, self.epsilon, out)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether the compiled product takes a weight of this type, here."""
+    is_cpu = weight.device.type == "cpu"
+    return is_cpu and weight.dtype in (torch.float32, torch.bfloat16) and backend() == "compiled"
 
 
 def linear_in_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

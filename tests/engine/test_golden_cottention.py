@@ -13,6 +13,7 @@ from engine.inference import ServedModel
 from engine.model import Attend, CottentionForCausalLM
 from engine.ops import recurrent_step, reference
 from engine.ops.chunked import chunked
+from engine.recurrence import Recurrence
 from engine.weights import load_model
 
 
@@ -106,13 +107,10 @@ def test_golden_served(case: Case) -> None:
     states = case.state(torch.float32)
     slots = torch.arange(case.batch, dtype=torch.int32)
     offsets = torch.arange(case.batch + 1, dtype=torch.int32) * case.length
-
-    def attend(layer: int, features: Features) -> Tensor:
-        return recurrent_step(*features, states[:, layer], None, slots, offsets)
-
+    recurrence = Recurrence(lambda layer: (states[:, layer], None), slots, offsets)
     with torch.inference_mode():
         positions = torch.arange(case.length).repeat(case.batch)
-        logits = model.logits(model.hidden(case.ids.flatten(), positions, attend))
+        logits = model.logits(model.hidden(case.ids.flatten(), positions, recurrence))
     assert case.error(logits.unflatten(0, case.ids.shape)) <= 2e-5
     assert (states - case.expected["final_state"]).abs().max() <= 2e-5
 
