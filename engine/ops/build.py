@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,21 +45,29 @@ class BuildError(RuntimeError):
 
 
 def build(target_dir: Path | None = None) -> Path:
-    """Build into `target_dir` (default: the cache) unless the library lies there; return its path.
+    """Build into `target_dir` (default: the cache) unless it lies there; return the path."""
+    folder = target_dir or cache_dirs()[0]
+    return build_library(folder / library_name(), lambda: _ninja_file(compiler()))
+
+
+def build_library(library: Path, ninja_file: Callable[[], str]) -> Path:
+    """Build `library` unless it exists, by a file for ninja that links to `library.so`.
 
     Processes that build at once take turns; a library appears whole or not at all.
     """
-    folder = target_dir or cache_dirs()[0]
-    library = folder / library_name()
-    with _turn(folder):
+    with _turn(library.parent):
         if not library.exists():
-            _build_into(library)
+            _build_into(library, ninja_file())
     return library
 
 
 def find() -> Path | None:
     """The library built ahead, or the cached one; None where neither exists."""
-    name = library_name()
+    return find_library(library_name())
+
+
+def find_library(name: str) -> Path | None:
+    """The file of this name that was built ahead, or the cached one; None where neither exists."""
     candidates = (folder / name for folder in (PREBUILT_DIR, *cache_dirs()))
     return next((path for path in candidates if path.exists()), None)
 
@@ -73,14 +81,20 @@ def cache_dirs() -> list[Path]:
 
 def library_name() -> str:
     """File name of the library that these sources and flags give on this kind of machine."""
-    digest = hashlib.sha256(f"{_flags()} {KERNEL_FLAGS} {platform.machine()}".encode())
-    for path in sorted(_source_dir().iterdir()):
-        if path.suffix in (".cpp", ".h"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"cottention-{digest.hexdigest()[:16]}.so"
+    sources = (path for path in source_dir().iterdir() if path.suffix in (".cpp", ".h"))
+    how = f"{flags()} {KERNEL_FLAGS} {platform.machine()}"
+    return f"cottention-{digest(how, sources)}.so"
 
 
-def _source_dir() -> Path:
+def digest(how: str, sources: Iterable[Path]) -> str:
+    """A hash of how a library is built and of what."""
+    whole = hashlib.sha256(how.encode())
+    for path in sorted(sources):
+        whole.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return whole.hexdigest()[:16]
+
+
+def source_dir() -> Path:
     """The C++ sources, which lie beside the engine in a checkout and in an installation alike."""
     folder = Path(engine.__file__).parents[1] / "csrc"
     if not (folder / KERNEL_SOURCE).exists():
@@ -88,7 +102,8 @@ def _source_dir() -> Path:
     return folder
 
 
-def _flags() -> str:
+def flags() -> str:
+    """Flags of every C++ source."""
     return f"{FLAGS} {os.environ.get('COTTENTION_CXXFLAGS', '')}".strip()
 
 
@@ -105,16 +120,17 @@ def _turn(folder: Path) -> Iterator[None]:
         yield
 
 
-def _build_into(library: Path) -> None:
+def _build_into(library: Path, ninja_file: str) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as work:
-        Path(work, "build.ninja").write_text(_ninja_file(_compiler(), library.name))
+        Path(work, "build.ninja").write_text(ninja_file)
         run = subprocess.run([_ninja(), "-C", work], capture_output=True, text=True, check=False)
         if run.returncode:
             raise BuildError(f"compilation failed:\n{run.stdout[-4000:]}{run.stderr[-1000:]}")
-        os.replace(Path(work, library.name), library)
+        os.replace(Path(work, "library.so"), library)
 
 
-def _compiler() -> str:
+def compiler() -> str:
+    """The command of the C++ compiler. Raises BuildError where there is none."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(shlex.split(name)[0]):
             return name
@@ -129,22 +145,21 @@ def _ninja() -> str:
     return str(found)
 
 
-def _ninja_file(compiler: str, library: str) -> str:
+def _ninja_file(command: str) -> str:
     """One object per source, the kernels once per instruction set, one shared library."""
     root = Path(torch.__file__).parent
-    objects = {f"{path.stem}.o": (path, "") for path in sorted(_source_dir().glob("*.cpp"))}
+    objects = {f"{path.stem}.o": (path, "") for path in sorted(source_dir().glob("*.cpp"))}
     kernels, _ = objects.pop("kernels.o")
     for isa in KERNEL_FLAGS if platform.machine() in ("x86_64", "AMD64") else ("plain",):
-        flags = f"{KERNEL_FLAGS[isa]} -DCOTTENTION_ISA={isa}"
-        objects[f"kernels_{isa}.o"] = (kernels, flags)
+        objects[f"kernels_{isa}.o"] = (kernels, f"{KERNEL_FLAGS[isa]} -DCOTTENTION_ISA={isa}")
     rules = [
-        f"rule compile\n  command = {compiler} {_flags()} -isystem {root / 'include'}"
+        f"rule compile\n  command = {command} {flags()} -isystem {root / 'include'}"
         " $flags -c $in -o $out",
-        f"rule link\n  command = {compiler} {_flags()} -shared $in -o $out"
+        f"rule link\n  command = {command} {flags()} -shared $in -o $out"
         f" -L{root / 'lib'} -ltorch_cpu -lc10",
     ]
     edges = [
-        f"build {name}: compile {source}\n  flags = {flags}"
-        for name, (source, flags) in objects.items()
+        f"build {name}: compile {source}\n  flags = {extra}"
+        for name, (source, extra) in objects.items()
     ]
-    return "\n".join([*rules, *edges, f"build {library}: link {' '.join(objects)}", ""])
+    return "\n".join([*rules, *edges, f"build library.so: link {' '.join(objects)}", ""])

@@ -30,6 +30,11 @@ def backend() -> Backend:
         return _choose()
 
 
+def must_compile() -> bool:
+    """Whether COTTENTION_OPS=compiled makes the absence of compiled ops an error."""
+    return os.environ.get(CHOICE_VARIABLE) == "compiled"
+
+
 @functools.cache
 def _choose() -> Backend:
     choice = os.environ.get(CHOICE_VARIABLE) or "any"
@@ -40,7 +45,7 @@ def _choose() -> Backend:
     try:
         _load()
     except (OSError, BuildError) as error:
-        if choice == "compiled":
+        if must_compile():
             raise BuildError(f"{CHOICE_VARIABLE}=compiled: {error}") from error
         _logger.warning("compiled ops not available, the torch reference runs: %s", error)
         return "reference"

@@ -1,0 +1,35 @@
+// What the CUDA step is told: plain parameters between the checks and the kernel.
+//
+// Knows neither torch nor CUDA, so that every compiler reads it. All strides count elements.
+#pragma once
+
+#include <stdint.h>
+
+namespace cottention::cuda {
+
+enum class Type { kFloat, kBFloat16, kHalf };
+
+// A view [N, H, D] with free strides but for the last, which is 1.
+struct View {
+  const void* data;
+  int64_t token_stride, head_stride;
+};
+
+struct StepParams {
+  View q, k, v;
+  float* state;            // [S, H, V, K], [H, V, K] contiguous, rows 16-byte aligned
+  float* z;                // [S, H, K], likewise; null: no denominator
+  int64_t state_stride, z_stride;
+  void* out;               // [N, H, V] in the type of v, tokens out_stride apart
+  int64_t out_stride;
+  const int32_t* slots;    // [B]; below 0 or at least num_slots: zeros, nothing touched
+  const int32_t* offsets;  // [B + 1]; null: one token per slot
+  int64_t tokens, segments;
+  int heads, key_width, value_width, num_slots;
+  bool is_aligned;         // four elements of q or k may be read at once
+};
+
+// Enqueues the whole batch as one kernel. Returns what CUDA has to say, null if nothing.
+const char* launch_step(const StepParams& params, Type type, void* stream);
+
+}  // namespace cottention::cuda

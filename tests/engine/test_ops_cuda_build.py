@@ -1,0 +1,95 @@
+"""Building and loading the CUDA ops: with nvcc alone, without a GPU, and without nvcc."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.ops import BuildError, build_cuda
+
+ROOT = Path(__file__).parents[2]
+LOAD = """
+import torch
+from engine.ops import cuda
+print(cuda.is_ready(), cuda.is_ready())
+print(torch._C._dispatch_has_kernel_for_dispatch_key("cottention::recurrent_step", "CUDA"))
+"""
+
+
+def _run(code: str, **changes: str) -> tuple[str, str]:
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        env=os.environ | changes,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    return run.stdout, run.stderr
+
+
+def _nvcc_or_skip() -> None:
+    try:
+        build_cuda.nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def test_they_compile_and_register(tmp_path: Path) -> None:
+    """For sm_80, sm_90 and PTX; loading needs neither a GPU nor a torch that could use one."""
+    _nvcc_or_skip()
+    changes = {"COTTENTION_CUDA": "1", "COTTENTION_CACHE": str(tmp_path)}
+    assert _run(LOAD, **changes, COTTENTION_OPS="compiled") == ("True True\nTrue\n", "")
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.glob("cottention-cuda-*.so"))) == 1
+
+
+def test_nobody_builds_them_for_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COTTENTION_CUDA", raising=False)
+    assert build_cuda.is_wanted() == (torch.version.cuda is not None)
+    for choice in ("0", "1"):
+        monkeypatch.setenv("COTTENTION_CUDA", choice)
+        assert build_cuda.is_wanted() == (choice == "1")
+    monkeypatch.setenv("COTTENTION_CUDA", "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1"):
+        build_cuda.is_wanted()
+
+
+def test_without_nvcc_torch_runs_and_says_so_once(tmp_path: Path) -> None:
+    changes = {"COTTENTION_CUDA": "1", "COTTENTION_CACHE": str(tmp_path)}
+    raising = (
+        "from engine.ops import build_cuda, cuda\n"
+        "from engine.ops.build import BuildError\n"
+        "def missing(): raise BuildError('no nvcc here')\n"
+        "build_cuda.nvcc = missing\n"
+        "print(cuda.is_ready(), cuda.is_ready())\n"
+    )
+    out, err = _run(raising, **changes)
+    assert out == "False False\n"
+    assert err.count("no nvcc here") == 1
+    _, err = _run(raising, **changes, COTTENTION_OPS="compiled")
+    assert "BuildError: the CUDA ops: no nvcc here" in err
+    assert _run(raising, **changes, COTTENTION_OPS="reference") == ("False False\n", "")
+
+
+def test_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(build_cuda, "USUAL_HOME", str(tmp_path))
+    with pytest.raises(BuildError, match="no nvcc"):
+        build_cuda.nvcc()
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.touch(mode=0o755)
+    assert build_cuda.nvcc() == str(compiler)
+
+
+def test_the_name_follows_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = build_cuda.cuda_library_name()
+    assert name == build_cuda.cuda_library_name()
+    monkeypatch.setattr(build_cuda, "DEVICE_FLAGS", "-O0")
+    assert name != build_cuda.cuda_library_name()
