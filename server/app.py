@@ -1,6 +1,7 @@
 """The FastAPI application.
 
-Owns which endpoints there are, and the start and end of the engine's thread. Knows no signals.
+Owns which endpoints there are, what stands before them, and the start and end of the engine's
+thread. Knows no signals.
 """
 
 import asyncio
@@ -8,17 +9,35 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
-from server import completions, status
+from server import chat, completions, status, tokens
 from server.bridge import Bridge
+from server.chat_schemas import ChatRequest
 from server.context import Context
 from server.errors import add_error_handlers
+from server.keys import Keys, api_keys
 from server.metrics import make_registry
+from server.openapi import publish
+from server.request_ids import HEADER, RequestIds
+from server.schemas import CompletionRequest
 from server.settings import ServerConfig
+from server.templates import ChatTemplate
 from server.version import package_version
 
+ROUTERS = (completions.router, chat.router, tokens.router, status.router)
+BODIES = (
+    CompletionRequest,
+    ChatRequest,
+    tokens.TokenizeRequest,
+    tokens.TokenizeChatRequest,
+    tokens.DetokenizeRequest,
+)
 
-def create_app(bridge: Bridge, config: ServerConfig) -> FastAPI:
+
+def create_app(
+    bridge: Bridge, config: ServerConfig, template: ChatTemplate | None = None
+) -> FastAPI:
     """An application that serves the bridge's engine from its start-up to its shutdown."""
 
     @asynccontextmanager
@@ -36,8 +55,25 @@ def create_app(bridge: Bridge, config: ServerConfig) -> FastAPI:
         redoc_url=None,
     )
     registry = make_registry(bridge.stats, config.served_model_name or bridge.engine.name)
-    app.state.context = Context(bridge, config, registry)
+    app.state.context = Context(bridge, config, registry, template)
+    for router in ROUTERS:
+        app.include_router(router)
+    keys = api_keys(config)
+    publish(app, BODIES, has_keys=bool(keys))
     add_error_handlers(app)
-    app.include_router(completions.router)
-    app.include_router(status.router)
+    _add_middleware(app, keys, config)
     return app
+
+
+def _add_middleware(app: FastAPI, keys: tuple[str, ...], config: ServerConfig) -> None:
+    """From the innermost to the outermost: a refused key is seen by pages and has an id, too."""
+    app.add_middleware(Keys, keys=keys, metrics_key=config.metrics_key)
+    if config.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origin,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=[HEADER, "Retry-After"],
+        )
+    app.add_middleware(RequestIds)

@@ -7,6 +7,7 @@ no HTTP.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineStoppedError
 from engine.outputs import EngineStats, FinishReason, Output
-from engine.params import SamplingParams
+from server.orders import Order
 from server.reading import Reading
 
 if TYPE_CHECKING:  # the engine brings torch with it, which the server does not know
@@ -26,6 +27,9 @@ logger = logging.getLogger("cottention")
 
 Deliver = Callable[[list[Output]], None]
 OnDeath = Callable[[BaseException], None]
+
+QUICK_IDS = 16 * 1024
+"""Longer prompts are checked and copied in a thread; shorter ones would only wait for it."""
 
 
 class Phase(StrEnum):
@@ -49,6 +53,7 @@ class Bridge:
         self.failed = asyncio.Event()
         self._worker = make_worker(self._deliver, self._on_death)
         self._parts: dict[Reading, list[str]] = {}
+        self._numbers = itertools.count()
         self._routes: dict[str, tuple[Reading, int]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -77,25 +82,37 @@ class Bridge:
         if self.phase is not Phase.READY:
             raise EngineStoppedError(f"{self.phase}; it takes no new requests")
 
-    def open(
-        self, request_id: str, prompts: Sequence[Sequence[int]], params: SamplingParams
-    ) -> Reading:
-        """Submit every prompt; choice c of prompt p is number p × n + c of the reading.
+    async def open(self, name: str, order: Order) -> Reading:
+        """Submit every prompt; choice c of prompt p is number p × params.n + c of the reading.
+
+        `name` is for the log; it need not be unique.
 
         Raises ParameterError, EngineStoppedError; then nothing is left running.
         """
         self.check_accepting()
-        reading = Reading(len(prompts) * params.n, self._close)
-        parts = self._parts[reading] = [f"{request_id}-{place}" for place in range(len(prompts))]
+        num_choices = len(order.prompts) * order.params.n
+        reading = Reading(num_choices, self._close, keeps_tokens=order.needs_tokens)
+        name = f"{name}-{next(self._numbers)}"
+        parts = self._parts[reading] = [f"{name}-{place}" for place in range(len(order.prompts))]
         self._idle.clear()
+        for place, part in enumerate(parts):
+            self._routes[part] = (reading, place * order.params.n)
         try:
-            for place, (part, prompt_ids) in enumerate(zip(parts, prompts, strict=True)):
-                self._routes[part] = (reading, place * params.n)
-                self._worker.submit(prompt_ids, params, request_id=part)
+            if order.num_prompt > QUICK_IDS:
+                await asyncio.to_thread(self._submit, reading, parts, order)
+            else:
+                self._submit(reading, parts, order)
         except BaseException:
             reading.close()
             raise
         return reading
+
+    def _submit(self, reading: Reading, parts: Sequence[str], order: Order) -> None:
+        """In any thread: a reader may leave meanwhile, and then its last prompts are not wanted."""
+        for part, prompt_ids in zip(parts, order.prompts, strict=True):
+            self._worker.submit(prompt_ids, order.params, request_id=part, priority=order.priority)
+            if reading.is_closed:
+                self._worker.cancel(part)
 
     def _close(self, reading: Reading) -> None:
         for part in self._parts.pop(reading):

@@ -3,7 +3,9 @@
 Everything heavy is imported inside: torch takes seconds, and --help should not.
 """
 
+import ipaddress
 import logging
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError, CottentionError
+from engine.model_folder import resolve_model
 from engine.outputs import FinishReason
 from engine.params import SamplingParams
 from server.settings import GenerateConfig, ServerConfig
@@ -34,11 +37,14 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from engine.worker import EngineWorker
         from server.app import create_app
         from server.bridge import Bridge
+        from server.templates import find_template
 
+        template = find_template(config.chat_template, resolve_model(model).folder)
         engine = Engine(model, engine_config)
         url = url_of(sock)
         bridge = Bridge(engine, partial(EngineWorker, engine))
-        app = create_app(bridge, config)
+        app = create_app(bridge, config, template)
+        _warn_of_strangers(sock, config)
         return run_server(app, bridge, config, sock, lambda: _announce(engine, url))
 
 
@@ -87,6 +93,17 @@ def build() -> int:
     except BuildError as error:
         raise CottentionError(str(error)) from None
     return 0
+
+
+def _warn_of_strangers(sock: socket.socket, config: ServerConfig) -> None:
+    """Whoever reaches the port may use the server, unless there is a key."""
+    host = sock.getsockname()[0].partition("%")[0]
+    if not (ipaddress.ip_address(host).is_loopback or config.api_key or config.api_key_file):
+        print(
+            f"warning: {host} is open to others and there is no --api-key: whoever reaches this"
+            " port may use the model",
+            file=sys.stderr,
+        )
 
 
 def _standard_input() -> str:

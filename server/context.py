@@ -1,4 +1,4 @@
-"""What every endpoint is given: the bridge to the engine, the settings, the figures."""
+"""What every endpoint is given: the bridge to the engine, settings, figures, template."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 
 from server.bridge import Bridge
 from server.settings import ServerConfig
+from server.templates import ChatTemplate
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +18,17 @@ class Context:
     bridge: Bridge
     config: ServerConfig
     registry: CollectorRegistry
+    template: ChatTemplate | None = None
 
     @property
     def model_name(self) -> str:
         """The id of the served model."""
         return self.config.served_model_name or self.bridge.engine.name
+
+    @property
+    def trained_length(self) -> int:
+        """Tokens that the model was trained to follow; it limits nothing here."""
+        return self.bridge.engine.model_config.n_positions
 
 
 async def _context(request: Request) -> Context:

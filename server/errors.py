@@ -107,7 +107,8 @@ class InternalErrors:
         except Exception:
             if has_started or scope["type"] != "http":
                 raise
-            logger.exception("an internal error at %s", scope["path"])
+            name = scope.get("state", {}).get("request_id")
+            logger.exception("an internal error at %s, request %s", scope["path"], name)
             error = ApiError(500, "an internal error; the server's log has the details")
             await error.response()(scope, receive, send)
 

@@ -1,7 +1,7 @@
-"""Fields of OpenAI's and vLLM's completion requests that are not built yet.
+"""Fields of OpenAI's and vLLM's requests that are not built.
 
-Owns which values of them change nothing and are therefore accepted. A field moves from here to
-`schemas.py` when it is built.
+Owns which values of them change nothing and are therefore accepted, and why some stay unbuilt. A
+field moves from here to a schema when it is built.
 """
 
 from collections.abc import Mapping
@@ -10,37 +10,25 @@ from typing import Any
 ANY = object()
 """Marks a field that changes nothing here, whatever its value."""
 
-NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
+Neutral = Mapping[str, tuple[Any, ...]]
+
+SAMPLING: Neutral = {
     # OpenAI
-    "echo": (False,),
-    "logprobs": (),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "suffix": ("",),
     "user": (ANY,),
     # vLLM: sampling
     "use_beam_search": (False,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "min_tokens": (0,),
-    "skip_special_tokens": (True,),
+    "length_penalty": (ANY,),  # of beams alone
+    "early_stopping": (False,),
     "spaces_between_special_tokens": (ANY,),  # byte-level BPE puts none there
-    "truncate_prompt_tokens": (),
-    "truncation_side": (ANY,),  # of what is not truncated
-    "allowed_token_ids": (),
-    "prompt_logprobs": (),
     "logprob_token_ids": (),
-    "bad_words": ([],),
     "logits_processors": ([],),
     "watermarking": (False,),
     "repetition_detection": (),
+    "max_repetition_pattern_size": (0,),
+    "min_repetition_pattern_size": (0,),
+    "repetition_min_count": (0,),
     "thinking_token_budget": (-1,),
     # vLLM: the rest
-    "prompt_embeds": (),
-    "add_special_tokens": (ANY,),  # the models' tokenizers add none
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "structural_tag": (),
@@ -50,11 +38,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
-    "priority": (0,),
-    "request_id": (),
     "session_id": (),
-    "return_tokens_as_token_ids": (False,),
-    "return_token_ids": (False,),
     "return_token_offsets": (False,),
     "return_mm_kwargs": (ANY,),  # of inputs other than text
     "routed_experts_prompt_start": (0,),
@@ -65,10 +49,62 @@ NEUTRAL_VALUES: Mapping[str, tuple[Any, ...]] = {
     "stream_interval": (1,),
 }
 
-NEUTRAL_STREAM_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "continuous_usage_stats": (False,),
-    "include_obfuscation": (False,),
+COMPLETION: Neutral = {**SAMPLING, "suffix": ("",), "prompt_embeds": ()}
+
+CHAT: Neutral = {
+    **SAMPLING,
+    # OpenAI
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "metadata": (ANY,),  # nothing is stored
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (ANY,),  # of no tools
+    "prediction": (),
+    "prompt_cache_key": (ANY,),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": (ANY,),
+    "reasoning_effort": ("none",),
+    "safety_identifier": (ANY,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    # vLLM
+    "best_of": (1,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": ([],),
+    "echo": (False,),
+    "include_reasoning": (ANY,),  # there is none
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
 }
+
+TOKENIZE: Neutral = {
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
+
+STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+
+REASONS: Mapping[str, str] = {
+    "suffix": "the model only continues text",
+    "tools": "there are no tool calls here",
+    "functions": "there are no tool calls here",
+    "tool_choice": "there are no tool calls here",
+    "function_call": "there are no tool calls here",
+    "chat_template": "the server's template is chosen with --chat-template",
+    "use_beam_search": "a session has one state",
+    "prompt_embeds": "prompts are text or token ids",
+}
+"""Why a field is not built, where "not yet" would not be true."""
 
 
 def is_neutral(allowed: tuple[Any, ...], value: Any) -> bool:

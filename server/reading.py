@@ -6,10 +6,10 @@ per token. Lives on the event loop alone; knows no HTTP and no engine.
 
 import asyncio
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from engine.outputs import FinishReason, Output
+from engine.outputs import FinishReason, Output, TokenLogprob
 
 
 class ReadingClosed(Exception):
@@ -17,27 +17,55 @@ class ReadingClosed(Exception):
 
 
 @dataclass(slots=True)
-class Piece:
-    """Unread text of one choice, merged from however many steps it took."""
+class Tokens:
+    """Unread ids of one choice, and how likely they were where that was asked for."""
 
-    _text: io.StringIO = field(default_factory=io.StringIO)
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprob | None] = ()
+
+    def add(self, output: Output) -> None:
+        """Append one step's ids."""
+        self.ids += output.token_ids
+        self.logprobs += output.logprobs
+        self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+
+
+@dataclass(slots=True)
+class Piece:
+    """Unread text of one choice, merged from however many steps it took; its ids where wanted."""
+
+    tokens: Tokens | None = None
     finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    _text: io.StringIO = field(default_factory=io.StringIO)
 
     @property
     def text(self) -> str:
         """All of it."""
         return self._text.getvalue()
 
-    def add(self, text: str, finish_reason: FinishReason | None) -> None:
-        """Append one step's text; a choice ends once."""
-        self._text.write(text)
-        self.finish_reason = self.finish_reason or finish_reason
+    def add(self, output: Output) -> None:
+        """Append one step's output; a choice ends once."""
+        self._text.write(output.text)
+        if self.tokens is not None:
+            self.tokens.add(output)
+        if self.finish_reason is None:
+            self.finish_reason = output.finish_reason
+            self.stop_reason = output.stop_reason
 
 
 class Reading:
     """The pieces of `num_choices` choices, from first to last; `close` when done, in any case."""
 
-    def __init__(self, num_choices: int, on_close: Callable[["Reading"], None]) -> None:
+    def __init__(
+        self,
+        num_choices: int,
+        on_close: Callable[["Reading"], None],
+        *,
+        keeps_tokens: bool = False,
+    ) -> None:
+        self._keeps_tokens = keeps_tokens
         self._unread: dict[int, Piece] = {}
         self._unfinished = set(range(num_choices))
         self._on_close = on_close
@@ -52,6 +80,11 @@ class Reading:
         return bool(self._unread or self._unfinished)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether nobody reads any more."""
+        return self._closed
+
+    @property
     def is_finished(self) -> bool:
         """Whether every choice has ended, read or not."""
         return not self._unfinished
@@ -59,13 +92,13 @@ class Reading:
     def deliver(self, choice: int, output: Output) -> None:
         """Take one output of the engine for the choice of this number."""
         self.num_generated += len(output.token_ids)
-        if output.text or output.finish_reason:
-            self._add(choice, output.text, output.finish_reason)
+        if output.text or output.finish_reason or self._keeps_tokens:
+            self._add(choice, output)
 
     def fail(self) -> None:
         """End every unfinished choice with an error: the engine is gone."""
         for choice in sorted(self._unfinished):
-            self._add(choice, "", FinishReason.ERROR)
+            self._add(choice, Output("", choice, "", (), FinishReason.ERROR))
 
     async def take(self, idle_seconds: float | None = None) -> dict[int, Piece]:
         """All unread pieces by choice, waiting for the first; empty after `idle_seconds` of none.
@@ -99,13 +132,16 @@ class Reading:
         except TimeoutError:
             return False
 
-    def _add(self, choice: int, text: str, finish_reason: FinishReason | None) -> None:
+    def _add(self, choice: int, output: Output) -> None:
         piece = self._unread.get(choice)
         if piece is None:
-            piece = self._unread[choice] = Piece()
-        piece.add(text, finish_reason)
-        if finish_reason:
+            piece = self._unread[choice] = self._new_piece()
+        piece.add(output)
+        if output.finish_reason:
             self._unfinished.discard(choice)
-            if self.is_finished or finish_reason is FinishReason.ERROR:
+            if self.is_finished or output.finish_reason is FinishReason.ERROR:
                 self._ended.set()
         self._changed.set()
+
+    def _new_piece(self) -> Piece:
+        return Piece(Tokens() if self._keeps_tokens else None)

@@ -32,6 +32,18 @@ class ServerConfig:
     max_body_bytes: int = option(
         4 * 1024**2, "longest request body; 512K and 4M are understood", minimum=1, unit="bytes"
     )
+    default_max_tokens: int = option(
+        1024, "a chat ends after this unless it says", minimum=1, unit="tokens"
+    )
+    chat_template: str | None = option(
+        None, "file, name of one in the model's folder, or plain (default: the model's own)"
+    )
+    api_key: tuple[str, ...] = option((), "key that clients must send; may be given several times")
+    api_key_file: str | None = option(None, "file of such keys, a line each")
+    metrics_key: str | None = option(None, "key that /metrics asks for (default: it is open)")
+    cors_origin: tuple[str, ...] = option(
+        (), "web page that may call from a browser; may be given several times, * is any"
+    )
     log_level: LogLevel = option("info", "least serious messages to log")
 
     def __post_init__(self) -> None:

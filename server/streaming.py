@@ -1,12 +1,11 @@
-"""Server-sent events of a completion: their exact bytes, and the response that sends them.
+"""Server-sent events of an answer: their exact bytes, and the response that sends them.
 
 Owns the framing and what happens when the reader leaves. An event is a prefix made once per
-request, one escaped string and a suffix. Does not know the engine.
+request, what a choice has to tell, and a suffix. Does not know the engine.
 """
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, dataclass
 
@@ -14,7 +13,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.outputs import FinishReason
+from server.choices import Choices, compact
 from server.errors import ApiError, engine_failed
+from server.orders import Order
 from server.reading import Piece, Reading, ReadingClosed
 
 DONE = "data: [DONE]\n\n"
@@ -32,38 +33,35 @@ class Heading:
     model: str
 
 
-class CompletionEvents:
-    """The events of one streamed completion."""
+class Events:
+    """The events of one streamed answer."""
 
-    def __init__(self, heading: Heading, include_usage: bool) -> None:
-        head = "data: " + json.dumps(asdict(heading), separators=(",", ":"))[:-1]
-        self._piece = head + ',"choices":[{"index":'
-        self._end = '}],"usage":null}\n\n' if include_usage else "}]}\n\n"
-        self._usage = head + ',"choices":[],"usage":'
-        self._include_usage = include_usage
+    def __init__(self, heading: Heading, choices: Choices, order: Order) -> None:
+        self._head = f"data: {compact(asdict(heading))[:-1]},"
+        self._choices = choices
+        self._num_prompt = order.num_prompt
+        self._options = order.stream_options
 
-    def pieces(self, pieces: Mapping[int, Piece]) -> str:
-        """One event per choice that has something to tell."""
-        return "".join(self._event(index, piece) for index, piece in pieces.items())
-
-    def _event(self, index: int, piece: Piece) -> str:
-        text, reason = piece.text, piece.finish_reason
-        if reason is FinishReason.ERROR:
-            reason = None
-        if not text and reason is None:
-            return ""
-        # Escaped to ASCII, since some clients take U+2028 and its like for the end of a line.
-        ending = f'"{reason}"' if reason else "null"
-        return (
-            f'{self._piece}{index},"text":{json.dumps(text)},"logprobs":null,'
-            f'"finish_reason":{ending}{self._end}'
+    def pieces(self, pieces: Mapping[int, Piece], num_generated: int) -> str:
+        """One event per choice that has something to tell, or two where it begins."""
+        head, tail = self._head, self._tail(num_generated)
+        return "".join(
+            f"{head}{chunk}{tail}"
+            for index, piece in pieces.items()
+            for chunk in self._choices.chunks(index, piece)
         )
 
-    def last(self, usage: Mapping[str, int]) -> str:
+    def _tail(self, num_generated: int) -> str:
+        if self._options.continuous_usage_stats:
+            return f',"usage":{compact(usage_of(self._num_prompt, num_generated))}}}\n\n'
+        return ',"usage":null}\n\n' if self._options.include_usage else "}\n\n"
+
+    def last(self, num_generated: int) -> str:
         """What follows the last piece."""
-        if not self._include_usage:
+        if not self._options.include_usage:
             return DONE
-        return f"{self._usage}{json.dumps(usage, separators=(',', ':'))}}}\n\n{DONE}"
+        usage = compact(usage_of(self._num_prompt, num_generated))
+        return f'{self._head}"choices":[],"usage":{usage}}}\n\n{DONE}'
 
     @staticmethod
     def error(error: ApiError) -> str:
@@ -76,15 +74,12 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, reading: Reading, events: CompletionEvents, num_prompt: int, keep_alive: float
-    ) -> None:
+    def __init__(self, reading: Reading, events: Events, keep_alive: float) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers(SSE_HEADERS)
         self._reading = reading
         self._events = events
-        self._num_prompt = num_prompt
         self._keep_alive = keep_alive
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,14 +97,11 @@ class EventStream(Response):
         reading, events = self._reading, self._events
         while reading.has_more:
             pieces = await reading.take(self._keep_alive)
-            if text := events.pieces(pieces):
-                yield text
+            yield events.pieces(pieces, reading.num_generated) or KEEP_ALIVE
             if any(piece.finish_reason is FinishReason.ERROR for piece in pieces.values()):
                 yield events.error(engine_failed())
                 return
-            if not pieces:
-                yield KEEP_ALIVE
-        yield events.last(usage_of(self._num_prompt, reading))
+        yield events.last(reading.num_generated)
 
 
 @contextlib.asynccontextmanager
@@ -123,12 +115,12 @@ async def closing(reading: Reading, receive: Receive) -> AsyncIterator[None]:
         reading.close()
 
 
-def usage_of(num_prompt: int, reading: Reading) -> dict[str, int]:
+def usage_of(num_prompt: int, num_generated: int) -> dict[str, int]:
     """The `usage` object of an answer."""
     return {
         "prompt_tokens": num_prompt,
-        "completion_tokens": reading.num_generated,
-        "total_tokens": num_prompt + reading.num_generated,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
     }
 
 

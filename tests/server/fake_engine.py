@@ -14,10 +14,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from engine.errors import EngineStoppedError, ParameterError
-from engine.outputs import EngineStats, FinishReason, Output
+from engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
 from engine.params import SamplingParams
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -27,9 +27,27 @@ class FakeTokenizer:
     """Bytes of UTF-8."""
 
     num_ids = 256
+    token_bytes: ClassVar = [bytes([each]) for each in range(256)]
+    written_bytes = token_bytes
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def token_text(self, token_id: int) -> str:
+        return bytes([token_id]).decode(errors="replace")
+
+
+class FakeModelConfig:
+    n_positions = 512
+
+
+class FakeEngineConfig:
+    max_tokens_limit = 1_000_000
+
+
+def fake_logprob(token_id: int, num_top: int) -> TokenLogprob:
+    """The likeliest are ids 0, 1, ...; an id's logprob is a hundredth of it below 0."""
+    return TokenLogprob(token_id, -token_id / 100, tuple((n, -n / 100) for n in range(num_top)))
 
 
 class Cancelled(NamedTuple):
@@ -44,6 +62,8 @@ class Cancelled(NamedTuple):
 class Running:
     prompt: str
     params: SamplingParams
+    prompt_ids: Sequence[int]
+    priority: int = 0
     said: int = 0
     cancelled_at: int | None = None
     unfinished: set[int] = field(default_factory=set)
@@ -54,6 +74,9 @@ class FakeEngine:
 
     def __init__(self, num_slots: int = 64, step_seconds: float = 0.0) -> None:
         self.tokenizer = FakeTokenizer()
+        self.model_config = FakeModelConfig()
+        self.config = FakeEngineConfig()
+        self.seen: list[Running] = []
         self.num_slots = num_slots
         self.step_seconds = step_seconds
         self.may_step = threading.Event()
@@ -65,21 +88,31 @@ class FakeEngine:
         self._lock = threading.Lock()
         self._closed = False
 
-    def submit(self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str) -> str:
+    def submit(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+    ) -> str:
         if not prompt_ids:
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
         if not 0 <= min(prompt_ids) <= max(prompt_ids) < 256:
             raise ParameterError("prompt", "prompt ids must be from 0 to 255")
         if params.n > self.num_slots:
             raise ParameterError("n", f"n must be at most {self.num_slots}; it is {params.n}")
-        if params.max_tokens > 1_000_000:
+        if params.max_tokens > self.config.max_tokens_limit:
             raise ParameterError("max_tokens", "max_tokens must be at most 1000000")
         if self._closed:
             raise EngineStoppedError("the engine has stopped")
         prompt = bytes(prompt_ids).decode(errors="replace")
         with self._lock:
             self.num_prompt += len(prompt_ids)
-            self.running[request_id] = Running(prompt, params, unfinished=set(range(params.n)))
+            self.running[request_id] = Running(
+                prompt, params, prompt_ids, priority, unfinished=set(range(params.n))
+            )
+            self.seen.append(self.running[request_id])
         return request_id
 
     def cancel(self, request_id: str) -> None:
@@ -128,6 +161,8 @@ class FakeEngine:
         return self._speak(name, request)
 
     def _speak(self, name: str, request: Running) -> list[Output]:
+        if request.params.max_tokens == 0:
+            return self._end(name, FinishReason.LENGTH)
         said, request.said = request.said, request.said + 1
         text, reason = ALPHABET[said % 26], None
         if request.prompt.startswith("say:"):
@@ -135,12 +170,13 @@ class FakeEngine:
             text, reason = wanted[said], FinishReason.STOP if said + 1 == len(wanted) else None
         if request.said == request.params.max_tokens:
             reason = reason or FinishReason.LENGTH
+        token_id = ord(text) % 256
         if request.prompt == "loud":
             text *= 10_000
         if request.prompt == "quiet" and reason is None:
             text = ""
         self.num_generated += len(request.unfinished)
-        return self._end(name, reason, None, text, (said % 256,))
+        return self._end(name, reason, None, text, (token_id,))
 
     def _cancel_one(self, name: str) -> list[Output]:
         return self._end(name, FinishReason.CANCELLED)
@@ -154,11 +190,30 @@ class FakeEngine:
         ids: tuple[int, ...] = (),
     ) -> list[Output]:
         """One output per unfinished choice; with a reason, the last."""
+        request = self.running[name]
+        params, is_first = request.params, request.said <= 1
+        num = params.logprobs
         outputs = [
-            Output(name, choice, text, ids, reason, error)
-            for choice in sorted(self.running[name].unfinished)
+            Output(
+                name,
+                choice,
+                text,
+                ids,
+                reason,
+                error,
+                stop_reason=params.stop[0] if params.stop and reason is FinishReason.STOP else None,
+                logprobs=() if num is None else tuple(fake_logprob(each, num) for each in ids),
+                prompt_logprobs=self._scored(request) if is_first and choice == 0 else None,
+            )
+            for choice in sorted(request.unfinished)
         ]
         if reason:
             self.finished[reason] += len(outputs)
             del self.running[name]
         return outputs
+
+    def _scored(self, request: Running) -> tuple[TokenLogprob | None, ...] | None:
+        num = request.params.prompt_logprobs
+        if num is None:
+            return None
+        return (None, *(fake_logprob(each, num) for each in request.prompt_ids[1:]))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.neutral import NEUTRAL_STREAM_OPTIONS, NEUTRAL_VALUES
-from server.schemas import MAX_CHOICES, CompletionRequest
+from server.sampling import MAX_CHOICES
+from server.schemas import CompletionRequest
 from tests.server.live import Live
 
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
@@ -35,8 +35,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": ["x"] * (MAX_CHOICES + 1)}, "prompt", "at most 128"),
     ({"prompt": "\ud800"}, "prompt", "lone surrogate"),
     ({"prompt": ["x", "\udfff"]}, "prompt", "lone surrogate"),
-    ({"max_tokens": 0}, "max_tokens", "from 1"),
-    ({"max_tokens": -1}, "max_tokens", "from 1"),
+    ({"max_tokens": -1}, "max_tokens", "from 0"),
     ({"max_tokens": "5"}, "max_tokens", "whole number"),
     ({"max_tokens": 1.5}, "max_tokens", "whole number"),
     ({"max_tokens": True}, "max_tokens", "whole number"),
@@ -59,10 +58,10 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"n": MAX_CHOICES + 1}, "n", "at most 128"),
     ({"n": 65}, "n", "at most 64"),
     ({"n": [1]}, "n", "it is a list"),
-    ({"stop": 5}, "stop", "list of strings"),
-    ({"stop": [1]}, "stop", "list of strings"),
+    ({"stop": 5}, "stop", "16 strings"),
+    ({"stop": [1]}, "stop", "16 strings"),
     ({"stop": ["\ud800"]}, "stop", "lone surrogate"),
-    ({"stop": ""}, "stop", "stop string"),
+    ({"stop": ""}, "stop", "1 to 256 characters"),
     ({"stop": ["x"] * 17}, "stop", "at most 16"),
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream": 1}, "stream", "true or false"),
@@ -75,22 +74,48 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ),
     ({"stream": True, "stream_options": {"extra": 1}}, "stream_options.extra", "no field"),
     (
-        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
-        "stream_options.continuous_usage_stats",
-        "not supported yet",
+        {"stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
+        "not supported yet: leave it out or send false",
     ),
     ({"ignore_eos": "no"}, "ignore_eos", "true or false"),
     ({"model": 5}, "model", "string"),
     ({"nonsense": 1}, "nonsense", "no field"),
     ({"\ud800": 1}, "\ud800", "no field"),
-    ({"echo": True}, "echo", "not supported yet: leave it out or send false"),
-    ({"echo": 0}, "echo", "not supported yet"),
-    ({"logprobs": 0}, "logprobs", "not supported yet: leave it out"),
-    ({"best_of": 2}, "best_of", "not supported yet"),
-    ({"n": 2, "best_of": 1}, "best_of", "not supported yet: leave it out or send 2"),
-    ({"presence_penalty": 0.5}, "presence_penalty", "not supported yet"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported yet"),
-    ({"suffix": "end"}, "suffix", "not supported yet"),
+    ({"echo": 0}, "echo", "true or false"),
+    ({"logprobs": -1}, "logprobs", "0 to 20"),
+    ({"logprobs": 21}, "logprobs", "0 to 20"),
+    ({"logprobs": True}, "logprobs", "0 to 20"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs", "0 to 20"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
+    ({"best_of": 0}, "best_of", "at least n"),
+    ({"n": 2, "best_of": 1}, "best_of", "at least n (2); it is 1"),
+    ({"best_of": 2, "stream": True}, "best_of", "stream"),
+    ({"best_of": 129}, "best_of", "at most 128"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "-2 to 2"),
+    ({"frequency_penalty": "a"}, "frequency_penalty", "-2 to 2"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "-100 to 100"),
+    ({"logit_bias": {"5": True}}, "logit_bias", "-100 to 100"),
+    ({"logit_bias": {" 5": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"05": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"1e1": 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "token ids"),
+    ({"logit_bias": [5]}, "logit_bias", "token ids"),
+    ({"stop_token_ids": 5}, "stop_token_ids", "list of token ids"),
+    ({"stop_token_ids": [True]}, "stop_token_ids", "list of token ids"),
+    ({"allowed_token_ids": ["a"]}, "allowed_token_ids", "list of token ids"),
+    ({"bad_words": "a"}, "bad_words", "list of strings"),
+    ({"bad_words": ["\ud800"]}, "bad_words", "lone surrogate"),
+    ({"min_tokens": 17}, "min_tokens", "0 to 16"),
+    ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "from 1, or -1"),
+    ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "from 1, or -1"),
+    ({"truncation_side": "up"}, "truncation_side", '"left" or "right"'),
+    ({"priority": 2**31}, "priority", "32 bits"),
+    ({"request_id": 5}, "request_id", "a string"),
+    ({"request_id": "\ud800"}, "request_id", "lone surrogate"),
+    ({"echo": True, "prompt": [300]}, "prompt", "0 to 255"),
+    ({"suffix": "end"}, "suffix", "since the model only continues text"),
     ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
 ]
 
@@ -142,11 +167,6 @@ def test_an_infinite_literal_is_refused_by_name(shared: Live) -> None:
     assert refused(shared.client.post("/v1/completions", content=raw))["param"] == "temperature"
 
 
-def test_nothing_is_both_built_and_neutral() -> None:
-    assert not NEUTRAL_VALUES.keys() & CompletionRequest.model_fields.keys()
-    assert "include_usage" not in NEUTRAL_STREAM_OPTIONS
-
-
 def test_a_body_longer_than_the_limit_is_refused_when_announced(shared: Live) -> None:
     error = refused(shared.complete(prompt="x" * 200_001), 413)
     assert error["code"] == "body_too_large"
@@ -188,7 +208,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-names = st.sampled_from([*CompletionRequest.model_fields, *NEUTRAL_VALUES, "best_of"]) | st.text()
+names = st.sampled_from([*CompletionRequest.model_fields, *CompletionRequest.neutral]) | st.text()
 
 
 @settings(

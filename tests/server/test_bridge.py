@@ -1,6 +1,7 @@
 """Readings and the bridge by themselves: one post per step, merging, closing."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 from engine.errors import EngineStoppedError
 from engine.outputs import FinishReason, Output
 from engine.params import SamplingParams
-from server.bridge import Bridge
+from server.bridge import QUICK_IDS, Bridge
+from server.orders import Details, Order
 from server.reading import Reading, ReadingClosed
+from server.sampling import StreamOptions
 from tests.server.fake_engine import FakeEngine
 
 
@@ -27,7 +30,8 @@ class HandWorker:
     def start(self) -> None:
         pass
 
-    def submit(self, _: Any, __: Any, *, request_id: str) -> None:
+    def submit(self, _: Any, __: Any, *, request_id: str, priority: int) -> None:
+        assert priority == 3
         self.submitted.append(request_id)
 
     def cancel(self, request_id: str) -> None:
@@ -38,6 +42,20 @@ def bridge() -> Bridge:
     made = Bridge(FakeEngine(), HandWorker)  # type: ignore[arg-type]
     made.start()
     return made
+
+
+def order(*prompts: list[int]) -> Order:
+    return Order(
+        prompts=list(prompts),
+        echoes=[],
+        params=SamplingParams(),
+        details=Details(),
+        num_choices=1,
+        is_stream=False,
+        stream_options=StreamOptions.model_validate({}),
+        priority=3,
+        request_id=None,
+    )
 
 
 def test_unread_outputs_are_one_piece_per_choice() -> None:
@@ -62,7 +80,7 @@ def test_a_step_is_posted_once_however_many_it_feeds() -> None:
     async def run() -> None:
         made = bridge()
         worker: Any = made._worker
-        readings = [made.open(str(n), [[1], [2]], SamplingParams()) for n in range(3)]
+        readings = [await made.open("r", order([1], [2])) for _ in range(3)]
         posts: list[object] = []
         post = made._loop.call_soon_threadsafe
         made._loop.call_soon_threadsafe = lambda *a: (posts.append(a), post(*a))  # type: ignore
@@ -70,7 +88,7 @@ def test_a_step_is_posted_once_however_many_it_feeds() -> None:
         assert len(posts) == 1
         for n, reading in enumerate(readings):
             pieces = await reading.take()
-            assert [piece.text for piece in pieces.values()] == [f"{n}-0", f"{n}-1"]
+            assert [piece.text for piece in pieces.values()] == [f"r-{n}-0", f"r-{n}-1"]
 
     asyncio.run(run())
 
@@ -79,14 +97,14 @@ def test_closing_cancels_once_and_wakes_whoever_waits() -> None:
     async def run() -> None:
         made = bridge()
         worker: Any = made._worker
-        reading = made.open("r", [[1], [2]], SamplingParams())
+        reading = await made.open("r", order([1], [2]))
         waiting = asyncio.create_task(reading.take())
         await asyncio.sleep(0)
         reading.close()
         reading.close()
         with pytest.raises(ReadingClosed):
             await waiting
-        assert worker.cancelled == ["r-0", "r-1"]
+        assert worker.cancelled == ["r-0-0", "r-0-1"]
         await made.wait_idle()
 
     asyncio.run(run())
@@ -96,8 +114,8 @@ def test_a_finished_reading_cancels_nothing() -> None:
     async def run() -> None:
         made = bridge()
         worker: Any = made._worker
-        reading = made.open("r", [[1]], SamplingParams())
-        worker.deliver([Output("r-0", 0, "x", (1,), FinishReason.STOP)])
+        reading = await made.open("r", order([1]))
+        worker.deliver([Output("r-0-0", 0, "x", (1,), FinishReason.STOP)])
         await reading.take()
         assert not reading.has_more
         reading.close()
@@ -110,11 +128,11 @@ def test_nothing_is_taken_before_the_start_or_while_draining() -> None:
     async def run() -> None:
         made = Bridge(FakeEngine(), HandWorker)  # type: ignore[arg-type]
         with pytest.raises(EngineStoppedError, match="starting"):
-            made.open("r", [[1]], SamplingParams())
+            await made.open("r", order([1]))
         made.start()
         made.drain()
         with pytest.raises(EngineStoppedError, match="shutting down"):
-            made.open("r", [[1]], SamplingParams())
+            await made.open("r", order([1]))
 
     asyncio.run(run())
 
@@ -126,3 +144,45 @@ def test_outputs_after_the_loop_has_closed_are_dropped() -> None:
     made: Any = asyncio.run(run())
     made._worker.deliver([Output("r", 0, "x", (1,))])
     made._on_death(RuntimeError("late"))
+
+
+def test_long_prompts_are_handed_in_beside_the_loop() -> None:
+    async def run() -> None:
+        made = bridge()
+        worker: Any = made._worker
+        submit, threads = worker.submit, []
+
+        def submitting(*given: Any, **named: Any) -> None:
+            threads.append(threading.current_thread())
+            submit(*given, **named)
+
+        worker.submit = submitting
+        await made.open("r", order([1] * QUICK_IDS))
+        await made.open("r", order([1] * QUICK_IDS, [1]))
+        assert [each is threading.main_thread() for each in threads] == [True, False, False]
+
+    asyncio.run(run())
+
+
+def test_who_leaves_while_prompts_are_handed_in_leaves_nothing_behind() -> None:
+    async def run() -> None:
+        made = bridge()
+        worker: Any = made._worker
+        submit, may_go = worker.submit, threading.Event()
+
+        def submitting(*given: Any, **named: Any) -> None:
+            may_go.wait(10)
+            submit(*given, **named)
+
+        worker.submit = submitting
+        opening = asyncio.create_task(made.open("r", order([1] * QUICK_IDS, [2])))
+        await asyncio.sleep(0.01)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        may_go.set()
+        await asyncio.sleep(0.05)
+        assert set(worker.submitted) == {"r-0-0", "r-0-1"}
+        assert worker.cancelled[-2:] == ["r-0-0", "r-0-1"]
+
+    asyncio.run(run())

@@ -12,7 +12,15 @@ def test_a_whole_answer_has_openai_s_form(shared: Live) -> None:
     assert answer == {
         "object": "text_completion",
         "model": "fake",
-        "choices": [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": "length"}],
+        "choices": [
+            {
+                "index": 0,
+                "text": "abc",
+                "logprobs": None,
+                "finish_reason": "length",
+                "stop_reason": None,
+            }
+        ],
         "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
     }
 

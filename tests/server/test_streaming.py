@@ -1,10 +1,17 @@
 """Streamed completions: exact bytes, interleaving, usage, what an error or an idle stream sends."""
 
 import json
+from typing import cast
 
-from engine.outputs import FinishReason
+from engine.outputs import FinishReason, Output
+from engine.params import SamplingParams
+from engine.tokenizer import Tokenizer
+from server.choices import CompletionChoices
+from server.orders import Details, Order
 from server.reading import Piece
-from server.streaming import CompletionEvents, Heading
+from server.sampling import StreamOptions
+from server.streaming import Events, Heading
+from tests.server.fake_engine import FakeTokenizer
 from tests.server.live import Live, eventually, serving
 
 HEADING = Heading("cmpl-1", "text_completion", 7, "m")
@@ -13,37 +20,55 @@ HEAD = '"id":"cmpl-1","object":"text_completion","created":7,"model":"m"'
 
 def piece(text: str, reason: FinishReason | None = None) -> Piece:
     made = Piece()
-    made.add(text, reason)
+    made.add(Output("r", 0, text, (), reason))
     return made
 
 
+def events(heading: Heading = HEADING, **options: bool) -> Events:
+    order = Order(
+        prompts=[[1]],
+        echoes=[""],
+        params=SamplingParams(n=2),
+        details=Details(),
+        num_choices=2,
+        is_stream=True,
+        stream_options=StreamOptions.model_validate(options),
+        priority=0,
+        request_id=None,
+    )
+    return Events(heading, CompletionChoices(order, cast(Tokenizer, FakeTokenizer())), order)
+
+
 def test_an_event_s_bytes() -> None:
-    events = CompletionEvents(HEADING, include_usage=False)
-    assert events.pieces({0: piece('a"\u2028é\n')}) == (
+    assert events().pieces({0: piece('a"\u2028é\n')}, 1) == (
         f'data: {{{HEAD},"choices":[{{"index":0,"text":"a\\"\\u2028\\u00e9\\n","logprobs":null,'
         '"finish_reason":null}]}\n\n'
     )
-    assert events.last({}) == "data: [DONE]\n\n"
+    assert events().last(1) == "data: [DONE]\n\n"
 
 
 def test_an_event_s_bytes_beside_usage() -> None:
-    events = CompletionEvents(HEADING, include_usage=True)
-    assert events.pieces({1: piece("", FinishReason.LENGTH)}) == (
+    made = events(include_usage=True)
+    assert made.pieces({1: piece("", FinishReason.LENGTH)}, 1) == (
         f'data: {{{HEAD},"choices":[{{"index":1,"text":"","logprobs":null,'
-        '"finish_reason":"length"}],"usage":null}\n\n'
+        '"finish_reason":"length","stop_reason":null}],"usage":null}\n\n'
     )
-    assert events.last({"prompt_tokens": 1}) == (
-        f'data: {{{HEAD},"choices":[],"usage":{{"prompt_tokens":1}}}}\n\ndata: [DONE]\n\n'
-    )
+    usage = '{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}'
+    assert made.last(2) == f'data: {{{HEAD},"choices":[],"usage":{usage}}}\n\ndata: [DONE]\n\n'
 
 
-def test_a_piece_that_tells_nothing_is_no_event() -> None:
-    assert CompletionEvents(HEADING, include_usage=True).pieces({0: piece("")}) == ""
+def test_usage_beside_every_event() -> None:
+    made = events(continuous_usage_stats=True)
+    usage = '{"prompt_tokens":1,"completion_tokens":5,"total_tokens":6}'
+    assert made.pieces({1: piece("x")}, 5).endswith(
+        f'"finish_reason":null}}],"usage":{usage}}}\n\n'
+    )
+    assert made.last(5) == "data: [DONE]\n\n"
 
 
 def test_a_model_name_is_escaped_in_every_event() -> None:
-    events = CompletionEvents(Heading("i", "o", 1, 'a"\n'), include_usage=False)
-    assert json.loads(events.pieces({0: piece("x")})[6:])["model"] == 'a"\n'
+    made = events(Heading("i", "o", 1, 'a"\n'))
+    assert json.loads(made.pieces({0: piece("x")}, 1)[6:])["model"] == 'a"\n'
 
 
 def test_a_stream_s_headers_and_end(shared: Live) -> None:
@@ -92,12 +117,13 @@ def test_an_error_is_an_event_and_the_end(shared: Live) -> None:
     *chunks, error = shared.events(prompt=["fail", "fine"], max_tokens=1000)
     assert error["error"]["type"] == "server_error"
     assert "secret" not in json.dumps(error)
-    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+    reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert set(reasons) == {None, "error"}
     eventually(lambda: not shared.engine.running)
 
 
 def test_bad_input_of_a_stream_is_a_plain_400(shared: Live) -> None:
-    response = shared.complete(prompt="x", stream=True, max_tokens=0)
+    response = shared.complete(prompt="x", stream=True, max_tokens=-1)
     assert response.status_code == 400
     assert response.headers["content-type"] == "application/json"
 

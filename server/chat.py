@@ -1,0 +1,106 @@
+"""POST /v1/chat/completions: from messages to an order.
+
+Owns the order of the checks, and what ends an answer that its client does not limit. The prompt is
+`templates.py`'s, the answer `answering.py`'s.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from engine.errors import ParameterError
+from engine.params import MAX_STOP_STRINGS, SamplingParams
+from server.answering import Kind, answer, check_model, read_order
+from server.answers import ChatCompletion
+from server.chat_schemas import ChatRequest, chat_request
+from server.choices import ChatChoices
+from server.context import Context, ContextDep
+from server.errors import invalid
+from server.openapi import described
+from server.orders import Details, Order, order_of, read_prompt
+from server.templates import ChatTemplate, ChatTemplateError, Message
+
+router = APIRouter()
+
+CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk", ChatChoices)
+
+NO_TEMPLATE = (
+    "this model has no chat template: start the server with --chat-template FILE, or with"
+    " --chat-template plain for a plain one, or use /v1/completions"
+)
+
+
+@router.post(
+    "/v1/chat/completions", response_model=ChatCompletion, **described(ChatRequest, streams=True)
+)
+async def create_chat_completion(request: Request, context: ContextDep) -> Response:
+    """Answer the last of some messages, whole or as a stream of events."""
+    order = await read_order(request, context, read_chat)
+    return await answer(request, context, order, CHAT)
+
+
+def read_chat(body: dict[str, Any], context: Context) -> Order:
+    """Check, render and tokenise. Raises ApiError."""
+    request = chat_request(body)
+    check_model(request.model, context)
+    template = template_of(context)
+    params = _params(request, context, template.stop)
+    text = render(
+        template, request.messages, request.add_generation_prompt, request.chat_template_kwargs
+    )
+    tokenizer = context.bridge.engine.tokenizer
+    prompt = read_prompt(text, request, tokenizer, context.trained_length)
+    return order_of(request, params, _details(request), [prompt])
+
+
+def template_of(context: Context) -> ChatTemplate:
+    """The server's template. Raises ApiError where there is none."""
+    if context.template is None:
+        raise invalid("messages", NO_TEMPLATE)
+    return context.template
+
+
+def render(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    more: dict[str, Any],
+) -> str:
+    """The prompt of a chat. Raises ApiError."""
+    variables = more | {"add_generation_prompt": add_generation_prompt}
+    try:
+        text = template.render(messages, **variables)
+    except ChatTemplateError as error:
+        raise invalid("messages", str(error)) from None
+    if not text:
+        raise invalid("messages", "the chat template makes nothing of these messages")
+    return text
+
+
+def _params(request: ChatRequest, context: Context, stop: tuple[str, ...]) -> SamplingParams:
+    """Ends where the client says, else after the server's default."""
+    name, limit = request.limit
+    most = context.bridge.engine.config.max_tokens_limit
+    default = min(context.config.default_max_tokens, most)
+    if limit is not None and limit > most:
+        raise invalid(name, f"{name} must be at most {most}; it is {limit}")
+    try:
+        return request.engine_params(
+            max_tokens=default if limit is None else limit,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            stop=(*request.stop, *stop) if len(request.stop) < MAX_STOP_STRINGS else request.stop,
+        )
+    except ParameterError as error:
+        names = {"max_tokens": name, "logprobs": "top_logprobs"}
+        param = names.get(error.param, error.param)
+        raise invalid(param, str(error).replace(error.param, param)) from None
+
+
+def _details(request: ChatRequest) -> Details:
+    return Details(
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_logprobs=request.prompt_logprobs,
+        token_ids=request.return_token_ids,
+        tokens_as_ids=request.return_tokens_as_token_ids,
+    )

@@ -1,0 +1,117 @@
+"""Kinds of value that a body may hold: prompts, strings, ids, biases.
+
+Owns how each is read and what is wrong with it. Does not know which field has which kind.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import PlainValidator, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from server.body import is_text
+
+Prompt = str | list[int]
+
+MAX_ID_DIGITS = 10
+
+
+def told(message: str) -> PydanticCustomError:
+    """An error whose message is what the client reads."""
+    return PydanticCustomError("told", "{message}", {"message": message})
+
+
+def wrong_type() -> PydanticCustomError:
+    """An error that is answered with the field's own description."""
+    return PydanticCustomError("wrong_type", "wrong type")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise where `text` is not Unicode."""
+    if not is_text(text):
+        raise told(f"{name} has a lone surrogate, which is no character")
+
+
+def _text(value: Any, info: ValidationInfo) -> str:
+    if not isinstance(value, str):
+        raise wrong_type()
+    check_text(str(info.field_name), value)
+    return value
+
+
+def _prompts(value: Any) -> list[Prompt]:
+    """One prompt or several, as text or as ids → a list of prompts."""
+    match value:
+        case str() | [int(), *_]:
+            prompts = [value]
+        case list():
+            prompts = value
+        case _:
+            raise wrong_type()
+    if not prompts or "" in prompts or [] in prompts:
+        raise told("prompt must not be empty")
+    if not (all(isinstance(each, str) for each in prompts) or all(map(_is_ids, prompts))):
+        raise wrong_type()
+    for each in prompts:
+        if isinstance(each, str):
+            check_text("prompt", each)
+    return prompts
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int for each in value)
+
+
+def _strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    """One string or a list of them."""
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(each, str) for each in strings):
+        raise wrong_type()
+    for each in strings:
+        check_text(str(info.field_name), each)
+    return tuple(strings)
+
+
+def _listed_strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise wrong_type()
+    return _strings(value, info)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if not _is_ids(value):
+        raise wrong_type()
+    return tuple(value)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """JSON's keys are strings; each must be an id as it is usually written."""
+    if not isinstance(value, dict):
+        raise wrong_type()
+    for bias in value.values():
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise wrong_type()
+    return {_id_of(key): bias for key, bias in value.items()}
+
+
+def _id_of(key: str) -> int:
+    is_digits = key.isascii() and key.isdecimal() and len(key) <= MAX_ID_DIGITS
+    if not is_digits or str(int(key)) != key:
+        raise wrong_type()
+    return int(key)
+
+
+Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
+Prompts = Annotated[
+    list[Prompt],
+    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Strings = Annotated[
+    tuple[str, ...], PlainValidator(_strings, json_schema_input_type=str | list[str])
+]
+ListedStrings = Annotated[
+    tuple[str, ...], PlainValidator(_listed_strings, json_schema_input_type=list[str])
+]
+TokenIds = Annotated[tuple[int, ...], PlainValidator(_token_ids, json_schema_input_type=list[int])]
+Biases = Annotated[
+    dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float])
+]

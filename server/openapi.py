@@ -1,0 +1,99 @@
+"""The published description: every field a request may have, every status an answer may have.
+
+Owns how requests' own schemas and neutral fields become one schema, and the errors that every
+endpoint shares. Does not know which endpoints there are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI
+
+from server.answers import ErrorBody
+from server.checking import Body
+from server.neutral import ANY, Neutral
+
+Schema = dict[str, Any]
+
+ERRORS = {
+    400: "A field is wrong; `param` names it.",
+    401: "A key is missing or wrong.",
+    404: "There is no such model.",
+    413: "The body is longer than the server takes.",
+    500: "The engine failed.",
+    503: "The server takes no new work now.",
+}
+
+EVENTS: Schema = {"text/event-stream": {"schema": {"type": "string"}}}
+_BODY_ERRORS = (400, 401, 404, 413, 500, 503)
+
+
+def described(*bodies: type[Body], streams: bool = False) -> Schema:
+    """What a route that takes one of these bodies says of itself."""
+    references = [{"$ref": f"#/components/schemas/{body.__name__}"} for body in bodies]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
+    content = {"application/json": {"schema": schema}}
+    answers: dict[int | str, Schema] = {200: {"content": EVENTS}} if streams else {}
+    return {
+        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "responses": answers | refusals(*_BODY_ERRORS),
+    }
+
+
+def refusals(*statuses: int) -> dict[int | str, Schema]:
+    """The errors that a route may answer with."""
+    return {each: {"model": ErrorBody, "description": ERRORS[each]} for each in statuses}
+
+
+def publish(app: FastAPI, bodies: Sequence[type[Body]], has_keys: bool) -> None:
+    """Make the application's description of its routes and these bodies."""
+    made = app.openapi
+
+    def openapi() -> Schema:
+        if app.openapi_schema is None:
+            app.openapi_schema = _complete(made(), bodies, has_keys)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's own pages say
+
+
+def _complete(description: Schema, bodies: Sequence[type[Body]], has_keys: bool) -> Schema:
+    components = description.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    for body in bodies:
+        schemas |= _schemas_of(body)
+    for operations in description["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)  # FastAPI's own, which never leaves here
+    if has_keys:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        description["security"] = [{"key": []}]
+    return description
+
+
+def _schemas_of(body: type[Body]) -> dict[str, Schema]:
+    """Its schema and those within it; null counts as absent wherever a field may be absent."""
+    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
+    inner = {kind.__name__: kind for kind in body.nested.values()}
+    found = {name: each for name, each in schema.pop("$defs", {}).items() if name not in inner}
+    for kind in inner.values():
+        found |= _schemas_of(kind)
+    properties = schema["properties"]
+    for name in properties.keys() - set(schema.get("required", ())):
+        properties[name] = _nullable(properties[name])
+    properties |= _neutral(body.neutral)
+    return found | {body.__name__: schema}
+
+
+def _nullable(schema: Schema) -> Schema:
+    if {"type": "null"} in schema.get("anyOf", ()):
+        return schema
+    named = {key: schema.pop(key) for key in ("title", "description", "default") if key in schema}
+    return named | {"anyOf": [schema, {"type": "null"}]}
+
+
+def _neutral(neutral: Neutral) -> dict[str, Schema]:
+    """Fields that are not built: the values that change nothing."""
+    return {
+        name: {} if ANY in values else {"enum": [*values, None]} for name, values in neutral.items()
+    }

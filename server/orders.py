@@ -1,0 +1,105 @@
+"""A checked request, ready for the engine: ids, parameters, and what its answer is to tell.
+
+Owns truncation and the text of ids. Does not know how answers look.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.params import SamplingParams
+from server.errors import invalid
+from server.sampling import SamplingBody, StreamOptions
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What an answer tells beside its text.
+
+    echo: each prompt before its text. logprobs: how many alternatives beside each id; None: none.
+    prompt_logprobs: the same of the prompt. token_ids: of prompt and text.
+    tokens_as_ids: name tokens by their numbers.
+    """
+
+    echo: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    token_ids: bool = False
+    tokens_as_ids: bool = False
+
+    @property
+    def is_text_alone(self) -> bool:
+        """Whether an answer is nothing but text."""
+        return self == Details(tokens_as_ids=self.tokens_as_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Prompts, how each is continued, and how the answer is told.
+
+    echoes: the text of each prompt, where it is to be told.
+    num_choices: told for each prompt; the best of params.n, or all of them.
+    """
+
+    prompts: list[list[int]]
+    echoes: list[str]
+    params: SamplingParams
+    details: Details
+    num_choices: int
+    is_stream: bool
+    stream_options: StreamOptions
+    priority: int
+    request_id: str | None
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether ids are told or judged, or text alone."""
+        return self.params.logprobs is not None or not self.details.is_text_alone
+
+    @property
+    def num_prompt(self) -> int:
+        """Ids of all prompts."""
+        return sum(map(len, self.prompts))
+
+
+def order_of(
+    body: SamplingBody,
+    params: SamplingParams,
+    details: Details,
+    prompts: list[list[int]],
+    echoes: Sequence[str] = (),
+) -> Order:
+    """The order that a checked body amounts to."""
+    return Order(
+        prompts=prompts,
+        echoes=list(echoes) or [""] * len(prompts),
+        params=params,
+        details=details,
+        num_choices=body.n,
+        is_stream=body.stream,
+        stream_options=body.stream_options or StreamOptions.model_validate({}),
+        priority=body.priority,
+        request_id=body.request_id,
+    )
+
+
+def read_prompt(
+    prompt: str | list[int], body: SamplingBody, tokenizer: "Tokenizer", trained_length: int
+) -> list[int]:
+    """Ids of a prompt, truncated as the body asks."""
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    if body.truncate_prompt_tokens is None:
+        return ids
+    length = trained_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+    return ids[-length:] if body.truncation_side == "left" else ids[:length]
+
+
+def text_of(ids: list[int], tokenizer: "Tokenizer", param: str) -> str:
+    """Text of ids, special tokens written out. Raises ApiError for an id that there is not."""
+    if ids and not 0 <= min(ids) <= max(ids) < tokenizer.num_ids:
+        raise invalid(param, f"{param} ids must be from 0 to {tokenizer.num_ids - 1}")
+    written = tokenizer.written_bytes
+    return b"".join(written[each] for each in ids).decode("utf-8", errors="replace")
