@@ -32,6 +32,7 @@ check: setup ## Lint, formatting, types
 	$(BIN)/mypy
 
 bench: setup ## Run all benchmarks (ARGS="--quick")
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(ARGS)
 
 train: setup ## Train the default model (resumes from checkpoints/)

@@ -1,6 +1,6 @@
 """All benchmarks one after the other: `python -m benchmarks [--quick] [--json FILE]`."""
 
-from benchmarks import memory, position, serving
+from benchmarks import decode, memory, position, serving, step
 from benchmarks.common import Report, machine, parse, write_json
 
 
@@ -8,7 +8,7 @@ def main() -> None:
     """Run them in this process; each prints its tables."""
     arguments = parse(__doc__)
     report: Report = {"machine": machine()}
-    for benchmark in (serving, position, memory):
+    for benchmark in (step, decode, serving, position, memory):
         report |= benchmark.measure(arguments.quick)
     if arguments.json:
         write_json(arguments.json, report)

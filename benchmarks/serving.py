@@ -1,7 +1,8 @@
-"""Tokens per second in-process and over HTTP, time to first token, and time between tokens.
+"""Tokens and processor time in-process and over HTTP, time to first token and between tokens.
 
-The HTTP client runs beside the server on the same cores and reads server-sent events from bare
-sockets, so that what is measured is the server.
+Processor time is that of the server's process alone, all its threads. The HTTP client runs beside
+it on the same cores and reads server-sent events from bare sockets, so that what is measured is
+the server.
 """
 
 import asyncio
@@ -13,6 +14,9 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import psutil
 
 from benchmarks.common import Report, percentile, run, show
 from engine import Engine, EngineConfig, SamplingParams
@@ -31,14 +35,21 @@ def measure(quick: bool) -> Report:
     return {"serving": rows}
 
 
-def _in_process(streams: int, num_tokens: int) -> float:
-    """Tokens per second of the engine alone."""
+class Local(NamedTuple):
+    """What the engine alone does: tokens per second, and seconds of processor time per token."""
+
+    speed: float
+    cpu: float
+
+
+def _in_process(streams: int, num_tokens: int) -> Local:
     engine = Engine(config=EngineConfig(max_slots=streams))
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
     engine.generate([PROMPT] * streams, SamplingParams(max_tokens=8, temperature=0))
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     engine.generate([PROMPT] * streams, params)
-    return streams * num_tokens / (time.perf_counter() - start)
+    took, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+    return Local(streams * num_tokens / took, cpu / (streams * num_tokens))
 
 
 @dataclass(slots=True)
@@ -49,7 +60,14 @@ class Arrivals:
     events: list[float] = field(default_factory=list)
 
 
-def _over_http(num_tokens: int) -> dict[int, list[Arrivals]]:
+class Remote(NamedTuple):
+    """What a number of streams over HTTP came to; `cpu` is the server's, per token."""
+
+    arrivals: list[Arrivals]
+    cpu: float
+
+
+def _over_http(num_tokens: int) -> dict[int, Remote]:
     """Streams against a real server in a process of its own, on a free port."""
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--max-slots", "64"]
     with subprocess.Popen(
@@ -62,9 +80,18 @@ def _over_http(num_tokens: int) -> dict[int, list[Arrivals]]:
         try:
             port = _port(server)
             asyncio.run(_streams(port, 8, 8))
-            return {n: asyncio.run(_streams(port, n, num_tokens)) for n in STREAMS}
+            process = psutil.Process(server.pid)
+            return {n: _measured(process, port, n, num_tokens) for n in STREAMS}
         finally:
             server.terminate()
+
+
+def _measured(server: psutil.Process, port: int, streams: int, num_tokens: int) -> Remote:
+    before = server.cpu_times()
+    arrivals = asyncio.run(_streams(port, streams, num_tokens))
+    after = server.cpu_times()
+    spent = after.user + after.system - before.user - before.system
+    return Remote(arrivals, spent / (streams * num_tokens))
 
 
 def _port(server: "subprocess.Popen[str]") -> int:
@@ -106,14 +133,18 @@ async def _stream(port: int, num_tokens: int) -> Arrivals:
     return arrivals
 
 
-def _row(num_tokens: int, local: float, arrivals: list[Arrivals]) -> dict[str, object]:
+def _row(num_tokens: int, local: Local, remote: Remote) -> dict[str, object]:
+    arrivals = remote.arrivals
     seconds = max(one.events[-1] for one in arrivals) - min(one.sent for one in arrivals)
-    remote = len(arrivals) * num_tokens / seconds
+    speed = len(arrivals) * num_tokens / seconds
     return {
         "streams": len(arrivals),
-        "in-process tok/s": local,
-        "HTTP tok/s": remote,
-        "HTTP / in-process": remote / local,
+        "in-process tok/s": local.speed,
+        "HTTP tok/s": speed,
+        "HTTP / in-process": speed / local.speed,
+        "in-process CPU us/tok": 1e6 * local.cpu,
+        "server CPU us/tok": 1e6 * remote.cpu,
+        "server / in-process": remote.cpu / local.cpu,
         **_latencies(arrivals),
     }
 

@@ -1,0 +1,59 @@
+"""The shapes that are measured, models of random weights in them, and the memory's own speed."""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.model import CottentionForCausalLM
+
+_PUBLISHED = {"vocab_size": 50_400, "n_layer": 20, "n_head": 16, "rotary_dim": 64}
+SHAPES = {
+    "default": ModelConfig(4096, 256, 6, 4, 512, rotary_dim=64, n_inner=1024),
+    "300M": ModelConfig(n_embd=1024, n_positions=1024, n_inner=3072, **_PUBLISHED),
+    "1.2B": ModelConfig(n_embd=2048, n_positions=512, n_inner=8192, **_PUBLISHED),
+}
+
+
+def random_model(config: ModelConfig, dtype: torch.dtype) -> CottentionForCausalLM:
+    """A model of random weights: values do not matter to its speed, but must not be denormal."""
+    with torch.device("meta"):
+        model = CottentionForCausalLM(config).to(dtype)
+    model.to_empty(device="cpu").requires_grad_(False)
+    noise = torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
+    for name, weight in model.named_parameters():
+        weight.copy_(
+            noise.repeat(weight.numel() // len(noise) + 1)[: weight.numel()].view_as(weight)
+        )
+        if name.endswith(("ln_1.weight", "ln_f.weight")):
+            weight.fill_(1)
+    return model
+
+
+def seconds(work: Callable[[], object], *, at_least: float, most: int = 10_000) -> list[float]:
+    """Times of `work`, repeated for `at_least` seconds and three times at least, in rising order.
+
+    Two calls go before, unmeasured.
+    """
+    work()
+    work()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < at_least and len(times) < most):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)
+
+
+def read_speed(at_least: float) -> float:
+    """Bytes per second at which all threads together read memory."""
+    x = torch.ones(2**28)
+    return x.nbytes / statistics.median(seconds(lambda: x.sum(), at_least=at_least))
+
+
+def stream_speed(x: Tensor, at_least: float) -> float:
+    """Bytes per second, in and out, of changing x in place from end to end."""
+    return 2 * x.nbytes / statistics.median(seconds(lambda: x.mul_(0.999), at_least=at_least))
