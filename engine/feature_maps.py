@@ -46,7 +46,7 @@ class Mix(Protocol):
         sin: Tensor,
         state: Tensor,
         slots: Tensor,
-        offsets: Tensor,
+        offsets: Tensor | None,
         out: Tensor,
     ) -> None: ...
 

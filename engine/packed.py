@@ -73,7 +73,7 @@ class PackedLayer:
             self._mix_apart(joined, at, recurrence, mixed)
         else:
             state, _ = recurrence.layer(self._index)
-            slots, offsets = recurrence.slots, recurrence.offsets
+            slots, offsets = recurrence.segments.slots, recurrence.segments.offsets
             self._mix(joined, at.index, self._sigma, at.cos, at.sin, state, slots, offsets, mixed)
         self._project_out.add_to(mixed, x)
 

@@ -18,14 +18,11 @@ class Recurrence:
     """An `Attend` on rows of a pool.
 
     layer: index → views state [S, H, V, K] and z [S, H, K] or None of that layer.
-    slots: int32 [B]; −1 is padding. offsets: int32 [B + 1]; segment i has the tokens
-    offsets[i]:offsets[i + 1].
     """
 
     layer: Callable[[int], tuple[Tensor, Tensor | None]]
-    slots: Tensor
-    offsets: Tensor
+    segments: ops.Segments
 
     def __call__(self, index: int, features: Features) -> Tensor:
         """Mapped q, k, v [N, H, ·] of layer `index` → outputs [N, H, V]; its rows move on."""
-        return ops.recurrent_step(*features, *self.layer(index), self.slots, self.offsets)
+        return ops.recurrent_segments(*features, *self.layer(index), self.segments)

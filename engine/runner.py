@@ -1,12 +1,13 @@
 """A plan to tensors, through the model, to sampled ids. Knows no queue, no text and no socket."""
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine import ops
+from engine.graphs import DecodeGraphs, Row
 from engine.inference import ServedModel
 from engine.outputs import TokenLogprob
 from engine.recurrence import Recurrence
@@ -15,8 +16,6 @@ from engine.sampler import Draw, Drawn, Sampler, uniform
 from engine.scheduler import Plan
 from engine.scoring import score
 from engine.state import StatePool
-
-PADDING_SLOT = -1
 
 
 class Segment(NamedTuple):
@@ -50,18 +49,31 @@ class Result(NamedTuple):
     scores: dict[Request, list[TokenLogprob]]
 
 
+class Decoded(NamedTuple):
+    """Logits float32 [R, vocab_size] and the likeliest ids int64 [R] of a captured step."""
+
+    logits: Tensor
+    likeliest: Tensor
+
+
 class Runner:
-    """Runs one plan at a time on the pool's rows."""
+    """Runs one plan at a time on the pool's rows; on CUDA, a plan of decode alone in a graph."""
 
     def __init__(self, model: ServedModel, pool: StatePool, sampler: Sampler, device: str) -> None:
         self._model = model
         self._pool = pool
         self._sampler = sampler
         self._device = device
+        self._max_stepped = ops.max_stepped(device, pool.spec.key_width, pool.spec.value_width)
+        self._graphs: DecodeGraphs[Decoded] | None = None
+        if device.startswith("cuda"):
+            self._graphs = DecodeGraphs(self._decode, pool.num_slots, device)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Result:
         """Advance every state of the plan; draw an id for each choice whose context is complete."""
+        if self._graphs is not None and _is_one_token_each(plan, self._graphs.max_rows):
+            return self._run_captured(plan, self._graphs)
         hidden = self._hidden(_segments(plan))
         self._share_prompts(plan)
         scores = self._scores(hidden, plan)
@@ -70,14 +82,28 @@ class Runner:
             return Result([], [], scores)
         logits = self._model.logits(hidden[[place.row for place in wanted]])
         drawn = self._sampler.sample(logits, [_draw(place) for place in wanted])
-        pairs = [(place.choice, one) for place, one in zip(wanted, drawn, strict=True)]
-        samples = [Sample(choice, one) for choice, one in pairs if one is not None]
-        return Result(samples, [choice for choice, one in pairs if one is None], scores)
+        return _result(wanted, drawn, scores)
+
+    def _run_captured(self, plan: Plan, graphs: DecodeGraphs[Decoded]) -> Result:
+        """One id for each choice; nothing but the ids comes back where nobody wants more."""
+        choices, wanted = plan.decode, _wanted(plan)
+        decoded = graphs.run([Row(c.pending[0], c.position, c.slot) for c in choices])
+        logits, likeliest = (x[: len(choices)] for x in decoded)
+        drawn = self._sampler.choose(logits, likeliest, [_draw(place) for place in wanted])
+        return _result(wanted, drawn, {})
+
+    def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Decoded:
+        """One token of each slot, captured: ids and positions int64 [R], slots int32 [R]."""
+        recurrence = Recurrence(self._pool.layer, ops.Segments(slots))
+        logits = self._model.logits(self._model.hidden(ids, positions, recurrence))
+        return Decoded(logits, self._sampler.likeliest(logits))
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """One step on padding alone: libraries load and threads start before the first request."""
-        self._model.logits(self._hidden([Segment(PADDING_SLOT, [0], 0)]))
+        self._model.logits(self._hidden([Segment(ops.PADDING_SLOT, [0], 0)]))
+        if self._graphs is not None:
+            self._graphs.warm_up()
 
     def _hidden(self, segments: Sequence[Segment]) -> Tensor:
         """Hidden states [N, C] of all ids of the segments, in order; their states move on."""
@@ -88,9 +114,13 @@ class Runner:
 
     def _recurrence(self, segments: Sequence[Segment]) -> Recurrence:
         """The rows of these segments."""
-        slots = self._tensor([segment.slot for segment in segments], torch.int32)
-        ends = accumulate((len(segment.ids) for segment in segments), initial=0)
-        return Recurrence(self._pool.layer, slots, self._tensor(list(ends), torch.int32))
+        slots = [segment.slot for segment in segments]
+        lengths = [len(segment.ids) for segment in segments]
+        limit = self._max_stepped
+        made = ops.Segments.of(
+            slots, lengths, self._pool.num_slots, self._device, max_stepped=limit
+        )
+        return Recurrence(self._pool.layer, made)
 
     def _share_prompts(self, plan: Plan) -> None:
         """Where a prompt is complete, the request's other choices get its state."""
@@ -112,8 +142,14 @@ class Runner:
             row += chunk.stop - chunk.start
         return scores
 
-    def _tensor(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device=self._device)
+
+
+def _is_one_token_each(plan: Plan, max_rows: int) -> bool:
+    """Whether a plan is what a graph computes."""
+    is_short = not plan.prefill and len(plan.decode) <= max_rows
+    return is_short and all(len(choice.pending) == 1 for choice in plan.decode)
 
 
 def _segments(plan: Plan) -> list[Segment]:
@@ -137,6 +173,16 @@ def _wanted(plan: Plan) -> list[Wanted]:
         if chunk.is_last and chunk.request.params.max_tokens:
             wanted += [Wanted(row - 1, choice, chunk.stop) for choice in chunk.request.choices]
     return wanted
+
+
+def _result(
+    wanted: Sequence[Wanted],
+    drawn: Sequence[Drawn | None],
+    scores: dict[Request, list[TokenLogprob]],
+) -> Result:
+    pairs = [(place.choice, one) for place, one in zip(wanted, drawn, strict=True)]
+    samples = [Sample(choice, one) for choice, one in pairs if one is not None]
+    return Result(samples, [choice for choice, one in pairs if one is None], scores)
 
 
 def _draw(place: Wanted) -> Draw:

@@ -20,6 +20,7 @@ from engine.params import SamplingParams
 from engine.scoring import score
 
 _MASK = 2**64 - 1
+_NO_ID = -1
 
 _HOTTEST = torch.finfo(torch.float32).max
 """Temperatures above this are taken as this: in float32 they are infinite, and −∞ / ∞ is NaN."""
@@ -44,6 +45,12 @@ class Draw:
         return bool(
             self.counts or self.barred or params.logit_bias or params.allowed_token_ids is not None
         )
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether it wants anything but the likeliest id as the model has it."""
+        params = self.params
+        return not params.is_greedy or self.is_adjusted or params.logprobs is not None
 
 
 class Drawn(NamedTuple):
@@ -96,6 +103,19 @@ class Sampler:
             Drawn(token_id, logprobs.get(row)) if finite else None
             for row, (token_id, finite) in enumerate(zip(ids, is_finite.tolist(), strict=True))
         ]
+
+    def likeliest(self, logits: Tensor) -> Tensor:
+        """The likeliest id of each row of logits, −1 if none is finite; waits for no device."""
+        best, ids = logits.masked_fill(self._never, -torch.inf).max(dim=-1)
+        return ids.masked_fill(~best.isfinite(), _NO_ID)
+
+    def choose(
+        self, logits: Tensor, likeliest: Tensor, draws: Sequence[Draw]
+    ) -> list[Drawn | None]:
+        """As `sample`, where `likeliest` int64 [R] is known and is all that most rows want."""
+        if any(draw.wants_more for draw in draws):
+            return self.sample(logits, draws)
+        return [None if i == _NO_ID else Drawn(i, None) for i in likeliest.tolist()]
 
     def _draw(self, logits: Tensor, likeliest: list[int], draws: Sequence[Draw]) -> list[int]:
         """The likeliest ids, replaced where a row wants chance."""

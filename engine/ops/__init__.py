@@ -1,36 +1,45 @@
 """The ops of the engine: compiled where that is possible, plain torch where it is not.
 
 Owns the dispatch. Tensors that are float32 and on the CPU go to the compiled ops (one arithmetic:
-a row's bits depend on nothing but the row); other devices, other types and tensors that need
-gradients go to the reference. Widths that the kernel does not take are announced once. Knows no
-model, no session and no position in a conversation.
+a row's bits depend on nothing but the row); on CUDA the recurrence goes to its kernel, long
+segments to products; other types and tensors that need gradients go to the reference. Widths that
+the kernel does not take are announced once. Knows no model, no session and no position in a
+conversation.
 """
 
 import torch
 from torch import Tensor
 
-from engine.ops import checks, reference
+from engine.ops import checks, cuda, ragged, reference
 from engine.ops.build import BuildError
+from engine.ops.checks import kernel_has_width
 from engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
 from engine.ops.loader import Backend, announce_reference, backend
+from engine.ops.reference import PADDING_SLOT
+from engine.ops.segments import Segments, check_slots
 
 __all__ = [
+    "PADDING_SLOT",
     "Backend",
     "BuildError",
     "FixedOrderLinear",
     "FixedOrderNorm",
+    "Segments",
     "backend",
     "can_pack",
+    "check_slots",
     "cottention_features",
     "cottention_mix",
     "gelu_new",
     "kernel_has_width",
+    "max_stepped",
+    "recurrent_segments",
     "recurrent_step",
     "rotary_table",
 ]
 
-MAX_KEY_WIDTH = 512
-MAX_VALUE_WIDTH = 256
+MAX_STEPPED = 32
+"""Longest segment that the CUDA kernel reads token by token; products have the longer ones."""
 
 
 def recurrent_step(
@@ -47,14 +56,35 @@ def recurrent_step(
     q, k [N, H, K]; v [N, H, V]; state [S, H, V, K] and z [S, H, K] or None, changed in place;
     slots int32 [B], −1 is padding and yields zeros; offsets int32 [B + 1] gives segment i the
     tokens offsets[i]:offsets[i + 1], None means one token per slot. Returns [N, H, V]. Raises
-    ValueError or RuntimeError before any memory is touched.
+    ValueError or RuntimeError before any memory is touched. On CUDA slots and offsets are not
+    looked at before: rows that are out of range are skipped, and `recurrent_segments` checks them.
     """
-    if _compiled_takes(q) and _kernel_takes(q.shape[-1], v.shape[-1]):
+    is_compiled = _compiled_takes(q) or _on_cuda_with_ops(q)
+    if is_compiled and _kernel_takes(q.shape[-1], v.shape[-1]):
         checks.check_one_device(q, k, v, state, z, slots, offsets)
         out: Tensor = torch.ops.cottention.recurrent_step(q, k, v, state, z, slots, offsets)
         return out
     checks.check_step(q, k, v, state, z, slots, offsets)
     return reference.recurrent_step(q, k, v, state, z, slots, offsets)
+
+
+def recurrent_segments(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None, segments: Segments
+) -> Tensor:
+    """`recurrent_step` on segments that were worked out ahead: on CUDA it waits for nothing."""
+    if q.device.type == "cpu":
+        return recurrent_step(q, k, v, state, z, segments.slots, segments.offsets)
+    checks.check_one_device(q, k, v, state, z, segments.slots, segments.offsets)
+    if _on_cuda_with_ops(q) and _kernel_takes(q.shape[-1], v.shape[-1]):
+        return ragged.advance_by_kernel(q, k, v, state, z, segments)
+    return ragged.advance_by_torch(q, k, v, state, z, segments)
+
+
+def max_stepped(device: str, key: int, value: int) -> int | None:
+    """Longest segment to be moved token by token where keys and values are so wide; None: any."""
+    if device == "cpu":
+        return None
+    return MAX_STEPPED if cuda.is_ready() and kernel_has_width(key, value) else 0
 
 
 def rotary_table(
@@ -95,7 +125,7 @@ def cottention_mix(
     sin: Tensor,
     state: Tensor,
     slots: Tensor,
-    offsets: Tensor,
+    offsets: Tensor | None,
     out: Tensor,
 ) -> None:
     """`cottention_features`, `recurrent_step` and `gelu_new` in one pass, bit for bit.
@@ -126,10 +156,8 @@ def _compiled_takes(x: Tensor, *others: Tensor) -> bool:
     return backend() == "compiled"
 
 
-def kernel_has_width(key: int, value: int) -> bool:
-    """Whether the compiled step takes keys and values of these widths."""
-    fits = 8 <= key <= MAX_KEY_WIDTH and 8 <= value <= MAX_VALUE_WIDTH
-    return fits and key % 8 == 0 and value % 8 == 0
+def _on_cuda_with_ops(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype in cuda.TYPES and cuda.is_ready()
 
 
 def _kernel_takes(key: int, value: int) -> bool:

@@ -1,13 +1,23 @@
 """What the ops ask of their tensors where the compiled op does not ask itself.
 
-Owns the refusal, before memory is touched, of arguments on several devices, and for the reference
-step of wrong types, shapes, offsets and slots, in the words of the compiled one.
+Owns the widths that the kernels take, and the refusal, before memory is touched, of arguments on
+several devices, and for the reference step of wrong types, shapes, offsets and slots, in the words
+of the compiled one.
 """
 
 import torch
 from torch import Tensor
 
 from engine.ops.reference import PADDING_SLOT
+
+MAX_KEY_WIDTH = 512
+MAX_VALUE_WIDTH = 256
+
+
+def kernel_has_width(key: int, value: int) -> bool:
+    """Whether the compiled step takes keys and values of these widths."""
+    fits = 8 <= key <= MAX_KEY_WIDTH and 8 <= value <= MAX_VALUE_WIDTH
+    return fits and key % 8 == 0 and value % 8 == 0
 
 
 def check_step(

@@ -25,7 +25,7 @@ def advance_by_kernel(
     Returns [N, H, V].
     """
     step = torch.ops.cottention.recurrent_step
-    out: Tensor = step(q, k, v, state, z, segments.stepped, segments.offsets)
+    out: Tensor = step(q, k, v, state, z, segments.slots, segments.offsets)
     return _with_chunks(out, q, k, v, state, z, segments.chunks)
 
 
@@ -36,8 +36,8 @@ def advance_by_torch(
     if segments.offsets is None:
         return advance_rows(q, k, v, state, z, segments.slots)
     out = torch.zeros_like(v)
-    if segments.num_stepped:
-        out = reference.recurrent_step(q, k, v, state, z, segments.stepped, segments.offsets)
+    if segments.has_steps:
+        out = reference.recurrent_step(q, k, v, state, z, segments.slots, segments.offsets)
     return _with_chunks(out, q, k, v, state, z, segments.chunks)
 
 

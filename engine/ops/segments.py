@@ -71,21 +71,15 @@ class Chunks:
 class Segments:
     """Rows of a pool and the tokens that move them.
 
-    slots: int32 [B], −1 is padding. offsets: int32 [B + 1]: segment i has the tokens
-    offsets[i]:offsets[i + 1]; None: one token each. chunks: the segments that are long, if any;
-    stepped: slots, with −1 in their place; num_stepped: how many of these are no padding.
+    slots: int32 [B]; −1 is padding, or a segment that is cut. offsets: int32 [B + 1]: segment i has
+    the tokens offsets[i]:offsets[i + 1]; None: one token each. chunks: the segments that are cut,
+    if any; has_steps: whether slots names any row.
     """
 
     slots: Tensor
-    offsets: Tensor | None
-    stepped: Tensor
-    num_stepped: int
-    chunks: Chunks | None
-
-    @classmethod
-    def decode(cls, slots: Tensor) -> Self:
-        """One token for each of slots int32 [B]. Nothing is checked: the numbers may yet change."""
-        return cls(slots, None, slots, len(slots), None)
+    offsets: Tensor | None = None
+    chunks: Chunks | None = None
+    has_steps: bool = True
 
     @classmethod
     def of(
@@ -111,11 +105,10 @@ class Segments:
         taken = {slot for slot, _ in long}
         stepped = [PADDING_SLOT if slot in taken else slot for slot in slots]
         return cls(
-            slots=_int32(slots, device),
+            slots=_int32(stepped, device),
             offsets=None if are_single else _int32(ends, device),
-            stepped=_int32(stepped, device),
-            num_stepped=len(stepped) - stepped.count(PADDING_SLOT),
             chunks=Chunks.of(long, device) if long else None,
+            has_steps=any(slot != PADDING_SLOT for slot in stepped),
         )
 
 

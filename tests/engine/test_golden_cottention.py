@@ -11,7 +11,7 @@ from engine.config import ModelConfig, StateSpec
 from engine.feature_maps import Features
 from engine.inference import ServedModel
 from engine.model import Attend, CottentionForCausalLM
-from engine.ops import recurrent_step, reference
+from engine.ops import Segments, recurrent_step, reference
 from engine.ops.chunked import chunked
 from engine.recurrence import Recurrence
 from engine.weights import load_model
@@ -107,7 +107,8 @@ def test_golden_served(case: Case) -> None:
     states = case.state(torch.float32)
     slots = torch.arange(case.batch, dtype=torch.int32)
     offsets = torch.arange(case.batch + 1, dtype=torch.int32) * case.length
-    recurrence = Recurrence(lambda layer: (states[:, layer], None), slots, offsets)
+    segments = Segments(slots, offsets)
+    recurrence = Recurrence(lambda layer: (states[:, layer], None), segments)
     with torch.inference_mode():
         positions = torch.arange(case.length).repeat(case.batch)
         logits = model.logits(model.hidden(case.ids.flatten(), positions, recurrence))

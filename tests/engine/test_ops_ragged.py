@@ -149,5 +149,4 @@ def test_padding_may_be_named_twice() -> None:
     segments = Segments.of([-1, 2, -1], [1, 1, 1], 9, "cpu", max_stepped=0)
     assert segments.offsets is None
     assert segments.chunks is None
-    assert segments.stepped.tolist() == [-1, 2, -1]
-    assert segments.num_stepped == 1
+    assert segments.slots.tolist() == [-1, 2, -1]

@@ -1,0 +1,130 @@
+"""The decode step as captured graphs: one for each batch size, rounded up.
+
+Owns the buffers that a graph reads, the rows that fill a batch up, and which graph takes it. Does
+not know whose tokens they are, what is computed on them or what becomes of it.
+
+Letters: R rows of a graph, n rows of a batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.ops import PADDING_SLOT, check_slots
+
+MAX_ROWS = 512
+"""Above this a step's work hides its launches, and the logits of a graph are hundreds of MB."""
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Row(NamedTuple):
+    """One token: its id, its position and the slot of its state."""
+
+    id: int
+    position: int
+    slot: int
+
+
+_PADDING = Row(0, 0, PADDING_SLOT)
+
+
+class Step(Protocol[T_co]):
+    """What is captured. It must not wait for the device."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, slots: Tensor) -> T_co:
+        """ids and positions int64 [R], slots int32 [R], at the same addresses each time."""
+        ...
+
+
+Capture = Callable[[Callable[[], T]], Callable[[], T]]
+"""A function without arguments → one that does the same again and returns the same tensors."""
+
+
+class DecodeGraphs(Generic[T]):
+    """Runs a step on batches of 1 to `max_rows` rows, each in the smallest graph that holds it."""
+
+    def __init__(
+        self, step: Step[T], num_slots: int, device: str, capture: Capture[T] | None = None
+    ) -> None:
+        """Graphs for up to `num_slots` rows, or MAX_ROWS; `capture` is CUDA's if it is None."""
+        self.max_rows = min(num_slots, MAX_ROWS)
+        self._step = step
+        self._num_slots = num_slots
+        self._device = device
+        self._capture = capture or CudaCapture()
+        self._graphs: dict[int, _Graph[T]] = {}
+
+    def warm_up(self) -> None:
+        """Capture every graph, the largest first: the others then live in its memory."""
+        for size in reversed(self.sizes()):
+            self._graph(size)
+
+    def sizes(self) -> list[int]:
+        """Rows of the graphs: powers of two, and the largest batch."""
+        powers = [2**i for i in range((self.max_rows - 1).bit_length())]
+        return [*powers, self.max_rows]
+
+    def run(self, rows: Sequence[Row]) -> T:
+        """The step's outputs for rows, then for padding; they last until the next run.
+
+        Raises ValueError for a slot that is out of range or named twice.
+        """
+        check_slots([row.slot for row in rows], self._num_slots)
+        size = next(size for size in self.sizes() if size >= len(rows))
+        return self._graph(size).run(rows)
+
+    def _graph(self, size: int) -> "_Graph[T]":
+        if size not in self._graphs:
+            self._graphs[size] = _Graph(self._step, size, self._device, self._capture)
+        return self._graphs[size]
+
+
+class _Graph(Generic[T]):
+    """The step on one number of rows."""
+
+    def __init__(self, step: Step[T], size: int, device: str, capture: Capture[T]) -> None:
+        """Captures on padding alone, so that no state moves."""
+        is_cuda = device.startswith("cuda")
+        self._size = size
+        self._host = torch.empty(len(_PADDING), size, dtype=torch.int64, pin_memory=is_cuda)
+        self._rows = torch.empty_like(self._host, device=device)
+        self._fill([])
+        self._replay = capture(lambda: step(self._rows[0], self._rows[1], self._rows[2].int()))
+
+    def run(self, rows: Sequence[Row]) -> T:
+        self._fill(rows)
+        return self._replay()
+
+    def _fill(self, rows: Sequence[Row]) -> None:
+        """One copy to the device. Whoever read the last outputs has waited for the one before."""
+        padded = [*rows, *[_PADDING] * (self._size - len(rows))]
+        self._host.copy_(torch.tensor(padded).T)
+        self._rows.copy_(self._host, non_blocking=True)
+
+
+class CudaCapture:
+    """Captures into CUDA graphs that share one pool of memory, because no two run at once."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
+        """Run once outside, so that libraries set themselves up; then record."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            function()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = function()
+
+        def replay() -> T:
+            graph.replay()
+            return outputs
+
+        return replay
