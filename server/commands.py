@@ -44,7 +44,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         url = url_of(sock)
         bridge = Bridge(engine, partial(EngineWorker, engine))
         app = create_app(bridge, config, template)
-        _warn_of_strangers(sock, config)
+        warn_of_strangers(sock, config)
         return run_server(app, bridge, config, sock, lambda: _announce(engine, url))
 
 
@@ -95,7 +95,7 @@ def build() -> int:
     return 0
 
 
-def _warn_of_strangers(sock: socket.socket, config: ServerConfig) -> None:
+def warn_of_strangers(sock: socket.socket, config: ServerConfig) -> None:
     """Whoever reaches the port may use the server, unless there is a key."""
     host = sock.getsockname()[0].partition("%")[0]
     if not (ipaddress.ip_address(host).is_loopback or config.api_key or config.api_key_file):

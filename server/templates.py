@@ -63,7 +63,9 @@ class ChatTemplate:
                 length += len(part)
                 if length > MAX_CHARACTERS or time.monotonic() > deadline:
                     raise ChatTemplateError("the chat template makes too much of these messages")
-        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        except ChatTemplateError:
+            raise
+        except Exception as error:  # whatever these messages make of its expressions
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from None
         return "".join(parts)
 

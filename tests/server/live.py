@@ -17,6 +17,7 @@ from server.app import create_app
 from server.bridge import Bridge
 from server.lifecycle import bind_socket, url_of
 from server.settings import ServerConfig
+from server.templates import ChatTemplate
 from tests.server.fake_engine import FakeEngine
 
 
@@ -31,6 +32,11 @@ class Live:
 
     def complete(self, **body: Any) -> httpx.Response:
         return self.client.post("/v1/completions", json=body)
+
+    def chat(self, *said: str, **body: Any) -> httpx.Response:
+        """Ask with what the user said, a message each."""
+        messages = [{"role": "user", "content": each} for each in said]
+        return self.client.post("/v1/chat/completions", json={"messages": messages} | body)
 
     def events(self, **body: Any) -> list[Any]:
         """The events of a streamed answer, parsed; [DONE] as text."""
@@ -57,11 +63,13 @@ class Live:
 
 
 @contextlib.contextmanager
-def serving(engine: Any = None, **settings: Any) -> Iterator[Live]:
+def serving(
+    engine: Any = None, template: ChatTemplate | None = None, **settings: Any
+) -> Iterator[Live]:
     """A live server; at its end nothing may be left running."""
     engine = engine or FakeEngine()
     bridge = Bridge(engine, partial(EngineWorker, engine))
-    app = create_app(bridge, ServerConfig(port=0, **settings))
+    app = create_app(bridge, ServerConfig(port=0, **settings), template)
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)
