@@ -35,6 +35,18 @@ want = reference.recurrent_step(q.double(), k.double(), v.double(), *pools, slot
 close(ops.recurrent_step(q, k, v, state, z, slots, ends), want)
 print(ops.backend())
 """
+COMPARE_COMPILED = f"""{COMPARE}
+half = w.bfloat16()
+close(ops.FixedOrderLinear(half)(x), x.bfloat16().double() @ half.double().T)
+norm = torch.nn.functional.layer_norm(x.double(), (72,))
+close(ops.FixedOrderNorm(torch.ones(72), torch.zeros(72), 1e-5)(x), norm)
+mixed, pool = torch.empty(13, 58), state.clone()
+joined = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1), x[:, :10]], 1)
+mapped = reference.cottention_features(*(a.double() for a in args[:3]), *args[3:])
+want = reference.recurrent_step(*mapped, pool.double(), None, slots, ends).flatten(1)
+ops.cottention_mix(joined, *args[3:], pool, slots, ends, mixed)
+close(mixed, torch.cat([want, reference.gelu_new(x[:, :10].double())], 1))
+"""
 
 
 def _environment(**changes: str) -> dict[str, str]:
@@ -61,8 +73,8 @@ def _run(code: str, **changes: str) -> tuple[str, str]:
 
 def test_every_instruction_set_agrees_with_the_reference() -> None:
     backend()
-    sets = ["plain", "avx2", "avx512", "avx1024"]
-    processes = {isa: _start(COMPARE, COTTENTION_CPU_ISA=isa) for isa in sets}
+    sets = ["plain", "avx2", "avx512", "avx512_bf16", "avx1024"]
+    processes = {isa: _start(COMPARE_COMPILED, COTTENTION_CPU_ISA=isa) for isa in sets}
     answers = {isa: process.communicate(timeout=100) for isa, process in processes.items()}
     for isa, (out, err) in answers.items():
         if f"COTTENTION_CPU_ISA={isa}: not one of" not in err:
