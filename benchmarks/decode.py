@@ -15,7 +15,7 @@ from engine import ops
 from engine.config import ModelConfig, StateSpec
 from engine.feature_maps import Features
 from engine.inference import ServedModel
-from engine.ops import Segments, reference
+from engine.ops import reference
 from engine.recurrence import Recurrence
 from engine.state import StatePool
 
@@ -51,7 +51,7 @@ class Streams:
         self._ids = torch.arange(batch)
         self._positions = torch.full((batch,), 1000)
         offsets = torch.arange(batch + 1, dtype=torch.int32)
-        self._recurrence = Recurrence(pool.layer, Segments(offsets[:-1].clone(), offsets))
+        self._recurrence = Recurrence(pool.layer, ops.Segments(offsets[:-1].clone(), offsets))
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -100,7 +100,7 @@ def _served_logits(
     served = ServedModel(random_model(config, dtype), "cpu")
     pool = StatePool(StateSpec.of(config), 1, "cpu")
     slots, ends = torch.tensor([0]).int(), torch.tensor([0, len(ids)]).int()
-    recurrence = Recurrence(pool.layer, Segments(slots, ends))
+    recurrence = Recurrence(pool.layer, ops.Segments(slots, ends))
     return served.logits(served.hidden(ids, positions, recurrence))
 
 
