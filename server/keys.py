@@ -66,10 +66,10 @@ class Keys:
 
 
 def refusal() -> ApiError:
-    """The 401, as OpenAI's clients know it."""
+    """The 401, as clients know it; litellm tells it by OpenAI's first four words."""
     return ApiError(
         401,
-        'a key is missing or wrong: send "Authorization: Bearer KEY"',
+        'Incorrect API key provided, or none: send "Authorization: Bearer KEY"',
         code="invalid_api_key",
         headers={"WWW-Authenticate": "Bearer"},
     )

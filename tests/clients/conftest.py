@@ -1,0 +1,68 @@
+"""A real server process with a small model, for clients that other people wrote.
+
+The server runs in the project's own environment, the clients in theirs; where those are not
+installed (`make test`), there is nothing to collect.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "tests" / "data" / "golden" / "cottention-gptj"
+KEY = "a key of the tests"
+
+SERVER_PYTHON = os.environ.get("COTTENTION_TEST_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
+
+if importlib.util.find_spec("schemathesis") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+class Served(NamedTuple):
+    """Where the server is, and what it serves."""
+
+    url: str
+    key: str
+    model: str
+
+    @property
+    def base_url(self) -> str:
+        """What clients of OpenAI call so."""
+        return f"{self.url}/v1"
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Served]:
+    """One server for all clients."""
+    flags = ["--port", "0", "--max-slots", "32", "--chat-template", "plain", "--api-key", KEY]
+    command = [SERVER_PYTHON, "-m", "server", "serve", str(MODEL), *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
+        try:
+            assert popen.stdout
+            lines = iter(popen.stdout.readline, "")
+            url = next((line.split()[-1] for line in lines if line.startswith("ready")), None)
+            assert url, "the server did not start"
+            yield Served(url, KEY, MODEL.name)
+            assert popen.poll() is None, "the server died"
+        finally:
+            popen.terminate()
+            assert popen.wait(30) == 0
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No client may go anywhere else or count its users."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "LITELLM_LOCAL_MODEL_COST_MAP"):
+        monkeypatch.setenv(name, "True" if name.startswith("LITELLM") else "1")
+    monkeypatch.setenv("OPENAI_API_KEY", "not this one")
+
+
+def python() -> str:
+    """The clients' own interpreter."""
+    return sys.executable

@@ -1,0 +1,180 @@
+"""OpenAI's own client for Python: sync, async, streaming, retries, its exception types."""
+
+import signal
+import string
+import subprocess
+import time
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests.clients.conftest import ROOT, SERVER_PYTHON, Served
+from tests.clients.expected import PROMPT, SAID, WAYS, texts
+
+MESSAGES: Any = [{"role": "user", "content": SAID}]
+
+
+@pytest.fixture
+def client(served: Served) -> OpenAI:
+    return OpenAI(base_url=served.base_url, api_key=served.key, max_retries=0)
+
+
+@pytest.fixture
+def eager(served: Served) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=served.base_url, api_key=served.key, max_retries=0)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sync(client: OpenAI, served: Served, way: str) -> None:
+    completion = client.completions.create(model=served.model, prompt=PROMPT, **WAYS[way])
+    assert completion.choices[0].text == texts()["completion", way]
+    assert completion.usage
+    assert completion.usage.completion_tokens == 24
+    chat = client.chat.completions.create(model=served.model, messages=MESSAGES, **WAYS[way])
+    assert chat.choices[0].message.content == texts()["chat", way]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_streaming(client: OpenAI, served: Served, way: str) -> None:
+    options: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(
+        client.completions.create(model=served.model, prompt=PROMPT, **options, **WAYS[way])
+    )
+    told = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
+    assert told == texts()["completion", way]
+    assert chunks[-1].usage
+    assert chunks[-1].usage.completion_tokens == 24
+    parts = list(
+        client.chat.completions.create(
+            model=served.model, messages=MESSAGES, **options, **WAYS[way]
+        )
+    )
+    assert parts[0].choices[0].delta.role == "assistant"
+    told = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert told == texts()["chat", way]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_async(eager: AsyncOpenAI, served: Served, way: str) -> None:
+    completion = await eager.completions.create(model=served.model, prompt=PROMPT, **WAYS[way])
+    assert completion.choices[0].text == texts()["completion", way]
+    stream = await eager.chat.completions.create(
+        model=served.model, messages=MESSAGES, stream=True, **WAYS[way]
+    )
+    told = [part.choices[0].delta.content or "" async for part in stream]
+    assert "".join(told) == texts()["chat", way]
+
+
+def test_the_stream_helper_of_chats(client: OpenAI, served: Served) -> None:
+    """It takes a length limit for an error, and has the text with it."""
+    body: Any = {"model": served.model, "messages": MESSAGES, **WAYS["greedy"]}
+    with (
+        client.chat.completions.stream(**body) as stream,
+        pytest.raises(openai.LengthFinishReasonError) as ended,
+    ):
+        stream.get_final_completion()
+    assert ended.value.completion.choices[0].message.content == texts()["chat", "greedy"]
+
+
+def test_logprobs_of_both_kinds(client: OpenAI, served: Served) -> None:
+    completion = client.completions.create(
+        model=served.model, prompt=PROMPT, max_tokens=0, echo=True, logprobs=2
+    )
+    assert completion.choices[0].text == PROMPT
+    told = completion.choices[0].logprobs
+    assert told
+    assert told.token_logprobs
+    assert told.token_logprobs[0] is None
+    chat = client.chat.completions.create(
+        model=served.model, messages=MESSAGES, max_tokens=2, logprobs=True, top_logprobs=3
+    )
+    assert chat.choices[0].logprobs
+    assert chat.choices[0].logprobs.content
+    assert len(chat.choices[0].logprobs.content[0].top_logprobs) == 3
+
+
+def test_n_and_extra_fields(client: OpenAI, served: Served) -> None:
+    completion = client.completions.create(
+        model=served.model,
+        prompt=[PROMPT, "x"],
+        n=2,
+        max_tokens=4,
+        extra_body={"top_k": 5, "ignore_eos": True, "return_token_ids": True},
+    )
+    assert [choice.index for choice in completion.choices] == [0, 1, 2, 3]
+    assert all(choice.finish_reason == "length" for choice in completion.choices)
+
+
+def test_models(client: OpenAI, served: Served) -> None:
+    assert [model.id for model in client.models.list()] == [served.model]
+    assert client.models.retrieve(served.model).id == served.model
+
+
+def test_refusals_are_its_own_exceptions(client: OpenAI, served: Served) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model=served.model, prompt="x", temperature=-1)
+    assert refused.value.param == "temperature"
+    assert refused.value.request_id
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-9", prompt="x")
+    tools: Any = [{"type": "function", "function": {"name": "f"}}]
+    with pytest.raises(openai.BadRequestError, match="tool"):
+        client.chat.completions.create(model=served.model, messages=MESSAGES, tools=tools)
+    stranger = client.with_options(api_key="wrong")
+    with pytest.raises(openai.AuthenticationError) as unknown:
+        stranger.models.list()
+    assert unknown.value.code == "invalid_api_key"
+
+
+def test_a_timeout_leaves_nothing_behind(client: OpenAI, served: Served) -> None:
+    hasty = client.with_options(timeout=0.2)
+    with pytest.raises(openai.APITimeoutError):
+        hasty.completions.create(
+            model=served.model, prompt="x", max_tokens=1_000_000, extra_body={"ignore_eos": True}
+        )
+    assert client.completions.create(model=served.model, prompt="x", max_tokens=1).choices
+
+
+class Flaky(httpx.HTTPTransport):
+    """A network that fails at first."""
+
+    num_failures = 2
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Fail, or pass on."""
+        if self.num_failures:
+            self.num_failures -= 1
+            raise httpx.ConnectError("told to fail")
+        return super().handle_request(request)
+
+
+def test_retries(served: Served) -> None:
+    with httpx.Client(transport=Flaky()) as network:
+        client = OpenAI(
+            base_url=served.base_url, api_key=served.key, max_retries=2, http_client=network
+        )
+        completion = client.completions.create(model=served.model, prompt=PROMPT, **WAYS["greedy"])
+    assert completion.choices[0].text == texts()["completion", "greedy"]
+
+
+def test_a_server_that_shuts_down_is_its_own_exception() -> None:
+    """What runs is finished, and newcomers hear when to come again."""
+    command = [SERVER_PYTHON, "-m", "tests.server.fake_main", "0.05", "20"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
+        assert popen.stdout
+        url = popen.stdout.readline().strip()
+        client = OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0)
+        running = client.completions.create(model="fake", prompt="x", max_tokens=26, stream=True)
+        first = next(iter(running)).choices[0].text
+        popen.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.completions.create(model="fake", prompt="x")
+        assert refused.value.status_code == 503
+        assert int(refused.value.response.headers["retry-after"]) > 0
+        rest = "".join(chunk.choices[0].text for chunk in running)
+        assert first + rest == string.ascii_lowercase
+        assert popen.wait(20) == 0
