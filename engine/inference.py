@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from engine import ops
 from engine.config import ModelConfig
-from engine.feature_maps import TokenPositions
+from engine.feature_maps import FEATURE_MAPS, Mix, TokenPositions
 from engine.model import Block, CottentionForCausalLM, split_heads, token_positions
 from engine.packed import PackedLayers
 from engine.recurrence import Recurrence
@@ -75,19 +75,43 @@ class TorchLayer:
 
 
 class TorchLayers:
-    """The layers in torch's own operations, on any device and in any type."""
+    """The layers in torch's own operations, on any device and in any type.
+
+    Where CUDA has an op for all that is between the products, it takes what is not cut into chunks.
+    """
 
     def __init__(self, config: ModelConfig, device: str, blocks: Iterable[Block]) -> None:
         self._config = config
         self._layers = [_torch_layer(block, device) for block in blocks]
+        fits = ops.can_mix(device, config.head_dim)
+        self._mix: Mix | None = FEATURE_MAPS[config.attention_type].mix if fits else None
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
+        is_one = self._mix is not None and recurrence.segments.chunks is None
+        between = self._in_one if is_one else self._in_torch
         for index, layer in enumerate(self._layers):
             joined = layer.project_in(layer.norm(x))
-            features, up = split_heads(self._config, joined, layer.sigma, at)
-            mixed = recurrence(index, features).flatten(-2).to(up.dtype)
-            x = x + layer.project_out(torch.cat([mixed, ops.gelu_new(up)], dim=-1))
+            x = x + layer.project_out(between(index, joined, at, recurrence))
         return x
+
+    def _in_torch(
+        self, index: int, joined: Tensor, at: TokenPositions, recurrence: Recurrence
+    ) -> Tensor:
+        """First product [N, 3C + inner] → what the second takes, [N, C + inner]."""
+        features, up = split_heads(self._config, joined, self._layers[index].sigma, at)
+        mixed = recurrence(index, features).flatten(-2).to(up.dtype)
+        return torch.cat([mixed, ops.gelu_new(up)], dim=-1)
+
+    def _in_one(
+        self, index: int, joined: Tensor, at: TokenPositions, recurrence: Recurrence
+    ) -> Tensor:
+        """The same by the compiled op."""
+        assert self._mix is not None
+        out = joined.new_empty(len(joined), joined.shape[1] - 2 * self._config.n_embd)
+        state, _ = recurrence.layer(index)
+        rows, sigma = recurrence.segments, self._layers[index].sigma
+        self._mix(joined, at.index, sigma, at.cos, at.sin, state, rows.slots, rows.offsets, out)
+        return out
 
 
 def _torch_layer(block: Block, device: str) -> TorchLayer:

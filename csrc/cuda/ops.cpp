@@ -1,142 +1,125 @@
-// recurrent_step on CUDA as torch sees it: the checks, the parameters, the current stream.
+// recurrent_step and cottention_mix on CUDA as torch sees them: the checks and the calls.
 //
-// Owns no arithmetic. Looks at no slot and no offset: they lie on the device, and whoever made them
-// has checked them; the kernel skips what lies outside the pool or the batch. The arguments are
-// those of the CPU's op; q, k and v may be float32, bfloat16 or float16, all of one type.
-#include <torch/csrc/stable/accelerator.h>
+// Owns no arithmetic. Arguments and shapes are those of the CPU's ops; q, k and v, and what mix
+// takes and gives, may be float32, bfloat16 or float16, all of one type.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include "../pool.h"
-#include "params.h"
-
-// In libtorch_cuda. Weak, so that the library also loads (and registers) beside a torch without it.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "arguments.h"
 
 namespace cottention::cuda {
 namespace {
 
-constexpr int64_t kBytesAtOnce = 16;
-
-Type type_of(const Tensor& x) {
-  const ScalarType type = x.scalar_type();
-  if (type == ScalarType::Float) return Type::kFloat;
-  if (type == ScalarType::BFloat16) return Type::kBFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Half, "q must be float32, bfloat16 or float16");
-  return Type::kHalf;
-}
-
-// On the device of the state, with so many dimensions of this type.
-void check_here(const Tensor& x, const char* name, int64_t dim, ScalarType type,
-                const Tensor& state) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == state.get_device_index(), name,
-                  " must be on the CUDA device of the state");
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, not ", x.dim());
-}
-
-void check_tokens(const Tensor& x, const char* name, const Tensor& q, const Tensor& state) {
-  check_here(x, name, 3, q.scalar_type(), state);
-  check_size(x, name, 0, q.size(0));
-  check_size(x, name, 1, state.size(1));
-  STD_TORCH_CHECK(x.size(2) <= 1 || x.stride(2) == 1, "the last dimension of ", name,
-                  " must be contiguous");
-}
-
-void check_rows_aligned(const Tensor& pool, const char* name) {
-  check_pool(pool, name);
-  const auto address = reinterpret_cast<uintptr_t>(pool.const_data_ptr<float>());
-  const bool is_aligned = address % kBytesAtOnce == 0 && pool.stride(0) * 4 % kBytesAtOnce == 0;
-  STD_TORCH_CHECK(is_aligned, "the rows of ", name, " must begin at multiples of 16 bytes");
-}
-
-void check_pools(const Tensor& q, const Tensor& v, const Tensor& state,
-                 const std::optional<Tensor>& z) {
-  check_here(state, "state", 4, ScalarType::Float, state);
-  check_size(state, "state", 2, v.size(2));
-  check_size(state, "state", 3, q.size(2));
-  check_rows_aligned(state, "state");
-  if (!z) return;
-  check_here(*z, "z", 3, ScalarType::Float, state);
-  check_size(*z, "z", 0, state.size(0));
-  check_size(*z, "z", 1, state.size(1));
-  check_size(*z, "z", 2, state.size(3));
-  check_rows_aligned(*z, "z");
-}
-
-void check_segments(const Tensor& slots, const std::optional<Tensor>& offsets, int64_t tokens,
-                    const Tensor& state) {
-  check_here(slots, "slots", 1, ScalarType::Int, state);
-  STD_TORCH_CHECK(slots.is_contiguous(), "slots must be contiguous");
-  const int64_t segments = slots.size(0);
-  if (offsets) {
-    check_here(*offsets, "offsets", 1, ScalarType::Int, state);
-    STD_TORCH_CHECK(offsets->is_contiguous(), "offsets must be contiguous");
-    check_size(*offsets, "offsets", 0, segments + 1);
-    return;
-  }
-  STD_TORCH_CHECK(segments == tokens, "without offsets there must be one slot per token: ",
-                  segments, " slots, ", tokens, " tokens");
-}
-
-View view_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
-
-// Whether four neighbouring elements may be read at once wherever the fourth divides the place.
-bool is_aligned(const Tensor& x, int64_t bytes) {
-  const auto address = reinterpret_cast<uintptr_t>(x.data_ptr());
-  return address % (4 * bytes) == 0 && x.stride(0) % 4 == 0 && x.stride(1) % 4 == 0;
-}
-
-void* current_stream(const Tensor& state) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(state.get_device_index(), &stream));
-  return stream;
-}
-
-StepParams params_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
-                     const std::optional<Tensor>& z, const Tensor& slots,
-                     const std::optional<Tensor>& offsets) {
-  StepParams p{view_of(q), view_of(k), view_of(v)};
-  p.state = state.mutable_data_ptr<float>();
-  p.z = z ? z->mutable_data_ptr<float>() : nullptr;
-  p.state_stride = state.stride(0);
-  p.z_stride = z ? z->stride(0) : 0;
-  p.slots = slots.const_data_ptr<int32_t>();
-  p.offsets = offsets ? offsets->const_data_ptr<int32_t>() : nullptr;
-  p.tokens = q.size(0);
-  p.segments = slots.size(0);
-  p.heads = static_cast<int>(state.size(1));
-  p.value_width = static_cast<int>(state.size(2));
-  p.key_width = static_cast<int>(state.size(3));
-  p.num_slots = static_cast<int>(state.size(0));
-  const int64_t bytes = q.scalar_type() == ScalarType::Float ? 4 : 2;
-  p.is_aligned = is_aligned(q, bytes) && is_aligned(k, bytes);
-  return p;
-}
-
 Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
                       const std::optional<Tensor>& z, const Tensor& slots,
                       const std::optional<Tensor>& offsets) {
-  const Type type = type_of(q);
-  STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
-  check_tokens(q, "q", q, state);
-  check_tokens(k, "k", q, state);
-  check_tokens(v, "v", q, state);
-  check_size(k, "k", 2, q.size(2));
-  check_widths(q.size(2), v.size(2));
-  check_pools(q, v, state, z);
-  check_segments(slots, offsets, q.size(0), state);
-  Tensor out = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
-  StepParams p = params_of(q, k, v, state, z, slots, offsets);
+  const Type type = type_of(q, "q");
+  const Device device = q.get_device_index();
+  check_tokens(q, "q", 3, q.scalar_type(), device);
+  check_tokens(k, "k", 3, q.scalar_type(), device);
+  check_tokens(v, "v", 3, q.scalar_type(), device);
+  for (int64_t dim = 0; dim < 3; ++dim) check_size(k, "k", dim, q.size(dim));
+  for (int64_t dim = 0; dim < 2; ++dim) check_size(v, "v", dim, q.size(dim));
+  const int64_t tokens = q.size(0), heads = q.size(1), key = q.size(2), value = v.size(2);
+  check_widths(key, value);
+  check_pools(state, z, heads, value, key, device);
+  check_segments(slots, offsets, tokens, device);
+  Tensor out = torch::stable::new_empty(v, {tokens, heads, value});
+  if (tokens == 0 || heads == 0) return out;
+  StepParams p = step_params(state, z, slots, offsets, tokens);
+  p.q = view_of(q);
+  p.k = view_of(k);
+  p.v = view_of(v);
   p.out = out.data_ptr();
-  p.out_stride = v.size(1) * v.size(2);
-  if (p.tokens == 0 || p.heads == 0) return out;
-  const torch::stable::accelerator::DeviceGuard guard(state.get_device_index());
-  const char* error = launch_step(p, type, current_stream(state));
-  STD_TORCH_CHECK(!error, "recurrent_step on CUDA: ", error ? error : "");
+  p.out_stride = heads * value;
+  const int64_t bytes = bytes_of(type);
+  p.is_aligned = is_aligned(q.data_ptr(), bytes, q.stride(0), q.stride(1)) &&
+                 is_aligned(k.data_ptr(), bytes, k.stride(0), k.stride(1));
+  const DeviceGuard guard(device);
+  check_launch(launch_step(p, type, type, current_stream(device)));
   return out;
+}
+
+void check_positions(const Tensor& positions, const Tensor& sigma, const Tensor& cos,
+                     const Tensor& sin, int64_t tokens, int64_t heads, int64_t width,
+                     Device device) {
+  check_whole(positions, "positions", 1, ScalarType::Long, device);
+  check_whole(sigma, "sigma", 1, ScalarType::Double, device);
+  check_whole(cos, "cos", 2, ScalarType::Float, device);
+  check_whole(sin, "sin", 2, ScalarType::Float, device);
+  check_size(positions, "positions", 0, tokens);
+  check_size(sigma, "sigma", 0, heads);
+  check_size(cos, "cos", 0, tokens);
+  check_size(sin, "sin", 0, tokens);
+  check_size(sin, "sin", 1, cos.size(1));
+  STD_TORCH_CHECK(2 * cos.size(1) <= width, "rotary_dim ", 2 * cos.size(1), " exceeds the heads' ",
+                  width);
+}
+
+void check_rooms(const Tensor& joined, const Tensor& state, const Tensor& out, Device device) {
+  check_whole(joined, "joined", 2, joined.scalar_type(), device);
+  check_whole(out, "out", 2, joined.scalar_type(), device);
+  STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
+  const int64_t heads = state.size(1), width = state.size(2);
+  check_pools(state, std::nullopt, heads, width, width, device);
+  check_widths(width, width);
+  STD_TORCH_CHECK(joined.size(1) >= 3 * heads * width, "joined has no room for q, k and v");
+  check_size(out, "out", 0, joined.size(0));
+  check_size(out, "out", 1, joined.size(1) - 2 * heads * width);
+}
+
+MapParams map_params(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                     const Tensor& cos, const Tensor& sin, const Tensor& out, int64_t width) {
+  const int64_t heads = sigma.size(0), channels = heads * width, stride = joined.size(1);
+  const int64_t bytes = bytes_of(type_of(joined, "joined"));
+  const char* x = static_cast<const char*>(joined.data_ptr());
+  MapParams m{{x, stride, width},
+              {x + channels * bytes, stride, width},
+              {x + 2 * channels * bytes, stride, width}};
+  m.positions = static_cast<const int64_t*>(positions.data_ptr());
+  m.sigma = static_cast<const double*>(sigma.data_ptr());
+  m.cos = static_cast<const float*>(cos.data_ptr());
+  m.sin = static_cast<const float*>(sin.data_ptr());
+  m.up = x + 3 * channels * bytes;
+  m.up_stride = stride;
+  m.gelu = static_cast<char*>(out.data_ptr()) + channels * bytes;
+  m.gelu_stride = out.size(1);
+  m.tokens = joined.size(0);
+  m.heads = static_cast<int>(heads);
+  m.width = static_cast<int>(width);
+  m.pairs = static_cast<int>(cos.size(1));
+  m.inner = static_cast<int>(stride - 3 * channels);
+  m.is_aligned =
+      is_aligned(m.up, bytes, m.up_stride) && is_aligned(m.gelu, bytes, m.gelu_stride);
+  return m;
+}
+
+// Two kernels: q, k and v are mapped into memory of the op's own, together with gelu; then the step.
+void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                    const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
+                    const std::optional<Tensor>& offsets, const Tensor& out) {
+  const Type type = type_of(joined, "joined");
+  const Device device = joined.get_device_index();
+  check_rooms(joined, state, out, device);
+  const int64_t tokens = joined.size(0), heads = state.size(1), width = state.size(2);
+  check_positions(positions, sigma, cos, sin, tokens, heads, width, device);
+  check_segments(slots, offsets, tokens, device);
+  if (tokens == 0 || heads == 0) return;
+  const Tensor mapped = torch::stable::new_empty(state, {3, tokens, heads, width});
+  MapParams m = map_params(joined, positions, sigma, cos, sin, out, width);
+  m.q_out = static_cast<float*>(mapped.data_ptr());
+  m.k_out = m.q_out + tokens * heads * width;
+  m.v_out = m.k_out + tokens * heads * width;
+  StepParams p = step_params(state, std::nullopt, slots, offsets, tokens);
+  p.q = {m.q_out, heads * width, width};
+  p.k = {m.k_out, heads * width, width};
+  p.v = {m.v_out, heads * width, width};
+  p.out = out.data_ptr();
+  p.out_stride = out.size(1);
+  p.is_aligned = true;
+  const DeviceGuard guard(device);
+  void* stream = current_stream(device);
+  check_launch(launch_map(m, type, stream));
+  check_launch(launch_step(p, Type::kFloat, type, stream));
 }
 
 }  // namespace
@@ -144,4 +127,5 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
 
 STABLE_TORCH_LIBRARY_IMPL(cottention, CUDA, m) {
   m.impl("recurrent_step", TORCH_BOX(&cottention::cuda::recurrent_step));
+  m.impl("cottention_mix", TORCH_BOX(&cottention::cuda::cottention_mix));
 }

@@ -29,7 +29,22 @@ struct StepParams {
   bool is_aligned;         // four elements of q or k may be read at once
 };
 
-// Enqueues the whole batch as one kernel. Returns what CUDA has to say, null if nothing.
-const char* launch_step(const StepParams& params, Type type, void* stream);
+// What stands before the step: q, k and v mapped, and the MLP's gelu.
+struct MapParams {
+  View q, k, v;              // [N, H, D] of any type
+  const int64_t* positions;  // [N], from 0
+  const double* sigma;       // [H]
+  const float *cos, *sin;    // [N, pairs]
+  float *q_out, *k_out, *v_out;  // [N, H, D]
+  const void* up;            // [N, inner], rows up_stride apart, in the type of q
+  void* gelu;                // [N, inner], rows gelu_stride apart, likewise
+  int64_t up_stride, gelu_stride, tokens;
+  int heads, width, pairs, inner;
+  bool is_aligned;           // four elements of up or gelu may be moved at once
+};
+
+// Enqueue the whole batch as one kernel. Return what CUDA has to say, null if nothing.
+const char* launch_step(const StepParams& params, Type in, Type out, void* stream);
+const char* launch_map(const MapParams& params, Type type, void* stream);
 
 }  // namespace cottention::cuda

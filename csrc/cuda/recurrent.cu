@@ -11,9 +11,9 @@ namespace cottention::cuda {
 namespace {
 
 // A thread among its block's: lanes sum by shuffles, and z waits for everybody.
-template <class T, class Shape>
-struct Member : Thread<T, Shape> {
-  using Thread<T, Shape>::Thread;
+template <class In, class Out, class Shape>
+struct Member : Thread<In, Out, Shape> {
+  using Thread<In, Out, Shape>::Thread;
 
   __device__ void fold() {
 #pragma unroll
@@ -28,31 +28,34 @@ struct Member : Thread<T, Shape> {
   }
 };
 
-template <class T, class Shape, bool kIsDecode>
+template <class In, class Out, class Shape, bool kIsDecode>
 __global__ void __launch_bounds__(kThreads, Shape::kPieces == 1 ? 8 : 6)
     step(const __grid_constant__ StepParams p) {
-  Member<T, Shape> member(threadIdx.x);
+  Member<In, Out, Shape> member(threadIdx.x);
   run_block<Shape, kIsDecode>(p, blockIdx.x, member);
 }
 
-template <class T>
+template <class In, class Out>
 void launch(const StepParams& p, cudaStream_t stream) {
   with_shape(p.key_width, [&](auto shape) {
     using Shape = decltype(shape);
-    const auto kernel = p.offsets ? step<T, Shape, false> : step<T, Shape, true>;
+    const auto kernel = p.offsets ? step<In, Out, Shape, false> : step<In, Out, Shape, true>;
     kernel<<<static_cast<unsigned>(num_blocks<Shape>(p)), kThreads, 0, stream>>>(p);
   });
 }
 
 }  // namespace
 
-const char* launch_step(const StepParams& p, Type type, void* stream) {
+const char* launch_step(const StepParams& p, Type in, Type out, void* stream) {
   constexpr int64_t kMaxTilesOfHead = 32;  // of 256 rows, 8 at a time
   if (p.segments * p.heads > INT32_MAX / kMaxTilesOfHead) return "too many segments at once";
   const auto on = static_cast<cudaStream_t>(stream);
-  if (type == Type::kFloat) launch<float>(p, on);
-  if (type == Type::kBFloat16) launch<c10::BFloat16>(p, on);
-  if (type == Type::kHalf) launch<c10::Half>(p, on);
+  const bool is_wide = in == Type::kFloat;
+  if (out == Type::kFloat) launch<float, float>(p, on);
+  if (out == Type::kBFloat16 && is_wide) launch<float, c10::BFloat16>(p, on);
+  if (out == Type::kBFloat16 && !is_wide) launch<c10::BFloat16, c10::BFloat16>(p, on);
+  if (out == Type::kHalf && is_wide) launch<float, c10::Half>(p, on);
+  if (out == Type::kHalf && !is_wide) launch<c10::Half, c10::Half>(p, on);
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

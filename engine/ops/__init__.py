@@ -15,10 +15,11 @@ from engine.ops.build import BuildError
 from engine.ops.checks import kernel_has_width
 from engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
 from engine.ops.loader import Backend, announce_reference, backend
-from engine.ops.reference import PADDING_SLOT
+from engine.ops.reference import NO_PLACE, PADDING_SLOT
 from engine.ops.segments import Segments, check_slots
 
 __all__ = [
+    "NO_PLACE",
     "PADDING_SLOT",
     "Backend",
     "BuildError",
@@ -26,12 +27,14 @@ __all__ = [
     "FixedOrderNorm",
     "Segments",
     "backend",
+    "can_mix",
     "can_pack",
     "check_slots",
     "cottention_features",
     "cottention_mix",
     "gelu_new",
     "kernel_has_width",
+    "likeliest",
     "max_stepped",
     "recurrent_segments",
     "recurrent_step",
@@ -132,11 +135,28 @@ def cottention_mix(
 
     joined [N, 3C + inner] is q, k, v and the MLP's input side by side, out [N, C + inner] gets the
     attention's output and the gelu; both float32 and contiguous. The rest as in those ops, without
-    a denominator; heads of a width that the kernel takes. Compiled form on the CPU only.
+    a denominator; heads of a width that the kernel takes. Compiled only. On CUDA joined and out may
+    also be bfloat16 or float16, and it is as close to those ops as they are to the reference.
     """
     torch.ops.cottention.cottention_mix(
         joined, positions, sigma, cos, sin, state, slots, offsets, out
     )
+
+
+def can_mix(device: str, width: int) -> bool:
+    """Whether `cottention_mix` takes heads of this width on a device other than the CPU."""
+    return device != "cpu" and kernel_has_width(width, width) and cuda.is_ready()
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The first place of each row's largest logit, −1 where that is not finite: int64 [R].
+
+    logits [R, N]. A row with anything that is not a number has no likeliest place.
+    """
+    if _compiled_takes(logits):
+        out: Tensor = torch.ops.cottention.likeliest(logits)
+        return out
+    return reference.likeliest(logits)
 
 
 def gelu_new(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-// The CUDA step on a host: a block's threads one after the other, through the same functions.
+// The CUDA ops on a host: a block's threads one after the other, through the same functions.
 //
 // Owns what replaces the GPU: the shuffle becomes an exchange between array elements, the barrier
 // the end of a loop. Registers begin as NaN, so that reading one that was never written shows.
@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "../../csrc/cuda/map.cuh"
 #include "../../csrc/cuda/recurrent.cuh"
 
 namespace cottention::cuda {
@@ -16,13 +17,22 @@ namespace {
 
 constexpr float kUnset = std::numeric_limits<float>::quiet_NaN();
 
-template <class T, class Shape>
+// What a shuffle does to one number of each lane: every sum gets that of the lane so far away.
+template <int kCount, class Get>
+void exchange(int distance, const Get& get) {
+  std::array<float, kCount> before;
+  for (int i = 0; i < kCount; ++i) before[i] = get(i);
+  for (int i = 0; i < kCount; ++i) get(i) += before[i ^ distance];
+}
+
+template <class In, class Out, class Shape>
 struct Block {
-  std::vector<Thread<T, Shape>> threads;
+  using Member = Thread<In, Out, Shape>;
+  std::vector<Member> threads;
 
   Block() {
     for (int i = 0; i < kThreads; ++i) {
-      Thread<T, Shape> thread(i);
+      Member thread(i);
       for (float& sum : thread.sums) sum = kUnset;
       for (auto& row : thread.h)
         for (Quad& quad : row) quad = {{kUnset, kUnset, kUnset, kUnset}};
@@ -38,11 +48,8 @@ struct Block {
   }
   void fold() {
     for (int distance = Shape::kLanes / 2; distance > 0; distance /= 2)
-      for (int s = 0; s < Thread<T, Shape>::kSums; ++s) {
-        std::array<float, kThreads> before;
-        for (int i = 0; i < kThreads; ++i) before[i] = threads[i].sums[s];
-        for (int i = 0; i < kThreads; ++i) threads[i].sums[s] += before[i ^ distance];
-      }
+      for (int s = 0; s < Member::kSums; ++s)
+        exchange<kThreads>(distance, [&](int i) -> float& { return threads[i].sums[s]; });
   }
   void write(const StepParams& p, const Place& at, int64_t token) {
     for (auto& thread : threads) thread.write(p, at, token);
@@ -58,12 +65,12 @@ struct Block {
   }
 };
 
-template <class T>
-void run(const StepParams& p) {
+template <class In, class Out>
+void step(const StepParams& p) {
   with_shape(p.key_width, [&](auto shape) {
     using Shape = decltype(shape);
     for (int64_t i = 0; i < num_blocks<Shape>(p); ++i) {
-      Block<T, Shape> block;
+      Block<In, Out, Shape> block;
       if (p.offsets)
         run_block<Shape, false>(p, i, block);
       else
@@ -72,13 +79,53 @@ void run(const StepParams& p) {
   });
 }
 
+template <class T, int kPairs>
+void map_head(const MapParams& p, int64_t warp) {
+  std::vector<Lane<T, kPairs>> lanes;
+  for (int i = 0; i < kWarp; ++i) lanes.emplace_back(p, warp, i);
+  for (auto& lane : lanes) lane.read(p);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    for (int s = 0; s < 2; ++s)
+      exchange<kWarp>(distance, [&](int i) -> float& { return lanes[i].sums[s]; });
+  for (auto& lane : lanes) lane.write(p);
+}
+
+template <class T>
+void map(const MapParams& p) {
+  with_pairs(p.width, [&](auto pairs) {
+    for (int64_t i = 0; i < p.tokens * p.heads; ++i) map_head<T, decltype(pairs)::value>(p, i);
+  });
+  for (int64_t i = 0; i < p.tokens * gelu_blocks_of_token(p); ++i)
+    for (int thread = 0; thread < kThreads; ++thread) map_gelu<T>(p, i, thread);
+}
+
 }  // namespace
+
+const char* launch_step(const StepParams& p, Type in, Type out, void*) {
+  const bool is_wide = in == Type::kFloat;
+  if (out == Type::kFloat) step<float, float>(p);
+  if (out == Type::kBFloat16 && is_wide) step<float, c10::BFloat16>(p);
+  if (out == Type::kBFloat16 && !is_wide) step<c10::BFloat16, c10::BFloat16>(p);
+  if (out == Type::kHalf && is_wide) step<float, c10::Half>(p);
+  if (out == Type::kHalf && !is_wide) step<c10::Half, c10::Half>(p);
+  return nullptr;
+}
+
+const char* launch_map(const MapParams& p, Type type, void*) {
+  if (type == Type::kFloat) map<float>(p);
+  if (type == Type::kBFloat16) map<c10::BFloat16>(p);
+  if (type == Type::kHalf) map<c10::Half>(p);
+  return nullptr;
+}
+
 }  // namespace cottention::cuda
 
 extern "C" __attribute__((visibility("default"))) void step_on_host(
-    const cottention::cuda::StepParams* p, int type) {
-  using cottention::cuda::Type;
-  if (Type(type) == Type::kFloat) cottention::cuda::run<float>(*p);
-  if (Type(type) == Type::kBFloat16) cottention::cuda::run<c10::BFloat16>(*p);
-  if (Type(type) == Type::kHalf) cottention::cuda::run<c10::Half>(*p);
+    const cottention::cuda::StepParams* p, int in, int out) {
+  cottention::cuda::launch_step(*p, cottention::cuda::Type(in), cottention::cuda::Type(out), nullptr);
+}
+
+extern "C" __attribute__((visibility("default"))) void map_on_host(
+    const cottention::cuda::MapParams* p, int type) {
+  cottention::cuda::launch_map(*p, cottention::cuda::Type(type), nullptr);
 }

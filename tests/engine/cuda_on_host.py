@@ -1,4 +1,4 @@
-"""The CUDA step without a GPU: its per-thread functions, compiled for the host."""
+"""The CUDA ops without a GPU: their per-thread functions, compiled for the host."""
 
 import ctypes
 import functools
@@ -6,7 +6,6 @@ import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -53,10 +52,76 @@ class StepParams(ctypes.Structure):
     )
 
 
+class MapParams(ctypes.Structure):
+    """As in csrc/cuda/params.h."""
+
+    _fields_ = (
+        ("q", View),
+        ("k", View),
+        ("v", View),
+        ("positions", ctypes.c_void_p),
+        ("sigma", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("q_out", ctypes.c_void_p),
+        ("k_out", ctypes.c_void_p),
+        ("v_out", ctypes.c_void_p),
+        ("up", ctypes.c_void_p),
+        ("gelu", ctypes.c_void_p),
+        ("up_stride", ctypes.c_int64),
+        ("gelu_stride", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("heads", ctypes.c_int),
+        ("width", ctypes.c_int),
+        ("pairs", ctypes.c_int),
+        ("inner", ctypes.c_int),
+        ("is_aligned", ctypes.c_bool),
+    )
+
+
 def step_on_host(case: Case) -> Tensor:
     """What the op does on CUDA, on tensors of the CPU; outputs begin as NaN."""
+    out = torch.full(case.v.shape, float("nan"), dtype=case.v.dtype)
+    _step(case, out, out.stride(0))
+    return out
+
+
+def mix_on_host(
+    joined: Tensor,
+    positions: Tensor,
+    sigma: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    offsets: Tensor | None,
+    out: Tensor,
+) -> None:
+    """What cottention_mix does on CUDA, likewise."""
+    tokens, (_, heads, width, _) = len(joined), state.shape
+    channels = heads * width
+    mapped = torch.full((3, tokens, heads, width), float("nan"))
+    q, k, v = joined[:, : 3 * channels].view(tokens, 3, heads, width).unbind(1)
+    up, gelu = joined[:, 3 * channels :], out[:, channels:]
+    params = MapParams(
+        *(View(x.data_ptr(), joined.stride(0), width) for x in (q, k, v)),
+        *(x.data_ptr() for x in (positions, sigma, cos, sin, *mapped, up, gelu)),
+        up_stride=joined.stride(0),
+        gelu_stride=out.stride(0),
+        tokens=tokens,
+        heads=heads,
+        width=width,
+        pairs=cos.shape[1],
+        inner=up.shape[1],
+        is_aligned=_is_aligned(up) and _is_aligned(gelu),
+    )
+    _library().map_on_host(ctypes.byref(params), TYPES[joined.dtype])
+    _step(Case(*mapped, state, None, slots, offsets), out, out.stride(0))
+
+
+def _step(case: Case, out: Tensor, out_stride: int) -> None:
+    """Into out, whose tokens lie `out_stride` elements apart."""
     tokens, heads, value = case.v.shape
-    out = torch.full((tokens, heads, value), float("nan"), dtype=case.v.dtype)
     params = StepParams(
         *(View(x.data_ptr(), *x.stride()[:2]) for x in case[:3]),
         state=case.state.data_ptr(),
@@ -64,7 +129,7 @@ def step_on_host(case: Case) -> Tensor:
         state_stride=case.state.stride(0),
         z_stride=0 if case.z is None else case.z.stride(0),
         out=out.data_ptr(),
-        out_stride=heads * value,
+        out_stride=out_stride,
         slots=case.slots.data_ptr(),
         offsets=None if case.offsets is None else case.offsets.data_ptr(),
         tokens=tokens,
@@ -75,17 +140,17 @@ def step_on_host(case: Case) -> Tensor:
         num_slots=len(case.state),
         is_aligned=_is_aligned(case.q) and _is_aligned(case.k),
     )
-    _library()(ctypes.byref(params), TYPES[case.q.dtype])
-    return out
+    _library().step_on_host(ctypes.byref(params), TYPES[case.q.dtype], TYPES[out.dtype])
 
 
 def _is_aligned(x: Tensor) -> bool:
-    strides = (x.stride(0) % 4, x.stride(1) % 4)
-    return x.data_ptr() % (4 * x.element_size()) == 0 and strides == (0, 0)
+    """Whether four elements may be moved at once wherever four divides the place."""
+    strides = [stride % 4 for stride in x.stride()[:-1]]
+    return x.data_ptr() % (4 * x.element_size()) == 0 and not any(strides)
 
 
 @functools.cache
-def _library() -> Callable[..., None]:
+def _library() -> ctypes.CDLL:
     """Compiled once per process."""
     source = Path(__file__).with_suffix(".cpp")
     include = Path(torch.__file__).parent / "include"
@@ -98,5 +163,4 @@ def _library() -> Callable[..., None]:
         )
         if run.returncode:
             raise BuildError(run.stderr)
-        function: Callable[..., None] = ctypes.CDLL(target).step_on_host
-    return function
+        return ctypes.CDLL(target)

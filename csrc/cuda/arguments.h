@@ -1,0 +1,126 @@
+// What the ops on CUDA ask of their tensors, and what they take from torch.
+//
+// Owns the wording of the errors. Looks at no slot, offset or position: they lie on the device, and
+// whoever made them has checked them.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../pool.h"
+#include "params.h"
+
+// In libtorch_cuda. Weak, so that the library also loads (and registers) beside a torch without it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace cottention::cuda {
+
+using Device = torch::stable::accelerator::DeviceIndex;
+using torch::stable::accelerator::DeviceGuard;
+
+inline Type type_of(const Tensor& x, const char* name) {
+  const ScalarType type = x.scalar_type();
+  if (type == ScalarType::Float) return Type::kFloat;
+  if (type == ScalarType::BFloat16) return Type::kBFloat16;
+  STD_TORCH_CHECK(type == ScalarType::Half, name, " must be float32, bfloat16 or float16");
+  return Type::kHalf;
+}
+
+inline int64_t bytes_of(Type type) { return type == Type::kFloat ? 4 : 2; }
+
+inline void check_here(const Tensor& x, const char* name, int64_t dim, ScalarType type,
+                       Device device) {
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, name,
+                  " must be on the CUDA device of the others");
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " has the wrong dtype");
+  STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, not ", x.dim());
+}
+
+inline void check_whole(const Tensor& x, const char* name, int64_t dim, ScalarType type,
+                        Device device) {
+  check_here(x, name, dim, type, device);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+}
+
+// [N, H, ·] or [N, C] with free strides but for the last.
+inline void check_tokens(const Tensor& x, const char* name, int64_t dim, ScalarType type,
+                         Device device) {
+  check_here(x, name, dim, type, device);
+  STD_TORCH_CHECK(x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1, "the last dimension of ", name,
+                  " must be contiguous");
+}
+
+inline void check_rows_aligned(const Tensor& pool, const char* name) {
+  check_pool(pool, name);
+  const auto address = reinterpret_cast<uintptr_t>(pool.data_ptr());
+  STD_TORCH_CHECK(address % 16 == 0 && pool.stride(0) % 4 == 0, "the rows of ", name,
+                  " must begin at multiples of 16 bytes");
+}
+
+// state [S, H, V, K] and z [S, H, K] or none.
+inline void check_pools(const Tensor& state, const std::optional<Tensor>& z, int64_t heads,
+                        int64_t value, int64_t key, Device device) {
+  check_here(state, "state", 4, ScalarType::Float, device);
+  check_size(state, "state", 1, heads);
+  check_size(state, "state", 2, value);
+  check_size(state, "state", 3, key);
+  check_rows_aligned(state, "state");
+  if (!z) return;
+  check_here(*z, "z", 3, ScalarType::Float, device);
+  check_size(*z, "z", 0, state.size(0));
+  check_size(*z, "z", 1, heads);
+  check_size(*z, "z", 2, key);
+  check_rows_aligned(*z, "z");
+}
+
+inline void check_segments(const Tensor& slots, const std::optional<Tensor>& offsets,
+                           int64_t tokens, Device device) {
+  check_whole(slots, "slots", 1, ScalarType::Int, device);
+  if (offsets) {
+    check_whole(*offsets, "offsets", 1, ScalarType::Int, device);
+    check_size(*offsets, "offsets", 0, slots.size(0) + 1);
+    return;
+  }
+  STD_TORCH_CHECK(slots.size(0) == tokens, "without offsets there must be one slot per token: ",
+                  slots.size(0), " slots, ", tokens, " tokens");
+}
+
+inline View view_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
+
+// Whether four elements may be moved at once wherever four divides the place.
+inline bool is_aligned(const void* data, int64_t bytes, int64_t stride, int64_t other = 0) {
+  return reinterpret_cast<uintptr_t>(data) % (4 * bytes) == 0 && stride % 4 == 0 && other % 4 == 0;
+}
+
+// The pool and the batch on it; q, k, v and out are the caller's to fill in.
+inline StepParams step_params(const Tensor& state, const std::optional<Tensor>& z,
+                              const Tensor& slots, const std::optional<Tensor>& offsets,
+                              int64_t tokens) {
+  StepParams p{};
+  p.state = static_cast<float*>(state.data_ptr());
+  p.state_stride = state.stride(0);
+  p.z = z ? static_cast<float*>(z->data_ptr()) : nullptr;
+  p.z_stride = z ? z->stride(0) : 0;
+  p.slots = static_cast<const int32_t*>(slots.data_ptr());
+  p.offsets = offsets ? static_cast<const int32_t*>(offsets->data_ptr()) : nullptr;
+  p.tokens = tokens;
+  p.segments = slots.size(0);
+  p.heads = static_cast<int>(state.size(1));
+  p.value_width = static_cast<int>(state.size(2));
+  p.key_width = static_cast<int>(state.size(3));
+  p.num_slots = static_cast<int>(state.size(0));
+  return p;
+}
+
+inline void* current_stream(Device device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+inline void check_launch(const char* error) {
+  STD_TORCH_CHECK(!error, "CUDA: ", error ? error : "");
+}
+
+}  // namespace cottention::cuda
