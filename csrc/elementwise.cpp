@@ -1,4 +1,4 @@
-// rotary_table, cottention_features, gelu_new and layer_norm on the CPU: the checks and the calls.
+// rotary_table, cottention_features, gelu_new, layer_norm and likeliest on the CPU: the checks and the calls.
 //
 // Owns the angles of rotary (float64 until the last cast). The rest of the arithmetic stands in
 // elementwise.h.
@@ -17,6 +17,7 @@ constexpr int64_t kAnglesPerThread = 512;
 constexpr int64_t kFeaturesPerThread = 16384;
 constexpr int64_t kGelusPerThread = 16384;
 constexpr int64_t kNormsPerThread = 65536;
+constexpr int64_t kComparedPerThread = 262144;
 
 int64_t least_tasks(int64_t work, int64_t each) { return work / std::max<int64_t>(1, each); }
 
@@ -101,6 +102,19 @@ Tensor gelu_new(const Tensor& x) {
   const Kernels& table = kernels();
   for_each_task(x.size(0), least_tasks(kGelusPerThread, x.size(1)),
                 [&](int64_t row) { table.gelu(p, row); });
+  return out;
+}
+
+// logits [R, N], rows any distance apart → int64 [R]: the first place of each row's largest
+// element, -1 where that is not finite or anything in the row is not a number.
+Tensor likeliest(const Tensor& logits) {
+  check_rows(logits, "logits", 2);
+  Tensor out = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
+  const LikeliestParams p{logits.const_data_ptr<float>(), out.mutable_data_ptr<int64_t>(),
+                          logits.size(1), logits.stride(0)};
+  const Kernels& table = kernels();
+  for_each_task(logits.size(0), least_tasks(kComparedPerThread, logits.size(1)),
+                [&](int64_t row) { table.likeliest(p, row); });
   return out;
 }
 

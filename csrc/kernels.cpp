@@ -5,6 +5,7 @@
 #include "kernels.h"
 
 #include "elementwise.h"
+#include "likeliest.h"
 #include "linear.h"
 #include "mix.h"
 #include "recurrent.h"
@@ -12,6 +13,7 @@
 namespace cottention::COTTENTION_ISA {
 
 const Kernels kernels = {
-    denominators, recurrent, mix, linear<FloatWord>, linear<PairWord>, features, gelu, layer_norm};
+    denominators, recurrent, mix,        linear<FloatWord>, linear<PairWord>,
+    features,     gelu,      layer_norm, likeliest};
 
 }  // namespace cottention::COTTENTION_ISA

@@ -92,6 +92,12 @@ struct NormParams {
   float epsilon;
 };
 
+struct LikeliestParams {
+  const float* x;              // [rows, columns], rows x_stride apart
+  int64_t* out;                // [rows]
+  int64_t columns, x_stride;
+};
+
 struct Kernels {
   void (*denominators)(const RecurrentParams&, int64_t task);  // tasks: segments × heads
   void (*recurrent)(const RecurrentParams&, int64_t task);     // tasks: segments × heads × shares
@@ -101,6 +107,7 @@ struct Kernels {
   void (*features)(const FeatureParams&, int64_t token);
   void (*gelu)(const GeluParams&, int64_t row);
   void (*layer_norm)(const NormParams&, int64_t row);
+  void (*likeliest)(const LikeliestParams&, int64_t row);
 };
 
 namespace plain {

@@ -28,6 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Te
 Tensor gelu_new(const Tensor& x);
 void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon,
                 const Tensor& out);
+Tensor likeliest(const Tensor& logits);
 void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                     const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
                     const std::optional<Tensor>& offsets, const Tensor& out);

@@ -187,5 +187,6 @@ def _result(
 
 def _draw(place: Wanted) -> Draw:
     choice, request = place.choice, place.choice.request
-    chance = uniform(request.seed, choice.index, place.token_index)
-    return Draw(request.params, chance, choice.history.counts, choice.barred_ids())
+    params = request.params
+    chance = 0.0 if params.is_greedy else uniform(request.seed, choice.index, place.token_index)
+    return Draw(params, chance, choice.history.counts, choice.barred_ids())

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from engine import ops
 from engine.adjust import adjust
 from engine.outputs import TokenLogprob
 from engine.params import SamplingParams
 from engine.scoring import score
 
 _MASK = 2**64 - 1
-_NO_ID = -1
 
 _HOTTEST = torch.finfo(torch.float32).max
 """Temperatures above this are taken as this: in float32 they are infinite, and −∞ / ∞ is NaN."""
@@ -82,32 +82,27 @@ class Sampler:
     """Draws ids among those that the tokenizer has."""
 
     def __init__(self, sampleable_ids: Sequence[int], vocab_size: int, device: str) -> None:
-        self._never = torch.ones(vocab_size, dtype=torch.bool, device=device)
-        self._never[torch.tensor(sampleable_ids, device=device)] = False
+        never = torch.ones(vocab_size, dtype=torch.bool)
+        never[torch.tensor(sampleable_ids)] = False
+        self._never = never.nonzero().flatten().to(device)
 
     def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | None]:
-        """One id for each row of logits float32 [R, N]; None where no id can be drawn.
+        """One id for each row of logits float32 [R, N]; those of forbidden ids are overwritten.
 
-        That is so where a row's logits are not finite, or all its ids are forbidden.
+        None where a row's logits are not finite, or all its ids are forbidden.
         """
-        allowed = logits.masked_fill(self._never, -torch.inf)
-        for row, draw in enumerate(draws):
-            if draw.is_adjusted:
-                adjust(allowed[row], draw.params, draw.counts, draw.barred)
-        best, likeliest = allowed.max(dim=-1)
-        is_finite = best.isfinite()
-        allowed.masked_fill_(~is_finite.unsqueeze(-1), 0)
-        ids = self._draw(allowed, likeliest.tolist(), draws)
+        allowed = self._allowed(logits, draws)
+        likeliest: list[int] = ops.likeliest(allowed).tolist()
+        ids = self._draw(allowed, likeliest, draws)
         logprobs = _logprobs(logits, ids, draws)
         return [
-            Drawn(token_id, logprobs.get(row)) if finite else None
-            for row, (token_id, finite) in enumerate(zip(ids, is_finite.tolist(), strict=True))
+            None if best == ops.NO_PLACE else Drawn(token_id, logprobs.get(row))
+            for row, (token_id, best) in enumerate(zip(ids, likeliest, strict=True))
         ]
 
     def likeliest(self, logits: Tensor) -> Tensor:
         """The likeliest id of each row of logits, −1 if none is finite; waits for no device."""
-        best, ids = logits.masked_fill(self._never, -torch.inf).max(dim=-1)
-        return ids.masked_fill(~best.isfinite(), _NO_ID)
+        return ops.likeliest(logits.index_fill(-1, self._never, -torch.inf))
 
     def choose(
         self, logits: Tensor, likeliest: Tensor, draws: Sequence[Draw]
@@ -115,13 +110,24 @@ class Sampler:
         """As `sample`, where `likeliest` int64 [R] is known and is all that most rows want."""
         if any(draw.wants_more for draw in draws):
             return self.sample(logits, draws)
-        return [None if i == _NO_ID else Drawn(i, None) for i in likeliest.tolist()]
+        return [None if i == ops.NO_PLACE else Drawn(i, None) for i in likeliest.tolist()]
+
+    def _allowed(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+        """Logits as adjusted, −∞ for forbidden ids: in place where nobody asks what they were."""
+        if any(draw.is_adjusted or draw.params.logprobs is not None for draw in draws):
+            logits = logits.clone()
+        logits.index_fill_(-1, self._never, -torch.inf)
+        for row, draw in enumerate(draws):
+            if draw.is_adjusted:
+                adjust(logits[row], draw.params, draw.counts, draw.barred)
+        return logits
 
     def _draw(self, logits: Tensor, likeliest: list[int], draws: Sequence[Draw]) -> list[int]:
-        """The likeliest ids, replaced where a row wants chance."""
+        """The likeliest ids, replaced where a row has one and wants chance."""
         ids = list(likeliest)
+        able = [row for row, token_id in enumerate(likeliest) if token_id != ops.NO_PLACE]
         for wanted, draw in ((_needs_order, _draw_ordered), (_needs_no_order, _draw_unordered)):
-            rows = [row for row, item in enumerate(draws) if wanted(item.params)]
+            rows = [row for row in able if wanted(draws[row].params)]
             if rows:
                 chosen = draw(logits[rows], [draws[row] for row in rows])
                 for row, token_id in zip(rows, chosen.tolist(), strict=True):
@@ -131,7 +137,8 @@ class Sampler:
 
 def _logprobs(logits: Tensor, ids: Sequence[int], draws: Sequence[Draw]) -> dict[int, TokenLogprob]:
     """By row, for those that ask; the longest list that anybody wants is cut for the others."""
-    wanted = {row: n for row, d in enumerate(draws) if (n := d.params.logprobs) is not None}
+    able = (row for row, token_id in enumerate(ids) if token_id != ops.NO_PLACE)
+    wanted = {row: n for row in able if (n := draws[row].params.logprobs) is not None}
     if not wanted:
         return {}
     rows = list(wanted)
@@ -173,8 +180,10 @@ def _likely(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Likelihoods [R, N] after temperature, and 0 for ids less likely than min_p of the best."""
     temperature = _column(logits, [min(draw.params.temperature, _HOTTEST) for draw in draws])
     probs = torch.softmax(logits / temperature, dim=-1)
-    min_p = _column(probs, [draw.params.min_p for draw in draws])
-    return probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0)
+    if any(draw.params.min_p for draw in draws):
+        min_p = _column(probs, [draw.params.min_p for draw in draws])
+        probs = probs.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), 0)
+    return probs
 
 
 def _pick(probs: Tensor, draws: Sequence[Draw]) -> Tensor:

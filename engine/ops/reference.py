@@ -1,4 +1,4 @@
-"""The recurrence and what surrounds it, written to be read: the definition that every faster form is tested against.
+"""The recurrence and what surrounds it, written to be read: the definition of correct.
 
 Owns plain torch forms of every operation that has a compiled one, in whatever float type they are
 given (float64 in the tests), on any device. Knows no model, no batch policy and no session.
@@ -7,12 +7,15 @@ Letters: B segments, N tokens of all segments, T tokens of one sequence, H heads
 V value width, S slots.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 DENOMINATOR_FLOOR = 1e-6
 NORM_FLOOR = 1e-12
 PADDING_SLOT = -1
+NO_PLACE = -1
 
 
 def parallel(q: Tensor, k: Tensor, v: Tensor, *, denominator: bool = False) -> Tensor:
@@ -47,11 +50,9 @@ def recurrent_step(
     """
     out = torch.zeros_like(v)
     bounds = range(len(slots) + 1) if offsets is None else offsets.tolist()
-    lengths = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
     for step in range(max(lengths, default=0)):
-        live = [
-            i for i, n in enumerate(lengths) if step < n and int(slots[i]) != PADDING_SLOT
-        ]
+        live = [i for i, n in enumerate(lengths) if step < n and int(slots[i]) != PADDING_SLOT]
         if live:
             tokens = torch.tensor([bounds[i] + step for i in live], device=q.device)
             rows = slots[torch.tensor(live, device=slots.device)].long()
@@ -109,6 +110,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _unit(x: Tensor) -> Tensor:
     """N(x) = x / max(‖x‖₂, 1e-12) along the last dimension."""
     return torch.nn.functional.normalize(x, dim=-1, eps=NORM_FLOOR)
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """argmax of each row of logits [R, N], −1 where the largest is not finite: int64 [R]."""
+    best, places = logits.max(dim=-1)
+    return places.masked_fill(~best.isfinite(), NO_PLACE)
 
 
 def gelu_new(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from engine import ops
+from engine.ops import reference
 
 SHAPES = [(60, 257), (256, 64), (1, 1), (129, 130), (1000, 100), (515, 65)]
 
@@ -109,3 +110,23 @@ def test_opcheck() -> None:
     row = torch.ones(21)
     arguments = torch.randn(3, 21), row, row, 1e-5, torch.zeros(3, 21)
     torch.library.opcheck(compiled.layer_norm.default, arguments)
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 33, 4096])
+def test_likeliest_is_the_first_of_the_largest(columns: int) -> None:
+    logits = torch.randn(9, columns + 2)[:, :columns].round()
+    logits[7] = -torch.inf
+    logits[8, -1] = -torch.inf
+    expected = reference.likeliest(logits)
+    assert torch.equal(ops.likeliest(logits), expected)
+    for wrong in (float("nan"), float("inf")):
+        for place in (0, columns // 2, columns - 1):
+            row = torch.randn(1, columns)
+            row[0, place] = wrong
+            assert ops.likeliest(row).tolist() == reference.likeliest(row).tolist() == [-1]
+
+
+def test_likeliest_of_nothing() -> None:
+    assert ops.likeliest(torch.zeros(0, 5)).shape == (0,)
+    assert torch.ops.cottention.likeliest(torch.zeros(2, 0)).tolist() == [-1, -1]
+    torch.library.opcheck(torch.ops.cottention.likeliest.default, (torch.randn(3, 20),))
