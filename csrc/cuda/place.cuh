@@ -56,12 +56,10 @@ COTTENTION_HD Place place_of(const StepParams& p, uint32_t block) {
   return at;
 }
 
-// Calls visit(Shape<…>{}) with the shape for a key width of 8 to 512.
+// Calls visit(Shape<…>{}) with the shape for a key width of 8 to 512. Below 32 lanes stand idle.
 template <class Visit>
 void with_shape(int key_width, const Visit& visit) {
   const int quads = key_width / 4;
-  if (quads <= 2) return visit(Shape<2, 1>{});
-  if (quads <= 4) return visit(Shape<4, 1>{});
   if (quads <= 8) return visit(Shape<8, 1>{});
   if (quads <= 16) return visit(Shape<16, 1>{});
   if (quads <= 32) return visit(Shape<32, 1>{});
