@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check bench train format clean
+.PHONY: help setup serve test asan check bench train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,15 @@ serve: setup ## Serve the model that ships in the package (ARGS="--port 9000")
 
 test: setup ## Run all tests with the coverage gate
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+OPS_TESTS := $(filter-out %_loader.py,$(wildcard tests/engine/test_ops_[!c]*.py)) tests/engine/test_packed.py
+
+asan: setup ## Run the op tests under AddressSanitizer (GCC)
+	COTTENTION_OPS=compiled COTTENTION_CACHE=build/asan \
+	COTTENTION_CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer" \
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
+	$(BIN)/python -m pytest -q $(OPS_TESTS) $(ARGS)
 
 check: setup ## Lint, formatting, types
 	$(BIN)/ruff check .
