@@ -16,7 +16,7 @@ from server.bridge import Bridge
 from server.chat_schemas import ChatRequest
 from server.context import Context
 from server.errors import add_error_handlers
-from server.keys import Keys, api_keys
+from server.keys import Keys, api_keys, asks_for_key
 from server.metrics import make_registry
 from server.openapi import publish
 from server.request_ids import HEADER, RequestIds
@@ -58,10 +58,9 @@ def create_app(
     app.state.context = Context(bridge, config, registry, template)
     for router in ROUTERS:
         app.include_router(router)
-    keys = api_keys(config)
-    publish(app, BODIES, has_keys=bool(keys))
+    publish(app, BODIES, lambda path: asks_for_key(path, config))
     add_error_handlers(app)
-    _add_middleware(app, keys, config)
+    _add_middleware(app, api_keys(config), config)
     return app
 
 

@@ -28,6 +28,13 @@ def api_keys(config: ServerConfig) -> tuple[str, ...]:
     return keys
 
 
+def asks_for_key(path: str, config: ServerConfig) -> bool:
+    """Whether a path is closed to those without a key."""
+    if path == METRICS_PATH:
+        return config.metrics_key is not None
+    return path not in OPEN_PATHS and bool(config.api_key or config.api_key_file)
+
+
 def _keys_in(path: str | None) -> tuple[str, ...]:
     if path is None:
         return ()

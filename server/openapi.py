@@ -4,7 +4,7 @@ Owns how requests' own schemas and neutral fields become one schema, and the err
 endpoint shares. Does not know which endpoints there are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -45,29 +45,33 @@ def refusals(*statuses: int) -> dict[int | str, Schema]:
     return {each: {"model": ErrorBody, "description": ERRORS[each]} for each in statuses}
 
 
-def publish(app: FastAPI, bodies: Sequence[type[Body]], has_keys: bool) -> None:
-    """Make the application's description of its routes and these bodies."""
+def publish(app: FastAPI, bodies: Sequence[type[Body]], asks: Callable[[str], bool]) -> None:
+    """Make the application's description of its routes and these bodies.
+
+    asks: whether a path asks for a key.
+    """
     made = app.openapi
 
     def openapi() -> Schema:
         if app.openapi_schema is None:
-            app.openapi_schema = _complete(made(), bodies, has_keys)
+            app.openapi_schema = _complete(made(), bodies, asks)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's own pages say
 
 
-def _complete(description: Schema, bodies: Sequence[type[Body]], has_keys: bool) -> Schema:
+def _complete(
+    description: Schema, bodies: Sequence[type[Body]], asks: Callable[[str], bool]
+) -> Schema:
     components = description.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     for body in bodies:
         schemas |= _schemas_of(body)
-    for operations in description["paths"].values():
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in description["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which never leaves here
-    if has_keys:
-        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        description["security"] = [{"key": []}]
+            operation["security"] = [{"key": []}] if asks(path) else []
     return description
 
 

@@ -4,6 +4,7 @@ The server runs in the project's own environment, the clients in theirs; where t
 installed (`make test`), there is nothing to collect.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -37,11 +38,11 @@ class Served(NamedTuple):
         return f"{self.url}/v1"
 
 
-@pytest.fixture(scope="session")
-def served() -> Iterator[Served]:
-    """One server for all clients."""
-    flags = ["--port", "0", "--max-slots", "32", "--chat-template", "plain", "--api-key", KEY]
-    command = [SERVER_PYTHON, "-m", "server", "serve", str(MODEL), *flags]
+@contextlib.contextmanager
+def serving(*flags: str) -> Iterator[Served]:
+    """A server process; it may not die before its time."""
+    settings = ["--port", "0", "--max-slots", "32", "--chat-template", "plain", "--api-key", KEY]
+    command = [SERVER_PYTHON, "-m", "server", "serve", str(MODEL), *settings, *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
         try:
             assert popen.stdout
@@ -52,7 +53,14 @@ def served() -> Iterator[Served]:
             assert popen.poll() is None, "the server died"
         finally:
             popen.terminate()
-            assert popen.wait(30) == 0
+            assert popen.wait(40) == 0
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Served]:
+    """One server for all clients."""
+    with serving() as served:
+        yield served
 
 
 @pytest.fixture(autouse=True)
