@@ -41,7 +41,9 @@ class ServedModel:
 
     def __init__(self, model: CottentionForCausalLM, device: str) -> None:
         self.config: ModelConfig = model.config
-        self._embedding = model.transformer.wte.to(device)
+        # a copy: the original may be a view of a whole file, which would stay mapped
+        self._embedding = model.transformer.wte.weight.to(device, copy=True)
+        del model.transformer.wte
         weight = model.lm_head.weight
         self._is_packed = device == "cpu" and ops.can_pack(weight)
         kind = PackedLayers if self._is_packed else TorchLayers
@@ -52,7 +54,7 @@ class ServedModel:
 
     def hidden(self, ids: Tensor, positions: Tensor, recurrence: Recurrence) -> Tensor:
         """ids and positions int64 [N] → hidden states [N, C] before the last norm."""
-        x: Tensor = self._embedding(ids)
+        x = nn.functional.embedding(ids, self._embedding)
         x = x.float() if self._is_packed else x
         return self._layers(x, token_positions(self.config, positions, x.dtype), recurrence)
 

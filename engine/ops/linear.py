@@ -32,7 +32,7 @@ class FixedOrderLinear(nn.Module):
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if self.is_packed:
             weight = torch.ops.cottention.pack_weight(weight)
-            bias = None if bias is None else bias.float()
+            bias = None if bias is None else _kept(bias)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
@@ -66,8 +66,8 @@ class FixedOrderNorm(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.register_buffer("weight", weight.detach().float(), persistent=False)
-        self.register_buffer("bias", bias.detach().float(), persistent=False)
+        self.register_buffer("weight", _kept(weight), persistent=False)
+        self.register_buffer("bias", _kept(bias), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x float32 [N, C] → [N, C]."""
@@ -78,6 +78,11 @@ class FixedOrderNorm(nn.Module):
     def into(self, x: Tensor, out: Tensor) -> None:
         """As `forward`, into out [N, C]."""
         torch.ops.cottention.layer_norm(x, self.weight, self.bias, self.epsilon, out)
+
+
+def _kept(x: Tensor) -> Tensor:
+    """A float32 copy: the original may be a view of a whole file, which would stay mapped."""
+    return x.detach().to(torch.float32, copy=True)
 
 
 def can_pack(weight: Tensor) -> bool:
