@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test asan check bench train format clean
+.PHONY: help setup serve test asan check bench gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ check: setup ## Lint, formatting, types
 bench: setup ## Run all benchmarks (ARGS="--quick")
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(ARGS)
+
+gpu-check: ## Test and measure on a GPU, with the Python that is there; ends with 2 where there is none
+	PYTHON=$(PYTHON) .ci/gpu-check
 
 train: setup ## Train the default model (resumes from checkpoints/)
 	$(BIN)/python -m engine.training $(ARGS)

@@ -1,12 +1,12 @@
 """All benchmarks one after the other: `python -m benchmarks [--quick] [--json FILE]`."""
 
 from benchmarks import decode, memory, position, serving, step
-from benchmarks.common import Report, machine, parse, write_json
+from benchmarks.common import Report, machine, parser, write_json
 
 
 def main() -> None:
     """Run them in this process; each prints its tables."""
-    arguments = parse(__doc__)
+    arguments = parser(__doc__).parse_args()
     report: Report = {"machine": machine()}
     for benchmark in (step, decode, serving, position, memory):
         report |= benchmark.measure(arguments.quick)

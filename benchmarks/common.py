@@ -12,25 +12,37 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.devices import DEVICES, Device
 from engine import ops
 
 Report = dict[str, Any]
 
 
-def parse(description: str) -> argparse.Namespace:
+def parser(description: str | None) -> argparse.ArgumentParser:
     """--quick ends within a minute; --json FILE keeps the figures."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
-    return parser.parse_args()
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute")
+    options.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    return options
 
 
 def run(description: str, measure: Callable[[bool], Report]) -> None:
     """A benchmark's main: parse, measure, write."""
-    arguments = parse(description)
-    report = {"machine": machine(), **measure(arguments.quick)}
+    arguments = parser(description).parse_args()
+    _write(arguments, measure(arguments.quick))
+
+
+def run_on_device(description: str, measure: Callable[[bool, Device], Report]) -> None:
+    """The same for a benchmark that can run on a GPU: --device says where."""
+    options = parser(description)
+    options.add_argument("--device", choices=DEVICES, default="cpu", help="default: cpu")
+    arguments = options.parse_args()
+    _write(arguments, measure(arguments.quick, DEVICES[arguments.device]))
+
+
+def _write(arguments: argparse.Namespace, figures: Report) -> None:
     if arguments.json:
-        write_json(arguments.json, report)
+        write_json(arguments.json, {"machine": machine(), **figures})
 
 
 def write_json(path: Path, report: Report) -> None:
@@ -42,6 +54,7 @@ def machine() -> Report:
     """What the figures were measured on."""
     return {
         "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cores": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -59,7 +72,8 @@ def _cpu_name() -> str:
 def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     """A table with the keys of the first row as its head."""
     on = machine()
-    caption = f"{on['cpu']}, {on['cores']} threads, torch {on['torch']}, {on['ops']} ops"
+    where = " and ".join(name for name in (on["gpu"], on["cpu"]) if name)
+    caption = f"{where}, {on['cores']} threads, torch {on['torch']}, {on['ops']} ops"
     table = Table(title=title, caption=caption)
     for name in rows[0]:
         table.add_column(name, justify="right")

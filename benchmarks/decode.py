@@ -1,16 +1,19 @@
 """Decode of whole models with random weights, beside its floor and beside softmax attention.
 
 The floor is the time to read all weights once and to stream the batch's states in and out, at the
-speeds that this machine shows in the same run. The peer is `transformers` GPT-J with its KV cache.
+speeds that this machine shows in the same run. The peer is `transformers` GPT-J with its KV cache,
+where that is installed.
 """
 
 import statistics
+from importlib.util import find_spec
 
 import torch
 
 from benchmarks import softmax
-from benchmarks.common import Report, run, show
-from benchmarks.shapes import SHAPES, random_model, read_speed, seconds, stream_speed
+from benchmarks.common import Report, run_on_device, show
+from benchmarks.devices import Cpu, Device, Work, seconds
+from benchmarks.shapes import SHAPES, random_model
 from engine import ops
 from engine.config import ModelConfig, StateSpec
 from engine.feature_maps import Features
@@ -19,7 +22,7 @@ from engine.ops import reference
 from engine.recurrence import Recurrence
 from engine.state import StatePool
 
-BATCHES = (1, 8, 64)
+BATCHES = {"cpu": (1, 8, 64), "cuda": (1, 8, 64, 512)}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 PEERS = ((1, 1024), (8, 1024), (1, 8192), (8, 8192))
@@ -31,77 +34,85 @@ Rows = list[dict[str, object]]
 class Decoder:
     """A model, its pool and `batch` streams of one token a step."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, batch: int) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, batch: int, device: Device) -> None:
         model = random_model(config, dtype)
         self.weight_bytes = sum(x.nbytes for x in model.parameters()) - _unread(model)
         self.state_bytes = StateSpec.of(config).bytes_per_slot
-        self._model = ServedModel(model, "cpu")
-        self._pool = StatePool(StateSpec.of(config), batch, "cpu")
+        self._model = ServedModel(model, device.name)
+        self._pool = StatePool(StateSpec.of(config), batch, device.name)
+        self._device = device
 
-    def streams(self, batch: int) -> "Streams":
-        """The first `batch` slots."""
-        return Streams(self._model, self._pool, batch)
+    def streams(self, batch: int) -> Work:
+        """A step of the first `batch` slots, as the engine repeats it."""
+        return self._device.repeatable(Streams(self._model, self._pool, batch, self._device.name))
 
 
 class Streams:
     """A call is a step: an id for each stream, greedy, its position one further."""
 
-    def __init__(self, model: ServedModel, pool: StatePool, batch: int) -> None:
+    def __init__(self, model: ServedModel, pool: StatePool, batch: int, device: str) -> None:
         self._model = model
-        self._ids = torch.arange(batch)
-        self._positions = torch.full((batch,), 1000)
-        offsets = torch.arange(batch + 1, dtype=torch.int32)
-        self._recurrence = Recurrence(pool.layer, ops.Segments(offsets[:-1].clone(), offsets))
+        self._ids = torch.arange(batch, device=device)
+        self._positions = torch.full((batch,), 1000, device=device)
+        slots = torch.arange(batch, dtype=torch.int32, device=device)
+        self._recurrence = Recurrence(pool.layer, ops.Segments(slots))
 
     @torch.inference_mode()
     def __call__(self) -> None:
         hidden = self._model.hidden(self._ids, self._positions, self._recurrence)
-        self._ids = self._model.logits(hidden).argmax(-1)
+        self._ids.copy_(self._model.logits(hidden).argmax(-1))
         self._positions += 1
 
 
-def measure(quick: bool) -> Report:
+def measure(quick: bool, device: Device | None = None) -> Report:
     """Tables of decode and of the peer; every figure is a median of steps."""
-    check()
+    device = device or Cpu()
+    check(device)
     at_least = 1.0 if quick else 6.0
-    speeds = read_speed(at_least), stream_speed(torch.ones(2**27), at_least)
+    moved = torch.ones(2**27, device=device.name)
+    speeds = device.read_speed(at_least), device.stream_speed(moved, at_least)
     cases = [(name, kind) for name in ("300M", "1.2B") for kind in TYPES]
     rows = [
         row
         for name, kind in cases[: 2 if quick else 4]
-        for row in _decode(name, kind, speeds, at_least)
+        for row in _decode(device, name, kind, speeds, at_least)
     ]
     show("Decode, random weights, one token a stream and step", rows)
-    peers = _peers(rows, at_least, PEERS[:2] if quick else PEERS)
-    show("transformers GPT-J (softmax, DynamicCache) in the 300M shape, float32", peers)
-    summary = [_many_beside_one(rows)]
+    smaller = [row for row in rows if row["shape"] == "300M"]
+    peers = _peers(device, smaller, at_least, PEERS[:2] if quick else PEERS)
+    if peers:
+        show("transformers GPT-J (softmax, DynamicCache) in the 300M shape, float32", peers)
+    summary = [_many_beside_one(smaller)]
     show("64 streams in bfloat16 beside one in float32, 300M", summary)
     read, stream = (1e-9 * speed for speed in speeds)
     return {"decode": rows, "softmax": peers, "many": summary, "read": read, "stream": stream}
 
 
-def check() -> None:
+def check(device: Device) -> None:
     """Refuse to measure a model that computes something else: two layers against float64."""
     config = ModelConfig(640, 1024, 2, 16, 64, rotary_dim=64, n_inner=3072)
     ids, positions = torch.arange(12) * 50, torch.arange(12)
     for kind, dtype in TYPES.items():
         with torch.inference_mode():
             expected = random_model(config, dtype).double()(ids, positions, _attend)
-            logits = _served_logits(config, dtype, ids, positions)
+            logits = _served_logits(config, dtype, ids, positions, device.name).cpu()
         error = float((logits - expected).abs().max() / expected.std())
         if error > TOLERANCES[kind]:
             raise SystemExit(f"{kind} is off by {error:.1e}: nothing is reported")
 
 
 def _served_logits(
-    config: ModelConfig, dtype: torch.dtype, ids: torch.Tensor, positions: torch.Tensor
+    config: ModelConfig,
+    dtype: torch.dtype,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    device: str,
 ) -> torch.Tensor:
     """Logits of a prompt as the engine computes them."""
-    served = ServedModel(random_model(config, dtype), "cpu")
-    pool = StatePool(StateSpec.of(config), 1, "cpu")
-    slots, ends = torch.tensor([0]).int(), torch.tensor([0, len(ids)]).int()
-    recurrence = Recurrence(pool.layer, ops.Segments(slots, ends))
-    return served.logits(served.hidden(ids, positions, recurrence))
+    served = ServedModel(random_model(config, dtype), device)
+    pool = StatePool(StateSpec.of(config), 1, device)
+    recurrence = Recurrence(pool.layer, ops.Segments.of([0], [len(ids)], 1, device))
+    return served.logits(served.hidden(ids.to(device), positions.to(device), recurrence))
 
 
 def _attend(_: int, features: Features) -> torch.Tensor:
@@ -113,11 +124,14 @@ def _unread(model: torch.nn.Module) -> int:
     return sum(x.nbytes for name, x in model.named_parameters() if "wte" in name)
 
 
-def _decode(name: str, kind: str, speeds: tuple[float, float], at_least: float) -> Rows:
-    decoder = Decoder(SHAPES[name], TYPES[kind], max(BATCHES))
+def _decode(
+    device: Device, name: str, kind: str, speeds: tuple[float, float], at_least: float
+) -> Rows:
+    batches = BATCHES[device.name]
+    decoder = Decoder(SHAPES[name], TYPES[kind], max(batches), device)
     rows: Rows = []
-    for batch in BATCHES:
-        took = statistics.median(seconds(decoder.streams(batch), at_least=at_least))
+    for batch in batches:
+        took = statistics.median(seconds(device, decoder.streams(batch), at_least=at_least))
         moved = 2 * batch * decoder.state_bytes
         floor = decoder.weight_bytes / speeds[0] + moved / speeds[1]
         rows.append(
@@ -137,23 +151,13 @@ def _decode(name: str, kind: str, speeds: tuple[float, float], at_least: float) 
 
 def _peers(rows: Rows, at_least: float, cases: tuple[tuple[int, int], ...]) -> Rows:
     """Steps of the softmax model, and how many times as long as ours in float32 they take."""
-    ours = {row["batch"]: row["ms a step"] for row in rows if row["weights"] == "float32"}
-    config = SHAPES["300M"]
-    model = softmax.build(config, max(context for _, context in cases))
-    peers: Rows = []
-    for batch, context in cases:
-        stream = softmax.Stream(model, config, batch, context)
-        took = 1e3 * statistics.median(seconds(stream, at_least=at_least, most=20))
-        peer = {
-            "batch": batch,
-            "context": context,
-            "ms a step": took,
-            "tokens/s": 1e3 * batch / took,
-        }
-        peers.append(peer | {"ours, ms": ours[batch], "peer / ours": took / ours[batch]})
-    return peers
-
-
+    ours = {row["batch"]: row["ms a step"] for row in rows if is_ours(row)}
+    model = softmax.build(SHAPES["300M"], max(context for _, context in cases))
+    return [
+        _peer(softmax.Stream(model, kind, batch, context), kind, batch, context, ours[batch])
+        for batch, context in cases
+        for kind in softmax.CACHES
+    ]
 def _many_beside_one(rows: Rows) -> dict[str, object]:
     speed = {(row["weights"], row["batch"]): row["tokens/s"] for row in rows}
     many, one = speed["bfloat16", 64], speed["float32", 1]
@@ -161,4 +165,4 @@ def _many_beside_one(rows: Rows) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    run(__doc__, measure)
+    run_on_device(__doc__, measure)

@@ -1,11 +1,6 @@
-"""The shapes that are measured, models of random weights in them, and the memory's own speed."""
-
-import statistics
-import time
-from collections.abc import Callable
+"""The shapes that are measured, and models of random weights in them."""
 
 import torch
-from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.model import CottentionForCausalLM
@@ -31,29 +26,3 @@ def random_model(config: ModelConfig, dtype: torch.dtype) -> CottentionForCausal
         if name.endswith(("ln_1.weight", "ln_f.weight")):
             weight.fill_(1)
     return model
-
-
-def seconds(work: Callable[[], object], *, at_least: float, most: int = 10_000) -> list[float]:
-    """Times of `work`, repeated for `at_least` seconds and three times at least, in rising order.
-
-    Two calls go before, unmeasured.
-    """
-    work()
-    work()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < at_least and len(times) < most):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return sorted(times)
-
-
-def read_speed(at_least: float) -> float:
-    """Bytes per second at which all threads together read memory."""
-    x = torch.ones(2**28)
-    return x.nbytes / statistics.median(seconds(lambda: x.sum(), at_least=at_least))
-
-
-def stream_speed(x: Tensor, at_least: float) -> float:
-    """Bytes per second, in and out, of changing x in place from end to end."""
-    return 2 * x.nbytes / statistics.median(seconds(lambda: x.mul_(0.999), at_least=at_least))

@@ -1,12 +1,18 @@
-"""A softmax GPT-J of `transformers` with its KV cache, for a step at a given context."""
+"""A softmax GPT-J of `transformers` with its KV cache, for a step at a given context.
 
+Both of its caches: the dynamic one, which is what it uses unless told, copies all keys and values
+at each token; the static one is allocated for the longest context and written in place.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from engine.config import ModelConfig
 
-SPARE_POSITIONS = 1024
+SPARE = 64
+"""Tokens that a stream may decode beyond its context."""
 
 
 def build(config: ModelConfig, longest: int) -> Any:
@@ -20,7 +26,7 @@ def build(config: ModelConfig, longest: int) -> Any:
         n_head=config.n_head,
         n_inner=config.n_inner,
         rotary_dim=config.rotary_dim,
-        n_positions=longest + SPARE_POSITIONS,
+        n_positions=longest + SPARE,
     )
     return GPTJForCausalLM(shape).eval()
 
@@ -28,18 +34,41 @@ def build(config: ModelConfig, longest: int) -> Any:
 class Stream:
     """`batch` sequences whose cache holds `context` tokens of noise; each call decodes one more."""
 
-    def __init__(self, model: Any, config: ModelConfig, batch: int, context: int) -> None:
-        from transformers import DynamicCache
-
+    def __init__(self, model: Any, kind: str, batch: int, context: int) -> None:
         self._model = model
-        self._cache = DynamicCache(config=model.config)
         self._ids = torch.zeros(batch, 1, dtype=torch.int64)
-        shape = batch, config.n_head, context, config.head_dim
-        for layer in range(config.n_layer):
-            self._cache.update(torch.full(shape, 0.01), torch.full(shape, 0.01), layer)
+        self._cache = CACHES[kind](model, batch, context)
+        if self._cache.get_seq_length() != context:
+            raise SystemExit(f"the {kind} cache does not hold {context} tokens")
 
     @torch.inference_mode()
     def __call__(self) -> None:
         """One token for each sequence."""
         out = self._model(self._ids, past_key_values=self._cache, use_cache=True)
         self._ids = out.logits[:, -1:].argmax(-1)
+
+
+def _dynamic(model: Any, batch: int, context: int) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    shape = batch, model.config.n_head, context, model.config.n_embd // model.config.n_head
+    for layer in range(model.config.n_layer):
+        cache.update(torch.full(shape, 0.01), torch.full(shape, 0.01), layer)
+    return cache
+
+
+@torch.inference_mode()
+def _static(model: Any, batch: int, context: int) -> Any:
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=context + SPARE)
+    model(torch.zeros(batch, 1, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    for layer in cache.layers:
+        layer.keys.fill_(0.01)
+        layer.values.fill_(0.01)
+        layer.cumulative_length.fill_(context)
+    return cache
+
+
+CACHES: dict[str, Callable[[Any, int, int], Any]] = {"dynamic": _dynamic, "static": _static}

@@ -1,8 +1,9 @@
 """The recurrent step alone: its bytes per second beside an in-place stream over the same bytes.
 
 One measurement runs the step for every layer in turn, as decode does, on a pool of as many slots as
-the batch has rows. The stream multiplies the same memory in place. `torch` is the better of two
-formulations: baddbmm and bmm, or a sum of outer products and a product with the query.
+the batch has rows. The stream multiplies the same memory in place; on a GPU it copies it, and the
+step runs as a captured graph. `torch` is the better of two formulations: baddbmm and bmm, or a sum
+of outer products and a product with the query.
 """
 
 import statistics
@@ -12,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import Report, run, show
-from benchmarks.shapes import SHAPES, seconds, stream_speed
+from benchmarks.common import Report, run_on_device, show
+from benchmarks.devices import Cpu, Device, seconds
+from benchmarks.shapes import SHAPES
 from engine import ops
 from engine.config import ModelConfig, StateSpec
 from engine.ops import reference
@@ -34,23 +36,24 @@ class Batch(NamedTuple):
     slots: Tensor
 
 
-def measure(quick: bool) -> Report:
+def measure(quick: bool, device: Device | None = None) -> Report:
     """A row for each shape and batch size that fits into memory."""
-    check()
+    device = device or Cpu()
+    check(device)
     shapes = {name: SHAPES[name] for name in (("default", "300M") if quick else SHAPES)}
     rows = [
-        _row(name, config, batch, 0.3 if quick else 2.0)
+        _row(device, name, config, batch, 0.3 if quick else 2.0)
         for name, config in shapes.items()
         for batch in BATCHES[: 3 if quick else 4]
-        if _fits(config, batch)
+        if _fits(config, batch, device)
     ]
     show("The recurrent step, all layers of a model in turn, float32", rows)
     return {"step": rows}
 
 
-def check() -> None:
+def check(device: Device) -> None:
     """Refuse to measure a step that is wrong."""
-    batch = _batch(SHAPES["300M"], 7)
+    batch = _batch(SHAPES["300M"], 7, device)
     exact = batch.pool[:, 3].double()
     expected = reference.recurrent_step(
         batch.q.double(), batch.k.double(), batch.v.double(), exact, None, batch.slots
@@ -62,12 +65,13 @@ def check() -> None:
         raise SystemExit(f"the step is off by {error:.1e} from the reference: nothing is reported")
 
 
-def _batch(config: ModelConfig, size: int) -> Batch:
+def _batch(config: ModelConfig, size: int, device: Device) -> Batch:
     generator = torch.Generator().manual_seed(size)
     shape = size, config.n_head, config.head_dim
     q, k, v = (torch.randn(shape, generator=generator) / config.head_dim**0.5 for _ in range(3))
-    pool = torch.full((size, *StateSpec.of(config).state_shape), 0.01)
-    return Batch(q, k, v, pool, torch.randperm(size, generator=generator).int())
+    pool = torch.full((size, *StateSpec.of(config).state_shape), 0.01, device=device.name)
+    slots = torch.randperm(size, generator=generator).int()
+    return Batch(*(x.to(device.name) for x in (q, k, v)), pool, slots.to(device.name))
 
 
 def _step(batch: Batch, layer: int) -> Tensor:
@@ -75,18 +79,22 @@ def _step(batch: Batch, layer: int) -> Tensor:
     return ops.recurrent_step(q, k, v, pool[:, layer], None, slots)
 
 
-def _fits(config: ModelConfig, batch: int) -> bool:
+def _fits(config: ModelConfig, batch: int, device: Device) -> bool:
     needed = StateSpec.of(config).bytes_per_slot * batch
-    return needed < MOST_MEMORY * available_memory("cpu")
+    return needed < MOST_MEMORY * available_memory(device.name)
 
 
-def _row(name: str, config: ModelConfig, size: int, at_least: float) -> dict[str, object]:
-    batch = _batch(config, size)
-    layers = range(config.n_layer)
-    took = seconds(lambda: [_step(batch, layer) for layer in layers], at_least=at_least)
-    step = statistics.median(took)
-    stream = stream_speed(batch.pool, at_least)
-    peers = [statistics.median(seconds(f, at_least=at_least / 2)) for f in _peers(config, batch)]
+def _row(
+    device: Device, name: str, config: ModelConfig, size: int, at_least: float
+) -> dict[str, object]:
+    batch = _batch(config, size, device)
+
+    def median(work: Callable[[], object], at_least: float) -> float:
+        return statistics.median(seconds(device, device.repeatable(work), at_least=at_least))
+
+    step = median(lambda: [_step(batch, layer) for layer in range(config.n_layer)], at_least)
+    stream = device.stream_speed(batch.pool, at_least)
+    peers = [median(peer, at_least / 2) for peer in _peers(config, batch)]
     return {
         "shape": name,
         "batch": size,
@@ -120,4 +128,4 @@ def _peers(config: ModelConfig, batch: Batch) -> list[Callable[[], object]]:
 
 
 if __name__ == "__main__":
-    run(__doc__, measure)
+    run_on_device(__doc__, measure)

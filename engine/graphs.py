@@ -122,9 +122,17 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             outputs = function()
+        return Captured(graph, function, outputs)
 
-        def replay() -> T:
-            graph.replay()
-            return outputs
 
-        return replay
+class Captured(Generic[T]):
+    """A graph, and what must live as long: the function holds the tensors that the graph reads."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, function: Callable[[], T], outputs: T) -> None:
+        self._graph = graph
+        self._function = function
+        self._outputs = outputs
+
+    def __call__(self) -> T:
+        self._graph.replay()
+        return self._outputs

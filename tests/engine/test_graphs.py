@@ -40,7 +40,9 @@ def generated(engine: Engine, params: SamplingParams) -> list[tuple[int, ...]]:
     ],
     ids=["greedy", "chance", "penalty"],
 )
-def test_an_engine_with_graphs_gives_the_same_ids(gptj_folder: Path, params: SamplingParams) -> None:
+def test_an_engine_with_graphs_gives_the_same_ids(
+    gptj_folder: Path, params: SamplingParams
+) -> None:
     """On the CPU rows do not know each other, so that padding changes no bit."""
     config = EngineConfig(max_slots=5, max_batch_tokens=8, device="cpu")
     expected = generated(Engine(gptj_folder, config), params)
@@ -75,7 +77,9 @@ def test_a_batch_takes_the_smallest_graph_that_holds_it(device: str) -> None:
         rows = [Row(10 + i, 100 + i, i) for i in range(num_rows)]
         out = graphs.run(rows).cpu()
         assert out.shape == (3, size)
-        assert out[:, :num_rows].T.tolist() == [[2 * row.id, row.position, row.slot] for row in rows]
+        assert out[:, :num_rows].T.tolist() == [
+            [2 * row.id, row.position, row.slot] for row in rows
+        ]
         assert (out[2, num_rows:] == -1).all()
 
 
