@@ -3,10 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test asan check bench gpu-check train format clean
+.PHONY: help setup serve test test-clients fuzz asan check bench gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +36,21 @@ asan: setup ## Run the op tests under AddressSanitizer (GCC)
 	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
 	$(BIN)/python -m pytest -q $(OPS_TESTS) $(ARGS)
 
+test-clients: setup $(CLIENTS)/ready ## Test with the clients that people bring (openai, litellm, lm-eval, ...)
+	$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients $(ARGS)
+
+fuzz: setup $(CLIENTS)/ready ## Ten minutes of schemathesis against the published description
+	COTTENTION_FUZZ_SECONDS=600 $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini -s tests/clients/test_schemathesis.py
+
+# The clients pull much, some of it older than what the server is tested with. Node's is optional.
+$(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	echo '*' > $(CLIENTS)/.gitignore
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt torch==2.13.0
+	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt --editable '.[clients]'
+	-npm install --silent --no-fund --no-audit --prefix $(CLIENTS)/node openai@7.57.0
+	@touch $@
+
 check: setup ## Lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,4 +71,4 @@ format: setup ## Rewrite the code in the house's format
 	$(BIN)/ruff format .
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(CLIENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
