@@ -18,7 +18,7 @@ from server.body import parse_object, read_body, shown
 from server.choices import Choices
 from server.context import Context
 from server.errors import ApiError, engine_failed
-from server.orders import Order
+from server.orders import QUICK_IDS, Order
 from server.reading import Reading
 from server.request_ids import request_id_of
 from server.streaming import Events, EventStream, Heading, closing, usage_of
@@ -76,12 +76,15 @@ async def _whole(reading: Reading, heading: Heading, choices: Choices, order: Or
     pieces = await reading.take()
     if any(piece.finish_reason is FinishReason.ERROR for piece in pieces.values()):
         raise engine_failed()
-    best = best_choices(pieces, order)
-    content = asdict(heading) | {
-        "choices": [choices.whole(index, piece) for index, piece in best.items()],
-        "usage": usage_of(order.num_prompt, reading.num_generated),
-    }
-    return JSONResponse(content | choices.beside(best))
+    usage = usage_of(order.num_prompt, reading.num_generated)
+
+    def worded() -> Response:
+        best = best_choices(pieces, order)
+        told = [choices.whole(index, piece) for index, piece in best.items()]
+        beside = choices.beside(best)
+        return JSONResponse(asdict(heading) | {"choices": told, "usage": usage} | beside)
+
+    return await asyncio.to_thread(worded) if usage["total_tokens"] > QUICK_IDS else worded()
 
 
 def check_model(asked: str | None, context: Context) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineStoppedError
 from engine.outputs import EngineStats, FinishReason, Output
-from server.orders import Order
+from server.orders import QUICK_IDS, Order
 from server.reading import Reading
 
 if TYPE_CHECKING:  # the engine brings torch with it, which the server does not know
@@ -27,9 +27,6 @@ logger = logging.getLogger("cottention")
 
 Deliver = Callable[[list[Output]], None]
 OnDeath = Callable[[BaseException], None]
-
-QUICK_IDS = 16 * 1024
-"""Longer prompts are checked and copied in a thread; shorter ones would only wait for it."""
 
 
 class Phase(StrEnum):

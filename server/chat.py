@@ -70,7 +70,7 @@ def render(
     """The prompt of a chat. Raises ApiError."""
     variables = more | {"add_generation_prompt": add_generation_prompt}
     try:
-        text = template.render(messages, **variables)
+        text = template.render(messages, variables)
     except ChatTemplateError as error:
         raise invalid("messages", str(error)) from None
     if not text:

@@ -7,6 +7,7 @@ Owns the names in a choice's object and what its first chunk says beside text. F
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from json.encoder import encode_basestring_ascii as quoted
 from typing import TYPE_CHECKING
 
 from engine.outputs import TokenLogprob
@@ -78,7 +79,7 @@ class CompletionChoices(Choices):
             yield f'"choices":[{compact(self.whole(index, piece))}]'
             return
         yield (
-            f'"choices":[{{"index":{index},"text":{json.dumps(piece.text)},"logprobs":null,'
+            f'"choices":[{{"index":{index},"text":{quoted(piece.text)},"logprobs":null,'
             f'"finish_reason":{ending(piece)}}}]'
         )
 
@@ -134,7 +135,7 @@ class ChatChoices(Choices):
             )
             ids = self._order.prompts[0] if self._details.token_ids else None
             yield role + (f',"prompt_token_ids":{compact(ids)}' if ids else "")
-        text = f'"content":{json.dumps(piece.text)}' if piece.text else ""
+        text = f'"content":{quoted(piece.text)}' if piece.text else ""
         yield (
             f'{head}{text}}},"logprobs":{compact(self._logprobs(piece))},'
             f'"finish_reason":{ending(piece)}{self._ids(piece)}}}]'

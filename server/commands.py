@@ -84,12 +84,15 @@ def info(model: str | None, engine_config: EngineConfig) -> int:
 
 
 def build() -> int:
-    """Compile the ops."""
+    """Compile the ops, and those for CUDA where torch can use them or COTTENTION_CUDA=1 asks."""
+    from engine.ops import build_cuda
     from engine.ops.build import BuildError
     from engine.ops.build import build as build_ops
 
     try:
         print(build_ops())
+        if build_cuda.is_wanted():
+            print(build_cuda.build_cuda())
     except BuildError as error:
         raise CottentionError(str(error)) from None
     return 0

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
 
 
+QUICK_IDS = 16 * 1024
+"""More ids than these are gone through in a thread; fewer would only wait for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Details:
     """What an answer tells beside its text.
@@ -58,6 +62,11 @@ class Order:
     def needs_tokens(self) -> bool:
         """Whether ids are told or judged, or text alone."""
         return self.params.logprobs is not None or not self.details.is_text_alone
+
+    @property
+    def tells_long_prompt(self) -> bool:
+        """Whether wording the answer takes long enough to be done beside the event loop."""
+        return self.num_prompt > QUICK_IDS and not self.details.is_text_alone
 
     @property
     def num_prompt(self) -> int:

@@ -40,6 +40,7 @@ class Events:
         self._head = f"data: {compact(asdict(heading))[:-1]},"
         self._choices = choices
         self._num_prompt = order.num_prompt
+        self._is_long = order.tells_long_prompt
         self._options = order.stream_options
 
     def pieces(self, pieces: Mapping[int, Piece], num_generated: int) -> str:
@@ -50,6 +51,12 @@ class Events:
             for index, piece in pieces.items()
             for chunk in self._choices.chunks(index, piece)
         )
+
+    async def worded(self, pieces: Mapping[int, Piece], num_generated: int) -> str:
+        """As `pieces`; beside the loop where a long prompt is told."""
+        if self._is_long:
+            return await asyncio.to_thread(self.pieces, pieces, num_generated)
+        return self.pieces(pieces, num_generated)
 
     def _tail(self, num_generated: int) -> str:
         if self._options.continuous_usage_stats:
@@ -97,7 +104,7 @@ class EventStream(Response):
         reading, events = self._reading, self._events
         while reading.has_more:
             pieces = await reading.take(self._keep_alive)
-            yield events.pieces(pieces, reading.num_generated) or KEEP_ALIVE
+            yield await events.worded(pieces, reading.num_generated) or KEEP_ALIVE
             if any(piece.finish_reason is FinishReason.ERROR for piece in pieces.values()):
                 yield events.error(engine_failed())
                 return

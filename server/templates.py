@@ -51,9 +51,9 @@ class ChatTemplate:
     stop: tuple[str, ...]
     variables: Mapping[str, str]
 
-    def render(self, messages: Sequence[Message], **variables: Any) -> str:
-        """The prompt. Raises ChatTemplateError."""
-        given = {**self.variables, **variables, "messages": messages}
+    def render(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
+        """The prompt, with `more` variables. Raises ChatTemplateError."""
+        given = {**self.variables, **more, "messages": messages}
         deadline = time.monotonic() + MAX_SECONDS
         parts: list[str] = []
         length = 0

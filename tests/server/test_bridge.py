@@ -10,8 +10,8 @@ import pytest
 from engine.errors import EngineStoppedError
 from engine.outputs import FinishReason, Output
 from engine.params import SamplingParams
-from server.bridge import QUICK_IDS, Bridge
-from server.orders import Details, Order
+from server.bridge import Bridge
+from server.orders import QUICK_IDS, Details, Order
 from server.reading import Reading, ReadingClosed
 from server.sampling import StreamOptions
 from tests.server.fake_engine import FakeEngine

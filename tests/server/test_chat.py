@@ -111,7 +111,8 @@ def test_parts_of_text_and_null_fields_are_taken(live: Live) -> None:
 
 
 def test_variables_of_a_request_reach_the_template(live: Live) -> None:
-    answer = live.chat("one", chat_template_kwargs={"tail": "!"}).json()
+    variables = {"tail": "!", "messages": [], "self": 1, "add_generation_prompt": 3}
+    answer = live.chat("one", chat_template_kwargs=variables).json()
     assert answer["choices"][0]["message"]["content"] == "one!"
 
 

@@ -116,8 +116,11 @@ def test_build_says_what_it_built_or_what_it_lacks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build, "build", lambda: Path("/somewhere/ops.so"))
-    assert cli.main(["build"]) == 0
-    assert capsys.readouterr().out == "/somewhere/ops.so\n"
+    monkeypatch.setattr(build_cuda, "build_cuda", lambda: Path("/somewhere/cuda.so"))
+    for wanted, printed in ("0", "/somewhere/ops.so\n"), ("1", "/somewhere/ops.so\n/somewhere/cuda.so\n"):
+        monkeypatch.setenv("COTTENTION_CUDA", wanted)
+        assert cli.main(["build"]) == 0
+        assert capsys.readouterr().out == printed
 
     def without_compiler() -> Path:
         raise build.BuildError("there is no C++ compiler:\ninstall g++")

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from server.orders import QUICK_IDS
 from tests.server.live import Live
 
 Choice = dict[str, Any]
@@ -177,3 +178,10 @@ def test_an_answer_carries_the_request_s_id(shared: Live) -> None:
     )
     assert response.json()["id"] == "cmpl-theirs"
     assert response.headers["x-request-id"] == "theirs"
+
+
+def test_a_long_prompt_is_told_beside_the_loop(shared: Live) -> None:
+    body = {"prompt": [97] * (QUICK_IDS + 1), "max_tokens": 1, "echo": True, "logprobs": 0}
+    (choice,) = whole(shared, **body)
+    assert len(choice["logprobs"]["tokens"]) == QUICK_IDS + 2
+    assert joined(shared, **body) == [choice]

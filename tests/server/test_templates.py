@@ -31,10 +31,10 @@ def test_none_where_the_folder_has_none(tmp_path: Path) -> None:
 
 def test_the_folder_s_own(tmp_path: Path) -> None:
     template = found("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", tmp_path)
-    assert template.render(MESSAGES) == "hi <b>"
+    assert template.render(MESSAGES, {}) == "hi <b>"
     config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "pad_token": None}
     template = found("{{ bos_token }}{{ eos_token }}", tmp_path, **config)
-    assert template.render(MESSAGES) == "<s></s>"
+    assert template.render(MESSAGES, {}) == "<s></s>"
 
 
 def test_a_file_of_its_own_goes_before_the_configuration(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_file_of_its_own_goes_before_the_configuration(tmp_path: Path) -> None
     (tmp_path / "chat_template.jinja").write_text("file")
     template = find_template(None, tmp_path)
     assert template
-    assert template.render(MESSAGES) == "file"
+    assert template.render(MESSAGES, {}) == "file"
 
 
 def test_named_ones_are_chosen_by_name(tmp_path: Path) -> None:
@@ -51,14 +51,14 @@ def test_named_ones_are_chosen_by_name(tmp_path: Path) -> None:
     for choice, says in ((None, "d"), ("rag", "r")):
         template = find_template(choice, tmp_path)
         assert template
-        assert template.render(MESSAGES) == says
+        assert template.render(MESSAGES, {}) == says
 
 
 def test_the_plain_one(tmp_path: Path) -> None:
     template = find_template("plain", tmp_path)
     assert template
     past = [{"role": "system", "content": "Be brief.\n"}, *MESSAGES]
-    assert template.render(past, add_generation_prompt=True) == (
+    assert template.render(past, {"add_generation_prompt": True}) == (
         "System: Be brief.\n\nUser: hi <b>\n\nAssistant:"
     )
     assert template.stop == ("\nUser:",)
@@ -68,7 +68,7 @@ def test_a_file_is_chosen_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("mine")
     template = find_template(str(tmp_path / "mine.jinja"), tmp_path)
     assert template
-    assert template.render(MESSAGES) == "mine"
+    assert template.render(MESSAGES, {}) == "mine"
 
 
 @pytest.mark.parametrize(("choice", "says"), [("nowhere", "nor one of: plain"), (".", "neither")])
@@ -92,7 +92,7 @@ def test_what_is_no_jinja_is_told_at_the_start(tmp_path: Path) -> None:
     ],
 )
 def test_what_published_templates_use(source: str, says: str, tmp_path: Path) -> None:
-    assert found(source, tmp_path).render(MESSAGES) == says
+    assert found(source, tmp_path).render(MESSAGES, {}) == says
 
 
 @pytest.mark.parametrize(
@@ -114,4 +114,4 @@ def test_what_a_template_may_not_do(
 ) -> None:
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.05)
     with pytest.raises(ChatTemplateError):
-        found(source, tmp_path).render(MESSAGES)
+        found(source, tmp_path).render(MESSAGES, {})
