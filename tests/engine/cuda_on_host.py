@@ -154,7 +154,8 @@ def _library() -> ctypes.CDLL:
     """Compiled once per process."""
     source = Path(__file__).with_suffix(".cpp")
     include = Path(torch.__file__).parent / "include"
-    flags = "-std=c++17 -O2 -fPIC -shared -Wall -Werror -Wno-unknown-pragmas"
+    flags = "-std=c++17 -O2 -fPIC -shared -Wall -Werror -Wno-unknown-pragmas "
+    flags += os.environ.get("COTTENTION_CXXFLAGS", "")
     with tempfile.TemporaryDirectory() as folder:
         target = os.path.join(folder, "cuda_on_host.so")
         command = [*shlex.split(compiler()), *flags.split(), "-isystem", str(include)]

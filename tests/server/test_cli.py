@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from engine.ops import build
+from engine.ops import build, build_cuda
 from server import cli
 from server.lifecycle import bind_socket
 
@@ -117,7 +117,10 @@ def test_build_says_what_it_built_or_what_it_lacks(
 ) -> None:
     monkeypatch.setattr(build, "build", lambda: Path("/somewhere/ops.so"))
     monkeypatch.setattr(build_cuda, "build_cuda", lambda: Path("/somewhere/cuda.so"))
-    for wanted, printed in ("0", "/somewhere/ops.so\n"), ("1", "/somewhere/ops.so\n/somewhere/cuda.so\n"):
+    for wanted, printed in (
+        ("0", "/somewhere/ops.so\n"),
+        ("1", "/somewhere/ops.so\n/somewhere/cuda.so\n"),
+    ):
         monkeypatch.setenv("COTTENTION_CUDA", wanted)
         assert cli.main(["build"]) == 0
         assert capsys.readouterr().out == printed
