@@ -7,7 +7,7 @@ import torch
 
 from engine.errors import CottentionError
 from engine.training.bpe import train_tokenizer
-from engine.training.corpus import read_corpus, standard_library
+from engine.training.corpus import read_corpus, standard_library, without_tables
 from engine.training.data import token_stream
 from engine.training.export import write_folder, write_json
 from engine.training.facts import card_of, facts_of
@@ -16,7 +16,7 @@ from engine.training.memory import keep_freed_memory
 from engine.training.progress import PlainProgress, open_progress
 from engine.training.rounding import round_best
 from engine.training.samples import PROMPTS, greedy_text
-from engine.training.score import HeldOut
+from engine.training.score import HeldOut, score
 from engine.training.settings import TrainingSettings, parse
 
 
@@ -49,7 +49,9 @@ def train(settings: TrainingSettings, arguments: Sequence[str], progress: PlainP
     outcome = run.train(progress)
     rounded = round_best(outcome.weights, run.model_config, held_out)
     write_folder(settings.output, run.model_config, rounded.dtype, rounded.weights, tokenizer)
-    facts = facts_of(settings, corpus, outcome, rounded, arguments)
+    code = HeldOut.of(tokenizer, without_tables(corpus.held_out), settings.context)
+    code_score = score(rounded.model, code, dtype=torch.float32)
+    facts = facts_of(settings, corpus, outcome, rounded, code_score, arguments)
     write_json(settings.output / "training.json", facts)
     card = card_of(settings.output.name, facts)
     (settings.output / "README.md").write_text(card, encoding="utf-8")

@@ -19,6 +19,9 @@ WRITTEN_BY_THE_BUILD = ("_sysconfigdata", "config-")
 
 HELD_OUT_ONE_IN = 20
 
+CHARACTER_TABLES = "encodings/"
+"""The standard library's character tables: so much alike that a model knows the held-out ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
@@ -64,6 +67,11 @@ def is_held_out(path: str) -> bool:
     """One file in twenty, by the SHA-256 of its path alone: the split never depends on a score."""
     digest = hashlib.sha256(path.encode("utf-8")).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
+
+
+def without_tables(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
+    """Files that are no character tables: what a score means for code that people write."""
+    return tuple(file for file in files if not file.path.startswith(CHARACTER_TABLES))
 
 
 def corpus_hash(files: Sequence[SourceFile]) -> str:

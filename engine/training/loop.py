@@ -24,8 +24,16 @@ LOSS_MEMORY = 0.98
 RATE_MEMORY = 0.9
 
 IDENTITY = (
-    "seed", "context", "layers", "width", "heads", "vocab_size", "batch_tokens", "learning_rate",
-    "weight_decay", "dropout",
+    "seed",
+    "context",
+    "layers",
+    "width",
+    "heads",
+    "vocab_size",
+    "batch_tokens",
+    "learning_rate",
+    "weight_decay",
+    "dropout",
 )
 """Settings that a resumed run must share with the one it continues."""
 
@@ -69,9 +77,7 @@ class Run:
         self._model = new_model(CottentionForCausalLM(self.model_config))
         add_dropout(self._model, settings.dropout)
         self._model.to(self._device).train()
-        self._optimizers = Optimizers(
-            self._model, settings.learning_rate, settings.weight_decay
-        )
+        self._optimizers = Optimizers(self._model, settings.learning_rate, settings.weight_decay)
         self._per_epoch = batches_per_epoch(stream, settings.context, settings.batch)
         self._steps = settings.steps or round(settings.epochs * self._per_epoch)
         self._place = Place()

@@ -13,7 +13,7 @@ from engine.training.forward import logits_of
 PROMPTS = (
     "def __init__(self, ",
     "import os\nimport sys\n\n",
-    "class Queue:\n    \"\"\"",
+    'class Queue:\n    """',
     "    for key, value in ",
 )
 
