@@ -31,8 +31,17 @@ NO_TEMPLATE = (
 )
 
 
+MESSAGES = [{"role": "user", "content": "Write a loop."}]
+EXAMPLES = (
+    {"messages": MESSAGES, "max_tokens": 8},
+    {"messages": MESSAGES, "max_tokens": 8, "n": 2, "stream": True, "logprobs": True},
+)
+
+
 @router.post(
-    "/v1/chat/completions", response_model=ChatCompletion, **described(ChatRequest, streams=True)
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    **described(ChatRequest, examples=EXAMPLES, streams=True),
 )
 async def create_chat_completion(request: Request, context: ContextDep) -> Response:
     """Answer the last of some messages, whole or as a stream of events."""

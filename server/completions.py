@@ -24,8 +24,16 @@ router = APIRouter()
 COMPLETION = Kind("cmpl", "text_completion", "text_completion", CompletionChoices)
 
 
+EXAMPLES = (
+    {"prompt": "def f(x):", "max_tokens": 8},
+    {"prompt": ["a", "b"], "n": 2, "max_tokens": 8, "stream": True, "logprobs": 2, "echo": True},
+)
+
+
 @router.post(
-    "/v1/completions", response_model=Completion, **described(CompletionRequest, streams=True)
+    "/v1/completions",
+    response_model=Completion,
+    **described(CompletionRequest, examples=EXAMPLES, streams=True),
 )
 async def create_completion(request: Request, context: ContextDep) -> Response:
     """Continue one prompt or several, whole or as a stream of events."""

@@ -24,15 +24,25 @@ ERRORS = {
     503: "The server takes no new work now.",
 }
 
-EVENTS: Schema = {"text/event-stream": {"schema": {"type": "string"}}}
+EVENTS: Schema = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "description": "Each event; its data is a chunk, an error or, at the end, [DONE].",
+            "properties": {"data": {"type": "string"}},
+            "required": ["data"],
+        }
+    }
+}
 _BODY_ERRORS = (400, 401, 404, 413, 500, 503)
 
 
-def described(*bodies: type[Body], streams: bool = False) -> Schema:
-    """What a route that takes one of these bodies says of itself."""
+def described(*bodies: type[Body], examples: Sequence[Schema], streams: bool = False) -> Schema:
+    """What a route that takes one of these bodies, for example these, says of itself."""
     references = [{"$ref": f"#/components/schemas/{body.__name__}"} for body in bodies]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
-    content = {"application/json": {"schema": schema}}
+    shown = {str(place): {"value": each} for place, each in enumerate(examples)}
+    content = {"application/json": {"schema": schema, "examples": shown}}
     answers: dict[int | str, Schema] = {200: {"content": EVENTS}} if streams else {}
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": content}},

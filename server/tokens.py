@@ -55,14 +55,20 @@ class DetokenizeRequest(Body):
 
 
 @router.post(
-    "/tokenize", response_model=Tokenized, **described(TokenizeRequest, TokenizeChatRequest)
+    "/tokenize",
+    response_model=Tokenized,
+    **described(TokenizeRequest, TokenizeChatRequest, examples=[{"prompt": "def f(x):"}]),
 )
 async def tokenize(request: Request, context: ContextDep) -> Response:
     """Ids of a text, or of what the chat template makes of messages."""
     return JSONResponse(await read_body_with(request, context, _tokenized))
 
 
-@router.post("/detokenize", response_model=Detokenized, **described(DetokenizeRequest))
+@router.post(
+    "/detokenize",
+    response_model=Detokenized,
+    **described(DetokenizeRequest, examples=[{"tokens": [70, 71]}]),
+)
 async def detokenize(request: Request, context: ContextDep) -> Response:
     """Text of ids, special tokens written out."""
     return JSONResponse(await read_body_with(request, context, _detokenized))

@@ -178,3 +178,15 @@ def test_a_server_that_shuts_down_is_its_own_exception() -> None:
         rest = "".join(chunk.choices[0].text for chunk in running)
         assert first + rest == string.ascii_lowercase
         assert popen.wait(20) == 0
+
+
+def test_every_field_of_its_own_schemas_is_on_the_page() -> None:
+    """What a newer client may send is built, accepted where neutral, or refused by name."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    bodies = (
+        openai.types.chat.completion_create_params.CompletionCreateParamsBase,
+        openai.types.completion_create_params.CompletionCreateParamsBase,
+        openai.types.chat.ChatCompletionStreamOptionsParam,
+    )
+    names = {name for body in bodies for name in body.__annotations__}
+    assert {name for name in names if f"`{name}`" not in page} == set()
