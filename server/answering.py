@@ -41,16 +41,20 @@ class Kind:
     choices: type[Choices]
 
 
-async def read_order(request: Request, context: Context, read: Read[Order]) -> Order:
+async def read_order(
+    request: Request, context: Context, read: Read[Order], max_quick: int = QUICK_BODY_BYTES
+) -> Order:
     """The order in a request's body."""
     context.bridge.check_accepting()
-    return await read_body_with(request, context, read)
+    return await read_body_with(request, context, read, max_quick)
 
 
-async def read_body_with(request: Request, context: Context, read: Read[Found]) -> Found:
-    """What `read` finds in a request's body; long ones are read beside the loop."""
+async def read_body_with(
+    request: Request, context: Context, read: Read[Found], max_quick: int = QUICK_BODY_BYTES
+) -> Found:
+    """What `read` finds in a request's body; those of more bytes are read beside the loop."""
     raw = await read_body(request, context.config.max_body_bytes)
-    if len(raw) <= QUICK_BODY_BYTES:
+    if len(raw) <= max_quick:
         return read(parse_object(raw), context)
     return await asyncio.to_thread(lambda: read(parse_object(raw), context))
 

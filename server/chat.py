@@ -25,6 +25,9 @@ router = APIRouter()
 
 CHAT = Kind("chatcmpl", "chat.completion", "chat.completion.chunk", ChatChoices)
 
+NEVER_QUICK = 0
+"""A template is a program of somebody else's: it runs beside the loop, however short the body."""
+
 NO_TEMPLATE = (
     "this model has no chat template: start the server with --chat-template FILE, or with"
     " --chat-template plain for a plain one, or use /v1/completions"
@@ -45,7 +48,7 @@ EXAMPLES = (
 )
 async def create_chat_completion(request: Request, context: ContextDep) -> Response:
     """Answer the last of some messages, whole or as a stream of events."""
-    order = await read_order(request, context, read_chat)
+    order = await read_order(request, context, read_chat, max_quick=NEVER_QUICK)
     return await answer(request, context, order, CHAT)
 
 

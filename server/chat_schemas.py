@@ -1,10 +1,9 @@
 """What a chat request may hold. Knows neither templates nor answers."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NotRequired
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, PlainValidator, with_config
-from typing_extensions import TypedDict
+from pydantic import BaseModel, Field, PlainValidator
 
 from server.body import shown
 from server.checking import checked
@@ -28,20 +27,19 @@ NEUTRAL_IN_MESSAGES: Neutral = {
 """What clients send back of an assistant's message, where it is empty."""
 
 
-@with_config(ConfigDict(extra="forbid"))
-class TextPart(TypedDict):
+class TextPart(BaseModel):
     """One of several parts of a content."""
 
     type: Literal["text"]
     text: str
 
 
-class GivenMessage(TypedDict):
+class GivenMessage(BaseModel):
     """As the published description shows it."""
 
     role: str
     content: str | list[TextPart]
-    name: NotRequired[str]
+    name: str | None = None
 
 
 def _messages(value: Any) -> list[dict[str, str]]:

@@ -5,14 +5,16 @@ Owns how each is read and what is wrong with it. Does not know which field has w
 
 from typing import Annotated, Any
 
-from pydantic import PlainValidator, ValidationInfo
+from pydantic import Field, PlainValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from server.body import is_text
+from server.request_ids import HARMLESS
 
 Prompt = str | list[int]
 
 MAX_ID_DIGITS = 10
+PATTERN = f"^{HARMLESS.pattern}$"
 
 
 def told(message: str) -> PydanticCustomError:
@@ -35,6 +37,12 @@ def _text(value: Any, info: ValidationInfo) -> str:
     if not isinstance(value, str):
         raise wrong_type()
     check_text(str(info.field_name), value)
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not HARMLESS.fullmatch(value):
+        raise wrong_type()
     return value
 
 
@@ -101,6 +109,9 @@ def _id_of(key: str) -> int:
 
 
 Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
+Name = Annotated[
+    str, PlainValidator(_name, json_schema_input_type=Annotated[str, Field(pattern=PATTERN)])
+]
 Prompts = Annotated[
     list[Prompt],
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),

@@ -13,7 +13,7 @@ from pydantic import Field
 from engine.params import SamplingParams
 from server.checking import Body
 from server.errors import invalid
-from server.fields import Biases, ListedStrings, Strings, Text, TokenIds
+from server.fields import Biases, ListedStrings, Name, Strings, Text, TokenIds
 from server.neutral import STREAM_OPTIONS, Neutral
 
 MAX_CHOICES = 128
@@ -23,6 +23,7 @@ MAX_PRIORITY = 2**31 - 1
 
 BOOLEAN = "true or false"
 PRIORITY = "a whole number of 32 bits"
+NAME = "up to 128 letters, digits, ., _, : and -"
 IDS = "a list of token ids"
 CUT = "a whole number from 1, or -1 for the model's trained length"
 
@@ -76,7 +77,7 @@ class SamplingBody(Body):
     stream: bool = Field(False, description=BOOLEAN)
     stream_options: StreamOptions | None = Field(None, description="an object")
     priority: int = ranged(0, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
-    request_id: Text | None = Field(None, description="a string")
+    request_id: Name | None = Field(None, description=NAME)
 
     def engine_params(self, **more: Any) -> SamplingParams:
         """The engine's parameters: those of the same names, and `more`. Raises ParameterError."""

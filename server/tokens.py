@@ -9,7 +9,7 @@ from pydantic import Field
 
 from server.answering import check_model, read_body_with
 from server.answers import Detokenized, Shape, Tokenized
-from server.chat import render, template_of
+from server.chat import NEVER_QUICK, render, template_of
 from server.chat_schemas import MESSAGES, Messages
 from server.checking import Body, checked
 from server.completions import check_special_tokens
@@ -61,7 +61,7 @@ class DetokenizeRequest(Body):
 )
 async def tokenize(request: Request, context: ContextDep) -> Response:
     """Ids of a text, or of what the chat template makes of messages."""
-    return JSONResponse(await read_body_with(request, context, _tokenized))
+    return JSONResponse(await read_body_with(request, context, _tokenized, NEVER_QUICK))
 
 
 @router.post(

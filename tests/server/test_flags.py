@@ -33,6 +33,7 @@ def test_types_are_those_of_the_fields() -> None:
     assert (given.drain_seconds, given.served_model_name, given.log_level) == (2.5, "7", "debug")
     assert read(GenerateConfig, "--stop a --stop b").stop == ("a", "b")
     assert read(GenerateConfig, COTTENTION_STOP="a b").stop == ("a b",)
+    assert read(ServerConfig, COTTENTION_API_KEY="secret").api_key == ("secret",)
 
 
 @pytest.mark.parametrize(
