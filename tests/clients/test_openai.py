@@ -162,7 +162,7 @@ def test_retries(served: Served) -> None:
 
 def test_a_server_that_shuts_down_is_its_own_exception() -> None:
     """What runs is finished, and newcomers hear when to come again."""
-    command = [SERVER_PYTHON, "-m", "tests.server.fake_main", "0.05", "20"]
+    command = [SERVER_PYTHON, "-m", "tests.server.fake_main", "0.1", "20"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
         assert popen.stdout
         url = popen.stdout.readline().strip()
