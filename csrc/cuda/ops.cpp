@@ -93,7 +93,7 @@ MapParams map_params(const Tensor& joined, const Tensor& positions, const Tensor
   return m;
 }
 
-// Two kernels: q, k and v are mapped into memory of the op's own, together with gelu; then the step.
+// Two kernels: q, k and v are mapped into memory of the op's own, beside them gelu; then the step.
 void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                     const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
                     const std::optional<Tensor>& offsets, const Tensor& out) {

@@ -85,7 +85,8 @@ struct Thread {
       const Quad key = load_input(input(p.k, at, token) + column(i), p.is_aligned);
       const Quad query = load_input(input(p.q, at, token) + column(i), p.is_aligned);
       COTTENTION_UNROLL
-      for (int r = 0; r < Shape::kRows; ++r) sums[r] = moved(h[r][i], value[r], key, query, sums[r]);
+      for (int r = 0; r < Shape::kRows; ++r)
+        sums[r] = moved(h[r][i], value[r], key, query, sums[r]);
       if (p.z) sums[Shape::kRows] = moved(z[i], 1.0f, key, query, sums[Shape::kRows]);
     }
   }

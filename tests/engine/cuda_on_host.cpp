@@ -120,12 +120,12 @@ const char* launch_map(const MapParams& p, Type type, void*) {
 
 }  // namespace cottention::cuda
 
-extern "C" __attribute__((visibility("default"))) void step_on_host(
-    const cottention::cuda::StepParams* p, int in, int out) {
-  cottention::cuda::launch_step(*p, cottention::cuda::Type(in), cottention::cuda::Type(out), nullptr);
+namespace cuda = cottention::cuda;
+
+extern "C" void step_on_host(const cuda::StepParams* p, int in, int out) {
+  cuda::launch_step(*p, cuda::Type(in), cuda::Type(out), nullptr);
 }
 
-extern "C" __attribute__((visibility("default"))) void map_on_host(
-    const cottention::cuda::MapParams* p, int type) {
-  cottention::cuda::launch_map(*p, cottention::cuda::Type(type), nullptr);
+extern "C" void map_on_host(const cuda::MapParams* p, int type) {
+  cuda::launch_map(*p, cuda::Type(type), nullptr);
 }
