@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
 
 
-def compact(value: object) -> str:
-    """JSON in ASCII, since some clients take U+2028 and its like for the end of a line."""
-    return json.dumps(value, separators=(",", ":"))
+compact = json.JSONEncoder(separators=(",", ":")).encode
+"""JSON in ASCII, since some clients take U+2028 and its like for the end of a line."""
 
 
 class Choices(ABC):
@@ -136,6 +135,9 @@ class ChatChoices(Choices):
             ids = self._order.prompts[0] if self._details.token_ids else None
             yield role + (f',"prompt_token_ids":{compact(ids)}' if ids else "")
         text = f'"content":{quoted(piece.text)}' if piece.text else ""
+        if self._details.is_text_alone:
+            yield f'{head}{text}}},"logprobs":null,"finish_reason":{ending(piece)}}}]'
+            return
         yield (
             f'{head}{text}}},"logprobs":{compact(self._logprobs(piece))},'
             f'"finish_reason":{ending(piece)}{self._ids(piece)}}}]'

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigurationError
-from server import templates
+from server import cli, templates
 from server.templates import ChatTemplate, ChatTemplateError, find_template
 
 MESSAGES = [{"role": "user", "content": "hi <b>"}]
@@ -115,3 +115,13 @@ def test_what_a_template_may_not_do(
     monkeypatch.setattr(templates, "MAX_SECONDS", 0.05)
     with pytest.raises(ChatTemplateError):
         found(source, tmp_path).render(MESSAGES, {})
+
+
+def test_a_mistaken_choice_is_one_line_of_the_command(
+    capsys: pytest.CaptureFixture[str], gptj_folder: Path
+) -> None:
+    status = cli.main(["serve", str(gptj_folder), "--port", "0", "--chat-template", "nowhere"])
+    told = capsys.readouterr().err
+    assert status == 2
+    assert told.count("\n") == 1
+    assert "--chat-template nowhere is neither a file of text nor one of: plain" in told
