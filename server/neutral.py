@@ -39,7 +39,7 @@ SAMPLING: Neutral = {
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
     "session_id": (),
-    "return_token_offsets": (False,),
+    "return_token_offsets": (ANY,),  # of vLLM's render endpoints alone
     "return_mm_kwargs": (ANY,),  # of inputs other than text
     "routed_experts_prompt_start": (0,),
     "cache_salt": (ANY,),  # nothing is shared between requests
@@ -79,6 +79,7 @@ CHAT: Neutral = {
     "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
+    "return_prompt_text": (False,),
     "include_reasoning": (ANY,),  # there is none
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),

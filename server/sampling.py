@@ -19,10 +19,10 @@ from server.neutral import STREAM_OPTIONS, Neutral
 MAX_CHOICES = 128
 """Most continuations of one request: its prompts times n, or times best_of."""
 
-MAX_PRIORITY = 2**31 - 1
+MAX_PRIORITY = 2**63 - 1
 
 BOOLEAN = "true or false"
-PRIORITY = "a whole number of 32 bits"
+PRIORITY = "a whole number of 64 bits"
 NAME = "up to 128 letters, digits, ., _, : and -"
 IDS = "a list of token ids"
 CUT = "a whole number from 1, or -1 for the model's trained length"

@@ -111,7 +111,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "from 1, or -1"),
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "from 1, or -1"),
     ({"truncation_side": "up"}, "truncation_side", '"left" or "right"'),
-    ({"priority": 2**31}, "priority", "32 bits"),
+    ({"priority": 2**63}, "priority", "64 bits"),
     ({"request_id": 5}, "request_id", "up to 128 letters"),
     ({"request_id": "a\nb"}, "request_id", "up to 128 letters"),
     ({"request_id": "\ud800"}, "request_id", "up to 128 letters"),
