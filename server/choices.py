@@ -36,6 +36,7 @@ class Choices(ABC):
     def __init__(self, order: Order, tokenizer: "Tokenizer") -> None:
         self._order = order
         self._details = order.details
+        self._is_text_alone = order.details.is_text_alone
         self._names = TokenNames(tokenizer, order.details.tokens_as_ids)
         self._begun: set[int] = set()
 
@@ -74,7 +75,7 @@ class CompletionChoices(Choices):
 
     def chunks(self, index: int, piece: Piece) -> Iterator[str]:
         """One chunk, in the quick way where it has nothing but text."""
-        if not self._details.is_text_alone:
+        if not self._is_text_alone:
             yield f'"choices":[{compact(self.whole(index, piece))}]'
             return
         yield (
@@ -135,7 +136,7 @@ class ChatChoices(Choices):
             ids = self._order.prompts[0] if self._details.token_ids else None
             yield role + (f',"prompt_token_ids":{compact(ids)}' if ids else "")
         text = f'"content":{quoted(piece.text)}' if piece.text else ""
-        if self._details.is_text_alone:
+        if self._is_text_alone:
             yield f'{head}{text}}},"logprobs":null,"finish_reason":{ending(piece)}}}]'
             return
         yield (
