@@ -16,7 +16,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // How many neighbouring tasks a thread takes at a time: runs of them lie side by side in memory.
 // Tasks of one length allow long runs, tasks of many lengths none.
 inline int64_t even_run(int64_t count) {
-  return std::max<int64_t>(1, count / (8 * int64_t(torch::stable::get_num_threads())));
+  return std::max<int64_t>(1, count / (32 * int64_t(torch::stable::get_num_threads())));
 }
 
 // Calls task(i) for i in [0, count), `run` at a time. `least` tasks are worth waking a thread for.
