@@ -43,7 +43,7 @@ def train(settings: TrainingSettings, arguments: Sequence[str], progress: PlainP
     corpus = read_corpus(settings.corpus or standard_library())
     tokenizer = train_tokenizer((file.text for file in corpus.training), settings.vocab_size)
     held_out = HeldOut.of(tokenizer, corpus.held_out, settings.context)
-    stream = token_stream(tokenizer, corpus.training)
+    stream = token_stream(tokenizer, corpus.training, settings.cut_every, settings.seed)
     progress.say(f"{len(corpus.training)} files, {len(stream):,} tokens; corpus {corpus.sha256}")
     run = Run(settings, stream, held_out, corpus.sha256)
     outcome = run.train(progress)

@@ -6,6 +6,7 @@ at its first token.
 Letters: B windows, T tokens of one window.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,14 +29,36 @@ class Windows:
     targets: Tensor
 
 
-def token_stream(tokenizer: Tokenizer, files: Sequence[SourceFile]) -> Tensor:
-    """All files in one row, int64 [N], each behind an end-of-text id and one more at the end."""
+def token_stream(
+    tokenizer: Tokenizer, files: Sequence[SourceFile], cut_every: int = 0, seed: int = 0
+) -> Tensor:
+    """All files in one row, int64 [N], each behind an end-of-text id and one more at the end.
+
+    With `cut_every` each text is tokenised in pieces of about so many characters, as a prompt and
+    what follows it are.
+    """
     end = end_of_text_id(tokenizer)
+    places = random.Random(seed)
     ids = [end]
-    for encoded in tokenizer.encode_batch([file.text for file in files]):
-        ids.extend(encoded.ids)
+    for file in files:
+        pieces = cut(file.text, cut_every, places) if cut_every else [file.text]
+        for encoded in tokenizer.encode_batch(pieces):
+            ids.extend(encoded.ids)
         ids.append(end)
     return torch.tensor(ids)
+
+
+def cut(text: str, mean: int, places: random.Random) -> list[str]:
+    """`text` in pieces of `mean` characters on average; every other cut is moved behind a space."""
+    pieces = []
+    start = 0
+    while start < len(text):
+        stop = start + places.randint(1, 2 * mean)
+        if places.random() < 0.5:
+            stop = text.find(" ", stop) + 1 or len(text)
+        pieces.append(text[start:stop])
+        start = stop
+    return pieces
 
 
 def batches_per_epoch(stream: Tensor, context: int, batch: int) -> int:

@@ -3,6 +3,7 @@
 Owns the words. Names the kind of machine, never this one: no paths, no host names.
 """
 
+import json
 import os
 import platform
 import shlex
@@ -70,6 +71,7 @@ def facts_of(
     """Everything that is told of a run, under the names of training.json."""
     return {
         "command": shlex.join(["python", "-m", "engine.training", *arguments]),
+        "began_with": _beginning(settings.begin_with),
         "corpus": _corpus_facts(settings, corpus),
         "model": {
             "parameters": sum(weight.numel() for weight in rounded.weights.values()),
@@ -123,10 +125,24 @@ def card_of(name: str, facts: dict[str, Any]) -> str:
         positions="\n".join(positions),
         context=model["context"],
         num_scores=training["num_scores"],
-        command=facts["command"],
+        command="\n    ".join(_commands(facts)),
         python=training["python"],
         corpus_sha256=corpus["sha256"],
     )
+
+
+def _beginning(folder: Path | None) -> dict[str, Any] | None:
+    """What is told of the run that made the first weights."""
+    told = folder / "training.json" if folder else None
+    if told is None or not told.is_file():
+        return None
+    facts: dict[str, Any] = json.loads(told.read_text(encoding="utf-8"))
+    return facts
+
+
+def _commands(facts: dict[str, Any] | None) -> list[str]:
+    """The commands of all runs that led here, the first one first."""
+    return [*_commands(facts["began_with"]), facts["command"]] if facts else []
 
 
 def python_version() -> str:

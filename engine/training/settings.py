@@ -26,6 +26,12 @@ class TrainingSettings:
     output: Path = flag(SHIPPED_MODEL, "folder for the finished model")
     checkpoints: Path = flag(Path("checkpoints/training"), "folder that a killed run resumes from")
     corpus: Path | None = flag(None, "folder of Python files (default: the standard library)")
+    begin_with: Path | None = flag(None, "model folder whose weights are the first ones")
+    cut_every: int = flag(
+        0,
+        "cut texts at random places, so many characters apart on average, and tokenise the pieces:"
+        " then a prompt that ends inside a word or behind a space is nothing new; 0 cuts none",
+    )
     epochs: float = flag(12.0, "passes over the training text")
     steps: int | None = flag(None, "optimizer steps, instead of --epochs")
     hours: float | None = flag(None, "time limit: the learning rate ends by then at the latest")
