@@ -15,8 +15,8 @@ from torch import Tensor
 from engine.config import STATE_BYTES_PER_ELEMENT, StateSpec
 from engine.errors import OutOfMemoryError
 
-_HEADROOM = 64 * 2**20
-"""Bytes that must stay free beside the pool for the steps themselves."""
+_HEADROOM = {"cpu": 64 * 2**20, "cuda": 2**30}
+"""Bytes that must stay free beside the pool for the steps themselves; graphs keep theirs."""
 
 
 class StatePool:
@@ -82,7 +82,7 @@ def _touched(shape: tuple[int, ...], device: str) -> Tensor:
 
 def _check_memory(spec: StateSpec, num_slots: int, device: str) -> None:
     needed = spec.bytes_per_slot * num_slots
-    available = available_memory(device) - _HEADROOM
+    available = available_memory(device) - _HEADROOM[torch.device(device).type]
     if needed > available:
         most = max(available, 0) // spec.bytes_per_slot
         remedy = f"give --max-slots {most} or fewer, or a smaller --state-memory"
