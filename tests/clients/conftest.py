@@ -21,6 +21,15 @@ KEY = "a key of the tests"
 
 SERVER_PYTHON = os.environ.get("COTTENTION_TEST_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
 
+# No client may go anywhere else, or count its users; some look when they are imported.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "OPENAI_API_KEY": "not this one",
+}
+
 if importlib.util.find_spec("schemathesis") is None:
     collect_ignore_glob = ["test_*.py"]
 
@@ -61,14 +70,6 @@ def served() -> Iterator[Served]:
     """One server for all clients."""
     with serving() as served:
         yield served
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No client may go anywhere else or count its users."""
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "LITELLM_LOCAL_MODEL_COST_MAP"):
-        monkeypatch.setenv(name, "True" if name.startswith("LITELLM") else "1")
-    monkeypatch.setenv("OPENAI_API_KEY", "not this one")
 
 
 def python() -> str:
