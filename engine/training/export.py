@@ -22,6 +22,7 @@ def write_folder(
     """Write weights, configuration and tokenizer files into `folder`, which is made if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # as the other files: a package is for all to read
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     end = end_of_text_id(tokenizer)

@@ -1,17 +1,20 @@
 """One window through the model, differentiably: the chunked form from a zero state.
 
-Owns precision and dropout of training. Does not know optimizers or files.
+Owns first weights, precision and dropout of training. Does not know optimizers or the clock.
 """
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from engine.config import ModelConfig
 from engine.feature_maps import Features
 from engine.model import Attend, CottentionForCausalLM
 from engine.ops.chunked import chunked
 from engine.training.data import NO_TARGET, Windows
+from engine.weights import load_model
 
 INITIAL_DEVIATION = 0.02
 
@@ -79,3 +82,10 @@ def _dropped(model: CottentionForCausalLM) -> list[nn.Module]:
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype.itemsize < 4)
+
+
+def first_model(config: ModelConfig, begin_with: Path | None) -> CottentionForCausalLM:
+    """With fresh weights, or a finished model's of the same shape. Raises ModelFolderError."""
+    if begin_with is None:
+        return new_model(CottentionForCausalLM(config))
+    return load_model(begin_with, config, torch.float32).requires_grad_()

@@ -11,16 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
-from engine.model import CottentionForCausalLM
 from engine.training import checkpoint
 from engine.training.data import Windows, batches_per_epoch, epoch_batch
-from engine.training.forward import add_dropout, mean_loss, new_model
+from engine.training.forward import add_dropout, first_model, mean_loss
 from engine.training.optimize import Optimizers, rate_factor
 from engine.training.progress import PlainProgress, Standing
 from engine.training.score import HeldOut, score
 from engine.training.settings import TrainingSettings
-from engine.weights import load_model
 
 LOSS_MEMORY = 0.98
 RATE_MEMORY = 0.9
@@ -77,7 +74,7 @@ class Run:
         self._identity["corpus"] = corpus_sha256
         torch.manual_seed(settings.seed)
         self.model_config = settings.model_config(end_of_text=int(stream[0]))
-        self._model = first_model(settings, self.model_config)
+        self._model = first_model(self.model_config, settings.begin_with)
         add_dropout(self._model, settings.dropout)
         self._model.to(self._device).train()
         self._optimizers = Optimizers(self._model, settings.learning_rate, settings.weight_decay)
@@ -187,13 +184,6 @@ class Run:
             epochs=place.step / self._per_epoch,
             seconds=place.seconds,
         )
-
-
-def first_model(settings: TrainingSettings, config: ModelConfig) -> CottentionForCausalLM:
-    """With fresh weights, or a finished model's of the same shape. Raises ModelFolderError."""
-    if settings.begin_with is None:
-        return new_model(CottentionForCausalLM(config))
-    return load_model(settings.begin_with, config, torch.float32).requires_grad_()
 
 
 def device_of(settings: TrainingSettings) -> torch.device:

@@ -62,9 +62,21 @@ def settings(tmp_path: Path) -> TrainingSettings:
     for n in range(20):
         (corpus / f"module_{n}.py").write_text(SOURCE.format(n=n) * 8, encoding="utf-8")
     return TrainingSettings(
-        output=tmp_path / "model", checkpoints=tmp_path / "checkpoints", corpus=corpus, steps=12,
-        context=16, layers=1, width=16, heads=2, vocab_size=300, batch_tokens=64,
-        micro_batch_tokens=32, learning_rate=1e-2, eval_every=5, save_every=2, device="cpu",
+        output=tmp_path / "model",
+        checkpoints=tmp_path / "checkpoints",
+        corpus=corpus,
+        steps=12,
+        context=16,
+        layers=1,
+        width=16,
+        heads=2,
+        vocab_size=300,
+        batch_tokens=64,
+        micro_batch_tokens=32,
+        learning_rate=1e-2,
+        eval_every=5,
+        save_every=2,
+        device="cpu",
     )
 
 
@@ -183,3 +195,22 @@ def test_the_command_says_in_a_line_what_is_wrong(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "0 training and 0 held-out" in done.stderr
+
+
+def test_a_run_goes_on_from_a_finished_model_and_tells_both(
+    settings: TrainingSettings, tmp_path: Path
+) -> None:
+    train(settings, ["--steps", "12"], Listener())
+    again = replace(
+        settings,
+        begin_with=settings.output,
+        output=tmp_path / "second",
+        checkpoints=tmp_path / "second-checkpoints",
+        learning_rate=1e-12,
+        cut_every=20,
+    )
+    train(again, ["--begin-with", "first"], Listener())
+    first, second = weights_of(settings), weights_of(again)
+    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
+    card = (again.output / "README.md").read_text(encoding="utf-8")
+    assert card.index("engine.training --steps 12") < card.index("--begin-with first")

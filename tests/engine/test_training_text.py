@@ -1,5 +1,6 @@
 """Training's text: the choice of files, the split, the tokenizer, the windows."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from engine.training.corpus import SourceFile, is_held_out, read_corpus
 from engine.training.data import (
     NO_TARGET,
     batches_per_epoch,
+    cut,
     epoch_batch,
     held_out_windows,
     padded_batches,
@@ -120,3 +122,20 @@ def test_every_held_out_token_is_a_target_once(tokenizer: Tokenizer) -> None:
     assert torch.cat([window.inputs[0] for window in windows]).tolist() == [0, *ids[:-1]]
     padded = torch.cat([batch.targets.flatten() for batch in padded_batches(windows, 3)])
     assert sorted(padded[padded != NO_TARGET].tolist()) == sorted(ids)
+
+
+def test_cut_text_is_whole_and_is_cut_behind_spaces_too() -> None:
+    text = "def __init__(self, name):\n    self.name = name\n" * 20
+    pieces = cut(text, 30, random.Random(1))
+    assert "".join(pieces) == text
+    assert 15 < len(text) / len(pieces) < 60
+    assert sum(piece.endswith(" ") for piece in pieces) >= len(pieces) // 3
+    assert cut("", 30, random.Random(1)) == []
+
+
+def test_a_cut_stream_spells_the_same_text() -> None:
+    files = [SourceFile("a.py", "import os\n" * 30), SourceFile("b.py", "x = [1, 2, 3]\n" * 9)]
+    tokenizer = train_tokenizer((file.text for file in files), 300)
+    whole, pieces = (token_stream(tokenizer, files, n, seed=3) for n in (0, 12))
+    assert len(pieces) > len(whole)
+    assert tokenizer.decode(pieces.tolist()) == tokenizer.decode(whole.tolist())
