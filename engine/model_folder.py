@@ -8,7 +8,7 @@ from engine.errors import ModelFolderError
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "cottention-python-7m"
 
-HUB_FILES = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]
+HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors", "pytorch_model*.bin"]
 """What is fetched of a Hugging Face repository: never its pickles of configurations."""
 
 
