@@ -160,7 +160,7 @@ def _peers(device: Device, rows: Rows, at_least: float, cases: Sequence[tuple[in
     peers: Rows = []
     for (batch, context), kind in itertools.product(cases, softmax.CACHES):
         stream = softmax.Stream(model, kind, batch, context)
-        took = 1e3 * statistics.median(seconds(device, stream, at_least=at_least, most=20))
+        took = 1e3 * statistics.median(seconds(device, stream, at_least=at_least / 3, most=10))
         peer = {"cache": kind, "batch": batch, "context": context, "ms a step": took}
         peers.append(peer | {"ours, ms": ours[batch], "peer / ours": took / ours[batch]})
         del stream  # its cache would stand beside the next
