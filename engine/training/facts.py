@@ -119,6 +119,8 @@ def card_of(name: str, facts: dict[str, Any]) -> str:
         "tokens": f"{training['tokens']:,} ({training['epochs']} passes)",
         "time": f"{training['hours']} hours on {training['machine']}",
     }
+    if facts.get("began_with"):
+        rows["began with"] = _run_in_words(facts["began_with"])
     return CARD.format(
         name=name,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
@@ -140,9 +142,17 @@ def _beginning(folder: Path | None) -> dict[str, Any] | None:
     return facts
 
 
+def _run_in_words(facts: dict[str, Any]) -> str:
+    training, bits = facts["training"], facts["held_out_bits_per_byte"]
+    return (
+        f"the weights of an earlier run: {training['steps']:,} steps, {training['tokens']:,} tokens"
+        f" ({training['epochs']} passes), {training['hours']} hours, {bits['total']:.3f} bits per byte"
+    )
+
+
 def _commands(facts: dict[str, Any] | None) -> list[str]:
     """The commands of all runs that led here, the first one first."""
-    return [*_commands(facts["began_with"]), facts["command"]] if facts else []
+    return [*_commands(facts.get("began_with")), facts["command"]] if facts else []
 
 
 def python_version() -> str:

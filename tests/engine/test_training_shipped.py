@@ -1,9 +1,11 @@
 """The model that ships in the package: small, complete and honest about itself."""
 
+import ast
 import json
 
 import torch
 
+from engine import Engine, EngineConfig, SamplingParams
 from engine.config import ModelConfig
 from engine.model_folder import DEFAULT_MODEL
 from engine.tokenizer import Tokenizer
@@ -36,3 +38,15 @@ def test_the_tokenizer_gives_text_back_and_fits_the_model() -> None:
     text = "def f(naïve: str) -> '日本🙂':\r\n\treturn 0x1F  # done\n\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.num_ids == ModelConfig.from_folder(DEFAULT_MODEL).vocab_size
+
+
+def test_it_continues_python_with_python() -> None:
+    """The signature that it completes, with the lines below it, is a function that compiles."""
+    engine = Engine(config=EngineConfig(max_slots=1))
+    prompt = "def __init__(self, "
+    (done,) = engine.generate([prompt], SamplingParams(max_tokens=48, temperature=0))
+    whole_lines = (prompt + done.text).splitlines()[:-1]
+    function = ast.parse("\n".join(whole_lines)).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    assert len(function.args.args) > 1
+    assert len(function.body) > 0
