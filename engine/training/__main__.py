@@ -7,10 +7,11 @@ import torch
 
 from engine.errors import CottentionError
 from engine.training.bpe import train_tokenizer
+from engine.training.card import card_of
 from engine.training.corpus import read_corpus, standard_library, without_tables
 from engine.training.data import token_stream
 from engine.training.export import write_folder, write_json
-from engine.training.facts import card_of, facts_of
+from engine.training.facts import facts_of
 from engine.training.loop import Run
 from engine.training.memory import keep_freed_memory
 from engine.training.progress import PlainProgress, open_progress
