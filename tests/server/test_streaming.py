@@ -144,7 +144,7 @@ def test_what_a_reader_has_not_read_is_merged() -> None:
     num_tokens = 2000
     with serving() as live:
         with live.connect(prompt="loud", stream=True, max_tokens=num_tokens) as sock:
-            eventually(lambda: not live.engine.running)
+            eventually(lambda: live.engine.stats().num_finished.get(FinishReason.LENGTH))
             received = bytearray()
             while b"[DONE]" not in received[-100:]:
                 received += sock.recv(1 << 20)
