@@ -84,7 +84,7 @@ def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
                 for x in row.values()
             )
         )
-    Console(width=120).print(table)
+    Console(width=160).print(table)
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
