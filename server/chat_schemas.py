@@ -93,8 +93,8 @@ class ChatRequest(SamplingBody):
     neutral: ClassVar[Neutral] = CHAT
 
     messages: Messages = Field(description=MESSAGES)
-    max_tokens: int | None = ranged(None, "a whole number from 0", 0)
-    max_completion_tokens: int | None = ranged(None, "a whole number from 0", 0)
+    max_tokens: int | None = ranged(None, "a whole number from 1", 1)
+    max_completion_tokens: int | None = ranged(None, "a whole number from 1", 1)
     logprobs: bool = Field(False, description=BOOLEAN)
     top_logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)
     add_generation_prompt: bool = Field(True, description=BOOLEAN)
@@ -116,6 +116,9 @@ def chat_request(body: Mapping[str, Any]) -> ChatRequest:
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise invalid("max_tokens", "max_tokens and max_completion_tokens differ: give one of them")
+    if 0 in both:  # which a completion may say, to have its prompt scored
+        name, _ = request.limit
+        raise invalid(name, f"{name} must be a whole number from 1; it is 0")
     if request.top_logprobs is not None and not request.logprobs:
         raise invalid("top_logprobs", "top_logprobs is only allowed where logprobs is true")
     return request

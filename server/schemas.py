@@ -51,10 +51,18 @@ def completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     """Check a body. Raises ApiError 400 naming the field."""
     request = checked(CompletionRequest, body)
     _check_best_of(request)
+    _check_worth(request)
     many = "n" if request.best_of is None else "best_of"
     blame = many if request.num_tried > MAX_CHOICES else "prompt"
     request.check_together(len(request.prompt) * request.num_tried, blame)
     return request
+
+
+def _check_worth(request: CompletionRequest) -> None:
+    """Nothing is generated only where the prompt itself is asked for."""
+    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
+        allowed = "a whole number from 1, or 0 with echo or prompt_logprobs, to score the prompt"
+        raise invalid("max_tokens", f"max_tokens must be {allowed}; it is 0")
 
 
 def _check_best_of(request: CompletionRequest) -> None:

@@ -36,6 +36,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": "\ud800"}, "prompt", "lone surrogate"),
     ({"prompt": ["x", "\udfff"]}, "prompt", "lone surrogate"),
     ({"max_tokens": -1}, "max_tokens", "from 0"),
+    ({"max_tokens": 0}, "max_tokens", "from 1, or 0 with echo or prompt_logprobs"),
     ({"max_tokens": "5"}, "max_tokens", "whole number"),
     ({"max_tokens": 1.5}, "max_tokens", "whole number"),
     ({"max_tokens": True}, "max_tokens", "whole number"),

@@ -147,6 +147,7 @@ MESSAGE = {"role": "user", "content": "x"}
         ({"max_completion_tokens": -1}, "max_completion_tokens", "from 0"),
         ({"max_completion_tokens": 10**7}, "max_completion_tokens", "at most 1000000"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+        ({"max_tokens": 0}, "max_tokens", "from 1"),
         ({"n": 129}, "n", "at most 128"),
         ({"prompt": "x"}, "prompt", "no field"),
         ({"model": "gpt-9"}, "model", "no model"),
