@@ -6,7 +6,15 @@ CottentionError
 ├── OutOfMemoryError      the pool does not fit: what was asked, what there is
 ├── ParameterError        a request's field: its name and what is allowed
 ├── EngineStoppedError    the engine takes no more work
-└── RequestFailedError    a request that the engine accepted and could not finish
+├── RequestFailedError    a request that the engine accepted and could not finish
+├── SnapshotError         bytes that are no snapshot of a session
+│   └── SnapshotMismatchError   a snapshot of another model, tokenizer, layout or format
+└── SessionError          what cannot be done with a session
+    ├── SessionNotFoundError    unknown, expired, deleted, or somebody else's
+    ├── SessionBusyError        another turn has it
+    ├── SessionMovedError       it is not at the version that the caller has seen
+    ├── NothingToRewindError    no turn to go back to
+    └── StoreFullError          the disk takes no more
 """
 
 
@@ -40,3 +48,35 @@ class EngineStoppedError(CottentionError):
 
 class RequestFailedError(CottentionError):
     """The engine accepted this request and failed on it; the engine goes on."""
+
+
+class SnapshotError(CottentionError):
+    """Bytes that are no snapshot: of another kind, cut, damaged or lying about their sizes."""
+
+
+class SnapshotMismatchError(SnapshotError):
+    """A snapshot that is whole but does not fit here; the message names all that differs."""
+
+
+class SessionError(CottentionError):
+    """Something that cannot be done with a session as it is."""
+
+
+class SessionNotFoundError(SessionError):
+    """No session of that id for this owner."""
+
+
+class SessionBusyError(SessionError):
+    """Another turn holds the session."""
+
+
+class SessionMovedError(SessionError):
+    """The session's version is not the expected one, or the lease has been taken over."""
+
+
+class NothingToRewindError(SessionError):
+    """The session has no checkpoint of an earlier turn."""
+
+
+class StoreFullError(SessionError):
+    """The disk takes no more; what was stored before is as it was."""

@@ -1,0 +1,74 @@
+"""What a session is between its turns: one immutable value, from which its next token follows.
+
+Owns how ids are added to it. Does not know who holds it, where it is kept or what computes on it.
+
+A session's last id is never in the row: it waits in `pending` and is fed first by the next turn,
+so that the next token's logits need not be kept. Ids whose turn was cut wait there as well: a row
+cannot be un-stepped, so the row from before the turn stays and the ids that were delivered follow.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SessionState:
+    """All that the next token of a session depends on, beside the model and the request.
+
+    rows: float32 tensors on the host, in the pool's order: state [L, H, V, K] and, where the
+    attention has one, denominator [L, H, K]; empty stands for zeros.
+    position: ids that are in the rows. pending: ids after them.
+    recent: the last ids of all, pending ones included, as many as renewal may need.
+    counts: id → how often it was generated; 0 where it was only read.
+    undecoded: bytes of a character that the last turn's text did not finish.
+    """
+
+    rows: tuple[Tensor, ...] = ()
+    position: int = 0
+    pending: tuple[int, ...] = ()
+    recent: tuple[int, ...] = ()
+    counts: Mapping[int, int] = field(default_factory=dict)
+    undecoded: bytes = b""
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids that the session holds: its age."""
+        return self.position + len(self.pending)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return sum(row.nbytes for row in self.rows)
+
+    def extended(
+        self, read: Sequence[int], generated: Sequence[int], window: int, undecoded: bytes = b""
+    ) -> Self:
+        """With a prompt and what was generated after it, none of it in the rows yet.
+
+        window: how many recent ids are kept.
+        """
+        counts = dict(self.counts)
+        for token_id in read:
+            counts.setdefault(token_id, 0)
+        for token_id in generated:
+            counts[token_id] = counts.get(token_id, 0) + 1
+        new = (*read, *generated)
+        return replace(
+            self,
+            pending=self.pending + new,
+            recent=(self.recent + new)[-window:],
+            counts=counts,
+            undecoded=undecoded,
+        )
+
+    def fed(self, rows: Sequence[Tensor], position: int) -> Self:
+        """The same ids where `rows` hold the first `position` of them."""
+        return replace(
+            self,
+            rows=tuple(rows),
+            position=position,
+            pending=self.pending[position - self.position :],
+        )
