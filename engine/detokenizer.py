@@ -11,9 +11,13 @@ from collections.abc import Sequence
 class Detokenizer:
     """One choice's text as it grows. `stop` is the stop string that has ended it, if one has."""
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), undecoded: bytes = b""
+    ) -> None:
+        """`undecoded`: bytes of a character that earlier ids began, as `pause` left them."""
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder.setstate((undecoded, 0))
         self._held = ""
         self.stop: str | None = None
         self.watch(stop)
@@ -25,6 +29,16 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Text that is certain now that `token_id` has come."""
         return self._release(self._decoder.decode(self._token_bytes[token_id]))
+
+    @property
+    def undecoded(self) -> bytes:
+        """Bytes of a character that is not complete."""
+        return self._decoder.getstate()[0]
+
+    def pause(self) -> str:
+        """As `finish`, where more may follow some day: half a character stays `undecoded`."""
+        text, self._held = self._held, ""
+        return text
 
     def finish(self) -> str:
         """What was held back and will not become anything else; U+FFFD for half a character."""

@@ -8,12 +8,12 @@ import logging
 import queue
 import threading
 import uuid
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import EngineStoppedError, ParameterError
+from engine.following import Followers
 from engine.limits import Limits
 from engine.loading import load
 from engine.outputs import Completion, EngineStats, FinishReason, Output
@@ -21,6 +21,7 @@ from engine.params import SamplingParams
 from engine.registry import Registry
 from engine.request import Request
 from engine.scheduler import Plan, Scheduler
+from engine.session_state import SessionState
 
 _log = logging.getLogger(__name__)
 
@@ -45,12 +46,12 @@ class Engine:
         self.pool, self.spec = loaded.pool, loaded.pool.spec
         self._runner = loaded.runner
         self._scheduler = Scheduler(self.config.max_batch_tokens)
-        self._registry = Registry(self._scheduler, self.pool)
+        self._registry = Registry(self._scheduler, self.pool, self.model_config.n_positions)
         self._limits = Limits.of(self.tokenizer, self.pool, self.config)
         self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._is_closed = False
-        self._inboxes: dict[str, deque[Output]] = {}
+        self._followers = Followers(self)
         self._num_steps = 0
         self._runner.warm_up()
 
@@ -61,16 +62,19 @@ class Engine:
         *,
         request_id: str | None = None,
         priority: int = 0,
+        start: SessionState | None = None,
     ) -> str:
         """Hand in a request and get its id; its outputs come from later steps.
 
-        Among those that wait, lower `priority` goes first. Raises ParameterError for a prompt or
-        limits that cannot be and for a `request_id` in use, EngineStoppedError after close.
+        Among those that wait, lower `priority` goes first. With `start` the prompt follows what
+        that session holds, and the last output tells the session after it. Raises ParameterError
+        for a prompt or limits that cannot be and for a `request_id` in use, EngineStoppedError
+        after close.
         """
-        self._limits.check(prompt_ids, params)
+        self._limits.check(prompt_ids, params, start)
         request_id = request_id or uuid.uuid4().hex
         ends = self.model_config.eos_token_ids
-        request = Request.new(request_id, prompt_ids, params, self.tokenizer, ends)
+        request = Request.new(request_id, prompt_ids, params, self.tokenizer, ends, start)
         request.priority = priority
         with self._gate:
             if self._is_closed:
@@ -92,13 +96,13 @@ class Engine:
         outputs = self._run_commands()
         self._registry.admit()
         plan = self._scheduler.schedule()
-        return self._post(outputs + self._advance(plan) if plan else outputs)
+        return self._followers.post(outputs + self._advance(plan) if plan else outputs)
 
     def close(self) -> list[Output]:
         """Take no more work and cancel what is left; gives the last outputs."""
         with self._gate:
             self._is_closed = True
-        return self._post(self._run_commands() + self._registry.cancel_all())
+        return self._followers.post(self._run_commands() + self._registry.cancel_all())
 
     def stats(self) -> EngineStats:
         """Figures of this moment."""
@@ -118,7 +122,8 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
         """Generate in this thread and yield outputs as they come; leaving early cancels."""
-        yield from self._follow({uuid.uuid4().hex: prompt}, params or SamplingParams())
+        named = {uuid.uuid4().hex: self._ids(prompt)}
+        yield from self._followers.follow(named, params or SamplingParams())
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None
@@ -128,43 +133,13 @@ class Engine:
         Raises RequestFailedError where the engine failed on one of them.
         """
         params = params or SamplingParams()
-        named = {uuid.uuid4().hex: prompt for prompt in prompts}
+        named = {uuid.uuid4().hex: self._ids(prompt) for prompt in prompts}
         parts: dict[tuple[str, int], list[Output]] = {
             (request_id, index): [] for request_id in named for index in range(params.n)
         }
-        for output in self._follow(named, params):
+        for output in self._followers.follow(named, params):
             parts[output.request_id, output.choice].append(output)
         return [Completion.of(outputs) for outputs in parts.values()]
-
-    def _follow(self, prompts: dict[str, Prompt], params: SamplingParams) -> Iterator[Output]:
-        """Outputs of prompts under these ids, stepping in this thread; leaving early cancels.
-
-        Several may be followed in turn: what a step brings for another waits in its inbox.
-        """
-        inbox: deque[Output] = deque()
-        self._inboxes |= dict.fromkeys(prompts, inbox)
-        try:
-            for request_id, prompt in prompts.items():
-                self.submit(self._ids(prompt), params, request_id=request_id)
-            num_unfinished = len(prompts) * params.n
-            while num_unfinished:
-                self.step()
-                while inbox:  # also what others' steps bring while this one's reader is away
-                    output = inbox.popleft()
-                    num_unfinished -= output.finish_reason is not None
-                    yield output
-        finally:
-            for request_id in prompts:
-                del self._inboxes[request_id]
-                self.cancel(request_id)
-            self._post(self._run_commands())
-
-    def _post(self, outputs: list[Output]) -> list[Output]:
-        """Put each output into the inbox of whoever follows its request in the engine's thread."""
-        for output in outputs:
-            if output.request_id in self._inboxes:
-                self._inboxes[output.request_id].append(output)
-        return outputs
 
     def _ids(self, prompt: Prompt) -> Sequence[int]:
         if not isinstance(prompt, str):
@@ -173,6 +148,10 @@ class Engine:
             return self.tokenizer.encode(prompt)
         except TypeError:  # what the tokenizers library says to text that is no Unicode
             raise ParameterError("prompt", "prompt has a lone surrogate (no character)") from None
+
+    def settle(self) -> None:
+        """Run what was asked for since the last step, without a step."""
+        self._followers.post(self._run_commands())
 
     def _run_commands(self) -> list[Output]:
         outputs: list[Output] = []

@@ -1,7 +1,7 @@
 """What a choice has had, as far as its parameters make later draws depend on it. Knows no torch."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engine.params import SamplingParams
 
@@ -9,8 +9,8 @@ from engine.params import SamplingParams
 class History:
     """Counts for the penalties, and the last few ids for words that may not be completed.
 
-    counts: how often each id of the prompt and the text has been generated; empty where no penalty
-    asks for it.
+    counts: how often each id of the prompt and the text has been generated, in earlier turns of a
+    session too; empty where no penalty asks for it.
     """
 
     def __init__(
@@ -18,11 +18,13 @@ class History:
         params: SamplingParams,
         prompt_ids: Sequence[int],
         bad_words: Sequence[Sequence[int]],
+        earlier: Mapping[int, int],
     ) -> None:
+        """`earlier`: counts of what a session had before this prompt."""
         self._is_counting = params.has_penalty
         self._bad_words = bad_words
         self._last: deque[int] = deque(maxlen=max((len(ids) - 1 for ids in bad_words), default=0))
-        self.counts = dict.fromkeys(prompt_ids, 0) if self._is_counting else {}
+        self.counts = {**dict.fromkeys(prompt_ids, 0), **earlier} if self._is_counting else {}
 
     def note(self, token_id: int) -> None:
         """An id has been generated."""

@@ -7,6 +7,7 @@ from typing import Self
 from engine.config import EngineConfig
 from engine.errors import ParameterError
 from engine.params import SamplingParams
+from engine.session_state import SessionState
 from engine.state import StatePool
 from engine.tokenizer import Tokenizer
 
@@ -26,10 +27,14 @@ class Limits:
         sampleable = frozenset(tokenizer.sampleable_ids)
         return cls(tokenizer.num_ids, sampleable, pool.num_slots, config.max_tokens_limit)
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def check(
+        self, prompt_ids: Sequence[int], params: SamplingParams, start: SessionState | None
+    ) -> None:
         """Raises ParameterError naming the field and what it allows."""
-        if not prompt_ids:
+        if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
+        if start is not None:
+            _check_turn(params)
         self._check_ids("prompt", "prompt ids", prompt_ids)
         self._check_ids("stop_token_ids", "stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", "the ids in logit_bias", params.logit_bias)
@@ -48,6 +53,14 @@ class Limits:
             raise ParameterError(
                 "allowed_token_ids", "allowed_token_ids must hold an id that the tokenizer has"
             )
+
+
+def _check_turn(params: SamplingParams) -> None:
+    """What a session's turn cannot have: a session has one future, and its past is not read."""
+    if params.n > 1:
+        raise ParameterError("n", f"n must be 1 with a session; it is {params.n}: fork the session")
+    if params.prompt_logprobs is not None:
+        raise ParameterError("prompt_logprobs", "prompt_logprobs is not told with a session")
 
 
 def _check_most(param: str, value: int, most: int) -> None:

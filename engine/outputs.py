@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from engine.errors import RequestFailedError
+
+if TYPE_CHECKING:  # its rows are tensors, and whoever reads outputs need not load torch
+    from engine.session_state import SessionState
 
 
 class FinishReason(StrEnum):
@@ -40,6 +43,7 @@ class Output:
     logprobs: one for each of token_ids, where they were asked for.
     prompt_logprobs: of the whole prompt, None for its first id; in choice 0's first output.
     error: what went wrong, where finish_reason is ERROR.
+    state: of a session after its turn, in the last output of one that was not cut.
     """
 
     request_id: str
@@ -51,6 +55,7 @@ class Output:
     stop_reason: str | int | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    state: "SessionState | None" = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,21 +6,25 @@ end. Called from the engine's thread alone. Knows no model and no queue of comma
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from engine.errors import ParameterError
 from engine.outputs import FinishReason, Output, TokenLogprob
 from engine.request import Choice, Request
 from engine.runner import Sample
 from engine.scheduler import Plan, Scheduler
+from engine.session_state import SessionState
 from engine.state import StatePool
 
 
 class Registry:
     """Keeps requests, scheduler and pool in step with each other, and counts."""
 
-    def __init__(self, scheduler: Scheduler, pool: StatePool) -> None:
+    def __init__(self, scheduler: Scheduler, pool: StatePool, window: int) -> None:
+        """`window`: how many of its last ids a session keeps."""
         self._scheduler = scheduler
         self._pool = pool
+        self._window = window
         self._requests: dict[str, Request] = {}
         self._taken_ids: set[str] = set()
         self.num_finished: Counter[FinishReason] = Counter()
@@ -39,6 +43,8 @@ class Registry:
     def add(self, request: Request) -> list[Output]:
         """Put a new request in line."""
         self._requests[request.id] = request
+        if not request.prompt_ids:  # a session whose one id waits for the next turn
+            return self.end(request, FinishReason.LENGTH)
         self._scheduler.add(request)
         return []
 
@@ -46,6 +52,8 @@ class Registry:
         """Give slots to those who may start."""
         for request in self._scheduler.admit(self._pool.num_free):
             request.slots = [self._pool.allocate() for _ in request.choices]
+            if request.start is not None and request.start.rows:
+                self._pool.write(request.slots[0], request.start.rows)
 
     def move_on(self, plan: Plan, scores: Mapping[Request, Sequence[TokenLogprob]]) -> list[Output]:
         """Note what a finished step has put into the states; requests without text end here."""
@@ -73,10 +81,11 @@ class Registry:
         is_end = token_id in request.end_ids
         is_written = not is_end or params.include_stop_str_in_output
         text = choice.detokenizer.push(token_id) if is_written else ""
-        reason = _reason(choice, is_end)
+        reason, state = _reason(choice, is_end), None
         if reason is not None:
             text += self._last_text(choice)
             reason = _reason(choice, is_end) or reason  # the last text may complete a stop string
+            state = self._kept(choice)
             self._scheduler.remove_choice(choice)
             self._finish(choice, reason)
         return Output(
@@ -88,6 +97,7 @@ class Registry:
             stop_reason=_stop_reason(choice, token_id),
             logprobs=() if logprob is None else (logprob,),
             prompt_logprobs=_scores(choice) if choice.num_generated == 1 else None,
+            state=state,
         )
 
     def cancel(self, request_id: str) -> list[Output]:
@@ -105,16 +115,29 @@ class Registry:
         outputs = []
         for choice in request.unfinished:
             text = self._last_text(choice)
+            state = self._kept(choice) if reason is FinishReason.LENGTH else None
             self._finish(choice, reason)
             scores = None if choice.num_generated else _scores(choice)
             out = Output(request.id, choice.index, text, (), reason, error, prompt_logprobs=scores)
-            outputs.append(out)
+            outputs.append(replace(out, state=state))
         return outputs
+
+    def _kept(self, choice: Choice) -> SessionState | None:
+        """The session after its turn; None for a request without one. Before its slot is freed."""
+        start, request = choice.request.start, choice.request
+        if start is None:
+            return None
+        undecoded = choice.detokenizer.undecoded
+        after = start.extended(request.turn_ids, choice.drawn, self._window, undecoded)
+        return after.fed(self._pool.read(choice.slot), choice.position) if request.slots else after
 
     @staticmethod
     def _last_text(choice: Choice) -> str:
         """What was held back, and the stop string where it is wanted."""
-        text = choice.detokenizer.finish()
+        end = (
+            choice.detokenizer.finish if choice.request.start is None else choice.detokenizer.pause
+        )
+        text = end()
         wants_stop = choice.request.params.include_stop_str_in_output
         return text + (choice.detokenizer.stop or "") if wants_stop else text
 

@@ -4,6 +4,7 @@ A request's prompt is read once, into the slot of its first choice; the others s
 """
 
 import secrets
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from engine.detokenizer import Detokenizer
 from engine.history import History
 from engine.outputs import FinishReason, TokenLogprob
 from engine.params import SamplingParams
+from engine.session_state import SessionState
 from engine.tokenizer import Tokenizer
 
 
@@ -19,6 +21,7 @@ class Choice:
     """One continuation of a request's prompt.
 
     position counts the ids that are in the state; pending are those that were sampled and are not.
+    drawn: all that were sampled, where a session is to hold them.
     """
 
     request: "Request"
@@ -27,6 +30,7 @@ class Choice:
     history: History
     position: int
     pending: list[int] = field(default_factory=list)
+    drawn: "array[int]" = field(default_factory=lambda: array("i"))
     num_generated: int = 0
     finish_reason: FinishReason | None = None
 
@@ -39,6 +43,8 @@ class Choice:
         """An id has been drawn; it is not in the state yet."""
         self.pending.append(token_id)
         self.history.note(token_id)
+        if self.request.start is not None:
+            self.drawn.append(token_id)
         self.num_generated += 1
         if self.num_generated == self.request.params.min_tokens:
             self.detokenizer.watch(self.request.params.stop)
@@ -53,8 +59,10 @@ class Choice:
 class Request:
     """A prompt, what is wanted of it, and how far it has come.
 
+    prompt_ids: all that is to be fed: of a session, also what its state has not had yet.
     end_ids: ids that end a choice. slots: one a choice while it is admitted, else empty.
     scores: of the prompt as far as it has been read, where they are asked for.
+    start, turn_ids: the session that the request goes on with, and what is new in its prompt.
     """
 
     id: str
@@ -67,6 +75,8 @@ class Request:
     choices: list[Choice] = field(default_factory=list)
     num_prefilled: int = 0
     scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    start: SessionState | None = None
+    turn_ids: tuple[int, ...] = ()
 
     @classmethod
     def new(
@@ -76,24 +86,42 @@ class Request:
         params: SamplingParams,
         tokenizer: Tokenizer,
         eos_token_ids: Iterable[int],
+        start: SessionState | None = None,
     ) -> "Request":
         """A request nobody has worked on; draws a fresh seed where none is given."""
+        first, fed = start or SessionState(), tuple(prompt_ids)
+        if start is not None:
+            fed = _to_feed(start, fed, params)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         ends = frozenset(params.stop_token_ids)
         ends |= frozenset(() if params.ignore_eos else eos_token_ids)
-        request = cls(request_id, tuple(prompt_ids), params, seed, ends)
+        request = cls(request_id, fed, params, seed, ends, start=start, turn_ids=tuple(prompt_ids))
         bad_words = _bad_words(params, tokenizer)
         table = tokenizer.token_bytes if params.skip_special_tokens else tokenizer.written_bytes
+        undecoded = b"" if prompt_ids else first.undecoded
         for index in range(params.n):
-            text = Detokenizer(table, () if params.min_tokens else params.stop)
-            history = History(params, request.prompt_ids, bad_words)
-            request.choices.append(Choice(request, index, text, history, len(prompt_ids)))
+            text = Detokenizer(table, () if params.min_tokens else params.stop, undecoded)
+            history = History(params, fed, bad_words, first.counts)
+            request.choices.append(Choice(request, index, text, history, first.position + len(fed)))
         return request
+
+    @property
+    def first_position(self) -> int:
+        """Position of prompt_ids[0]: the ids that a session's state has had."""
+        return 0 if self.start is None else self.start.position
 
     @property
     def unfinished(self) -> list[Choice]:
         """Choices that still grow, or have not begun to."""
         return [choice for choice in self.choices if choice.finish_reason is None]
+
+
+def _to_feed(
+    start: SessionState, prompt_ids: tuple[int, ...], params: SamplingParams
+) -> tuple[int, ...]:
+    """What the state has not had; the last id stays out where nothing is to be drawn after it."""
+    ids = start.pending + prompt_ids
+    return ids if params.max_tokens else ids[:-1]
 
 
 def _bad_words(params: SamplingParams, tokenizer: Tokenizer) -> list[list[int]]:

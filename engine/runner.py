@@ -157,7 +157,8 @@ def _segments(plan: Plan) -> list[Segment]:
     segments = [Segment(c.slot, c.pending, c.position) for c in plan.decode]
     for chunk in plan.prefill:
         ids = chunk.request.prompt_ids[chunk.start : chunk.stop]
-        segments.append(Segment(chunk.request.choices[0].slot, ids, chunk.start))
+        position = chunk.request.first_position + chunk.start
+        segments.append(Segment(chunk.request.choices[0].slot, ids, position))
     return segments
 
 
@@ -171,7 +172,8 @@ def _wanted(plan: Plan) -> list[Wanted]:
     for chunk in plan.prefill:
         row += chunk.stop - chunk.start
         if chunk.is_last and chunk.request.params.max_tokens:
-            wanted += [Wanted(row - 1, choice, chunk.stop) for choice in chunk.request.choices]
+            index = chunk.request.first_position + chunk.stop
+            wanted += [Wanted(row - 1, choice, index) for choice in chunk.request.choices]
     return wanted
 
 

@@ -9,9 +9,10 @@ cannot be un-stepped, so the row from before the turn stays and the ids that wer
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from torch import Tensor
+if TYPE_CHECKING:  # who schedules sessions need not load torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +27,7 @@ class SessionState:
     undecoded: bytes of a character that the last turn's text did not finish.
     """
 
-    rows: tuple[Tensor, ...] = ()
+    rows: "tuple[Tensor, ...]" = ()
     position: int = 0
     pending: tuple[int, ...] = ()
     recent: tuple[int, ...] = ()
@@ -64,7 +65,7 @@ class SessionState:
             undecoded=undecoded,
         )
 
-    def fed(self, rows: Sequence[Tensor], position: int) -> Self:
+    def fed(self, rows: "Sequence[Tensor]", position: int) -> Self:
         """The same ids where `rows` hold the first `position` of them."""
         return replace(
             self,

@@ -7,6 +7,7 @@ so that a row moves in one copy.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,6 +61,15 @@ class StatePool:
         for tensor in self._tensors():
             for target in targets:
                 tensor[target].copy_(tensor[source])
+
+    def read(self, slot: int) -> tuple[Tensor, ...]:
+        """Copies of a slot's tensors on the host: state [L, H, V, K], denominator [L, H, K]."""
+        return tuple(tensor[slot].to("cpu", copy=True) for tensor in self._tensors())
+
+    def write(self, slot: int, rows: Sequence[Tensor]) -> None:
+        """Make a slot what `read` gave."""
+        for tensor, row in zip(self._tensors(), rows, strict=True):
+            tensor[slot].copy_(row)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Views [S, H, V, K] and [S, H, K] of one layer, to be changed in place."""

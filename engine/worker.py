@@ -14,6 +14,7 @@ from engine.params import SamplingParams
 
 if TYPE_CHECKING:  # a worker drives an engine; it does not load one
     from engine.engine import Engine
+    from engine.session_state import SessionState
 
 Deliver = Callable[[list[Output]], None]
 
@@ -51,9 +52,12 @@ class EngineWorker:
         *,
         request_id: str,
         priority: int = 0,
+        start: "SessionState | None" = None,
     ) -> str:
         """As Engine.submit."""
-        self._engine.submit(prompt_ids, params, request_id=request_id, priority=priority)
+        self._engine.submit(
+            prompt_ids, params, request_id=request_id, priority=priority, start=start
+        )
         self._wake.set()
         return request_id
 

@@ -53,7 +53,7 @@ def check_all_ended(engine: Engine, parts: dict[tuple[str, int], list[Output]]) 
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_free_slots == stats.num_slots
     assert not engine._registry._requests
-    assert not engine._inboxes
+    assert not engine._followers._inboxes
 
 
 def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
