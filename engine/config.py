@@ -177,6 +177,9 @@ class EngineConfig:
     max_tokens_limit: int = option(
         1_000_000, "most tokens that one request may ask for", minimum=1, unit="tokens"
     )
+    prefix_cache_bytes: int = option(
+        256 * 1024**2, "memory for states after prompts; 0 keeps none", minimum=0, unit="bytes"
+    )
     threads: int | None = option(None, "CPU threads (default: torch's own choice)", minimum=1)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from engine.limits import Limits
 from engine.loading import load
 from engine.outputs import Completion, EngineStats, FinishReason, Output
 from engine.params import SamplingParams
+from engine.prefix_cache import PrefixCache
 from engine.registry import Registry
 from engine.request import Request
 from engine.scheduler import Plan, Scheduler
@@ -46,7 +47,9 @@ class Engine:
         self.pool, self.spec = loaded.pool, loaded.pool.spec
         self._runner = loaded.runner
         self._scheduler = Scheduler(self.config.max_batch_tokens)
-        self._registry = Registry(self._scheduler, self.pool, self.model_config.n_positions)
+        self._cache = PrefixCache(self.config.prefix_cache_bytes)
+        window = self.model_config.n_positions
+        self._registry = Registry(self._scheduler, self.pool, self._cache, window)
         self._limits = Limits.of(self.tokenizer, self.pool, self.config)
         self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
         self._gate = threading.Lock()
@@ -63,19 +66,22 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         start: SessionState | None = None,
+        cache_scope: str | None = None,
     ) -> str:
         """Hand in a request and get its id; its outputs come from later steps.
 
-        Among those that wait, lower `priority` goes first. With `start` the prompt follows what
-        that session holds, and the last output tells the session after it. Raises ParameterError
-        for a prompt or limits that cannot be and for a `request_id` in use, EngineStoppedError
-        after close.
+        Lower `priority` starts first. With `start` the prompt follows what that session holds, and
+        the last output tells the session after it. Within a `cache_scope` states after prompts are
+        kept and reused. Raises ParameterError for a prompt or limits that cannot be and for a
+        `request_id` in use, EngineStoppedError after close.
         """
         self._limits.check(prompt_ids, params, start)
         request_id = request_id or uuid.uuid4().hex
         ends = self.model_config.eos_token_ids
         request = Request.new(request_id, prompt_ids, params, self.tokenizer, ends, start)
         request.priority = priority
+        if cache_scope is not None and self.config.prefix_cache_bytes:
+            request.reuse(cache_scope)
         with self._gate:
             if self._is_closed:
                 raise EngineStoppedError("the engine has stopped and takes no more requests")
@@ -118,6 +124,7 @@ class Engine:
             num_free_slots=self.pool.num_free,
             pool_bytes=self.pool.nbytes,
             bytes_per_slot=self.spec.bytes_per_slot,
+            prefix_cache=self._cache.stats(),
         )
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:

@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
 from engine.errors import RequestFailedError
+from engine.prefix_cache import CacheStats
 
 if TYPE_CHECKING:  # its rows are tensors, and whoever reads outputs need not load torch
     from engine.session_state import SessionState
@@ -44,6 +45,7 @@ class Output:
     prompt_logprobs: of the whole prompt, None for its first id; in choice 0's first output.
     error: what went wrong, where finish_reason is ERROR.
     state: of a session after its turn, in the last output of one that was not cut.
+    num_cached: ids of the prompt that were not read again, in the last output of choice 0.
     """
 
     request_id: str
@@ -56,6 +58,7 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     state: "SessionState | None" = None
+    num_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class EngineStats:
     num_free_slots: int
     pool_bytes: int
     bytes_per_slot: int
+    prefix_cache: CacheStats = CacheStats()
 
 
 @dataclass(frozen=True, slots=True)

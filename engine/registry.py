@@ -10,20 +10,25 @@ from dataclasses import replace
 
 from engine.errors import ParameterError
 from engine.outputs import FinishReason, Output, TokenLogprob
+from engine.prefix_cache import PrefixCache
 from engine.request import Choice, Request
 from engine.runner import Sample
 from engine.scheduler import Plan, Scheduler
 from engine.session_state import SessionState
 from engine.state import StatePool
+from engine.warm_starts import WarmStarts
 
 
 class Registry:
     """Keeps requests, scheduler and pool in step with each other, and counts."""
 
-    def __init__(self, scheduler: Scheduler, pool: StatePool, window: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, pool: StatePool, cache: PrefixCache, window: int
+    ) -> None:
         """`window`: how many of its last ids a session keeps."""
         self._scheduler = scheduler
         self._pool = pool
+        self._warm = WarmStarts(pool, cache)
         self._window = window
         self._requests: dict[str, Request] = {}
         self._taken_ids: set[str] = set()
@@ -54,10 +59,12 @@ class Registry:
             request.slots = [self._pool.allocate() for _ in request.choices]
             if request.start is not None and request.start.rows:
                 self._pool.write(request.slots[0], request.start.rows)
+            self._warm.begin(request)
 
     def move_on(self, plan: Plan, scores: Mapping[Request, Sequence[TokenLogprob]]) -> list[Output]:
         """Note what a finished step has put into the states; requests without text end here."""
         for choice in plan.decode:
+            self._warm.before_token(choice)
             choice.position += len(choice.pending)
             choice.pending = []
         for request, new in scores.items():
@@ -66,6 +73,7 @@ class Registry:
         for chunk in plan.prefill:
             self.num_prompt_tokens += chunk.stop - chunk.start
             chunk.request.num_prefilled = chunk.stop
+            self._warm.after_chunk(chunk)
             if chunk.is_last and chunk.request.params.max_tokens == 0:
                 outputs += self.end(chunk.request, FinishReason.LENGTH)
             elif chunk.is_last:
@@ -86,6 +94,7 @@ class Registry:
             text += self._last_text(choice)
             reason = _reason(choice, is_end) or reason  # the last text may complete a stop string
             state = self._kept(choice)
+            self._warm.at_end(choice)
             self._scheduler.remove_choice(choice)
             self._finish(choice, reason)
         return Output(
@@ -98,6 +107,7 @@ class Registry:
             logprobs=() if logprob is None else (logprob,),
             prompt_logprobs=_scores(choice) if choice.num_generated == 1 else None,
             state=state,
+            num_cached=0 if reason is None else _num_cached(choice),
         )
 
     def cancel(self, request_id: str) -> list[Output]:
@@ -119,7 +129,7 @@ class Registry:
             self._finish(choice, reason)
             scores = None if choice.num_generated else _scores(choice)
             out = Output(request.id, choice.index, text, (), reason, error, prompt_logprobs=scores)
-            outputs.append(replace(out, state=state))
+            outputs.append(replace(out, state=state, num_cached=_num_cached(choice)))
         return outputs
 
     def _kept(self, choice: Choice) -> SessionState | None:
@@ -163,6 +173,11 @@ def _stop_reason(choice: Choice, token_id: int) -> str | int | None:
     if choice.detokenizer.stop is not None:
         return choice.detokenizer.stop
     return token_id if token_id in choice.request.params.stop_token_ids else None
+
+
+def _num_cached(choice: Choice) -> int:
+    """Told once: with choice 0."""
+    return choice.request.num_cached if choice.index == 0 else 0
 
 
 def _scores(choice: Choice) -> tuple[TokenLogprob | None, ...] | None:

@@ -12,6 +12,7 @@ from engine.detokenizer import Detokenizer
 from engine.history import History
 from engine.outputs import FinishReason, TokenLogprob
 from engine.params import SamplingParams
+from engine.prefix_cache import Prefix
 from engine.session_state import SessionState
 from engine.tokenizer import Tokenizer
 
@@ -63,6 +64,8 @@ class Request:
     end_ids: ids that end a choice. slots: one a choice while it is admitted, else empty.
     scores: of the prompt as far as it has been read, where they are asked for.
     start, turn_ids: the session that the request goes on with, and what is new in its prompt.
+    prefix: of the ids in the first choice's state, where it may be reused. num_cached: ids of the
+    prompt that were not read, since a state after them was there.
     """
 
     id: str
@@ -77,6 +80,8 @@ class Request:
     scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     start: SessionState | None = None
     turn_ids: tuple[int, ...] = ()
+    prefix: Prefix | None = None
+    num_cached: int = 0
 
     @classmethod
     def new(
@@ -104,6 +109,11 @@ class Request:
             history = History(params, fed, bad_words, first.counts)
             request.choices.append(Choice(request, index, text, history, first.position + len(fed)))
         return request
+
+    def reuse(self, scope: str) -> None:
+        """Keep and take states after prompts, unless the whole prompt must be read, or is not."""
+        if self.start is None and self.params.prompt_logprobs is None:
+            self.prefix = Prefix(scope)
 
     @property
     def first_position(self) -> int:

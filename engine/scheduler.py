@@ -10,6 +10,7 @@ from collections.abc import MutableSequence
 from dataclasses import dataclass
 from itertools import islice
 
+from engine.prefix_cache import BLOCK
 from engine.request import Choice, Request
 
 _PROMPT_SHARE = 4
@@ -45,6 +46,15 @@ class Plan:
         """Everyone with work in this step, once."""
         everyone = [choice.request for choice in self.decode]
         return list(dict.fromkeys(everyone + [chunk.request for chunk in self.prefill]))
+
+
+def _stop(request: Request, most: int) -> int:
+    """Where a chunk ends: of a prompt whose state may be reused, at a whole block if it can."""
+    end = min(len(request.prompt_ids), most)
+    if request.prefix is None:
+        return end
+    whole = min(end, len(request.prompt_ids) - 1) // BLOCK * BLOCK
+    return whole if whole > request.num_prefilled else end
 
 
 class Scheduler:
@@ -99,7 +109,7 @@ class Scheduler:
             if budget <= 0:
                 break
             start = request.num_prefilled
-            stop = min(len(request.prompt_ids), start + budget)
+            stop = _stop(request, start + budget)
             budget -= stop - start
             chunks.append(Chunk(request, start, stop))
         return chunks

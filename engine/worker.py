@@ -53,10 +53,16 @@ class EngineWorker:
         request_id: str,
         priority: int = 0,
         start: "SessionState | None" = None,
+        cache_scope: str | None = None,
     ) -> str:
         """As Engine.submit."""
         self._engine.submit(
-            prompt_ids, params, request_id=request_id, priority=priority, start=start
+            prompt_ids,
+            params,
+            request_id=request_id,
+            priority=priority,
+            start=start,
+            cache_scope=cache_scope,
         )
         self._wake.set()
         return request_id

@@ -1,0 +1,49 @@
+"""Requests that begin where an earlier one with the same prompt stood.
+
+Owns when states go into the prefix cache and out of it into slots. Does not know how they are kept
+there, nor who runs when. Requests without a scope are left alone.
+"""
+
+from engine.prefix_cache import BLOCK, PrefixCache
+from engine.request import Choice, Request
+from engine.scheduler import Chunk
+from engine.state import StatePool
+
+
+class WarmStarts:
+    """Between a pool and a cache; called in the order of a request's life."""
+
+    def __init__(self, pool: StatePool, cache: PrefixCache) -> None:
+        self._pool = pool
+        self._cache = cache
+
+    def begin(self, request: Request) -> None:
+        """The request has its slots: spare it what has been read before."""
+        if request.prefix is None:
+            return
+        if hit := self._cache.find(request.prefix.scope, request.prompt_ids):
+            self._pool.write(request.slots[0], hit.rows)
+            request.num_prefilled = request.num_cached = hit.length
+            request.prefix.add(request.prompt_ids[: hit.length])
+
+    def after_chunk(self, chunk: Chunk) -> None:
+        """More of a prompt is in its state; its end and whole blocks are worth keeping."""
+        request = chunk.request
+        if request.prefix is None:
+            return
+        request.prefix.add(request.prompt_ids[chunk.start : chunk.stop])
+        if chunk.is_last or chunk.stop % BLOCK == 0:
+            self._cache.put(request.prefix, self._pool.read(request.slots[0]))
+
+    @staticmethod
+    def before_token(choice: Choice) -> None:
+        """The ids that wait are in the state now; choices beside each other have no one future."""
+        prefix = choice.request.prefix
+        if prefix is not None and choice.request.params.n == 1:
+            prefix.add(choice.pending)
+
+    def at_end(self, choice: Choice) -> None:
+        """A choice ends as it should, and still has its slot."""
+        prefix = choice.request.prefix
+        if prefix is not None and prefix.length == choice.position:
+            self._cache.put(prefix, self._pool.read(choice.slot))
