@@ -1,27 +1,23 @@
 """From an order to an answer, whole or streamed, whichever endpoint it came to.
 
-Owns an answer's heading and the order of its parts. Does not know what a body may hold.
+Owns which way an answer goes. Does not know what a body may hold.
 """
 
 import asyncio
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
-from fastapi.responses import JSONResponse
 
-from engine.outputs import FinishReason
-from server.best import best_choices
 from server.body import parse_object, read_body, shown
-from server.choices import Choices
 from server.context import Context
-from server.errors import ApiError, engine_failed
-from server.orders import QUICK_IDS, Order
-from server.reading import Reading
+from server.errors import ApiError
+from server.orders import Order
 from server.request_ids import request_id_of
-from server.streaming import Events, EventStream, Heading, closing, usage_of
+from server.streaming import Events, EventStream, closing
+from server.telling import Kind, told_whole, whole_pieces
+from server.turn_answers import TurnAnswer
+from server.turns import asked_by
 
 QUICK_BODY_BYTES = 16 * 1024
 """Longer bodies are parsed and tokenised in a thread; shorter ones would only wait for it."""
@@ -29,16 +25,6 @@ QUICK_BODY_BYTES = 16 * 1024
 
 Found = TypeVar("Found")
 Read = Callable[[dict[str, Any], Context], Found]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What sets an endpoint's answers apart."""
-
-    prefix: str
-    whole: str
-    chunk: str
-    choices: type[Choices]
 
 
 async def read_order(
@@ -62,33 +48,17 @@ async def read_body_with(
 async def answer(request: Request, context: Context, order: Order, kind: Kind) -> Response:
     """Have an order carried out. Raises ParameterError, EngineStoppedError, ApiError."""
     name = f"{kind.prefix}-{order.request_id or request_id_of(request)}"
-    heading = Heading(
-        name, kind.chunk if order.is_stream else kind.whole, int(time.time()), context.model_name
-    )
+    heading = kind.heading(name, order, context.model_name)
     choices = kind.choices(order, context.bridge.engine.tokenizer)
+    if order.turn is not None:
+        return TurnAnswer(context, order, heading, choices, asked_by(request))
     reading = await context.bridge.open(name, order)
     if order.is_stream:
         events = Events(heading, choices, order)
         return EventStream(reading, events, context.config.keep_alive_seconds)
     async with closing(reading, request.receive):
-        return await _whole(reading, heading, choices, order)
-
-
-async def _whole(reading: Reading, heading: Heading, choices: Choices, order: Order) -> Response:
-    """Wait for the end, which is the first time a whole answer is read."""
-    await reading.wait_ended()
-    pieces = await reading.take()
-    if any(piece.finish_reason is FinishReason.ERROR for piece in pieces.values()):
-        raise engine_failed()
-    usage = usage_of(order.num_prompt, reading.num_generated)
-
-    def worded() -> Response:
-        best = best_choices(pieces, order)
-        told = [choices.whole(index, piece) for index, piece in best.items()]
-        beside = choices.beside(best)
-        return JSONResponse(asdict(heading) | {"choices": told, "usage": usage} | beside)
-
-    return await asyncio.to_thread(worded) if usage["total_tokens"] > QUICK_IDS else worded()
+        pieces = await whole_pieces(reading)
+        return await told_whole(pieces, heading, choices, order, reading.num_generated, {})
 
 
 def check_model(asked: str | None, context: Context) -> None:

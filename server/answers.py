@@ -25,6 +25,14 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
+class TurnedSession(BaseModel):
+    """What a turn's answer tells of its session."""
+
+    id: str
+    position: int
+    durable: bool
+
+
 class Usage(BaseModel):
     """Tokens of a whole request: every prompt once, every choice that was tried."""
 
@@ -75,6 +83,7 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+    session: TurnedSession | None = None
 
 
 class ChatToken(BaseModel):
@@ -126,6 +135,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    session: TurnedSession | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 

@@ -7,11 +7,12 @@ thread. Knows no signals.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server import chat, completions, status, tokens
+from server import capacity, chat, completions, sessions, snapshots, status, tokens
 from server.bridge import Bridge
 from server.chat_schemas import ChatRequest
 from server.context import Context
@@ -21,30 +22,54 @@ from server.metrics import make_registry
 from server.openapi import publish
 from server.request_ids import HEADER, RequestIds
 from server.schemas import CompletionRequest
+from server.session_schemas import AppendRequest, ForkRequest, SessionRequest
 from server.settings import ServerConfig
 from server.templates import ChatTemplate
+from server.turns import Turns
 from server.version import package_version
 
-ROUTERS = (completions.router, chat.router, tokens.router, status.router)
+if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+    from engine.sessions import Sessions
+
+ROUTERS = (
+    completions.router,
+    chat.router,
+    snapshots.router,
+    sessions.router,
+    tokens.router,
+    capacity.router,
+    status.router,
+)
 BODIES = (
     CompletionRequest,
     ChatRequest,
     tokens.TokenizeRequest,
     tokens.TokenizeChatRequest,
     tokens.DetokenizeRequest,
+    SessionRequest,
+    AppendRequest,
+    ForkRequest,
 )
 
 
 def create_app(
-    bridge: Bridge, config: ServerConfig, template: ChatTemplate | None = None
+    bridge: Bridge,
+    config: ServerConfig,
+    kept: "Sessions",
+    template: ChatTemplate | None = None,
 ) -> FastAPI:
-    """An application that serves the bridge's engine from its start-up to its shutdown."""
+    """An application that serves the bridge's engine from its start-up to its shutdown.
+
+    kept: the sessions, which are whose they were when it ends.
+    """
+    turns = Turns(kept)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         bridge.start()
         yield
         await asyncio.to_thread(bridge.stop)
+        await turns.wait_settled()
 
     # The interactive pages would be fetched from elsewhere; /openapi.json is all there is here.
     app = FastAPI(
@@ -54,8 +79,10 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    registry = make_registry(bridge.stats, config.served_model_name or bridge.engine.name)
-    app.state.context = Context(bridge, config, registry, template)
+    registry = make_registry(
+        bridge.stats, kept.sizes, config.served_model_name or bridge.engine.name
+    )
+    app.state.context = Context(bridge, config, registry, kept, turns, template)
     for router in ROUTERS:
         app.include_router(router)
     publish(app, BODIES, lambda path: asks_for_key(path, config))
@@ -73,6 +100,6 @@ def _add_middleware(app: FastAPI, keys: tuple[str, ...], config: ServerConfig) -
             allow_origins=config.cors_origin,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=[HEADER, "Retry-After"],
+            expose_headers=[HEADER, "Retry-After", "ETag"],
         )
     app.add_middleware(RequestIds)

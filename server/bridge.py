@@ -107,7 +107,13 @@ class Bridge:
     def _submit(self, reading: Reading, parts: Sequence[str], order: Order) -> None:
         """In any thread: a reader may leave meanwhile, and then its last prompts are not wanted."""
         for part, prompt_ids in zip(parts, order.prompts, strict=True):
-            self._worker.submit(prompt_ids, order.params, request_id=part, priority=order.priority)
+            self._worker.submit(
+                prompt_ids,
+                order.params,
+                request_id=part,
+                priority=order.priority,
+                start=order.start,
+            )
             if reading.is_closed:
                 self._worker.cancel(part)
 

@@ -11,14 +11,15 @@ from fastapi import APIRouter, Request, Response
 
 from engine.errors import ParameterError
 from engine.params import MAX_STOP_STRINGS, SamplingParams
-from server.answering import Kind, answer, check_model, read_order
+from server.answering import answer, check_model, read_order
 from server.answers import ChatCompletion
 from server.chat_schemas import ChatRequest, chat_request
 from server.choices import ChatChoices
 from server.context import Context, ContextDep
 from server.errors import invalid
-from server.openapi import described
+from server.openapi import described, refusals
 from server.orders import Details, Order, order_of, read_prompt
+from server.telling import Kind
 from server.templates import ChatTemplate, ChatTemplateError, Message
 
 router = APIRouter()
@@ -44,7 +45,7 @@ EXAMPLES = (
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    **described(ChatRequest, examples=EXAMPLES, streams=True),
+    **described(ChatRequest, examples=EXAMPLES, streams=True, more=refusals(409, 412)),
 )
 async def create_chat_completion(request: Request, context: ContextDep) -> Response:
     """Answer the last of some messages, whole or as a stream of events."""

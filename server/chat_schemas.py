@@ -11,6 +11,7 @@ from server.errors import invalid
 from server.fields import check_text, told, wrong_type
 from server.neutral import CHAT, Neutral, is_neutral
 from server.sampling import BOOLEAN, SamplingBody, ranged
+from server.session_schemas import check_turn
 
 TEXT_NAMES = ("role", "content", "name")
 
@@ -113,6 +114,7 @@ def chat_request(body: Mapping[str, Any]) -> ChatRequest:
     """Check a body. Raises ApiError 400 naming the field."""
     request = checked(ChatRequest, body)
     request.check_together(request.n, "n")
+    check_turn(request, num_prompts=1)
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise invalid("max_tokens", "max_tokens and max_completion_tokens differ: give one of them")

@@ -37,15 +37,18 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from engine.worker import EngineWorker
         from server.app import create_app
         from server.bridge import Bridge
+        from server.keeping import kept_sessions, where_kept
         from server.templates import find_template
 
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = Engine(model, engine_config)
         url = url_of(sock)
         bridge = Bridge(engine, partial(EngineWorker, engine))
-        app = create_app(bridge, config, template)
-        warn_of_strangers(sock, config)
-        return run_server(app, bridge, config, sock, lambda: _announce(engine, url))
+        with kept_sessions(engine, config) as sessions:
+            app = create_app(bridge, config, sessions, template)
+            warn_of_strangers(sock, config)
+            announce = partial(_announce, engine, url, where_kept(config))
+            return run_server(app, bridge, config, sock, announce)
 
 
 def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -> int:
@@ -116,10 +119,11 @@ def _standard_input() -> str:
         raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
 
 
-def _announce(engine: "Engine", url: str) -> None:
+def _announce(engine: "Engine", url: str, kept: str) -> None:
     stats = engine.stats()
     print(f"model    {engine.name}, {_on_what(engine)}")
     print(f"memory   {_pool(stats.num_slots, stats.bytes_per_slot)}")
+    print(f"sessions {kept}")
     print(f"ready    {url}", flush=True)
 
 

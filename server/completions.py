@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from server.answering import Kind, answer, check_model, read_order
+from server.answering import answer, check_model, read_order
 from server.answers import Completion
 from server.choices import CompletionChoices
 from server.context import Context, ContextDep
 from server.errors import invalid
-from server.openapi import described
+from server.openapi import described, refusals
 from server.orders import Details, Order, order_of, read_prompt, text_of
 from server.schemas import CompletionRequest, completion_request
+
+from server.telling import Kind
 
 if TYPE_CHECKING:
     from engine.tokenizer import Tokenizer
@@ -33,7 +35,7 @@ EXAMPLES = (
 @router.post(
     "/v1/completions",
     response_model=Completion,
-    **described(CompletionRequest, examples=EXAMPLES, streams=True),
+    **described(CompletionRequest, examples=EXAMPLES, streams=True, more=refusals(409, 412)),
 )
 async def create_completion(request: Request, context: ContextDep) -> Response:
     """Continue one prompt or several, whole or as a stream of events."""

@@ -1,7 +1,7 @@
-"""What every endpoint is given: the bridge to the engine, settings, figures, template."""
+"""What every endpoint is given: the bridge to the engine, settings, figures, sessions, template."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
@@ -9,6 +9,10 @@ from prometheus_client import CollectorRegistry
 from server.bridge import Bridge
 from server.settings import ServerConfig
 from server.templates import ChatTemplate
+from server.turns import Turns
+
+if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+    from engine.sessions import Sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +22,8 @@ class Context:
     bridge: Bridge
     config: ServerConfig
     registry: CollectorRegistry
+    sessions: "Sessions"
+    turns: Turns
     template: ChatTemplate | None = None
 
     @property

@@ -18,7 +18,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.errors import EngineStoppedError, ParameterError
+from engine.errors import (
+    EngineStoppedError,
+    NothingToRewindError,
+    ParameterError,
+    SessionBusyError,
+    SessionError,
+    SessionMovedError,
+    SessionNotFoundError,
+    SnapshotError,
+    StoreFullError,
+)
 from server.reading import ReadingClosed
 
 logger = logging.getLogger("cottention")
@@ -26,6 +36,16 @@ logger = logging.getLogger("cottention")
 RETRY_AFTER_SECONDS = 5
 CLIENT_CLOSED_REQUEST = 499
 """What proxies log for a client that left; it is never sent to anyone."""
+
+
+SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
+    SessionNotFoundError: (404, "session_not_found"),
+    SessionBusyError: (409, "session_busy"),
+    NothingToRewindError: (409, "nothing_to_rewind"),
+    SessionMovedError: (412, "session_moved"),
+    StoreFullError: (507, "store_full"),
+}
+"""The status and the code of what cannot be done with a session."""
 
 
 class ApiError(Exception):
@@ -74,11 +94,24 @@ def engine_failed() -> ApiError:
     return ApiError(500, "the engine failed on this request; it may be sent again")
 
 
+def of_session(error: SessionError) -> ApiError:
+    """What a client is told of a session that cannot do what was asked."""
+    status, code = SESSION_ERRORS[type(error)]
+    return ApiError(status, str(error), param="session_id", code=code)
+
+
+def damaged(error: SnapshotError) -> ApiError:
+    """A 500 for a stored session whose bytes are not what they were."""
+    logger.error("a stored session is damaged: %s", error)
+    message = "what was stored of this session is damaged; the server's log has the details"
+    return ApiError(500, message, code="session_damaged")
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Answer every exception that leaves an endpoint in the one form."""
-    for kind in (ApiError, ParameterError, EngineStoppedError, HTTPException):
+    kinds = (ApiError, ParameterError, EngineStoppedError, SessionError, SnapshotError)
+    for kind in (*kinds, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _answer)
-    app.add_exception_handler(RequestValidationError, _answer)
     app.add_exception_handler(ClientDisconnect, _nobody_there)
     app.add_exception_handler(ReadingClosed, _nobody_there)
     app.add_middleware(InternalErrors)
@@ -130,6 +163,10 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
             return invalid(error.param, str(error))
         case EngineStoppedError():
             return unavailable(str(error))
+        case SessionError():
+            return of_session(error)
+        case SnapshotError():
+            return damaged(error)
         case RequestValidationError():
             first = error.errors()[0]
             return invalid(str(first["loc"][-1]), first["msg"])

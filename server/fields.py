@@ -46,8 +46,13 @@ def _name(value: Any) -> str:
     return value
 
 
-def _prompts(value: Any) -> list[Prompt]:
-    """One prompt or several, as text or as ids → a list of prompts."""
+def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
+    """One prompt or several, as text or as ids → a list of prompts.
+
+    A session may go on without a new prompt, which is one of no ids.
+    """
+    if value in ("", []) and info.data.get("session_id") is not None:
+        return [[]]
     match value:
         case str() | [int(), *_]:
             prompts = [value]

@@ -3,13 +3,17 @@
 Owns names and help texts. Figures are taken when they are asked for; nothing is counted here.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.outputs import EngineStats, FinishReason
+
+if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+    from engine.sessions import SessionCounts
 
 GAUGES = {
     "num_requests_running": ("num_running", "Requests in the running batch."),
@@ -19,6 +23,13 @@ GAUGES = {
     "state_pool_bytes": ("pool_bytes", "Memory of the pool, allocated at start."),
     "bytes_per_session": ("bytes_per_slot", "Memory of one state, whatever its age."),
 }
+SESSION_GAUGES = {
+    "num_sessions_resident": ("num_resident", "Sessions whose turn runs."),
+    "num_sessions_parked": ("num_parked", "Sessions that wait in memory."),
+    "num_sessions_stored": ("num_stored", "Sessions that are on the disk alone."),
+    "sessions_parked_bytes": ("parked_bytes", "Memory of the sessions that wait there."),
+    "sessions_stored_bytes": ("stored_bytes", "What all sessions take on the disk."),
+}
 COUNTERS = {
     "prompt_tokens": ("num_prompt_tokens", "Prompt tokens read."),
     "generation_tokens": ("num_generated_tokens", "Tokens generated."),
@@ -26,19 +37,27 @@ COUNTERS = {
 }
 
 
-def make_registry(stats: Callable[[], EngineStats], model_name: str) -> CollectorRegistry:
+def make_registry(
+    stats: Callable[[], EngineStats], sizes: Callable[[], "SessionCounts"], model_name: str
+) -> CollectorRegistry:
     """A registry of the application's own."""
     registry = CollectorRegistry()
-    registry.register(EngineCollector(stats, model_name))
+    registry.register(EngineCollector(stats, sizes, model_name))
     ProcessCollector(registry=registry)
     return registry
 
 
 class EngineCollector(Collector):
-    """Reads `stats` once per scrape."""
+    """Reads `stats` and `sizes` once per scrape."""
 
-    def __init__(self, stats: Callable[[], EngineStats], model_name: str) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        sizes: Callable[[], "SessionCounts"],
+        model_name: str,
+    ) -> None:
         self._stats = stats
+        self._sizes = sizes
         self._model_name = model_name
 
     def describe(self) -> list[Metric]:
@@ -48,15 +67,19 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """All families of one moment."""
         stats = self._stats()
-        for name, (attribute, text) in GAUGES.items():
-            gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name"])
-            gauge.add_metric([self._model_name], getattr(stats, attribute))
-            yield gauge
+        yield from self._gauges(GAUGES, stats)
+        yield from self._gauges(SESSION_GAUGES, self._sizes())
         for name, (attribute, text) in COUNTERS.items():
             counter = CounterMetricFamily(f"cottention:{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name], getattr(stats, attribute))
             yield counter
         yield self._finished(stats)
+
+    def _gauges(self, names: Mapping[str, tuple[str, str]], figures: Any) -> Iterator[Metric]:
+        for name, (attribute, text) in names.items():
+            gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name"])
+            gauge.add_metric([self._model_name], getattr(figures, attribute))
+            yield gauge
 
     def _finished(self, stats: EngineStats) -> Metric:
         labels = ["model_name", "finished_reason"]

@@ -38,7 +38,6 @@ SAMPLING: Neutral = {
     "guided_grammar": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
-    "session_id": (),
     "return_token_offsets": (ANY,),  # of vLLM's render endpoints alone
     "return_mm_kwargs": (ANY,),  # of inputs other than text
     "routed_experts_prompt_start": (0,),

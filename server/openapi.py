@@ -18,10 +18,13 @@ Schema = dict[str, Any]
 ERRORS = {
     400: "A field is wrong; `param` names it.",
     401: "A key is missing or wrong.",
-    404: "There is no such model.",
+    404: "There is no such model or session.",
+    409: "Another turn has the session, or what was asked does not fit it.",
+    412: "The session is not at the position of If-Match.",
     413: "The body is longer than the server takes.",
     500: "The engine failed.",
     503: "The server takes no new work now.",
+    507: "The disk takes no more sessions.",
 }
 
 EVENTS: Schema = {
@@ -37,8 +40,16 @@ EVENTS: Schema = {
 _BODY_ERRORS = (400, 401, 404, 413, 500, 503)
 
 
-def described(*bodies: type[Body], examples: Sequence[Schema], streams: bool = False) -> Schema:
-    """What a route that takes one of these bodies, for example these, says of itself."""
+def described(
+    *bodies: type[Body],
+    examples: Sequence[Schema],
+    streams: bool = False,
+    more: Schema | None = None,
+) -> Schema:
+    """What a route that takes one of these bodies, for example these, says of itself.
+
+    more: answers beside those of every such route.
+    """
     references = [{"$ref": f"#/components/schemas/{body.__name__}"} for body in bodies]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
     shown = {str(place): {"value": each} for place, each in enumerate(examples)}
@@ -46,7 +57,7 @@ def described(*bodies: type[Body], examples: Sequence[Schema], streams: bool = F
     answers: dict[int | str, Schema] = {200: {"content": EVENTS}} if streams else {}
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
-        "responses": answers | refusals(*_BODY_ERRORS),
+        "responses": answers | refusals(*_BODY_ERRORS) | (more or {}),
     }
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from engine.params import SamplingParams
 from server.errors import invalid
-from server.sampling import SamplingBody, StreamOptions
+from server.sampling import OnCancel, OnConflict, SamplingBody, StreamOptions
 
 if TYPE_CHECKING:
+    from engine.session_state import SessionState
     from engine.tokenizer import Tokenizer
 
 
@@ -41,11 +42,21 @@ class Details:
 
 
 @dataclass(frozen=True, slots=True)
+class TurnTerms:
+    """Which session an order continues, whom it gives way to, and what a cut leaves of it."""
+
+    session_id: str
+    on_conflict: OnConflict = "error"
+    on_cancel: OnCancel = "keep"
+
+
+@dataclass(frozen=True, slots=True)
 class Order:
     """Prompts, how each is continued, and how the answer is told.
 
     echoes: the text of each prompt, where it is to be told.
     num_choices: told for each prompt; the best of params.n, or all of them.
+    turn: of a session, where it is one; start: the session before it, once that is known.
     """
 
     prompts: list[list[int]]
@@ -57,11 +68,15 @@ class Order:
     stream_options: StreamOptions
     priority: int
     request_id: str | None
+    turn: TurnTerms | None = None
+    start: "SessionState | None" = None
 
     @property
     def needs_tokens(self) -> bool:
-        """Whether ids are told or judged, or text alone."""
-        return self.params.logprobs is not None or not self.details.is_text_alone
+        """Whether ids are told, judged or kept, or text alone."""
+        if self.start is not None or self.params.logprobs is not None:
+            return True
+        return not self.details.is_text_alone
 
     @property
     def tells_long_prompt(self) -> bool:
@@ -92,7 +107,30 @@ def order_of(
         stream_options=body.stream_options or StreamOptions.model_validate({}),
         priority=body.priority,
         request_id=body.request_id,
+        turn=_turn_of(body),
     )
+
+
+def reading_order(prompt_ids: list[int], start: "SessionState") -> Order:
+    """A prompt that a session reads and nothing answers."""
+    return Order(
+        prompts=[prompt_ids],
+        echoes=[""],
+        params=SamplingParams(max_tokens=0),
+        details=Details(),
+        num_choices=1,
+        is_stream=False,
+        stream_options=StreamOptions.model_validate({}),
+        priority=0,
+        request_id=None,
+        start=start,
+    )
+
+
+def _turn_of(body: SamplingBody) -> TurnTerms | None:
+    if body.session_id is None:
+        return None
+    return TurnTerms(body.session_id, body.on_conflict, body.on_cancel)
 
 
 def read_prompt(

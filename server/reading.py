@@ -8,8 +8,12 @@ import asyncio
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from engine.outputs import FinishReason, Output, TokenLogprob
+
+if TYPE_CHECKING:  # its rows are tensors, which the server does not know
+    from engine.session_state import SessionState
 
 
 class ReadingClosed(Exception):
@@ -33,11 +37,15 @@ class Tokens:
 
 @dataclass(slots=True)
 class Piece:
-    """Unread text of one choice, merged from however many steps it took; its ids where wanted."""
+    """Unread text of one choice, merged from however many steps it took; its ids where wanted.
+
+    state: of a session after its turn, where that has ended by itself.
+    """
 
     tokens: Tokens | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    state: "SessionState | None" = None
     _text: io.StringIO = field(default_factory=io.StringIO)
 
     @property
@@ -53,6 +61,7 @@ class Piece:
         if self.finish_reason is None:
             self.finish_reason = output.finish_reason
             self.stop_reason = output.stop_reason
+            self.state = output.state
 
 
 class Reading:

@@ -25,7 +25,13 @@ BOOLEAN = "true or false"
 PRIORITY = "a whole number of 64 bits"
 NAME = "up to 128 letters, digits, ., _, : and -"
 IDS = "a list of token ids"
+SESSION = "a string, an id from /v1/sessions"
+CONFLICT = '"error" or "wait"'
 CUT = "a whole number from 1, or -1 for the model's trained length"
+
+
+OnConflict = Literal["error", "wait"]
+OnCancel = Literal["keep", "rollback"]
 
 
 def ranged(default: Any, description: str, low: float, high: float | None = None) -> Any:
@@ -78,6 +84,9 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = Field(None, description="an object")
     priority: int = ranged(0, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
     request_id: Name | None = Field(None, description=NAME)
+    session_id: Text | None = Field(None, description=SESSION)
+    on_conflict: OnConflict = Field("error", description=CONFLICT)
+    on_cancel: OnCancel = Field("keep", description='"keep" or "rollback"')
 
     def engine_params(self, **more: Any) -> SamplingParams:
         """The engine's parameters: those of the same names, and `more`. Raises ParameterError."""

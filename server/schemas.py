@@ -11,6 +11,7 @@ from server.errors import invalid
 from server.fields import Prompts
 from server.neutral import COMPLETION, Neutral
 from server.sampling import BOOLEAN, MAX_CHOICES, SamplingBody, ranged
+from server.session_schemas import check_turn
 
 
 class CompletionRequest(SamplingBody):
@@ -49,7 +50,10 @@ class CompletionRequest(SamplingBody):
 
 def completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     """Check a body. Raises ApiError 400 naming the field."""
+    if body.get("session_id") is not None and body.get("prompt") is None:
+        body = {**body, "prompt": ""}
     request = checked(CompletionRequest, body)
+    check_turn(request, len(request.prompt))
     _check_best_of(request)
     _check_worth(request)
     many = "n" if request.best_of is None else "best_of"

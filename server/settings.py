@@ -32,6 +32,18 @@ class ServerConfig:
     max_body_bytes: int = option(
         4 * 1024**2, "longest request body; 512K and 4M are understood", minimum=1, unit="bytes"
     )
+    session_dir: str | None = option(
+        None, "folder that keeps sessions (default: one that goes when the server ends)"
+    )
+    session_memory: int = option(
+        1024**3, "memory for sessions that nobody runs", minimum=0, unit="bytes"
+    )
+    session_checkpoints: int = option(
+        4, "how many turns a session can be rewound", minimum=0, unit="turns"
+    )
+    max_snapshot_bytes: int = option(
+        256 * 1024**2, "largest session that may be imported", minimum=1, unit="bytes"
+    )
     default_max_tokens: int = option(
         1024, "a chat ends after this unless it says", minimum=1, unit="tokens"
     )

@@ -19,6 +19,7 @@ from typing import ClassVar, NamedTuple
 from engine.errors import EngineStoppedError, ParameterError
 from engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
 from engine.params import SamplingParams
+from engine.session_state import SessionState
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
@@ -39,6 +40,13 @@ class FakeTokenizer:
 
 class FakeModelConfig:
     n_positions = 512
+
+
+class FakeSpec:
+    bytes_per_slot = 1000
+
+    def itemised_bytes(self) -> dict[str, int]:
+        return {"state": 900, "denominator": 100}
 
 
 class FakeEngineConfig:
@@ -66,6 +74,8 @@ class Running:
     priority: int = 0
     said: int = 0
     cancelled_at: int | None = None
+    start: SessionState | None = None
+    drawn: list[int] = field(default_factory=list)
     unfinished: set[int] = field(default_factory=set)
 
 
@@ -76,6 +86,7 @@ class FakeEngine:
         self.tokenizer = FakeTokenizer()
         self.model_config = FakeModelConfig()
         self.config = FakeEngineConfig()
+        self.spec = FakeSpec()
         self.seen: list[Running] = []
         self.num_slots = num_slots
         self.step_seconds = step_seconds
@@ -95,10 +106,12 @@ class FakeEngine:
         *,
         request_id: str,
         priority: int = 0,
+        start: SessionState | None = None,
+        cache_scope: str | None = None,  # noqa: ARG002
     ) -> str:
-        if not prompt_ids:
+        if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
-        if not 0 <= min(prompt_ids) <= max(prompt_ids) < 256:
+        if not all(0 <= each < 256 for each in prompt_ids):
             raise ParameterError("prompt", "prompt ids must be from 0 to 255")
         if params.n > self.num_slots:
             raise ParameterError("n", f"n must be at most {self.num_slots}; it is {params.n}")
@@ -110,7 +123,7 @@ class FakeEngine:
         with self._lock:
             self.num_prompt += len(prompt_ids)
             self.running[request_id] = Running(
-                prompt, params, prompt_ids, priority, unfinished=set(range(params.n))
+                prompt, params, prompt_ids, priority, unfinished=set(range(params.n)), start=start
             )
             self.seen.append(self.running[request_id])
         return request_id
@@ -171,6 +184,7 @@ class FakeEngine:
         if request.said == request.params.max_tokens:
             reason = reason or FinishReason.LENGTH
         token_id = ord(text) % 256
+        request.drawn.append(token_id)
         if request.prompt == "loud":
             text *= 10_000
         if request.prompt == "quiet" and reason is None:
@@ -204,6 +218,7 @@ class FakeEngine:
                 stop_reason=params.stop[0] if params.stop and reason is FinishReason.STOP else None,
                 logprobs=() if num is None else tuple(fake_logprob(each, num) for each in ids),
                 prompt_logprobs=self._scored(request) if is_first and choice == 0 else None,
+                state=self._state(request, reason),
             )
             for choice in sorted(request.unfinished)
         ]
@@ -211,6 +226,12 @@ class FakeEngine:
             self.finished[reason] += len(outputs)
             del self.running[name]
         return outputs
+
+    def _state(self, request: Running, reason: FinishReason | None) -> SessionState | None:
+        if request.start is None or reason not in (FinishReason.STOP, FinishReason.LENGTH):
+            return None
+        window = self.model_config.n_positions
+        return request.start.extended(request.prompt_ids, request.drawn, window)
 
     def _scored(self, request: Running) -> tuple[TokenLogprob | None, ...] | None:
         num = request.params.prompt_logprobs

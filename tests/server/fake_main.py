@@ -8,12 +8,14 @@ from functools import partial
 from typing import cast
 
 from engine.engine import Engine
+from engine.sessions import Sessions
 from engine.worker import EngineWorker
 from server.app import create_app
 from server.bridge import Bridge
 from server.lifecycle import bind_socket, run_server, url_of
 from server.settings import ServerConfig
 from tests.server.fake_engine import FakeEngine
+from tests.server.fake_sessions import FakeSessions
 
 
 def main() -> int:
@@ -22,7 +24,7 @@ def main() -> int:
     bridge = Bridge(engine, partial(EngineWorker, engine))
     sock = bind_socket(config.host, config.port)
     url = url_of(sock)
-    app = create_app(bridge, config)
+    app = create_app(bridge, config, cast(Sessions, FakeSessions()))
     return run_server(app, bridge, config, sock, lambda: print(url, flush=True))
 
 

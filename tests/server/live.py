@@ -19,13 +19,18 @@ from server.lifecycle import bind_socket, url_of
 from server.settings import ServerConfig
 from server.templates import ChatTemplate
 from tests.server.fake_engine import FakeEngine
+from tests.server.fake_sessions import FakeSessions
 
 
 class Live:
     """A running server and its client."""
 
-    def __init__(self, engine: Any, bridge: Bridge, url: str, client: httpx.Client) -> None:
+    def __init__(
+        self, engine: Any, bridge: Bridge, sessions: Any, turns: Any, url: str, client: httpx.Client
+    ) -> None:
         self.engine = engine
+        self.sessions = sessions
+        self.turns: Any = turns
         self.bridge = bridge
         self.url = url
         self.client = client
@@ -38,6 +43,17 @@ class Live:
         messages = [{"role": "user", "content": each} for each in said]
         return self.client.post("/v1/chat/completions", json={"messages": messages} | body)
 
+    def opened(self, prompt: str = "", **body: Any) -> str:
+        """The id of a new session."""
+        response = self.client.post("/v1/sessions", json={"prompt": prompt} | body)
+        assert response.status_code == 200, response.text
+        session_id: str = response.json()["id"]
+        return session_id
+
+    def session(self, session_id: str) -> Any:
+        """A session's object."""
+        return self.client.get(f"/v1/sessions/{session_id}").json()
+
     def events(self, **body: Any) -> list[Any]:
         """The events of a streamed answer, parsed; [DONE] as text."""
         return [data if data == "[DONE]" else json.loads(data) for data in self.stream_data(**body)]
@@ -48,6 +64,14 @@ class Live:
         *blocks, last = response.text.split("\n\n")
         assert last == ""
         return [block.removeprefix("data: ") for block in blocks if block.startswith("data: ")]
+
+    def text_of(self, session_id: str) -> str:
+        """What a session holds, where its ids are bytes."""
+        return bytes(self.sessions.state_of(session_id).recent).decode()
+
+    def loop_call(self, work: Callable[[], None]) -> None:
+        """Have something done on the server's event loop."""
+        self.bridge._loop.call_soon_threadsafe(work)
 
     def connect(self, **body: Any) -> socket.socket:
         """Send a request by hand and leave the answer unread."""
@@ -64,12 +88,16 @@ class Live:
 
 @contextlib.contextmanager
 def serving(
-    engine: Any = None, template: ChatTemplate | None = None, **settings: Any
+    engine: Any = None,
+    template: ChatTemplate | None = None,
+    sessions: Any = None,
+    **settings: Any,
 ) -> Iterator[Live]:
     """A live server; at its end nothing may be left running."""
     engine = engine or FakeEngine()
     bridge = Bridge(engine, partial(EngineWorker, engine))
-    app = create_app(bridge, ServerConfig(port=0, **settings), template)
+    sessions = sessions or FakeSessions()
+    app = create_app(bridge, ServerConfig(port=0, **settings), sessions, template)
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)
@@ -78,7 +106,7 @@ def serving(
     thread.start()
     try:
         with httpx.Client(base_url=url, timeout=20) as client:
-            yield Live(engine, bridge, url, client)
+            yield Live(engine, bridge, sessions, app.state.context.turns, url, client)
     finally:
         server.should_exit = True
         thread.join(20)

@@ -1,0 +1,33 @@
+"""GET /v1/capacity: what a session costs, and how many fit. Figures are of the moment."""
+
+import asyncio
+
+from fastapi import APIRouter
+
+from server.answers import Shape
+from server.context import ContextDep
+from server.openapi import refusals
+from server.session_answers import Capacity
+
+router = APIRouter()
+
+GB = 10**9
+
+
+@router.get("/v1/capacity", response_model=Capacity, responses=refusals(401))
+async def capacity(context: ContextDep) -> Shape:
+    """What the pool, the memory and the disk hold."""
+    stats, spec = context.bridge.stats(), context.bridge.engine.spec
+    sizes = await asyncio.to_thread(context.sessions.sizes)
+    return {
+        "object": "capacity",
+        "bytes_per_session": {**spec.itemised_bytes(), "total": spec.bytes_per_slot},
+        "slots": stats.num_slots,
+        "free_slots": stats.num_free_slots,
+        "resident": sizes.num_resident,
+        "parked": sizes.num_parked,
+        "stored": sizes.num_stored,
+        "parked_bytes": sizes.parked_bytes,
+        "stored_bytes": sizes.stored_bytes,
+        "sessions_per_gb": GB // spec.bytes_per_slot,
+    }

@@ -1,0 +1,112 @@
+"""How sessions are told: their objects, lists, and the header with their position.
+
+Owns names and shapes, for answers and for the published description. Knows no endpoint.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+
+from server.answers import Shape
+
+if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+    from engine.sessions import Session
+
+
+class SessionObject(BaseModel):
+    """A session: `position` counts the tokens it holds, `bytes` is what it takes on the disk.
+
+    residence: resident while a turn runs, parked in memory, or stored on the disk alone.
+    checkpoints: how many turns it can be rewound. durable: whether its last turn is on the disk.
+    interrupted: a crash has cut a turn, and the session is as it was before that.
+    """
+
+    id: str
+    object: Literal["session"]
+    created: int
+    position: int
+    context_start: int
+    context_policy: Literal["exact"]
+    bytes: int
+    residence: Literal["resident", "parked", "stored"]
+    version: int
+    checkpoints: int
+    durable: bool
+    interrupted: bool
+    metadata: dict[str, str]
+    expires_at: float | None
+
+
+class SessionList(BaseModel):
+    """Some sessions, the newest first; `has_more` where `after` the last one there are others."""
+
+    object: Literal["list"]
+    data: list[SessionObject]
+    has_more: bool
+
+
+class DeletedSession(BaseModel):
+    """A session that is no more."""
+
+    id: str
+    object: Literal["session"]
+    deleted: Literal[True]
+
+
+class Capacity(BaseModel):
+    """What a session costs, what there is, and where the sessions are."""
+
+    object: Literal["capacity"]
+    bytes_per_session: dict[str, int]
+    slots: int
+    free_slots: int
+    resident: int
+    parked: int
+    stored: int
+    parked_bytes: int
+    stored_bytes: int
+    sessions_per_gb: int
+
+
+def told(session: "Session") -> JSONResponse:
+    """One session, and its position as its ETag."""
+    return JSONResponse(shape_of(session), headers={"ETag": etag_of(session)})
+
+
+def told_all(sessions: Sequence["Session"], has_more: bool) -> JSONResponse:
+    """Several sessions."""
+    data = [shape_of(session) for session in sessions]
+    return JSONResponse({"object": "list", "data": data, "has_more": has_more})
+
+
+def etag_of(session: "Session") -> str:
+    """What If-Match may name."""
+    return f'"{session.position}"'
+
+
+def shape_of(session: "Session") -> Shape:
+    """A session's object."""
+    return {
+        "id": session.id,
+        "object": "session",
+        "created": session.created,
+        "position": session.position,
+        "context_start": session.context_start,
+        "context_policy": session.context_policy,
+        "bytes": session.nbytes,
+        "residence": session.residence,
+        "version": session.version,
+        "checkpoints": session.num_checkpoints,
+        "durable": session.is_durable,
+        "interrupted": session.was_interrupted,
+        "metadata": dict(session.metadata),
+        "expires_at": session.expires_at,
+    }
+
+
+def shape_in_answer(session: "Session") -> Shape:
+    """What a turn's answer tells of its session."""
+    durable = session.is_durable
+    return {"id": session.id, "position": session.position, "durable": durable}

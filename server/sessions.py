@@ -1,0 +1,171 @@
+"""/v1/sessions: open, list, look at, continue without an answer, fork, rewind, delete.
+
+Owns the order of the checks. What a session is belongs to the engine's `Sessions`, whose turn it is
+to `turns.py`; bytes on the wire are `snapshots.py`'s.
+"""
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from engine.errors import SessionMovedError
+from server.answering import read_body_with
+from server.bridge import Phase
+from server.checking import checked
+from server.context import Context, ContextDep
+from server.errors import unavailable
+from server.openapi import described, refusals
+from server.orders import Order, TurnTerms, reading_order
+from server.request_ids import request_id_of
+from server.session_answers import (
+    DeletedSession,
+    SessionList,
+    SessionObject,
+    Shape,
+    told,
+    told_all,
+)
+from server.session_schemas import (
+    AppendRequest,
+    ForkRequest,
+    SessionRequest,
+    fork_request,
+    session_request,
+)
+from server.streaming import closing
+from server.telling import whole_pieces
+from server.turns import Asker, asked_by
+
+if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+    from engine.session_state import SessionState
+
+router = APIRouter()
+
+MAX_PAGE = 100
+REFUSALS = refusals(400, 401, 404, 500)
+MOVES: dict[int | str, Shape] = refusals(409, 412, 507)
+
+
+@router.post(
+    "/v1/sessions",
+    response_model=SessionObject,
+    **described(SessionRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
+)
+async def open_session(request: Request, context: ContextDep) -> Response:
+    """A new session, which has read the prompt if there is one."""
+    owner = asked_by(request).owner
+    asked = await read_body_with(request, context, lambda body, _: session_request(body))
+    ids = await _ids(asked.prompt, context)
+    state = _nothing()
+    if ids:
+        state = await _read_in(request, context, reading_order(ids, state))
+    opened = context.sessions.open, owner, state, asked.metadata, asked.ttl_seconds
+    return told(await asyncio.to_thread(*opened))
+
+
+@router.get("/v1/sessions", response_model=SessionList, responses=REFUSALS)
+async def list_sessions(
+    request: Request,
+    context: ContextDep,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
+    after: str | None = None,
+) -> Response:
+    """One's own sessions, the newest first."""
+    owner = asked_by(request).owner
+    return told_all(*await asyncio.to_thread(context.sessions.page, owner, after, limit))
+
+
+@router.get("/v1/sessions/{session_id}", response_model=SessionObject, responses=REFUSALS)
+async def get_session(session_id: str, request: Request, context: ContextDep) -> Response:
+    """One session."""
+    owner = asked_by(request).owner
+    return told(await asyncio.to_thread(context.sessions.find, owner, session_id))
+
+
+@router.delete(
+    "/v1/sessions/{session_id}",
+    response_model=DeletedSession,
+    responses=REFUSALS | refusals(409, 412),
+)
+async def delete_session(session_id: str, request: Request, context: ContextDep) -> Shape:
+    """Forget a session, unless a turn runs."""
+    asker = asked_by(request)
+    async with context.turns.alone(asker.owner, session_id, "error", request.receive):
+        await _check_position(asker, session_id, context)
+        await asyncio.to_thread(context.sessions.delete, asker.owner, session_id)
+    return {"id": session_id, "object": "session", "deleted": True}
+
+
+@router.post(
+    "/v1/sessions/{session_id}/append",
+    response_model=SessionObject,
+    **described(AppendRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
+)
+async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
+    """A turn that reads and says nothing."""
+    asker = asked_by(request)
+    body = await read_body_with(request, context, lambda body, _: checked(AppendRequest, body))
+    ids = await _ids(body.prompt, context)
+    terms = TurnTerms(session_id, body.on_conflict, "rollback")
+    async with context.turns.turn(asker, terms, request.receive) as turn:
+        state = await _read_in(request, context, reading_order(ids, turn.state))
+        return told(await turn.commit(state))
+
+
+@router.post(
+    "/v1/sessions/{session_id}/fork",
+    response_model=SessionList,
+    **described(ForkRequest, examples=[{"n": 2}], more=MOVES),
+)
+async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
+    """Sessions that go on from here by themselves; they share nothing that changes."""
+    asker = asked_by(request)
+    num = (await read_body_with(request, context, lambda body, _: fork_request(body))).n
+    await _check_position(asker, session_id, context)
+    forks = await asyncio.to_thread(context.sessions.fork, asker.owner, session_id, num)
+    return told_all(forks, has_more=False)
+
+
+@router.post(
+    "/v1/sessions/{session_id}/rewind", response_model=SessionObject, responses=REFUSALS | MOVES
+)
+async def rewind_session(session_id: str, request: Request, context: ContextDep) -> Response:
+    """Back to where the last turn began."""
+    asker = asked_by(request)
+    async with context.turns.alone(asker.owner, session_id, "error", request.receive):
+        rewound = context.sessions.rewind, asker.owner, session_id, asker.expected_position
+        return told(await asyncio.to_thread(*rewound))
+
+
+async def _ids(prompt: str | list[int], context: Context) -> list[int]:
+    if isinstance(prompt, list):
+        return prompt
+    return await asyncio.to_thread(context.bridge.engine.tokenizer.encode, prompt) if prompt else []
+
+
+async def _read_in(request: Request, context: Context, order: Order) -> "SessionState":
+    """The session after a prompt. Raises ParameterError, EngineStoppedError, ApiError."""
+    reading = await context.bridge.open(f"session-{request_id_of(request)}", order)
+    async with closing(reading, request.receive):
+        state = (await whole_pieces(reading))[0].state
+    if state is None:  # cancelled, as whatever runs is when the server has to stop
+        raise unavailable(Phase.DRAINING)
+    return state
+
+
+async def _check_position(asker: Asker, session_id: str, context: Context) -> None:
+    if asker.expected_position is None:
+        return
+    found = await asyncio.to_thread(context.sessions.find, asker.owner, session_id)
+    if found.position != asker.expected_position:
+        expected = asker.expected_position
+        message = f"the session is at position {found.position}, not at {expected}"
+        raise SessionMovedError(message)
+
+
+def _nothing() -> Any:
+    """A session that holds no token."""
+    from engine.session_state import SessionState
+
+    return SessionState()

@@ -1,0 +1,72 @@
+"""/v1/sessions/ID/snapshot and /v1/sessions/import: a session as bytes, from here to elsewhere.
+
+Owns how they travel. What is in them is the engine's.
+"""
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from engine.errors import SnapshotError, SnapshotMismatchError
+from server.body import read_body
+from server.context import ContextDep
+from server.errors import ApiError, invalid
+from server.openapi import Schema, refusals
+from server.session_answers import SessionObject, etag_of, told
+from server.session_schemas import METADATA, KeptBody, kept_body
+from server.turns import asked_by
+
+router = APIRouter()
+
+OCTETS = "application/octet-stream"
+BINARY: Schema = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
+
+
+@router.get(
+    "/v1/sessions/{session_id}/snapshot",
+    response_class=Response,
+    responses=refusals(400, 401, 404, 500) | {200: {"content": BINARY}},
+)
+async def get_snapshot(session_id: str, request: Request, context: ContextDep) -> Response:
+    """All of a session, as it is between its turns."""
+    owner, sessions = asked_by(request).owner, context.sessions
+    session = await asyncio.to_thread(sessions.find, owner, session_id)
+    raw = await asyncio.to_thread(sessions.export, owner, session_id)
+    return Response(raw, media_type=OCTETS, headers={"ETag": etag_of(session)})
+
+
+@router.post(
+    "/v1/sessions/import",
+    response_model=SessionObject,
+    responses=refusals(400, 401, 409, 413, 500, 503, 507),
+    openapi_extra={"requestBody": {"required": True, "content": BINARY}},
+)
+async def import_session(
+    request: Request,
+    context: ContextDep,
+    metadata: str | None = None,
+    ttl_seconds: Annotated[float | None, Query()] = None,
+) -> Response:
+    """A new session that is what another was; `metadata` is a JSON object."""
+    context.bridge.check_accepting()
+    owner, kept = asked_by(request).owner, _kept(metadata, ttl_seconds)
+    raw = await read_body(request, context.config.max_snapshot_bytes)
+    imported = context.sessions.import_, owner, raw, kept.metadata, kept.ttl_seconds
+    try:
+        return told(await asyncio.to_thread(*imported))
+    except SnapshotMismatchError as error:
+        raise ApiError(409, str(error), code="snapshot_mismatch") from None
+    except SnapshotError as error:
+        raise ApiError(400, str(error), code="bad_snapshot") from None
+
+
+def _kept(metadata: str | None, ttl_seconds: float | None) -> KeptBody:
+    given: dict[str, Any] = {"ttl_seconds": ttl_seconds}
+    if metadata is not None:
+        try:
+            given["metadata"] = json.loads(metadata)
+        except (ValueError, RecursionError):
+            raise invalid("metadata", f"metadata must be {METADATA}, as JSON") from None
+    return kept_body(given)

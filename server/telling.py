@@ -1,0 +1,67 @@
+"""An answer's heading, and how a whole one is worded.
+
+Owns the order of its parts. Does not know what a body may hold nor whose turn it is.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from fastapi.responses import JSONResponse
+
+from engine.outputs import FinishReason
+from server.answers import Shape
+from server.best import best_choices
+from server.choices import Choices
+from server.errors import engine_failed
+from server.orders import QUICK_IDS, Order
+from server.reading import Piece, Reading
+from server.streaming import Heading, usage_of
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What sets an endpoint's answers apart."""
+
+    prefix: str
+    whole: str
+    chunk: str
+    choices: type[Choices]
+
+    def heading(self, name: str, order: Order, model_name: str) -> Heading:
+        """What each part of an answer to this order begins with."""
+        kind = self.chunk if order.is_stream else self.whole
+        return Heading(name, kind, int(time.time()), model_name)
+
+
+async def whole_pieces(reading: Reading) -> dict[int, Piece]:
+    """Wait for the end, which is the first time a whole answer is read.
+
+    Raises ReadingClosed, ApiError.
+    """
+    await reading.wait_ended()
+    pieces = await reading.take()
+    if any(piece.finish_reason is FinishReason.ERROR for piece in pieces.values()):
+        raise engine_failed()
+    return pieces
+
+
+async def told_whole(
+    pieces: Mapping[int, Piece],
+    heading: Heading,
+    choices: Choices,
+    order: Order,
+    num_generated: int,
+    more: Shape,
+) -> JSONResponse:
+    """The whole answer, and `more` beside its choices."""
+    usage = usage_of(order.num_prompt, num_generated)
+
+    def worded() -> JSONResponse:
+        best = best_choices(pieces, order)
+        told = [choices.whole(index, piece) for index, piece in best.items()]
+        beside = choices.beside(best) | more
+        return JSONResponse(asdict(heading) | {"choices": told, "usage": usage} | beside)
+
+    return await asyncio.to_thread(worded) if usage["total_tokens"] > QUICK_IDS else worded()

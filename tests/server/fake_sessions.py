@@ -1,0 +1,184 @@
+"""Sessions without a disk: the face of `engine.sessions.Sessions`, in a dictionary.
+
+What it does to leases can be watched, and it can be told to fail.
+"""
+
+import itertools
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+from engine.errors import (
+    NothingToRewindError,
+    SessionBusyError,
+    SessionMovedError,
+    SessionNotFoundError,
+    SnapshotError,
+    SnapshotMismatchError,
+    StoreFullError,
+)
+from engine.session_state import SessionState
+
+
+@dataclass(frozen=True)
+class FakeSession:
+    id: str
+    owner: str
+    created: int
+    version: int
+    position: int
+    metadata: Mapping[str, str]
+    expires_at: float | None
+    states: tuple[SessionState, ...]
+    nbytes: int = 100
+    residence: str = "parked"
+    is_durable: bool = True
+    was_interrupted: bool = False
+    context_policy: str = "exact"
+    context_start: int = 0
+
+    @property
+    def num_checkpoints(self) -> int:
+        return len(self.states) - 1
+
+
+@dataclass
+class FakeTurn:
+    session: FakeSession
+    state: SessionState
+
+
+@dataclass
+class FakeSessions:
+    """fails: errors that the next calls of these names raise. slow: seconds that calls take."""
+
+    fails: dict[str, Exception] = field(default_factory=dict)
+    slow: dict[str, float] = field(default_factory=dict)
+    is_full: bool = False
+
+    def __post_init__(self) -> None:
+        self.kept: dict[str, FakeSession] = {}
+        self.leased: set[str] = set()
+        self.ends: list[str] = []
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+
+    def state_of(self, session_id: str) -> SessionState:
+        return self.kept[session_id].states[-1]
+
+    def open(
+        self, owner: str, state: SessionState, metadata: Any, ttl_seconds: float | None
+    ) -> FakeSession:
+        self._may_fail("open")
+        expires = None if ttl_seconds is None else time.time() + ttl_seconds
+        name = f"s{next(self._numbers)}"
+        made = FakeSession(name, owner, 1, 1, state.num_tokens, metadata, expires, (state,))
+        self.kept[name] = made
+        return made
+
+    def find(self, owner: str, session_id: str) -> FakeSession:
+        found = self.kept.get(session_id)
+        if found is None or found.owner != owner or (found.expires_at or 1e99) < time.time():
+            raise SessionNotFoundError(f"there is no session {session_id}")
+        return found
+
+    def page(self, owner: str, after: str | None, limit: int) -> tuple[list[FakeSession], bool]:
+        mine = [each for each in reversed(self.kept.values()) if each.owner == owner]
+        if after is not None:
+            mine = mine[mine.index(self.find(owner, after)) + 1 :]
+        return mine[:limit], len(mine) > limit
+
+    def delete(self, owner: str, session_id: str) -> None:
+        self._check_free(owner, session_id)
+        del self.kept[session_id]
+
+    def begin(self, owner: str, session_id: str, expected_position: int | None = None) -> FakeTurn:
+        self._may_fail("begin")
+        with self._lock:
+            session = self._check_free(owner, session_id)
+            self._check_position(session, expected_position)
+            self.leased.add(session_id)
+        return FakeTurn(session, session.states[-1])
+
+    def commit(self, turn: FakeTurn, state: SessionState) -> FakeSession:
+        self._may_fail("commit")
+        old = turn.session
+        new = replace(
+            old,
+            states=(*old.states, state),
+            version=old.version + 1,
+            position=state.num_tokens,
+            is_durable=not self.is_full,
+        )
+        self.kept[old.id] = new
+        self._release(turn, "commit")
+        return new
+
+    def abandon(self, turn: FakeTurn) -> None:
+        self._release(turn, "abandon")
+
+    def fork(self, owner: str, session_id: str, n: int) -> list[FakeSession]:
+        session = self._check_free(owner, session_id)
+        return [self.open(owner, session.states[-1], session.metadata, None) for _ in range(n)]
+
+    def rewind(
+        self, owner: str, session_id: str, expected_position: int | None = None
+    ) -> FakeSession:
+        old = self._check_free(owner, session_id)
+        self._check_position(old, expected_position)
+        if len(old.states) == 1:
+            raise NothingToRewindError("there is no earlier turn")
+        states = old.states[:-1]
+        position = states[-1].num_tokens
+        new = replace(old, states=states, version=old.version + 1, position=position)
+        self.kept[session_id] = new
+        return new
+
+    def export(self, owner: str, session_id: str) -> bytes:
+        return b"fake:" + bytes(self.find(owner, session_id).states[-1].recent)
+
+    def import_(
+        self, owner: str, raw: bytes, metadata: Any, ttl_seconds: float | None
+    ) -> FakeSession:
+        if raw.startswith(b"other:"):
+            raise SnapshotMismatchError("weights differ: expected a, found b")
+        if not raw.startswith(b"fake:"):
+            raise SnapshotError("this is no snapshot")
+        state = SessionState().extended(raw.removeprefix(b"fake:"), (), 512)
+        return self.open(owner, state, metadata, ttl_seconds)
+
+    def sizes(self) -> Any:
+        num = len(self.leased)
+        return SimpleNamespace(
+            num_resident=num,
+            num_parked=len(self.kept) - num,
+            num_stored=0,
+            parked_bytes=100 * len(self.kept),
+            stored_bytes=7,
+        )
+
+    def _check_free(self, owner: str, session_id: str) -> FakeSession:
+        session = self.find(owner, session_id)
+        if session_id in self.leased:
+            raise SessionBusyError("another turn has this session")
+        return session
+
+    def _check_position(self, session: FakeSession, expected: int | None) -> None:
+        if expected not in (None, session.position):
+            raise SessionMovedError(f"it is at {session.position}, not at {expected}")
+
+    def _release(self, turn: FakeTurn, how: str) -> None:
+        assert turn.session.id in self.leased
+        self.leased.remove(turn.session.id)
+        self.ends.append(how)
+
+    def _may_fail(self, name: str) -> None:
+        time.sleep(self.slow.get(name, 0))
+        if error := self.fails.pop(name, None):
+            raise error
+
+
+FULL = StoreFullError("the disk is full")

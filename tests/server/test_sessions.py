@@ -1,0 +1,287 @@
+"""Sessions over HTTP: their life, their turns, and what cannot be done with them."""
+
+from typing import Any
+
+import pytest
+
+from engine.errors import SessionMovedError
+from server.open_turn import num_delivered
+from tests.server.fake_engine import FakeTokenizer
+from tests.server.fake_sessions import FULL, FakeSessions
+from tests.server.live import Live, eventually, serving
+
+
+@pytest.fixture(scope="module")
+def live() -> Any:
+    with serving(max_snapshot_bytes=100) as live:
+        yield live
+        assert not live.sessions.leased
+
+
+def error_of(response: Any) -> tuple[int, str | None, str | None]:
+    error = response.json()["error"]
+    return response.status_code, error["param"], error["code"]
+
+
+def test_a_session_opens_with_what_it_read(live: Live) -> None:
+    body = {"prompt": "abc", "metadata": {"name": "é"}, "ttl_seconds": 60}
+    response = live.client.post("/v1/sessions", json=body)
+    session = response.json()
+    assert response.status_code == 200
+    assert response.headers["etag"] == '"3"'
+    assert session["object"] == "session"
+    assert session["position"] == 3
+    assert session["metadata"] == {"name": "é"}
+    assert session["expires_at"] > session["created"]
+    assert (session["context_policy"], session["context_start"]) == ("exact", 0)
+    assert live.text_of(session["id"]) == "abc"
+    assert live.session(session["id"]) == session
+
+
+def test_an_empty_session_opens_and_is_not_continued_with_nothing(live: Live) -> None:
+    session_id = live.opened()
+    assert live.session(session_id)["position"] == 0
+    assert error_of(live.complete(session_id=session_id))[:2] == (400, "prompt")
+
+
+def test_pages_have_the_newest_first() -> None:
+    with serving() as live:
+        ids = [live.opened("x") for _ in range(5)][::-1]
+        first = live.client.get("/v1/sessions?limit=2").json()
+        assert first["object"] == "list"
+        assert [each["id"] for each in first["data"]] == ids[:2]
+        assert first["has_more"]
+        rest = live.client.get(f"/v1/sessions?after={ids[1]}").json()
+        assert [each["id"] for each in rest["data"]] == ids[2:]
+        assert not rest["has_more"]
+        assert error_of(live.client.get("/v1/sessions?limit=0"))[:2] == (400, "limit")
+        assert live.client.get("/v1/sessions?after=none").status_code == 404
+
+
+def test_a_turn_leaves_the_session_after_its_last_token(live: Live) -> None:
+    session_id = live.opened("say")
+    answer = live.complete(prompt="!", session_id=session_id, max_tokens=3).json()
+    assert answer["choices"][0]["text"] == "abc"
+    assert answer["session"] == {"id": session_id, "position": 7, "durable": True}
+    assert answer["usage"]["prompt_tokens"] == 1
+    again = live.complete(session_id=session_id, prompt="", max_tokens=2).json()
+    assert again["session"]["position"] == 9
+    assert live.text_of(session_id) == "say!abcab"
+
+
+def test_a_stream_tells_the_session_with_its_end(live: Live) -> None:
+    session_id = live.opened("x")
+    events = live.events(prompt=[33], session_id=session_id, max_tokens=3)
+    told = [each.get("session") for each in events[:-1]]
+    assert told[-1] == {"id": session_id, "position": 5, "durable": True}
+    assert not any(told[:-1])
+    assert live.text_of(session_id) == "x!abc"
+
+
+def test_an_unread_prompt_is_read_without_an_answer(live: Live) -> None:
+    session_id = live.opened("x")
+    url = f"/v1/sessions/{session_id}/append"
+    response = live.client.post(url, json={"prompt": "yz"})
+    assert response.json()["position"] == 3
+    assert response.headers["etag"] == '"3"'
+    assert live.text_of(session_id) == "xyz"
+    assert error_of(live.client.post(url, json={}))[:2] == (400, "prompt")
+    assert error_of(live.client.post(url, json={"prompt": [999]}))[:2] == (400, "prompt")
+
+
+def test_rewind_goes_back_a_turn_until_there_is_none(live: Live) -> None:
+    session_id = live.opened("x")
+    url = f"/v1/sessions/{session_id}/rewind"
+    live.complete(session_id=session_id, prompt="y", max_tokens=3)
+    assert live.client.post(url).json()["position"] == 1
+    assert error_of(live.client.post(url)) == (409, "session_id", "nothing_to_rewind")
+
+
+def test_forks_go_on_by_themselves(live: Live) -> None:
+    session_id = live.opened("x")
+    url = f"/v1/sessions/{session_id}/fork"
+    forks = live.client.post(url, json={"n": 3}).json()
+    assert (forks["object"], forks["has_more"], len(forks["data"])) == ("list", False, 3)
+    first, second, _ = (each["id"] for each in forks["data"])
+    live.complete(session_id=first, prompt="y", max_tokens=1)
+    assert [live.text_of(each) for each in (session_id, first, second)] == ["x", "xya", "x"]
+    for wrong in (0, 2000, "two"):
+        assert error_of(live.client.post(url, json={"n": wrong}))[:2] == (400, "n")
+
+
+def test_a_deleted_session_is_gone(live: Live) -> None:
+    session_id = live.opened("x")
+    url = f"/v1/sessions/{session_id}"
+    told = live.client.delete(url).json()
+    assert told == {"id": session_id, "object": "session", "deleted": True}
+    assert error_of(live.client.get(url)) == (404, "session_id", "session_not_found")
+    assert live.client.delete(url).status_code == 404
+    assert live.complete(session_id=session_id, prompt="x").status_code == 404
+    assert error_of(live.complete(session_id="é", prompt="x", stream=True))[0] == 404
+
+
+def test_a_snapshot_becomes_a_session(live: Live) -> None:
+    session_id = live.opened("xyz")
+    got = live.client.get(f"/v1/sessions/{session_id}/snapshot")
+    assert got.headers["content-type"] == "application/octet-stream"
+    assert got.headers["etag"] == '"3"'
+    params = {"metadata": '{"a": "b"}', "ttl_seconds": "9"}
+    made = live.client.post("/v1/sessions/import", content=got.content, params=params)
+    assert made.status_code == 200
+    assert made.json()["metadata"] == {"a": "b"}
+    assert made.json()["expires_at"]
+    assert live.text_of(made.json()["id"]) == "xyz"
+
+
+@pytest.mark.parametrize(
+    ("raw", "params", "expected"),
+    [
+        (b"?", {}, (400, None, "bad_snapshot")),
+        (b"other:", {}, (409, None, "snapshot_mismatch")),
+        (b"fake:" + bytes(100), {}, (413, None, "body_too_large")),
+        (b"fake:", {"metadata": "{"}, (400, "metadata", None)),
+        (b"fake:", {"metadata": "[]"}, (400, "metadata", None)),
+        (b"fake:", {"ttl_seconds": "-1"}, (400, "ttl_seconds", None)),
+        (b"fake:", {"ttl_seconds": "soon"}, (400, "ttl_seconds", None)),
+    ],
+)
+def test_what_is_no_snapshot_is_refused(live: Live, raw: bytes, params: Any, expected: Any) -> None:
+    response = live.client.post("/v1/sessions/import", content=raw, params=params)
+    assert error_of(response) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"ttl_seconds": -1}, "ttl_seconds"),
+        ({"ttl_seconds": 0}, "ttl_seconds"),
+        ({"ttl_seconds": "1"}, "ttl_seconds"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"metadata": {"a": "x" * 513}}, "metadata"),
+        ({"metadata": {"x" * 65: "a"}}, "metadata"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
+        ({"metadata": ["a"]}, "metadata"),
+        ({"prompt": ["a"]}, "prompt"),
+        ({"prompt": [999]}, "prompt"),
+        ({"context_policy": "renew"}, "context_policy"),
+        ({"name": "x"}, "name"),
+    ],
+)
+def test_bad_fields_are_named(live: Live, body: Any, param: str) -> None:
+    assert error_of(live.client.post("/v1/sessions", json=body))[:2] == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"best_of": 2}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"on_conflict": "fight"}, "on_conflict"),
+        ({"on_cancel": "stop"}, "on_cancel"),
+        ({"session_id": 7}, "session_id"),
+        ({"session_id": None, "on_conflict": "wait"}, "on_conflict"),
+        ({"session_id": None, "on_cancel": "rollback"}, "on_cancel"),
+    ],
+)
+def test_what_a_turn_cannot_be_is_named(live: Live, body: Any, param: str) -> None:
+    asked = {"session_id": live.opened("x"), "prompt": "x"} | body
+    assert error_of(live.complete(**asked))[:2] == (400, param)
+
+
+def test_if_match_refuses_what_has_moved(live: Live) -> None:
+    session_id = live.opened("abc")
+    url = f"/v1/sessions/{session_id}"
+    stale, current = {"If-Match": '"2"'}, {"If-Match": '"3"'}
+    asked = {"prompt": "d", "session_id": session_id, "max_tokens": 1}
+    for path, body in (
+        (f"{url}/append", {"prompt": "d"}),
+        (f"{url}/fork", {}),
+        (f"{url}/rewind", {}),
+    ):
+        response = live.client.post(path, json=body, headers=stale)
+        assert error_of(response) == (412, "session_id", "session_moved"), path
+    assert live.client.delete(url, headers=stale).status_code == 412
+    for stream in (False, True):
+        body = asked | {"stream": stream}
+        assert live.client.post("/v1/completions", json=body, headers=stale).status_code == 412
+    whole = live.client.post("/v1/completions", json=asked, headers=current)
+    assert (whole.status_code, whole.headers["etag"]) == (200, '"5"')
+    assert live.client.post(f"{url}/fork", json={}, headers={"If-Match": "*"}).status_code == 200
+    wrong = live.client.post(f"{url}/fork", json={}, headers={"If-Match": "abc"})
+    assert error_of(wrong)[:2] == (400, "If-Match")
+
+
+def test_what_one_key_keeps_is_not_there_for_another() -> None:
+    with serving(api_key=("one", "two")) as live:
+        mine, other = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
+        made = live.client.post("/v1/sessions", json={"prompt": "x"}, headers=mine).json()
+        url, turn = f"/v1/sessions/{made['id']}", {"session_id": made["id"], "prompt": "y"}
+        assert live.client.get("/v1/sessions", headers=other).json()["data"] == []
+        assert live.client.get(url, headers=other).status_code == 404
+        assert live.client.get(f"{url}/snapshot", headers=other).status_code == 404
+        assert live.client.delete(url, headers=other).status_code == 404
+        for path, body in (("append", {"prompt": "x"}), ("fork", {}), ("rewind", {})):
+            response = live.client.post(f"{url}/{path}", json=body, headers=other)
+            assert response.status_code == 404, path
+        assert live.client.post("/v1/completions", json=turn, headers=other).status_code == 404
+        assert live.client.post("/v1/completions", json=turn, headers=mine).status_code == 200
+
+
+def test_capacity_and_metrics_tell_where_sessions_are(live: Live) -> None:
+    capacity = live.client.get("/v1/capacity").json()
+    assert capacity["object"] == "capacity"
+    assert capacity["bytes_per_session"] == {"state": 900, "denominator": 100, "total": 1000}
+    assert (capacity["slots"], capacity["sessions_per_gb"]) == (64, 1_000_000)
+    assert capacity["parked"] == len(live.sessions.kept)
+    metrics = live.client.get("/metrics").text
+    assert f'num_sessions_parked{{model_name="fake"}} {len(live.sessions.kept)}.0' in metrics
+    assert 'sessions_stored_bytes{model_name="fake"} 7.0' in metrics
+
+
+def test_a_full_disk_loses_no_turn() -> None:
+    with serving(sessions=FakeSessions(fails={"open": FULL})) as live:
+        response = live.client.post("/v1/sessions", json={"prompt": "x"})
+        assert error_of(response) == (507, "session_id", "store_full")
+        session_id = live.opened("x")
+        live.sessions.is_full = True
+        answer = live.complete(prompt="y", session_id=session_id, max_tokens=2).json()
+        assert answer["choices"][0]["text"] == "ab"
+        assert answer["session"]["durable"] is False
+        assert live.session(session_id)["durable"] is False
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_turn_that_cannot_be_kept_is_not_told_as_if_it_were(stream: bool) -> None:
+    with serving() as live:
+        session_id = live.opened("x")
+        live.sessions.fails["commit"] = SessionMovedError("fenced off")
+        body = {"prompt": "y", "session_id": session_id, "max_tokens": 2}
+        if stream:
+            last = live.stream_data(**body)[-1]
+            assert "session_moved" in last
+        else:
+            assert error_of(live.complete(**body))[0] == 412
+        eventually(lambda: live.sessions.ends == ["abandon"])
+        assert live.text_of(session_id) == "x"
+
+
+@pytest.mark.parametrize(
+    ("ids", "text", "undecoded", "expected"),
+    [
+        (b"abc", "ab", b"", 2),
+        (b"abc", "", b"", 0),
+        ("aéb".encode(), "aé", b"", 3),
+        ("aéb".encode()[:2], "a", b"", 1),
+        (b"\xa9x", "éx", b"\xc3", 2),
+        (b"\xffab", "�a", b"", 2),
+        (b"", "", b"", 0),
+    ],
+)
+def test_ids_count_once_their_text_is_out(
+    ids: bytes, text: str, undecoded: bytes, expected: int
+) -> None:
+    assert num_delivered(list(ids), text, FakeTokenizer.token_bytes, undecoded) == expected
