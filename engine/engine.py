@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.config import EngineConfig
 from engine.errors import EngineStoppedError, ParameterError
+from engine.fingerprints import Fingerprints
 from engine.following import Followers
 from engine.limits import Limits
 from engine.loading import load
@@ -23,6 +24,7 @@ from engine.registry import Registry
 from engine.request import Request
 from engine.scheduler import Plan, Scheduler
 from engine.session_state import SessionState
+from engine.snapshot import SnapshotCodec
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Engine:
         loaded = load(model, self.config)
         self.name, self.device, self.dtype = loaded.name, loaded.device, loaded.dtype
         self.model_config, self.tokenizer = loaded.model_config, loaded.tokenizer
-        self.num_parameters = loaded.num_parameters
+        self.num_parameters, self._folder = loaded.num_parameters, loaded.folder
         self.pool, self.spec = loaded.pool, loaded.pool.spec
         self._runner = loaded.runner
         self._scheduler = Scheduler(self.config.max_batch_tokens)
@@ -109,6 +111,11 @@ class Engine:
         with self._gate:
             self._is_closed = True
         return self._followers.post(self._run_commands() + self._registry.cancel_all())
+
+    def session_codec(self) -> SnapshotCodec:
+        """Sessions of this model to bytes and back; reads the model's files to know them."""
+        fingerprints = Fingerprints.of(self._folder, self.spec, self.dtype)
+        return SnapshotCodec(fingerprints, self.spec, self.tokenizer.num_ids)
 
     def stats(self) -> EngineStats:
         """Figures of this moment."""

@@ -26,6 +26,7 @@ class LoadedModel:
     """A model ready to run, and the pool that it runs on."""
 
     name: str
+    folder: Path
     device: str
     dtype: str
     num_parameters: int
@@ -55,7 +56,9 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     pool = StatePool(spec, num_slots, device)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
     runner = Runner(served, pool, sampler, device)
-    return LoadedModel(name, device, dtype, num_parameters, model_config, tokenizer, pool, runner)
+    return LoadedModel(
+        name, folder, device, dtype, num_parameters, model_config, tokenizer, pool, runner
+    )
 
 
 def _device(config: EngineConfig) -> str:

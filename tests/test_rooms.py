@@ -145,7 +145,17 @@ def test_serving_does_not_know_training() -> None:
     assert above == []
 
 
-LIGHT = ["config", "detokenizer", "errors", "options", "outputs", "params", "request", "scheduler"]
+LIGHT = [
+    "config",
+    "detokenizer",
+    "errors",
+    "options",
+    "outputs",
+    "params",
+    "request",
+    "scheduler",
+    "store",
+]
 
 
 @pytest.mark.parametrize("name", [f"engine.{name}" for name in LIGHT])

@@ -1,0 +1,159 @@
+"""The index: one SQLite file, its transactions, and what happens where it is damaged.
+
+Owns the connection, the schema and how durable a transaction is. Does not know what the rows mean.
+"""
+
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from engine.errors import ConfigurationError
+from engine.store.disk import Reserve, means_full, sync_folder
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Work = Callable[[sqlite3.Connection], T]
+Sync = Literal["FULL", "NORMAL", "OFF"]
+
+VERSION = 1
+
+# states: a session's snapshots, the one with the greatest n its head, the others its checkpoints.
+# Those of a session that was set aside stay, so that their files do.
+SCHEMA = f"""
+CREATE TABLE sessions (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
+    created INTEGER NOT NULL, version INTEGER NOT NULL DEFAULT 1, metadata TEXT NOT NULL,
+    expires_at REAL, was_interrupted INTEGER NOT NULL DEFAULT 0,
+    fence INTEGER NOT NULL DEFAULT 0, lease_owner TEXT, lease_until REAL, lease_version INTEGER);
+CREATE INDEX sessions_by_owner ON sessions (owner, created, seq);
+CREATE INDEX sessions_by_expiry ON sessions (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX sessions_by_lease ON sessions (lease_owner) WHERE lease_owner IS NOT NULL;
+CREATE TABLE states (
+    seq INTEGER NOT NULL, n INTEGER NOT NULL, digest TEXT NOT NULL,
+    position INTEGER NOT NULL, nbytes INTEGER NOT NULL, PRIMARY KEY (seq, n)) WITHOUT ROWID;
+CREATE INDEX states_by_digest ON states (digest, nbytes, position);
+CREATE TABLE set_aside (
+    seq INTEGER PRIMARY KEY, id TEXT NOT NULL, owner TEXT NOT NULL, created INTEGER NOT NULL,
+    version INTEGER NOT NULL, metadata TEXT NOT NULL, expires_at REAL, reason TEXT NOT NULL);
+PRAGMA user_version = {VERSION};
+"""
+
+
+class Index:
+    """Transactions one at a time, from any thread. `lock` may be held around several.
+
+    is_uncertain: the last commit failed in a way that a restart might still find it done, so
+    no file that it may refer to can be removed.
+    """
+
+    def __init__(self, path: Path, reserve: Reserve, *, durable: bool) -> None:
+        self.lock = threading.RLock()
+        self.is_uncertain = False
+        self._reserve = reserve
+        self._db = connect(path)
+        self._durable: Sync = "FULL" if durable else "OFF"
+        self._noted: Sync = "NORMAL" if durable else "OFF"
+
+    def read(self, work: Work[T]) -> T:
+        """Run it outside any transaction of another thread."""
+        with self.lock:
+            return work(self._db)
+
+    def write(self, work: Work[T]) -> T:
+        """Run it as one transaction, on the disk when this returns."""
+        return self._run(work, self._durable)
+
+    def free(self, work: Work[T]) -> T:
+        """As `write`, for what makes room: it may use the reserve."""
+        return self._insist(work, self._durable)
+
+    def note(self, work: Work[T]) -> T:
+        """For leases: outlives the process and not the machine, as a lease should; no waiting."""
+        return self._insist(work, self._noted)
+
+    def close(self) -> None:
+        """Write the log back into the file."""
+        with self.lock:
+            self._db.close()
+
+    def _insist(self, work: Work[T], sync: Sync) -> T:
+        with self.lock:
+            try:
+                return self._run(work, sync)
+            except sqlite3.OperationalError as error:
+                if not (means_full(error) and self._reserve.spend()):
+                    raise
+                return self._run(work, sync)
+
+    def _run(self, work: Work[T], sync: Sync) -> T:
+        with self.lock:
+            self._db.execute(f"PRAGMA synchronous = {sync}")
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                result = work(self._db)
+                self._commit()
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+            return result
+
+    def _commit(self) -> None:
+        try:
+            self._db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            # a full disk cut the log before its last frame; anything else may have come after it
+            self.is_uncertain = error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL
+            raise
+        self.is_uncertain = False
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """An open index of this version; ConfigurationError for one of another."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA wal_autocheckpoint = 200")  # pages: the log stays below the reserve
+    [version] = db.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+    elif version != VERSION:
+        db.close()
+        raise ConfigurationError(f"{path} has format {version}; this is a server of {VERSION}")
+    return db
+
+
+def trouble(path: Path) -> str | None:
+    """What is wrong with an index file, None where nothing is."""
+    try:
+        with closing(sqlite3.connect(path)) as db:
+            [answer] = db.execute("PRAGMA quick_check(1)").fetchone()
+            [mode] = db.execute("PRAGMA journal_mode").fetchone()
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    if answer == "ok" and mode != "wal":
+        return "it holds nothing"
+    return None if answer == "ok" else str(answer)
+
+
+def set_damaged_aside(folder: Path, index: str, states: str) -> None:
+    """Move a damaged or missing index, and the states only it could name, out of the way."""
+    path = folder / index
+    reason = trouble(path) if path.exists() else "it is missing"
+    if reason is None or not (path.exists() or (folder / states).exists()):
+        return
+    n = 1
+    while any(folder.glob(f"*.damaged-{n}*")):
+        n += 1
+    # the states first: were the index gone before them, the next start would sweep them
+    for name in (states, index, f"{index}-wal", f"{index}-shm"):
+        if (folder / name).exists():
+            (folder / name).rename(folder / f"{name}.damaged-{n}")
+    sync_folder(folder)
+    logger.error("%s cannot be used (%s): kept beside a new one as .damaged-%d", path, reason, n)

@@ -1,0 +1,154 @@
+"""Sessions as rows: the statements that read and change them.
+
+Owns the SQL of sessions and of which state is whose. Does not know transactions, locks or files.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterable
+from secrets import token_hex
+
+from engine.errors import (
+    NothingToRewindError,
+    SessionBusyError,
+    SessionNotFoundError,
+    SnapshotError,
+)
+from engine.store.protocol import NewSession, Record, Records
+
+Db = sqlite3.Connection
+State = tuple[str, int, int]  # digest, position, nbytes
+
+COLUMNS = "seq, id, owner, created, version, metadata, expires_at, was_interrupted"
+IS_ALIVE = "(expires_at IS NULL OR expires_at > :now)"
+IS_FREE = "(lease_until IS NULL OR lease_until <= :now)"
+
+
+def seq_of(db: Db, session_id: str, now: float) -> int:
+    """Its row's key; SessionNotFoundError where it is unknown or expired."""
+    statement = f"SELECT seq FROM sessions WHERE id = :id AND {IS_ALIVE}"
+    row = db.execute(statement, {"id": session_id, "now": now}).fetchone()
+    if row is None:
+        raise SessionNotFoundError(f"no session {session_id!r}")
+    return int(row[0])
+
+
+def record_of(db: Db, seq: int) -> Record:
+    """All about a session that is there."""
+    return record(db, db.execute(f"SELECT {COLUMNS} FROM sessions WHERE seq = ?", [seq]).fetchone())
+
+
+def record(db: Db, row: tuple[int, str, str, int, int, str, float | None, int]) -> Record:
+    """A row of COLUMNS and its states."""
+    seq, session_id, owner, created, version, metadata, expires_at, was_interrupted = row
+    statement = "SELECT digest, position, nbytes FROM states WHERE seq = ? ORDER BY n"
+    *checkpoints, (head, position, nbytes) = db.execute(statement, [seq]).fetchall()
+    return Record(
+        id=session_id,
+        owner=owner,
+        created=created,
+        version=version,
+        position=position,
+        nbytes=nbytes,
+        metadata=json.loads(metadata),
+        expires_at=expires_at,
+        head=head,
+        checkpoints=tuple(digest for digest, _, _ in checkpoints),
+        was_interrupted=bool(was_interrupted),
+    )
+
+
+def insert(db: Db, new: NewSession, snapshot: State | None, now: float) -> Record:
+    """A session of version 1 on a new snapshot, or on states that others have."""
+    head = snapshot or (*stored(db, new.head or ""),)
+    metadata = json.dumps(dict(new.metadata), ensure_ascii=False)
+    cursor = db.execute(
+        "INSERT INTO sessions (id, owner, created, metadata, expires_at) VALUES (?, ?, ?, ?, ?)",
+        [f"sess-{token_hex(16)}", new.owner, int(now), metadata, new.expires_at],
+    )
+    states = [*(stored(db, digest) for digest in new.checkpoints), (head[0], new.position, head[2])]
+    db.executemany(
+        "INSERT INTO states (seq, n, digest, position, nbytes) VALUES (?, ?, ?, ?, ?)",
+        [(cursor.lastrowid, n, *state) for n, state in enumerate(states)],
+    )
+    return record_of(db, cursor.lastrowid or 0)
+
+
+def stored(db: Db, digest: str) -> State:
+    """A state that a session has; SnapshotError where none has it."""
+    statement = "SELECT digest, position, nbytes FROM states WHERE digest = ? LIMIT 1"
+    row: State | None = db.execute(statement, [digest]).fetchone()
+    if row is None:
+        raise SnapshotError(f"no snapshot {digest!r} is stored")
+    return row
+
+
+def push(db: Db, seq: int, state: State, max_checkpoints: int) -> list[str]:
+    """A new head over the old ones; returns the digests of those dropped."""
+    db.execute("UPDATE sessions SET was_interrupted = 0 WHERE seq = ?", [seq])
+    [n] = db.execute(
+        "INSERT INTO states (seq, n, digest, position, nbytes) VALUES"
+        " (:seq, (SELECT max(n) + 1 FROM states WHERE seq = :seq), :digest, :position, :nbytes)"
+        " RETURNING n",
+        {"seq": seq, "digest": state[0], "position": state[1], "nbytes": state[2]},
+    ).fetchone()
+    return drop(db, seq, 0, n - max_checkpoints)
+
+
+def pop(db: Db, seq: int) -> list[str]:
+    """The newest checkpoint becomes the head; returns the old head's digest."""
+    numbers = [n for (n,) in db.execute("SELECT n FROM states WHERE seq = ? ORDER BY n", [seq])]
+    if len(numbers) < 2:
+        raise NothingToRewindError("no earlier turn is kept of this session")
+    return drop(db, seq, numbers[-1], numbers[-1] + 1)
+
+
+def drop(db: Db, seq: int, start: int, stop: int) -> list[str]:
+    """Forget states start <= n < stop of a session; their digests."""
+    statement = "DELETE FROM states WHERE seq = ? AND n >= ? AND n < ? RETURNING digest"
+    return [digest for (digest,) in db.execute(statement, [seq, start, stop]).fetchall()]
+
+
+def remove(db: Db, seq: int) -> list[str]:
+    """Forget a session; the digests of its states."""
+    db.execute("DELETE FROM sessions WHERE seq = ?", [seq])
+    rows = db.execute("DELETE FROM states WHERE seq = ? RETURNING digest", [seq]).fetchall()
+    return [digest for (digest,) in rows]
+
+
+def require_free(db: Db, seq: int, now: float) -> None:
+    """SessionBusyError where somebody has it."""
+    statement = f"SELECT 1 FROM sessions WHERE seq = :seq AND {IS_FREE}"
+    if db.execute(statement, {"seq": seq, "now": now}).fetchone() is None:
+        raise SessionBusyError("a turn has the session")
+
+
+def expired(db: Db, now: float, limit: int) -> list[int]:
+    """Some that are past their time and that nobody has."""
+    statement = f"SELECT seq FROM sessions WHERE expires_at <= :now AND {IS_FREE} LIMIT :limit"
+    return [seq for (seq,) in db.execute(statement, {"now": now, "limit": limit}).fetchall()]
+
+
+def unreferenced(db: Db, digests: Iterable[str]) -> set[str]:
+    """Those that no session has."""
+    statement = "SELECT 1 FROM states WHERE digest = ? LIMIT 1"
+    return {digest for digest in digests if db.execute(statement, [digest]).fetchone() is None}
+
+
+def page(db: Db, owner: str, after: str | None, limit: int, now: float) -> tuple[Records, bool]:
+    """An owner's sessions, newest first, behind `after`; whether there are more."""
+    values = {"owner": owner, "now": now, "limit": limit + 1, "created": 0, "seq": 0}
+    behind = ""
+    if after is not None:
+        place = "SELECT created, seq FROM sessions WHERE id = ? AND owner = ?"
+        row = db.execute(place, [after, owner]).fetchone()
+        if row is None:
+            raise SessionNotFoundError(f"no session {after!r}")
+        values["created"], values["seq"] = row
+        behind = "AND (created, seq) < (:created, :seq)"
+    statement = (
+        f"SELECT {COLUMNS} FROM sessions WHERE owner = :owner AND {IS_ALIVE} {behind}"
+        " ORDER BY created DESC, seq DESC LIMIT :limit"
+    )
+    rows = db.execute(statement, values).fetchall()
+    return [record(db, row) for row in rows[:limit]], len(rows) > limit

@@ -1,0 +1,197 @@
+"""Sessions in a folder of this machine: an SQLite index, and a file for each snapshot.
+
+Owns the order of writing: a file is whole and durable before the index refers to it, and is removed
+after the index has forgotten it, all under the index's lock. Does not know what snapshots mean.
+
+    <folder>/lock             held by the one process that the folder belongs to
+    <folder>/index.sqlite     sessions, leases, which state is whose
+    <folder>/states/ab/ab…    snapshots by digest
+    <folder>/reserve          room for leases and deletions on a full disk
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from engine.store import leases, rows
+from engine.store.blobs import Blobs, Staged
+from engine.store.checkup import check_up
+from engine.store.disk import Reserve, take_folder, told_as_full
+from engine.store.index import Index, set_damaged_aside
+from engine.store.protocol import Lease, NewSession, Record, Records, SessionStore, StoreCounts
+
+INDEX, STATES = "index.sqlite", "states"
+EXPIRED_AT_ONCE = 100
+
+Digests = list[str]
+
+
+class SqliteStore(SessionStore):
+    """See SessionStore. Durable: a kill, or a loss of power, loses nothing of what returned."""
+
+    def __init__(
+        self, folder: Path, *, durable: bool = True, clock: Callable[[], float] = time.time
+    ) -> None:
+        """clock: unix seconds. Not durable: survives a kill, not a loss of power.
+
+        ConfigurationError: the folder cannot be used, or another process uses it.
+        """
+        self._clock = clock
+        self._owner = uuid4().hex
+        self._lock = take_folder(folder)
+        try:
+            set_damaged_aside(folder, INDEX, STATES)
+            self._reserve = Reserve(folder / "reserve")
+            self._index = Index(folder / INDEX, self._reserve, durable=durable)
+            self._blobs = Blobs(folder / STATES, durable=durable)
+            check_up(self._index, self._blobs)
+            self._reserve.fill()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def create(self, records: Sequence[NewSession]) -> Records:
+        now = self._clock()
+        with told_as_full(), ExitStack() as stack:
+            snapshots = [
+                None
+                if new.snapshot is None
+                else stack.enter_context(self._blobs.staged(new.snapshot))
+                for new in records
+            ]
+            new_states = [
+                None if staged is None else state(staged, new.position)
+                for new, staged in zip(records, snapshots, strict=True)
+            ]
+            pairs = [*zip(records, new_states, strict=True)]
+            with self._adopted([staged for staged in snapshots if staged]):
+                made = self._index.write(lambda db: [rows.insert(db, *pair, now) for pair in pairs])
+        self._reserve.fill()
+        return made
+
+    def acquire(self, session_id: str, ttl_seconds: float) -> Lease:
+        now = self._clock()
+        with told_as_full():
+            return self._index.note(
+                lambda db: leases.give(db, session_id, self._owner, now + ttl_seconds, now)
+            )
+
+    def renew(self, lease: Lease, ttl_seconds: float) -> None:
+        until = self._clock() + ttl_seconds
+        with told_as_full():
+            self._index.note(lambda db: leases.prolong(db, lease, until))
+
+    def release(self, lease: Lease) -> None:
+        with told_as_full():
+            self._index.note(lambda db: leases.end(db, lease))
+
+    def head(self, session_id: str) -> int:
+        return self.record(session_id).version
+
+    def record(self, session_id: str) -> Record:
+        now = self._clock()
+        return self._index.read(lambda db: rows.record_of(db, rows.seq_of(db, session_id, now)))
+
+    def get(self, digest: str) -> bytes:
+        return self._blobs.read(digest)
+
+    def put(
+        self,
+        lease: Lease,
+        expected_version: int,
+        snapshot: bytes,
+        position: int,
+        max_checkpoints: int,
+    ) -> Record:
+        def change(db: rows.Db) -> tuple[Record, Digests]:
+            seq = leases.advance(db, lease, expected_version)
+            dropped = rows.push(db, seq, state(staged, position), max_checkpoints)
+            return rows.record_of(db, seq), dropped
+
+        with told_as_full(), self._blobs.staged(snapshot) as staged, self._adopted([staged]):
+            record, dropped = self._index.write(change)
+            self._remove_unreferenced(dropped)
+        self._reserve.fill()
+        return record
+
+    def rewind(self, lease: Lease, expected_version: int) -> Record:
+        def change(db: rows.Db) -> tuple[Record, Digests]:
+            seq = leases.advance(db, lease, expected_version)
+            dropped = rows.pop(db, seq)
+            return rows.record_of(db, seq), dropped
+
+        with told_as_full(), self._index.lock:
+            record, dropped = self._index.free(change)
+            self._remove_unreferenced(dropped)
+        return record
+
+    def delete(self, session_id: str) -> None:
+        now = self._clock()
+
+        def change(db: rows.Db) -> Digests:
+            seq = rows.seq_of(db, session_id, now)
+            rows.require_free(db, seq, now)
+            return rows.remove(db, seq)
+
+        with told_as_full(), self._index.lock:
+            self._remove_unreferenced(self._index.free(change))
+
+    def list(self, owner: str, after: str | None, limit: int) -> tuple[Records, bool]:
+        now = self._clock()
+        return self._index.read(lambda db: rows.page(db, owner, after, limit, now))
+
+    def counts(self) -> StoreCounts:
+        [num_sessions] = self._index.read(
+            lambda db: db.execute("SELECT count(*) FROM sessions").fetchone()
+        )
+        return StoreCounts(num_sessions, self._blobs.num_bytes)
+
+    def expire(self, now: float) -> int:
+        """In small transactions: turns go on between them."""
+
+        def change(db: rows.Db) -> tuple[int, Digests]:
+            seqs = rows.expired(db, now, EXPIRED_AT_ONCE)
+            return len(seqs), [digest for seq in seqs for digest in rows.remove(db, seq)]
+
+        num_expired = 0
+        with told_as_full():
+            while True:
+                with self._index.lock:
+                    num, dropped = self._index.free(change)
+                    self._remove_unreferenced(dropped)
+                num_expired += num
+                if num < EXPIRED_AT_ONCE:
+                    return num_expired
+
+    def close(self) -> None:
+        """Nothing happens the second time."""
+        self._index.close()
+        self._lock.release()
+
+    @contextmanager
+    def _adopted(self, snapshots: Sequence[Staged]) -> Iterator[None]:
+        """Files under their names, for an index transaction; without it they go again.
+
+        The lock is held across both: nobody removes a file between its adoption and its use.
+        """
+        with self._index.lock:
+            try:
+                for staged in snapshots:
+                    self._blobs.adopt(staged)
+                yield
+            except BaseException:
+                self._remove_unreferenced(staged.digest for staged in snapshots)
+                raise
+
+    def _remove_unreferenced(self, digests: Iterable[str]) -> None:
+        if self._index.is_uncertain:
+            return
+        for digest in self._index.read(lambda db: rows.unreferenced(db, digests)):
+            self._blobs.remove(digest)
+
+
+def state(staged: Staged, position: int) -> rows.State:
+    """A row of a new snapshot."""
+    return staged.digest, position, staged.nbytes
