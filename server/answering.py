@@ -5,6 +5,7 @@ Owns which way an answer goes. Does not know what a body may hold.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -14,10 +15,10 @@ from server.context import Context
 from server.errors import ApiError
 from server.orders import Order
 from server.request_ids import request_id_of
-from server.streaming import Events, EventStream, closing
+from server.streaming import Events, EventStream, closing, usage_of
 from server.telling import Kind, told_whole, whole_pieces
 from server.turn_answers import TurnAnswer
-from server.turns import asked_by
+from server.turns import asked_by, owner_of
 
 QUICK_BODY_BYTES = 16 * 1024
 """Longer bodies are parsed and tokenised in a thread; shorter ones would only wait for it."""
@@ -52,13 +53,15 @@ async def answer(request: Request, context: Context, order: Order, kind: Kind) -
     choices = kind.choices(order, context.bridge.engine.tokenizer)
     if order.turn is not None:
         return TurnAnswer(context, order, heading, choices, asked_by(request))
-    reading = await context.bridge.open(name, order)
+    scope = f"{owner_of(request)}\n{order.cache_scope}"
+    reading = await context.bridge.open(name, replace(order, cache_scope=scope))
     if order.is_stream:
         events = Events(heading, choices, order)
         return EventStream(reading, events, context.config.keep_alive_seconds)
     async with closing(reading, request.receive):
         pieces = await whole_pieces(reading)
-        return await told_whole(pieces, heading, choices, order, reading.num_generated, {})
+        usage = usage_of(order.num_prompt, reading.num_generated, reading.num_cached)
+        return await told_whole(pieces, heading, choices, order, usage, {})
 
 
 def check_model(asked: str | None, context: Context) -> None:

@@ -33,12 +33,19 @@ class TurnedSession(BaseModel):
     durable: bool
 
 
+class PromptTokensDetails(BaseModel):
+    """Of prompts that began as an earlier one: tokens that were not read again. Told above 0."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Tokens of a whole request: every prompt once, every choice that was tried."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails | None = None
 
 
 class RankedLogprob(BaseModel):

@@ -113,6 +113,7 @@ class Bridge:
                 request_id=part,
                 priority=order.priority,
                 start=order.start,
+                cache_scope=order.cache_scope,
             )
             if reading.is_closed:
                 self._worker.cancel(part)

@@ -25,10 +25,15 @@ GAUGES = {
 }
 SESSION_GAUGES = {
     "num_sessions_resident": ("num_resident", "Sessions whose turn runs."),
-    "num_sessions_parked": ("num_parked", "Sessions that wait in memory."),
-    "num_sessions_stored": ("num_stored", "Sessions that are on the disk alone."),
-    "sessions_parked_bytes": ("parked_bytes", "Memory of the sessions that wait there."),
+    "num_sessions_parked": ("num_parked", "Values of sessions in memory; forks share one."),
+    "num_sessions_stored": ("num_stored", "Sessions in the store, wherever their values are."),
+    "sessions_parked_bytes": ("parked_bytes", "Memory of those values."),
     "sessions_stored_bytes": ("stored_bytes", "What all sessions take on the disk."),
+}
+CACHE_GAUGES = {"prefix_cache_bytes": ("nbytes", "Memory of states after prompts.")}
+CACHE_COUNTERS = {
+    "prefix_cache_queries": ("num_queried", "Prompt tokens that may have been read before."),
+    "prefix_cache_hits": ("num_hit", "Prompt tokens that were, and were not read again."),
 }
 COUNTERS = {
     "prompt_tokens": ("num_prompt_tokens", "Prompt tokens read."),
@@ -69,10 +74,9 @@ class EngineCollector(Collector):
         stats = self._stats()
         yield from self._gauges(GAUGES, stats)
         yield from self._gauges(SESSION_GAUGES, self._sizes())
-        for name, (attribute, text) in COUNTERS.items():
-            counter = CounterMetricFamily(f"cottention:{name}", text, labels=["model_name"])
-            counter.add_metric([self._model_name], getattr(stats, attribute))
-            yield counter
+        yield from self._gauges(CACHE_GAUGES, stats.prefix_cache)
+        yield from self._counters(CACHE_COUNTERS, stats.prefix_cache)
+        yield from self._counters(COUNTERS, stats)
         yield self._finished(stats)
 
     def _gauges(self, names: Mapping[str, tuple[str, str]], figures: Any) -> Iterator[Metric]:
@@ -80,6 +84,12 @@ class EngineCollector(Collector):
             gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], getattr(figures, attribute))
             yield gauge
+
+    def _counters(self, names: Mapping[str, tuple[str, str]], figures: Any) -> Iterator[Metric]:
+        for name, (attribute, text) in names.items():
+            counter = CounterMetricFamily(f"cottention:{name}", text, labels=["model_name"])
+            counter.add_metric([self._model_name], getattr(figures, attribute))
+            yield counter
 
     def _finished(self, stats: EngineStats) -> Metric:
         labels = ["model_name", "finished_reason"]

@@ -41,7 +41,6 @@ SAMPLING: Neutral = {
     "return_token_offsets": (ANY,),  # of vLLM's render endpoints alone
     "return_mm_kwargs": (ANY,),  # of inputs other than text
     "routed_experts_prompt_start": (0,),
-    "cache_salt": (ANY,),  # nothing is shared between requests
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
     "vllm_xargs": ({},),

@@ -56,6 +56,7 @@ class Order:
 
     echoes: the text of each prompt, where it is to be told.
     num_choices: told for each prompt; the best of params.n, or all of them.
+    cache_scope: whose prompts may share what was read of them; each other scope is apart.
     turn: of a session, where it is one; start: the session before it, once that is known.
     """
 
@@ -68,6 +69,7 @@ class Order:
     stream_options: StreamOptions
     priority: int
     request_id: str | None
+    cache_scope: str = ""
     turn: TurnTerms | None = None
     start: "SessionState | None" = None
 
@@ -107,6 +109,7 @@ def order_of(
         stream_options=body.stream_options or StreamOptions.model_validate({}),
         priority=body.priority,
         request_id=body.request_id,
+        cache_scope=body.cache_salt or "",
         turn=_turn_of(body),
     )
 

@@ -82,6 +82,7 @@ class Reading:
         self._ended = asyncio.Event()
         self._closed = False
         self.num_generated = 0
+        self.num_cached = 0
 
     @property
     def has_more(self) -> bool:
@@ -101,6 +102,7 @@ class Reading:
     def deliver(self, choice: int, output: Output) -> None:
         """Take one output of the engine for the choice of this number."""
         self.num_generated += len(output.token_ids)
+        self.num_cached += output.num_cached
         if output.text or output.finish_reason or self._keeps_tokens:
             self._add(choice, output)
 

@@ -83,6 +83,7 @@ class SamplingBody(Body):
     stream: bool = Field(False, description=BOOLEAN)
     stream_options: StreamOptions | None = Field(None, description="an object")
     priority: int = ranged(0, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
+    cache_salt: Text | None = Field(None, description="a string")
     request_id: Name | None = Field(None, description=NAME)
     session_id: Text | None = Field(None, description=SESSION)
     on_conflict: OnConflict = Field("error", description=CONFLICT)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from engine.outputs import FinishReason
+from server.answers import Shape
 from server.choices import Choices, compact
 from server.errors import ApiError, engine_failed
 from server.orders import Order
@@ -63,11 +64,11 @@ class Events:
             return f',"usage":{compact(usage_of(self._num_prompt, num_generated))}}}\n\n'
         return ',"usage":null}\n\n' if self._options.include_usage else "}\n\n"
 
-    def last(self, num_generated: int) -> str:
+    def last(self, num_generated: int, num_cached: int = 0) -> str:
         """What follows the last piece."""
         if not self._options.include_usage:
             return DONE
-        usage = compact(usage_of(self._num_prompt, num_generated))
+        usage = compact(usage_of(self._num_prompt, num_generated, num_cached))
         return f'{self._head}"choices":[],"usage":{usage}}}\n\n{DONE}'
 
     @staticmethod
@@ -108,7 +109,7 @@ class EventStream(Response):
             if any(piece.finish_reason is FinishReason.ERROR for piece in pieces.values()):
                 yield events.error(engine_failed())
                 return
-        yield events.last(reading.num_generated)
+        yield events.last(reading.num_generated, reading.num_cached)
 
 
 @contextlib.asynccontextmanager
@@ -122,13 +123,14 @@ async def closing(reading: Reading, receive: Receive) -> AsyncIterator[None]:
         reading.close()
 
 
-def usage_of(num_prompt: int, num_generated: int) -> dict[str, int]:
-    """The `usage` object of an answer."""
-    return {
+def usage_of(num_prompt: int, num_generated: int, num_cached: int = 0) -> Shape:
+    """The `usage` object of an answer; `num_cached` of the prompt's ids were not read again."""
+    usage: Shape = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
     }
+    return usage | ({"prompt_tokens_details": {"cached_tokens": num_cached}} if num_cached else {})
 
 
 async def _close_when_gone(reading: Reading, receive: Receive) -> None:

@@ -17,7 +17,7 @@ from server.choices import Choices
 from server.errors import engine_failed
 from server.orders import QUICK_IDS, Order
 from server.reading import Piece, Reading
-from server.streaming import Heading, usage_of
+from server.streaming import Heading
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,10 @@ async def told_whole(
     heading: Heading,
     choices: Choices,
     order: Order,
-    num_generated: int,
+    usage: Shape,
     more: Shape,
 ) -> JSONResponse:
     """The whole answer, and `more` beside its choices."""
-    usage = usage_of(order.num_prompt, num_generated)
 
     def worded() -> JSONResponse:
         best = best_choices(pieces, order)

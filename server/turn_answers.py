@@ -20,7 +20,7 @@ from server.open_turn import OpenTurn
 from server.orders import Order, TurnTerms
 from server.reading import Reading
 from server.session_answers import etag_of, shape_in_answer
-from server.streaming import KEEP_ALIVE, Events, EventStream, Heading, closing
+from server.streaming import KEEP_ALIVE, Events, EventStream, Heading, closing, usage_of
 from server.telling import told_whole, whole_pieces
 from server.turns import Asker
 
@@ -64,8 +64,9 @@ class TurnAnswer(Response):
             pieces = await whole_pieces(reading)
             session = await turn.finish(pieces[0])
             more = {"session": shape_in_answer(session)}
-            num, order = reading.num_generated, self._order
-            told = await told_whole(pieces, self._heading, self._choices, order, num, more)
+            order = self._order
+            usage = usage_of(order.num_prompt, reading.num_generated)
+            told = await told_whole(pieces, self._heading, self._choices, order, usage, more)
             told.headers["ETag"] = etag_of(session)
             return told
 

@@ -40,9 +40,15 @@ class Asker:
     expected_position: int | None
 
 
+def owner_of(request: Request) -> str:
+    """Who asks: of a request's key, or everybody where there are none."""
+    owner: str = request.scope.get("state", {}).get("owner", "")
+    return owner
+
+
 def asked_by(request: Request) -> Asker:
     """Of a request's key and its If-Match. Raises ApiError 400."""
-    owner: str = request.scope.get("state", {}).get("owner", "")
+    owner = owner_of(request)
     tag = request.headers.get("if-match", "*").strip()
     if tag == "*":
         return Asker(owner, None)

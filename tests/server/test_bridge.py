@@ -30,7 +30,7 @@ class HandWorker:
     def start(self) -> None:
         pass
 
-    def submit(self, _: Any, __: Any, *, request_id: str, priority: int, start: Any) -> None:
+    def submit(self, _: Any, __: Any, *, request_id: str, priority: int, **_more: Any) -> None:
         assert priority == 3
         self.submitted.append(request_id)
 
