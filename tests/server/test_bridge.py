@@ -31,7 +31,7 @@ class HandWorker:
         pass
 
     def submit(self, _: Any, __: Any, *, request_id: str, priority: int, start: Any) -> None:
-        assert priority == 3
+        assert (priority, start) == (3, None)
         self.submitted.append(request_id)
 
     def cancel(self, request_id: str) -> None:
