@@ -1,0 +1,163 @@
+"""Any sequence of verbs leaves a session that says what a fresh run of its ids would say."""
+
+import random
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    multiple,
+    rule,
+)
+
+from engine import Engine, EngineConfig, Output, SamplingParams
+from engine.session_state import SessionState
+from engine.sessions import Sessions
+from engine.store import SqliteStore
+
+OWNER = "somebody"
+GPTJ = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
+PARAMS = SamplingParams(max_tokens=4, ignore_eos=True, seed=3)
+IDS = st.lists(st.integers(5, 200), min_size=1, max_size=12)
+_engines: list[Engine] = []
+
+
+def the_engine() -> Engine:
+    """One for all examples: nothing of an example may stay in it."""
+    if not _engines:
+        _engines.append(Engine(GPTJ, EngineConfig(max_slots=4, max_batch_tokens=8)))
+    return _engines[0]
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Sessions beside the plain lists of ids that they should hold."""
+
+    sessions = Bundle("sessions")
+
+    @initialize()
+    def start(self) -> None:
+        self.engine = the_engine()
+        self.folder = Path(tempfile.mkdtemp())
+        self.held: dict[str, list[list[int]]] = {}  # by id: ids after each turn, the last is now
+        self._open_store()
+
+    def _open_store(self) -> None:
+        self.kept = Sessions(
+            SqliteStore(self.folder),
+            self.engine.session_codec(),
+            memory_bytes=2 * self.engine.spec.bytes_per_slot,
+            max_checkpoints=2,
+            is_durable=True,
+        )
+
+    def teardown(self) -> None:
+        if hasattr(self, "kept"):
+            self.kept.close()
+            shutil.rmtree(self.folder)
+            assert self.engine.pool.num_free == self.engine.pool.num_slots
+
+    @rule(target=sessions)
+    def open(self) -> str:
+        name = self.kept.open(OWNER, SessionState(), {}, None).id
+        self.held[name] = [[]]
+        return name
+
+    @rule(name=sessions, ids=IDS, num=st.integers(0, 5))
+    def turn(self, name: str, ids: list[int], num: int) -> None:
+        """An append where nothing is generated."""
+        taken = self.kept.begin(OWNER, name)
+        outputs = self._run(ids, replace(PARAMS, max_tokens=num), taken.state)
+        said = [token_id for out in outputs for token_id in out.token_ids]
+        assert outputs[-1].state is not None
+        self.kept.commit(taken, outputs[-1].state)
+        self._note(name, ids + said)
+
+    @rule(name=sessions, ids=IDS, num=st.integers(0, 4))
+    def cancel(self, name: str, ids: list[int], num: int) -> None:
+        """A turn that is cut when `num` ids were delivered."""
+        taken = self.kept.begin(OWNER, name)
+        request = self.engine.submit(ids, replace(PARAMS, max_tokens=9), start=taken.state)
+        said: list[int] = []
+        while len(said) < num:
+            said += [i for out in self.engine.step() for i in out.token_ids]
+        self.engine.cancel(request)
+        while self.engine.has_work():
+            self.engine.step()
+        if not num:
+            self.kept.abandon(taken)
+            return
+        window = self.engine.model_config.n_positions
+        self.kept.commit(taken, taken.state.extended(ids, said[:num], window))
+        self._note(name, ids + said[:num])
+
+    @rule(target=sessions, name=sessions, n=st.integers(1, 3))
+    def fork(self, name: str, n: int) -> object:
+        forks = [each.id for each in self.kept.fork(OWNER, name, n)]
+        for each in forks:
+            self.held[each] = [list(ids) for ids in self.held[name]]
+        return multiple(*forks)
+
+    @rule(name=sessions)
+    def rewind(self, name: str) -> None:
+        if self.kept.find(OWNER, name).num_checkpoints:
+            self.kept.rewind(OWNER, name)
+            self.held[name].pop()
+
+    @rule(target=sessions, name=sessions)
+    def move(self, name: str) -> str:
+        """Through a snapshot's bytes; a new session has no turns to go back to."""
+        raw = self.kept.export(OWNER, name)
+        moved = self.kept.import_(OWNER, raw, {}, None).id
+        self.held[moved] = [list(self.held[name][-1])]
+        return moved
+
+    @rule(name=consumes(sessions))
+    def close(self, name: str) -> None:
+        self.kept.delete(OWNER, name)
+        del self.held[name]
+
+    @rule()
+    def restart(self) -> None:
+        self.kept.close()
+        self._open_store()
+
+    @rule(name=sessions)
+    def says_what_a_fresh_run_says(self, name: str) -> None:
+        ids = self.held[name][-1]
+        taken = self.kept.begin(OWNER, name)
+        self.kept.abandon(taken)
+        assert taken.state.num_tokens == len(ids)
+        if ids:
+            [fresh] = self.engine.generate([ids], PARAMS)
+            said = [i for out in self._run([], PARAMS, taken.state) for i in out.token_ids]
+            assert said == list(fresh.token_ids)
+
+    def _note(self, name: str, new: list[int]) -> None:
+        kept = self.held[name]
+        kept.append(kept[-1] + new)
+        del kept[:-3]  # two checkpoints and what is now
+
+    def _run(self, ids: list[int], params: SamplingParams, start: SessionState) -> list[Output]:
+        """A turn beside another request, so that batches differ from example to example."""
+        name = self.engine.submit(ids, params, start=start)
+        self.engine.submit([random.Random(len(ids)).randrange(5, 200)], PARAMS)
+        outputs: list[Output] = []
+        while self.engine.has_work():
+            outputs += self.engine.step()
+        return [out for out in outputs if out.request_id == name]
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(
+    max_examples=40,
+    stateful_step_count=20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
