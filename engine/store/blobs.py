@@ -84,15 +84,13 @@ class Blobs:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file by its digest; what a crash left half written is removed."""
-        for entry in os.scandir(self._staging):
-            os.unlink(entry)
-        found = {
-            entry.name: entry.stat().st_size
-            for folder in self._folder.iterdir()
-            if folder != self._staging and folder.is_dir()
-            for entry in os.scandir(folder)
-            if DIGEST.fullmatch(entry.name)
-        }
+        for path in self._staging.iterdir():
+            path.unlink()
+        found: dict[str, int] = {}
+        for folder in (path for path in self._folder.iterdir() if path.is_dir()):
+            with os.scandir(folder) as entries:
+                named = [entry for entry in entries if DIGEST.fullmatch(entry.name)]
+                found.update((entry.name, entry.stat().st_size) for entry in named)
         self.num_bytes = sum(found.values())
         return found
 

@@ -73,8 +73,15 @@ class FolderLock:
 
 def take_folder(folder: Path) -> FolderLock:
     """A folder of this process alone; made for the user's eyes only where it is not there."""
-    try:
+    with told_as_unusable(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return FolderLock(folder / "lock")
-    except OSError as error:
+
+
+@contextmanager
+def told_as_unusable(folder: Path) -> Iterator[None]:
+    """ConfigurationError in place of what the system says."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
         raise ConfigurationError(f"{folder} cannot hold sessions: {error}") from error

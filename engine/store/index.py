@@ -136,12 +136,17 @@ def make_room(db: sqlite3.Connection) -> None:
 
 
 def trouble(path: Path) -> str | None:
-    """What is wrong with an index file, None where nothing is."""
+    """What is wrong with an index file, None where nothing is.
+
+    Only what SQLite calls damage: a file that is locked or cannot be read may be whole.
+    """
     try:
         with closing(sqlite3.connect(path)) as db:
             [answer] = db.execute("PRAGMA quick_check(1)").fetchone()
             [mode] = db.execute("PRAGMA journal_mode").fetchone()
     except sqlite3.DatabaseError as error:
+        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise
         return str(error)
     if answer == "ok" and mode != "wal":
         return "it holds nothing"

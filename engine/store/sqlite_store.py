@@ -17,7 +17,7 @@ from uuid import uuid4
 from engine.store import leases, rows
 from engine.store.blobs import Blobs, Staged
 from engine.store.checkup import check_up
-from engine.store.disk import take_folder, told_as_full
+from engine.store.disk import take_folder, told_as_full, told_as_unusable
 from engine.store.index import Index, set_damaged_aside
 from engine.store.protocol import Lease, NewSession, Record, Records, SessionStore, StoreCounts
 
@@ -41,10 +41,11 @@ class SqliteStore(SessionStore):
         self._owner = uuid4().hex
         self._lock = take_folder(folder)
         try:
-            set_damaged_aside(folder, INDEX, STATES)
-            self._index = Index(folder / INDEX, durable=durable)
-            self._blobs = Blobs(folder / STATES, durable=durable)
-            check_up(self._index, self._blobs)
+            with told_as_unusable(folder):
+                set_damaged_aside(folder, INDEX, STATES)
+                self._index = Index(folder / INDEX, durable=durable)
+                self._blobs = Blobs(folder / STATES, durable=durable)
+                check_up(self._index, self._blobs)
         except BaseException:
             self._lock.release()
             raise

@@ -5,6 +5,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -130,13 +131,7 @@ def test_a_writer_that_was_taken_over_is_fenced_off(store: SqliteStore, clock: C
     store.release(zombie)
     assert store.put(other, 1, b"two", 2, 2).version == 2
     with pytest.raises(SnapshotError):
-        store.get(make_digest(b"from the grave"))
-
-
-def make_digest(raw: bytes) -> str:
-    from hashlib import sha256
-
-    return sha256(raw).hexdigest()
+        store.get(sha256(b"from the grave").hexdigest())
 
 
 def test_a_lease_past_its_time_is_good_until_it_is_taken_over(

@@ -4,16 +4,18 @@ import logging
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
-from engine.errors import ConfigurationError, SessionMovedError, SnapshotError, StoreFullError
+from engine.errors import ConfigurationError, SnapshotError, StoreFullError
 from engine.store import NewSession, Record, SqliteStore
 from tests.engine.store_process import content
 
@@ -192,7 +194,7 @@ def test_what_nobody_refers_to_is_swept(tmp_path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("damage", ["garbage", "middle", "empty", "missing"])
+@pytest.mark.parametrize("damage", ["garbage", "middle", "cut", "empty", "missing"])
 def test_a_damaged_index_is_kept_beside_a_new_one(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -208,6 +210,8 @@ def test_a_damaged_index_is_kept_beside_a_new_one(
             raw = bytearray(index.read_bytes())
             raw[4096:] = random.Random(n).randbytes(size - 4096)
             index.write_bytes(raw)
+        elif damage == "cut":
+            os.truncate(index, 4096 * 3)
         elif damage == "empty":
             os.truncate(index, 0)
         else:
@@ -227,8 +231,6 @@ def test_a_damaged_index_is_kept_beside_a_new_one(
 
 
 def test_an_index_of_another_version_is_refused(tmp_path: Path) -> None:
-    import sqlite3
-
     SqliteStore(tmp_path).close()
     db = sqlite3.connect(tmp_path / "index.sqlite")
     db.execute("PRAGMA user_version = 99")
@@ -285,18 +287,57 @@ def test_a_full_disk_loses_nothing_and_turns_go_on(small_disk: Path) -> None:
     store.close()
 
 
+class Failing:
+    """A connection whose commits fail in one way."""
+
+    def __init__(self, db: sqlite3.Connection, code: int) -> None:
+        self._db = db
+        self._code = code
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._db, name)
+
+    def execute(self, statement: str, *values: object) -> object:
+        if statement != "COMMIT":
+            return self._db.execute(statement, *values)
+        error = sqlite3.OperationalError("as the disk says")
+        error.sqlite_errorcode = self._code
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("code", "stays"), [(sqlite3.SQLITE_FULL, False), (sqlite3.SQLITE_IOERR_FSYNC, True)]
+)
 def test_a_commit_that_fails_keeps_the_old_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, stays: bool
 ) -> None:
+    """After a failed fsync a restart may still find the commit done: its file must be there."""
     store = SqliteStore(tmp_path)
     record = make(store, b"old")
     lease = store.acquire(record.id, 60)
     with monkeypatch.context() as patch:
-        patch.setattr("engine.store.rows.push", lambda *_: (_ for _ in ()).throw(OSError(5, "EIO")))
+        patch.setattr(store._index, "_db", Failing(store._index._db, code))
         with pytest.raises(StoreFullError):
-            store.put(lease, 1, b"new", 2, 2)
-    assert store.record(record.id) == record
-    assert store.put(lease, 1, b"new", 2, 2).version == 2
-    with pytest.raises(SessionMovedError):
-        store.put(lease, 1, b"new", 2, 2)
+            store.put(lease, 1, b"new", 2, 0)
+        assert store.record(record.id) == record
+    assert blob(tmp_path, sha256(b"new").hexdigest()).exists() == stays
+    assert store.get(record.head) == b"old"
+    assert store.put(lease, 1, b"newer", 2, 0).version == 2
+    assert not blob(tmp_path, record.head).exists()
+    store.close()
+    SqliteStore(tmp_path).close()
+    assert not blob(tmp_path, sha256(b"new").hexdigest()).exists()
+
+
+def test_an_index_that_is_locked_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    record = make(store, b"kept")
+    store.close()
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as db:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigurationError, match="locked"):
+            SqliteStore(tmp_path)
+    store = SqliteStore(tmp_path)
+    assert store.get(store.record(record.id).head) == b"kept"
     store.close()
