@@ -63,22 +63,7 @@ def create_app(
     kept: the sessions, which are whose they were when it ends.
     """
     turns = Turns(kept)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        bridge.start()
-        yield
-        await asyncio.to_thread(bridge.stop)
-        await turns.wait_settled()
-
-    # The interactive pages would be fetched from elsewhere; /openapi.json is all there is here.
-    app = FastAPI(
-        title="cottention-server",
-        version=package_version(),
-        lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-    )
+    app = _new_app(bridge, turns)
     registry = make_registry(
         bridge.stats, kept.sizes, config.served_model_name or bridge.engine.name
     )
@@ -89,6 +74,26 @@ def create_app(
     add_error_handlers(app)
     _add_middleware(app, api_keys(config), config)
     return app
+
+
+def _new_app(bridge: Bridge, turns: Turns) -> FastAPI:
+    """Without endpoints: its life is the engine's, and ends when no turn is left to be kept."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        bridge.start()
+        yield
+        await asyncio.to_thread(bridge.stop)
+        await turns.wait_settled()
+
+    # The interactive pages would be fetched from elsewhere; /openapi.json is all there is here.
+    return FastAPI(
+        title="cottention-server",
+        version=package_version(),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
 
 
 def _add_middleware(app: FastAPI, keys: tuple[str, ...], config: ServerConfig) -> None:

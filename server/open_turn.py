@@ -12,8 +12,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.outputs import FinishReason
-from server.orders import OnCancel
 from server.reading import Piece
+from server.sampling import OnCancel
 
 if TYPE_CHECKING:  # they bring torch with them, which the server does not know
     from engine.session_state import SessionState

@@ -14,6 +14,7 @@ from server.checking import Body
 from server.neutral import ANY, Neutral
 
 Schema = dict[str, Any]
+Answers = dict[int | str, Schema]
 
 ERRORS = {
     400: "A field is wrong; `param` names it.",
@@ -44,7 +45,7 @@ def described(
     *bodies: type[Body],
     examples: Sequence[Schema],
     streams: bool = False,
-    more: Schema | None = None,
+    more: Answers | None = None,
 ) -> Schema:
     """What a route that takes one of these bodies, for example these, says of itself.
 
@@ -54,14 +55,14 @@ def described(
     schema = references[0] if len(references) == 1 else {"anyOf": references}
     shown = {str(place): {"value": each} for place, each in enumerate(examples)}
     content = {"application/json": {"schema": schema, "examples": shown}}
-    answers: dict[int | str, Schema] = {200: {"content": EVENTS}} if streams else {}
+    answers: Answers = {200: {"content": EVENTS}} if streams else {}
     return {
         "openapi_extra": {"requestBody": {"required": True, "content": content}},
         "responses": answers | refusals(*_BODY_ERRORS) | (more or {}),
     }
 
 
-def refusals(*statuses: int) -> dict[int | str, Schema]:
+def refusals(*statuses: int) -> Answers:
     """The errors that a route may answer with."""
     return {each: {"model": ErrorBody, "description": ERRORS[each]} for each in statuses}
 

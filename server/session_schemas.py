@@ -39,7 +39,8 @@ WITH_SESSION = {
 def _prompt(value: Any) -> Prompt:
     if isinstance(value, str):
         check_text("prompt", value)
-    elif not isinstance(value, list) or not all(type(each) is int for each in value):
+        return value
+    if not isinstance(value, list) or not all(type(each) is int for each in value):
         raise wrong_type()
     return value
 

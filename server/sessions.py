@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from engine.errors import SessionMovedError
 from server.answering import read_body_with
+from server.answers import Shape
 from server.bridge import Phase
 from server.checking import checked
 from server.context import Context, ContextDep
@@ -22,7 +23,6 @@ from server.session_answers import (
     DeletedSession,
     SessionList,
     SessionObject,
-    Shape,
     told,
     told_all,
 )
@@ -44,7 +44,7 @@ router = APIRouter()
 
 MAX_PAGE = 100
 REFUSALS = refusals(400, 401, 404, 500)
-MOVES: dict[int | str, Shape] = refusals(409, 412, 507)
+MOVES = refusals(409, 412, 507)
 
 
 @router.post(
@@ -60,8 +60,8 @@ async def open_session(request: Request, context: ContextDep) -> Response:
     state = _nothing()
     if ids:
         state = await _read_in(request, context, reading_order(ids, state))
-    opened = context.sessions.open, owner, state, asked.metadata, asked.ttl_seconds
-    return told(await asyncio.to_thread(*opened))
+    put_in, seconds = context.sessions.open, asked.ttl_seconds
+    return told(await asyncio.to_thread(put_in, owner, state, asked.metadata, seconds))
 
 
 @router.get("/v1/sessions", response_model=SessionList, responses=REFUSALS)
@@ -134,8 +134,8 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
     """Back to where the last turn began."""
     asker = asked_by(request)
     async with context.turns.alone(asker.owner, session_id, "error", request.receive):
-        rewound = context.sessions.rewind, asker.owner, session_id, asker.expected_position
-        return told(await asyncio.to_thread(*rewound))
+        rewind, position = context.sessions.rewind, asker.expected_position
+        return told(await asyncio.to_thread(rewind, asker.owner, session_id, position))
 
 
 async def _ids(prompt: str | list[int], context: Context) -> list[int]:

@@ -53,9 +53,9 @@ async def import_session(
     context.bridge.check_accepting()
     owner, kept = asked_by(request).owner, _kept(metadata, ttl_seconds)
     raw = await read_body(request, context.config.max_snapshot_bytes)
-    imported = context.sessions.import_, owner, raw, kept.metadata, kept.ttl_seconds
+    put_in, seconds = context.sessions.import_, kept.ttl_seconds
     try:
-        return told(await asyncio.to_thread(*imported))
+        return told(await asyncio.to_thread(put_in, owner, raw, kept.metadata, seconds))
     except SnapshotMismatchError as error:
         raise ApiError(409, str(error), code="snapshot_mismatch") from None
     except SnapshotError as error:

@@ -20,8 +20,9 @@ from starlette.types import Receive
 from engine.errors import SessionBusyError
 from server.errors import ApiError
 from server.open_turn import OpenTurn
-from server.orders import OnConflict, TurnTerms
+from server.orders import TurnTerms
 from server.reading import ReadingClosed
+from server.sampling import OnConflict
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
     from engine.sessions import Sessions, Turn

@@ -36,9 +36,10 @@ class Blobs:
         self._staging = folder / "new"
         self._durable = durable
         self.num_bytes = 0
+        folder.mkdir(mode=0o700, exist_ok=True)
         # all folders at once: a file's folder need not be made durable beside the file
         for name in ("new", *(f"{byte:02x}" for byte in range(256))):
-            (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / name).mkdir(mode=0o700, exist_ok=True)
         sync_folder(folder)
         sync_folder(folder.parent)
 
@@ -83,15 +84,13 @@ class Blobs:
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file by its digest; what a crash left half written is removed."""
-        for entry in os.scandir(self._staging):
-            os.unlink(entry)
-        found = {
-            entry.name: entry.stat().st_size
-            for folder in self._folder.iterdir()
-            if folder != self._staging and folder.is_dir()
-            for entry in os.scandir(folder)
-            if DIGEST.fullmatch(entry.name)
-        }
+        for path in self._staging.iterdir():
+            path.unlink()
+        found: dict[str, int] = {}
+        for folder in (path for path in self._folder.iterdir() if path.is_dir()):
+            with os.scandir(folder) as entries:
+                named = [entry for entry in entries if DIGEST.fullmatch(entry.name)]
+                found.update((entry.name, entry.stat().st_size) for entry in named)
         self.num_bytes = sum(found.values())
         return found
 

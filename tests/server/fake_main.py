@@ -5,10 +5,9 @@ Arguments: seconds per step, seconds to drain.
 
 import sys
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from engine.engine import Engine
-from engine.sessions import Sessions
 from engine.worker import EngineWorker
 from server.app import create_app
 from server.bridge import Bridge
@@ -24,7 +23,8 @@ def main() -> int:
     bridge = Bridge(engine, partial(EngineWorker, engine))
     sock = bind_socket(config.host, config.port)
     url = url_of(sock)
-    app = create_app(bridge, config, cast(Sessions, FakeSessions()))
+    sessions: Any = FakeSessions()
+    app = create_app(bridge, config, sessions)
     return run_server(app, bridge, config, sock, lambda: print(url, flush=True))
 
 

@@ -30,8 +30,8 @@ class HandWorker:
     def start(self) -> None:
         pass
 
-    def submit(self, _: Any, __: Any, *, request_id: str, priority: int, **_more: Any) -> None:
-        assert priority == 3
+    def submit(self, _: Any, __: Any, *, request_id: str, **more: Any) -> None:
+        assert more == {"priority": 3, "start": None, "cache_scope": ""}
         self.submitted.append(request_id)
 
     def cancel(self, request_id: str) -> None:

@@ -1,0 +1,112 @@
+"""Sessions in a real folder behind a real server: what was answered is there after a restart."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from engine.config import StateSpec
+from engine.engine import Engine
+from engine.errors import ConfigurationError
+from engine.fingerprints import Fingerprints
+from engine.snapshot import SnapshotCodec
+from server.keeping import kept_sessions, where_kept
+from server.settings import ServerConfig
+from tests.server.fake_engine import FakeEngine
+from tests.server.live import Live, serving
+
+SPEC = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
+
+
+class KeepingEngine(FakeEngine):
+    """A fake engine with a real codec; its states have no rows."""
+
+    weights = "w"
+
+    def session_codec(self) -> SnapshotCodec:
+        return SnapshotCodec(Fingerprints(self.weights, "t", "l"), SPEC, 256)
+
+
+@contextlib.contextmanager
+def keeping(folder: Path | None, weights: str = "w") -> Iterator[Live]:
+    engine = KeepingEngine()
+    engine.weights = weights
+    config = ServerConfig(session_dir=None if folder is None else str(folder))
+    with kept_sessions(cast(Engine, engine), config) as sessions:
+        with serving(engine, sessions=sessions) as live:
+            yield live
+
+
+def snapshot(live: Live, session_id: str) -> bytes:
+    return live.client.get(f"/v1/sessions/{session_id}/snapshot").content
+
+
+def test_what_was_answered_is_there_after_a_restart(tmp_path: Path) -> None:
+    with keeping(tmp_path) as live:
+        session_id = live.opened("x", metadata={"name": "é"})
+        live.complete(prompt="y", session_id=session_id, max_tokens=3)
+        live.events(prompt="z", session_id=session_id, max_tokens=2)
+        fork = live.client.post(f"/v1/sessions/{session_id}/fork", json={}).json()["data"][0]
+        raw, before = snapshot(live, session_id), live.session(session_id)
+        assert before["durable"] is True
+        assert before["position"] == 8
+    with keeping(tmp_path) as live:
+        after = live.session(session_id)
+        assert after == before | {"residence": after["residence"]}
+        assert snapshot(live, session_id) == raw == snapshot(live, fork["id"])
+        listed = live.client.get("/v1/sessions").json()["data"]
+        assert {each["id"] for each in listed} == {session_id, fork["id"]}
+        assert live.client.post(f"/v1/sessions/{session_id}/rewind").json()["position"] == 5
+        answer = live.complete(prompt="", session_id=session_id, max_tokens=1).json()
+        assert answer["session"] == {"id": session_id, "position": 6, "durable": True}
+        assert live.client.delete(f"/v1/sessions/{fork['id']}").status_code == 200
+
+
+def test_a_session_moves_to_a_server_of_the_same_model(tmp_path: Path) -> None:
+    with keeping(None) as here, keeping(tmp_path, weights="other") as there:
+        raw = snapshot(here, here.opened("xyz"))
+        made = here.client.post("/v1/sessions/import", content=raw).json()
+        assert made["position"] == 3
+        assert made["durable"] is False
+        assert snapshot(here, made["id"]) == raw
+        refused = there.client.post("/v1/sessions/import", content=raw)
+        assert refused.status_code == 409
+        assert "weights" in refused.json()["error"]["message"]
+        damaged = here.client.post("/v1/sessions/import", content=raw[:-1])
+        assert damaged.json()["error"]["code"] == "bad_snapshot"
+        assert there.client.get("/v1/sessions").json()["data"] == []
+
+
+def test_busy_moved_and_missing_are_told_alike(tmp_path: Path) -> None:
+    with keeping(tmp_path) as live:
+        session_id = live.opened("x")
+        stale = {"If-Match": '"9"'}
+        body = {"prompt": "y", "session_id": session_id}
+        assert live.client.post("/v1/completions", json=body, headers=stale).status_code == 412
+        assert live.client.post(f"/v1/sessions/{session_id}/rewind").status_code == 409
+        assert live.complete(prompt="y", session_id="none").status_code == 404
+        assert live.client.get("/v1/sessions?after=none").status_code == 404
+        assert live.complete(prompt="fail", session_id=session_id).status_code == 500
+        assert live.complete(**body, max_tokens=2).json()["session"]["position"] == 4
+        capacity = live.client.get("/v1/capacity").json()
+        assert (capacity["resident"], capacity["parked"] + capacity["stored"]) == (0, 1)
+        assert capacity["stored_bytes"] > 0
+
+
+def test_a_folder_has_one_server(tmp_path: Path) -> None:
+    engine: Any = KeepingEngine()
+    config = ServerConfig(session_dir=str(tmp_path))
+    with kept_sessions(engine, config):
+        with pytest.raises(ConfigurationError), kept_sessions(engine, config):
+            pass
+    assert str(tmp_path) in where_kept(config)
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = ServerConfig(session_dir=str(tmp_path / "file" / "sessions"))
+    with pytest.raises(ConfigurationError, match="--session-dir"):
+        with kept_sessions(cast(Engine, KeepingEngine()), config):
+            pass
