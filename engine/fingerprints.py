@@ -1,0 +1,51 @@
+"""What a session's numbers mean only together with: the weights, the tokenizer, the state's layout.
+
+Owns how each is told in a line of text. Does not know sessions or what a snapshot looks like.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from engine.config import StateSpec
+from engine.weights import weight_files
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprints:
+    """weights, tokenizer: sha256 in hex, of the files. layout: the state's shape and types."""
+
+    weights: str
+    tokenizer: str
+    layout: str
+
+    @classmethod
+    def of(cls, folder: Path, spec: StateSpec, dtype: str) -> Self:
+        """Of a model folder that is served with weights in `dtype`. Raises ModelFolderError."""
+        tokenizer = (folder / name for name in _TOKENIZER_FILES)
+        return cls(
+            weights=_sha256(weight_files(folder)),
+            tokenizer=_sha256(path for path in tokenizer if path.is_file()),
+            layout=_layout(spec, dtype),
+        )
+
+
+def _layout(spec: StateSpec, dtype: str) -> str:
+    return (
+        f"layers={spec.layers} heads={spec.heads} V={spec.value_width} K={spec.key_width} float32"
+        f" weights={dtype} denominator={spec.has_denominator}"
+    )
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    """Of all the files, with their names; a file is never in memory as a whole."""
+    whole = hashlib.sha256()
+    for path in sorted(paths):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.name} {digest}\n".encode())
+    return whole.hexdigest()
