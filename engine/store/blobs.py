@@ -36,9 +36,10 @@ class Blobs:
         self._staging = folder / "new"
         self._durable = durable
         self.num_bytes = 0
+        folder.mkdir(mode=0o700, exist_ok=True)
         # all folders at once: a file's folder need not be made durable beside the file
         for name in ("new", *(f"{byte:02x}" for byte in range(256))):
-            (folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            (folder / name).mkdir(mode=0o700, exist_ok=True)
         sync_folder(folder)
         sync_folder(folder.parent)
 

@@ -21,8 +21,8 @@ def check_up(index: Index, blobs: Blobs) -> None:
     Files are looked at by name and size alone: reading all would take as long as they are large.
     """
     sizes = blobs.sizes()
-    index.free(end_leases)
-    index.free(lambda db: put_in_order(db, sizes))
+    index.write(end_leases)
+    index.write(lambda db: put_in_order(db, sizes))
     known = index.read(lambda db: {digest for (digest,) in db.execute("SELECT digest FROM states")})
     orphans = sizes.keys() - known
     for digest in orphans:

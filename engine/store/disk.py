@@ -1,6 +1,6 @@
 """A disk that is full, and the folder that belongs to one process.
 
-Owns which failures mean that the disk takes no more, the reserve, and the lock. Does not know what
+Owns which failures mean that the disk takes no more, and the lock. Does not know what
 is written.
 """
 
@@ -16,9 +16,6 @@ from engine.errors import ConfigurationError, StoreFullError
 
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
-
-RESERVE_BYTES = 2 << 20
-"""More than the index's log ever grows to between two checkpoints of it."""
 
 
 def means_full(error: Exception) -> bool:
@@ -46,43 +43,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-class Reserve:
-    """Space kept back, so that leases and deletions can still be noted when the disk is full.
-
-    A deletion on a full disk needs a little room before it makes more.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._is_kept = False
-
-    def fill(self) -> bool:
-        """Keep it back, where there is room; whether it is."""
-        if not self._is_kept:
-            self._is_kept = self._allocate()
-        return self._is_kept
-
-    def spend(self) -> bool:
-        """Give it to whoever needs it now; whether there was any."""
-        was_kept, self._is_kept = self._is_kept, False
-        self._path.unlink(missing_ok=True)
-        return was_kept
-
-    def _allocate(self) -> bool:
-        try:
-            fd = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o600)
-        except OSError:
-            return False
-        try:
-            os.posix_fallocate(fd, 0, RESERVE_BYTES)
-        except OSError:
-            self._path.unlink(missing_ok=True)
-            return False
-        finally:
-            os.close(fd)
-        return True
 
 
 class FolderLock:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from engine.errors import ConfigurationError
-from engine.store.disk import Reserve, means_full, sync_folder
+from engine.store.disk import means_full, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,13 @@ CREATE INDEX states_by_digest ON states (digest, nbytes, position);
 CREATE TABLE set_aside (
     seq INTEGER PRIMARY KEY, id TEXT NOT NULL, owner TEXT NOT NULL, created INTEGER NOT NULL,
     version INTEGER NOT NULL, metadata TEXT NOT NULL, expires_at REAL, reason TEXT NOT NULL);
+CREATE TABLE room (bytes BLOB NOT NULL);
 PRAGMA user_version = {VERSION};
 """
+
+LOG_PAGES = 200
+ROOM_BYTES = 2 << 20
+"""More than LOG_PAGES of 4096 bytes and the greatest transaction after them."""
 
 
 class Index:
@@ -52,10 +57,9 @@ class Index:
     no file that it may refer to can be removed.
     """
 
-    def __init__(self, path: Path, reserve: Reserve, *, durable: bool) -> None:
+    def __init__(self, path: Path, *, durable: bool) -> None:
         self.lock = threading.RLock()
         self.is_uncertain = False
-        self._reserve = reserve
         self._db = connect(path)
         self._durable: Sync = "FULL" if durable else "OFF"
         self._noted: Sync = "NORMAL" if durable else "OFF"
@@ -69,27 +73,14 @@ class Index:
         """Run it as one transaction, on the disk when this returns."""
         return self._run(work, self._durable)
 
-    def free(self, work: Work[T]) -> T:
-        """As `write`, for what makes room: it may use the reserve."""
-        return self._insist(work, self._durable)
-
     def note(self, work: Work[T]) -> T:
         """For leases: outlives the process and not the machine, as a lease should; no waiting."""
-        return self._insist(work, self._noted)
+        return self._run(work, self._noted)
 
     def close(self) -> None:
         """Write the log back into the file."""
         with self.lock:
             self._db.close()
-
-    def _insist(self, work: Work[T], sync: Sync) -> T:
-        with self.lock:
-            try:
-                return self._run(work, sync)
-            except sqlite3.OperationalError as error:
-                if not (means_full(error) and self._reserve.spend()):
-                    raise
-                return self._run(work, sync)
 
     def _run(self, work: Work[T], sync: Sync) -> T:
         with self.lock:
@@ -119,14 +110,29 @@ def connect(path: Path) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA journal_mode = WAL")
-    db.execute("PRAGMA wal_autocheckpoint = 200")  # pages: the log stays below the reserve
+    db.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
     [version] = db.execute("PRAGMA user_version").fetchone()
     if version == 0:
         db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
     elif version != VERSION:
         db.close()
         raise ConfigurationError(f"{path} has format {version}; this is a server of {VERSION}")
+    make_room(db)
     return db
+
+
+def make_room(db: sqlite3.Connection) -> None:
+    """Grow the log, and free pages in the file, to what leases and deletions will ever need.
+
+    They are then noted on a full disk, too: the log is written over, never cut, while it is open.
+    """
+    try:
+        db.execute("INSERT INTO room VALUES (zeroblob(?))", [ROOM_BYTES])
+        db.execute("DELETE FROM room")
+    except sqlite3.OperationalError as error:
+        if not means_full(error):
+            raise
+        logger.warning("the disk is full: no room for leases could be kept back")
 
 
 def trouble(path: Path) -> str | None:

@@ -6,7 +6,6 @@ after the index has forgotten it, all under the index's lock. Does not know what
     <folder>/lock             held by the one process that the folder belongs to
     <folder>/index.sqlite     sessions, leases, which state is whose
     <folder>/states/ab/ab…    snapshots by digest
-    <folder>/reserve          room for leases and deletions on a full disk
 """
 
 import time
@@ -18,7 +17,7 @@ from uuid import uuid4
 from engine.store import leases, rows
 from engine.store.blobs import Blobs, Staged
 from engine.store.checkup import check_up
-from engine.store.disk import Reserve, take_folder, told_as_full
+from engine.store.disk import take_folder, told_as_full
 from engine.store.index import Index, set_damaged_aside
 from engine.store.protocol import Lease, NewSession, Record, Records, SessionStore, StoreCounts
 
@@ -43,11 +42,9 @@ class SqliteStore(SessionStore):
         self._lock = take_folder(folder)
         try:
             set_damaged_aside(folder, INDEX, STATES)
-            self._reserve = Reserve(folder / "reserve")
-            self._index = Index(folder / INDEX, self._reserve, durable=durable)
+            self._index = Index(folder / INDEX, durable=durable)
             self._blobs = Blobs(folder / STATES, durable=durable)
             check_up(self._index, self._blobs)
-            self._reserve.fill()
         except BaseException:
             self._lock.release()
             raise
@@ -68,7 +65,6 @@ class SqliteStore(SessionStore):
             pairs = [*zip(records, new_states, strict=True)]
             with self._adopted([staged for staged in snapshots if staged]):
                 made = self._index.write(lambda db: [rows.insert(db, *pair, now) for pair in pairs])
-        self._reserve.fill()
         return made
 
     def acquire(self, session_id: str, ttl_seconds: float) -> Lease:
@@ -113,7 +109,6 @@ class SqliteStore(SessionStore):
         with told_as_full(), self._blobs.staged(snapshot) as staged, self._adopted([staged]):
             record, dropped = self._index.write(change)
             self._remove_unreferenced(dropped)
-        self._reserve.fill()
         return record
 
     def rewind(self, lease: Lease, expected_version: int) -> Record:
@@ -123,7 +118,7 @@ class SqliteStore(SessionStore):
             return rows.record_of(db, seq), dropped
 
         with told_as_full(), self._index.lock:
-            record, dropped = self._index.free(change)
+            record, dropped = self._index.write(change)
             self._remove_unreferenced(dropped)
         return record
 
@@ -136,7 +131,7 @@ class SqliteStore(SessionStore):
             return rows.remove(db, seq)
 
         with told_as_full(), self._index.lock:
-            self._remove_unreferenced(self._index.free(change))
+            self._remove_unreferenced(self._index.write(change))
 
     def list(self, owner: str, after: str | None, limit: int) -> tuple[Records, bool]:
         now = self._clock()
@@ -159,7 +154,7 @@ class SqliteStore(SessionStore):
         with told_as_full():
             while True:
                 with self._index.lock:
-                    num, dropped = self._index.free(change)
+                    num, dropped = self._index.write(change)
                     self._remove_unreferenced(dropped)
                 num_expired += num
                 if num < EXPIRED_AT_ONCE:

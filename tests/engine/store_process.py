@@ -1,0 +1,66 @@
+"""A process that uses a store until it is killed; run as a script by the tests of the store.
+
+It prints a line for everything that the store has answered: what is printed must be there after.
+"""
+
+import random
+import resource
+import sys
+from pathlib import Path
+
+from engine.errors import StoreFullError
+from engine.store import NewSession, SqliteStore
+
+NUM_SESSIONS = 4
+
+
+def content(session_id: str, version: int) -> bytes:
+    """A snapshot that can be told from every other; sizes from a few bytes to 100 KB."""
+    seed = f"{session_id} {version} ".encode()
+    return seed * random.Random(seed).randint(1, 2000)
+
+
+def say(*words: object) -> None:
+    print(*words, flush=True)
+
+
+def put_forever(folder: Path) -> None:
+    """One turn after the other on sessions of its own, two checkpoints each."""
+    store = SqliteStore(folder)
+    made = store.create([NewSession("a", 0, snapshot=b"%d" % n) for n in range(NUM_SESSIONS)])
+    for record in made:
+        say("made", record.id, 1)
+    while True:
+        session_id = random.choice(made).id
+        lease = store.acquire(session_id, 1000)
+        say("begun", session_id, lease.version)
+        version = lease.version + 1
+        record = store.put(lease, lease.version, content(session_id, version), version, 2)
+        say("put", session_id, record.version)
+        store.release(lease)
+        say("ended", session_id, record.version)
+
+
+def hold(folder: Path) -> None:
+    """Have the folder until it is killed."""
+    SqliteStore(folder)
+    say("held")
+    sys.stdin.read()
+
+
+def fill(folder: Path) -> None:
+    """Put ever larger snapshots under a limit of a file's size, and go on after it is reached."""
+    store = SqliteStore(folder)
+    [record] = store.create([NewSession("a", 1, snapshot=b"small")])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
+    lease = store.acquire(record.id, 1000)
+    try:
+        store.put(lease, 1, bytes(2 << 20), 2, 2)
+    except StoreFullError:
+        say("full")
+    say("is", store.record(record.id).version, store.get(record.head).decode())
+    say("put", store.put(lease, 1, b"smaller", 2, 2).version)
+
+
+if __name__ == "__main__":
+    {"put": put_forever, "hold": hold, "fill": fill}[sys.argv[1]](Path(sys.argv[2]))
