@@ -260,7 +260,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip("mounting needs root")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a failed test has files open
 
 
 def test_a_full_disk_loses_nothing_and_turns_go_on(small_disk: Path) -> None:
