@@ -23,6 +23,9 @@ Sync = Literal["FULL", "NORMAL", "OFF"]
 
 VERSION = 1
 
+MAX_WAIT = 5.0
+"""Seconds for a person's tool that has the file open for writing."""
+
 # states: a session's snapshots, the one with the greatest n its head, the others its checkpoints.
 # Those of a session that was set aside stay, so that their files do.
 SCHEMA = f"""
@@ -108,7 +111,7 @@ class Index:
 def connect(path: Path) -> sqlite3.Connection:
     """An open index of this version; ConfigurationError for one of another."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    db = sqlite3.connect(path, MAX_WAIT, isolation_level=None, check_same_thread=False)
     db.execute("PRAGMA journal_mode = WAL")
     db.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
     [version] = db.execute("PRAGMA user_version").fetchone()
@@ -141,7 +144,7 @@ def trouble(path: Path) -> str | None:
     Only what SQLite calls damage: a file that is locked or cannot be read may be whole.
     """
     try:
-        with closing(sqlite3.connect(path)) as db:
+        with closing(sqlite3.connect(path, MAX_WAIT)) as db:
             [answer] = db.execute("PRAGMA quick_check(1)").fetchone()
             [mode] = db.execute("PRAGMA journal_mode").fetchone()
     except sqlite3.DatabaseError as error:

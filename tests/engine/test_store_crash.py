@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -260,7 +260,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip("mounting needs root")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a failed test has files open
 
 
 def test_a_full_disk_loses_nothing_and_turns_go_on(small_disk: Path) -> None:
@@ -329,7 +329,10 @@ def test_a_commit_that_fails_keeps_the_old_head(
     assert not blob(tmp_path, sha256(b"new").hexdigest()).exists()
 
 
-def test_an_index_that_is_locked_is_not_taken_for_damaged(tmp_path: Path) -> None:
+def test_an_index_that_is_locked_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.store.index.MAX_WAIT", 0.1)
     store = SqliteStore(tmp_path)
     record = make(store, b"kept")
     store.close()
@@ -340,4 +343,31 @@ def test_an_index_that_is_locked_is_not_taken_for_damaged(tmp_path: Path) -> Non
             SqliteStore(tmp_path)
     store = SqliteStore(tmp_path)
     assert store.get(store.record(record.id).head) == b"kept"
+    store.close()
+
+
+def test_a_file_is_durable_before_the_index_refers_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a loss of power would show, and a kill does not: the order of the system calls."""
+    store = SqliteStore(tmp_path)
+    record = make(store, b"old")
+    lease = store.acquire(record.id, 60)
+    order: list[str] = []
+
+    def watched(name: str, call: Callable[..., object]) -> Callable[..., object]:
+        def run(*values: object) -> object:
+            order.append(name)
+            return call(*values)
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", watched("sync", os.fsync))
+    monkeypatch.setattr(os, "replace", watched("name", os.replace))
+    monkeypatch.setattr(store._index, "_commit", watched("commit", store._index._commit))
+    monkeypatch.setattr(store._blobs, "remove", watched("remove", store._blobs.remove))
+    store.put(lease, 1, b"new", 2, 0)
+    assert order == ["sync", "name", "sync", "commit", "remove"]
+    assert store._index._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+    monkeypatch.undo()
     store.close()

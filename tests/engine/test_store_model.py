@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
+)
 
 from engine.errors import NothingToRewindError, SessionBusyError, SessionMovedError
 from engine.store import Lease, NewSession, SqliteStore
@@ -39,6 +46,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp())
         self.store = SqliteStore(self.folder, durable=False)
         self.twins: dict[str, Twin] = {}
+        self.num_restarts = 0
 
     def teardown(self) -> None:
         self.store.close()
@@ -127,8 +135,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.delete(session_id)
         del self.twins[session_id]
 
+    @precondition(lambda self: self.num_restarts < 2)  # they take most of the time
     @rule()
     def restart(self) -> None:
+        self.num_restarts += 1
         self.store.close()
         self.store = SqliteStore(self.folder, durable=False)
         for session_id, twin in self.twins.items():
@@ -159,7 +169,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(
-    max_examples=15,
+    max_examples=40,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
