@@ -15,7 +15,6 @@ from server.errors import invalid
 from server.openapi import described, refusals
 from server.orders import Details, Order, order_of, read_prompt, text_of
 from server.schemas import CompletionRequest, completion_request
-
 from server.telling import Kind
 
 if TYPE_CHECKING:
