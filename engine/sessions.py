@@ -17,7 +17,7 @@ from engine.session import Residence, Session, SessionCounts, Turn
 from engine.session_state import SessionState
 from engine.session_values import SessionValues
 from engine.snapshot import SnapshotCodec
-from engine.store import NewSession, Record, SessionStore
+from engine.store import Lease, NewSession, Record, SessionStore
 
 LEASE_SECONDS = 24 * 3600.0
 """Longer than any turn. A dead process' leases end with its lock, not with their time."""
@@ -41,7 +41,7 @@ class Sessions:
         self._values = SessionValues(store, codec, memory_bytes)
         self._max_checkpoints = max_checkpoints
         self._is_durable = is_durable
-        self._running: set[str] = set()
+        self._running: dict[str, Lease] = {}
         self._lock = threading.Lock()
 
     def open(
@@ -92,7 +92,7 @@ class Sessions:
             self._store.release(lease)
             raise
         with self._lock:
-            self._running.add(session_id)
+            self._running[session_id] = lease
         return Turn(self._session(record), state, lease)
 
     def commit(self, turn: Turn, state: SessionState) -> Session:
@@ -114,7 +114,7 @@ class Sessions:
     def abandon(self, turn: Turn) -> None:
         """End a turn without a new value: the session is as before it. May be called again."""
         with self._lock:
-            self._running.discard(turn.session.id)
+            self._running.pop(turn.session.id, None)
         self._store.release(turn.lease)
 
     def fork(
@@ -171,6 +171,9 @@ class Sessions:
 
     def close(self) -> None:
         """End what runs as if it had not begun, and let go of the store."""
+        with self._lock:
+            for lease in self._running.values():
+                self._store.release(lease)
         self._store.close()
 
     def _record(self, owner: str, session_id: str) -> Record:

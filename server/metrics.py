@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from engine.outputs import EngineStats, FinishReason
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.sessions import SessionCounts
+    from engine.session import SessionCounts
 
 GAUGES = {
     "num_requests_running": ("num_running", "Requests in the running batch."),
@@ -25,10 +25,10 @@ GAUGES = {
 }
 SESSION_GAUGES = {
     "num_sessions_resident": ("num_resident", "Sessions whose turn runs."),
-    "num_sessions_parked": ("num_parked", "Values of sessions in memory; forks share one."),
-    "num_sessions_stored": ("num_stored", "Sessions in the store, wherever their values are."),
-    "sessions_parked_bytes": ("parked_bytes", "Memory of those values."),
-    "sessions_stored_bytes": ("stored_bytes", "What all sessions take on the disk."),
+    "num_sessions_parked": ("num_parked", "States of sessions in memory, checkpoints too."),
+    "num_sessions_stored": ("num_stored", "Sessions in the store."),
+    "sessions_parked_bytes": ("parked_bytes", "Memory of those states."),
+    "sessions_stored_bytes": ("stored_bytes", "What all sessions take in the store."),
 }
 CACHE_GAUGES = {"prefix_cache_bytes": ("nbytes", "Memory of states after prompts.")}
 CACHE_COUNTERS = {

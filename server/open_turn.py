@@ -16,8 +16,9 @@ from server.reading import Piece
 from server.sampling import OnCancel
 
 if TYPE_CHECKING:  # they bring torch with them, which the server does not know
+    from engine.session import Session, Turn
     from engine.session_state import SessionState
-    from engine.sessions import Session, Sessions, Turn
+    from engine.sessions import Sessions
 
 logger = logging.getLogger("cottention")
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from server.answers import Shape
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.sessions import Session
+    from engine.session import Session
 
 
 class SessionObject(BaseModel):

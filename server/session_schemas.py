@@ -87,6 +87,7 @@ class ForkRequest(Body):
     """Body of POST /v1/sessions/ID/fork."""
 
     n: int = ranged(1, FORKS, 1, MAX_FORKS)
+    on_conflict: OnConflict = Field("error", description=CONFLICT)
 
 
 def kept_body(body: Mapping[str, Any]) -> KeptBody:

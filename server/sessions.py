@@ -121,9 +121,10 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
 async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Sessions that go on from here by themselves; they share nothing that changes."""
     asker = asked_by(request)
-    num = (await read_body_with(request, context, lambda body, _: fork_request(body))).n
-    await _check_position(asker, session_id, context)
-    forks = await asyncio.to_thread(context.sessions.fork, asker.owner, session_id, num)
+    body = await read_body_with(request, context, lambda body, _: fork_request(body))
+    fork, position = context.sessions.fork, asker.expected_position
+    async with context.turns.alone(asker.owner, session_id, body.on_conflict, request.receive):
+        forks = await asyncio.to_thread(fork, asker.owner, session_id, body.n, position)
     return told_all(forks, has_more=False)
 
 

@@ -1,5 +1,7 @@
 """What the server says of itself: its model, whether it lives and takes work, its figures."""
 
+import asyncio
+
 from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
@@ -55,7 +57,8 @@ async def ready(context: ContextDep) -> Shape:
 )
 async def metrics(context: ContextDep) -> Response:
     """Figures in Prometheus' text format."""
-    return Response(generate_latest(context.registry), media_type=CONTENT_TYPE_LATEST)
+    text = await asyncio.to_thread(generate_latest, context.registry)  # it asks the store
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 def _model(context: Context) -> Shape:

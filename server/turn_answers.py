@@ -25,7 +25,7 @@ from server.telling import told_whole, whole_pieces
 from server.turns import Asker
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.sessions import Session
+    from engine.session import Session
 
 
 class TurnAnswer(Response):

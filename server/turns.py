@@ -25,7 +25,8 @@ from server.reading import ReadingClosed
 from server.sampling import OnConflict
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.sessions import Sessions, Turn
+    from engine.session import Turn
+    from engine.sessions import Sessions
 
 Key = tuple[str, str]
 Line = deque[asyncio.Event]

@@ -120,8 +120,11 @@ class FakeSessions:
     def abandon(self, turn: FakeTurn) -> None:
         self._release(turn, "abandon")
 
-    def fork(self, owner: str, session_id: str, n: int) -> list[FakeSession]:
+    def fork(
+        self, owner: str, session_id: str, n: int, expected_position: int | None = None
+    ) -> list[FakeSession]:
         session = self._check_free(owner, session_id)
+        self._check_position(session, expected_position)
         return [self.open(owner, session.states[-1], session.metadata, None) for _ in range(n)]
 
     def rewind(
