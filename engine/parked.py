@@ -1,55 +1,86 @@
-"""Values of sessions in memory: those used last, as many as fit into a budget of bytes.
+"""States that wait in memory for their sessions' next turns; the least recently used goes first.
 
-Owns who makes room. Does not know what a session is called: values are known by the digest of their
-bytes, so that forks share one.
+Owns the budget, and which sessions hold which state: forks hold one together. Does not know disks
+or leases, and is not safe to share between threads: who owns it locks.
 """
 
-import threading
 from collections import OrderedDict
+from dataclasses import dataclass, field
 
 from engine.session_state import SessionState
 
-_VALUE_BYTES = 1024
-"""What a value is counted for beside its rows: objects, ids and counts of a short session."""
+_ID_BYTES, _COUNT_BYTES = 40, 120
+"""About what CPython takes for an int in a tuple, and for two in a dictionary."""
+
+
+@dataclass(slots=True)
+class _Place:
+    """A state, what it costs, and the sessions that hold it."""
+
+    state: SessionState
+    nbytes: int
+    holders: set[str] = field(default_factory=set)
 
 
 class Parked:
-    """May be called from any thread."""
+    """At most `max_bytes` of states by digest. `num_bytes`: of those that are here."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._values: OrderedDict[str, SessionState] = OrderedDict()
-        self._lock = threading.Lock()
-        self._nbytes = 0
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._values
+        self._places: OrderedDict[str, _Place] = OrderedDict()
+        self._digests: dict[str, str] = {}  # session → digest
+        self.num_bytes = 0
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of all values."""
-        return self._nbytes
+    def num_sessions(self) -> int:
+        """Sessions whose state is here."""
+        return len(self._digests)
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._places
+
+    def holds(self, session_id: str) -> bool:
+        """Whether the session's state is here."""
+        return session_id in self._digests
 
     def get(self, digest: str) -> SessionState | None:
-        """A value, which is now the one used last."""
-        with self._lock:
-            if digest in self._values:
-                self._values.move_to_end(digest)
-            return self._values.get(digest)
+        """The state if it is here; it becomes the most recently used."""
+        place = self._places.get(digest)
+        if place is None:
+            return None
+        self._places.move_to_end(digest)
+        return place.state
 
-    def put(self, digest: str, value: SessionState) -> None:
-        """Keep a value; one that is there already stays. Those used least lately make room."""
-        with self._lock:
-            self._nbytes += 0 if digest in self._values else _size(value)
-            self._values.setdefault(digest, value)
-            self._values.move_to_end(digest)
-            while self._nbytes > self._max_bytes:
-                self._nbytes -= _size(self._values.popitem(last=False)[1])
+    def hold(self, session_id: str, digest: str, state: SessionState) -> None:
+        """The session's state is now this one; the older one goes unless another holds it."""
+        self.let_go(session_id)
+        place = self._places.get(digest)
+        if place is None:
+            place = self._places[digest] = _Place(state, _nbytes(state))
+            self.num_bytes += place.nbytes
+        self._places.move_to_end(digest)
+        place.holders.add(session_id)
+        self._digests[session_id] = digest
+        while self.num_bytes > self._max_bytes:
+            self._drop(next(iter(self._places)))
+
+    def let_go(self, session_id: str) -> None:
+        """The session holds nothing here."""
+        digest = self._digests.pop(session_id, None)
+        if digest is None:
+            return
+        holders = self._places[digest].holders
+        holders.discard(session_id)
+        if not holders:
+            self._drop(digest)
+
+    def _drop(self, digest: str) -> None:
+        place = self._places.pop(digest)
+        self.num_bytes -= place.nbytes
+        for session_id in place.holders:
+            del self._digests[session_id]
 
 
-def _size(value: SessionState) -> int:
-    num_ids = len(value.pending) + len(value.recent) + 2 * len(value.counts)
-    return value.nbytes + 8 * num_ids + _VALUE_BYTES
+def _nbytes(state: SessionState) -> int:
+    num_ids = len(state.pending) + len(state.recent)
+    return state.nbytes + num_ids * _ID_BYTES + len(state.counts) * _COUNT_BYTES

@@ -1,22 +1,24 @@
-"""What may be told of a session, and the right to change one. Knows no tensors."""
+"""What is told of sessions, and what a turn holds. Knows nothing of where they are kept."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 from engine.session_state import SessionState
-from engine.snapshot import CONTEXT_POLICY
-from engine.store import Lease, Record
+from engine.store.protocol import Lease
 
 Residence = Literal["resident", "parked", "stored"]
+"""A turn runs; the state is in memory; it is on the disk alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What may be told of a session.
+    """A session as it is after its last turn.
 
-    position: tokens it holds. nbytes: of its value as stored. context_start: the oldest token that
-    its state still has. was_interrupted: a crash cut its last turn; it is as before that turn.
+    position: tokens it holds. nbytes: of its stored state. created, expires_at: unix seconds.
+    num_checkpoints: turns that can be taken back. is_durable: a restart loses nothing of it.
+    was_interrupted: a crash cut its last turn, and it is as it was before. context_start: index of
+    the first token that it remembers.
     """
 
     id: str
@@ -31,31 +33,13 @@ class Session:
     num_checkpoints: int
     is_durable: bool
     was_interrupted: bool
-    context_policy: str = CONTEXT_POLICY
+    context_policy: Literal["exact"] = "exact"
     context_start: int = 0
-
-    @classmethod
-    def of(cls, record: Record, position: int, residence: Residence, is_durable: bool) -> Self:
-        """A store's record, and what the store does not know of it."""
-        return cls(
-            id=record.id,
-            owner=record.owner,
-            created=record.created,
-            version=record.version,
-            position=position,
-            nbytes=record.nbytes,
-            residence=residence,
-            metadata=record.metadata,
-            expires_at=record.expires_at,
-            num_checkpoints=len(record.checkpoints),
-            is_durable=is_durable,
-            was_interrupted=record.was_interrupted,
-        )
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The right to put another value in the place of `state`."""
+    """The right to change a session, and the value that the change starts from."""
 
     session: Session
     state: SessionState
@@ -64,7 +48,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class SessionCounts:
-    """num_parked counts values in memory, num_stored all sessions of the store."""
+    """Sessions by residence; bytes of states in memory, and of snapshots on the disk."""
 
     num_resident: int
     num_parked: int

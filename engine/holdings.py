@@ -1,0 +1,149 @@
+"""Where the value of each session is: with a turn, in memory, in the store.
+
+Owns the lock over what is in memory, never held while the disk works. Does not know owners, or
+what a caller may do.
+"""
+
+import threading
+
+from engine.errors import SessionMovedError
+from engine.parked import Parked
+from engine.session import Residence, Session, SessionCounts
+from engine.session_state import SessionState
+from engine.snapshot import SnapshotCodec
+from engine.store import Lease, NewSession, Record, SessionStore
+
+
+class Holdings:
+    """States by session, newest first: unsaved, parked, stored."""
+
+    def __init__(
+        self, store: SessionStore, codec: SnapshotCodec, memory_bytes: int, *, is_durable: bool
+    ) -> None:
+        self._store = store
+        self._codec = codec
+        self._is_durable = is_durable
+        self._lock = threading.Lock()
+        self._parked = Parked(memory_bytes)
+        self._running: dict[str, Lease] = {}
+        self._unsaved: dict[str, SessionState] = {}
+
+    def start(self, lease: Lease) -> None:
+        """A turn runs."""
+        with self._lock:
+            self._running[lease.session_id] = lease
+
+    def end(self, lease: Lease) -> None:
+        """No turn runs under this lease any more; nothing happens where none did."""
+        try:
+            self._store.release(lease)
+        finally:
+            with self._lock:
+                if self._running.get(lease.session_id) == lease:
+                    del self._running[lease.session_id]
+
+    def running(self) -> list[Lease]:
+        """Of the turns that run."""
+        with self._lock:
+            return [*self._running.values()]
+
+    def load(self, record: Record) -> SessionState:
+        """From wherever it is; it is parked from then on. SnapshotError: damaged on the disk."""
+        with self._lock:
+            unsaved = self._unsaved.get(record.id)
+            state = unsaved or self._parked.get(record.head)
+        if state is None:
+            state = self._codec.decode(self._store.get(record.head))
+        if unsaved is None:
+            self.park(record, state)
+        return state
+
+    def park(self, record: Record, state: SessionState) -> None:
+        """The store has it, and memory too."""
+        with self._lock:
+            self._unsaved.pop(record.id, None)
+            self._parked.hold(record.id, record.head, state)
+
+    def pin(self, lease: Lease, state: SessionState) -> None:
+        """The store had no room for it: it stays in memory, whatever the budget.
+
+        SessionMovedError: the turn has ended. A full store may not have come to look at the fence.
+        """
+        with self._lock:
+            if self._running.get(lease.session_id) != lease:
+                raise SessionMovedError(f"session {lease.session_id!r} is not held by this turn")
+            self._parked.let_go(lease.session_id)
+            self._unsaved[lease.session_id] = state
+
+    def unpin(self, session_id: str) -> bool:
+        """Go back to what the store has; whether there was something newer."""
+        with self._lock:
+            return self._unsaved.pop(session_id, None) is not None
+
+    def unsaved(self) -> dict[str, SessionState]:
+        """What the store has no room for."""
+        with self._lock:
+            return dict(self._unsaved)
+
+    def raw(self, record: Record) -> bytes:
+        """The snapshot of it. SnapshotError: damaged on the disk, or no longer there."""
+        unsaved = self.unsaved().get(record.id)
+        return self._store.get(record.head) if unsaved is None else self._codec.encode(unsaved)
+
+    def twin(self, record: Record, state: SessionState) -> NewSession:
+        """Another session of the same value and the same past."""
+        is_stored = record.id not in self.unsaved()
+        return NewSession(
+            record.owner,
+            state.num_tokens,
+            snapshot=None if is_stored else self._codec.encode(state),
+            head=record.head if is_stored else None,
+            checkpoints=record.checkpoints,
+            metadata=record.metadata,
+            expires_at=record.expires_at,
+        )
+
+    def forget(self, session_id: str) -> None:
+        """The session is gone, or not at what memory has."""
+        with self._lock:
+            self._unsaved.pop(session_id, None)
+            self._parked.let_go(session_id)
+
+    def told(self, record: Record) -> Session:
+        """A record, and what only memory knows of its session."""
+        with self._lock:
+            unsaved = self._unsaved.get(record.id)
+            residence = self._residence(record.id)
+        return Session(
+            id=record.id,
+            owner=record.owner,
+            created=record.created,
+            version=record.version,
+            position=record.position if unsaved is None else unsaved.num_tokens,
+            nbytes=record.nbytes,
+            residence=residence,
+            metadata=record.metadata,
+            expires_at=record.expires_at,
+            num_checkpoints=len(record.checkpoints) + (unsaved is not None),
+            is_durable=self._is_durable and unsaved is None,
+            was_interrupted=record.was_interrupted and unsaved is None,
+        )
+
+    def sizes(self) -> SessionCounts:
+        """How many there are of each residence, and their bytes."""
+        counts = self._store.counts()
+        with self._lock:
+            num_running = len(self._running)
+            in_memory = self._parked.num_sessions + len(self._unsaved)
+            num_parked = in_memory - sum(map(self._is_in_memory, self._running))
+            nbytes = self._parked.num_bytes + sum(s.nbytes for s in self._unsaved.values())
+        num_stored = max(0, counts.num_sessions - num_running - num_parked)
+        return SessionCounts(num_running, num_parked, num_stored, nbytes, counts.blob_bytes)
+
+    def _is_in_memory(self, session_id: str) -> bool:
+        return session_id in self._unsaved or self._parked.holds(session_id)
+
+    def _residence(self, session_id: str) -> Residence:
+        if session_id in self._running:
+            return "resident"
+        return "parked" if self._is_in_memory(session_id) else "stored"

@@ -1,0 +1,317 @@
+"""Sessions over a real store: every verb, who may use it, a full disk, a restart."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import StateSpec
+from engine.errors import (
+    NothingToRewindError,
+    SessionBusyError,
+    SessionMovedError,
+    SessionNotFoundError,
+    SnapshotError,
+    StoreFullError,
+)
+from engine.fingerprints import Fingerprints
+from engine.session_state import SessionState
+from engine.sessions import Session, Sessions
+from engine.snapshot import SnapshotCodec
+from engine.store import Lease, Record, SqliteStore
+
+SPEC = StateSpec(layers=1, heads=2, value_width=8, key_width=8, has_denominator=False)
+CODEC = SnapshotCodec(Fingerprints("w", "t", "l"), SPEC, 1000)
+
+
+class FullAtTimes(SqliteStore):
+    """A store whose disk can be filled."""
+
+    is_full = False
+
+    def put(
+        self, lease: Lease, expected_version: int, snapshot: bytes, position: int, most: int
+    ) -> Record:
+        if self.is_full:
+            raise StoreFullError("no space")
+        return super().put(lease, expected_version, snapshot, position, most)
+
+
+Opener = Callable[..., Sessions]
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Iterator[Opener]:
+    """Opens the folder; what was open is closed before."""
+    last: list[Sessions] = []
+
+    def open_(memory_bytes: int = 1 << 20, max_checkpoints: int = 2) -> Sessions:
+        for sessions in last:
+            sessions.close()
+        store = FullAtTimes(tmp_path / "sessions", durable=False)
+        last[:] = [
+            Sessions(
+                store,
+                CODEC,
+                memory_bytes=memory_bytes,
+                max_checkpoints=max_checkpoints,
+                is_durable=True,
+            )
+        ]
+        return last[0]
+
+    yield open_
+    for sessions in last:
+        sessions.close()
+
+
+@pytest.fixture
+def sessions(opened: Opener) -> Sessions:
+    return opened()
+
+
+def state(n: int) -> SessionState:
+    """Of n tokens, all but the last in rows that tell n."""
+    return SessionState((torch.full(SPEC.state_shape, float(n)),), n - 1, (n,), (n,), {n: 1})
+
+
+def make(sessions: Sessions, n: int = 1, owner: str = "a") -> Session:
+    return sessions.open(owner, state(n), {"name": str(n)}, None)
+
+
+def turn(sessions: Sessions, session_id: str, n: int, owner: str = "a") -> Session:
+    return sessions.commit(sessions.begin(owner, session_id), state(n))
+
+
+def holds(sessions: Sessions, session_id: str, n: int) -> bool:
+    """The value, in memory or not, and as exported, is that of n tokens."""
+    begun = sessions.begin("a", session_id)
+    sessions.abandon(begun)
+    return (
+        CODEC.encode(begun.state) == CODEC.encode(state(n)) == sessions.export("a", session_id)
+        and sessions.find("a", session_id).position == n
+    )
+
+
+def set_full(sessions: Sessions, is_full: bool) -> None:
+    sessions._store.is_full = is_full  # type: ignore[attr-defined]
+
+
+def test_open_find_and_turns(sessions: Sessions) -> None:
+    made = make(sessions, 3)
+    assert sessions.find("a", made.id) == made
+    assert (made.version, made.position, made.residence, made.is_durable) == (1, 3, "parked", True)
+    assert made.metadata == {"name": "3"}
+    assert made.nbytes == len(CODEC.encode(state(3)))
+    after = turn(sessions, made.id, 8)
+    assert (after.version, after.position, after.num_checkpoints) == (2, 8, 1)
+    assert holds(sessions, made.id, 8)
+
+
+def test_an_abandoned_turn_changes_nothing(sessions: Sessions) -> None:
+    made = make(sessions)
+    begun = sessions.begin("a", made.id)
+    sessions.abandon(begun)
+    sessions.abandon(begun)
+    assert sessions.find("a", made.id) == made
+    with pytest.raises(SessionMovedError):
+        sessions.commit(begun, state(2))
+    assert holds(sessions, made.id, 1)
+
+
+def test_an_old_abandon_does_not_end_a_new_turn(sessions: Sessions) -> None:
+    made = make(sessions)
+    old = sessions.begin("a", made.id)
+    sessions.abandon(old)
+    sessions.begin("a", made.id)
+    sessions.abandon(old)
+    assert sessions.find("a", made.id).residence == "resident"
+    with pytest.raises(SessionBusyError):
+        sessions.begin("a", made.id)
+
+
+VERBS: list[Callable[[Sessions, str, str], object]] = [
+    lambda sessions, owner, name: sessions.find(owner, name),
+    lambda sessions, owner, name: sessions.delete(owner, name),
+    lambda sessions, owner, name: sessions.begin(owner, name),
+    lambda sessions, owner, name: sessions.fork(owner, name, 1),
+    lambda sessions, owner, name: sessions.rewind(owner, name),
+    lambda sessions, owner, name: sessions.export(owner, name),
+]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_somebody_elses_is_not_found(
+    sessions: Sessions, verb: Callable[[Sessions, str, str], object]
+) -> None:
+    made = make(sessions)
+    for owner, name in (("b", made.id), ("a", "unknown")):
+        with pytest.raises(SessionNotFoundError):
+            verb(sessions, owner, name)
+    assert holds(sessions, made.id, 1)
+
+
+@pytest.mark.parametrize("verb", VERBS[1:5])
+def test_one_writer(sessions: Sessions, verb: Callable[[Sessions, str, str], object]) -> None:
+    made = make(sessions)
+    begun = sessions.begin("a", made.id)
+    with pytest.raises(SessionBusyError):
+        verb(sessions, "a", made.id)
+    assert sessions.commit(begun, state(5)).position == 5
+
+
+def test_a_session_that_somebody_else_has_moved(sessions: Sessions) -> None:
+    made = make(sessions)
+    turn(sessions, made.id, 2)
+    with pytest.raises(SessionMovedError, match="position 2, not at 1"):
+        sessions.begin("a", made.id, expected_position=1)
+    with pytest.raises(SessionMovedError):
+        sessions.rewind("a", made.id, expected_position=1)
+    sessions.abandon(sessions.begin("a", made.id, expected_position=2))
+
+
+def test_forks_share_bytes_and_go_on_alone(sessions: Sessions) -> None:
+    made = make(sessions)
+    turn(sessions, made.id, 2)
+    before = sessions.sizes()
+    forks = sessions.fork("a", made.id, 3)
+    after = sessions.sizes()
+    assert after.stored_bytes == before.stored_bytes
+    assert after.parked_bytes == before.parked_bytes
+    assert after.num_parked == 4
+    turn(sessions, forks[0].id, 9)
+    assert [sessions.find("a", fork.id).position for fork in forks] == [9, 2, 2]
+    assert holds(sessions, made.id, 2)
+    assert sessions.rewind("a", forks[1].id).position == 1
+
+
+def test_rewinding(sessions: Sessions) -> None:
+    made = make(sessions)
+    for n in (2, 3, 4):
+        turn(sessions, made.id, n)
+    for n in (3, 2):
+        assert sessions.rewind("a", made.id).position == n
+        assert holds(sessions, made.id, n)
+    with pytest.raises(NothingToRewindError):
+        sessions.rewind("a", made.id)
+    assert holds(sessions, made.id, 2)
+
+
+def test_residence(opened: Opener) -> None:
+    sessions = opened(memory_bytes=2 * (state(1).nbytes + 300))
+    names = [make(sessions, n).id for n in (1, 2, 3)]
+    where = [sessions.find("a", name).residence for name in names]
+    assert where == ["stored", "parked", "parked"]
+    begun = sessions.begin("a", names[0])
+    assert CODEC.encode(begun.state) == CODEC.encode(state(1))
+    where = [sessions.find("a", name).residence for name in names]
+    assert where == ["resident", "stored", "parked"]
+    sizes = sessions.sizes()
+    assert (sizes.num_resident, sizes.num_parked, sizes.num_stored) == (1, 1, 1)
+    sessions.abandon(begun)
+    assert sessions.find("a", names[0]).residence == "parked"
+    assert holds(sessions, names[1], 2)
+
+
+def test_without_memory(opened: Opener) -> None:
+    sessions = opened(memory_bytes=0, max_checkpoints=0)
+    made = make(sessions)
+    assert turn(sessions, made.id, 2).residence == "stored"
+    assert holds(sessions, made.id, 2)
+    assert sessions.sizes().parked_bytes == 0
+    with pytest.raises(NothingToRewindError):
+        sessions.rewind("a", made.id)
+
+
+def test_pages_and_delete(sessions: Sessions) -> None:
+    made = [make(sessions, n) for n in (1, 2, 3)]
+    make(sessions, 4, owner="b")
+    page, has_more = sessions.page("a", None, 2)
+    assert ([s.position for s in page], has_more) == ([3, 2], True)
+    assert [s.id for s in sessions.page("a", page[1].id, 2)[0]] == [made[0].id]
+    sessions.delete("a", made[0].id)
+    with pytest.raises(SessionNotFoundError):
+        sessions.find("a", made[0].id)
+    assert sessions.sizes().num_parked == 3
+
+
+def test_an_expired_session_leaves_memory(sessions: Sessions) -> None:
+    made = sessions.open("a", state(1), {}, 0.0)
+    with pytest.raises(SessionNotFoundError):
+        sessions.find("a", made.id)
+    assert sessions.sizes().parked_bytes == 0
+
+
+def test_export_and_import(sessions: Sessions) -> None:
+    raw = sessions.export("a", make(sessions, 7).id)
+    moved = sessions.import_("b", raw, {}, None)
+    assert (moved.owner, moved.position) == ("b", 7)
+    assert sessions.export("b", moved.id) == raw
+    before = sessions.sizes()
+    with pytest.raises(SnapshotError):
+        sessions.import_("b", raw[:-1], {}, None)
+    assert sessions.sizes() == before
+
+
+def test_a_turn_on_a_full_disk(opened: Opener) -> None:
+    sessions = opened(memory_bytes=0)
+    made = make(sessions)
+    set_full(sessions, True)
+    for n in (2, 3):
+        kept = turn(sessions, made.id, n)
+        assert (kept.is_durable, kept.position, kept.residence) == (False, n, "parked")
+        assert holds(sessions, made.id, n)
+    [fork] = sessions.fork("a", made.id, 1)
+    assert holds(sessions, fork.id, 3)
+    set_full(sessions, False)
+    assert turn(sessions, made.id, 4).is_durable
+    assert sessions.sizes().parked_bytes == 0
+    sessions = opened()
+    assert holds(sessions, made.id, 4)
+    assert sessions.rewind("a", made.id).position == 1
+
+
+def test_an_ended_turn_is_not_kept_on_a_full_disk(sessions: Sessions) -> None:
+    made = make(sessions)
+    old = sessions.begin("a", made.id)
+    sessions.abandon(old)
+    set_full(sessions, True)
+    with pytest.raises(SessionMovedError):
+        sessions.commit(old, state(2))
+    assert holds(sessions, made.id, 1)
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_what_was_not_stored_at_the_end(opened: Opener, is_full: bool) -> None:
+    """It is stored if there is room by then; what was stored before is there in any case."""
+    sessions = opened()
+    made = make(sessions)
+    set_full(sessions, True)
+    turn(sessions, made.id, 2)
+    set_full(sessions, is_full)
+    assert holds(opened(), made.id, 1 if is_full else 2)
+
+
+def test_rewinding_what_was_not_stored(sessions: Sessions) -> None:
+    made = make(sessions)
+    set_full(sessions, True)
+    turn(sessions, made.id, 2)
+    back = sessions.rewind("a", made.id)
+    assert (back.is_durable, back.position) == (True, 1)
+    assert holds(sessions, made.id, 1)
+
+
+def test_a_restart(opened: Opener) -> None:
+    sessions = opened()
+    made = make(sessions)
+    turn(sessions, made.id, 2)
+    [fork] = sessions.fork("a", made.id, 1)
+    turn(sessions, fork.id, 3)
+    cut = sessions.begin("a", fork.id)
+    assert cut.session.residence == "resident"
+    sessions = opened()
+    assert sessions.find("a", made.id).residence == "stored"
+    assert holds(sessions, made.id, 2)
+    assert holds(sessions, fork.id, 3)
+    assert sessions.rewind("a", made.id).position == 1
