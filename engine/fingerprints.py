@@ -1,23 +1,23 @@
-"""What a session's state is only good with: these weights, this tokenizer, this layout.
+"""What a session's numbers mean only together with: the weights, the tokenizer, the state's layout.
 
-Owns the digests of a model folder's files. Does not know sessions.
+Owns how each is told in a line of text. Does not know sessions or what a snapshot looks like.
 """
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from engine.config import StateSpec
+from engine.weights import weight_files
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-TOKENIZER = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """weights, tokenizer: sha256 in hex over names and bytes of the files. layout: of the rows."""
+    """weights, tokenizer: sha256 in hex, of the files. layout: the state's shape and types."""
 
     weights: str
     tokenizer: str
@@ -25,19 +25,27 @@ class Fingerprints:
 
     @classmethod
     def of(cls, folder: Path, spec: StateSpec, dtype: str) -> Self:
-        """Of a model folder as it is served: `dtype` is what its weights are computed in."""
-        shape = " ".join(f"{name}={value}" for name, value in asdict(spec).items())
+        """Of a model folder that is served with weights in `dtype`. Raises ModelFolderError."""
+        tokenizer = (folder / name for name in _TOKENIZER_FILES)
         return cls(
-            weights=_digest(folder, WEIGHTS),
-            tokenizer=_digest(folder, TOKENIZER),
-            layout=f"{shape} state=float32 weights={dtype}",
+            weights=_sha256(weight_files(folder)),
+            tokenizer=_sha256(path for path in tokenizer if path.is_file()),
+            layout=_layout(spec, dtype),
         )
 
 
-def _digest(folder: Path, patterns: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+def _layout(spec: StateSpec, dtype: str) -> str:
+    return (
+        f"layers={spec.layers} heads={spec.heads} V={spec.value_width} K={spec.key_width} float32"
+        f" weights={dtype} denominator={spec.has_denominator}"
+    )
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    """Of all the files, with their names; a file is never in memory as a whole."""
+    whole = hashlib.sha256()
+    for path in sorted(paths):
         with path.open("rb") as file:
-            of_file = hashlib.file_digest(file, "sha256").hexdigest()
-        digest.update(f"{path.name} {of_file}\n".encode())
-    return digest.hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.name} {digest}\n".encode())
+    return whole.hexdigest()

@@ -40,8 +40,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             return _read_file(folder / name, read)
         if (folder / f"{name}.index.json").is_file():
             return _read_shards(folder, folder / f"{name}.index.json", read)
-    names = " or ".join(f"{name} (or {name}.index.json)" for name in _FORMATS)
-    raise ModelFolderError(f"{folder} has no weights: it needs {names}")
+    raise _no_weights(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `read_weights` reads. Raises ModelFolderError."""
+    for name in _FORMATS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return [index, *_shards(folder, index)]
+    raise _no_weights(folder)
 
 
 def check_weights(weights: dict[str, Tensor], model: torch.nn.Module, folder: Path) -> None:
@@ -96,21 +106,32 @@ def _is_named_tensor(item: tuple[object, object]) -> bool:
 
 
 def _read_shards(folder: Path, index: Path, read: Reader) -> dict[str, Tensor]:
-    """All shards that an index names; they must lie beside it."""
+    """All tensors of the shards that an index names."""
+    weights: dict[str, Tensor] = {}
+    for shard in _shards(folder, index):
+        weights |= _read_file(shard, read)
+    return weights
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """The shards that an index names; they must lie beside it."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         shards = sorted({Path(name) for name in names})
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ModelFolderError(f"{index} is not a weights index: {error!r}") from error
     suffix = Path(index.name.removesuffix(".index.json")).suffix
-    weights: dict[str, Tensor] = {}
     for shard in shards:
         if shard.name != str(shard) or shard.suffix != suffix or not (folder / shard).is_file():
             raise ModelFolderError(
                 f"{index} names {shard}, which is not a {suffix} file beside it: fetch it again"
             )
-        weights |= _read_file(folder / shard, read)
-    return weights
+    return [folder / shard for shard in shards]
+
+
+def _no_weights(folder: Path) -> ModelFolderError:
+    names = " or ".join(f"{name} (or {name}.index.json)" for name in _FORMATS)
+    return ModelFolderError(f"{folder} has no weights: it needs {names}")
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:

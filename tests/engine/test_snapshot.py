@@ -1,0 +1,301 @@
+"""A snapshot holds a state to the bit, and bytes that are none end as one kind of error."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import StateSpec
+from engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
+from engine.fingerprints import Fingerprints
+from engine.session_state import SessionState
+from engine.snapshot import SnapshotCodec
+
+SPEC = StateSpec(layers=1, heads=2, value_width=3, key_width=4, has_denominator=False)
+PRINTS = Fingerprints("aa" * 32, "bb" * 32, "layers=1")
+NUM_IDS = 100
+CODEC = SnapshotCodec(PRINTS, SPEC, NUM_IDS)
+BODY_AT = 40
+
+Header = dict[str, Any]
+
+
+def rows(spec: StateSpec) -> tuple[torch.Tensor, ...]:
+    made = [torch.randn(spec.state_shape, generator=torch.Generator().manual_seed(1))]
+    if spec.has_denominator:
+        made.append(torch.randn(spec.denominator_shape))
+    return tuple(made)
+
+
+FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0}, b"\xe2\x82")
+
+
+def sealed(body: bytes) -> bytes:
+    return b"COTTSESS" + hashlib.sha256(body).digest() + body
+
+
+def with_header(raw: bytes, text: bytes) -> bytes:
+    """The same data behind another header, and a checksum that agrees."""
+    (size,) = struct.unpack_from("<Q", raw, BODY_AT)
+    return sealed(struct.pack("<Q", len(text)) + text + raw[BODY_AT + 8 + size :])
+
+
+def header_of(raw: bytes) -> Header:
+    (size,) = struct.unpack_from("<Q", raw, BODY_AT)
+    found: Header = json.loads(raw[BODY_AT + 8 : BODY_AT + 8 + size])
+    return found
+
+
+def spelled(header: Header) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def same(a: SessionState, b: SessionState) -> bool:
+    return (
+        len(a.rows) == len(b.rows)
+        and all(map(torch.equal, a.rows, b.rows))
+        and replace(a, rows=()).__repr__() == replace(b, rows=(), counts=dict(a.counts)).__repr__()
+        and dict(a.counts) == dict(b.counts)
+    )
+
+
+@pytest.mark.parametrize("has_denominator", [False, True])
+@pytest.mark.parametrize(
+    "state",
+    [
+        SessionState(),
+        SessionState(pending=(1,), recent=(1,), counts={1: 0}),
+        FULL,
+        replace(FULL, position=2**62),
+    ],
+)
+def test_there_and_back(state: SessionState, has_denominator: bool) -> None:
+    spec = replace(SPEC, has_denominator=has_denominator)
+    codec = SnapshotCodec(PRINTS, spec, NUM_IDS)
+    if state.rows:
+        state = replace(state, rows=rows(spec))
+    raw = codec.encode(state)
+    assert same(codec.decode(raw), state)
+    assert codec.encode(codec.decode(raw)) == raw
+
+
+def test_equal_states_have_equal_bytes() -> None:
+    turned = replace(FULL, counts={5: 0, 99: 3}, rows=tuple(row.clone() for row in FULL.rows))
+    assert CODEC.encode(turned) == CODEC.encode(FULL)
+
+
+def test_rows_that_are_a_view_of_a_pool() -> None:
+    pool = torch.randn(3, *SPEC.state_shape).transpose(0, 1)
+    state = replace(FULL, rows=(pool.transpose(0, 1)[1],))
+    assert torch.equal(CODEC.decode(CODEC.encode(state)).rows[0], state.rows[0])
+
+
+def test_restored_rows_can_be_written() -> None:
+    raw = CODEC.encode(FULL)
+    CODEC.decode(raw).rows[0].zero_()
+    assert CODEC.encode(CODEC.decode(raw)) == raw
+
+
+def test_inside_is_a_safetensors_file() -> None:
+    tensors = safetensors.torch.load(CODEC.encode(FULL)[BODY_AT:])
+    assert torch.equal(tensors["row.0"], FULL.rows[0])
+    assert tensors["pending"].tolist() == [5, 99]
+    assert tensors["undecoded"].dtype == torch.uint8
+
+
+def test_a_mismatch_names_all_that_differs() -> None:
+    other = SnapshotCodec(Fingerprints("cc", "dd", "layers=2"), SPEC, NUM_IDS)
+    with pytest.raises(SnapshotMismatchError) as caught:
+        other.decode(CODEC.encode(FULL))
+    for word in ("weights", "tokenizer", "layout", "layers=1", "layers=2", "cc", "aa" * 32):
+        assert word in str(caught.value)
+    assert "format" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("format", "2"), ("context_policy", "renew")])
+def test_another_format_is_a_mismatch(name: str, value: str) -> None:
+    raw = CODEC.encode(FULL)
+    header = header_of(raw)
+    header["__metadata__"][name] = value
+    with pytest.raises(SnapshotMismatchError, match=name):
+        CODEC.decode(with_header(raw, spelled(header)))
+
+
+def test_cut_anywhere() -> None:
+    raw = CODEC.encode(FULL)
+    for size in range(len(raw)):
+        with pytest.raises(SnapshotError):
+            CODEC.decode(raw[:size])
+        if size >= BODY_AT:
+            with pytest.raises(SnapshotError):
+                CODEC.decode(sealed(raw[BODY_AT:size]))
+    with pytest.raises(SnapshotError):
+        CODEC.decode(raw + b"\0")
+    with pytest.raises(SnapshotError):
+        CODEC.decode(sealed(raw[BODY_AT:] + b"\0"))
+
+
+@given(at=st.integers(0), flip=st.integers(1, 255))
+def test_a_flipped_byte(at: int, flip: int) -> None:
+    raw = bytearray(CODEC.encode(FULL))
+    raw[at % len(raw)] ^= flip
+    with pytest.raises(SnapshotError):
+        CODEC.decode(bytes(raw))
+
+
+@given(at=st.integers(0), flip=st.integers(1, 255))
+def test_a_flipped_byte_under_a_checksum_that_agrees(at: int, flip: int) -> None:
+    """It is refused, or it is another state that is spelled as it was."""
+    body = bytearray(CODEC.encode(FULL)[BODY_AT:])
+    body[at % len(body)] ^= flip
+    raw = sealed(bytes(body))
+    try:
+        state = CODEC.decode(raw)
+    except SnapshotError:
+        return
+    assert CODEC.encode(state) == raw
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes(body: bytes) -> None:
+    for raw in (body, sealed(body), with_header(CODEC.encode(FULL), body)):
+        with pytest.raises(SnapshotError):
+            CODEC.decode(raw)
+
+
+def put(*path: str | int) -> Callable[[Header, Any], None]:
+    def change(header: Header, value: Any) -> None:
+        inner: Any = header
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+
+    return change
+
+
+LIES = [
+    *(
+        (put("row.0", "shape"), x)
+        for x in ([1], [1, 2, 4, 3], [-1, -2, 3, 4], [2**62] * 4, 7, None)
+    ),
+    *(
+        (put(name, "shape"), [n])
+        for name in ("pending", "counts")
+        for n in (-1, 0, 3, 2**62, 1e300)
+    ),
+    *((put("pending", "shape"), x) for x in ([], [2, 1], [2.0], ["2"], [True], {}, [None])),
+    *((put(name, "dtype"), x) for name in ("row.0", "pending") for x in ("F64", "I64", 4)),
+    *((put("recent", "data_offsets"), x) for x in ([0, 12], [0, 2**63], [-1, 1], [])),
+    *(
+        (put("__metadata__", "position"), x)
+        for x in ("-1", "1e3", str(2**62 + 1), "٣", "07", 7, "")
+    ),
+    (put("__metadata__", "more"), "x"),
+    (put("__metadata__"), []),
+    (put("__metadata__"), None),
+    (put("row.1"), {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
+    (put("more"), {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}),
+    (put("counts"), []),
+]
+
+
+@pytest.mark.parametrize(("change", "value"), LIES)
+def test_a_header_that_lies(change: Callable[[Header, Any], None], value: Any) -> None:
+    raw = CODEC.encode(FULL)
+    header = header_of(raw)
+    change(header, value)
+    with pytest.raises(SnapshotError):
+        CODEC.decode(with_header(raw, spelled(header)))
+
+
+@pytest.mark.parametrize("name", header_of(CODEC.encode(FULL)))
+def test_a_tensor_that_is_missing(name: str) -> None:
+    raw = CODEC.encode(FULL)
+    header = header_of(raw)
+    del header[name]
+    with pytest.raises(SnapshotError):
+        CODEC.decode(with_header(raw, spelled(header)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"null",
+        b"[" * 16_000,
+        b'{"a":' * 3_000,
+        b"9" * 16_000,
+        b'{"__metadata__":{"format":"\\ud800"}}',
+        b"\xff\xfe",
+        b" " * 20_000,
+        spelled(header_of(CODEC.encode(FULL))).replace(b'{"dtype', b'{"dtype":"F32","dtype', 1),
+        spelled(header_of(CODEC.encode(FULL))) + b" " * 8,
+        spelled(header_of(CODEC.encode(FULL))).replace(b":", b": "),
+    ],
+)
+def test_a_hostile_text(text: bytes) -> None:
+    with pytest.raises(SnapshotError):
+        CODEC.decode(with_header(CODEC.encode(FULL), text))
+
+
+def test_a_length_beyond_the_file() -> None:
+    with pytest.raises(SnapshotError):
+        CODEC.decode(sealed(struct.pack("<Q", 2**64 - 1) + b"{}"))
+
+
+NAN = torch.full(SPEC.state_shape, float("nan"))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        replace(FULL, pending=(NUM_IDS,)),
+        replace(FULL, pending=(-1,)),
+        replace(FULL, recent=(2**31 - 1,)),
+        replace(FULL, counts={NUM_IDS: 1}),
+        replace(FULL, counts={1: -1}),
+        replace(FULL, rows=(NAN,)),
+        replace(FULL, rows=(-NAN.nan_to_num(1).div(0),)),
+        replace(FULL, rows=()),
+    ],
+)
+def test_values_that_no_session_has(state: SessionState) -> None:
+    with pytest.raises(SnapshotError):
+        CODEC.decode(CODEC.encode(state))
+
+
+def test_counts_out_of_order() -> None:
+    raw = CODEC.encode(replace(FULL, counts={1: 1, 2: 1}))
+    ids = struct.pack("<2i", 1, 2)
+    for wrong in ((2, 1), (1, 1)):
+        body = raw[BODY_AT:].replace(ids, struct.pack("<2i", *wrong))
+        with pytest.raises(SnapshotError, match="order"):
+            CODEC.decode(sealed(body))
+
+
+def test_fingerprints_follow_the_files(folder: Path) -> None:
+    first = Fingerprints.of(folder, SPEC, "float32")
+    assert first == Fingerprints.of(folder, SPEC, "float32")
+    assert "V=3 K=4" in first.layout
+    assert Fingerprints.of(folder, SPEC, "bfloat16").layout != first.layout
+    weights = next(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"})
+    weights.write_bytes(weights.read_bytes() + b"x")
+    second = Fingerprints.of(folder, SPEC, "float32")
+    assert second.weights != first.weights
+    assert second.tokenizer == first.tokenizer
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    assert Fingerprints.of(folder, SPEC, "float32").tokenizer != first.tokenizer
+    weights.unlink()
+    with pytest.raises(ModelFolderError):
+        Fingerprints.of(folder, SPEC, "float32")

@@ -1,0 +1,136 @@
+"""kill -9 of a real server under load: what was answered is there, and goes on as a twin would.
+
+COTTENTION_CRASH_ROUNDS says how many times; CI takes a few, `make crash` two hundred.
+"""
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.session_state import SessionState
+
+ROOT = Path(__file__).parents[2]
+ROUNDS = int(os.environ.get("COTTENTION_CRASH_ROUNDS", "3"))
+NUM_SESSIONS = 32
+NUM_TOKENS = 5
+
+Said = list[str]
+
+
+@contextlib.contextmanager
+def serving(model: Path, folder: Path) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
+    """`cottention serve` in a process of its own, killed at the end."""
+    command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0"]
+    command += ["--session-dir", str(folder), "--max-slots", "40", "--session-memory", "256K"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
+        try:
+            assert popen.stdout
+            lines = iter(popen.stdout.readline, "")
+            url = next(line.split()[-1] for line in lines if line.startswith("ready"))
+            with httpx.Client(base_url=url, timeout=30) as client:
+                yield popen, client
+        finally:
+            popen.kill()
+
+
+def prompt_of(session: int, turn: int) -> str:
+    return f"def f{session}(x{turn}): "
+
+
+class Twins:
+    """What every session says in each turn when nothing is ever interrupted."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._said = cache(self._next)
+
+    def said(self, session: int, num_turns: int) -> Said:
+        return [self._said(session, turn)[1] for turn in range(num_turns)]
+
+    def num_tokens(self, session: int, num_turns: int) -> int:
+        return self._said(session, num_turns - 1)[0].num_tokens if num_turns else 0
+
+    def _next(self, session: int, turn: int) -> tuple[SessionState, str]:
+        start = self._said(session, turn - 1)[0] if turn else SessionState()
+        ids = self._engine.tokenizer.encode(prompt_of(session, turn))
+        params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, seed=session)
+        self._engine.submit(ids, params, start=start)
+        outputs = [out for _ in iter(self._engine.has_work, False) for out in self._engine.step()]
+        assert outputs[-1].state is not None
+        return outputs[-1].state, "".join(out.text for out in outputs)
+
+
+def take_turn(client: httpx.Client, name: str, session: int, turn: int) -> str:
+    body: dict[str, Any] = {"session_id": name, "prompt": prompt_of(session, turn)}
+    body |= {"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": session}
+    answer = client.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+def load(client: httpx.Client, name: str, session: int, answered: Said) -> None:
+    """Turn after turn until the server is gone."""
+    with contextlib.suppress(httpx.TransportError):
+        while True:
+            answered.append(take_turn(client, name, session, len(answered)))
+
+
+def under_load(client: httpx.Client, names: Sequence[str], answered: Sequence[Said]) -> Any:
+    threads = [
+        threading.Thread(target=load, args=(client, name, session, answered[session]))
+        for session, name in enumerate(names)
+    ]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def check(client: httpx.Client, twins: Twins, names: Sequence[str], answered: list[Said]) -> None:
+    """Nothing answered is lost; a turn that was not may be there whole, or not at all."""
+    for session, name in enumerate(names):
+        said = answered[session]
+        assert said == twins.said(session, len(said))
+        position = client.get(f"/v1/sessions/{name}").json()["position"]
+        possible = [twins.num_tokens(session, len(said) + more) for more in (0, 1)]
+        assert position in possible, (session, position, possible)
+        if position == possible[1] != possible[0]:
+            said.append(twins.said(session, len(said) + 1)[-1])
+
+
+@pytest.mark.timeout(60 * ROUNDS + 60)
+def test_kill_9_loses_nothing_answered(gptj_folder: Path, tmp_path: Path) -> None:
+    twins = Twins(Engine(gptj_folder, EngineConfig(max_slots=1)))
+    answered: list[Said] = [[] for _ in range(NUM_SESSIONS)]
+    names: list[str] = []
+    chance = random.Random(0)
+    for _ in range(ROUNDS):
+        with serving(gptj_folder, tmp_path / "sessions") as (popen, client):
+            if not names:
+                opened = [client.post("/v1/sessions", json={}) for _ in answered]
+                names = [each.json()["id"] for each in opened]
+            check(client, twins, names, answered)
+            threads = under_load(client, names, answered)
+            time.sleep(chance.uniform(0.1, 1.2))
+            popen.send_signal(signal.SIGKILL)
+            for thread in threads:
+                thread.join()
+    with serving(gptj_folder, tmp_path / "sessions") as (_, client):
+        check(client, twins, names, answered)
+        for session, name in enumerate(names):
+            turn = len(answered[session])
+            assert take_turn(client, name, session, turn) == twins.said(session, turn + 1)[-1]
+    assert sum(map(len, answered)) > ROUNDS
