@@ -1,0 +1,90 @@
+"""Turns of the real engine that are cut: what the session goes on with is what it says it holds."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.params import SamplingParams
+from engine.session_state import SessionState
+from server.keeping import kept_sessions
+from server.settings import ServerConfig
+from tests.server.live import Live, eventually, serving
+
+TOKENS: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def live(gptj_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    engine = Engine(gptj_folder, EngineConfig(max_slots=8))
+    config = ServerConfig(session_dir=str(tmp_path_factory.mktemp("sessions")))
+    with contextlib.ExitStack() as stack:
+        sessions = stack.enter_context(kept_sessions(engine, config))
+        yield stack.enter_context(serving(engine, sessions=sessions))
+
+
+@pytest.fixture(scope="module")
+def solo(gptj_folder: Path) -> Engine:
+    return Engine(gptj_folder, EngineConfig(max_slots=1))
+
+
+def state_of(live: Live, session_id: str) -> SessionState:
+    turn = live.sessions.begin("", session_id)
+    live.sessions.abandon(turn)
+    state: SessionState = turn.state
+    return state
+
+
+def said_after(solo: Engine, ids: tuple[int, ...]) -> str:
+    """What one long request says after these ids."""
+    solo.submit(ids, SamplingParams(**TOKENS), start=SessionState())
+    outputs = [out for _ in iter(solo.has_work, False) for out in solo.step()]
+    return "".join(out.text for out in outputs)
+
+
+@pytest.mark.parametrize("num_events", [1, 4, 9])
+def test_a_cut_turn_goes_on_from_what_was_delivered(
+    live: Live, solo: Engine, num_events: int
+) -> None:
+    session_id = live.opened("def f(x):")
+    body = TOKENS | {"prompt": " return", "session_id": session_id, "max_tokens": 1_000_000}
+    with live.connect(**body, stream=True) as sock:
+        received = b""
+        while received.count(b'"text"') < num_events:
+            received += sock.recv(200)
+    eventually(lambda: live.session(session_id)["residence"] != "resident")
+    held = state_of(live, session_id)
+    assert live.session(session_id)["position"] == held.num_tokens
+    solo_ids = held.recent
+    if held.num_tokens == len(solo_ids):  # or some are older than the window
+        answer = live.complete(prompt="", session_id=session_id, **TOKENS).json()
+        assert answer["choices"][0]["text"] == said_after(solo, solo_ids)
+
+
+def test_many_short_turns_say_what_one_long_request_says(live: Live, solo: Engine) -> None:
+    prompt = "def f(x):"
+    session_id = live.opened(prompt)
+    whole = said_after(solo, tuple(solo.tokenizer.encode(prompt)))
+    parts = [
+        live.complete(prompt="", session_id=session_id, **TOKENS | {"max_tokens": 3}).json()
+        for _ in range(4)
+    ]
+    assert "".join(part["choices"][0]["text"] for part in parts) == whole
+    assert [part["session"]["position"] for part in parts][-1] == live.session(session_id)[
+        "position"
+    ]
+
+
+def test_a_turn_that_ends_at_a_stop_string_keeps_what_was_said(live: Live) -> None:
+    session_id = live.opened("def f(x):")
+    body = TOKENS | {"prompt": "", "session_id": session_id}
+    twin = live.client.post(f"/v1/sessions/{session_id}/fork", json={}).json()["data"][0]["id"]
+    text = live.complete(**body).json()["choices"][0]["text"]
+    stop = text[2:4]
+    answer = live.complete(**body | {"session_id": twin, "stop": stop}).json()
+    assert answer["choices"][0]["text"] == text[: text.index(stop)]
+    assert answer["session"]["position"] <= live.session(session_id)["position"]
