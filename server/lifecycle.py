@@ -6,6 +6,7 @@ stops now. Knows uvicorn, and nothing of endpoints.
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
@@ -78,6 +79,7 @@ def run_server(
         backlog=BACKLOG,
     )
     server = DrainingServer(settings, bridge, config.drain_seconds, announce)
+    gc.freeze()  # what is loaded lives until the end: looking through it stops all streams
     try:
         server.run(sockets=[sock])
     finally:

@@ -116,8 +116,8 @@ class Reading:
 
         Raises ReadingClosed.
         """
-        if not self._changed.is_set() and not await self._arrives(idle_seconds):
-            return {}
+        if not self._changed.is_set():
+            await self._arrives(idle_seconds)
         if self._closed:
             raise ReadingClosed
         self._changed.clear()
@@ -136,12 +136,16 @@ class Reading:
             self._ended.set()
             self._on_close(self)
 
-    async def _arrives(self, idle_seconds: float | None) -> bool:
+    async def _arrives(self, idle_seconds: float | None) -> None:
+        """Return at the first change, or as if there had been one; asyncio.timeout costs more."""
+        if idle_seconds is None:
+            await self._changed.wait()
+            return
+        timer = asyncio.get_running_loop().call_later(idle_seconds, self._changed.set)
         try:
-            async with asyncio.timeout(idle_seconds):
-                return await self._changed.wait()
-        except TimeoutError:
-            return False
+            await self._changed.wait()
+        finally:
+            timer.cancel()
 
     def _add(self, choice: int, output: Output) -> None:
         piece = self._unread.get(choice)

@@ -76,7 +76,7 @@ def test_an_empty_file_of_keys_opens_nothing(tmp_path: Path) -> None:
         api_keys(ServerConfig(api_key_file=str(tmp_path / "keys")))
 
 
-@pytest.mark.parametrize("given", ["", "a b", "x" * 129, 'a"b', "a\x7f"])
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, 'a"b', "a\tb"])
 def test_a_harmful_id_is_replaced(given: str) -> None:
     with serving() as live:
         response = live.client.get("/health", headers={"X-Request-Id": given})
