@@ -52,15 +52,21 @@ struct RecurrentParams {
 };
 
 struct LinearParams {
-  const float* x;              // [rows, channels], rows x_stride apart
-  const float* packed;         // words [ceil(columns / kPanel), words, kPanel]
+  const float* x;              // words of 32 bits [rows, words], rows x_stride words apart
+  const float* packed;         // [ceil(columns / kPanel), words, kPanel]
   const float* bias;           // [columns] or null
   float* out;                  // [rows, columns]
-  int64_t rows, channels, columns, x_stride;
-  bool adds;                   // to what is in out
+  int64_t rows, words, columns, x_stride;
+  bool adds;                    // to what is in out
 
   [[gnu::always_inline]] int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
   [[gnu::always_inline]] int64_t blocks() const { return (rows + kTaskRows - 1) / kTaskRows; }
+};
+
+struct RoundParams {
+  const float* x;              // [rows, channels], rows x_stride apart
+  float* words;                // two channels each in bfloat16, rows words_stride apart
+  int64_t channels, x_stride, words_stride;
 };
 
 struct FeatureParams {
@@ -104,6 +110,7 @@ struct Kernels {
   void (*mix)(const MixParams&, int64_t task);                 // tasks: as recurrent
   void (*linear)(const LinearParams&, int64_t task);           // tasks: panels × blocks of rows
   void (*linear_pairs)(const LinearParams&, int64_t task);     // the same, weights in bfloat16
+  void (*round_row)(const RoundParams&, int64_t row);          // float32 to such words
   void (*features)(const FeatureParams&, int64_t token);
   void (*gelu)(const GeluParams&, int64_t row);
   void (*layer_norm)(const NormParams&, int64_t row);

@@ -5,6 +5,8 @@
 // two in bfloat16; torch sees [panels, C, 64] or [panels, C / 2, 128]. Owns no arithmetic.
 #include <torch/csrc/stable/ops.h>
 
+#include <vector>
+
 #include "checks.h"
 #include "ops.h"
 #include "parallel.h"
@@ -13,6 +15,8 @@ namespace cottention {
 namespace {
 
 constexpr int64_t kProductsPerThread = 131072;
+constexpr int64_t kRoundedPerThread = 65536;
+constexpr int64_t kWordsBetween = 16;  // rows a power of two apart would share cache sets
 constexpr int64_t kPackedAtOnce = 16;  // words: a cache line or two of each of a panel's 64 rows
 
 // Weights as they come: rows of float or of the bits of bfloat16, `stride` apart.
@@ -73,18 +77,34 @@ LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<T
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.out = out.mutable_data_ptr<float>();
   p.rows = x.size(0);
-  p.channels = x.size(1);
+  p.words = ceil_div(x.size(1), each);
   p.columns = out.size(1);
   p.x_stride = x.stride(0);
   return p;
 }
 
-void run(const LinearParams& p, const Tensor& packed) {
+void run(const LinearParams& p, void (*kernel)(const LinearParams&, int64_t)) {
   const int64_t tasks = p.panels() * p.blocks();
-  const int64_t products = std::max<int64_t>(1, std::min(p.rows, kTaskRows) * kPanel * p.channels);
-  const bool is_float = packed.scalar_type() == ScalarType::Float;
-  const auto kernel = is_float ? kernels().linear : kernels().linear_pairs;
+  const int64_t products = std::max<int64_t>(1, std::min(p.rows, kTaskRows) * kPanel * p.words);
   for_each_task(tasks, kProductsPerThread / products, [&](int64_t task) { kernel(p, task); });
+}
+
+// All rows in bfloat16, once for all panels; the buffer stays for the thread's next call.
+void run_rounded(LinearParams p, int64_t channels) {
+  static thread_local std::vector<float> buffer;
+  const int64_t stride = p.words + kWordsBetween;
+  buffer.resize(std::max<size_t>(buffer.size(), p.rows * stride));
+  const RoundParams round{p.x, buffer.data(), channels, p.x_stride, stride};
+  for_each_task(p.rows, kRoundedPerThread / std::max<int64_t>(1, channels),
+                [&](int64_t row) { kernels().round_row(round, row); });
+  p.x = buffer.data();
+  p.x_stride = stride;
+  run(p, kernels().linear_pairs);
+}
+
+void run(const LinearParams& p, const Tensor& x, const Tensor& packed) {
+  if (packed.scalar_type() == ScalarType::Float) return run(p, kernels().linear);
+  run_rounded(p, x.size(1));
 }
 
 }  // namespace
@@ -111,7 +131,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
 // As linear, into out [N, out_features].
 void linear_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                 const Tensor& out) {
-  run(params(x, packed, bias, out), packed);
+  run(params(x, packed, bias, out), x, packed);
 }
 
 // As linear, added to what is in out [N, out_features].
@@ -119,7 +139,7 @@ void linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tenso
                 const Tensor& out) {
   LinearParams p = params(x, packed, bias, out);
   p.adds = true;
-  run(p, packed);
+  run(p, x, packed);
 }
 
 }  // namespace cottention

@@ -24,6 +24,14 @@ constexpr int kMaxRows = 2;
 constexpr int across(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
+constexpr int64_t kBlock = 128;  // words of a panel that fit into the first cache
+
+// Rows of words, `stride` words apart.
+struct RowBlock {
+  const float* words;
+  int64_t stride;
+};
+
 // A block of a panel's words, and the columns [first, last) of the next that are to be fetched.
 struct PanelBlock {
   const float* data;
@@ -114,17 +122,15 @@ inline void write_rows(const LinearParams& p, int64_t first, int64_t rows, int64
 template <class Word>
 inline void linear(const LinearParams& p, int64_t task) {
   alignas(64) float tile[kTaskRows * kPanel];
-  typename Word::Buffer buffer;
   const int64_t panel = task / p.blocks();  // stays in the second cache while the rows pass
   const int64_t block_of_rows = task % p.blocks();
   const int64_t first = p.rows * block_of_rows / p.blocks();
   const int64_t rows = p.rows * (block_of_rows + 1) / p.blocks() - first;
-  const int64_t words = (p.channels + Word::kChannels - 1) / Word::kChannels;
   __builtin_memset(tile, 0, rows * kPanel * sizeof(float));
-  for (int64_t w = 0; w < words; w += Word::kBlock) {
-    const float* weights = p.packed + (panel * words + w) * kPanel;
-    const PanelBlock block{weights, least(words - w, Word::kBlock), 0, 0};
-    extend_task<Word>(Word::rows(p, first, rows, w, buffer), block, rows, tile);
+  for (int64_t w = 0; w < p.words; w += kBlock) {
+    const RowBlock x{p.x + first * p.x_stride + w, p.x_stride};
+    const float* weights = p.packed + (panel * p.words + w) * kPanel;
+    extend_task<Word>(x, {weights, least(p.words - w, kBlock), 0, 0}, rows, tile);
   }
   write_rows(p, first, rows, panel * kPanel, tile);
 }

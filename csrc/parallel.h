@@ -13,10 +13,12 @@ namespace cottention {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How many neighbouring tasks a thread takes at a time: runs of them lie side by side in memory.
-// Tasks of one length allow long runs, tasks of many lengths none.
-inline int64_t even_run(int64_t count) {
-  return std::max<int64_t>(1, count / (32 * int64_t(torch::stable::get_num_threads())));
+constexpr int64_t kShortRuns = 32;
+
+// How many neighbouring tasks a thread takes at a time, so that it comes back `times` times: runs of
+// them lie side by side in memory. Tasks of one length allow long runs, tasks of many lengths none.
+inline int64_t even_run(int64_t count, int64_t times) {
+  return std::max<int64_t>(1, count / (times * int64_t(torch::stable::get_num_threads())));
 }
 
 // Calls task(i) for i in [0, count), `run` at a time. `least` tasks are worth waking a thread for.
@@ -37,7 +39,7 @@ void for_each_task(int64_t count, int64_t least, int64_t run, const Task& task) 
 
 template <class Task>
 void for_each_task(int64_t count, int64_t least, const Task& task) {
-  for_each_task(count, least, even_run(count), task);
+  for_each_task(count, least, even_run(count, kShortRuns), task);
 }
 
 }  // namespace cottention

@@ -13,6 +13,7 @@
 namespace cottention {
 
 constexpr int64_t kElementsPerThread = 16384;  // below this a thread costs more than it gives
+constexpr int64_t kLongRuns = 4;  // a thread's share of a step, in stretches of memory
 
 inline void check_widths(int64_t key, int64_t value) {
   STD_TORCH_CHECK(key >= 8 && key <= 512 && key % 8 == 0, "key width ", key,
@@ -102,7 +103,8 @@ void for_each_head(const RecurrentParams& p, int64_t tokens, int64_t shares, con
   const int64_t count = p.segments * p.heads * shares;
   const int64_t rows = shares == 1 ? p.value_width : p.share_rows;
   const int64_t work = std::max<int64_t>(1, ceil_div(tokens, p.segments) * p.key_width * rows);
-  for_each_task(count, kElementsPerThread / work, tokens <= p.segments ? even_run(count) : 1, task);
+  const int64_t run = tokens <= p.segments ? even_run(count, kLongRuns) : 1;
+  for_each_task(count, kElementsPerThread / work, run, task);
 }
 
 }  // namespace cottention

@@ -9,23 +9,14 @@
 
 namespace cottention::COTTENTION_ISA {
 
-// Rows of words, `stride` words apart.
-struct RowBlock {
-  const float* words;
-  int64_t stride;
-};
-
 struct FloatWord {
-  static constexpr int64_t kChannels = 1;
-  static constexpr int64_t kBlock = 128;  // words of a panel that fit into the first cache
-  struct Buffer {};
-
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     return COTTENTION_ISA::multiply_add(a, b, c);
   }
-  static RowBlock rows(const LinearParams& p, int64_t first, int64_t, int64_t word, Buffer&) {
-    return {p.x + first * p.x_stride + word, p.x_stride};
-  }
+};
+
+struct PairWord {
+  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return multiply_add_pairs(a, b, c); }
 };
 
 inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
@@ -37,37 +28,21 @@ inline uint32_t bfloat16_bits(float x) {
   return x != x ? 0x7fc0 : rounded;
 }
 
-// x [channels] → words, a zero behind an odd end.
-inline void round_to_pairs(const float* x, int64_t channels, float* words) {
+// One row of x → words, a zero behind an odd end.
+inline void round_row(const RoundParams& p, int64_t row) {
+  const float* x = p.x + row * p.x_stride;
+  float* words = p.words + row * p.words_stride;
   int64_t c = 0;
 #if defined(__AVX512BF16__)
-  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
+  for (; c + 2 * kLanes <= p.channels; c += 2 * kLanes) {
     const __m512bh pairs = _mm512_cvtne2ps_pbh(load(x + c + kLanes).all, load(x + c).all);
     store(words + c / 2, {(__m512)pairs});
   }
 #endif
-  for (; c < channels; c += 2) {
-    const uint32_t second = c + 1 < channels ? bfloat16_bits(x[c + 1]) : 0;
+  for (; c < p.channels; c += 2) {
+    const uint32_t second = c + 1 < p.channels ? bfloat16_bits(x[c + 1]) : 0;
     words[c / 2] = __builtin_bit_cast(float, bfloat16_bits(x[c]) | second << 16);
   }
 }
-
-struct PairWord {
-  static constexpr int64_t kChannels = 2;
-  static constexpr int64_t kBlock = 128;
-  struct Buffer {
-    alignas(64) float words[kTaskRows * kBlock];
-  };
-
-  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return multiply_add_pairs(a, b, c); }
-  static RowBlock rows(const LinearParams& p, int64_t first, int64_t count, int64_t word,
-                       Buffer& buffer) {
-    const int64_t channels = least(p.channels - 2 * word, 2 * kBlock);
-    for (int64_t r = 0; r < count; ++r)
-      round_to_pairs(p.x + (first + r) * p.x_stride + 2 * word, channels,
-                     buffer.words + r * kBlock);
-    return {buffer.words, kBlock};
-  }
-};
 
 }  // namespace cottention::COTTENTION_ISA
