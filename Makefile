@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clients fuzz asan check bench gpu-check train format clean
+.PHONY: help setup serve test test-clients fuzz asan crash check bench gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,9 @@ $(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt --editable '.[clients]'
 	-npm install --silent --no-fund --no-audit --prefix $(CLIENTS)/node openai@7.57.0
 	@touch $@
+
+crash: setup ## Kill the server two hundred times under load, and look for what is lost
+	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/test_sessions_crash.py
 
 check: setup ## Lint, formatting, types
 	$(BIN)/ruff check .

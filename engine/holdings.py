@@ -136,9 +136,12 @@ class Holdings:
             num_running = len(self._running)
             in_memory = self._parked.num_sessions + len(self._unsaved)
             num_parked = in_memory - sum(map(self._is_in_memory, self._running))
+            num_unsaved = len(self._unsaved)
             nbytes = self._parked.num_bytes + sum(s.nbytes for s in self._unsaved.values())
         num_stored = max(0, counts.num_sessions - num_running - num_parked)
-        return SessionCounts(num_running, num_parked, num_stored, nbytes, counts.blob_bytes)
+        return SessionCounts(
+            num_running, num_parked, num_stored, nbytes, counts.blob_bytes, num_unsaved
+        )
 
     def _is_in_memory(self, session_id: str) -> bool:
         return session_id in self._unsaved or self._parked.holds(session_id)

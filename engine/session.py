@@ -48,10 +48,14 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class SessionCounts:
-    """Sessions by residence; bytes of states in memory, and of snapshots on the disk."""
+    """Sessions by residence; bytes of states in memory, and of snapshots on the disk.
+
+    num_unsaved: those of the parked ones that a full disk did not take.
+    """
 
     num_resident: int
     num_parked: int
     num_stored: int
     parked_bytes: int
     stored_bytes: int
+    num_unsaved: int = 0

@@ -25,10 +25,11 @@ GAUGES = {
 }
 SESSION_GAUGES = {
     "num_sessions_resident": ("num_resident", "Sessions whose turn runs."),
-    "num_sessions_parked": ("num_parked", "States of sessions in memory, checkpoints too."),
-    "num_sessions_stored": ("num_stored", "Sessions in the store."),
-    "sessions_parked_bytes": ("parked_bytes", "Memory of those states."),
-    "sessions_stored_bytes": ("stored_bytes", "What all sessions take in the store."),
+    "num_sessions_parked": ("num_parked", "Sessions that wait in memory."),
+    "num_sessions_stored": ("num_stored", "Sessions that are on the disk alone."),
+    "sessions_parked_bytes": ("parked_bytes", "Memory of the sessions that wait there."),
+    "sessions_stored_bytes": ("stored_bytes", "What all sessions take on the disk."),
+    "num_sessions_not_durable": ("num_unsaved", "Sessions ahead of what a full disk took."),
 }
 CACHE_GAUGES = {"prefix_cache_bytes": ("nbytes", "Memory of states after prompts.")}
 CACHE_COUNTERS = {
