@@ -161,6 +161,7 @@ class FakeSessions:
             num_stored=0,
             parked_bytes=100 * len(self.kept),
             stored_bytes=7,
+            num_unsaved=0,
         )
 
     def _check_free(self, owner: str, session_id: str) -> FakeSession:

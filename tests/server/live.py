@@ -108,6 +108,8 @@ def serving(
         with httpx.Client(base_url=url, timeout=20) as client:
             yield Live(engine, bridge, sessions, app.state.context.turns, url, client)
     finally:
+        if isinstance(engine, FakeEngine):  # a test that failed may have left it waiting
+            engine.may_step.set()
         server.should_exit = True
         thread.join(20)
         sock.close()
