@@ -9,6 +9,7 @@ beyond its errors.
 
 import json
 import logging
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import (
@@ -182,4 +184,18 @@ def _of_route(request: Request, error: HTTPException) -> ApiError:
         405: f"{path} does not take {request.method}",
     }
     message = messages.get(error.status_code, phrase)
-    return ApiError(error.status_code, message, headers=dict(error.headers or {}))
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        methods = _methods_at(path, request.app.openapi()["paths"])
+        headers |= {"Allow": ", ".join(methods)} if methods else {}
+    return ApiError(error.status_code, message, headers=headers)
+
+
+def _methods_at(path: str, described: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a path takes, of all its routes; the framework tells of the first one alone."""
+    here = (
+        [path]
+        if path in described
+        else [template for template in described if compile_path(template)[0].match(path)]
+    )
+    return sorted({method.upper() for template in here for method in described[template]})

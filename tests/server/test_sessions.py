@@ -285,3 +285,17 @@ def test_ids_count_once_their_text_is_out(
     ids: bytes, text: str, undecoded: bytes, expected: int
 ) -> None:
     assert num_delivered(list(ids), text, FakeTokenizer.token_bytes, undecoded) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/sessions", "GET, POST"),
+        ("/v1/sessions/one", "DELETE, GET"),
+        ("/v1/sessions/import", "POST"),
+        ("/v1/models/owner/name", "GET"),
+    ],
+)
+def test_a_405_tells_all_that_a_path_takes(live: Live, path: str, allowed: str) -> None:
+    answer = live.client.put(path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
