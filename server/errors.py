@@ -183,11 +183,10 @@ def _of_route(request: Request, error: HTTPException) -> ApiError:
         404: f"there is nothing at {path}; see /openapi.json for what there is",
         405: f"{path} does not take {request.method}",
     }
-    message = messages.get(error.status_code, phrase)
-    headers = dict(error.headers or {})
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        methods = _methods_at(path, request.app.openapi()["paths"])
-        headers |= {"Allow": ", ".join(methods)} if methods else {}
+    message, headers = messages.get(error.status_code, phrase), dict(error.headers or {})
+    described = request.app.openapi()["paths"]
+    if error.status_code == 405 and (methods := _methods_at(path, described)):
+        headers["Allow"] = ", ".join(methods)
     return ApiError(error.status_code, message, headers=headers)
 
 
