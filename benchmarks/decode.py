@@ -18,12 +18,13 @@ from benchmarks.common import Report, run_on_device, show
 from benchmarks.devices import Cpu, Device, Work, seconds
 from benchmarks.shapes import SHAPES, random_model
 from engine import ops
-from engine.config import ModelConfig, StateSpec
 from engine.feature_maps import Features
 from engine.inference import ServedModel
+from engine.model_config import ModelConfig
 from engine.ops import reference
 from engine.recurrence import Recurrence
 from engine.state import StatePool
+from engine.state_spec import StateSpec
 
 BATCHES = {"cpu": (1, 8, 64), "cuda": (1, 8, 64, 512)}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -2,8 +2,8 @@
 
 import torch
 
-from engine.config import ModelConfig
 from engine.model import CottentionForCausalLM
+from engine.model_config import ModelConfig
 
 _PUBLISHED = {"vocab_size": 50_400, "n_layer": 20, "n_head": 16, "rotary_dim": 64}
 SHAPES = {

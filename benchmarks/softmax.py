@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 
 SPARE = 64
 """Tokens that a stream may decode beyond its context."""

@@ -17,9 +17,10 @@ from benchmarks.common import Report, run_on_device, show
 from benchmarks.devices import Cpu, Device, seconds
 from benchmarks.shapes import SHAPES
 from engine import ops
-from engine.config import ModelConfig, StateSpec
+from engine.model_config import ModelConfig
 from engine.ops import reference
 from engine.state import available_memory
+from engine.state_spec import StateSpec
 
 BATCHES = (1, 8, 64, 512)
 MOST_MEMORY = 0.7

@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.config import EngineConfig, ModelConfig, StateSpec
+    from engine.config import EngineConfig
     from engine.engine import Engine
+    from engine.model_config import ModelConfig
     from engine.outputs import EngineStats, FinishReason, Output
     from engine.params import SamplingParams
+    from engine.state_spec import StateSpec
 
 __all__ = [
     "Engine",
@@ -28,10 +30,10 @@ _HOMES = {
     "EngineConfig": "engine.config",
     "EngineStats": "engine.outputs",
     "FinishReason": "engine.outputs",
-    "ModelConfig": "engine.config",
+    "ModelConfig": "engine.model_config",
     "Output": "engine.outputs",
     "SamplingParams": "engine.params",
-    "StateSpec": "engine.config",
+    "StateSpec": "engine.state_spec",
 }
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from engine import ops
-from engine.config import ModelConfig
 from engine.feature_maps import FEATURE_MAPS, Mix, TokenPositions
 from engine.model import Block, CottentionForCausalLM, split_heads, token_positions
+from engine.model_config import ModelConfig
 from engine.packed import PackedLayers
 from engine.recurrence import Recurrence
 

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import torch
 
-from engine.config import EngineConfig, ModelConfig, StateSpec
+from engine.config import EngineConfig
 from engine.errors import ConfigurationError, ModelFolderError
 from engine.inference import ServedModel
+from engine.model_config import ModelConfig
 from engine.model_folder import resolve_model
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.state import StatePool
+from engine.state_spec import StateSpec
 from engine.tokenizer import Tokenizer
 from engine.weights import load_model
 

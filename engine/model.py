@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from engine import ops
-from engine.config import ModelConfig
 from engine.feature_maps import FEATURE_MAPS, Features, TokenPositions
+from engine.model_config import ModelConfig
 
 Attend = Callable[[int, Features], Tensor]
 """(layer, mapped q, k, v [..., N, H, ·]) → outputs [..., N, H, V]."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.config import ModelConfig
 from engine.feature_maps import FEATURE_MAPS, TokenPositions
 from engine.model import Block, split_heads
+from engine.model_config import ModelConfig
 from engine.recurrence import Recurrence
 
 

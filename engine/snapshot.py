@@ -15,10 +15,10 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from engine import sealed
-from engine.config import StateSpec
 from engine.errors import SnapshotError, SnapshotMismatchError
 from engine.fingerprints import Fingerprints
 from engine.session_state import SessionState
+from engine.state_spec import StateSpec
 
 FORMAT_VERSION = 1
 CONTEXT_POLICY = "exact"

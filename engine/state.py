@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.config import STATE_BYTES_PER_ELEMENT, StateSpec
 from engine.errors import OutOfMemoryError
+from engine.state_spec import STATE_BYTES_PER_ELEMENT, StateSpec
 
 _HEADROOM = {"cpu": 64 * 2**20, "cuda": 2**30}
 """Bytes that must stay free beside the pool for the steps themselves; graphs keep theirs."""

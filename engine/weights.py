@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.config import ModelConfig
 from engine.errors import ModelFolderError
 from engine.model import CottentionForCausalLM
+from engine.model_config import ModelConfig
 
 Reader = Callable[[Path], dict[str, Tensor]]
 

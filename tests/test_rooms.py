@@ -107,7 +107,7 @@ def test_there_are_rooms() -> None:
     assert {"engine.engine", "engine.ops", "server.app"} <= modules().keys()
     assert any(item.module == "torch" for item in imports("engine.sampler"))
     assert Import("engine.feature_maps", 0, False)._replace(line=0) in [
-        item._replace(line=0) for item in imports("engine.config")
+        item._replace(line=0) for item in imports("engine.state_spec")
     ]
 
 

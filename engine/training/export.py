@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.training.bpe import END_OF_TEXT, end_of_text_id
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.config import ModelConfig
 from engine.feature_maps import Features
 from engine.model import Attend, CottentionForCausalLM
+from engine.model_config import ModelConfig
 from engine.ops.chunked import chunked
 from engine.training.data import NO_TARGET, Windows
 from engine.weights import load_model

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
 from engine.model import CottentionForCausalLM
+from engine.model_config import ModelConfig
 from engine.training.score import HeldOut, Score, score
 
 HALF_WIDTHS = {"float16": torch.float16, "bfloat16": torch.bfloat16}

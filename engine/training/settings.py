@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 
 SHIPPED_MODEL = Path("engine/models/cottention-python-7m")
 

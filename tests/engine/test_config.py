@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from engine.config import DEFAULT_SLOTS, EngineConfig, ModelConfig, StateSpec
+from engine.config import DEFAULT_SLOTS, EngineConfig
 from engine.errors import ConfigurationError, ModelFolderError
+from engine.model_config import ModelConfig
+from engine.state_spec import StateSpec
 
 RAW: dict[str, Any] = {
     "model_type": "gptj",

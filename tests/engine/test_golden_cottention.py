@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.config import ModelConfig, StateSpec
 from engine.feature_maps import Features
 from engine.inference import ServedModel
 from engine.model import Attend, CottentionForCausalLM
+from engine.model_config import ModelConfig
 from engine.ops import Segments, recurrent_step, reference
 from engine.ops.chunked import chunked
 from engine.recurrence import Recurrence
+from engine.state_spec import StateSpec
 from engine.weights import load_model
 
 

@@ -5,13 +5,14 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.config import ModelConfig, StateSpec
 from engine.feature_maps import Features
 from engine.inference import ServedModel
 from engine.model import CottentionForCausalLM
+from engine.model_config import ModelConfig
 from engine.ops import reference
 from engine.packed import PackedLayers
 from engine.recurrence import Recurrence
+from engine.state_spec import StateSpec
 
 
 def _config(head_dim: int = 16) -> ModelConfig:

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import StateSpec
 from engine.errors import (
     NothingToRewindError,
     SessionBusyError,
@@ -19,6 +18,7 @@ from engine.fingerprints import Fingerprints
 from engine.session_state import SessionState
 from engine.sessions import Session, Sessions
 from engine.snapshot import SnapshotCodec
+from engine.state_spec import StateSpec
 from engine.store import Lease, Record, SqliteStore
 
 SPEC = StateSpec(layers=1, heads=2, value_width=8, key_width=8, has_denominator=False)

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.config import StateSpec
 from engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
 from engine.fingerprints import Fingerprints
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
+from engine.state_spec import StateSpec
 
 SPEC = StateSpec(layers=1, heads=2, value_width=3, key_width=4, has_denominator=False)
 PRINTS = Fingerprints("aa" * 32, "bb" * 32, "layers=1")

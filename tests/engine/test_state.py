@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import engine.state
-from engine.config import StateSpec
 from engine.errors import OutOfMemoryError
 from engine.state import StatePool, available_memory
+from engine.state_spec import StateSpec
 
 SPECS = [
     StateSpec(layers=2, heads=3, value_width=8, key_width=16, has_denominator=denominator)

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.config import ModelConfig, StateSpec
 from engine.inference import ServedModel
+from engine.model_config import ModelConfig
 from engine.ops import Segments
 from engine.recurrence import Recurrence
 from engine.state import StatePool
+from engine.state_spec import StateSpec
 from engine.weights import load_model
 
 LENGTHS = {"decode": [1, 1, 1], "short": [3, 1, 2], "long": [1, 70, 5]}

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.config import ModelConfig
 from engine.errors import ConfigurationError
+from engine.model_config import ModelConfig
 from engine.tokenizer import Tokenizer
 from engine.training.__main__ import train
 from engine.training.progress import BarProgress, PlainProgress, Standing, open_progress

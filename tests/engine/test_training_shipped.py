@@ -6,7 +6,7 @@ import json
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.model_folder import DEFAULT_MODEL
 from engine.tokenizer import Tokenizer
 from engine.weights import load_model

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.config import ModelConfig
 from engine.errors import ModelFolderError
+from engine.model_config import ModelConfig
 from engine.weights import load_model, read_weights
 
 Save = Callable[[dict[str, Tensor], Path], None]

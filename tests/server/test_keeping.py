@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from engine.config import StateSpec
 from engine.engine import Engine
 from engine.errors import ConfigurationError
 from engine.fingerprints import Fingerprints
 from engine.snapshot import SnapshotCodec
+from engine.state_spec import StateSpec
 from server.keeping import kept_sessions, where_kept
 from server.settings import ServerConfig
 from tests.server.fake_engine import FakeEngine

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.feature_maps import Features
 from engine.model import CottentionForCausalLM
+from engine.model_config import ModelConfig
 from engine.ops import reference
 from engine.weights import load_model
 from tests.server.live import Live, serving

@@ -1,0 +1,91 @@
+"""The model's shape, as its folder's config.json tells it. Knows no torch modules."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from engine import fields
+from engine.errors import ModelFolderError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape of a Cottention GPT-J, under the names that its config.json uses."""
+
+    vocab_size: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_positions: int
+    rotary_dim: int
+    n_inner: int
+    layer_norm_epsilon: float = 1e-5
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    attention_type: str = "cottention"
+    torch_dtype: str = "float32"
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head, D."""
+        return self.n_embd // self.n_head
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """Read and check `folder`/config.json. Raises ModelFolderError."""
+        path = folder / "config.json"
+        return cls.from_dict(fields.read(path), str(path))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], where: str) -> Self:
+        """From a config.json's object; `where` names it in messages. Raises ModelFolderError."""
+        _check_kind(raw, where)
+        sizes = {name: fields.size(raw, name, where) for name in _SIZES}
+        config = cls(
+            **sizes,
+            rotary_dim=fields.size(raw, "rotary_dim", where, default=_GPTJ_ROTARY_DIM),
+            n_inner=fields.size(raw, "n_inner", where, default=4 * sizes["n_embd"]),
+            layer_norm_epsilon=fields.epsilon(raw, "layer_norm_epsilon", where, default=1e-5),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_ids=fields.token_ids(raw, "eos_token_id", where),
+            attention_type=raw.get("attention_type", "cottention"),
+            torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+        )
+        _check_widths(config, where)
+        return config
+
+
+_GPTJ_ROTARY_DIM = 64
+"""What transformers takes where a GPT-J's config.json does not say."""
+
+_SIZES = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+
+
+def _check_kind(raw: dict[str, Any], where: str) -> None:
+    """The switches of config.json that this model has in one position only."""
+    kind = raw.get("model_type")
+    if kind != "gptj":
+        raise ModelFolderError(
+            f"{where}: model_type is {kind!r}; a causal Cottention model has model_type 'gptj'"
+        )
+    from engine.feature_maps import FEATURE_MAPS
+
+    attention = raw.get("attention_type", "cottention")
+    if not isinstance(attention, str) or attention not in FEATURE_MAPS:
+        known = ", ".join(sorted(FEATURE_MAPS))
+        raise ModelFolderError(f"{where}: attention_type {attention!r} is not one of: {known}")
+    for name, allowed in (("activation_function", "gelu_new"), ("tie_word_embeddings", False)):
+        if raw.get(name, allowed) != allowed:
+            raise ModelFolderError(f"{where}: {name} must be {allowed!r}, it is {raw[name]!r}")
+
+
+def _check_widths(config: ModelConfig, where: str) -> None:
+    if config.n_embd % config.n_head:
+        raise ModelFolderError(
+            f"{where}: n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})"
+        )
+    if config.rotary_dim % 2 or config.rotary_dim > config.head_dim:
+        raise ModelFolderError(
+            f"{where}: rotary_dim ({config.rotary_dim}) must be even and at most the head's width"
+            f" ({config.head_dim})"
+        )
