@@ -15,7 +15,7 @@ from engine.ops.build import BuildError
 from engine.ops.checks import kernel_has_width
 from engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
 from engine.ops.loader import Backend, announce_reference, backend
-from engine.ops.reference import NO_PLACE, PADDING_SLOT
+from engine.ops.reference import NO_PLACE, PADDING_SLOT, elu_plus_one, rotate
 from engine.ops.segments import Segments, check_slots
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "check_slots",
     "cottention_features",
     "cottention_mix",
+    "elu_plus_one",
     "gelu_new",
     "kernel_has_width",
     "likeliest",
@@ -39,6 +40,7 @@ __all__ = [
     "recurrent_segments",
     "recurrent_step",
     "rotary_table",
+    "rotate",
 ]
 
 MAX_STEPPED = 32
