@@ -63,7 +63,7 @@ class FeatureMap(Protocol):
         ...
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor, /
     ) -> Features:
         """Map q, k, v [..., N, H, D]; sigma float64 [H] is σ(m) of the layer, 0 where none is."""
         ...
@@ -107,12 +107,13 @@ class CosFormer:
         return 2 * head_dim
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, _sigma: Tensor
     ) -> Features:
         assert at.wave is not None
         sin, cos = at.wave.to(q.dtype).unsqueeze(-2).split(1, dim=-1)  # [N, 1, 1]
         q, k = (torch.relu(ops.rotate(x, at.cos, at.sin)) for x in (q, k))
-        return Features(*(torch.cat([x * sin, x * cos], dim=-1) for x in (q, k)), v)
+        q, k = (torch.cat([x * sin, x * cos], dim=-1) for x in (q, k))
+        return Features(q, k, v)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +131,10 @@ class Linear:
         return head_dim
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, _sigma: Tensor
     ) -> Features:
-        return Features(*(ops.elu_plus_one(ops.rotate(x, at.cos, at.sin)) for x in (q, k)), v)
+        q, k = (ops.elu_plus_one(ops.rotate(x, at.cos, at.sin)) for x in (q, k))
+        return Features(q, k, v)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ class Softmax:
         return head_dim
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, _sigma: Tensor
     ) -> Features:
         return Features(ops.rotate(q, at.cos, at.sin), ops.rotate(k, at.cos, at.sin), v)
 

@@ -69,8 +69,8 @@ def _check_served(model_config: ModelConfig, folder: Path) -> None:
     kind, known = model_config.attention_type, ", ".join(sorted(FEATURE_MAPS))
     if kind not in FEATURE_MAPS:
         raise ModelFolderError(
-            f"{folder}: attention_type {kind!r} is for training and benchmarks only: it has no state"
-            f" of fixed size to serve from. Served are: {known}"
+            f"{folder}: attention_type {kind!r} is for training and benchmarks only: it has no"
+            f" state of fixed size to serve from. Served are: {known}"
         )
 
 

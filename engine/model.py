@@ -1,4 +1,6 @@
-"""Attention without softmax inside a GPT-J block: the definition, in modules named as the published weights are.
+"""The model, a GPT-J block around attention of some kind: the definition.
+
+Its modules are named as the published weights are.
 
 Owns the arithmetic of the model between token ids and hidden states or logits. Does not know where
 the recurrence's state lives: each layer hands its mapped q, k, v to an `Attend` that the caller

@@ -39,10 +39,7 @@ def token_positions(config: ModelConfig, positions: Tensor, dtype: torch.dtype) 
     Raises IndexError on a CPU for a position that an attention with a fixed length does not have.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    if config.rotary_dim:
-        cos, sin = ops.rotary_table(positions, config.rotary_dim, ROTARY_BASE, wide)
-    else:
-        cos = sin = torch.empty(len(positions), 0, dtype=wide, device=positions.device)
+    cos, sin = ops.rotary_table(positions, config.rotary_dim, ROTARY_BASE, wide)
     if config.max_exact_length is None:
         return TokenPositions(positions, cos, sin)
     wave = half_wave(config.max_exact_length, wide, positions.device)
