@@ -19,6 +19,7 @@ from engine.limits import Limits
 from engine.loading import load
 from engine.outputs import Completion, EngineStats, FinishReason, Output
 from engine.params import SamplingParams
+from engine.policies import Policies
 from engine.prefix_cache import PrefixCache
 from engine.registry import Registry
 from engine.request import Request
@@ -50,7 +51,8 @@ class Engine:
         self._runner = loaded.runner
         self._scheduler = Scheduler(self.config.max_batch_tokens)
         self._cache = PrefixCache(self.config.prefix_cache_bytes)
-        window = self.model_config.n_positions
+        self.policies = Policies.of(self.model_config, self.config.context_policy)
+        window = self.policies.window
         self._registry = Registry(self._scheduler, self.pool, self._cache, window)
         self._limits = Limits.of(self.tokenizer, self.pool, self.config)
         self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
@@ -75,15 +77,18 @@ class Engine:
         Lower `priority` starts first. With `start` the prompt follows what that session holds, and
         the last output tells the session after it. Within a `cache_scope` states after prompts are
         kept and reused. Raises ParameterError for a prompt or limits that cannot be and for a
-        `request_id` in use, EngineStoppedError after close.
+        `request_id` in use, ContextPolicyError for a session past choosing, EngineStoppedError
+        after close.
         """
         self._limits.check(prompt_ids, params, start)
+        start = self.policies.settled(start, params)
+        grid = self.policies.grid(prompt_ids, params, start)
         request_id = request_id or uuid.uuid4().hex
         ends = self.model_config.eos_token_ids
-        request = Request.new(request_id, prompt_ids, params, self.tokenizer, ends, start)
+        request = Request.new(request_id, prompt_ids, params, self.tokenizer, ends, start, grid)
         request.priority = priority
         if cache_scope is not None and self.config.prefix_cache_bytes:
-            request.reuse(cache_scope)
+            request.reuse(f"{grid.name} {cache_scope}")
         with self._gate:
             if self._is_closed:
                 raise EngineStoppedError("the engine has stopped and takes no more requests")
@@ -115,7 +120,8 @@ class Engine:
     def session_codec(self) -> SnapshotCodec:
         """Sessions of this model to bytes and back; reads the model's files to know them."""
         fingerprints = Fingerprints.of(self._folder, self.spec, self.dtype)
-        return SnapshotCodec(fingerprints, self.spec, self.tokenizer.num_ids)
+        num_ids, window = self.tokenizer.num_ids, self.policies.window
+        return SnapshotCodec(fingerprints, self.spec, num_ids, self.policies.grids, window)
 
     def stats(self) -> EngineStats:
         """Figures of this moment."""

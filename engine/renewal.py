@@ -102,10 +102,10 @@ class Renewed:
         return [Window(self.start(first), first, last) for first, last in pairwise(bounds)]
 
 
-def grids(window: int) -> Mapping[ContextPolicy, Grid]:
-    """By policy, for a model that was trained on `window` ids: a quarter of them is kept."""
-    return {"exact": Exact(), "renew": Renewed(window, window // KEPT_PART)}
-
-
 KEPT_PART = 4
 """R = W / 4: a third of an id is read again for each id."""
+
+
+def grids(window: int) -> Mapping[ContextPolicy, Grid]:
+    """By policy, for a model that was trained on `window` ids, from 2."""
+    return {"exact": Exact(), "renew": Renewed(window, max(1, window // KEPT_PART))}

@@ -175,13 +175,14 @@ class Sessions:
         now = time.time()
         self._store.expire(now)
         until = None if ttl is None else now + ttl
-        new = NewSession(owner, state.num_tokens, raw, metadata=metadata, expires_at=until)
+        policy = state.context_policy
+        new = NewSession(owner, state.num_tokens, raw, None, (), metadata, until, policy)
         [record] = self._store.create([new])
         return self._park(record, state)
 
     def _save(self, lease: Lease, state: SessionState) -> Record:
-        new = self._codec.encode(state), state.num_tokens
-        record = self._store.put(lease, lease.version, *new, self._max_checkpoints)
+        new, policy = (self._codec.encode(state), state.num_tokens), state.context_policy
+        record = self._store.put(lease, lease.version, *new, self._max_checkpoints, policy)
         self._holdings.park(record, state)
         return record
 

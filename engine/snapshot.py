@@ -17,20 +17,24 @@ from typing import NamedTuple
 from engine import sealed
 from engine.errors import SnapshotError, SnapshotMismatchError
 from engine.fingerprints import Fingerprints
+from engine.renewal import ContextPolicy, Grid
 from engine.session_state import SessionState
 from engine.state_spec import StateSpec
 
 FORMAT_VERSION = 1
-CONTEXT_POLICY = "exact"
 MAX_POSITION = 2**62
 
 _LISTS = {"pending": "I32", "recent": "I32", "count_ids": "I32", "counts": "I32", "undecoded": "U8"}
 
 
 class _Sizes(NamedTuple):
-    """All that a header depends on beside the model. lengths: elements of each of `_LISTS`."""
+    """All that a header depends on beside the model.
+
+    grid: the name of the grid that the rows are on. lengths: elements of each of `_LISTS`.
+    """
 
     position: int
+    grid: str
     has_rows: bool
     lengths: Mapping[str, int]
 
@@ -38,17 +42,27 @@ class _Sizes(NamedTuple):
 class SnapshotCodec:
     """States of one model to bytes and back, equal bytes for equal states.
 
-    num_ids: ids of the tokenizer; a snapshot with others is refused.
+    num_ids: ids of the tokenizer; a snapshot with others is refused. grids: by context policy.
+    window: how many of its last ids a session holds.
     """
 
-    def __init__(self, fingerprints: Fingerprints, spec: StateSpec, num_ids: int) -> None:
+    def __init__(
+        self,
+        fingerprints: Fingerprints,
+        spec: StateSpec,
+        num_ids: int,
+        grids: Mapping[ContextPolicy, Grid],
+        window: int,
+    ) -> None:
+        self.grids = grids
+        self._policies = {grid.name: policy for policy, grid in grids.items()}
+        self._window = window
         self._num_ids = num_ids
         self._row_shapes: list[tuple[int, ...]] = [spec.state_shape]
         if spec.has_denominator:
             self._row_shapes.append(spec.denominator_shape)
         self._expected = {
             "format": str(FORMAT_VERSION),
-            "context_policy": CONTEXT_POLICY,
             "weights": fingerprints.weights,
             "tokenizer": fingerprints.tokenizer,
             "layout": fingerprints.layout,
@@ -66,7 +80,8 @@ class SnapshotCodec:
             "undecoded": state.undecoded,
         }
         lengths = {name: len(values) for name, values in lists.items()}
-        sizes = _Sizes(state.position, bool(state.rows), lengths)
+        name = self.grids[state.context_policy].name
+        sizes = _Sizes(state.position, name, bool(state.rows), lengths)
         return sealed.seal(
             [
                 self._header(sizes),
@@ -98,6 +113,7 @@ class SnapshotCodec:
             recent=lists["recent"],
             counts=dict(zip(lists["count_ids"], lists["counts"], strict=True)),
             undecoded=bytes(lists["undecoded"]),
+            context_policy=self._policies[sizes.grid],
         )
 
     def _entries(self, sizes: _Sizes) -> dict[str, sealed.Entry]:
@@ -111,7 +127,8 @@ class SnapshotCodec:
 
     def _header(self, sizes: _Sizes) -> bytes:
         """The one spelling of a header for these sizes."""
-        metadata = {**self._expected, "position": str(sizes.position)}
+        own = {"context_policy": sizes.grid, "position": str(sizes.position)}
+        metadata = {**self._expected, **own}
         return sealed.header_text(metadata, self._entries(sizes))
 
     def _sizes(self, header: bytes) -> _Sizes:
@@ -119,23 +136,27 @@ class SnapshotCodec:
         try:
             found = json.loads(header[8:])
             metadata = found["__metadata__"]
-            self._check_fit({name: str(metadata[name]) for name in self._expected})
+            policy = str(metadata["context_policy"])
+            self._check_fit({name: str(metadata[name]) for name in self._expected}, policy)
             if not re.fullmatch("[0-9]{1,19}", metadata["position"]):
                 raise ValueError("position")
             lengths = {name: int(found[name]["shape"][0]) for name in _LISTS}
-            sizes = _Sizes(int(metadata["position"]), "row.0" in found, lengths)
+            sizes = _Sizes(int(metadata["position"]), policy, "row.0" in found, lengths)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise SnapshotError("the snapshot's header cannot be read") from error
         if min(lengths.values()) < 0 or sizes.position > MAX_POSITION:
             raise SnapshotError("the snapshot's sizes are out of range")
         return sizes
 
-    def _check_fit(self, found: Mapping[str, str]) -> None:
+    def _check_fit(self, found: Mapping[str, str], policy: str) -> None:
         faults = [
             f"{name} (here {expected!r}, in the snapshot {found[name][:200]!r})"
             for name, expected in self._expected.items()
             if found[name] != expected
         ]
+        if policy not in self._policies:
+            here = ", ".join(map(repr, self._policies))
+            faults.append(f"context_policy (here {here}, in the snapshot {policy[:200]!r})")
         if faults:
             raise SnapshotMismatchError(f"the snapshot differs in {', '.join(faults)}")
 
@@ -149,5 +170,8 @@ class SnapshotCodec:
             raise SnapshotError("the snapshot's counts are not one for each id, in order")
         if counts and min(counts) < 0:
             raise SnapshotError("the snapshot has counts below zero")
+        num_held = sizes.position + len(lists["pending"])
+        if len(lists["recent"]) != min(num_held, self._window):
+            raise SnapshotError("the snapshot has not the recent ids that its age asks for")
         if sizes.position and not sizes.has_rows:
             raise SnapshotError("the snapshot has a position and no rows")

@@ -5,9 +5,10 @@ from collections import Counter
 
 import pytest
 
+from engine.choice import Choice
 from engine.detokenizer import Detokenizer
 from engine.params import SamplingParams
-from engine.request import Choice, Request
+from engine.request import Request
 from engine.scheduler import Plan, Scheduler
 from tests.engine.making import make_request
 
@@ -27,7 +28,7 @@ def run(scheduler: Scheduler, plan: Plan) -> list[Choice]:
     """What the registry does after a step; gives the choices that got a token."""
     grown = list(plan.decode)
     for chunk in plan.prefill:
-        chunk.request.num_prefilled = chunk.stop
+        chunk.request.has_read(chunk.stop)
         if chunk.is_last:
             scheduler.start_choices(chunk.request)
             grown += chunk.request.choices
@@ -42,7 +43,7 @@ def running(scheduler: Scheduler, number: int) -> list[Request]:
     for each in made:
         scheduler.add(each)
     scheduler.admit(number)
-    while any(each.num_prefilled == 0 for each in made):
+    while any(each.num_read == 0 for each in made):
         run(scheduler, scheduler.schedule())
     return made
 

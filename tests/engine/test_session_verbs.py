@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +16,16 @@ from engine.errors import (
     StoreFullError,
 )
 from engine.fingerprints import Fingerprints
+from engine.renewal import grids
 from engine.session_state import SessionState
 from engine.sessions import Session, Sessions
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
-from engine.store import Lease, Record, SqliteStore
+from engine.store import Record, SqliteStore
 
 SPEC = StateSpec(layers=1, heads=2, value_width=8, key_width=8, has_denominator=False)
-CODEC = SnapshotCodec(Fingerprints("w", "t", "l"), SPEC, 1000)
+WINDOW = 8
+CODEC = SnapshotCodec(Fingerprints("w", "t", "l"), SPEC, 1000, grids(WINDOW), WINDOW)
 
 
 class FullAtTimes(SqliteStore):
@@ -30,12 +33,10 @@ class FullAtTimes(SqliteStore):
 
     is_full = False
 
-    def put(
-        self, lease: Lease, expected_version: int, snapshot: bytes, position: int, most: int
-    ) -> Record:
+    def put(self, *args: Any) -> Record:
         if self.is_full:
             raise StoreFullError("no space")
-        return super().put(lease, expected_version, snapshot, position, most)
+        return super().put(*args)
 
 
 Opener = Callable[..., Sessions]
@@ -73,7 +74,8 @@ def sessions(opened: Opener) -> Sessions:
 
 def state(n: int) -> SessionState:
     """Of n tokens, all but the last in rows that tell n."""
-    return SessionState((torch.full(SPEC.state_shape, float(n)),), n - 1, (n,), (n,), {n: 1})
+    recent = (n,) * min(n, WINDOW)
+    return SessionState((torch.full(SPEC.state_shape, float(n)),), n - 1, (n,), recent, {n: 1})
 
 
 def make(sessions: Sessions, n: int = 1, owner: str = "a") -> Session:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
 from engine.fingerprints import Fingerprints
+from engine.renewal import grids
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
@@ -23,8 +24,9 @@ from engine.state_spec import StateSpec
 SPEC = StateSpec(layers=1, heads=2, value_width=3, key_width=4, has_denominator=False)
 PRINTS = Fingerprints("aa" * 32, "bb" * 32, "layers=1")
 NUM_IDS = 100
-CODEC = SnapshotCodec(PRINTS, SPEC, NUM_IDS)
+WINDOW = 3
 BODY_AT = 40
+CODEC = SnapshotCodec(PRINTS, SPEC, NUM_IDS, grids(WINDOW), WINDOW)
 
 Header = dict[str, Any]
 
@@ -81,7 +83,7 @@ def same(a: SessionState, b: SessionState) -> bool:
 )
 def test_there_and_back(state: SessionState, has_denominator: bool) -> None:
     spec = replace(SPEC, has_denominator=has_denominator)
-    codec = SnapshotCodec(PRINTS, spec, NUM_IDS)
+    codec = SnapshotCodec(PRINTS, spec, NUM_IDS, grids(WINDOW), WINDOW)
     if state.rows:
         state = replace(state, rows=rows(spec))
     raw = codec.encode(state)
@@ -114,7 +116,9 @@ def test_inside_is_a_safetensors_file() -> None:
 
 
 def test_a_mismatch_names_all_that_differs() -> None:
-    other = SnapshotCodec(Fingerprints("cc", "dd", "layers=2"), SPEC, NUM_IDS)
+    other = SnapshotCodec(
+        Fingerprints("cc", "dd", "layers=2"), SPEC, NUM_IDS, grids(WINDOW), WINDOW
+    )
     with pytest.raises(SnapshotMismatchError) as caught:
         other.decode(CODEC.encode(FULL))
     for word in ("weights", "tokenizer", "layout", "layers=1", "layers=2", "cc", "aa" * 32):
