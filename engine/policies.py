@@ -32,9 +32,15 @@ class Policies:
         """Those of an engine with this model."""
         return cls(default, config.window, config.max_exact_length, grids(config.window))
 
-    def settled(self, start: SessionState | None, params: SamplingParams) -> SessionState | None:
+    def new_session(self, policy: ContextPolicy | None) -> SessionState:
+        """One that holds nothing; None: under the default. Raises ParameterError."""
+        state = SessionState(context_policy=policy or self.default)
+        self.grid((), SamplingParams(max_tokens=0), state)
+        return state
+
+    def settled(self, start: SessionState, params: SamplingParams) -> SessionState:
         """A session as the request goes on with it. ContextPolicyError."""
-        return None if start is None else start.under(params.context_policy, self.window)
+        return start.under(params.context_policy, self.window)
 
     def grid(
         self, prompt_ids: Sequence[int], params: SamplingParams, start: SessionState | None

@@ -67,42 +67,43 @@ class Request:
         grid: Grid | None = None,
     ) -> "Request":
         """A request nobody has worked on; draws a fresh seed where none is given."""
-        before, fed = start or SessionState(), tuple(prompt_ids)
-        if start is not None:
-            fed = _to_feed(start, fed, params)
+        before, new = start or SessionState(), tuple(prompt_ids)
+        past, fed = before.past, before.pending + new
+        if start is not None and not params.max_tokens:
+            fed = fed[:-1]  # nothing is drawn after the last, so that it waits like a drawn one
+        first, stop = before.num_tokens - len(past), before.position + len(fed)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        ends = frozenset(params.stop_token_ids)
-        ends |= frozenset(() if params.ignore_eos else eos_token_ids)
-        stop, past = before.position + len(fed), before.past
-        request = cls(
-            request_id,
-            (*past, *prompt_ids),
-            before.num_tokens - len(past),
-            stop,
-            params,
-            seed,
-            ends,
-            start=start,
-            turn_ids=tuple(prompt_ids),
-            grid=grid or Exact(),
-        )
-        is_scored = params.prompt_logprobs is not None
-        held, last = before.position, request.last
-        request.read(reads_of(request.grid, held, stop, last, is_scored=is_scored))
-        assert all(read.begin >= request.first for read in request.reads), "ids are missing"
+        ends = frozenset(() if params.ignore_eos else eos_token_ids).union(params.stop_token_ids)
+        request = cls(request_id, past + new, first, stop, params, seed, ends, start=start)
+        request.turn_ids, request.grid = new, grid or Exact()
+        request.plan_reads(before.position)
+        request.add_choices(tokenizer, fed, before)
+        return request
+
+    def plan_reads(self, held: int) -> None:
+        """What there is to read for a state that has had ids up to `held`."""
+        is_scored = self.params.prompt_logprobs is not None
+        self.read(reads_of(self.grid, held, self.stop, self.last, is_scored=is_scored))
+        assert all(read.begin >= self.first for read in self.reads), "ids are missing"
+
+    def add_choices(self, tokenizer: Tokenizer, fed: Sequence[int], before: SessionState) -> None:
+        """Its continuations, after what is fed to the state of `before`."""
+        params = self.params
         bad_words = spellings(params.bad_words, tokenizer)
         table = tokenizer.token_bytes if params.skip_special_tokens else tokenizer.written_bytes
-        undecoded = b"" if prompt_ids else before.undecoded
+        undecoded = b"" if self.turn_ids else before.undecoded
         for index in range(params.n):
             text = Detokenizer(table, () if params.min_tokens else params.stop, undecoded)
             history = History(params, fed, bad_words, before.counts)
-            request.choices.append(Choice(request, index, text, history, stop))
-        return request
+            self.choices.append(Choice(self, index, text, history, self.stop))
 
     def reuse(self, scope: str) -> None:
-        """Keep and take states after prompts, unless the whole prompt must be read, or is not."""
+        """Keep and take states after prompts, unless the whole prompt must be read, or is not.
+
+        What was read under another policy is of no use.
+        """
         if self.start is None and self.params.prompt_logprobs is None:
-            self.prefix = Prefix(scope)
+            self.prefix = Prefix(f"{self.grid.name} {scope}")
 
     @property
     def last(self) -> int:
@@ -134,11 +135,3 @@ class Request:
     def unfinished(self) -> list[Choice]:
         """Choices that still grow, or have not begun to."""
         return [choice for choice in self.choices if choice.finish_reason is None]
-
-
-def _to_feed(
-    start: SessionState, prompt_ids: tuple[int, ...], params: SamplingParams
-) -> tuple[int, ...]:
-    """What the state has not had; the last id stays out where nothing is to be drawn after it."""
-    ids = start.pending + prompt_ids
-    return ids if params.max_tokens else ids[:-1]

@@ -175,14 +175,13 @@ class Sessions:
         now = time.time()
         self._store.expire(now)
         until = None if ttl is None else now + ttl
-        policy = state.context_policy
-        new = NewSession(owner, state.num_tokens, raw, None, (), metadata, until, policy)
-        [record] = self._store.create([new])
+        how = metadata, until, state.context_policy
+        [record] = self._store.create([NewSession(owner, state.num_tokens, raw, None, (), *how)])
         return self._park(record, state)
 
     def _save(self, lease: Lease, state: SessionState) -> Record:
-        new, policy = (self._codec.encode(state), state.num_tokens), state.context_policy
-        record = self._store.put(lease, lease.version, *new, self._max_checkpoints, policy)
+        new = self._codec.encode(state), state.num_tokens, self._max_checkpoints
+        record = self._store.put(lease, lease.version, *new, state.context_policy)
         self._holdings.park(record, state)
         return record
 

@@ -21,6 +21,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import (
+    ContextPolicyError,
     EngineStoppedError,
     NothingToRewindError,
     ParameterError,
@@ -44,6 +45,7 @@ SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     SessionNotFoundError: (404, "session_not_found"),
     SessionBusyError: (409, "session_busy"),
     NothingToRewindError: (409, "nothing_to_rewind"),
+    ContextPolicyError: (409, "context_policy_settled"),
     SessionMovedError: (412, "session_moved"),
     StoreFullError: (507, "store_full"),
 }
@@ -192,9 +194,5 @@ def _of_route(request: Request, error: HTTPException) -> ApiError:
 
 def _methods_at(path: str, described: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a path takes, of all its routes; the framework tells of the first one alone."""
-    here = (
-        [path]
-        if path in described
-        else [template for template in described if compile_path(template)[0].match(path)]
-    )
+    here = [path] if path in described else [p for p in described if compile_path(p)[0].match(path)]
     return sorted({method.upper() for template in here for method in described[template]})

@@ -46,10 +46,12 @@ class TurnAnswer(Response):
         context, terms = self._context, self._order.turn
         assert isinstance(terms, TurnTerms)
         async with context.turns.turn(self._asker, terms, receive) as turn:
-            order = replace(self._order, start=turn.state)
+            policies = context.bridge.engine.policies
+            start = policies.settled(turn.state, self._order.params)
+            order = replace(self._order, start=start)
             tokenizer, skips = context.bridge.engine.tokenizer, order.params.skip_special_tokens
             table = tokenizer.token_bytes if skips else tokenizer.written_bytes
-            turn.reads(order.prompts[0], table, context.trained_length)
+            turn.reads(start, order.prompts[0], table, policies.window)
             reading = await context.bridge.open(self._heading.id, order)
             if order.is_stream:
                 events = TurnEvents(self._heading, self._choices, order)

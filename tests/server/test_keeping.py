@@ -10,6 +10,7 @@ import pytest
 from engine.engine import Engine
 from engine.errors import ConfigurationError
 from engine.fingerprints import Fingerprints
+from engine.renewal import grids
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
 from server.keeping import kept_sessions, where_kept
@@ -20,13 +21,16 @@ from tests.server.live import Live, serving
 SPEC = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
 
 
+TOLD = {"context_start": 0, "durable": True}
+
+
 class KeepingEngine(FakeEngine):
     """A fake engine with a real codec; its states have no rows."""
 
     weights = "w"
 
     def session_codec(self) -> SnapshotCodec:
-        return SnapshotCodec(Fingerprints(self.weights, "t", "l"), SPEC, 256)
+        return SnapshotCodec(Fingerprints(self.weights, "t", "l"), SPEC, 256, grids(512), 512)
 
 
 @contextlib.contextmanager
@@ -60,7 +64,7 @@ def test_what_was_answered_is_there_after_a_restart(tmp_path: Path) -> None:
         assert {each["id"] for each in listed} == {session_id, fork["id"]}
         assert live.client.post(f"/v1/sessions/{session_id}/rewind").json()["position"] == 5
         answer = live.complete(prompt="", session_id=session_id, max_tokens=1).json()
-        assert answer["session"] == {"id": session_id, "position": 6, "durable": True}
+        assert answer["session"] == {"id": session_id, "position": 6} | TOLD
         assert live.client.delete(f"/v1/sessions/{fork['id']}").status_code == 200
 
 
