@@ -1,9 +1,9 @@
 """Sessions: what age, sleep, forks and company cost, and what a resent conversation does not.
 
-In this process, on the shipped model in float32, as the paper has it (`exact`): the first token of a
-turn at two ages (position set, not generated), waking from memory and from disk beside a copy of
-the same bytes, a fork beside copies of rows, many open sessions of which random ones go on, and the
-prefill of a chat that is resent whole. Latencies are medians; every ratio is of one run.
+In this process, on the shipped model in float32, as the paper has it (`exact`): the first token of
+a turn at two ages (position set, not generated), waking from memory and from disk beside a copy of
+the same bytes, a fork beside copies of rows, many open sessions of which random ones go on, and
+the prefill of a chat that is resent whole. Latencies are medians; every ratio is of one run.
 """
 
 import random

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from engine import Engine, SamplingParams
 from engine.errors import ContextPolicyError, ParameterError
+from engine.feature_maps import FEATURE_MAPS
 from engine.reads import reads_of
 from engine.renewal import Exact, Renewed, grids
 from engine.session_state import SessionState
@@ -37,11 +38,14 @@ def ids_from(seed: int, num: int) -> list[int]:
     return [rng.randrange(5, 200) for _ in range(num)]
 
 
-def check(window: int, prompt: Sequence[int], drawn: Sequence[Told]) -> None:
+def check(
+    window: int, prompt: Sequence[int], drawn: Sequence[Told], attention: str = "cottention"
+) -> None:
     """Each id was drawn from what the definition says."""
     ids = [*prompt, *(token_id for token_id, _ in drawn)]
     last_known = range(len(prompt) - 1, len(ids) - 1)
-    expected = rivals_by_definition(grids(window)["renew"], ids, last_known)
+    grid = grids(window)["renew"]
+    expected = rivals_by_definition(grid, ids, last_known, window, attention)
     for index, (_, logprob), rivals in zip(last_known, drawn, expected, strict=True):
         assert logprob.top == rivals, index
 
@@ -101,12 +105,13 @@ def test_exact_never_forgets() -> None:
 # Bits
 
 
+@pytest.mark.parametrize("attention", sorted(FEATURE_MAPS))
 @pytest.mark.parametrize("window", [2, 3, 5, 16])
-def test_a_stream_has_the_bits_of_the_definition(window: int) -> None:
-    engine = engine_of(window)
+def test_a_stream_has_the_bits_of_the_definition(window: int, attention: str) -> None:
+    engine = engine_of(window, attention)
     for length in (1, window - 1, window, window + 1, 3 * window + 2):
         prompt = ids_from(length, length)
-        check(window, prompt, say(engine, prompt, 40))
+        check(window, prompt, say(engine, prompt, 40), attention)
 
 
 def test_bits_do_not_depend_on_company() -> None:
@@ -307,6 +312,25 @@ def test_an_engine_without_spares_refuses_to_renew() -> None:
         assert caught.value.param == "context_policy"
     state, _ = turn(engine, SessionState(context_policy="exact"), [1, 2], 40)
     assert turn(engine, state, [], 3)[0].context_policy == "exact"
+
+
+def test_cosformer_goes_past_its_length_renewed_and_not_otherwise() -> None:
+    engine = engine_of(WINDOW, "cosformer")
+    assert engine.policies.max_exact_length == WINDOW
+    say(engine, ids_from(1, 3 * WINDOW), 40)
+    fits = replace(PARAMS, max_tokens=6, context_policy="exact")
+    engine.submit(ids_from(1, WINDOW - 6), fits)
+    drain(engine)
+    state, _ = turn(engine, SessionState(context_policy="exact"), [1, 2], WINDOW - 4)
+    for ids, start, params, param in (
+        (ids_from(1, WINDOW + 1), None, fits, "prompt"),
+        (ids_from(1, WINDOW - 5), None, fits, "max_tokens"),
+        ([1], state, replace(fits, max_tokens=2), "max_tokens"),
+        ([1, 2, 3], state, replace(fits, max_tokens=0), "prompt"),
+    ):
+        with pytest.raises(ParameterError, match=f"at most {WINDOW} tokens") as caught:
+            engine.submit(ids, params, start=start)
+        assert caught.value.param == param
 
 
 def test_outputs_say_what_is_remembered() -> None:

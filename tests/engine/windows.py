@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine import Engine, EngineConfig, Output, SamplingParams
 from engine.outputs import TokenLogprob
 from engine.renewal import Grid
 from engine.session_state import SessionState
+from engine.weights import read_weights
 
 _MODEL = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 _HOLD = tempfile.TemporaryDirectory(prefix="cottention-windows-")
@@ -21,23 +24,33 @@ Told = tuple[int, TokenLogprob]
 
 
 @functools.cache
-def folder_of(window: int) -> Path:
-    """The small model, as if it had been trained on `window` tokens."""
-    target = Path(_HOLD.name) / str(window)
+def folder_of(window: int, attention: str = "cottention") -> Path:
+    """The small model, as if it had been trained on `window` tokens, with any attention."""
+    target = Path(_HOLD.name) / f"{attention}-{window}"
     shutil.copytree(_MODEL, target, ignore=shutil.ignore_patterns("expected.*"))
-    config = json.loads((target / "config.json").read_text()) | {"n_positions": window}
+    if attention != "cottention":
+        weights = read_weights(_MODEL)
+        kept = {name: x for name, x in weights.items() if not name.endswith("norm_const")}
+        torch.save(kept, target / "pytorch_model.bin")
+    changes = {"n_positions": window, "attention_type": attention}
+    config = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(config))
     return target
 
 
-def engine_of(window: int, **settings: Any) -> Engine:
-    return Engine(folder_of(window), EngineConfig(**{"max_slots": 4, **settings}))
+def engine_of(window: int, attention: str = "cottention", **settings: Any) -> Engine:
+    folder = folder_of(window, attention)
+    return Engine(folder, EngineConfig(**{"max_slots": 4, **settings}))
 
 
 @functools.cache
-def exact_engine() -> Engine:
-    """Knows one arithmetic only: ids from the start of a sequence, nothing forgotten."""
-    return engine_of(64, context_policy="exact", prefix_cache_bytes=0, max_slots=64)
+def exact_engine(window: int, attention: str) -> Engine:
+    """For contexts that are read anew: up to a window, where nothing is ever forgotten.
+
+    cosFormer's M has no room for an answer after a whole window, unless it would be renewed.
+    """
+    policy = "renew" if attention == "cosformer" else "exact"
+    return engine_of(window, attention, context_policy=policy, prefix_cache_bytes=0, max_slots=64)
 
 
 def told(outputs: Sequence[Output], name: str, choice: int = 0) -> list[Told]:
@@ -70,9 +83,18 @@ def turn(
     return state, told(outputs, name)
 
 
-def rivals_by_definition(grid: Grid, ids: Sequence[int], indices: Sequence[int]) -> list[Any]:
-    """The likeliest followers of the ids at these indices: each context read anew, from nothing."""
-    engine = exact_engine()
+def rivals_by_definition(
+    grid: Grid,
+    ids: Sequence[int],
+    indices: Sequence[int],
+    window: int = 64,
+    attention: str = "cottention",
+) -> list[Any]:
+    """The likeliest followers of the ids at these indices: each context read anew, from nothing.
+
+    window: of the model. It is cosFormer's M, too.
+    """
+    engine = exact_engine(window, attention)
     params = SamplingParams(max_tokens=1, temperature=0, logprobs=3, ignore_eos=True)
     names = [engine.submit(ids[grid.start(i) : i + 1], params) for i in indices]
     outputs = drain(engine)
