@@ -237,15 +237,17 @@ def test_warm_and_cold_answers_are_equal_at_any_length() -> None:
 
 
 def test_policies_do_not_share_what_was_read() -> None:
-    engine = engine_of(100)
-    prompt = ids_from(2, 99)
-    for policy in ("renew", "exact"):
-        params = replace(PARAMS, max_tokens=30, context_policy=policy)
-        cold = engine.submit(prompt, params)
-        expected = told(drain(engine), cold)
-        for _ in range(2):
-            name = engine.submit(prompt, params, cache_scope="a")
-            assert told(drain(engine), name) == expected
+    warm, cold = engine_of(40), engine_of(40, prefix_cache_bytes=0)
+    conversation = ids_from(2, 30)
+    for _ in range(4):
+        for policy in ("renew", "exact"):
+            params = replace(PARAMS, max_tokens=20, context_policy=policy)
+            name = warm.submit(conversation, params, cache_scope="a")
+            said = told(drain(warm), name)
+            name = cold.submit(conversation, params)
+            assert told(drain(cold), name) == said
+        conversation += [token_id for token_id, _ in said]
+        conversation += ids_from(len(conversation), 5)
 
 
 # Sessions

@@ -36,19 +36,20 @@ POLICIES: st.SearchStrategy[ContextPolicy] = st.sampled_from(["renew", "exact"])
 
 
 @functools.cache
-def the_engine() -> Engine:
+def the_engine(attention: str) -> Engine:
     """One for all examples: nothing of an example may stay in it."""
-    return engine_of(WINDOW, max_batch_tokens=8)
+    return engine_of(WINDOW, attention, max_batch_tokens=8)
 
 
 class AnyOrder(RuleBasedStateMachine):
     """Sessions beside the plain lists of ids that they should hold."""
 
     sessions = Bundle("sessions")
+    attention = "cottention"
 
     @initialize()
     def start(self) -> None:
-        self.engine = the_engine()
+        self.engine = the_engine(self.attention)
         self.folder = Path(tempfile.mkdtemp())
         self.held: dict[str, list[list[int]]] = {}  # by id: ids after each turn, the last is now
         self.policies: dict[str, list[ContextPolicy]] = {}  # and the policies
@@ -71,6 +72,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(target=sessions, policy=POLICIES)
     def open(self, policy: ContextPolicy) -> str:
+        policy = self._possible(policy)
         name = self.kept.open(OWNER, SessionState(context_policy=policy), {}, None).id
         self.held[name], self.policies[name] = [[]], [policy]
         return name
@@ -79,7 +81,7 @@ class AnyOrder(RuleBasedStateMachine):
     def turn(self, name: str, ids: list[int], num: int, policy: ContextPolicy) -> None:
         """An append where nothing is generated. Young sessions change their policy."""
         taken = self.kept.begin(OWNER, name)
-        wish = policy if taken.state.num_tokens <= WINDOW else None
+        wish = self._possible(policy) if taken.state.num_tokens <= WINDOW else None
         params = replace(PARAMS, max_tokens=num, context_policy=wish)
         outputs = self._run(ids, params, taken.state)
         said = [token_id for out in outputs for token_id in out.token_ids]
@@ -152,6 +154,10 @@ class AnyOrder(RuleBasedStateMachine):
             said = [i for out in self._run([], PARAMS, taken.state) for i in out.token_ids]
             assert said == list(fresh.token_ids)
 
+    def _possible(self, policy: ContextPolicy) -> ContextPolicy:
+        """cosFormer goes past its M only renewed."""
+        return "renew" if self.attention == "cosformer" else policy
+
     def _note(self, name: str, new: list[int], wish: ContextPolicy | None = None) -> None:
         kept, policies = self.held[name], self.policies[name]
         kept.append(kept[-1] + new)
@@ -168,10 +174,27 @@ class AnyOrder(RuleBasedStateMachine):
         return [out for out in outputs if out.request_id == name]
 
 
+class OfCosformer(AnyOrder):
+    """With denominators, and keys that turn with the position."""
+
+    attention = "cosformer"
+
+
+class OfLinear(AnyOrder):
+    """With denominators."""
+
+    attention = "linear"
+
+
 TestAnyOrder = AnyOrder.TestCase
+TestAnyOrderOfCosformer = OfCosformer.TestCase
+TestAnyOrderOfLinear = OfLinear.TestCase
 TestAnyOrder.settings = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
+)
+TestAnyOrderOfCosformer.settings = TestAnyOrderOfLinear.settings = settings(
+    TestAnyOrder.settings, max_examples=10
 )
