@@ -100,7 +100,7 @@ class Runner:
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Decoded:
         """One token of each slot, captured: ids and positions int64 [R], slots int32 [R]."""
-        recurrence = Recurrence(self._pool.layer, ops.Segments(slots))
+        recurrence = Recurrence(self._pool.state, self._pool.z, ops.Segments(slots))
         logits = self._model.logits(self._model.hidden(ids, positions, recurrence))
         return Decoded(logits, self._sampler.likeliest(logits))
 
@@ -124,7 +124,7 @@ class Runner:
         lengths = [len(segment.ids) for segment in segments]
         most, limit = self._pool.num_rows, self._max_stepped
         made = ops.Segments.of(rows, lengths, most, self._device, max_stepped=limit)
-        return Recurrence(self._pool.layer, made)
+        return Recurrence(self._pool.state, self._pool.z, made)
 
     def _scores(self, hidden: Tensor, plan: Plan) -> dict[Request, list[TokenLogprob]]:
         """How likely the model held the ids that follow those of each chunk that is scored."""
