@@ -1,6 +1,7 @@
 """Sessions over a real store: every verb, who may use it, a full disk, a restart."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,24 @@ def test_open_find_and_turns(sessions: Sessions) -> None:
     after = turn(sessions, made.id, 8)
     assert (after.version, after.position, after.num_checkpoints) == (2, 8, 1)
     assert holds(sessions, made.id, 8)
+
+
+def test_policies_are_told_wherever_a_session_is(opened: Opener) -> None:
+    sessions = opened()
+    made = make(sessions, 3)
+    assert (made.context_policy, made.context_start) == ("renew", 0)
+    exact = replace(state(20), context_policy="exact")
+    after = sessions.commit(sessions.begin("a", made.id), exact)
+    assert (after.context_policy, after.context_start) == ("exact", 0)
+    [fork] = sessions.fork("a", made.id, 1)
+    old = turn(sessions, make(sessions).id, 20)
+    assert (old.context_policy, old.context_start) == ("renew", grids(WINDOW)["renew"].start(19))
+    set_full(sessions, True)
+    unsaved = sessions.commit(sessions.begin("a", old.id), replace(exact, position=21))
+    assert (unsaved.context_policy, unsaved.is_durable) == ("exact", False)
+    sessions = opened(memory_bytes=0)
+    assert sessions.find("a", fork.id).context_policy == "exact"
+    assert sessions.rewind("a", made.id).context_policy == "renew"
 
 
 def test_an_abandoned_turn_changes_nothing(sessions: Sessions) -> None:

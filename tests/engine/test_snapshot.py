@@ -79,6 +79,7 @@ def same(a: SessionState, b: SessionState) -> bool:
         SessionState(pending=(1,), recent=(1,), counts={1: 0}),
         FULL,
         replace(FULL, position=2**62),
+        replace(FULL, context_policy="exact"),
     ],
 )
 def test_there_and_back(state: SessionState, has_denominator: bool) -> None:
@@ -133,6 +134,20 @@ def test_another_format_is_a_mismatch(name: str, value: str) -> None:
     header["__metadata__"][name] = value
     with pytest.raises(SnapshotMismatchError, match=name):
         CODEC.decode(with_header(raw, spelled(header)))
+
+
+def test_rows_on_another_grid_are_a_mismatch() -> None:
+    other = SnapshotCodec(PRINTS, SPEC, NUM_IDS, grids(2 * WINDOW + 2), WINDOW)
+    with pytest.raises(SnapshotMismatchError, match=r"context_policy .*'renew 2/8'.*'renew 1/3'"):
+        other.decode(CODEC.encode(FULL))
+    exact = replace(FULL, context_policy="exact")
+    assert same(other.decode(CODEC.encode(exact)), exact)
+
+
+@pytest.mark.parametrize("recent", [(), (5, 99), (0, 0, 5, 99)])
+def test_recent_ids_are_those_of_a_window(recent: tuple[int, ...]) -> None:
+    with pytest.raises(SnapshotError, match="recent ids"):
+        CODEC.decode(CODEC.encode(replace(FULL, recent=recent)))
 
 
 def test_cut_anywhere() -> None:
