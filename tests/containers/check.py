@@ -16,6 +16,7 @@ CHECKS = {
     "docker compose config, gpu": [*COMPOSE, "--profile", "gpu", "config", "--quiet"],
     "docker compose config, observe": [*COMPOSE, "--profile", "observe", "config", "--quiet"],
     "promtool": ["promtool", "check", "config", str(DOCKER / "prometheus" / "prometheus.yml")],
+    "promtool, alerts": ["promtool", "test", "rules", str(Path(__file__).parent / "rules.yml")],
 }
 DASHBOARD = DOCKER / "grafana" / "dashboards" / "cottention.json"
 PRESENT = {"docker": ["docker", "compose", "version"], "promtool": ["promtool", "--version"]}
