@@ -64,6 +64,19 @@ def test_the_compiled_ops_are_found_without_a_compiler(image: str) -> None:
     assert ours[:6] == ["compiled", *["None"] * 5]
 
 
+def test_its_library_has_every_instruction_set(image: str) -> None:
+    """By the namespaces in its symbols; which of them runs is chosen where it is loaded."""
+    assert image
+    code = (
+        "from engine.ops import build;"
+        "library = build.find(); print(library); raw = library.read_bytes();"
+        "print([f'{len(isa)}{isa}'.encode() in raw for isa in build.KERNEL_FLAGS])"
+    )
+    path, found = python(code).splitlines()
+    assert path.startswith("/opt/cottention/kernels/")
+    assert found == str([True] * 4)
+
+
 def test_all_its_files_have_one_time(image: str) -> None:
     assert image
     code = (
