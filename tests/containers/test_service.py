@@ -112,7 +112,7 @@ def test_a_session_survives_down_and_up() -> None:
 
 
 def test_sigterm_lets_what_runs_finish() -> None:
-    lines = stream(max_tokens=4000)
+    lines = stream(max_tokens=3000)
     first = next(lines)
     stopping = threading.Thread(target=compose, args=("stop", "server"))
     stopping.start()
