@@ -59,6 +59,7 @@ def grids_of_any_size(draw: st.DrawFn) -> Renewed:
     return Renewed(draw(st.integers(2 * kept, 200)), kept)
 
 
+@settings(deadline=None)
 @given(grids_of_any_size())
 def test_the_grid_is_a_walk_from_boundary_to_boundary(grid: Renewed) -> None:
     start, boundary = 0, grid.window
@@ -72,6 +73,7 @@ def test_the_grid_is_a_walk_from_boundary_to_boundary(grid: Renewed) -> None:
         assert grid.ahead(index, boundary - 1) is None
 
 
+@settings(deadline=None)
 @given(grids_of_any_size(), st.integers(1, 900))
 def test_windows_compute_every_id_once(grid: Renewed, stop: int) -> None:
     windows = grid.windows(stop)
@@ -79,6 +81,7 @@ def test_windows_compute_every_id_once(grid: Renewed, stop: int) -> None:
     assert all(grid.start(i) == w.start for w in windows for i in range(w.first, w.stop))
 
 
+@settings(deadline=None)
 @given(grids_of_any_size(), st.integers(0, 500), st.integers(1, 500), st.integers(0, 300))
 def test_reads_bring_both_rows_to_where_they_should_be(
     grid: Renewed, held: int, more: int, max_tokens: int
