@@ -83,4 +83,5 @@ class Parked:
 
 def _nbytes(state: SessionState) -> int:
     num_ids = len(state.pending) + len(state.recent)
-    return state.nbytes + num_ids * _ID_BYTES + len(state.counts) * _COUNT_BYTES
+    nbytes = state.nbytes + state.outbox.nbytes
+    return nbytes + num_ids * _ID_BYTES + len(state.counts) * _COUNT_BYTES

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server import capacity, chat, completions, sessions, snapshots, status, tokens
+from server import (
+    capacity,
+    chat,
+    completions,
+    session_events,
+    sessions,
+    snapshots,
+    status,
+    tokens,
+)
 from server.bridge import Bridge
 from server.chat_schemas import ChatRequest
 from server.context import Context
@@ -35,6 +44,7 @@ ROUTERS = (
     completions.router,
     chat.router,
     snapshots.router,
+    session_events.router,
     sessions.router,
     tokens.router,
     capacity.router,

@@ -29,6 +29,7 @@ from engine.errors import (
     SessionMovedError,
     SessionNotFoundError,
     SnapshotError,
+    SnapshotMismatchError,
     StoreFullError,
 )
 from server.reading import ReadingClosed
@@ -167,6 +168,8 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
             return unavailable(str(error))
         case SessionError():
             return of_session(error)
+        case SnapshotMismatchError():  # stored by a server of another model
+            return ApiError(409, str(error), param="session_id", code="snapshot_mismatch")
         case SnapshotError():
             return damaged(error)
         case RequestValidationError():

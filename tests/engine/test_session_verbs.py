@@ -22,7 +22,7 @@ from engine.state_spec import StateSpec
 from engine.store import Lease, Record, SqliteStore
 
 SPEC = StateSpec(layers=1, heads=2, value_width=8, key_width=8, has_denominator=False)
-CODEC = SnapshotCodec(Fingerprints("w", "t", "l"), SPEC, 1000)
+CODEC = SnapshotCodec(Fingerprints("w", "t", "c", "l"), SPEC, 1000)
 
 
 class FullAtTimes(SqliteStore):

@@ -26,7 +26,7 @@ class KeepingEngine(FakeEngine):
     weights = "w"
 
     def session_codec(self) -> SnapshotCodec:
-        return SnapshotCodec(Fingerprints(self.weights, "t", "l"), SPEC, 256)
+        return SnapshotCodec(Fingerprints(self.weights, "t", "c", "l"), SPEC, 256)
 
 
 @contextlib.contextmanager
