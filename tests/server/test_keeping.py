@@ -16,6 +16,7 @@ from server.keeping import kept_sessions, where_kept
 from server.settings import ServerConfig
 from tests.server.fake_engine import FakeEngine
 from tests.server.live import Live, serving
+from tests.server.sse import read_told
 
 SPEC = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
 
@@ -77,6 +78,34 @@ def test_a_session_moves_to_a_server_of_the_same_model(tmp_path: Path) -> None:
         damaged = here.client.post("/v1/sessions/import", content=raw[:-1])
         assert damaged.json()["error"]["code"] == "bad_snapshot"
         assert there.client.get("/v1/sessions").json()["data"] == []
+
+
+def test_what_a_turn_told_survives_a_restart_and_moves(tmp_path: Path) -> None:
+    body = {"prompt": "y", "max_tokens": 9, "stream": True, "on_disconnect": "continue"}
+    with keeping(tmp_path) as live:
+        session_id = live.opened("x")
+        said = live.client.post("/v1/completions", json=body | {"session_id": session_id}).text
+        raw = snapshot(live, session_id)
+    told = read_told(said)
+    events = f"/v1/sessions/{session_id}/events"
+    with keeping(tmp_path) as live, keeping(None) as there:
+        assert live.client.get(events).text == said
+        last = {"Last-Event-ID": told[5].id}
+        assert read_told(live.client.get(events, headers=last).text) == told[6:]
+        moved = there.client.post("/v1/sessions/import", content=raw).json()["id"]
+        assert there.client.get(f"/v1/sessions/{moved}/events").text == said
+        live.complete(prompt="z", session_id=session_id, max_tokens=1)
+        assert live.client.get(events).status_code == 204
+        assert live.client.get(events, headers=last).status_code == 410
+
+
+def test_a_folder_of_another_model_says_what_differs(tmp_path: Path) -> None:
+    with keeping(tmp_path) as live:
+        session_id = live.opened("x")
+    with keeping(tmp_path, weights="other") as live:
+        refused = live.complete(prompt="y", session_id=session_id)
+        assert refused.json()["error"]["code"] == "snapshot_mismatch"
+        assert "weights" in refused.json()["error"]["message"]
 
 
 def test_busy_moved_and_missing_are_told_alike(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.session_state import SessionState
+from tests.server.sse import read_told, text_of
 
 ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("COTTENTION_CRASH_ROUNDS", "3"))
@@ -73,20 +74,44 @@ class Twins:
         return outputs[-1].state, "".join(out.text for out in outputs)
 
 
-def take_turn(client: httpx.Client, name: str, session: int, turn: int) -> str:
+def body_of(name: str, session: int, turn: int) -> dict[str, Any]:
     body: dict[str, Any] = {"session_id": name, "prompt": prompt_of(session, turn)}
-    body |= {"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": session}
-    answer = client.post("/v1/completions", json=body)
+    return body | {"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": session}
+
+
+def take_turn(client: httpx.Client, name: str, session: int, turn: int) -> str:
+    answer = client.post("/v1/completions", json=body_of(name, session, turn))
     assert answer.status_code == 200, answer.text
     text: str = answer.json()["choices"][0]["text"]
     return text
 
 
+def take_turn_from_afar(client: httpx.Client, name: str, session: int, turn: int) -> str:
+    """As a stream that is left after an event or two, and what came after them."""
+    body = body_of(name, session, turn) | {"stream": True, "on_disconnect": "continue"}
+    raw = ""
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            raw += f"{line}\n"
+            if raw.count("\n\n") > session % 3:
+                break
+    told = read_told(raw)
+    last = {"Last-Event-ID": told[-1].id}
+    rest = client.get(f"/v1/sessions/{name}/events", headers=last)
+    assert rest.status_code == (204 if told[-1].data == "[DONE]" else 200), rest.text
+    told += read_told(rest.text)
+    if told[-1].data != "[DONE]":
+        raise httpx.ReadError("the end is missing")
+    return text_of(told)
+
+
 def load(client: httpx.Client, name: str, session: int, answered: Said) -> None:
-    """Turn after turn until the server is gone."""
+    """Turn after turn until the server is gone; half the sessions have clients that come and go."""
+    take = take_turn_from_afar if session % 2 else take_turn
     with contextlib.suppress(httpx.TransportError):
         while True:
-            answered.append(take_turn(client, name, session, len(answered)))
+            answered.append(take(client, name, session, len(answered)))
 
 
 def under_load(client: httpx.Client, names: Sequence[str], answered: Sequence[Said]) -> Any:
@@ -109,6 +134,9 @@ def check(client: httpx.Client, twins: Twins, names: Sequence[str], answered: li
         assert position in possible, (session, position, possible)
         if position == possible[1] != possible[0]:
             said.append(twins.said(session, len(said) + 1)[-1])
+        if session % 2 and said:
+            events = client.get(f"/v1/sessions/{name}/events")
+            assert text_of(read_told(events.text)) == said[-1]
 
 
 @pytest.mark.timeout(60 * ROUNDS + 60)
