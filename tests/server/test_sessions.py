@@ -255,15 +255,16 @@ def test_capacity_and_metrics_tell_where_sessions_are(live: Live) -> None:
     metrics = live.client.get("/metrics").text
     assert f'num_sessions_parked{{model_name="fake"}} {len(live.sessions.kept)}.0' in metrics
     assert 'sessions_stored_bytes{model_name="fake"} 7.0' in metrics
+    lines = [each.rsplit(" ", 1) for each in metrics.splitlines() if each[0] != "#"]
+    found = {name: float(figure) for name, figure in lines}
     for name, label, told in (
         ("session_bytes", "item", capacity["bytes_per_session"]),
         ("session_bytes_in", "place", places),
         ("sessions_per_gb", "place", per_gb),
     ):
         for what, figure in told.items():
-            line = f'cottention:{name}{{model_name="fake",{label}="{what}"}} '
-            [found] = [each for each in metrics.splitlines() if each.startswith(line)]
-            assert float(found.removeprefix(line)) == figure
+            labels = sorted([f'{label}="{what}"', 'model_name="fake"'])
+            assert found[f"cottention:{name}{{{','.join(labels)}}}"] == figure
 
 
 def test_a_full_disk_loses_no_turn() -> None:
