@@ -195,9 +195,5 @@ def _of_route(request: Request, error: HTTPException) -> ApiError:
 
 def _methods_at(path: str, described: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a path takes, of all its routes; the framework tells of the first one alone."""
-    here = (
-        [path]
-        if path in described
-        else [template for template in described if compile_path(template)[0].match(path)]
-    )
+    here = [path] if path in described else [p for p in described if compile_path(p)[0].match(path)]
     return sorted({method.upper() for template in here for method in described[template]})
