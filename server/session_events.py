@@ -46,6 +46,8 @@ async def follow_events(
     live = context.turns.live(owner, session_id)
     if live is not None and (last is None or last.turn == live.turn):
         number = _next(last, live.turn, live.first, live.stop)
+        if live.has_ended and number == live.stop:
+            return Response(status_code=204)
         return LiveAnswer(live, number, context.config.keep_alive_seconds)
     kept = await asyncio.to_thread(context.sessions.outbox, owner, session_id)
     number = _next(last, kept.turn, kept.first, kept.first + len(kept.events))

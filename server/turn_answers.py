@@ -118,5 +118,7 @@ async def _tell(told: TurnEvents, live: LiveEvents, stack: AsyncExitStack) -> No
         async with stack:
             async for text in told.texts():
                 live.add(text)
+                if told.has_ended:  # at once: nobody is to wait for more
+                    live.end()
     finally:
         live.end()

@@ -53,10 +53,15 @@ class TurnEvents:
         self.session: Session | None = None
         self.error: ApiError | None = None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the text that was told last was the end."""
+        return self.session is not None or self.error is not None
+
     async def texts(self, idle_seconds: float | None = None) -> AsyncIterator[str]:
         """Events, and a comment after `idle_seconds` of none; each is delivered when it returns."""
-        reading, turn, has_ended = self._reading, self._turn, False
-        while not has_ended:
+        reading, turn = self._reading, self._turn
+        while True:
             pieces = await reading.take(idle_seconds)
             chunks = await self.events.chunks(pieces)
             if not pieces:
@@ -65,9 +70,11 @@ class TurnEvents:
             [piece] = pieces.values()
             if self._gathers:
                 self.whole.merge(piece)
-            has_ended = piece.finish_reason is not None
-            yield await self._ended(piece, chunks) if has_ended else self._framed(chunks)
-            if not has_ended and not reading.is_closed:
+            if piece.finish_reason is not None:
+                yield await self._ended(piece, chunks)
+                return
+            yield self._framed(chunks)
+            if not reading.is_closed:
                 turn.delivered(piece)
 
     async def _ended(self, piece: Piece, chunks: Sequence[str]) -> str:

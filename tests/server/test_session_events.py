@@ -83,6 +83,16 @@ def test_a_client_that_comes_back_misses_nothing(
     assert is_free(live, session_id)
 
 
+def test_who_has_heard_the_end_is_not_kept_waiting() -> None:
+    """The turn's session takes its time to be stored, and the client is back at once."""
+    with serving(keep_alive_seconds=0.05) as live:
+        session_id = live.opened("x")
+        live.sessions.slow["commit"] = 0.3
+        told = read_told(live.client.post("/v1/completions", json=going_on(session_id)).text)
+        for _ in range(20):
+            assert after(live, session_id, told[-1].id).status_code == 204
+
+
 def test_several_may_follow_and_leave_again(live: Live) -> None:
     session_id = live.opened("x")
     begun = left_after(live, 2, **going_on(session_id, num=100))

@@ -7,11 +7,9 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,30 +19,15 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.session_state import SessionState
+from tests.server.process import served
 from tests.server.sse import read_told, text_of
 
-ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("COTTENTION_CRASH_ROUNDS", "3"))
 NUM_SESSIONS = 32
 NUM_TOKENS = 5
+FLAGS = ("--max-slots", "40", "--session-memory", "256K")
 
 Said = list[str]
-
-
-@contextlib.contextmanager
-def serving(model: Path, folder: Path) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
-    """`cottention serve` in a process of its own, killed at the end."""
-    command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0"]
-    command += ["--session-dir", str(folder), "--max-slots", "40", "--session-memory", "256K"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
-        try:
-            assert popen.stdout
-            lines = iter(popen.stdout.readline, "")
-            url = next(line.split()[-1] for line in lines if line.startswith("ready"))
-            with httpx.Client(base_url=url, timeout=30) as client:
-                yield popen, client
-        finally:
-            popen.kill()
 
 
 def prompt_of(session: int, turn: int) -> str:
@@ -145,8 +128,9 @@ def test_kill_9_loses_nothing_answered(gptj_folder: Path, tmp_path: Path) -> Non
     answered: list[Said] = [[] for _ in range(NUM_SESSIONS)]
     names: list[str] = []
     chance = random.Random(0)
+    folder = tmp_path / "sessions"
     for _ in range(ROUNDS):
-        with serving(gptj_folder, tmp_path / "sessions") as (popen, client):
+        with served(gptj_folder, folder, *FLAGS) as (popen, client):
             if not names:
                 opened = [client.post("/v1/sessions", json={}) for _ in answered]
                 names = [each.json()["id"] for each in opened]
@@ -156,7 +140,7 @@ def test_kill_9_loses_nothing_answered(gptj_folder: Path, tmp_path: Path) -> Non
             popen.send_signal(signal.SIGKILL)
             for thread in threads:
                 thread.join()
-    with serving(gptj_folder, tmp_path / "sessions") as (_, client):
+    with served(gptj_folder, folder, *FLAGS) as (_, client):
         check(client, twins, names, answered)
         for session, name in enumerate(names):
             turn = len(answered[session])
