@@ -256,6 +256,7 @@ def test_a_failed_turn_tells_so_and_keeps_nothing(live: Live) -> None:
     told = read_told(response.text)
     assert "the engine failed" in told[-1].json["error"]["message"]
     assert live.text_of(session_id) == "x"
+    eventually(lambda: not live.turns._live)
     assert error_of(after(live, session_id, told[0].id)) == GONE
     whole = live.complete(**going_on(session_id, prompt="fail", stream=False))
     assert whole.status_code == 500
