@@ -34,9 +34,6 @@ class Parked:
         """Sessions whose state is here."""
         return len(self._digests)
 
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._places
-
     def holds(self, session_id: str) -> bool:
         """Whether the session's state is here."""
         return session_id in self._digests

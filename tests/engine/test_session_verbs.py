@@ -321,6 +321,16 @@ def test_reading_what_a_turn_is_just_replacing(sessions: Sessions) -> None:
     assert sessions.export("a", made.id) == CODEC.encode(state(4))
 
 
+def test_reading_what_is_damaged(opened: Opener, tmp_path: Path) -> None:
+    sessions = opened(memory_bytes=0)
+    made = make(sessions)
+    [path] = (tmp_path / "sessions" / "states").glob("??/*")
+    path.write_bytes(b"x" * made.nbytes)
+    for read in (sessions.export, sessions.outbox):
+        with pytest.raises(SnapshotError, match="damaged"):
+            read("a", made.id)
+
+
 def test_export_and_import(sessions: Sessions) -> None:
     raw = sessions.export("a", make(sessions, 7).id)
     moved = sessions.import_("b", raw, {}, None)
