@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
 from engine.errors import ContextPolicyError
+from engine.outbox import Outbox
 from engine.renewal import ContextPolicy
 
 if TYPE_CHECKING:  # who schedules sessions need not load torch
@@ -29,6 +30,7 @@ class SessionState:
     counts: id → how often it was generated; 0 where it was only read.
     undecoded: bytes of a character that the last turn's text did not finish.
     context_policy: how the rows came to be, which is settled once they are full.
+    outbox: what the last turn told, where it was to be kept; no token depends on it.
     """
 
     rows: "tuple[Tensor, ...]" = ()
@@ -37,6 +39,7 @@ class SessionState:
     recent: tuple[int, ...] = ()
     counts: Mapping[int, int] = field(default_factory=dict)
     undecoded: bytes = b""
+    outbox: Outbox = Outbox()
     context_policy: ContextPolicy = "renew"
 
     @property

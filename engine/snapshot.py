@@ -11,30 +11,49 @@ else a header may claim, twice or nested or out of place, is refused without bei
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from typing import NamedTuple
 
 from engine import sealed
 from engine.errors import SnapshotError, SnapshotMismatchError
 from engine.fingerprints import Fingerprints
+from engine.outbox import Outbox
 from engine.renewal import ContextPolicy, Grid
 from engine.session_state import SessionState
 from engine.state_spec import StateSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_POSITION = 2**62
 
-_LISTS = {"pending": "I32", "recent": "I32", "count_ids": "I32", "counts": "I32", "undecoded": "U8"}
+_LISTS = {
+    "pending": "I32",
+    "recent": "I32",
+    "count_ids": "I32",
+    "counts": "I32",
+    "event_sizes": "I32",
+    "undecoded": "U8",
+    "events": "U8",
+}
+_NUMBERS = {
+    "position": "[0-9]{1,19}",
+    "context_policy": ".*",
+    "turn": "([0-9a-f]{16})?",
+    "first_event": "[0-9]{1,19}",
+}
+"""What a header says in words, and how each may be spelled."""
 
 
 class _Sizes(NamedTuple):
     """All that a header depends on beside the model.
 
-    grid: the name of the grid that the rows are on. lengths: elements of each of `_LISTS`.
+    context_policy: name of the grid that the rows are on. lengths: elements of each of `_LISTS`.
     """
 
     position: int
-    grid: str
+    context_policy: str
+    turn: str
+    first_event: int
     has_rows: bool
     lengths: Mapping[str, int]
 
@@ -61,12 +80,7 @@ class SnapshotCodec:
         self._row_shapes: list[tuple[int, ...]] = [spec.state_shape]
         if spec.has_denominator:
             self._row_shapes.append(spec.denominator_shape)
-        self._expected = {
-            "format": str(FORMAT_VERSION),
-            "weights": fingerprints.weights,
-            "tokenizer": fingerprints.tokenizer,
-            "layout": fingerprints.layout,
-        }
+        self._expected = {"format": str(FORMAT_VERSION), **asdict(fingerprints)}
 
     def encode(self, state: SessionState) -> bytes:
         """One self-contained binary."""
@@ -77,11 +91,14 @@ class SnapshotCodec:
             "recent": state.recent,
             "count_ids": [token_id for token_id, _ in counts],
             "counts": [count for _, count in counts],
+            "event_sizes": [len(event) for event in state.outbox.events],
             "undecoded": state.undecoded,
+            "events": b"".join(state.outbox.events),
         }
         lengths = {name: len(values) for name, values in lists.items()}
         name = self.grids[state.context_policy].name
-        sizes = _Sizes(state.position, name, bool(state.rows), lengths)
+        turn, first = state.outbox.turn, state.outbox.first
+        sizes = _Sizes(state.position, name, turn, first, bool(state.rows), lengths)
         return sealed.seal(
             [
                 self._header(sizes),
@@ -100,20 +117,23 @@ class SnapshotCodec:
         entries = self._entries(sizes)
         if header != self._header(sizes):
             raise SnapshotError("the snapshot's header is not one that this server writes")
-        if len(data) != entries["undecoded"].end:
+        if len(data) != entries["events"].end:
             raise SnapshotError("the snapshot's sizes are not those of its header")
         lists = {name: sealed.ints_at(data, entries[name]) for name in _LISTS}
         self._check(sizes, lists)
+        events = lists["event_sizes"], bytes(lists["events"])
+        outbox = Outbox.unpacked(sizes.turn, sizes.first_event, *events)
         return SessionState(
             rows=tuple(
                 sealed.floats_at(data, entries[name]) for name in entries if name not in _LISTS
             ),
             position=sizes.position,
-            pending=lists["pending"],
-            recent=lists["recent"],
+            pending=tuple(lists["pending"]),
+            recent=tuple(lists["recent"]),
             counts=dict(zip(lists["count_ids"], lists["counts"], strict=True)),
             undecoded=bytes(lists["undecoded"]),
-            context_policy=self._policies[sizes.grid],
+            outbox=outbox,
+            context_policy=self._policies[sizes.context_policy],
         )
 
     def _entries(self, sizes: _Sizes) -> dict[str, sealed.Entry]:
@@ -127,8 +147,8 @@ class SnapshotCodec:
 
     def _header(self, sizes: _Sizes) -> bytes:
         """The one spelling of a header for these sizes."""
-        own = {"context_policy": sizes.grid, "position": str(sizes.position)}
-        metadata = {**self._expected, **own}
+        metadata = {name: str(getattr(sizes, name)) for name in _NUMBERS}
+        metadata = self._expected | metadata
         return sealed.header_text(metadata, self._entries(sizes))
 
     def _sizes(self, header: bytes) -> _Sizes:
@@ -138,19 +158,22 @@ class SnapshotCodec:
             metadata = found["__metadata__"]
             policy = str(metadata["context_policy"])
             self._check_fit({name: str(metadata[name]) for name in self._expected}, policy)
-            if not re.fullmatch("[0-9]{1,19}", metadata["position"]):
-                raise ValueError("position")
+            for name, spelling in _NUMBERS.items():
+                if not re.fullmatch(spelling, metadata[name]):
+                    raise ValueError(name)
             lengths = {name: int(found[name]["shape"][0]) for name in _LISTS}
-            sizes = _Sizes(int(metadata["position"]), policy, "row.0" in found, lengths)
+            position, first_event = int(metadata["position"]), int(metadata["first_event"])
+            has_rows, turn = "row.0" in found, metadata["turn"]
+            sizes = _Sizes(position, policy, turn, first_event, has_rows, lengths)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise SnapshotError("the snapshot's header cannot be read") from error
-        if min(lengths.values()) < 0 or sizes.position > MAX_POSITION:
+        if min(lengths.values()) < 0 or max(position, first_event) > MAX_POSITION:
             raise SnapshotError("the snapshot's sizes are out of range")
         return sizes
 
     def _check_fit(self, found: Mapping[str, str], policy: str) -> None:
         faults = [
-            f"{name} (here {expected!r}, in the snapshot {found[name][:200]!r})"
+            f"{name} (here {expected!r}, in the snapshot {found[name][:400]!r})"
             for name, expected in self._expected.items()
             if found[name] != expected
         ]
@@ -160,7 +183,7 @@ class SnapshotCodec:
         if faults:
             raise SnapshotMismatchError(f"the snapshot differs in {', '.join(faults)}")
 
-    def _check(self, sizes: _Sizes, lists: Mapping[str, tuple[int, ...]]) -> None:
+    def _check(self, sizes: _Sizes, lists: Mapping[str, Sequence[int]]) -> None:
         """Values that no session has, though the sizes are right."""
         ids, counts = lists["count_ids"], lists["counts"]
         all_ids = (*lists["pending"], *lists["recent"], *ids)

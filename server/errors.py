@@ -30,6 +30,7 @@ from engine.errors import (
     SessionMovedError,
     SessionNotFoundError,
     SnapshotError,
+    SnapshotMismatchError,
     StoreFullError,
 )
 from server.reading import ReadingClosed
@@ -39,7 +40,6 @@ logger = logging.getLogger("cottention")
 RETRY_AFTER_SECONDS = 5
 CLIENT_CLOSED_REQUEST = 499
 """What proxies log for a client that left; it is never sent to anyone."""
-
 
 SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     SessionNotFoundError: (404, "session_not_found"),
@@ -169,6 +169,8 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
             return unavailable(str(error))
         case SessionError():
             return of_session(error)
+        case SnapshotMismatchError():  # stored by a server of another model
+            return ApiError(409, str(error), param="session_id", code="snapshot_mismatch")
         case SnapshotError():
             return damaged(error)
         case RequestValidationError():

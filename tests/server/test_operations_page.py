@@ -65,7 +65,8 @@ def test_its_formulas(has_denominator: bool) -> None:
         recent=tuple(range(900)),
         counts=dict.fromkeys(range(500), 1),
     )
-    codec = SnapshotCodec(Fingerprints("a" * 64, "b" * 64, "c" * 200), spec, 1000, grids(900), 900)
+    prints = Fingerprints("a" * 64, "b" * 64, "c" * 200, "d" * 100)
+    codec = SnapshotCodec(prints, spec, 1000, grids(900), 900)
     beyond = len(codec.encode(state)) - (spec.bytes_per_slot + 4 * (900 + 3) + 8 * 500)
     assert 0 < beyond < 2000
 
