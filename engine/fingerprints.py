@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from engine.model_config import ModelConfig
 from engine.state_spec import StateSpec
 from engine.weights import weight_files
 
@@ -30,7 +31,7 @@ class Fingerprints:
         return cls(
             weights=_sha256(weight_files(folder)),
             tokenizer=_sha256(path for path in tokenizer if path.is_file()),
-            layout=_layout(spec, dtype),
+            layout=_layout(spec, dtype) + _attention(ModelConfig.from_folder(folder)),
         )
 
 
@@ -39,6 +40,14 @@ def _layout(spec: StateSpec, dtype: str) -> str:
         f"layers={spec.layers} heads={spec.heads} V={spec.value_width} K={spec.key_width} float32"
         f" weights={dtype} denominator={spec.has_denominator}"
     )
+
+
+def _attention(config: ModelConfig) -> str:
+    """What config.json alone says of a state, for other kinds of attention than the first."""
+    if config.attention_type == "cottention":
+        return ""
+    length = "" if config.max_exact_length is None else f" M={config.max_exact_length}"
+    return f" attention={config.attention_type} rotary={config.rotary_dim}{length}"
 
 
 def _sha256(paths: Iterable[Path]) -> str:

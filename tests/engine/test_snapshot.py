@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
+from engine.feature_maps import FEATURE_MAPS, FeatureMap
 from engine.fingerprints import Fingerprints
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
+from tests.engine.making import attention_folder
 
 SPEC = StateSpec(layers=1, heads=2, value_width=3, key_width=4, has_denominator=False)
 PRINTS = Fingerprints("aa" * 32, "bb" * 32, "layers=1")
@@ -69,7 +72,7 @@ def same(a: SessionState, b: SessionState) -> bool:
     )
 
 
-@pytest.mark.parametrize("has_denominator", [False, True])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS.values(), ids=list(FEATURE_MAPS))
 @pytest.mark.parametrize(
     "state",
     [
@@ -79,8 +82,12 @@ def same(a: SessionState, b: SessionState) -> bool:
         replace(FULL, position=2**62),
     ],
 )
-def test_there_and_back(state: SessionState, has_denominator: bool) -> None:
-    spec = replace(SPEC, has_denominator=has_denominator)
+def test_there_and_back(state: SessionState, feature_map: FeatureMap) -> None:
+    spec = replace(
+        SPEC,
+        key_width=feature_map.key_width(SPEC.value_width),
+        has_denominator=feature_map.has_denominator,
+    )
     codec = SnapshotCodec(PRINTS, spec, NUM_IDS)
     if state.rows:
         state = replace(state, rows=rows(spec))
@@ -281,6 +288,22 @@ def test_counts_out_of_order() -> None:
         body = raw[BODY_AT:].replace(ids, struct.pack("<2i", *wrong))
         with pytest.raises(SnapshotError, match="order"):
             CODEC.decode(sealed(body))
+
+
+@pytest.mark.parametrize("change", [{"cosformer_max_length": 64}, {"rotary_dim": 8}])
+def test_fingerprints_follow_what_only_the_configuration_says(
+    tmp_path: Path, change: dict[str, int]
+) -> None:
+    """cosFormer's M is in no weight, and a state means nothing under another."""
+    changed = tmp_path / "changed"
+    shutil.copytree(attention_folder("cosformer"), changed)
+    first = Fingerprints.of(changed, SPEC, "float32")
+    assert "attention=cosformer rotary=0 M=20000" in first.layout
+    config = json.loads((changed / "config.json").read_text(encoding="utf-8"))
+    (changed / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
+    second = Fingerprints.of(changed, SPEC, "float32")
+    assert second.layout != first.layout
+    assert second.weights == first.weights
 
 
 def test_fingerprints_follow_the_files(folder: Path) -> None:
