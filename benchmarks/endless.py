@@ -30,6 +30,9 @@ from engine.training.score import token_lengths
 from engine.weights import load_model
 
 BORDERS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+KEPT_PART = 8
+"""R = W / 8, as the engine keeps by default."""
+
 Nats = Callable[[CottentionForCausalLM, Tensor], Tensor]
 """A model and ids [T + 1] → −ln p of the T ids that follow the first, float32 [T]."""
 
@@ -95,11 +98,25 @@ def sliding(model: CottentionForCausalLM, ids: Tensor) -> Tensor:
 
 
 def bits_by_position(
-    model: CottentionForCausalLM, text: LongText, nats_of: Nats, count: int, length: int
+    model: CottentionForCausalLM, text: LongText, nats_of: Nats, num_streams: int, length: int
 ) -> dict[str, float]:
-    """Bits per byte between BORDERS, over `count` streams."""
+    """Bits per byte between BORDERS, up to `length` tokens.
+
+    Inside the window every token of the text counts, each once, in windows side by side; behind it
+    `num_streams` streams tell, which begin at places evenly apart: what stands at a position would
+    otherwise say more than the position.
+    """
+    window = model.config.window
+    near = _bits(model, text, nats_of, -(-len(text.ids) // window), window)
+    far = _bits(model, text, nats_of, num_streams, length)
+    return near | {key: bits for key, bits in far.items() if int(key.split("-")[0]) >= window}
+
+
+def _bits(
+    model: CottentionForCausalLM, text: LongText, nats_of: Nats, num_streams: int, length: int
+) -> dict[str, float]:
     total = torch.zeros(2, length, dtype=torch.float64)
-    for ids in text.streams(count, length):
+    for ids in text.streams(num_streams, length):
         total[0] += nats_of(model, ids)
         total[1] += text.token_bytes[ids[1:]]
     return {
