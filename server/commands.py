@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError, CottentionError
+from engine.model_config import ModelConfig
 from engine.model_folder import resolve_model
 from engine.outputs import FinishReason
 from engine.params import SamplingParams
@@ -132,6 +133,7 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield "model", engine.name
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
+    yield "attention", _attention(shape)
     yield "shape", f"{shape.n_layer} layers of {shape.n_head} heads of {shape.head_dim}"
     for what, size in engine.spec.itemised_bytes().items():
         yield f"  {what}", f"{size:,} bytes"
@@ -140,6 +142,11 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield "pool when served", _pool(num_slots, size_of_one)
     yield "trained length", f"{shape.n_positions:,} tokens"
     yield "position limit", "none; past the trained length the text gets worse, not the memory"
+
+
+def _attention(shape: ModelConfig) -> str:
+    longest = shape.max_exact_length
+    return shape.attention_type if longest is None else f"{shape.attention_type}, M = {longest:,}"
 
 
 def _on_what(engine: "Engine") -> str:
