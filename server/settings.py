@@ -10,6 +10,7 @@ from engine.errors import ConfigurationError
 from engine.options import check_options, option
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+WithoutKey = Literal["warn", "allow"]
 
 MAX_PORT = 65_535
 
@@ -52,6 +53,9 @@ class ServerConfig:
     )
     api_key: tuple[str, ...] = option((), "key that clients must send; may be given several times")
     api_key_file: str | None = option(None, "file of such keys, a line each")
+    without_key: WithoutKey = option(
+        "warn", "what becomes of a start that is open to others and has no key"
+    )
     metrics_key: str | None = option(None, "key that /metrics asks for (default: it is open)")
     cors_origin: tuple[str, ...] = option(
         (), "web page that may call from a browser; may be given several times, * is any"
