@@ -9,25 +9,20 @@ Letters: B streams, T tokens, W window, R kept tokens.
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from benchmarks.held_out import LongText
 from engine.feature_maps import FEATURE_MAPS, Features
 from engine.model import Attend, CottentionForCausalLM
 from engine.model_config import ModelConfig
 from engine.ops.chunked import chunked
 from engine.state_spec import StateSpec
-from engine.training.corpus import read_corpus, standard_library, without_tables
-from engine.training.data import token_stream
 from engine.training.forward import attend_from_zero
-from engine.training.score import token_lengths
-from engine.weights import load_model
 
 BORDERS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 KEPT_PART = 8
@@ -35,32 +30,6 @@ KEPT_PART = 8
 
 Nats = Callable[[CottentionForCausalLM, Tensor], Tensor]
 """A model and ids [T + 1] → −ln p of the T ids that follow the first, float32 [T]."""
-
-
-@dataclass(frozen=True, slots=True)
-class LongText:
-    """Ids int64 [N] of a text that goes round, and the bytes that each id stands for."""
-
-    ids: Tensor
-    token_bytes: Tensor
-
-    @classmethod
-    def held_out(cls, folder: Path) -> "LongText":
-        """All held-out code, character tables left out, in the tokens of a model folder."""
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        files = without_tables(read_corpus(standard_library()).held_out)
-        return cls(token_stream(tokenizer, files)[:-1], token_lengths(tokenizer))
-
-    def streams(self, count: int, length: int) -> Iterator[Tensor]:
-        """`count` rows of length + 1 ids that begin at places evenly apart."""
-        for index in range(count):
-            start = index * len(self.ids) // count
-            yield self.ids[(start + torch.arange(length + 1)) % len(self.ids)]
-
-
-def load(folder: Path) -> CottentionForCausalLM:
-    """A model folder in float32, softmax included."""
-    return load_model(folder, ModelConfig.from_folder(folder), torch.float32).eval()
 
 
 @torch.inference_mode()
@@ -97,33 +66,69 @@ def sliding(model: CottentionForCausalLM, ids: Tensor) -> Tensor:
     return _nats(model, ids, places, places, attend)
 
 
-def bits_by_position(
-    model: CottentionForCausalLM, text: LongText, nats_of: Nats, num_streams: int, length: int
-) -> dict[str, float]:
-    """Bits per byte between BORDERS, up to `length` tokens.
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Bits per byte of the tokens between two BORDERS; of the same tokens in fresh windows.
 
-    Inside the window every token of the text counts, each once, in windows side by side; behind it
-    `num_streams` streams tell, which begin at places evenly apart: what stands at a position would
-    otherwise say more than the position.
+    fresh says how hard the text is that happens to stand there. level is per_byte as it would be
+    of text that is as hard as all of it.
+    """
+
+    per_byte: float
+    fresh: float
+    level: float
+
+
+def bits_by_position(
+    model: CottentionForCausalLM,
+    text: LongText,
+    ways: Mapping[str, Nats],
+    num_streams: int,
+    length: int,
+) -> Iterator[tuple[str, dict[str, Bits]]]:
+    """Between BORDERS, up to `length` tokens, for each of the ways, which agree inside the window.
+
+    There every token of the text counts, in windows side by side; behind it `num_streams` streams
+    tell, which begin at places evenly apart.
     """
     window = model.config.window
-    near = _bits(model, text, nats_of, -(-len(text.ids) // window), window)
-    far = _bits(model, text, nats_of, num_streams, length)
-    return near | {key: bits for key, bits in far.items() if int(key.split("-")[0]) >= window}
+    fresh = torch.zeros(len(text.ids))
+    near = _Sums(text, window)
+    for places, ids in text.streams(-(-len(text.ids) // window), window):
+        fresh[places] = nats = next(iter(ways.values()))(model, ids)
+        near.add(nats, nats, ids)
+    for how, nats_of in ways.items():
+        far = _Sums(text, length)
+        for places, ids in text.streams(num_streams, length):
+            far.add(nats_of(model, ids), fresh[places], ids)
+        yield how, near.bits(0, window, None) | far.bits(window, length, near.total())
 
 
-def _bits(
-    model: CottentionForCausalLM, text: LongText, nats_of: Nats, num_streams: int, length: int
-) -> dict[str, float]:
-    total = torch.zeros(2, length, dtype=torch.float64)
-    for ids in text.streams(num_streams, length):
-        total[0] += nats_of(model, ids)
-        total[1] += text.token_bytes[ids[1:]]
-    return {
-        f"{start}-{stop}": float(total[0, start:stop].sum() / total[1, start:stop].sum())
-        / math.log(2)
-        for start, stop in pairwise(border for border in BORDERS if border <= length)
-    }
+class _Sums:
+    """Nats, nats in a fresh window and bytes by position, float64 [T]."""
+
+    def __init__(self, text: LongText, length: int) -> None:
+        self._token_bytes = text.token_bytes
+        self._nats, self._fresh, self._bytes = torch.zeros(3, length, dtype=torch.float64)
+
+    def add(self, nats: Tensor, fresh: Tensor, ids: Tensor) -> None:
+        self._nats += nats
+        self._fresh += fresh
+        self._bytes += self._token_bytes[ids[1:]]
+
+    def total(self) -> float:
+        """Bits per byte in fresh windows, of all that was added."""
+        return float(self._fresh.sum() / self._bytes.sum()) / math.log(2)
+
+    def bits(self, start: int, stop: int, hardness: float | None) -> dict[str, Bits]:
+        """Between the borders from start to stop; `hardness` None where each has all the text."""
+        borders = [border for border in BORDERS if start <= border <= stop]
+        return {f"{a}-{b}": self._between(slice(a, b), hardness) for a, b in pairwise(borders)}
+
+    def _between(self, places: slice, hardness: float | None) -> Bits:
+        in_bits = math.log(2) * float(self._bytes[places].sum())
+        bits, fresh = (float(each[places].sum()) / in_bits for each in (self._nats, self._fresh))
+        return Bits(bits, fresh, bits if hardness is None else bits / fresh * hardness)
 
 
 def _nats(

@@ -8,6 +8,7 @@ sliding window of the same length where it is a softmax model.
 import argparse
 import functools
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib import pyplot
 
 from benchmarks import endless
 from benchmarks.common import machine, show, write_json
+from benchmarks.held_out import LongText, load
 from benchmarks.memory import kv_cache_bytes
 from engine import ModelConfig
 from engine.model_folder import DEFAULT_MODEL
@@ -55,9 +57,9 @@ def _read() -> dict[str, Any]:
 def _measure(name: str, num_streams: int, length: int) -> None:
     """Put a model's series into the figures, each as soon as it is there."""
     folder = DEFAULT_MODEL if name == "default" else Path(name)
-    model, text = endless.load(folder), endless.LongText.held_out(folder)
-    for how, nats_of in _ways(model.config).items():
-        bits = endless.bits_by_position(model, text, nats_of, num_streams, length)
+    model, text = load(folder), LongText.held_out(folder)
+    ways = _ways(model.config)
+    for how, bits in endless.bits_by_position(model, text, ways, num_streams, length):
         series = _read() if FIGURES.is_file() else {}
         series[f"{name if name == 'default' else folder.name}, {how}"] = {
             "attention": model.config.attention_type,
@@ -65,7 +67,7 @@ def _measure(name: str, num_streams: int, length: int) -> None:
             "streams": num_streams,
             "text_tokens": len(text.ids),
             "machine": machine(),
-            "bits_per_byte": bits,
+            "bits_per_byte": {place: asdict(each) for place, each in bits.items()},
         }
         write_json(FIGURES, series)
 
@@ -83,8 +85,7 @@ def _ways(config: ModelConfig) -> dict[str, endless.Nats]:
 
 def _row(name: str, one: dict[str, Any]) -> dict[str, object]:
     bits = one["bits_per_byte"]
-    columns = [f"{a}-{b}" for a, b in zip(endless.BORDERS, endless.BORDERS[1:], strict=False)]
-    return {"model": name, **{each: f"{bits[each]:.3f}" for each in columns if each in bits}}
+    return {"model": name, **{place: f"{each['level']:.3f}" for place, each in bits.items()}}
 
 
 def _draw_quality(series: dict[str, Any], path: Path) -> None:
@@ -93,7 +94,8 @@ def _draw_quality(series: dict[str, Any], path: Path) -> None:
         stops = [int(key.split("-")[1]) for key in one["bits_per_byte"]]
         style = {"exact": ":", "renewed": "-"}.get(name.split(", ")[1], "--")
         label = f"{name} (window {one['window']:,})"
-        axes.plot(stops, list(one["bits_per_byte"].values()), style, marker="o", ms=3, label=label)
+        levels = [each["level"] for each in one["bits_per_byte"].values()]
+        axes.plot(stops, levels, style, marker="o", ms=3, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(endless.BORDERS[1:], [f"{border:,}" for border in endless.BORDERS[1:]])
     axes.set(xlabel="tokens in the stream, up to", ylabel="bits per byte of held-out code")

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from benchmarks.common import Report, machine, parser, show, write_json
-from benchmarks.endless import load
+from benchmarks.held_out import load
 from benchmarks.memory import kv_cache_bytes
 from engine.feature_maps import FEATURE_MAPS, TRAINED_MAPS
 from engine.model import CottentionForCausalLM

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import endless
+from benchmarks.held_out import LongText
 from engine.feature_maps import Features
 from engine.model import CottentionForCausalLM
 from engine.training.forward import logits_of, new_model
@@ -74,21 +75,37 @@ def test_sliding_sees_one_window(length: int) -> None:
     torch.testing.assert_close(endless.sliding(model, ids), expected)
 
 
-def test_near_places_are_those_of_the_whole_text() -> None:
-    model, text = model_of("cottention"), endless.LongText(ids_of(640)[:-1], torch.ones(50).long())
-    ways = endless.exact, functools.partial(endless.renewed, kept=4)
-    exact, renewed = (endless.bits_by_position(model, text, way, 2, 256) for way in ways)
+def test_each_position_has_the_same_tokens_in_fresh_windows() -> None:
+    model, text = model_of("cottention"), LongText(ids_of(640)[:-1], torch.ones(50).long())
+    ways = {"exact": endless.exact, "renewed": functools.partial(endless.renewed, kept=4)}
+    told = dict(endless.bits_by_position(model, text, ways, 2, 256))
+    exact, renewed = (told[how] for how in ways)
     assert list(exact) == list(renewed) == ["128-256"]
-    assert exact != renewed
+    assert exact["128-256"].fresh == renewed["128-256"].fresh
+    assert exact["128-256"].per_byte != renewed["128-256"].per_byte
+
+
+def test_inside_the_window_all_are_fresh() -> None:
+    settings = TrainingSettings(context=256, layers=1, width=16, heads=2, vocab_size=50)
+    model = new_model(CottentionForCausalLM(settings.model_config(0))).eval()
+    text = LongText(ids_of(600)[:-1], torch.full((50,), 2))
+    [(_, bits)] = endless.bits_by_position(model, text, {"exact": endless.exact}, 1, 512)
+    assert list(bits) == ["0-128", "128-256", "256-512"]
+    for each in bits.values():  # fresh weights know nothing: about log₂ 50 bits for two bytes
+        assert each.fresh == pytest.approx(2.82, abs=0.05)
+    assert bits["0-128"].per_byte == bits["0-128"].fresh
 
 
 def test_streams_go_round() -> None:
-    text = endless.LongText(torch.arange(10), torch.ones(10))
-    streams = [ids.tolist() for ids in text.streams(2, 12)]
-    assert streams == [[*range(10), 0, 1, 2], [*range(5, 10), *range(8)]]
+    text = LongText(torch.arange(10), torch.ones(10))
+    streams = [(places.tolist(), ids.tolist()) for places, ids in text.streams(2, 12)]
+    assert streams == [
+        ([*range(10), 0, 1], [*range(10), 0, 1, 2]),
+        ([*range(5, 10), *range(7)], [*range(5, 10), *range(8)]),
+    ]
 
 
 def test_the_text_is_held_out_code(gptj_folder: Path) -> None:
-    text = endless.LongText.held_out(gptj_folder)
+    text = LongText.held_out(gptj_folder)
     assert len(text.ids) > 100_000
     assert int(text.ids.max()) < len(text.token_bytes)
