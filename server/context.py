@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 
+from engine.capacity import SessionBytes
 from server.bridge import Bridge
 from server.settings import ServerConfig
 from server.templates import ChatTemplate
 from server.turns import Turns
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+    from engine.engine import Engine
     from engine.sessions import Sessions
 
 
@@ -32,9 +34,25 @@ class Context:
         return self.config.served_model_name or self.bridge.engine.name
 
     @property
+    def session_bytes(self) -> SessionBytes:
+        """What one session takes here."""
+        return session_bytes(self.bridge.engine, self.config)
+
+    @property
     def trained_length(self) -> int:
         """Tokens that the model was trained to follow; it limits nothing here."""
         return self.bridge.engine.model_config.n_positions
+
+
+def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
+    """What one session of this engine takes under these settings."""
+    return SessionBytes.of(
+        engine.spec,
+        num_ids=engine.tokenizer.num_ids,
+        window=engine.model_config.n_positions,
+        max_checkpoints=config.session_checkpoints,
+        max_outbox=config.session_outbox,
+    )
 
 
 async def _context(request: Request) -> Context:

@@ -29,6 +29,7 @@ from engine.errors import (
     SessionMovedError,
     SessionNotFoundError,
     SnapshotError,
+    SnapshotMismatchError,
     StoreFullError,
 )
 from server.reading import ReadingClosed
@@ -167,6 +168,8 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
             return unavailable(str(error))
         case SessionError():
             return of_session(error)
+        case SnapshotMismatchError():  # stored by a server of another model
+            return ApiError(409, str(error), param="session_id", code="snapshot_mismatch")
         case SnapshotError():
             return damaged(error)
         case RequestValidationError():
@@ -192,9 +195,5 @@ def _of_route(request: Request, error: HTTPException) -> ApiError:
 
 def _methods_at(path: str, described: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a path takes, of all its routes; the framework tells of the first one alone."""
-    here = (
-        [path]
-        if path in described
-        else [template for template in described if compile_path(template)[0].match(path)]
-    )
+    here = [path] if path in described else [p for p in described if compile_path(p)[0].match(path)]
     return sorted({method.upper() for template in here for method in described[template]})

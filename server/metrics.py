@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from engine.capacity import SessionBytes
 from engine.outputs import EngineStats, FinishReason
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
@@ -31,6 +32,10 @@ SESSION_GAUGES = {
     "sessions_stored_bytes": ("stored_bytes", "What all sessions take on the disk."),
     "num_sessions_not_durable": ("num_unsaved", "Sessions ahead of what a full disk took."),
 }
+COST_GAUGES = {
+    "session_bytes": ("items", "item", "What one session takes, by what it holds; at most."),
+    "session_bytes_in": ("places", "place", "What one session takes in each place; at most."),
+}
 CACHE_GAUGES = {"prefix_cache_bytes": ("nbytes", "Memory of states after prompts.")}
 CACHE_COUNTERS = {
     "prefix_cache_queries": ("num_queried", "Prompt tokens that may have been read before."),
@@ -44,11 +49,14 @@ COUNTERS = {
 
 
 def make_registry(
-    stats: Callable[[], EngineStats], sizes: Callable[[], "SessionCounts"], model_name: str
+    stats: Callable[[], EngineStats],
+    sizes: Callable[[], "SessionCounts"],
+    cost: SessionBytes,
+    model_name: str,
 ) -> CollectorRegistry:
     """A registry of the application's own."""
     registry = CollectorRegistry()
-    registry.register(EngineCollector(stats, sizes, model_name))
+    registry.register(EngineCollector(stats, sizes, cost, model_name))
     ProcessCollector(registry=registry)
     return registry
 
@@ -60,10 +68,12 @@ class EngineCollector(Collector):
         self,
         stats: Callable[[], EngineStats],
         sizes: Callable[[], "SessionCounts"],
+        cost: SessionBytes,
         model_name: str,
     ) -> None:
         self._stats = stats
         self._sizes = sizes
+        self._cost = cost
         self._model_name = model_name
 
     def describe(self) -> list[Metric]:
@@ -75,6 +85,7 @@ class EngineCollector(Collector):
         stats = self._stats()
         yield from self._gauges(GAUGES, stats)
         yield from self._gauges(SESSION_GAUGES, self._sizes())
+        yield from self._costs()
         yield from self._gauges(CACHE_GAUGES, stats.prefix_cache)
         yield from self._counters(CACHE_COUNTERS, stats.prefix_cache)
         yield from self._counters(COUNTERS, stats)
@@ -85,6 +96,21 @@ class EngineCollector(Collector):
             gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], getattr(figures, attribute))
             yield gauge
+
+    def _costs(self) -> Iterator[Metric]:
+        for name, (attribute, label, text) in COST_GAUGES.items():
+            gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name", label])
+            for each, nbytes in getattr(self._cost, attribute).items():
+                gauge.add_metric([self._model_name, each], nbytes)
+            yield gauge
+        per_gb = GaugeMetricFamily(
+            "cottention:sessions_per_gb",
+            "How many fit into a billion bytes of each place, at least.",
+            labels=["model_name", "place"],
+        )
+        for place, num in self._cost.per_gb().items():
+            per_gb.add_metric([self._model_name, place], num)
+        yield per_gb
 
     def _counters(self, names: Mapping[str, tuple[str, str]], figures: Any) -> Iterator[Metric]:
         for name, (attribute, text) in names.items():

@@ -34,6 +34,12 @@ class Tokens:
         self.logprobs += output.logprobs
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
 
+    def merge(self, later: "Tokens") -> None:
+        """Append what was read later."""
+        self.ids += later.ids
+        self.logprobs += later.logprobs
+        self.prompt_logprobs = later.prompt_logprobs or self.prompt_logprobs
+
 
 @dataclass(slots=True)
 class Piece:
@@ -62,6 +68,14 @@ class Piece:
             self.finish_reason = output.finish_reason
             self.stop_reason = output.stop_reason
             self.state = output.state
+
+    def merge(self, later: "Piece") -> None:
+        """Append what was read later of the same choice."""
+        self._text.write(later.text)
+        if later.tokens is not None:
+            self.tokens = self.tokens or Tokens()
+            self.tokens.merge(later.tokens)
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
 class Reading:
