@@ -105,7 +105,10 @@ def _draw_quality(series: dict[str, Any], path: Path) -> None:
 
 
 def _draw_memory(path: Path) -> None:
-    """Computed for the default model's shape in float32, as StateSpec and a cache have it."""
+    """Computed for the default model's shape in float32, as StateSpec and a cache have it.
+
+    The spare is the row in which the state after the next renewal grows.
+    """
     config = ModelConfig.from_folder(DEFAULT_MODEL)
     state = StateSpec.of(config).bytes_per_slot / 2**20
     cache = [kv_cache_bytes(config, tokens) / 2**20 for tokens in MEMORY_AT]
@@ -113,7 +116,8 @@ def _draw_memory(path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
     axes.plot(MEMORY_AT, cache, label="softmax, all keys and values")
     axes.plot(MEMORY_AT, sliding, "--", label=f"softmax, sliding window of {config.window:,}")
-    axes.plot(MEMORY_AT, [state] * len(MEMORY_AT), label="Cottention, the state")
+    axes.plot(MEMORY_AT, [2 * state] * len(MEMORY_AT), label="Cottention, the state and its spare")
+    axes.plot(MEMORY_AT, [state] * len(MEMORY_AT), ":", label="Cottention, exact: the state")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(MEMORY_AT, [f"{tokens:,}" for tokens in MEMORY_AT])
