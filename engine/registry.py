@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from engine.choice import Choice
 from engine.errors import ParameterError
 from engine.outputs import FinishReason, Output, TokenLogprob
 from engine.prefix_cache import PrefixCache
-from engine.request import Choice, Request
+from engine.request import Request
 from engine.runner import Sample
 from engine.scheduler import Plan, Scheduler
 from engine.session_state import SessionState
@@ -48,7 +49,7 @@ class Registry:
     def add(self, request: Request) -> list[Output]:
         """Put a new request in line."""
         self._requests[request.id] = request
-        if not request.prompt_ids:  # a session whose one id waits for the next turn
+        if not request.reads:  # a session whose one id waits for the next turn
             return self.end(request, FinishReason.LENGTH)
         self._scheduler.add(request)
         return []
@@ -57,8 +58,10 @@ class Registry:
         """Give slots to those who may start."""
         for request in self._scheduler.admit(self._pool.num_free):
             request.slots = [self._pool.allocate() for _ in request.choices]
-            if request.start is not None and request.start.rows:
-                self._pool.write(request.slots[0], request.start.rows)
+            for choice, slot in zip(request.choices, request.slots, strict=True):
+                choice.rows = self._pool.rows_of(slot)
+            if request.start is not None and request.goes_on:
+                self._pool.write(request.choices[0].row, request.start.rows)
             self._warm.begin(request)
 
     def move_on(self, plan: Plan, scores: Mapping[Request, Sequence[TokenLogprob]]) -> list[Output]:
@@ -72,8 +75,8 @@ class Registry:
         outputs = []
         for chunk in plan.prefill:
             self.num_prompt_tokens += chunk.stop - chunk.start
-            chunk.request.num_prefilled = chunk.stop
             self._warm.after_chunk(chunk)
+            chunk.request.has_read(chunk.stop)
             if chunk.is_last and chunk.request.params.max_tokens == 0:
                 outputs += self.end(chunk.request, FinishReason.LENGTH)
             elif chunk.is_last:
@@ -108,6 +111,7 @@ class Registry:
             prompt_logprobs=_scores(choice) if choice.num_generated == 1 else None,
             state=state,
             num_cached=0 if reason is None else _num_cached(choice),
+            context_start=choice.context_start,
         )
 
     def cancel(self, request_id: str) -> list[Output]:
@@ -129,7 +133,8 @@ class Registry:
             self._finish(choice, reason)
             scores = None if choice.num_generated else _scores(choice)
             out = Output(request.id, choice.index, text, (), reason, error, prompt_logprobs=scores)
-            outputs.append(replace(out, state=state, num_cached=_num_cached(choice)))
+            out = replace(out, num_cached=_num_cached(choice), context_start=choice.context_start)
+            outputs.append(replace(out, state=state))
         return outputs
 
     def _kept(self, choice: Choice) -> SessionState | None:
@@ -139,7 +144,7 @@ class Registry:
             return None
         undecoded = choice.detokenizer.undecoded
         after = start.extended(request.turn_ids, choice.drawn, self._window, undecoded)
-        return after.fed(self._pool.read(choice.slot), choice.position) if request.slots else after
+        return after.fed(self._pool.read(choice.row), choice.position) if request.slots else after
 
     @staticmethod
     def _last_text(choice: Choice) -> str:
@@ -156,7 +161,7 @@ class Registry:
         choice.finish_reason = reason
         self.num_finished[reason] += 1
         if choice.request.slots:
-            self._pool.free(choice.slot)
+            self._pool.free(choice.request.slots[choice.index])
         if not choice.request.unfinished:
             del self._requests[choice.request.id]
             self._taken_ids.remove(choice.request.id)

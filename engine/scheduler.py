@@ -1,17 +1,20 @@
 """Who runs in the next step, under one token budget. Knows no torch.
 
-Running choices come first, one token each; prompts take what is left, in the order of arrival, and
+Running choices come first, one token each, or two where the state after the next renewal grows in
+the spare row beside; prompts take what is left, in the order of arrival, and
 at least a share of the budget, so that neither can starve the other.
 """
 
 import bisect
 from collections import deque
 from collections.abc import MutableSequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from engine.choice import Choice
 from engine.prefix_cache import BLOCK
-from engine.request import Choice, Request
+from engine.reads import Read
+from engine.request import Request
 
 _PROMPT_SHARE = 4
 """Prompts that wait get at least a fourth of the budget."""
@@ -19,24 +22,39 @@ _PROMPT_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Prompt ids start:stop of a request, to be read in one step."""
+    """Ids start:stop of a request, to be read in one step."""
 
     request: Request
+    read: Read
     start: int
     stop: int
 
     @property
     def is_last(self) -> bool:
         """Whether the prompt is complete with it."""
-        return self.stop == len(self.request.prompt_ids)
+        return self.stop == self.request.stop and not self.read.is_spare
+
+    @property
+    def row(self) -> int:
+        """Where they go."""
+        first = self.request.choices[0]
+        return first.spare if self.read.is_spare else first.row
+
+
+class Ahead(NamedTuple):
+    """A choice whose next id goes into its spare row, too, and the context that row begins with."""
+
+    choice: Choice
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step's work: choices that take one token each, and chunks of prompts."""
+    """One step's work: choices that take one token each, chunks of prompts, and spare rows."""
 
     decode: list[Choice]
     prefill: list[Chunk]
+    ahead: list[Ahead] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill)
@@ -50,11 +68,12 @@ class Plan:
 
 def _stop(request: Request, most: int) -> int:
     """Where a chunk ends: of a prompt whose state may be reused, at a whole block if it can."""
-    end = min(len(request.prompt_ids), most)
-    if request.prefix is None:
+    read = request.reads[0]
+    end = min(read.stop, most)
+    if request.prefix is None or read.is_spare:
         return end
-    whole = min(end, len(request.prompt_ids) - 1) // BLOCK * BLOCK
-    return whole if whole > request.num_prefilled else end
+    whole = min(end, read.stop - 1) // BLOCK * BLOCK
+    return whole if whole > request.num_read else end
 
 
 class Scheduler:
@@ -98,20 +117,34 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step. Whoever does not fit into the budget is first in the step after it."""
         reserved = max(1, self._budget // _PROMPT_SHARE) if self._reading else 0
-        num_decode = min(len(self._running), max(1, self._budget - reserved))
-        decode = list(islice(self._running, num_decode))
-        self._running.rotate(-num_decode)
-        return Plan(decode, self._chunks(self._budget - num_decode))
+        decode, ahead = self._continued(max(1, self._budget - reserved))
+        self._running.rotate(-len(decode))
+        chunks = self._chunks(self._budget - len(decode) - len(ahead))
+        return Plan(decode, chunks, ahead)
+
+    def _continued(self, budget: int) -> tuple[list[Choice], list[Ahead]]:
+        """Running choices that fit, the first in any case, and those of them with spare rows."""
+        decode: list[Choice] = []
+        ahead: list[Ahead] = []
+        for choice in self._running:
+            start = choice.ahead
+            spent = len(decode) + len(ahead) + (1 if start is None else 2)
+            if decode and spent > budget:
+                break
+            decode.append(choice)
+            if start is not None:
+                ahead.append(Ahead(choice, start))
+        return decode, ahead
 
     def _chunks(self, budget: int) -> list[Chunk]:
         chunks = []
         for request in self._reading:
             if budget <= 0:
                 break
-            start = request.num_prefilled
+            start = request.num_read
             stop = _stop(request, start + budget)
             budget -= stop - start
-            chunks.append(Chunk(request, start, stop))
+            chunks.append(Chunk(request, request.reads[0], start, stop))
         return chunks
 
     def start_choices(self, request: Request) -> None:

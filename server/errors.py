@@ -21,6 +21,7 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.errors import (
+    ContextPolicyError,
     EngineStoppedError,
     NothingToRewindError,
     ParameterError,
@@ -40,11 +41,11 @@ RETRY_AFTER_SECONDS = 5
 CLIENT_CLOSED_REQUEST = 499
 """What proxies log for a client that left; it is never sent to anyone."""
 
-
 SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     SessionNotFoundError: (404, "session_not_found"),
     SessionBusyError: (409, "session_busy"),
     NothingToRewindError: (409, "nothing_to_rewind"),
+    ContextPolicyError: (409, "context_policy_settled"),
     SessionMovedError: (412, "session_moved"),
     StoreFullError: (507, "store_full"),
 }

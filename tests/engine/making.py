@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from engine.choice import Choice
 from engine.params import SamplingParams
-from engine.request import Choice, Request
+from engine.request import Request
 from engine.runner import Result, Sample
 from engine.sampler import Drawn
 from engine.tokenizer import Tokenizer

@@ -5,11 +5,13 @@ from collections import Counter
 
 import pytest
 
+from engine.choice import Choice
 from engine.detokenizer import Detokenizer
 from engine.params import SamplingParams
-from engine.request import Choice, Request
+from engine.renewal import Renewed
+from engine.request import Request
 from engine.scheduler import Plan, Scheduler
-from tests.engine.making import make_request
+from tests.engine.making import make_request, small_tokenizer
 
 
 def request(length: int = 1, n: int = 1, max_tokens: int = 16, name: str = "r") -> Request:
@@ -20,14 +22,16 @@ def request(length: int = 1, n: int = 1, max_tokens: int = 16, name: str = "r") 
 
 
 def cost(plan: Plan) -> int:
-    return len(plan.decode) + sum(chunk.stop - chunk.start for chunk in plan.prefill)
+    return (
+        len(plan.decode) + len(plan.ahead) + sum(chunk.stop - chunk.start for chunk in plan.prefill)
+    )
 
 
 def run(scheduler: Scheduler, plan: Plan) -> list[Choice]:
     """What the registry does after a step; gives the choices that got a token."""
     grown = list(plan.decode)
     for chunk in plan.prefill:
-        chunk.request.num_prefilled = chunk.stop
+        chunk.request.has_read(chunk.stop)
         if chunk.is_last:
             scheduler.start_choices(chunk.request)
             grown += chunk.request.choices
@@ -42,7 +46,7 @@ def running(scheduler: Scheduler, number: int) -> list[Request]:
     for each in made:
         scheduler.add(each)
     scheduler.admit(number)
-    while any(each.num_prefilled == 0 for each in made):
+    while any(each.num_read == 0 for each in made):
         run(scheduler, scheduler.schedule())
     return made
 
@@ -217,3 +221,20 @@ def test_nobody_starves(budget: int, seed: int) -> None:
                 free += 1
         assert all(step - turn <= patience for turn in last_turn.values())
     assert free == num_slots
+
+
+def test_a_choice_with_a_spare_row_costs_two() -> None:
+    params = SamplingParams(max_tokens=100)
+    scheduler = Scheduler(5)
+    for place in range(4):
+        made = Request.new(str(place), [0], params, small_tokenizer(), (), grid=Renewed(4, 2))
+        scheduler.add(made)
+    scheduler.admit(4)
+    run(scheduler, scheduler.schedule())
+    for _ in range(40):
+        plan = scheduler.schedule()
+        assert len(plan.decode) + len(plan.ahead) <= 5
+        assert [c for c, _ in plan.ahead] == [c for c in plan.decode if c.ahead is not None]
+        for choice in plan.decode:
+            choice.position += 1
+    assert min(choice.position for choice in scheduler._running) >= 20
