@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clients docker-test fuzz asan crash check bench gpu-check train format clean
+.PHONY: help setup serve test test-clients docker-test fuzz asan crash check bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -70,6 +70,9 @@ check: setup ## Lint, formatting, types; what docker/ holds, and that no secret 
 bench: setup ## Run all benchmarks (ARGS="--quick")
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(ARGS)
+
+report: setup ## Draw the pictures of docs/quality.md (ARGS="--measure default" measures first)
+	$(BIN)/python -m benchmarks.report $(ARGS)
 
 gpu-check: ## Test and measure on a GPU, with the Python that is there; ends with 2 where there is none
 	PYTHON=$(PYTHON) .ci/gpu-check

@@ -123,7 +123,8 @@ class CosFormer:
 
     φ_t(x) = [ReLU(x) sin(πt/2M); ReLU(x) cos(πt/2M)] on queries and keys, t counted from 1 and M
     fixed, so that φ_i(q)·φ_j(k) = ReLU(q)·ReLU(k) cos(π(i − j)/2M). No 1/√d. Rotary, where a model
-    has it, comes before the ReLU.
+    has it, comes before the ReLU: it stands for the embeddings of position that the paper's models
+    add to their tokens.
     """
 
     has_denominator: bool = True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError, CottentionError
+from engine.model_config import ModelConfig
 from engine.model_folder import resolve_model
 from engine.outputs import FinishReason
 from engine.params import SamplingParams
@@ -122,6 +123,7 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield "model", engine.name
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
+    yield "attention", _attention(shape)
     yield "shape", f"{shape.n_layer} layers of {shape.n_head} heads of {shape.head_dim}"
     yield "bytes per session", f"{size_of_one:,}, whatever its length"
     yield from _costs(engine)
@@ -135,6 +137,11 @@ PAST: dict[ContextPolicy, str] = {
     "renew": "states are renewed: the text stays good, and the oldest is forgotten",
     "exact": "the text gets worse, not the memory",
 }
+
+
+def _attention(shape: ModelConfig) -> str:
+    longest = shape.max_exact_length
+    return shape.attention_type if longest is None else f"{shape.attention_type}, M = {longest:,}"
 
 
 def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:

@@ -31,6 +31,18 @@ def parallel(q: Tensor, k: Tensor, v: Tensor, *, denominator: bool = False) -> T
     return out / scores.sum(-1, keepdim=True).clamp_min(DENOMINATOR_FLOOR)
 
 
+def bidirectional(q: Tensor, k: Tensor, v: Tensor, *, denominator: bool = False) -> Tensor:
+    """The same over all j: one K × V matrix is all that is remembered of a text of any length.
+
+    q, k [..., T, K] and v [..., T, V] give [..., T, V]: two passes, linear in T.
+    """
+    out = q @ (k.transpose(-1, -2) @ v)
+    if not denominator:
+        return out
+    total = q @ k.sum(-2).unsqueeze(-1)
+    return out / total.clamp_min(DENOMINATOR_FLOOR)
+
+
 def recurrent_step(
     q: Tensor,
     k: Tensor,

@@ -8,13 +8,11 @@ license: apache-2.0
 language: code
 library_name: cottention-server
 pipeline_tag: text-generation
-tags: [cottention, linear-attention, python]
+tags: [{tags}, python]
 ---
 # {name}
 
-A small causal Cottention model (arXiv 2409.18747: cosine similarity in place of softmax, a GPT-J
-block around it) that continues Python source text. It ships with cottention-server so that the
-server runs without a download. It is a demonstration: its text looks like Python, and means little.
+{what} It is a demonstration: its text looks like Python, and means little.
 
 | | |
 |---|---|
@@ -41,11 +39,28 @@ contents: `{corpus_sha256}`.
 tokenizer are under the licence of cottention-server (Apache-2.0).
 """
 
+WHAT = {
+    "cottention": """\
+A small causal Cottention model (arXiv 2409.18747: cosine similarity in place of softmax, a GPT-J
+block around it) that continues Python source text. It ships with cottention-server so that the
+server runs without a download.""",
+    "cosformer": """\
+A small causal cosFormer (arXiv 2202.08791: ReLU reweighted by the cosine of the distance, a GPT-J
+block around it) that continues Python source text.""",
+    "linear": """\
+A small causal linear transformer (arXiv 2006.16236: elu + 1 in place of softmax, a GPT-J block
+around it) that continues Python source text.""",
+    "softmax": """\
+A small causal GPT-J with softmax attention that continues Python source text, to be compared with.
+cottention-server trains and measures it and does not serve it.""",
+}
+
 
 def card_of(name: str, facts: dict[str, Any]) -> str:
     """The model card, in Markdown."""
     model, corpus, training = facts["model"], facts["corpus"], facts["training"]
     bits = facts["held_out_bits_per_byte"]
+    attention = model.get("attention", "cottention")
     without = bits["by_position_without_character_tables"]
     positions = [
         f"| {key} | {value:.3f} | {without.get(key, float('nan')):.3f} |"
@@ -54,6 +69,8 @@ def card_of(name: str, facts: dict[str, Any]) -> str:
     rows = _rows(facts)
     return CARD.format(
         name=name,
+        what=WHAT[attention],
+        tags="cottention, linear-attention" if attention == "cottention" else attention,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         positions="\n".join(positions),
         context=model["context"],

@@ -36,6 +36,7 @@ def facts_of(
         "corpus": _corpus_facts(settings, corpus),
         "model": {
             "parameters": sum(weight.numel() for weight in rounded.weights.values()),
+            "attention": settings.attention,
             "dtype": rounded.dtype,
             "context": settings.context,
             "seed": settings.seed,

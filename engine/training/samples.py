@@ -1,6 +1,6 @@
 """Greedy text from a model just trained, for a person to look at.
 
-Owns the simplest of decoders: the whole text again for every token. Not for serving.
+Owns the simplest of decoders: the last window of the text again for every token. Not for serving.
 """
 
 import torch
@@ -25,7 +25,7 @@ def greedy_text(
     """`prompt` and what the model, on the CPU in float32, thinks most likely to follow it."""
     ids = [end_of_text_id(tokenizer), *tokenizer.encode(prompt).ids]
     for _ in range(num_tokens):
-        logits = logits_of(model, torch.tensor([ids]), dtype=torch.float32)
+        logits = logits_of(model, torch.tensor([ids[-model.config.window :]]), dtype=torch.float32)
         ids.append(int(logits[0, -1].argmax()))
     text: str = tokenizer.decode(ids)
     return text

@@ -42,9 +42,7 @@ class TrainingSettings:
         "kind of attention; softmax is there to be compared with and cannot be served",
         choices=TRAINED_MAPS,
     )
-    rotary_dim: int | None = flag(
-        None, "channels of a head that rotary turns (default: all; with cosformer none)"
-    )
+    rotary_dim: int | None = flag(None, "channels of a head that rotary turns (default: all)")
     layers: int = flag(6, "blocks")
     width: int = flag(256, "channels; the MLP has four times as many")
     heads: int = flag(4, "heads, which share the channels")
@@ -72,21 +70,20 @@ class TrainingSettings:
         return max(1, min(self.batch, self.micro_batch_tokens // self.context))
 
     def model_config(self, end_of_text: int) -> ModelConfig:
-        """The model's shape, in the papers' forms: rotary over whole heads, or cosFormer's M."""
-        is_cosformer = self.attention == "cosformer"
-        rotary_dim = 0 if is_cosformer else self.width // self.heads
+        """The model's shape: rotary over whole heads whatever the attention, M the context."""
+        rotary_dim = self.width // self.heads if self.rotary_dim is None else self.rotary_dim
         return ModelConfig(
             vocab_size=self.vocab_size,
             n_embd=self.width,
             n_layer=self.layers,
             n_head=self.heads,
             n_positions=self.context,
-            rotary_dim=rotary_dim if self.rotary_dim is None else self.rotary_dim,
+            rotary_dim=rotary_dim,
             n_inner=4 * self.width,
             bos_token_id=end_of_text,
             eos_token_ids=(end_of_text,),
             attention_type=self.attention,
-            cosformer_max_length=self.context if is_cosformer else None,
+            cosformer_max_length=self.context if self.attention == "cosformer" else None,
         )
 
 

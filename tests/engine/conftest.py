@@ -1,4 +1,8 @@
-"""What the engine's tests share: a model folder of one's own to damage, and a small engine."""
+"""What the engine's tests share: a model folder of one's own to damage, and a small engine.
+
+A test marked `every_attention` runs for every feature map that is served: its `gptj_folder`, and
+the engine on it, are of that kind.
+"""
 
 import shutil
 from pathlib import Path
@@ -6,6 +10,25 @@ from pathlib import Path
 import pytest
 
 from engine import Engine, EngineConfig
+from tests.engine.making import ATTENTIONS, attention_folder
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    is_marked = metafunc.definition.get_closest_marker("every_attention")
+    if is_marked and "attention" in metafunc.fixturenames:
+        metafunc.parametrize("attention", list(ATTENTIONS), indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def attention(request: pytest.FixtureRequest) -> str:
+    """The kind of attention of the small model."""
+    return str(getattr(request, "param", "cottention"))
+
+
+@pytest.fixture(scope="session")
+def gptj_folder(attention: str) -> Path:
+    """The small model of the kind that a test is for."""
+    return attention_folder(attention)
 
 
 @pytest.fixture

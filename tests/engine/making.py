@@ -1,7 +1,14 @@
 """What several engine tests make by hand."""
 
 import functools
+import json
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from engine.choice import Choice
 from engine.params import SamplingParams
@@ -9,6 +16,7 @@ from engine.request import Request
 from engine.runner import Result, Sample
 from engine.sampler import Drawn
 from engine.tokenizer import Tokenizer
+from engine.weights import read_weights
 
 _FOLDER = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 
@@ -16,6 +24,48 @@ _FOLDER = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 @functools.cache
 def small_tokenizer() -> Tokenizer:
     return Tokenizer.from_folder(_FOLDER)
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "cottention": {},
+    "cosformer": {"rotary_dim": 0, "attention_bias": True, "cosformer_max_length": 20_000},
+    "linear": {},
+}
+"""Every kind that is served, and what its small model's config.json says beside the golden one's.
+
+M is far beyond what tests reach, so that they are the same for all kinds.
+"""
+
+
+@functools.cache
+def attention_folder(kind: str) -> Path:
+    """The small model with attention of some kind; for Cottention the golden folder itself."""
+    if kind == "cottention":
+        return _FOLDER
+    target = Path(_made().name) / kind
+    shutil.copytree(_FOLDER, target, ignore=shutil.ignore_patterns("expected.*", "*.bin"))
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config |= {"attention_type": kind, **ATTENTIONS[kind]}
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = {k: v for k, v in read_weights(_FOLDER).items() if not k.endswith("norm_const")}
+    if config.get("attention_bias"):
+        weights |= _biases(weights)
+    save_file(weights, target / "model.safetensors")
+    return target
+
+
+@functools.cache
+def _made() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="cottention-tests-")
+
+
+def _biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    projections = [name for name in weights if ".attn." in name]
+    return {
+        name.replace("weight", "bias"): torch.randn(len(weights[name]), generator=generator) / 10
+        for name in projections
+    }
 
 
 def make_request(name: str, prompt_ids: list[int], params: SamplingParams) -> Request:

@@ -65,6 +65,19 @@ def test_dtype_of_the_checkpoint(stored: dict[str, Any], dtype: str) -> None:
     assert read(**stored).torch_dtype == dtype
 
 
+def test_the_window_ends_where_weights_would_turn_negative() -> None:
+    length = RAW["n_positions"]
+    plain = read()
+    assert (plain.window, plain.max_exact_length) == (length, None)
+    cosformer = read(attention_type="cosformer")
+    assert (cosformer.window, cosformer.max_exact_length) == (length, length)
+    short = read(attention_type="cosformer", cosformer_max_length=100)
+    assert (short.window, short.max_exact_length) == (100, 100)
+    far = read(attention_type="cosformer", cosformer_max_length=length + 1)
+    assert (far.window, far.max_exact_length) == (length, length + 1)
+    assert read(cosformer_max_length=100).max_exact_length is None
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -90,6 +103,12 @@ def test_dtype_of_the_checkpoint(stored: dict[str, Any], dtype: str) -> None:
         ({"n_head": 2048}, "n_embd (1024) must be a multiple of n_head (2048)"),
         ({"rotary_dim": 7}, "rotary_dim (7) must be even and at most the head's width (64)"),
         ({"rotary_dim": 66}, "rotary_dim (66) must be even and at most the head's width (64)"),
+        ({"rotary_dim": -2}, "rotary_dim must be a whole number from 0, it is -2"),
+        ({"attention_bias": 1}, "attention_bias must be true or false, it is 1"),
+        (
+            {"attention_type": "cosformer", "cosformer_max_length": 0},
+            "cosformer_max_length must be a whole number from 1",
+        ),
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon must be a number between 0 and 1"),
         ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number between 0 and 1"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon must be a number between 0 and 1"),

@@ -72,6 +72,7 @@ def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> list[i
 # What a request gets
 
 
+@pytest.mark.every_attention
 def test_seeded_requests_do_not_know_their_company(engine: Engine) -> None:
     params = [
         SamplingParams(max_tokens=12, seed=5, ignore_eos=True),
@@ -101,6 +102,7 @@ def test_choices_are_numbered_and_the_first_is_that_of_one(engine: Engine) -> No
     assert len({done.token_ids for done in three}) == 3
 
 
+@pytest.mark.every_attention
 def test_greedy_choices_are_equal(engine: Engine) -> None:
     """The prompt's state reaches every choice, not the first alone."""
     done = engine.generate(["a longer prompt"], SamplingParams(temperature=0, n=4, max_tokens=8))
@@ -112,6 +114,7 @@ def test_unseeded_requests_differ(engine: Engine) -> None:
     assert len({each.token_ids for each in done}) == 3
 
 
+@pytest.mark.every_attention
 def test_generate_keeps_the_order_of_prompts_and_choices(engine: Engine) -> None:
     params = SamplingParams(temperature=0, n=2, max_tokens=4)
     prompts = ["a very long prompt that takes several steps to read", "b", "c"]
@@ -120,6 +123,7 @@ def test_generate_keeps_the_order_of_prompts_and_choices(engine: Engine) -> None
     assert engine.generate([], params) == []
 
 
+@pytest.mark.every_attention
 @pytest.mark.parametrize("budget", [2, 3, 7, 64])
 def test_the_budget_changes_nothing(gptj_folder: Path, budget: int) -> None:
     """Prompts longer than the budget; more running choices than the budget."""
@@ -137,6 +141,7 @@ def test_one_token(engine: Engine) -> None:
     assert engine.pool.num_free == 4
 
 
+@pytest.mark.every_attention
 def test_positions_beyond_the_trained_length_go_on(engine: Engine) -> None:
     length = engine.model_config.n_positions + 10
     done = engine.generate(["a"], SamplingParams(max_tokens=length, ignore_eos=True, seed=0))
@@ -267,6 +272,7 @@ def test_choices_end_one_by_one(engine: Engine, monkeypatch: pytest.MonkeyPatch)
 # Coming and going
 
 
+@pytest.mark.every_attention
 @pytest.mark.parametrize("steps", range(6))
 def test_cancel_at_every_stage(engine: Engine, steps: int) -> None:
     """Waiting, mid-prefill (n > 1, a prompt of two and a half budgets), first token, running."""
@@ -324,6 +330,7 @@ def test_cancel_lets_go_what_was_held(engine: Engine, monkeypatch: pytest.Monkey
     assert text_of(engine.step()) == "abc"
 
 
+@pytest.mark.every_attention
 def test_a_cancelled_request_leaves_its_slot_clean(engine: Engine) -> None:
     params = SamplingParams(temperature=0, max_tokens=8, n=4)
     expected = engine.generate(["abc"], params)
@@ -393,6 +400,7 @@ def test_a_refused_prompt_leaves_nothing_of_the_others(engine: Engine, bad: str)
 # Streams
 
 
+@pytest.mark.every_attention
 def test_a_stream_is_what_generate_gives(engine: Engine) -> None:
     params = SamplingParams(max_tokens=20, seed=4, ignore_eos=True)
     done = engine.generate(["abc"], params)[0]
@@ -415,6 +423,7 @@ def test_a_stream_that_is_never_begun_costs_nothing(engine: Engine) -> None:
     assert not engine.has_work()
 
 
+@pytest.mark.every_attention
 def test_streams_in_turn_lose_nothing(engine: Engine) -> None:
     short = SamplingParams(max_tokens=5, seed=1, ignore_eos=True)
     long = SamplingParams(max_tokens=30, seed=2, ignore_eos=True)
@@ -556,6 +565,7 @@ def test_nothing_is_taken_after_close(engine: Engine) -> None:
 # Figures, types and the face of the library
 
 
+@pytest.mark.every_attention
 def test_stats_count(engine: Engine) -> None:
     before = engine.stats()
     assert before.pool_bytes == before.num_slots * before.bytes_per_slot == engine.pool.nbytes
@@ -573,6 +583,7 @@ def test_stats_count(engine: Engine) -> None:
     assert after.num_steps > 0
 
 
+@pytest.mark.every_attention
 def test_bfloat16_is_close(gptj_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits after a prompt, against float32: their spread is about 0.6."""
     seen: list[torch.Tensor] = []

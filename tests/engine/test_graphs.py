@@ -31,6 +31,7 @@ def generated(engine: Engine, params: SamplingParams) -> list[tuple[int, ...]]:
     return [done.token_ids for done in engine.generate(PROMPTS, params)]
 
 
+@pytest.mark.every_attention
 @pytest.mark.parametrize(
     "params",
     [

@@ -1,7 +1,8 @@
 """On the CPU in float32 there is one arithmetic: who runs beside a request changes no bit of it.
 
-200 requests, greedy and seeded, run alone, and then in company: batches of up to 64, prompts cut
-into chunks of other sizes, another order of arrival. Their logits are compared with torch.equal.
+200 requests, a third of them for the other feature maps, greedy and seeded, run alone, and then in
+company: batches of up to 64, prompts cut into chunks of other sizes, another order of arrival.
+Their logits are compared with torch.equal.
 """
 
 import random
@@ -17,7 +18,9 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.runner import Result
 from engine.scheduler import Plan
 
-NUM_REQUESTS = 200
+pytestmark = pytest.mark.every_attention
+
+NUM_REQUESTS = {"cottention": 200, "cosformer": 68, "linear": 68}
 
 
 class Recorded:
@@ -89,9 +92,9 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def cases(gptj_folder: Path) -> list[Case]:
+def cases(attention: str, gptj_folder: Path) -> list[Case]:
     num_ids = Engine(gptj_folder, EngineConfig(max_slots=1)).tokenizer.num_ids
-    return [Case(number, num_ids) for number in range(NUM_REQUESTS)]
+    return [Case(number, num_ids) for number in range(NUM_REQUESTS[attention])]
 
 
 @pytest.fixture(scope="module")

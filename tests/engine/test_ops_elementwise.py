@@ -1,4 +1,4 @@
-"""The elementwise ops: against float64, at every place and stride."""
+"""Rotary, features, gelu_new and elu_plus_one: against float64, at every place and stride."""
 
 from collections.abc import Callable
 

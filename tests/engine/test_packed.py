@@ -5,18 +5,21 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.feature_maps import Features
+from engine.feature_maps import FEATURE_MAPS, Features
 from engine.inference import ServedModel
 from engine.model import CottentionForCausalLM
 from engine.model_config import ModelConfig
 from engine.ops import reference
 from engine.packed import PackedLayers
 from engine.recurrence import Recurrence
+from engine.state import StatePool
 from engine.state_spec import StateSpec
 
 
-def _config(head_dim: int = 16) -> ModelConfig:
-    return ModelConfig(90, 3 * head_dim, 2, 3, 64, rotary_dim=8, n_inner=70)
+def _config(head_dim: int = 16, attention: str = "cottention") -> ModelConfig:
+    return ModelConfig(
+        90, 3 * head_dim, 2, 3, 64, rotary_dim=8, n_inner=70, attention_type=attention
+    )
 
 
 def _model(config: ModelConfig) -> CottentionForCausalLM:
@@ -25,10 +28,10 @@ def _model(config: ModelConfig) -> CottentionForCausalLM:
 
 
 def _recurrence(config: ModelConfig, lengths: list[int]) -> Recurrence:
-    pool = torch.zeros(len(lengths), *StateSpec.of(config).state_shape)
+    pool = StatePool(StateSpec.of(config), len(lengths), "cpu")
     slots = torch.arange(len(lengths), dtype=torch.int32)
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Recurrence(pool, None, ops.Segments(slots, ends))
+    return Recurrence(pool.state, pool.z, ops.Segments(slots, ends))
 
 
 def _logits(served: ServedModel, lengths: list[int]) -> Tensor:
@@ -39,8 +42,11 @@ def _logits(served: ServedModel, lengths: list[int]) -> Tensor:
 
 
 def _exact(config: ModelConfig, length: int) -> Tensor:
+    is_divided = StateSpec.of(config).has_denominator
+
     def attend(_: int, features: Features) -> Tensor:
-        return reference.parallel(*(x.transpose(0, 1) for x in features)).transpose(0, 1)
+        q, k, v = (x.transpose(0, 1) for x in features)
+        return reference.parallel(q, k, v, denominator=is_divided).transpose(0, 1)
 
     positions = torch.arange(length)
     with torch.inference_mode():
@@ -49,8 +55,11 @@ def _exact(config: ModelConfig, length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("head_dim", [16, 20])
-def test_close_to_float64_with_and_without_a_kernel_for_the_width(head_dim: int) -> None:
-    config = _config(head_dim)
+@pytest.mark.parametrize("attention", FEATURE_MAPS)
+def test_close_to_float64_with_and_without_a_kernel_for_the_width(
+    attention: str, head_dim: int
+) -> None:
+    config = _config(head_dim, attention)
     logits = _logits(ServedModel(_model(config), "cpu"), [11])
     torch.testing.assert_close(logits.double(), _exact(config, 11), rtol=1e-5, atol=1e-5)
 

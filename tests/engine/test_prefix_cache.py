@@ -10,6 +10,8 @@ import torch
 from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from engine.prefix_cache import BLOCK, Prefix, PrefixCache
 
+pytestmark = pytest.mark.every_attention
+
 SEEDED = SamplingParams(max_tokens=6, ignore_eos=True, seed=11)
 
 

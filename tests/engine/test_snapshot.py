@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
+from engine.feature_maps import FEATURE_MAPS, FeatureMap
 from engine.fingerprints import Fingerprints
 from engine.outbox import Outbox
 from engine.renewal import grids
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
+from tests.engine.making import attention_folder
 
 SPEC = StateSpec(layers=1, heads=2, value_width=3, key_width=4, has_denominator=False)
 PRINTS = Fingerprints("aa" * 32, "bb" * 32, "rotary_dim=4", "layers=1")
@@ -73,7 +76,7 @@ def same(a: SessionState, b: SessionState) -> bool:
     )
 
 
-@pytest.mark.parametrize("has_denominator", [False, True])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS.values(), ids=list(FEATURE_MAPS))
 @pytest.mark.parametrize(
     "state",
     [
@@ -86,8 +89,12 @@ def same(a: SessionState, b: SessionState) -> bool:
         replace(FULL, outbox=Outbox("f" * 16, 2**62)),
     ],
 )
-def test_there_and_back(state: SessionState, has_denominator: bool) -> None:
-    spec = replace(SPEC, has_denominator=has_denominator)
+def test_there_and_back(state: SessionState, feature_map: FeatureMap) -> None:
+    spec = replace(
+        SPEC,
+        key_width=feature_map.key_width(SPEC.value_width),
+        has_denominator=feature_map.has_denominator,
+    )
     codec = SnapshotCodec(PRINTS, spec, NUM_IDS, grids(WINDOW), WINDOW)
     if state.rows:
         state = replace(state, rows=rows(spec))
@@ -324,6 +331,17 @@ def test_counts_out_of_order() -> None:
 def change_config(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_fingerprints_follow_cosformers_fixed_length(tmp_path: Path) -> None:
+    """It is in no weight, and a state means nothing under another."""
+    changed = tmp_path / "changed"
+    shutil.copytree(attention_folder("cosformer"), changed)
+    first = Fingerprints.of(changed, SPEC, "float32")
+    change_config(changed, cosformer_max_length=64)
+    second = Fingerprints.of(changed, SPEC, "float32")
+    assert replace(second, config="") == replace(first, config="")
+    assert "cosformer_max_length=64" in second.config != first.config
 
 
 def test_fingerprints_follow_the_files(folder: Path) -> None:

@@ -15,6 +15,8 @@ from engine.state import StatePool
 from engine.state_spec import StateSpec
 from engine.weights import load_model
 
+pytestmark = pytest.mark.every_attention
+
 LENGTHS = {"decode": [1, 1, 1], "short": [3, 1, 2], "long": [1, 70, 5]}
 
 

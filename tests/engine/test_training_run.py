@@ -13,7 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from engine.errors import ConfigurationError
+from engine import Engine, SamplingParams
+from engine.errors import ConfigurationError, ModelFolderError
+from engine.model import CottentionForCausalLM
 from engine.model_config import ModelConfig
 from engine.tokenizer import Tokenizer
 from engine.training.__main__ import train
@@ -161,6 +163,30 @@ def test_hours_end_a_run(settings: TrainingSettings) -> None:
     listener = Listener()
     train(replace(settings, steps=100_000, hours=1e-5), [], listener)
     assert len(listener.losses) < 20
+
+
+@pytest.mark.parametrize("attention", ["cosformer", "linear", "softmax"])
+def test_other_kinds_of_attention_are_trained_alike(
+    settings: TrainingSettings, attention: str
+) -> None:
+    """As many parameters but for Cottention's m; served are those with a state of fixed size."""
+    listener = Listener()
+    train(replace(settings, steps=40, attention=attention), [], listener)
+    assert listener.losses[-1] < listener.losses[0] - 0.3
+    config = ModelConfig.from_folder(settings.output)
+    assert (config.attention_type, config.rotary_dim) == (attention, 8)
+    assert config.max_exact_length == (16 if attention == "cosformer" else None)
+    first, other = (CottentionForCausalLM(each) for each in (settings.model_config(0), config))
+    missing = {"transformer.h.0.attn.norm_const"}
+    assert first.state_dict().keys() - other.state_dict().keys() == missing
+    if attention == "softmax":
+        with pytest.raises(ModelFolderError, match="for training and benchmarks only"):
+            Engine(settings.output)
+    else:
+        [done] = Engine(settings.output).generate(["class"], SamplingParams(max_tokens=3))
+        assert done.token_ids
+    card = (settings.output / "README.md").read_text(encoding="utf-8")
+    assert "Cottention model" not in card
 
 
 def test_flags_are_the_settings() -> None:

@@ -1,13 +1,14 @@
 """Training's arithmetic: the forward pass, bits per byte, the optimizers and their rate."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine import ops
-from engine.feature_maps import Features
+from engine.feature_maps import FEATURE_MAPS, Features
 from engine.model import CottentionForCausalLM
 from engine.ops import reference
 from engine.training.bpe import train_tokenizer
@@ -34,11 +35,16 @@ def held_out() -> HeldOut:
     return HeldOut.of(tokenizer, files, SMALL.context)
 
 
-def test_the_chunked_form_is_the_parallel_one(model: CottentionForCausalLM) -> None:
-    def attend(_layer: int, features: Features) -> Tensor:
-        return reference.parallel(*(x.transpose(1, 2) for x in features)).transpose(1, 2)
+@pytest.mark.parametrize("attention", FEATURE_MAPS)
+def test_the_chunked_form_is_the_parallel_one(attention: str) -> None:
+    is_divided = FEATURE_MAPS[attention].has_denominator
 
-    model.double()
+    def attend(_layer: int, features: Features) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in features)
+        return reference.parallel(q, k, v, denominator=is_divided).transpose(1, 2)
+
+    shape = replace(SMALL, attention=attention, context=300).model_config(0)
+    model = new_model(CottentionForCausalLM(shape)).double()
     ids = torch.randint(300, (2, 300))
     expected = model(ids, torch.arange(300), attend)
     torch.testing.assert_close(

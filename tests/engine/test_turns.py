@@ -9,6 +9,8 @@ from engine import Engine, FinishReason, Output, SamplingParams
 from engine.errors import ParameterError
 from engine.session_state import SessionState
 
+pytestmark = pytest.mark.every_attention
+
 WINDOW = 16
 """n_positions of the small model is larger; what is kept is told by the engine itself."""
 

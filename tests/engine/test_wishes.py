@@ -35,10 +35,11 @@ def text(engine: Engine, **params: Any) -> str:
 def model_logprobs(engine: Engine, gptj_folder: Path, token_ids: list[int]) -> torch.Tensor:
     """log-softmax [T, N] by the parallel definition in float64."""
     model = load_model(gptj_folder, engine.model_config, torch.float64)
+    is_divided = engine.spec.has_denominator
 
-    def attend(layer: int, features: Any) -> torch.Tensor:
-        del layer
-        return reference.parallel(*(x.transpose(-3, -2) for x in features)).transpose(-3, -2)
+    def attend(_layer: int, features: Any) -> torch.Tensor:
+        q, k, v = (x.transpose(-3, -2) for x in features)
+        return reference.parallel(q, k, v, denominator=is_divided).transpose(-3, -2)
 
     with torch.inference_mode():
         logits = model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)
@@ -168,6 +169,7 @@ def test_special_tokens_may_be_written(engine: Engine) -> None:
     assert text(engine, skip_special_tokens=False, **wish) == "<|endoftext|>" * 2
 
 
+@pytest.mark.every_attention
 @pytest.mark.parametrize("companions", [0, 7, 63])
 def test_logprobs_are_the_models_own(engine: Engine, gptj_folder: Path, companions: int) -> None:
     """Whatever the settings and the company: the log-softmax to 1e-5."""
@@ -197,6 +199,7 @@ def test_logprobs_are_the_models_own(engine: Engine, gptj_folder: Path, companio
         )
 
 
+@pytest.mark.every_attention
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 50])
 def test_a_prompt_is_scored_without_generating(
     engine: Engine, gptj_folder: Path, length: int

@@ -1,6 +1,8 @@
 """The command: its pages, its mistakes in one line, and each word against a real small model."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from engine.ops import build, build_cuda
 from server import cli
 from server.lifecycle import bind_socket
+from tests.engine.making import attention_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,9 +114,31 @@ def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder
     assert told["sessions per GB"] == f"{10**9 // 16384:,}"
     assert told["state"] == told["spare"] == "8,192 bytes"
     assert {"denominator", "past it", "trained length", "runs on"} <= told.keys()
+    assert told["attention"] == "cottention"
     assert told["logits"].startswith("0 bytes: computed again")
     assert told["turn_copy"].startswith("8,192 bytes of memory")
     assert {"counts", "ids", "outbox", "checkpoints", "parked", "stored"} <= told.keys()
+
+
+def test_info_of_a_cosformer_names_its_fixed_length(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(attention_folder("cosformer")), "--max-slots", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "cosformer, M = 20,000" in told
+    assert re.search(r"denominator +1,024 bytes", told)
+
+
+@pytest.mark.parametrize("command", ["serve", "info"])
+def test_a_softmax_model_is_not_served(
+    capsys: pytest.CaptureFixture[str], gptj_folder: Path, tmp_path: Path, command: str
+) -> None:
+    folder = tmp_path / "softmax"
+    shutil.copytree(gptj_folder, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["attention_type"] = "softmax"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    status, told = fails(capsys, command, folder)
+    assert status == 1
+    assert "for training and benchmarks only" in told
 
 
 def test_build_says_what_it_built_or_what_it_lacks(

@@ -1,0 +1,43 @@
+"""The text that models are compared on, and the models: held-out code, and a folder in float32."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from engine.model import CottentionForCausalLM
+from engine.model_config import ModelConfig
+from engine.training.corpus import read_corpus, standard_library, without_tables
+from engine.training.data import token_stream
+from engine.training.score import token_lengths
+from engine.weights import load_model
+
+
+@dataclass(frozen=True, slots=True)
+class LongText:
+    """Ids int64 [N] of a text that goes round, and the bytes that each id stands for."""
+
+    ids: Tensor
+    token_bytes: Tensor
+
+    @classmethod
+    def held_out(cls, folder: Path) -> "LongText":
+        """All held-out code, character tables left out, in the tokens of a model folder."""
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        files = without_tables(read_corpus(standard_library()).held_out)
+        return cls(token_stream(tokenizer, files)[:-1], token_lengths(tokenizer))
+
+    def streams(self, count: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """`count` streams, evenly apart: the places [length] of inputs, and length + 1 ids."""
+        for index in range(count):
+            start = index * len(self.ids) // count
+            places = (start + torch.arange(length + 1)) % len(self.ids)
+            yield places[:-1], self.ids[places]
+
+
+def load(folder: Path) -> CottentionForCausalLM:
+    """A model folder in float32, softmax included."""
+    return load_model(folder, ModelConfig.from_folder(folder), torch.float32).eval()

@@ -1,0 +1,126 @@
+"""Four kinds of attention, trained alike: quality by position, training speed, memory at decode.
+
+Give the folders that `python -m engine.training --attention KIND` wrote. Bits per byte are those of
+all held-out code, character tables left out, in windows side by side, weights as stored, float32.
+Training speed is that of steps by turns from fresh weights, so that whatever else the machine does
+falls on all kinds. Memory is computed, as `StateSpec` and a float32 cache of keys and values have
+it.
+"""
+
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from benchmarks.common import Report, machine, parser, show, write_json
+from benchmarks.held_out import load
+from benchmarks.memory import kv_cache_bytes
+from engine.feature_maps import FEATURE_MAPS, TRAINED_MAPS
+from engine.model import CottentionForCausalLM
+from engine.model_config import ModelConfig
+from engine.state_spec import StateSpec
+from engine.training.corpus import read_corpus, standard_library, without_tables
+from engine.training.data import Windows
+from engine.training.forward import add_dropout, mean_loss, new_model
+from engine.training.optimize import Optimizers
+from engine.training.score import HeldOut, score
+from engine.training.settings import TrainingSettings
+
+SETTINGS = TrainingSettings(context=512, batch_tokens=4096)
+AGES = (1_000, 8_000, 64_000, 1_000_000)
+
+
+def main() -> None:
+    """Score the folders that are given; time and compute the rest."""
+    options = parser(__doc__)
+    options.add_argument("folders", nargs="*", type=Path, help="trained twins")
+    options.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    arguments = options.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    report: Report = {"machine": machine()}
+    report["quality"] = [_quality(folder) for folder in arguments.folders]
+    report["training"] = _training(2 if arguments.quick else 8)
+    report["memory"] = [_memory(kind) for kind in TRAINED_MAPS]
+    for title, name in _TABLES.items():
+        if report[name]:
+            show(title, report[name])
+    if arguments.json:
+        write_json(arguments.json, report)
+
+
+_TABLES = {
+    "Held-out bits per byte, by position in the window": "quality",
+    "Training, tokens per second": "training",
+    "Bytes of one stream at decode, by its age in tokens": "memory",
+}
+
+
+def _quality(folder: Path) -> dict[str, object]:
+    model = load(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    files = without_tables(read_corpus(standard_library()).held_out)
+    held_out = HeldOut.of(tokenizer, files, model.config.n_positions)
+    result = score(model, held_out, dtype=torch.float32)
+    return {
+        "attention": model.config.attention_type,
+        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "all": round(result.bits_per_byte, 4),
+        **{place: round(bits, 4) for place, bits in result.by_position.items()},
+    }
+
+
+def _training(num_rounds: int) -> list[dict[str, object]]:
+    """Median of steps by turns, the first of each left out."""
+    steps = {kind: _Step(kind) for kind in TRAINED_MAPS}
+    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+    for number in range(num_rounds + 1):
+        for kind, step in steps.items():
+            began = time.perf_counter()
+            step()
+            if number:
+                seconds[kind].append(time.perf_counter() - began)
+    medians = {kind: statistics.median(each) for kind, each in seconds.items()}
+    return [
+        {
+            "attention": kind,
+            "tokens/s": SETTINGS.batch_tokens / median,
+            "to softmax": medians["softmax"] / median,
+        }
+        for kind, median in medians.items()
+    ]
+
+
+class _Step:
+    """An optimizer step on noise, from fresh weights."""
+
+    def __init__(self, kind: str) -> None:
+        self._model = new_model(CottentionForCausalLM(_config(kind))).train()
+        add_dropout(self._model, SETTINGS.dropout)
+        settings = SETTINGS.learning_rate, SETTINGS.weight_decay
+        self._optimizers = Optimizers(self._model, *settings)
+        ids = torch.randint(SETTINGS.vocab_size, (SETTINGS.batch, SETTINGS.context + 1))
+        self._windows = Windows(ids[:, :-1], ids[:, 1:])
+
+    def __call__(self) -> None:
+        mean_loss(self._model, self._windows, dtype=torch.bfloat16).backward()
+        self._optimizers.step(0.01)
+
+
+def _config(kind: str) -> ModelConfig:
+    return replace(SETTINGS, attention=kind).model_config(end_of_text=0)
+
+
+def _memory(kind: str) -> dict[str, object]:
+    config = _config(kind)
+    if kind in FEATURE_MAPS:
+        state = StateSpec.of(config).bytes_per_slot
+        return {"attention": kind, **{f"{age:,}": state for age in AGES}}
+    return {"attention": kind, **{f"{age:,}": kv_cache_bytes(config, age) for age in AGES}}
+
+
+if __name__ == "__main__":
+    main()
