@@ -91,9 +91,9 @@ class Engine:
             self._commands.put(lambda: self._registry.add(request))
         return request_id
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request in the next step; one that is unknown or has ended is left alone."""
-        self._commands.put(lambda: self._registry.cancel(request_id))
+        self._commands.put(lambda: self._registry.cancel(request_id, reason))
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""

@@ -110,10 +110,12 @@ class Registry:
             num_cached=0 if reason is None else _num_cached(choice),
         )
 
-    def cancel(self, request_id: str) -> list[Output]:
+    def cancel(
+        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
+    ) -> list[Output]:
         """End a request, if it is still alive."""
         request = self._requests.get(request_id)
-        return self.end(request, FinishReason.CANCELLED) if request else []
+        return self.end(request, reason) if request else []
 
     def cancel_all(self) -> list[Output]:
         """End everybody."""

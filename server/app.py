@@ -5,7 +5,7 @@ thread. Knows no signals.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,14 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from server import capacity, chat, completions, sessions, snapshots, status, tokens
+from server.accounts import Account, Accounts
 from server.bridge import Bridge
 from server.chat_schemas import ChatRequest
 from server.context import Context
-from server.errors import add_error_handlers
-from server.keys import Keys, api_keys, asks_for_key
+from server.handlers import add_error_handlers
+from server.key_files import NAME_LENGTH, ApiKey, api_keys
+from server.key_limits import KeyLimits
+from server.keys import Keys, asks_for_key, owner_by
 from server.metrics import make_registry
 from server.openapi import publish
 from server.request_ids import HEADER, RequestIds
@@ -96,9 +99,19 @@ def _new_app(bridge: Bridge, turns: Turns) -> FastAPI:
     )
 
 
-def _add_middleware(app: FastAPI, keys: tuple[str, ...], config: ServerConfig) -> None:
+def _accounts(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, Account]:
+    """By owner; without keys, the one of everybody."""
+    if not keys:
+        return {"": Account("", KeyLimits.of(config))}
+    owners = [(owner_by(key.secret), key) for key in keys]
+    return {owner: Account(key.name or owner[:NAME_LENGTH], key.limits) for owner, key in owners}
+
+
+def _add_middleware(app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig) -> None:
     """From the innermost to the outermost: a refused key is seen by pages and has an id, too."""
-    app.add_middleware(Keys, keys=keys, metrics_key=config.metrics_key)
+    accounts = _accounts(keys, config)
+    app.add_middleware(Accounts, accounts=accounts)
+    app.add_middleware(Keys, owners=list(accounts) if keys else [], metrics_key=config.metrics_key)
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,

@@ -16,8 +16,7 @@ NOT_JSON = "the body must be a JSON object"
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """All of the body. Raises ApiError 413 as soon as it is longer than `max_bytes`."""
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > max_bytes:
+    if announced_bytes(request) > max_bytes:
         raise _too_long(max_bytes)
     body = bytearray()
     async for chunk in request.stream():
@@ -25,6 +24,12 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         if len(body) > max_bytes:
             raise _too_long(max_bytes)
     return bytes(body)
+
+
+def announced_bytes(request: Request) -> int:
+    """How long the body says that it is; 0 where it does not."""
+    announced = request.headers.get("content-length", "0")
+    return int(announced) if announced.isdecimal() else 0
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineStoppedError
 from engine.outputs import EngineStats, FinishReason, Output
+from server.admission import Line
 from server.orders import QUICK_IDS, Order
 from server.reading import Reading
 
@@ -27,6 +28,10 @@ logger = logging.getLogger("cottention")
 
 Deliver = Callable[[list[Output]], None]
 OnDeath = Callable[[BaseException], None]
+
+
+SERVED = (None, FinishReason.STOP, FinishReason.LENGTH)
+"""How a prompt's first output ends it, where the prompt has been read."""
 
 
 class Phase(StrEnum):
@@ -42,14 +47,19 @@ class Bridge:
     """Submits for readers, and hands each reader its pieces."""
 
     def __init__(
-        self, engine: "Engine", make_worker: Callable[[Deliver, OnDeath], "EngineWorker"]
+        self,
+        engine: "Engine",
+        make_worker: Callable[[Deliver, OnDeath], "EngineWorker"],
+        line: Line,
     ) -> None:
         self.engine = engine
+        self.line = line
         self.phase = Phase.STARTING
         self.created = int(time.time())
         self.failed = asyncio.Event()
         self._worker = make_worker(self._deliver, self._on_death)
         self._parts: dict[Reading, list[str]] = {}
+        self._waiting: dict[str, int] = {}
         self._numbers = itertools.count()
         self._routes: dict[str, tuple[Reading, int]] = {}
         self._idle = asyncio.Event()
@@ -84,9 +94,10 @@ class Bridge:
 
         `name` is for the log; it need not be unique.
 
-        Raises ParameterError, EngineStoppedError; then nothing is left running.
+        Raises ParameterError, EngineStoppedError, ApiError; then nothing is left running.
         """
         self.check_accepting()
+        self.line.enter(len(order.prompts), order.num_prompt)
         num_choices = len(order.prompts) * order.params.n
         reading = Reading(num_choices, self._close, keeps_tokens=order.needs_tokens)
         name = f"{name}-{next(self._numbers)}"
@@ -94,6 +105,8 @@ class Bridge:
         self._idle.clear()
         for place, part in enumerate(parts):
             self._routes[part] = (reading, place * order.params.n)
+            self._waiting[part] = len(order.prompts[place])
+        self._limit_time(reading, order.deadline)
         try:
             if order.num_prompt > QUICK_IDS:
                 await asyncio.to_thread(self._submit, reading, parts, order)
@@ -118,12 +131,29 @@ class Bridge:
             if reading.is_closed:
                 self._worker.cancel(part)
 
+    def _limit_time(self, reading: Reading, deadline: float | None) -> None:
+        """What has not ended by then ends with what it has."""
+        if deadline is not None:
+            reading.timer = self._loop.call_at(deadline, self._expire, reading)
+
+    def _expire(self, reading: Reading) -> None:
+        for part in self._parts[reading]:
+            self._worker.cancel(part, FinishReason.TIMEOUT)
+
     def _close(self, reading: Reading) -> None:
+        if reading.timer is not None:
+            reading.timer.cancel()
         for part in self._parts.pop(reading):
+            self._leave_line(part)
             if self._routes.pop(part, None) and not reading.is_finished:
                 self._worker.cancel(part)
         if not self._parts:
             self._idle.set()
+
+    def _leave_line(self, part: str, *, was_served: bool = False) -> None:
+        """At a prompt's first output, or where it goes without one."""
+        if (num_tokens := self._waiting.pop(part, None)) is not None:
+            self.line.leave(1, num_tokens, was_served=was_served)
 
     def drain(self) -> None:
         """Refuse new work from now on; what runs goes on."""
@@ -150,6 +180,7 @@ class Bridge:
                 logger.error("request %s failed: %s", output.request_id, output.error)
             if route := self._routes.get(output.request_id):
                 reading, first = route
+                self._leave_line(output.request_id, was_served=output.finish_reason in SERVED)
                 reading.deliver(first + output.choice, output)
 
     def _on_death(self, error: BaseException) -> None:

@@ -35,6 +35,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
     with bind_socket(config.host, config.port) as sock:
         from engine.engine import Engine
         from engine.worker import EngineWorker
+        from server.admission import Line
         from server.app import create_app
         from server.bridge import Bridge
         from server.keeping import kept_sessions, where_kept
@@ -43,7 +44,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = Engine(model, engine_config)
         url = url_of(sock)
-        bridge = Bridge(engine, partial(EngineWorker, engine))
+        bridge = Bridge(engine, partial(EngineWorker, engine), Line.of(config))
         with kept_sessions(engine, config) as sessions:
             app = create_app(bridge, config, sessions, template)
             warn_of_strangers(sock, config)

@@ -81,6 +81,7 @@ class Reading:
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
         self._closed = False
+        self.timer: asyncio.TimerHandle | None = None
         self.num_generated = 0
         self.num_cached = 0
 

@@ -32,6 +32,18 @@ class ServerConfig:
     max_body_bytes: int = option(
         4 * 1024**2, "longest request body; 512K and 4M are understood", minimum=1, unit="bytes"
     )
+    max_queued_requests: int = option(
+        512, "prompts that may be without their first token; more are refused", minimum=1
+    )
+    max_queued_tokens: int = option(
+        500_000, "tokens of such prompts, likewise", minimum=1, unit="tokens"
+    )
+    max_request_seconds: float | None = option(
+        None,
+        "longest that a request may take (default: as long as it likes)",
+        minimum=0.001,
+        unit="seconds",
+    )
     session_dir: str | None = option(
         None, "folder that keeps sessions (default: one that goes when the server ends)"
     )
@@ -51,7 +63,21 @@ class ServerConfig:
         None, "file, name of one in the model's folder, or plain (default: the model's own)"
     )
     api_key: tuple[str, ...] = option((), "key that clients must send; may be given several times")
-    api_key_file: str | None = option(None, "file of such keys, a line each")
+    api_key_file: str | None = option(None, "file of such keys, a line each, or .json with limits")
+    key_max_requests: int | None = option(
+        None, "most requests of one key at a time (default: any)", minimum=1
+    )
+    key_max_tokens_per_minute: int | None = option(
+        None, "most tokens of one key, prompts included (default: any)", minimum=1, unit="tokens"
+    )
+    key_max_body_bytes: int | None = option(
+        None, "longest request body with a key (default: --max-body-bytes)", minimum=1, unit="bytes"
+    )
+    key_max_tokens: int | None = option(
+        None, "most tokens of one text (default: --max-tokens-limit)", minimum=1, unit="tokens"
+    )
+    key_max_n: int | None = option(None, "most choices of one prompt (default: 128)", minimum=1)
+    key_max_stop: int | None = option(None, "most stop strings (default: 16)", minimum=1)
     metrics_key: str | None = option(None, "key that /metrics asks for (default: it is open)")
     cors_origin: tuple[str, ...] = option(
         (), "web page that may call from a browser; may be given several times, * is any"

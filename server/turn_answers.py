@@ -4,6 +4,8 @@ Owns that the session has moved before its client is told so, and that it keeps 
 was written to the socket. Knows nothing of bodies.
 """
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,9 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from engine.errors import SessionError
 from engine.outputs import FinishReason
+from server.accounts import note
 from server.choices import Choices, compact
 from server.context import Context
-from server.errors import engine_failed, of_session
+from server.errors import engine_failed, expired, of_session
 from server.open_turn import OpenTurn
 from server.orders import Order, TurnTerms
 from server.reading import Reading
@@ -45,12 +48,14 @@ class TurnAnswer(Response):
         """Answer one request; what is raised before the first byte becomes an error's answer."""
         context, terms = self._context, self._order.turn
         assert isinstance(terms, TurnTerms)
-        async with context.turns.turn(self._asker, terms, receive) as turn:
+        waited_for = context.turns.turn(self._asker, terms, receive)
+        async with _by(self._order.deadline, waited_for) as turn:
             order = replace(self._order, start=turn.state)
             tokenizer, skips = context.bridge.engine.tokenizer, order.params.skip_special_tokens
             table = tokenizer.token_bytes if skips else tokenizer.written_bytes
             turn.reads(order.prompts[0], table, context.trained_length)
             reading = await context.bridge.open(self._heading.id, order)
+            note(scope, order, reading)
             if order.is_stream:
                 events = TurnEvents(self._heading, self._choices, order)
                 seconds = context.config.keep_alive_seconds
@@ -69,6 +74,20 @@ class TurnAnswer(Response):
             told = await told_whole(pieces, self._heading, self._choices, order, usage, more)
             told.headers["ETag"] = etag_of(session)
             return told
+
+
+@contextlib.asynccontextmanager
+async def _by(
+    deadline: float | None, turn: contextlib.AbstractAsyncContextManager[OpenTurn]
+) -> AsyncIterator[OpenTurn]:
+    """The turn, if it begins in time. Raises ApiError 504."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            async with asyncio.timeout_at(deadline):
+                begun = await stack.enter_async_context(turn)
+        except TimeoutError:
+            raise expired() from None
+        yield begun
 
 
 class TurnEvents(Events):

@@ -74,6 +74,7 @@ class Running:
     priority: int = 0
     said: int = 0
     cancelled_at: int | None = None
+    reason: FinishReason = FinishReason.CANCELLED
     start: SessionState | None = None
     drawn: list[int] = field(default_factory=list)
     unfinished: set[int] = field(default_factory=set)
@@ -128,10 +129,10 @@ class FakeEngine:
             self.seen.append(self.running[request_id])
         return request_id
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         with self._lock:
             if request := self.running.get(request_id):
-                request.cancelled_at = self.num_steps
+                request.cancelled_at, request.reason = self.num_steps, reason
 
     def has_work(self) -> bool:
         return bool(self.running)
@@ -193,7 +194,7 @@ class FakeEngine:
         return self._end(name, reason, None, text, (token_id,))
 
     def _cancel_one(self, name: str) -> list[Output]:
-        return self._end(name, FinishReason.CANCELLED)
+        return self._end(name, self.running[name].reason)
 
     def _end(
         self,

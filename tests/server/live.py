@@ -13,6 +13,7 @@ import httpx
 import uvicorn
 
 from engine.worker import EngineWorker
+from server.admission import Line
 from server.app import create_app
 from server.bridge import Bridge
 from server.lifecycle import bind_socket, url_of
@@ -81,8 +82,10 @@ class Live:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(20)
         sock.connect((host, int(port)))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
-        sock.sendall(head.encode() + raw)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
+        if key := self.client.headers.get("authorization"):
+            head += f"Authorization: {key}\r\n"
+        sock.sendall(f"{head}\r\n".encode() + raw)
         return sock
 
 
@@ -95,9 +98,10 @@ def serving(
 ) -> Iterator[Live]:
     """A live server; at its end nothing may be left running."""
     engine = engine or FakeEngine()
-    bridge = Bridge(engine, partial(EngineWorker, engine))
+    config = ServerConfig(port=0, **settings)
+    bridge = Bridge(engine, partial(EngineWorker, engine), Line.of(config))
     sessions = sessions or FakeSessions()
-    app = create_app(bridge, ServerConfig(port=0, **settings), sessions, template)
+    app = create_app(bridge, config, sessions, template)
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)

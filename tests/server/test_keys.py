@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import ConfigurationError
 from server import commands
-from server.keys import api_keys
+from server.key_files import api_keys
 from server.lifecycle import bind_socket
 from server.settings import ServerConfig
 from tests.server.live import serving
