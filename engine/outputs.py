@@ -66,15 +66,21 @@ class Output:
 class EngineStats:
     """Counters since the start and gauges of this moment.
 
-    num_running and num_waiting count requests; num_finished counts choices by how they ended.
+    num_running, num_waiting (for slots) and num_paused (for their readers) count requests;
+    num_finished counts choices by how they ended. num_faults: requests that a fault ended;
+    num_undrawn: choices without a token that could be drawn, since no logit was finite or every
+    token forbidden.
     """
 
     num_running: int
     num_waiting: int
+    num_paused: int
     num_finished: dict[FinishReason, int]
     num_prompt_tokens: int
     num_generated_tokens: int
     num_steps: int
+    num_faults: int
+    num_undrawn: int
     num_slots: int
     num_free_slots: int
     pool_bytes: int

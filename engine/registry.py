@@ -5,11 +5,12 @@ end. Called from the engine's thread alone. Knows no model and no queue of comma
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from engine.errors import ParameterError
 from engine.outputs import FinishReason, Output, TokenLogprob
+from engine.pausing import Pausing
 from engine.prefix_cache import PrefixCache
 from engine.request import Choice, Request
 from engine.runner import Sample
@@ -29,6 +30,7 @@ class Registry:
         self._scheduler = scheduler
         self._pool = pool
         self._warm = WarmStarts(pool, cache)
+        self.pausing = Pausing(scheduler, pool)
         self._window = window
         self._requests: dict[str, Request] = {}
         self._taken_ids: set[str] = set()
@@ -56,7 +58,8 @@ class Registry:
     def admit(self) -> None:
         """Give slots to those who may start."""
         for request in self._scheduler.admit(self._pool.num_free):
-            request.slots = [self._pool.allocate() for _ in request.choices]
+            if self.pausing.begin(request):
+                continue
             if request.start is not None and request.start.rows:
                 self._pool.write(request.slots[0], request.start.rows)
             self._warm.begin(request)
@@ -110,6 +113,12 @@ class Registry:
             num_cached=0 if reason is None else _num_cached(choice),
         )
 
+    def apply(self, work: Callable[[Request], None], request_id: str) -> list[Output]:
+        """Do something with a request that has nothing to say, if it is still alive."""
+        if request := self._requests.get(request_id):
+            work(request)
+        return []
+
     def cancel(
         self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
     ) -> list[Output]:
@@ -122,11 +131,11 @@ class Registry:
         return [out for request_id in list(self._requests) for out in self.cancel(request_id)]
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> list[Output]:
-        """End what is unfinished of a request, wherever it is; text held back comes out."""
+        """End what is unfinished of a request; text held back comes out, but for a fault."""
         self._scheduler.remove_request(request)
         outputs = []
         for choice in request.unfinished:
-            text = self._last_text(choice)
+            text = "" if reason is FinishReason.ERROR else self._last_text(choice)
             state = self._kept(choice) if reason is FinishReason.LENGTH else None
             self._finish(choice, reason)
             scores = None if choice.num_generated else _scores(choice)
@@ -160,6 +169,7 @@ class Registry:
         if choice.request.slots:
             self._pool.free(choice.slot)
         if not choice.request.unfinished:
+            self.pausing.forget(choice.request)
             del self._requests[choice.request.id]
             self._taken_ids.remove(choice.request.id)
 

@@ -72,6 +72,16 @@ class EngineWorker:
         self._engine.cancel(request_id, reason)
         self._wake.set()
 
+    def pause(self, request_id: str) -> None:
+        """As Engine.pause."""
+        self._engine.pause(request_id)
+        self._wake.set()
+
+    def resume(self, request_id: str) -> None:
+        """As Engine.resume."""
+        self._engine.resume(request_id)
+        self._wake.set()
+
     def stats(self) -> EngineStats:
         """As Engine.stats."""
         return self._engine.stats()

@@ -153,10 +153,13 @@ class FakeEngine:
         return EngineStats(
             num_running=len(self.running),
             num_waiting=0,
+            num_paused=0,
             num_finished=dict(self.finished),
             num_prompt_tokens=self.num_prompt,
             num_generated_tokens=self.num_generated,
             num_steps=self.num_steps,
+            num_faults=0,
+            num_undrawn=0,
             num_slots=self.num_slots,
             num_free_slots=self.num_slots - sum(len(r.unfinished) for r in self.running.values()),
             pool_bytes=1000 * self.num_slots,
