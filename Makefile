@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clients fuzz asan crash check bench gpu-check train format clean
+.PHONY: help setup serve test test-clients fuzz asan crash faults check bench gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ $(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt
 
 crash: setup ## Kill the server two hundred times under load, and look for what is lost
 	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/test_sessions_crash.py
+
+faults: setup ## Inject a thousand faults under load, and look who fails
+	COTTENTION_FAULTS=1000 $(BIN)/python -m pytest -s --show-capture=no tests/server/test_faults.py
 
 check: setup ## Lint, formatting, types
 	$(BIN)/ruff check .
