@@ -1,4 +1,5 @@
-// rotary_table, cottention_features, gelu_new, layer_norm and likeliest on the CPU: the checks and the calls.
+// rotary_table, cottention_features, gelu_new, elu_plus_one, layer_norm and likeliest on the CPU:
+// the checks and the calls.
 //
 // Owns the angles of rotary (float64 until the last cast). The rest of the arithmetic stands in
 // elementwise.h.
@@ -15,11 +16,21 @@ namespace {
 
 constexpr int64_t kAnglesPerThread = 512;
 constexpr int64_t kFeaturesPerThread = 16384;
-constexpr int64_t kGelusPerThread = 16384;
+constexpr int64_t kExponentialsPerThread = 16384;
 constexpr int64_t kNormsPerThread = 65536;
 constexpr int64_t kComparedPerThread = 262144;
 
 int64_t least_tasks(int64_t work, int64_t each) { return work / std::max<int64_t>(1, each); }
+
+Tensor each_row(const Tensor& x, void (*kernel)(const RowsParams&, int64_t)) {
+  check_rows(x, "x", 2);
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  const RowsParams p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1),
+                     x.stride(0), x.size(1)};
+  for_each_task(x.size(0), least_tasks(kExponentialsPerThread, x.size(1)),
+                [&](int64_t row) { kernel(p, row); });
+  return out;
+}
 
 }  // namespace
 
@@ -94,16 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Te
 }
 
 // x [N, C], rows any distance apart → contiguous [N, C].
-Tensor gelu_new(const Tensor& x) {
-  check_rows(x, "x", 2);
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  const GeluParams p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1),
-                     x.stride(0), x.size(1)};
-  const Kernels& table = kernels();
-  for_each_task(x.size(0), least_tasks(kGelusPerThread, x.size(1)),
-                [&](int64_t row) { table.gelu(p, row); });
-  return out;
-}
+Tensor gelu_new(const Tensor& x) { return each_row(x, kernels().gelu); }
+
+Tensor elu_plus_one(const Tensor& x) { return each_row(x, kernels().elu_plus_one); }
 
 // logits [R, N], rows any distance apart → int64 [R]: the first place of each row's largest
 // element, -1 where that is not finite or anything in the row is not a number.

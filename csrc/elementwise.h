@@ -1,4 +1,4 @@
-// What happens to a token around the recurrence: rotary, normalisation, scaling, gelu_new,
+// What happens to a token around the recurrence: rotary, normalisation, scaling, gelu_new, elu + 1,
 // and the norm before it.
 //
 // Elementwise loops are left to the compiler to widen: with contraction off, an element's bits do
@@ -110,8 +110,18 @@ inline void gelu_of(const float* x, int64_t count, float* __restrict out) {
   }
 }
 
-inline void gelu(const GeluParams& p, int64_t row) {
+inline void gelu(const RowsParams& p, int64_t row) {
   gelu_of(p.x + row * p.x_stride, p.columns, p.out + row * p.out_stride);
+}
+
+// The linear transformer's map: x + 1 from 0 on, e^x below.
+inline void elu_plus_one(const RowsParams& p, int64_t row) {
+  const float* x = p.x + row * p.x_stride;
+  float* __restrict out = p.out + row * p.out_stride;
+  for (int64_t i = 0; i < p.columns; ++i) {
+    const float below = exponential(x[i]);
+    out[i] = x[i] < 0.0f ? below : x[i] + 1.0f;
+  }
 }
 
 }  // namespace cottention::COTTENTION_ISA

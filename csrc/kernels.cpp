@@ -13,7 +13,7 @@
 namespace cottention::COTTENTION_ISA {
 
 const Kernels kernels = {
-    denominators, recurrent, mix,  linear<FloatWord>, linear<PairWord>,
-    round_row,    features,  gelu, layer_norm,        likeliest};
+    denominators, recurrent, mix,  linear<FloatWord>, linear<PairWord>, round_row,
+    features,     gelu,      elu_plus_one,            layer_norm,         likeliest};
 
 }  // namespace cottention::COTTENTION_ISA

@@ -78,7 +78,7 @@ struct FeatureParams {
   int64_t heads, width, pairs;
 };
 
-struct GeluParams {
+struct RowsParams {
   const float* x;              // [rows, columns], rows x_stride apart
   float* out;                  // [rows, columns], rows out_stride apart
   int64_t columns, x_stride, out_stride;
@@ -88,7 +88,7 @@ struct GeluParams {
 struct MixParams {
   FeatureParams features;
   RecurrentParams recurrent;   // without q, k, v
-  GeluParams gelu;             // rows are tokens
+  RowsParams gelu;             // rows are tokens
 };
 
 struct NormParams {
@@ -112,7 +112,8 @@ struct Kernels {
   void (*linear_pairs)(const LinearParams&, int64_t task);     // the same, weights in bfloat16
   void (*round_row)(const RoundParams&, int64_t row);          // float32 to such words
   void (*features)(const FeatureParams&, int64_t token);
-  void (*gelu)(const GeluParams&, int64_t row);
+  void (*gelu)(const RowsParams&, int64_t row);
+  void (*elu_plus_one)(const RowsParams&, int64_t row);
   void (*layer_norm)(const NormParams&, int64_t row);
   void (*likeliest)(const LikeliestParams&, int64_t row);
 };

@@ -56,7 +56,7 @@ FeatureParams features(const Tensor& joined, const Tensor& positions, const Tens
   return p;
 }
 
-GeluParams gelu(const Tensor& joined, const Tensor& out, int64_t channels) {
+RowsParams gelu(const Tensor& joined, const Tensor& out, int64_t channels) {
   return {joined.const_data_ptr<float>() + 3 * channels, out.mutable_data_ptr<float>() + channels,
           joined.size(1) - 3 * channels, joined.size(1), out.size(1)};
 }

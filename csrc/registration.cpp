@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(cottention, m) {
       "cottention_features(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor sigma, "
       "Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)");
   m.def("gelu_new(Tensor x) -> Tensor");
+  m.def("elu_plus_one(Tensor x) -> Tensor");
   m.def("likeliest(Tensor logits) -> Tensor");
   m.def("linear_out(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_add(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
@@ -30,6 +31,7 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("rotary_table", TORCH_BOX(&cottention::rotary_table));
   m.impl("cottention_features", TORCH_BOX(&cottention::cottention_features));
   m.impl("gelu_new", TORCH_BOX(&cottention::gelu_new));
+  m.impl("elu_plus_one", TORCH_BOX(&cottention::elu_plus_one));
   m.impl("likeliest", TORCH_BOX(&cottention::likeliest));
   m.impl("linear_out", TORCH_BOX(&cottention::linear_out));
   m.impl("linear_add", TORCH_BOX(&cottention::linear_add));

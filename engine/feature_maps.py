@@ -8,9 +8,11 @@ are divided by a denominator. Knows nothing of state, slots or batches: what com
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from engine import ops
+from engine.positions import TokenPositions
 
 
 class Features(NamedTuple):
@@ -19,19 +21,6 @@ class Features(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPositions:
-    """Where the N tokens of a batch stand, worked out once per step for all layers.
-
-    index: int64 [N], counted from 0 from the start of each token's own sequence.
-    cos, sin: [N, rotary_dim / 2], the rotary angles of those positions.
-    """
-
-    index: Tensor
-    cos: Tensor
-    sin: Tensor
 
 
 class Mix(Protocol):
@@ -64,14 +53,19 @@ class FeatureMap(Protocol):
         """Whether outputs are divided by the sum of their scores."""
         ...
 
+    @property
+    def has_norm_const(self) -> bool:
+        """Whether a model learns m, one scalar per head, and σ(m) means something."""
+        ...
+
     def key_width(self, head_dim: int) -> int:
         """Width K of the mapped queries and keys for heads of `head_dim`."""
         ...
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor, /
     ) -> Features:
-        """Map q, k, v [..., N, H, D]; sigma float64 [H] is σ(m) of the layer."""
+        """Map q, k, v [..., N, H, D]; sigma float64 [H] is σ(m) of the layer, 0 where none is."""
         ...
 
 
@@ -84,6 +78,7 @@ class Cottention:
     """
 
     has_denominator: bool = False
+    has_norm_const: bool = True
     mix: Mix | None = ops.cottention_mix
 
     def key_width(self, head_dim: int) -> int:
@@ -95,4 +90,76 @@ class Cottention:
         return Features(*ops.cottention_features(q, k, v, at.index, sigma, at.cos, at.sin))
 
 
-FEATURE_MAPS: dict[str, FeatureMap] = {"cottention": Cottention()}
+@dataclass(frozen=True, slots=True)
+class CosFormer:
+    """ReLU, reweighted by the cosine of the distance (arXiv 2202.08791), with denominator.
+
+    φ_t(x) = [ReLU(x) sin(πt/2M); ReLU(x) cos(πt/2M)] on queries and keys, t counted from 1 and M
+    fixed, so that φ_i(q)·φ_j(k) = ReLU(q)·ReLU(k) cos(π(i − j)/2M). No 1/√d. Rotary, where a model
+    has it, comes before the ReLU.
+    """
+
+    has_denominator: bool = True
+    has_norm_const: bool = False
+    mix: Mix | None = None
+
+    def key_width(self, head_dim: int) -> int:
+        return 2 * head_dim
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, _sigma: Tensor
+    ) -> Features:
+        assert at.wave is not None
+        sin, cos = at.wave.to(q.dtype).unsqueeze(-2).split(1, dim=-1)  # [N, 1, 1]
+        q, k = (torch.relu(ops.rotate(x, at.cos, at.sin)) for x in (q, k))
+        q, k = (torch.cat([x * sin, x * cos], dim=-1) for x in (q, k))
+        return Features(q, k, v)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """The linear transformer (arXiv 2006.16236): φ(x) = elu(x) + 1, with denominator.
+
+    Rotary comes before φ, as it comes before Cottention's N: scores stay positive.
+    """
+
+    has_denominator: bool = True
+    has_norm_const: bool = False
+    mix: Mix | None = None
+
+    def key_width(self, head_dim: int) -> int:
+        return head_dim
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, _sigma: Tensor
+    ) -> Features:
+        q, k = (ops.elu_plus_one(ops.rotate(x, at.cos, at.sin)) for x in (q, k))
+        return Features(q, k, v)
+
+
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """Queries and keys as softmax takes them: rotated. It has no recurrent form."""
+
+    has_denominator: bool = False
+    has_norm_const: bool = False
+    mix: Mix | None = None
+
+    def key_width(self, head_dim: int) -> int:
+        return head_dim
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, _sigma: Tensor
+    ) -> Features:
+        return Features(ops.rotate(q, at.cos, at.sin), ops.rotate(k, at.cos, at.sin), v)
+
+
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "cottention": Cottention(),
+    "cosformer": CosFormer(),
+    "linear": Linear(),
+}
+"""The kinds of attention that are served, as a model folder's `attention_type` names them."""
+
+TRAINED_MAPS: dict[str, FeatureMap] = {**FEATURE_MAPS, "softmax": Softmax()}
+"""Those that are trained and measured: softmax stands beside them and is never served."""

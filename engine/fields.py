@@ -25,13 +25,25 @@ def read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def size(raw: dict[str, Any], name: str, where: str, default: int | None = None) -> int:
-    """A whole number from 1; the default where it is null or absent."""
+def size(
+    raw: dict[str, Any], name: str, where: str, default: int | None = None, least: int = 1
+) -> int:
+    """A whole number from `least`; the default where it is null or absent."""
     value = raw.get(name)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelFolderError(f"{where}: {name} must be a whole number from 1, it is {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ModelFolderError(
+            f"{where}: {name} must be a whole number from {least}, it is {value!r}"
+        )
+    return value
+
+
+def switch(raw: dict[str, Any], name: str, where: str) -> bool:
+    """true or false; false where it is absent."""
+    value = raw.get(name, False)
+    if not isinstance(value, bool):
+        raise ModelFolderError(f"{where}: {name} must be true or false, it is {value!r}")
     return value
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from engine import ops
-from engine.feature_maps import FEATURE_MAPS, Mix, TokenPositions
-from engine.model import Block, CottentionForCausalLM, split_heads, token_positions
+from engine.feature_maps import FEATURE_MAPS, Mix
+from engine.model import Block, CottentionForCausalLM, split_heads
 from engine.model_config import ModelConfig
 from engine.packed import PackedLayers
+from engine.positions import TokenPositions, token_positions
 from engine.recurrence import Recurrence
 
 Product = Callable[[Tensor], Tensor]

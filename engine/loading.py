@@ -10,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.errors import ConfigurationError, ModelFolderError
+from engine.feature_maps import FEATURE_MAPS
 from engine.inference import ServedModel
 from engine.model_config import ModelConfig
 from engine.model_folder import resolve_model
@@ -45,6 +46,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     """
     name, folder = resolve_model(model)
     model_config = ModelConfig.from_folder(folder)
+    _check_served(model_config, folder)
     spec = StateSpec.of(model_config)
     num_slots = config.num_slots(spec)
     device = _device(config)
@@ -61,6 +63,15 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     return LoadedModel(
         name, folder, device, dtype, num_parameters, model_config, tokenizer, pool, runner
     )
+
+
+def _check_served(model_config: ModelConfig, folder: Path) -> None:
+    kind, known = model_config.attention_type, ", ".join(sorted(FEATURE_MAPS))
+    if kind not in FEATURE_MAPS:
+        raise ModelFolderError(
+            f"{folder}: attention_type {kind!r} is for training and benchmarks only: it has no"
+            f" state of fixed size to serve from. Served are: {known}"
+        )
 
 
 def _device(config: EngineConfig) -> str:

@@ -1,4 +1,6 @@
-"""Cottention inside a GPT-J block: the definition, in modules named as the published weights are.
+"""The model, a GPT-J block around attention of some kind: the definition.
+
+Its modules are named as the published weights are.
 
 Owns the arithmetic of the model between token ids and hidden states or logits. Does not know where
 the recurrence's state lives: each layer hands its mapped q, k, v to an `Attend` that the caller
@@ -14,29 +16,34 @@ import torch
 from torch import Tensor, nn
 
 from engine import ops
-from engine.feature_maps import FEATURE_MAPS, Features, TokenPositions
+from engine.feature_maps import TRAINED_MAPS, Features
 from engine.model_config import ModelConfig
+from engine.positions import TokenPositions, token_positions
 
 Attend = Callable[[int, Features], Tensor]
 """(layer, mapped q, k, v [..., N, H, ·]) → outputs [..., N, H, V]."""
 
-ROTARY_BASE = 10_000.0
-
 
 class Attention(nn.Module):
-    """Projections without bias, and m, one learned scalar per head (eq. 5 of arXiv 2409.18747)."""
+    """Projections, and with Cottention m, one learned scalar per head (eq. 5, arXiv 2409.18747)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.n_embd
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.out_proj = nn.Linear(width, width, bias=False)
-        self.norm_const = nn.Parameter(torch.full((1, config.n_head, 1, 1), 0.5))
+        width, bias = config.n_embd, config.attention_bias
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, width, bias=bias)
+        self.v_proj = nn.Linear(width, width, bias=bias)
+        self.out_proj = nn.Linear(width, width, bias=bias)
+        self._num_heads = config.n_head
+        self.norm_const: nn.Parameter | None = None
+        if TRAINED_MAPS[config.attention_type].has_norm_const:
+            self.norm_const = nn.Parameter(torch.full((1, config.n_head, 1, 1), 0.5))
 
     def sigma(self) -> Tensor:
-        """σ(m), float64 [H]: values are divided by position^σ(m)."""
+        """σ(m), float64 [H]: values are divided by position^σ(m). Zeros where there is no m."""
+        if self.norm_const is None:
+            weight = self.q_proj.weight
+            return torch.zeros(self._num_heads, dtype=torch.float64, device=weight.device)
         return torch.sigmoid(self.norm_const.double()).flatten()
 
 
@@ -64,14 +71,17 @@ class Block(nn.Module):
     def stacked_in(self) -> tuple[Tensor, Tensor]:
         """Weight [3C + inner, C] and bias [3C + inner] of q, k, v and fc_in in one product."""
         attn, fc_in = self.attn, self.mlp.fc_in
-        projections = [attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight]
-        none = fc_in.bias.new_zeros(3 * fc_in.in_features)
-        return torch.cat([*projections, fc_in.weight]), torch.cat([none, fc_in.bias])
+        projections = [attn.q_proj, attn.k_proj, attn.v_proj]
+        none = fc_in.bias.new_zeros(fc_in.in_features)
+        biases = [none if each.bias is None else each.bias for each in projections]
+        weights = [each.weight for each in projections]
+        return torch.cat([*weights, fc_in.weight]), torch.cat([*biases, fc_in.bias])
 
     def stacked_out(self) -> tuple[Tensor, Tensor]:
         """Weight [C, C + inner] and bias [C] of out_proj and fc_out in one product."""
-        fc_out = self.mlp.fc_out
-        return torch.cat([self.attn.out_proj.weight, fc_out.weight], dim=1), fc_out.bias
+        out_proj, fc_out = self.attn.out_proj, self.mlp.fc_out
+        bias = fc_out.bias if out_proj.bias is None else out_proj.bias + fc_out.bias
+        return torch.cat([out_proj.weight, fc_out.weight], dim=1), bias
 
 
 class Transformer(nn.Module):
@@ -122,13 +132,6 @@ class CottentionForCausalLM(nn.Module):
         return nn.functional.linear(out, *block.stacked_out())
 
 
-def token_positions(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> TokenPositions:
-    """Angles for int64 positions [N], counted from 0, for a model of `dtype`."""
-    wide = _at_least_float32(dtype)
-    angles = ops.rotary_table(positions, config.rotary_dim, ROTARY_BASE, wide)
-    return TokenPositions(positions, *angles)
-
-
 def split_heads(
     config: ModelConfig, joined: Tensor, sigma: Tensor, at: TokenPositions
 ) -> tuple[Features, Tensor]:
@@ -137,11 +140,7 @@ def split_heads(
     Features are float32 or wider whatever the model's dtype: the state is kept in them.
     """
     width = config.n_embd
-    wide = _at_least_float32(joined.dtype)
+    wide = torch.promote_types(joined.dtype, torch.float32)
     *qkv, up = joined.split([width, width, width, config.n_inner], dim=-1)
     q, k, v = (x.unflatten(-1, (config.n_head, config.head_dim)).to(wide) for x in qkv)
-    return FEATURE_MAPS[config.attention_type](q, k, v, at, sigma), up
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return TRAINED_MAPS[config.attention_type](q, k, v, at, sigma), up

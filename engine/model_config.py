@@ -10,7 +10,7 @@ from engine.errors import ModelFolderError
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """Shape of a Cottention GPT-J, under the names that its config.json uses."""
+    """Shape of a GPT-J with attention of some kind, under the names that its config.json uses."""
 
     vocab_size: int
     n_embd: int
@@ -24,11 +24,25 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     attention_type: str = "cottention"
     torch_dtype: str = "float32"
+    attention_bias: bool = False
+    cosformer_max_length: int | None = None
 
     @property
     def head_dim(self) -> int:
         """Channels per head, D."""
         return self.n_embd // self.n_head
+
+    @property
+    def max_exact_length(self) -> int | None:
+        """cosFormer's M: further apart weights would turn negative. None: as long as one likes."""
+        if self.attention_type != "cosformer":
+            return None
+        return self.cosformer_max_length or self.n_positions
+
+    @property
+    def window(self) -> int:
+        """Tokens up to which the model is good: the trained length, and no more than M."""
+        return min(self.n_positions, self.max_exact_length or self.n_positions)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self:
@@ -43,13 +57,15 @@ class ModelConfig:
         sizes = {name: fields.size(raw, name, where) for name in _SIZES}
         config = cls(
             **sizes,
-            rotary_dim=fields.size(raw, "rotary_dim", where, default=_GPTJ_ROTARY_DIM),
+            rotary_dim=fields.size(raw, "rotary_dim", where, default=_GPTJ_ROTARY_DIM, least=0),
             n_inner=fields.size(raw, "n_inner", where, default=4 * sizes["n_embd"]),
             layer_norm_epsilon=fields.epsilon(raw, "layer_norm_epsilon", where, default=1e-5),
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=fields.token_ids(raw, "eos_token_id", where),
             attention_type=raw.get("attention_type", "cottention"),
             torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
+            attention_bias=fields.switch(raw, "attention_bias", where),
+            cosformer_max_length=_max_length(raw, where),
         )
         _check_widths(config, where)
         return config
@@ -68,15 +84,21 @@ def _check_kind(raw: dict[str, Any], where: str) -> None:
         raise ModelFolderError(
             f"{where}: model_type is {kind!r}; a causal Cottention model has model_type 'gptj'"
         )
-    from engine.feature_maps import FEATURE_MAPS
+    from engine.feature_maps import TRAINED_MAPS
 
     attention = raw.get("attention_type", "cottention")
-    if not isinstance(attention, str) or attention not in FEATURE_MAPS:
-        known = ", ".join(sorted(FEATURE_MAPS))
+    if not isinstance(attention, str) or attention not in TRAINED_MAPS:
+        known = ", ".join(sorted(TRAINED_MAPS))
         raise ModelFolderError(f"{where}: attention_type {attention!r} is not one of: {known}")
     for name, allowed in (("activation_function", "gelu_new"), ("tie_word_embeddings", False)):
         if raw.get(name, allowed) != allowed:
             raise ModelFolderError(f"{where}: {name} must be {allowed!r}, it is {raw[name]!r}")
+
+
+def _max_length(raw: dict[str, Any], where: str) -> int | None:
+    if raw.get("attention_type") != "cosformer":
+        return None
+    return fields.size(raw, "cosformer_max_length", where, default=raw["n_positions"])
 
 
 def _check_widths(config: ModelConfig, where: str) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.feature_maps import FEATURE_MAPS, TokenPositions
+from engine.feature_maps import FEATURE_MAPS
 from engine.model import Block, split_heads
 from engine.model_config import ModelConfig
+from engine.positions import TokenPositions
 from engine.recurrence import Recurrence
 
 

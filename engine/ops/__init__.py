@@ -15,7 +15,7 @@ from engine.ops.build import BuildError
 from engine.ops.checks import kernel_has_width
 from engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
 from engine.ops.loader import Backend, announce_reference, backend
-from engine.ops.reference import NO_PLACE, PADDING_SLOT
+from engine.ops.reference import NO_PLACE, PADDING_SLOT, rotate
 from engine.ops.segments import Segments, check_slots
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "check_slots",
     "cottention_features",
     "cottention_mix",
+    "elu_plus_one",
     "gelu_new",
     "kernel_has_width",
     "likeliest",
@@ -39,6 +40,7 @@ __all__ = [
     "recurrent_segments",
     "recurrent_step",
     "rotary_table",
+    "rotate",
 ]
 
 MAX_STEPPED = 32
@@ -165,6 +167,14 @@ def gelu_new(x: Tensor) -> Tensor:
         out: Tensor = torch.ops.cottention.gelu_new(x)
         return out
     return reference.gelu_new(x)
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1, elementwise: x + 1 from 0 on, exp(x) below. x [N, H, D] for the compiled form."""
+    if x.dim() == 3 and _compiled_takes(x):
+        out: Tensor = torch.ops.cottention.elu_plus_one(x.flatten(1))
+        return out.view(x.shape)
+    return reference.elu_plus_one(x)
 
 
 def _compiled_takes(x: Tensor, *others: Tensor) -> bool:

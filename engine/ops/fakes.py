@@ -47,7 +47,7 @@ def cottention_features(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def gelu_new(x: Tensor) -> Tensor:
+def elementwise(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -65,7 +65,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "linear": linear,
     "rotary_table": rotary_table,
     "cottention_features": cottention_features,
-    "gelu_new": gelu_new,
+    "gelu_new": elementwise,
+    "elu_plus_one": elementwise,
     "likeliest": likeliest,
     "linear_out": in_place,
     "linear_add": in_place,

@@ -94,13 +94,14 @@ def cottention_features(
     cos, sin [N, R / 2] turn the first R of each head's D. The power is taken in float64.
     """
     scale = torch.exp(-sigma * torch.log(positions.double() + 1).unsqueeze(-1)).to(v.dtype)
-    q, k = (_unit(_rotate(x, cos.to(x.dtype), sin.to(x.dtype))) for x in (q, k))
+    q, k = (_unit(rotate(x, cos, sin)) for x in (q, k))
     return q, k, v * scale.unsqueeze(-1)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (2i, 2i + 1) of the first R of x [..., N, H, D] by the angles [N, R / 2]."""
     rotary_dim = 2 * cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     even, odd = x[..., 0:rotary_dim:2], x[..., 1:rotary_dim:2]
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
@@ -121,3 +122,8 @@ def likeliest(logits: Tensor) -> Tensor:
 def gelu_new(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))."""
     return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """elu(x) + 1: x + 1 from 0 on, exp(x) below."""
+    return torch.where(x < 0, x.clamp_max(0).exp(), x + 1)

@@ -56,7 +56,15 @@ def config_json(config: ModelConfig, dtype: str, end: int) -> dict[str, Any]:
         "n_positions": config.n_positions,
         "rotary_dim": config.rotary_dim,
         "torch_dtype": dtype,
+        **_fixed_length(config),
     }
+
+
+def _fixed_length(config: ModelConfig) -> dict[str, Any]:
+    """cosFormer's M, and nothing for other kinds of attention."""
+    if config.max_exact_length is None:
+        return {}
+    return {"cosformer_max_length": config.max_exact_length}
 
 
 def generation_json(end: int) -> dict[str, Any]:

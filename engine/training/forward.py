@@ -1,15 +1,16 @@
-"""One window through the model, differentiably: the chunked form from a zero state.
+"""One window through the model, differentiably: from a zero state, or with softmax.
 
 Owns first weights, precision and dropout of training. Does not know optimizers or the clock.
 """
 
+import functools
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from engine.feature_maps import Features
+from engine.feature_maps import FEATURE_MAPS, Features
 from engine.model import Attend, CottentionForCausalLM
 from engine.model_config import ModelConfig
 from engine.ops.chunked import chunked
@@ -31,22 +32,35 @@ def new_model(model: CottentionForCausalLM) -> CottentionForCausalLM:
     return model
 
 
-def attend_from_zero(dtype: torch.dtype) -> Attend:
-    """The chunked form over whole windows, products in `dtype`, the running state in float32."""
+def attend_from_zero(config: ModelConfig, dtype: torch.dtype) -> Attend:
+    """Whole windows: softmax, or the chunked form of what has a recurrent one. Products in `dtype`.
+
+    The running state is in float32.
+    """
+    if config.attention_type == "softmax":
+        return functools.partial(_attend_softmax, dtype)
+    has_denominator = FEATURE_MAPS[config.attention_type].has_denominator
 
     def attend(_layer: int, features: Features) -> Tensor:
         q, k, v = (x.transpose(1, 2).to(dtype) for x in features)
         state = features.v.new_zeros((*v.shape[:2], v.shape[-1], k.shape[-1]))
-        return chunked(q, k, v, state)[0].transpose(1, 2)
+        z = state.new_zeros((*v.shape[:2], k.shape[-1])) if has_denominator else None
+        return chunked(q, k, v, state, z)[0].transpose(1, 2)
 
     return attend
+
+
+def _attend_softmax(dtype: torch.dtype, _layer: int, features: Features) -> Tensor:
+    """Causal softmax attention, scaled by 1/√d, as a GPT-J has it."""
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in features)
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def logits_of(model: CottentionForCausalLM, inputs: Tensor, *, dtype: torch.dtype) -> Tensor:
     """Logits float32 [B, T, vocabulary] of int64 [B, T]; matrix products in `dtype`."""
     positions = torch.arange(inputs.shape[1], device=inputs.device)
     with _autocast(inputs.device, dtype):
-        logits = model(inputs, positions, attend_from_zero(dtype))
+        logits = model(inputs, positions, attend_from_zero(model.config, dtype))
     wide: Tensor = logits.float()
     return wide
 

@@ -24,6 +24,8 @@ RATE_MEMORY = 0.9
 
 IDENTITY = (
     "seed",
+    "attention",
+    "rotary_dim",
     "context",
     "layers",
     "width",

@@ -4,19 +4,20 @@ Owns names, defaults and help texts. Knows nothing of what is done with them.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from engine.feature_maps import TRAINED_MAPS
 from engine.model_config import ModelConfig
 
 SHIPPED_MODEL = Path("engine/models/cottention-python-7m")
 
 
-def flag(default: Any, help: str) -> Any:
-    """A setting with its default and help text."""
-    return field(default=default, metadata={"help": help})
+def flag(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
+    """A setting with its default, its help text and what it may be."""
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,14 @@ class TrainingSettings:
     steps: int | None = flag(None, "optimizer steps, instead of --epochs")
     hours: float | None = flag(None, "time limit: the learning rate ends by then at the latest")
     context: int = flag(1024, "tokens in a window, and the model's n_positions")
+    attention: str = flag(
+        "cottention",
+        "kind of attention; softmax is there to be compared with and cannot be served",
+        choices=TRAINED_MAPS,
+    )
+    rotary_dim: int | None = flag(
+        None, "channels of a head that rotary turns (default: all; with cosformer none)"
+    )
     layers: int = flag(6, "blocks")
     width: int = flag(256, "channels; the MLP has four times as many")
     heads: int = flag(4, "heads, which share the channels")
@@ -63,17 +72,21 @@ class TrainingSettings:
         return max(1, min(self.batch, self.micro_batch_tokens // self.context))
 
     def model_config(self, end_of_text: int) -> ModelConfig:
-        """The model's shape, in the paper's form: rotary over whole heads."""
+        """The model's shape, in the papers' forms: rotary over whole heads, or cosFormer's M."""
+        is_cosformer = self.attention == "cosformer"
+        rotary_dim = 0 if is_cosformer else self.width // self.heads
         return ModelConfig(
             vocab_size=self.vocab_size,
             n_embd=self.width,
             n_layer=self.layers,
             n_head=self.heads,
             n_positions=self.context,
-            rotary_dim=self.width // self.heads,
+            rotary_dim=rotary_dim if self.rotary_dim is None else self.rotary_dim,
             n_inner=4 * self.width,
             bos_token_id=end_of_text,
             eos_token_ids=(end_of_text,),
+            attention_type=self.attention,
+            cosformer_max_length=self.context if is_cosformer else None,
         )
 
 
@@ -91,7 +104,8 @@ def parse(arguments: Sequence[str]) -> TrainingSettings:
             action = argparse.BooleanOptionalAction
             parser.add_argument(name, action=action, default=item.default, help=text)
         else:
-            parser.add_argument(name, type=_plain(item.type), default=item.default, help=text)
+            kind, choices = _plain(item.type), item.metadata["choices"]
+            parser.add_argument(name, type=kind, choices=choices, default=item.default, help=text)
     return TrainingSettings(**vars(parser.parse_args(arguments)))
 
 

@@ -71,7 +71,10 @@ def test_dtype_of_the_checkpoint(stored: dict[str, Any], dtype: str) -> None:
         ({"model_type": "bert"}, "model_type is 'bert'"),
         ({"model_type": None}, "model_type is None"),
         ({"model_type": ["gptj"]}, "model_type is ['gptj']"),
-        ({"attention_type": "softmax"}, "attention_type 'softmax' is not one of: cottention"),
+        (
+            {"attention_type": "performer"},
+            "attention_type 'performer' is not one of: cosformer",
+        ),
         ({"attention_type": ["cottention"]}, "attention_type ['cottention'] is not one of"),
         ({"attention_type": None}, "attention_type None is not one of"),
         ({"activation_function": "relu"}, "activation_function must be 'gelu_new'"),

@@ -1,4 +1,4 @@
-"""rotary_table, cottention_features and gelu_new: against float64, at every place and stride."""
+"""rotary_table, cottention_features, gelu_new and elu_plus_one: against float64, at every place and stride."""
 
 from collections.abc import Callable
 
@@ -99,9 +99,27 @@ def test_gelu_of_an_element_does_not_depend_on_its_place() -> None:
     assert ops.gelu_new(rows).is_contiguous()
 
 
+def test_elu_plus_one_accuracy_and_what_is_not_a_number() -> None:
+    x = torch.cat([torch.linspace(-80, 30, 100_003), torch.tensor([0.0, -1e-30, 1e30])])
+    exact = reference.elu_plus_one(x.double())
+    got = ops.elu_plus_one(x[None, None])[0, 0].double()
+    assert ((got - exact).abs() <= 2e-7 * exact).all()
+    out = ops.elu_plus_one(torch.tensor([[[float("nan"), float("-inf"), 1.0]]]))[0, 0]
+    assert out.isnan().tolist() == [True, False, False]
+    assert 0 <= float(out[1]) < 1e-37
+
+
+def test_elu_plus_one_of_an_element_does_not_depend_on_its_place() -> None:
+    x = torch.randn(9, 5, 24)
+    whole = ops.elu_plus_one(x)
+    assert torch.equal(ops.elu_plus_one(x[3:4]), whole[3:4])
+    assert torch.equal(ops.elu_plus_one(x[:, 1:3, 5:]), whole[:, 1:3, 5:])
+
+
 def test_float64_takes_the_reference() -> None:
-    x = torch.randn(4, 9, dtype=torch.float64)
-    assert torch.equal(ops.gelu_new(x), reference.gelu_new(x))
+    x = torch.randn(4, 3, 9, dtype=torch.float64)
+    assert torch.equal(ops.gelu_new(x[0]), reference.gelu_new(x[0]))
+    assert torch.equal(ops.elu_plus_one(x), reference.elu_plus_one(x))
 
 
 def test_opcheck() -> None:
@@ -110,7 +128,8 @@ def test_opcheck() -> None:
     compiled = torch.ops.cottention
     torch.library.opcheck(compiled.cottention_features.default, arguments)
     torch.library.opcheck(compiled.rotary_table.default, (arguments[3], 8, 1e4))
-    torch.library.opcheck(compiled.gelu_new.default, (torch.randn(3, 40)[:, :33],))
+    for op in (compiled.gelu_new, compiled.elu_plus_one):
+        torch.library.opcheck(op.default, (torch.randn(3, 40)[:, :33],))
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,7 @@ def test_every_op_of_the_forward_pass_differentiates() -> None:
     up = torch.randn(5, 8, requires_grad=True)
     for gelu in (ops.gelu_new, reference.gelu_new):
         gelu(up).sum().backward()
+    ops.elu_plus_one(q).sum().backward()
     for weight in (q, k, v, sigma, up):
         assert weight.grad is not None
         assert weight.grad.abs().sum() > 0
