@@ -4,6 +4,8 @@ Owns the way out of the pool and back into it. Does not know why a request pause
 still being read goes on: nothing of it is unread.
 """
 
+import time
+
 from torch import Tensor
 
 from engine import ops
@@ -56,6 +58,7 @@ class Pausing:
         ]
         parked = self._parked.pop(request, None)
         if parked is None:
+            request.started = time.monotonic()
             return False
         for choice, rows in parked.items():
             self._pool.write(choice.slot, rows)

@@ -111,6 +111,7 @@ class Registry:
             prompt_logprobs=_scores(choice) if choice.num_generated == 1 else None,
             state=state,
             num_cached=0 if reason is None else _num_cached(choice),
+            started=request.started,
         )
 
     def apply(self, work: Callable[[Request], None], request_id: str) -> list[Output]:
@@ -140,7 +141,8 @@ class Registry:
             self._finish(choice, reason)
             scores = None if choice.num_generated else _scores(choice)
             out = Output(request.id, choice.index, text, (), reason, error, prompt_logprobs=scores)
-            outputs.append(replace(out, state=state, num_cached=_num_cached(choice)))
+            out = replace(out, state=state, num_cached=_num_cached(choice), started=request.started)
+            outputs.append(out)
         return outputs
 
     def _kept(self, choice: Choice) -> SessionState | None:

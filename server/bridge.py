@@ -1,8 +1,8 @@
 """Between the event loop and the engine's thread.
 
-Owns which reading gets which output, whether new work is taken, and the one post per step from the
-engine's thread to the loop. Everything here but `_deliver` and `_on_death` runs on the loop. Knows
-no HTTP.
+Owns whether new work is taken, and the one post per step from the engine's thread to the loop; who
+gets what of it is `routes.py`'s. Everything here but `_deliver` and `_on_death` runs on the loop.
+Knows no HTTP.
 """
 
 import asyncio
@@ -15,10 +15,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineStoppedError
-from engine.outputs import EngineStats, FinishReason, Output
+from engine.outputs import EngineStats, Output
 from server.admission import Line
 from server.orders import QUICK_IDS, Order
 from server.reading import Reading
+from server.routes import Routes
+from server.timings import Timings
 
 if TYPE_CHECKING:  # the engine brings torch with it, which the server does not know
     from engine.engine import Engine
@@ -28,10 +30,6 @@ logger = logging.getLogger("cottention")
 
 Deliver = Callable[[list[Output]], None]
 OnDeath = Callable[[BaseException], None]
-
-
-SERVED = (None, FinishReason.STOP, FinishReason.LENGTH)
-"""How a prompt's first output ends it, where the prompt has been read."""
 
 
 class Phase(StrEnum):
@@ -51,19 +49,18 @@ class Bridge:
         engine: "Engine",
         make_worker: Callable[[Deliver, OnDeath], "EngineWorker"],
         line: Line,
+        max_unread: int,
     ) -> None:
+        """max_unread: bytes of a stream that wait for its reader before it pauses."""
         self.engine = engine
         self.line = line
+        self._max_unread = max_unread
         self.phase = Phase.STARTING
         self.created = int(time.time())
         self.failed = asyncio.Event()
         self._worker = make_worker(self._deliver, self._on_death)
-        self._parts: dict[Reading, list[str]] = {}
-        self._waiting: dict[str, int] = {}
+        self._routes = Routes(self._worker, line, time.monotonic)
         self._numbers = itertools.count()
-        self._routes: dict[str, tuple[Reading, int]] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     def start(self) -> None:
         """Start the engine's thread; its outputs come to the running event loop."""
@@ -79,6 +76,11 @@ class Bridge:
     def is_alive(self) -> bool:
         """Whether the engine's thread lives."""
         return self._worker.is_alive
+
+    @property
+    def timings(self) -> Timings:
+        """How long things took."""
+        return self._routes.timings
 
     def stats(self) -> EngineStats:
         """The engine's figures."""
@@ -97,16 +99,9 @@ class Bridge:
         Raises ParameterError, EngineStoppedError, ApiError; then nothing is left running.
         """
         self.check_accepting()
-        self.line.enter(len(order.prompts), order.num_prompt)
-        num_choices = len(order.prompts) * order.params.n
-        reading = Reading(num_choices, self._close, keeps_tokens=order.needs_tokens)
         name = f"{name}-{next(self._numbers)}"
-        parts = self._parts[reading] = [f"{name}-{place}" for place in range(len(order.prompts))]
-        self._idle.clear()
-        for place, part in enumerate(parts):
-            self._routes[part] = (reading, place * order.params.n)
-            self._waiting[part] = len(order.prompts[place])
-        self._limit_time(reading, order.deadline)
+        parts = [f"{name}-{place}" for place in range(len(order.prompts))]
+        reading = self._routes.open(parts, order, self._max_unread)
         try:
             if order.num_prompt > QUICK_IDS:
                 await asyncio.to_thread(self._submit, reading, parts, order)
@@ -131,30 +126,6 @@ class Bridge:
             if reading.is_closed:
                 self._worker.cancel(part)
 
-    def _limit_time(self, reading: Reading, deadline: float | None) -> None:
-        """What has not ended by then ends with what it has."""
-        if deadline is not None:
-            reading.timer = self._loop.call_at(deadline, self._expire, reading)
-
-    def _expire(self, reading: Reading) -> None:
-        for part in self._parts[reading]:
-            self._worker.cancel(part, FinishReason.TIMEOUT)
-
-    def _close(self, reading: Reading) -> None:
-        if reading.timer is not None:
-            reading.timer.cancel()
-        for part in self._parts.pop(reading):
-            self._leave_line(part)
-            if self._routes.pop(part, None) and not reading.is_finished:
-                self._worker.cancel(part)
-        if not self._parts:
-            self._idle.set()
-
-    def _leave_line(self, part: str, *, was_served: bool = False) -> None:
-        """At a prompt's first output, or where it goes without one."""
-        if (num_tokens := self._waiting.pop(part, None)) is not None:
-            self.line.leave(1, num_tokens, was_served=was_served)
-
     def drain(self) -> None:
         """Refuse new work from now on; what runs goes on."""
         if self.phase is not Phase.FAILED:
@@ -162,26 +133,16 @@ class Bridge:
 
     def cancel_all(self) -> None:
         """Cancel whatever runs; every reader gets its final pieces."""
-        for part in self._routes:
-            self._worker.cancel(part)
+        self._routes.cancel_all()
 
     async def wait_idle(self) -> None:
         """Return when every reading is closed."""
-        await self._idle.wait()
+        await self._routes.wait_idle()
 
     def _deliver(self, outputs: list[Output]) -> None:
         """In the engine's thread: post a whole step at once."""
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._dispatch, outputs)
-
-    def _dispatch(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            if output.finish_reason is FinishReason.ERROR:
-                logger.error("request %s failed: %s", output.request_id, output.error)
-            if route := self._routes.get(output.request_id):
-                reading, first = route
-                self._leave_line(output.request_id, was_served=output.finish_reason in SERVED)
-                reading.deliver(first + output.choice, output)
+            self._loop.call_soon_threadsafe(self._routes.dispatch, outputs, time.monotonic())
 
     def _on_death(self, error: BaseException) -> None:
         """In the engine's thread, as its last act."""
@@ -191,6 +152,6 @@ class Bridge:
     def _fail(self, error: BaseException) -> None:
         logger.critical("the engine's thread died", exc_info=error)
         self.phase = Phase.FAILED
-        for reading in self._parts:
+        for reading in self._routes.readings:
             reading.fail()
         self.failed.set()

@@ -44,7 +44,9 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = Engine(model, engine_config)
         url = url_of(sock)
-        bridge = Bridge(engine, partial(EngineWorker, engine), Line.of(config))
+        bridge = Bridge(
+            engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
+        )
         with kept_sessions(engine, config) as sessions:
             app = create_app(bridge, config, sessions, template)
             warn_of_strangers(sock, config)

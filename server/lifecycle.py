@@ -30,6 +30,20 @@ IDLE_CONNECTION_SECONDS = 75
 
 BACKLOG = 2048
 
+UNREAD_SECONDS = 300
+"""How long a client may take nothing of what is sent to it before its connection is given up."""
+
+CONNECTIONS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS),
+    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 64 * 1024),
+)
+"""What each connection inherits: the system asks idle clients whether they are there, and holds
+little of what is not sent, so that a slow reader is noticed here."""
+
 
 def bind_socket(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigurationError saying what to change."""
@@ -41,6 +55,8 @@ def bind_socket(host: str, port: int) -> socket.socket:
         raise ConfigurationError(f"--host {host} --port {port} is no address: {error}") from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for level, option, value in CONNECTIONS:
+        sock.setsockopt(level, option, value)
     try:
         sock.bind(address)
         sock.listen(BACKLOG)

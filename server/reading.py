@@ -16,6 +16,11 @@ if TYPE_CHECKING:  # its rows are tensors, which the server does not know
     from engine.session_state import SessionState
 
 
+ID_BYTES = 8
+LOGPROB_BYTES = 128
+"""What an unread id and an unread log-probability take, about."""
+
+
 class ReadingClosed(Exception):
     """The reader went away, or was sent away; there is nothing left to read."""
 
@@ -71,13 +76,23 @@ class Reading:
         self,
         num_choices: int,
         on_close: Callable[["Reading"], None],
+        on_take: Callable[["Reading"], None],
         *,
         keeps_tokens: bool = False,
+        max_unread: int | None = None,
     ) -> None:
+        """max_unread: bytes after which it is full; None: it never is, for it is read at the end.
+
+        paused: names of those that generate for it and wait until it is not full.
+        """
         self._keeps_tokens = keeps_tokens
+        self._max_unread = max_unread
+        self._num_unread = 0
+        self.paused: set[str] = set()
         self._unread: dict[int, Piece] = {}
         self._unfinished = set(range(num_choices))
         self._on_close = on_close
+        self._on_take = on_take
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
         self._closed = False
@@ -99,6 +114,11 @@ class Reading:
     def is_finished(self) -> bool:
         """Whether every choice has ended, read or not."""
         return not self._unfinished
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the reader is so far behind that no more should come."""
+        return self._max_unread is not None and self._num_unread > self._max_unread
 
     def deliver(self, choice: int, output: Output) -> None:
         """Take one output of the engine for the choice of this number."""
@@ -123,6 +143,8 @@ class Reading:
             raise ReadingClosed
         self._changed.clear()
         unread, self._unread = self._unread, {}
+        self._num_unread = 0
+        self._on_take(self)
         return unread
 
     async def wait_ended(self) -> None:
@@ -153,6 +175,7 @@ class Reading:
         if piece is None:
             piece = self._unread[choice] = self._new_piece()
         piece.add(output)
+        self._num_unread += _size(output)
         if output.finish_reason:
             self._unfinished.discard(choice)
             if self.is_finished or output.finish_reason is FinishReason.ERROR:
@@ -161,3 +184,10 @@ class Reading:
 
     def _new_piece(self) -> Piece:
         return Piece(Tokens() if self._keeps_tokens else None)
+
+
+def _size(output: Output) -> int:
+    """Bytes that an output takes while it is unread, about."""
+    num_logprobs = sum(1 + len(each.top) for each in output.logprobs)
+    text = len(output.text.encode("utf-8", errors="replace"))
+    return text + ID_BYTES * len(output.token_ids) + LOGPROB_BYTES * num_logprobs

@@ -29,6 +29,9 @@ class ServerConfig:
     keep_alive_seconds: float = option(
         15.0, "an idle stream gets a comment this often", minimum=0.01, unit="seconds"
     )
+    stream_buffer_bytes: int = option(
+        64 * 1024, "unread text of a stream at which it pauses", minimum=1, unit="bytes"
+    )
     max_body_bytes: int = option(
         4 * 1024**2, "longest request body; 512K and 4M are understood", minimum=1, unit="bytes"
     )

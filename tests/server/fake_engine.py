@@ -74,6 +74,7 @@ class Running:
     priority: int = 0
     said: int = 0
     cancelled_at: int | None = None
+    is_paused: bool = False
     reason: FinishReason = FinishReason.CANCELLED
     start: SessionState | None = None
     drawn: list[int] = field(default_factory=list)
@@ -134,8 +135,17 @@ class FakeEngine:
             if request := self.running.get(request_id):
                 request.cancelled_at, request.reason = self.num_steps, reason
 
+    def pause(self, request_id: str) -> None:
+        if request := self.running.get(request_id):
+            request.is_paused = True
+
+    def resume(self, request_id: str) -> None:
+        if request := self.running.get(request_id):
+            request.is_paused = False
+
     def has_work(self) -> bool:
-        return bool(self.running)
+        running = list(self.running.values())
+        return any(not each.is_paused or each.cancelled_at is not None for each in running)
 
     def step(self) -> list[Output]:
         self.may_step.wait()
@@ -171,6 +181,8 @@ class FakeEngine:
         if request.cancelled_at is not None:
             self.cancelled.append(Cancelled(name, request.cancelled_at, self.num_steps))
             return self._cancel_one(name)
+        if request.is_paused:
+            return []
         if request.prompt == "die":
             raise RuntimeError("told to die")
         if request.prompt == "fail" and request.said == 1:

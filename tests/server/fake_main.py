@@ -21,7 +21,9 @@ from tests.server.fake_sessions import FakeSessions
 def main() -> int:
     engine = cast(Engine, FakeEngine(step_seconds=float(sys.argv[1])))
     config = ServerConfig(port=0, drain_seconds=float(sys.argv[2]))
-    bridge = Bridge(engine, partial(EngineWorker, engine), Line.of(config))
+    bridge = Bridge(
+        engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
+    )
     sock = bind_socket(config.host, config.port)
     url = url_of(sock)
     sessions: Any = FakeSessions()

@@ -27,8 +27,16 @@ class Live:
     """A running server and its client."""
 
     def __init__(
-        self, engine: Any, bridge: Bridge, sessions: Any, turns: Any, url: str, client: httpx.Client
+        self,
+        engine: Any,
+        bridge: Bridge,
+        sessions: Any,
+        turns: Any,
+        url: str,
+        client: httpx.Client,
+        server: uvicorn.Server,
     ) -> None:
+        self.server = server
         self.engine = engine
         self.sessions = sessions
         self.turns: Any = turns
@@ -99,7 +107,9 @@ def serving(
     """A live server; at its end nothing may be left running."""
     engine = engine or FakeEngine()
     config = ServerConfig(port=0, **settings)
-    bridge = Bridge(engine, partial(EngineWorker, engine), Line.of(config))
+    bridge = Bridge(
+        engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
+    )
     sessions = sessions or FakeSessions()
     app = create_app(bridge, config, sessions, template)
     sock = bind_socket("127.0.0.1", 0)
@@ -110,7 +120,7 @@ def serving(
     thread.start()
     try:
         with httpx.Client(base_url=url, timeout=20) as client:
-            yield Live(engine, bridge, sessions, app.state.context.turns, url, client)
+            yield Live(engine, bridge, sessions, app.state.context.turns, url, client, server)
     finally:
         if isinstance(engine, FakeEngine):  # a test that failed may have left it waiting
             engine.may_step.set()

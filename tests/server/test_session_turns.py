@@ -122,7 +122,7 @@ def test_a_turn_of_which_nothing_was_sent_was_none(stream: bool) -> None:
             live.engine.may_step.clear()
         with live.connect(**ENDLESS, session_id=session_id, stream=stream):
             eventually(lambda: live.engine.running)
-        eventually(lambda: not live.bridge._parts)  # the server has seen that it left
+        eventually(lambda: not live.bridge._routes.readings)  # the server has seen that it left
         live.engine.may_step.set()
         eventually(lambda: live.sessions.ends == ["abandon"])
         assert live.text_of(session_id) == "x"
