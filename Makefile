@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clients fuzz asan crash faults check bench gpu-check train format clean
+.PHONY: help setup serve test test-clients fuzz asan crash faults stops check bench gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,9 @@ crash: setup ## Kill the server two hundred times under load, and look for what 
 
 faults: setup ## Inject a thousand faults under load, and look who fails
 	COTTENTION_FAULTS=1000 $(BIN)/python -m pytest -s --show-capture=no tests/server/test_faults.py
+
+stops: setup ## Stop the server fifty times under load, and look who is cut
+	COTTENTION_STOP_ROUNDS=50 $(BIN)/python -m pytest -s tests/server/test_stopping.py
 
 check: setup ## Lint, formatting, types
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from engine.errors import ConfigurationError
 from server.bridge import Bridge
 from server.settings import ServerConfig
 
-FINAL_EVENT_SECONDS = 1
+FINAL_EVENT_SECONDS = 0.4
 """How long cancelled streams have to send their last event."""
 
 FAILURE_SECONDS = 1.0
@@ -91,7 +91,7 @@ def run_server(
         ws="none",
         server_header=False,
         timeout_keep_alive=IDLE_CONNECTION_SECONDS,
-        timeout_graceful_shutdown=FINAL_EVENT_SECONDS,
+        timeout_graceful_shutdown=FINAL_EVENT_SECONDS,  # type: ignore[arg-type]  # takes parts, too
         backlog=BACKLOG,
     )
     server = DrainingServer(settings, bridge, config.drain_seconds, announce)

@@ -31,10 +31,13 @@ Said = list[str]
 
 
 @contextlib.contextmanager
-def serving(model: Path, folder: Path) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
+def serving(
+    model: Path, folder: Path, *flags: str
+) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
     """`cottention serve` in a process of its own, killed at the end."""
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0"]
     command += ["--session-dir", str(folder), "--max-slots", "40", "--session-memory", "256K"]
+    command += flags
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
         try:
             assert popen.stdout
