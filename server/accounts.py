@@ -102,7 +102,7 @@ def limits_of(scope: Scope) -> KeyLimits:
 
 def note(scope: Scope, order: Order, reading: Reading) -> None:
     """An order of this request runs: its prompts are paid now, its text at the end."""
-    record_of(scope).add(order.num_prompt, reading)
+    record_of(scope).add(order.prompts, reading)
     account: Account | None = scope["state"].get("account")
     if account is not None:
         account.charge(order.num_prompt)

@@ -59,7 +59,7 @@ class Line:
         self._changed_at = clock()
         self._request_rate, self._token_rate = Rate(), Rate()
         self._bytes, self._tokens = FIRST_GUESS
-        self.num_requests = self.num_tokens = 0
+        self.num_requests = self.num_tokens = self.num_refused = 0
 
     @classmethod
     def of(cls, config: ServerConfig) -> "Line":
@@ -76,6 +76,7 @@ class Line:
         if self.num_requests == 0 or (too_many_requests <= 0 and too_many_tokens <= 0):
             return
         self._pass_time()
+        self.num_refused += 1
         seconds = max(
             self._request_rate.seconds_for(too_many_requests),
             self._token_rate.seconds_for(too_many_tokens),

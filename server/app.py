@@ -18,6 +18,7 @@ from server.bridge import Bridge
 from server.chat_schemas import ChatRequest
 from server.context import Context
 from server.handlers import add_error_handlers
+from server.journal import Journal
 from server.key_files import NAME_LENGTH, ApiKey, api_keys
 from server.key_limits import KeyLimits
 from server.keys import Keys, asks_for_key, owner_by
@@ -67,15 +68,13 @@ def create_app(
     """
     turns = Turns(kept)
     app = _new_app(bridge, turns)
-    registry = make_registry(
-        bridge.stats, kept.sizes, config.served_model_name or bridge.engine.name
-    )
+    registry = make_registry(bridge, kept.sizes, config.served_model_name or bridge.engine.name)
     app.state.context = Context(bridge, config, registry, kept, turns, template)
     for router in ROUTERS:
         app.include_router(router)
     publish(app, BODIES, lambda path: asks_for_key(path, config))
     add_error_handlers(app)
-    _add_middleware(app, api_keys(config), config)
+    _add_middleware(app, api_keys(config), config, bridge)
     return app
 
 
@@ -107,7 +106,9 @@ def _accounts(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, Account
     return {owner: Account(key.name or owner[:NAME_LENGTH], key.limits) for owner, key in owners}
 
 
-def _add_middleware(app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig) -> None:
+def _add_middleware(
+    app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig, bridge: Bridge
+) -> None:
     """From the innermost to the outermost: a refused key is seen by pages and has an id, too."""
     accounts = _accounts(keys, config)
     app.add_middleware(Accounts, accounts=accounts)
@@ -120,4 +121,6 @@ def _add_middleware(app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig) 
             allow_headers=["*"],
             expose_headers=[HEADER, "Retry-After", "ETag"],
         )
+    table = bridge.engine.tokenizer.written_bytes
+    app.add_middleware(Journal, num_characters=config.log_prompt_characters, table=table)
     app.add_middleware(RequestIds)

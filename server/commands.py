@@ -4,7 +4,6 @@ Everything heavy is imported inside: torch takes seconds, and --help should not.
 """
 
 import ipaddress
-import logging
 import socket
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from engine.errors import ConfigurationError, CottentionError
 from engine.model_folder import resolve_model
 from engine.outputs import FinishReason
 from engine.params import SamplingParams
+from server.logs import set_up
 from server.settings import GenerateConfig, ServerConfig
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
     """Serve until told to stop. The port comes first: a model takes seconds to load in vain."""
     from server.lifecycle import bind_socket, run_server, url_of
 
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    set_up(config.log_level, config.log_format)
     with bind_socket(config.host, config.port) as sock:
         from engine.engine import Engine
         from engine.worker import EngineWorker

@@ -99,6 +99,9 @@ class Reading:
         self.timer: asyncio.TimerHandle | None = None
         self.num_generated = 0
         self.num_cached = 0
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.reasons: list[FinishReason] = []
 
     @property
     def has_more(self) -> bool:
@@ -178,6 +181,7 @@ class Reading:
         self._num_unread += _size(output)
         if output.finish_reason:
             self._unfinished.discard(choice)
+            self.reasons.append(output.finish_reason)
             if self.is_finished or output.finish_reason is FinishReason.ERROR:
                 self._ended.set()
         self._changed.set()

@@ -125,8 +125,10 @@ class Routes:
                 gaps[now - before] += len(output.token_ids)
             elif route.first_token is None:
                 route.first_token = now
+                route.reading.first_token = route.reading.first_token or now
                 self.timings.first_token.observe(now - route.began)
         route.started = output.started or route.started
+        route.reading.started = route.reading.started or output.started
 
     def _hand_on(self, route: Route, output: Output) -> None:
         reading, part = route.reading, output.request_id

@@ -8,6 +8,7 @@ from typing import Literal
 
 from engine.errors import ConfigurationError
 from engine.options import check_options, option
+from server.logs import LogFormat
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -86,6 +87,10 @@ class ServerConfig:
         (), "web page that may call from a browser; may be given several times, * is any"
     )
     log_level: LogLevel = option("info", "least serious messages to log")
+    log_format: LogFormat = option("text", "lines for people, or a JSON object a line")
+    log_prompt_characters: int = option(
+        0, "so much of each prompt is logged with its request", minimum=0, unit="characters"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -75,6 +75,7 @@ class Running:
     said: int = 0
     cancelled_at: int | None = None
     is_paused: bool = False
+    started: float = field(default_factory=time.monotonic)
     reason: FinishReason = FinishReason.CANCELLED
     start: SessionState | None = None
     drawn: list[int] = field(default_factory=list)
@@ -235,6 +236,7 @@ class FakeEngine:
                 logprobs=() if num is None else tuple(fake_logprob(each, num) for each in ids),
                 prompt_logprobs=self._scored(request) if is_first and choice == 0 else None,
                 state=self._state(request, reason),
+                started=request.started,
             )
             for choice in sorted(request.unfinished)
         ]

@@ -103,6 +103,7 @@ def test_a_full_line_refuses_before_the_body_is_tokenised() -> None:
             assert time.monotonic() - began < 5
             assert "refused" not in texts
             live.engine.may_step.set()
+        eventually(lambda: line_of(live) == (0, 0))
         assert live.complete(prompt="c").status_code == 200
         assert "c" in texts
 
