@@ -140,6 +140,7 @@ def test_whoever_has_a_token_leaves_and_whoever_goes_does_too() -> None:
         with live.connect(prompt="abc", max_tokens=10_000, stream=True):
             eventually(lambda: live.engine.num_generated > 3)
             assert line_of(live) == (0, 0)
+        eventually(lambda: not live.engine.running)
         live.engine.may_step.clear()
         with live.connect(prompt="abc", max_tokens=10_000, stream=True):
             eventually(lambda: line_of(live) == (1, 3))
