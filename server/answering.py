@@ -37,7 +37,7 @@ async def read_order(
     bridge = context.bridge
     bridge.check_accepting()
     bridge.line.check(1, bridge.line.estimate(announced_bytes(request)))
-    raw = await read_body(request, context.max_body_bytes)
+    raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
     with bridge.line.reading(len(raw)):
         order = await _read(raw, context, read, max_quick)
     bridge.line.learn(len(raw), order.num_prompt)
@@ -49,7 +49,7 @@ async def read_body_with(
     request: Request, context: Context, read: Read[Found], max_quick: int = QUICK_BODY_BYTES
 ) -> Found:
     """What `read` finds in a request's body; those of more bytes are read beside the loop."""
-    raw = await read_body(request, context.max_body_bytes)
+    raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
     return await _read(raw, context, read, max_quick)
 
 

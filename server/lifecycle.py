@@ -10,13 +10,15 @@ import gc
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from engine.errors import ConfigurationError
 from server.bridge import Bridge
+from server.protocol import BoundedProtocol
 from server.settings import ServerConfig
 
 FINAL_EVENT_SECONDS = 0.4
@@ -75,6 +77,12 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def bounded(receive_seconds: float) -> type[asyncio.Protocol]:
+    """The protocol of each connection, as uvicorn makes it."""
+    made: Any = partial(BoundedProtocol, receive_seconds=receive_seconds)
+    return cast("type[asyncio.Protocol]", made)
+
+
 def run_server(
     app: FastAPI,
     bridge: Bridge,
@@ -89,6 +97,7 @@ def run_server(
         log_level="warning",
         access_log=False,
         ws="none",
+        http=bounded(config.receive_seconds),
         server_header=False,
         timeout_keep_alive=IDLE_CONNECTION_SECONDS,
         timeout_graceful_shutdown=FINAL_EVENT_SECONDS,  # type: ignore[arg-type]  # takes parts, too

@@ -33,6 +33,9 @@ class ServerConfig:
     stream_buffer_bytes: int = option(
         64 * 1024, "unread text of a stream at which it pauses", minimum=1, unit="bytes"
     )
+    receive_seconds: float = option(
+        30.0, "how long a request's head may take, or its body stall", minimum=0.01, unit="seconds"
+    )
     max_body_bytes: int = option(
         4 * 1024**2, "longest request body; 512K and 4M are understood", minimum=1, unit="bytes"
     )

@@ -16,7 +16,7 @@ from engine.worker import EngineWorker
 from server.admission import Line
 from server.app import create_app
 from server.bridge import Bridge
-from server.lifecycle import bind_socket, url_of
+from server.lifecycle import bind_socket, bounded, url_of
 from server.settings import ServerConfig
 from server.templates import ChatTemplate
 from tests.server.fake_engine import FakeEngine
@@ -115,7 +115,9 @@ def serving(
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, ws="none", http=bounded(config.receive_seconds))
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
