@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clients fuzz asan crash faults stops check bench gpu-check train format clean
+.PHONY: help setup serve test test-clients docker-test fuzz asan crash faults stops check bench gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,10 +60,18 @@ faults: setup ## Inject a thousand faults under load, and look who fails
 stops: setup ## Stop the server fifty times under load, and look who is cut
 	COTTENTION_STOP_ROUNDS=50 $(BIN)/python -m pytest -s tests/server/test_stopping.py
 
-check: setup ## Lint, formatting, types
+docker-test: setup ## Build the CPU image and run the compose service for real (root; skips where it cannot)
+	PYTHON=$(BIN)/python tests/containers/run $(abspath $(BIN))/python -m pytest -c tests/containers/pytest.ini tests/containers $(ARGS)
+
+check: setup ## Lint, formatting, types; what docker/ holds, and that no secret is in a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cuda
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
+	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
+	$(BIN)/python tests/containers/check.py
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^(tests/|engine/models/)'
 
 bench: setup ## Run all benchmarks (ARGS="--quick")
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

@@ -78,7 +78,7 @@ class Streams:
         self._ids = torch.arange(batch, device=device)
         self._positions = torch.full((batch,), 1000, device=device)
         slots = torch.arange(batch, dtype=torch.int32, device=device)
-        self._recurrence = Recurrence(pool.layer, ops.Segments(slots))
+        self._recurrence = Recurrence(pool.state, pool.z, ops.Segments(slots))
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -134,7 +134,7 @@ def _served_logits(
     """Logits of a prompt as the engine computes them."""
     served = ServedModel(random_model(config, dtype), device)
     pool = StatePool(StateSpec.of(config), 1, device)
-    recurrence = Recurrence(pool.layer, ops.Segments.of([0], [len(ids)], 1, device))
+    recurrence = Recurrence(pool.state, pool.z, ops.Segments.of([0], [len(ids)], 1, device))
     return served.logits(served.hidden(ids.to(device), positions.to(device), recurrence))
 
 

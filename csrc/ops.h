@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace cottention {
 
@@ -33,5 +34,10 @@ Tensor likeliest(const Tensor& logits);
 void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                     const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
                     const std::optional<Tensor>& offsets, const Tensor& out);
+void cottention_layers(const Tensor& x, const std::vector<Tensor>& weights, double epsilon,
+                       const Tensor& positions, const Tensor& cos, const Tensor& sin,
+                       const Tensor& state, const Tensor& slots,
+                       const std::optional<Tensor>& offsets, const Tensor& normed,
+                       const Tensor& joined, const Tensor& mixed);
 
 }  // namespace cottention

@@ -22,6 +22,10 @@ STABLE_TORCH_LIBRARY(cottention, m) {
   m.def(
       "cottention_mix(Tensor joined, Tensor positions, Tensor sigma, Tensor cos, Tensor sin, "
       "Tensor(a!) state, Tensor slots, Tensor? offsets, Tensor(b!) out) -> ()");
+  m.def(
+      "cottention_layers(Tensor(a!) x, Tensor[] weights, float epsilon, Tensor positions, "
+      "Tensor cos, Tensor sin, Tensor(b!) state, Tensor slots, Tensor? offsets, "
+      "Tensor(c!) normed, Tensor(d!) joined, Tensor(e!) mixed) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
@@ -37,4 +41,5 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("linear_add", TORCH_BOX(&cottention::linear_add));
   m.impl("layer_norm", TORCH_BOX(&cottention::layer_norm));
   m.impl("cottention_mix", TORCH_BOX(&cottention::cottention_mix));
+  m.impl("cottention_layers", TORCH_BOX(&cottention::cottention_layers));
 }

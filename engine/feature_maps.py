@@ -5,6 +5,7 @@ are divided by a denominator. Knows nothing of state, slots or batches: what com
 `recurrent_step` and nothing else tells one kind of attention from another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -40,8 +41,33 @@ class Mix(Protocol):
     ) -> None: ...
 
 
+class AllLayers(Protocol):
+    """All blocks of a packed model in one compiled op, as `ops.cottention_layers`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        epsilon: float,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        state: Tensor,
+        slots: Tensor,
+        offsets: Tensor | None,
+        normed: Tensor,
+        joined: Tensor,
+        mixed: Tensor,
+    ) -> None: ...
+
+
 class FeatureMap(Protocol):
     """One kind of attention, as the recurrence sees it."""
+
+    @property
+    def layers(self) -> AllLayers | None:
+        """The whole of a packed model's blocks as one op of equal bits, or None."""
+        ...
 
     @property
     def mix(self) -> Mix | None:
@@ -80,6 +106,7 @@ class Cottention:
     has_denominator: bool = False
     has_norm_const: bool = True
     mix: Mix | None = ops.cottention_mix
+    layers: AllLayers | None = ops.cottention_layers
 
     def key_width(self, head_dim: int) -> int:
         return head_dim
@@ -102,6 +129,7 @@ class CosFormer:
     has_denominator: bool = True
     has_norm_const: bool = False
     mix: Mix | None = None
+    layers: AllLayers | None = None
 
     def key_width(self, head_dim: int) -> int:
         return 2 * head_dim
@@ -126,6 +154,7 @@ class Linear:
     has_denominator: bool = True
     has_norm_const: bool = False
     mix: Mix | None = None
+    layers: AllLayers | None = None
 
     def key_width(self, head_dim: int) -> int:
         return head_dim
@@ -144,6 +173,7 @@ class Softmax:
     has_denominator: bool = False
     has_norm_const: bool = False
     mix: Mix | None = None
+    layers: AllLayers | None = None
 
     def key_width(self, head_dim: int) -> int:
         return head_dim

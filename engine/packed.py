@@ -1,8 +1,8 @@
 """The layers on a CPU with compiled ops: packed weights, activations in float32, buffers that stay.
 
-Owns a layer's four calls (norm, first product, all that is between, second product added to the
-residual) and the buffers between them. Does not know embeddings or logits. A feature map without a
-compiled `mix` takes its three ops one after the other.
+Owns the packed weights and the buffers between a block's parts (norm, first product, all that is
+between, second product added to the residual), which are one op for all blocks where the feature
+map has such an op, and an op each where it has none. Does not know embeddings or logits.
 
 Letters: N tokens, C channels.
 """
@@ -25,14 +25,23 @@ class PackedLayers:
 
     def __init__(self, config: ModelConfig, _device: str, blocks: Iterable[Block]) -> None:
         self._layers = [PackedLayer(config, index, block) for index, block in enumerate(blocks)]
+        self._weights = [weight for layer in self._layers for weight in layer.weights()]
+        self._epsilon = config.layer_norm_epsilon
+        fits = ops.kernel_has_width(config.head_dim, config.head_dim)
+        self._in_one = FEATURE_MAPS[config.attention_type].layers if fits else None
         width, inner = config.n_embd, config.n_inner
         self._buffers = [torch.empty(0, n) for n in (width, 3 * width + inner, width + inner)]
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
         """x float32 [N, C] after the last block, changed in place."""
         buffers = self._rows(x.shape[0])
-        for layer in self._layers:
-            layer.add_to(x, at, recurrence, *buffers)
+        if self._in_one is None:
+            for layer in self._layers:
+                layer.add_to(x, at, recurrence, *buffers)
+            return x
+        places = at.index, at.cos, at.sin
+        rows = recurrence.state, recurrence.segments.slots, recurrence.segments.offsets
+        self._in_one(x, self._weights, self._epsilon, *places, *rows, *buffers)
         return x
 
     def _rows(self, num_tokens: int) -> list[Tensor]:
@@ -52,8 +61,14 @@ class PackedLayer:
         self._project_in = ops.FixedOrderLinear(*block.stacked_in())
         self._project_out = ops.FixedOrderLinear(*block.stacked_out())
         self._sigma = block.attn.sigma()
-        fits = ops.kernel_has_width(config.head_dim, config.head_dim)
-        self._mix = FEATURE_MAPS[config.attention_type].mix if fits else None
+
+    def weights(self) -> Iterable[Tensor]:
+        """In the order of `ops.cottention_layers`."""
+        first, second = self._project_in, self._project_out
+        assert first.bias is not None
+        assert second.bias is not None
+        yield from (self._norm.weight, self._norm.bias, first.weight, first.bias)
+        yield from (self._sigma, second.weight, second.bias)
 
     def add_to(
         self,
@@ -70,17 +85,7 @@ class PackedLayer:
         """
         self._norm.into(x, normed)
         self._project_in.into(normed, joined)
-        if self._mix is None:
-            self._mix_apart(joined, at, recurrence, mixed)
-        else:
-            state, _ = recurrence.layer(self._index)
-            slots, offsets = recurrence.segments.slots, recurrence.segments.offsets
-            self._mix(joined, at.index, self._sigma, at.cos, at.sin, state, slots, offsets, mixed)
-        self._project_out.add_to(mixed, x)
-
-    def _mix_apart(
-        self, joined: Tensor, at: TokenPositions, recurrence: Recurrence, mixed: Tensor
-    ) -> None:
         features, up = split_heads(self._config, joined, self._sigma, at)
         out = recurrence(self._index, features).flatten(-2)
         torch.cat([out, ops.gelu_new(up)], dim=-1, out=mixed)
+        self._project_out.add_to(mixed, x)

@@ -94,7 +94,7 @@ class Runner:
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Decoded:
         """One token of each slot, captured: ids and positions int64 [R], slots int32 [R]."""
-        recurrence = Recurrence(self._pool.layer, ops.Segments(slots))
+        recurrence = Recurrence(self._pool.state, self._pool.z, ops.Segments(slots))
         logits = self._model.logits(self._model.hidden(ids, positions, recurrence))
         return Decoded(logits, self._sampler.likeliest(logits))
 
@@ -120,7 +120,7 @@ class Runner:
         made = ops.Segments.of(
             slots, lengths, self._pool.num_slots, self._device, max_stepped=limit
         )
-        return Recurrence(self._pool.layer, made)
+        return Recurrence(self._pool.state, self._pool.z, made)
 
     def _share_prompts(self, plan: Plan) -> None:
         """Where a prompt is complete, the request's other choices get its state."""

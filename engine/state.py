@@ -71,10 +71,6 @@ class StatePool:
         for tensor, row in zip(self._tensors(), rows, strict=True):
             tensor[slot].copy_(row)
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Views [S, H, V, K] and [S, H, K] of one layer, to be changed in place."""
-        return self.state[:, index], None if self.z is None else self.z[:, index]
-
     def _tensors(self) -> list[Tensor]:
         return [self.state] if self.z is None else [self.state, self.z]
 

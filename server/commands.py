@@ -3,8 +3,6 @@
 Everything heavy is imported inside: torch takes seconds, and --help should not.
 """
 
-import ipaddress
-import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -37,18 +35,19 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from server.app import create_app
         from server.bridge import Bridge
         from server.keeping import kept_sessions, where_kept
+        from server.reach import warn_of_strangers, who_reaches
         from server.templates import find_template
 
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = Engine(model, engine_config)
-        url = url_of(sock)
         bridge = Bridge(
             engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
         )
         with kept_sessions(engine, config) as sessions:
             app = create_app(bridge, config, sessions, template)
             warn_of_strangers(sock, config)
-            announce = partial(_announce, engine, url, where_kept(config))
+            told = {"sessions": where_kept(config), "reach": who_reaches(sock, config)}
+            announce = partial(_announce, engine, told | {"ready": url_of(sock)})
             return run_server(app, bridge, config, sock, announce)
 
 
@@ -102,17 +101,6 @@ def build() -> int:
     return 0
 
 
-def warn_of_strangers(sock: socket.socket, config: ServerConfig) -> None:
-    """Whoever reaches the port may use the server, unless there is a key."""
-    host = sock.getsockname()[0].partition("%")[0]
-    if not (ipaddress.ip_address(host).is_loopback or config.api_key or config.api_key_file):
-        print(
-            f"warning: {host} is open to others and there is no --api-key: whoever reaches this"
-            " port may use the model",
-            file=sys.stderr,
-        )
-
-
 def _standard_input() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
@@ -120,12 +108,15 @@ def _standard_input() -> str:
         raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
 
 
-def _announce(engine: "Engine", url: str, kept: str) -> None:
+def _announce(engine: "Engine", told: dict[str, str]) -> None:
     stats = engine.stats()
-    print(f"model    {engine.name}, {_on_what(engine)}")
-    print(f"memory   {_pool(stats.num_slots, stats.bytes_per_slot)}")
-    print(f"sessions {kept}")
-    print(f"ready    {url}", flush=True)
+    engine_s = {
+        "model": f"{engine.name}, {_on_what(engine)}",
+        "memory": _pool(stats.num_slots, stats.bytes_per_slot),
+    }
+    for name, value in (engine_s | told).items():
+        print(f"{name:<8} {value}")
+    sys.stdout.flush()
 
 
 def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:

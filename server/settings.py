@@ -11,6 +11,7 @@ from engine.options import check_options, option
 from server.logs import LogFormat
 
 LogLevel = Literal["debug", "info", "warning", "error"]
+WithoutKey = Literal["warn", "allow"]
 
 MAX_PORT = 65_535
 
@@ -85,6 +86,9 @@ class ServerConfig:
     )
     key_max_n: int | None = option(None, "most choices of one prompt (default: 128)", minimum=1)
     key_max_stop: int | None = option(None, "most stop strings (default: 16)", minimum=1)
+    without_key: WithoutKey = option(
+        "warn", "what becomes of a start that is open to others and has no key"
+    )
     metrics_key: str | None = option(None, "key that /metrics asks for (default: it is open)")
     cors_origin: tuple[str, ...] = option(
         (), "web page that may call from a browser; may be given several times, * is any"

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.ops import checks, cuda, ragged, reference
 from engine.ops.build import BuildError
 from engine.ops.checks import kernel_has_width
+from engine.ops.fused import can_mix, cottention_layers, cottention_mix
 from engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
 from engine.ops.loader import Backend, announce_reference, backend
 from engine.ops.reference import NO_PLACE, PADDING_SLOT, rotate
@@ -31,6 +32,7 @@ __all__ = [
     "can_pack",
     "check_slots",
     "cottention_features",
+    "cottention_layers",
     "cottention_mix",
     "elu_plus_one",
     "gelu_new",
@@ -120,34 +122,6 @@ def cottention_features(
         q, k, v = torch.ops.cottention.cottention_features(q, k, v, positions, sigma, *angles)
         return q, k, v
     return reference.cottention_features(q, k, v, positions, sigma, cos, sin)
-
-
-def cottention_mix(
-    joined: Tensor,
-    positions: Tensor,
-    sigma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    state: Tensor,
-    slots: Tensor,
-    offsets: Tensor | None,
-    out: Tensor,
-) -> None:
-    """`cottention_features`, `recurrent_step` and `gelu_new` in one pass, bit for bit.
-
-    joined [N, 3C + inner] is q, k, v and the MLP's input side by side, out [N, C + inner] gets the
-    attention's output and the gelu; both float32 and contiguous. The rest as in those ops, without
-    a denominator; heads of a width that the kernel takes. Compiled only. On CUDA joined and out may
-    also be bfloat16 or float16, and it is as close to those ops as they are to the reference.
-    """
-    torch.ops.cottention.cottention_mix(
-        joined, positions, sigma, cos, sin, state, slots, offsets, out
-    )
-
-
-def can_mix(device: str, width: int) -> bool:
-    """Whether `cottention_mix` takes heads of this width on a device other than the CPU."""
-    return device != "cpu" and kernel_has_width(width, width) and cuda.is_ready()
 
 
 def likeliest(logits: Tensor) -> Tensor:

@@ -72,4 +72,5 @@ FAKES: dict[str, Callable[..., object]] = {
     "linear_add": in_place,
     "layer_norm": in_place,
     "cottention_mix": in_place,
+    "cottention_layers": in_place,
 }

@@ -109,7 +109,7 @@ def test_golden_served(case: Case) -> None:
     slots = torch.arange(case.batch, dtype=torch.int32)
     offsets = torch.arange(case.batch + 1, dtype=torch.int32) * case.length
     segments = Segments(slots, offsets)
-    recurrence = Recurrence(lambda layer: (states[:, layer], None), segments)
+    recurrence = Recurrence(states, None, segments)
     with torch.inference_mode():
         positions = torch.arange(case.length).repeat(case.batch)
         logits = model.logits(model.hidden(case.ids.flatten(), positions, recurrence))

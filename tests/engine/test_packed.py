@@ -28,7 +28,7 @@ def _recurrence(config: ModelConfig, lengths: list[int]) -> Recurrence:
     pool = torch.zeros(len(lengths), *StateSpec.of(config).state_shape)
     slots = torch.arange(len(lengths), dtype=torch.int32)
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Recurrence(lambda layer: (pool[:, layer], None), ops.Segments(slots, ends))
+    return Recurrence(pool, None, ops.Segments(slots, ends))
 
 
 def _logits(served: ServedModel, lengths: list[int]) -> Tensor:
@@ -58,9 +58,8 @@ def test_close_to_float64_with_and_without_a_kernel_for_the_width(head_dim: int)
 def test_without_a_mixer_the_bits_are_the_same() -> None:
     fused, apart = (ServedModel(_model(_config()), "cpu") for _ in range(2))
     assert isinstance(apart._layers, PackedLayers)
-    for layer in apart._layers._layers:
-        assert layer._mix is not None
-        layer._mix = None
+    assert apart._layers._in_one is not None
+    apart._layers._in_one = None
     assert torch.equal(_logits(fused, [1, 9, 40]), _logits(apart, [1, 9, 40]))
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import engine.state
+from engine import ops
 from engine.errors import OutOfMemoryError
+from engine.recurrence import Recurrence
 from engine.state import StatePool, available_memory
 from engine.state_spec import StateSpec
 
@@ -69,7 +71,8 @@ def test_copy(pool: StatePool) -> None:
 
 
 def test_a_layer_is_a_view(pool: StatePool) -> None:
-    state, z = pool.layer(1)
+    slots = torch.arange(5, dtype=torch.int32)
+    state, z = Recurrence(pool.state, pool.z, ops.Segments(slots)).layer(1)
     state[4] = 5.0
     assert state.shape == (5, 3, 8, 16)
     assert float(pool.state[4, 1].sum()) == 5.0 * state[4].numel()

@@ -30,7 +30,7 @@ def logits_and_state(
     ids = (torch.arange(sum(lengths)) * 7 % config.vocab_size).to(device)
     positions = torch.cat([torch.arange(9, 9 + n) for n in lengths]).to(device)
     with torch.inference_mode():
-        hidden = model.hidden(ids, positions, Recurrence(pool.layer, segments))
+        hidden = model.hidden(ids, positions, Recurrence(pool.state, pool.z, segments))
         return model.logits(hidden).cpu(), pool.state.cpu()
 
 

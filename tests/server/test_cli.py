@@ -190,10 +190,12 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
         try:
             assert popen.stdout
             assert popen.stderr
-            model, memory, kept, ready = (popen.stdout.readline() for _ in range(4))
+            model, memory, kept, reach, ready = (popen.stdout.readline() for _ in range(5))
             assert "tiny, float32 on cpu" in model
             assert "4 slots of 8,192 bytes" in memory
             assert "until the server ends" in kept
+            assert "this machine alone" in reach
+            assert ready.startswith("ready    http://127.0.0.1:")
             url = ready.split()[-1]
             body = {"prompt": "def f(", "max_tokens": 5, "model": "tiny", "seed": 1}
             whole = httpx.post(f"{url}/v1/completions", json=body, timeout=20).json()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigurationError
-from server import commands
 from server.key_files import api_keys
 from server.lifecycle import bind_socket
+from server.reach import warn_of_strangers, who_reaches
 from server.settings import ServerConfig
 from tests.server.live import serving
 from tests.server.test_bad_input import refused
@@ -103,16 +103,41 @@ def test_pages_are_answered_where_their_origin_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("host", "settings", "warns"),
+    ("host", "settings", "warns", "reached"),
     [
-        ("127.0.0.1", {}, False),
-        ("0.0.0.0", {}, True),
-        ("0.0.0.0", {"api_key": ("one",)}, False),
+        (
+            "127.0.0.1",
+            {},
+            False,
+            "this machine alone; no API key is asked for; --host 0.0.0.0 opens it,"
+            " --api-key-file FILE sets keys",
+        ),
+        (
+            "127.0.0.1",
+            {"api_key_file": "keys"},
+            False,
+            "this machine alone; an API key is asked for; --host 0.0.0.0 opens it",
+        ),
+        ("0.0.0.0", {}, True, "open to whoever gets to this port; no API key is asked for"),
+        (
+            "0.0.0.0",
+            {"api_key": ("one",)},
+            False,
+            "open to whoever gets to this port; an API key is asked for",
+        ),
+        (
+            "0.0.0.0",
+            {"without_key": "allow"},
+            False,
+            "open to whoever gets to this port; no API key is asked for",
+        ),
     ],
 )
-def test_an_open_port_without_a_key_is_warned_of(
-    host: str, settings: Any, warns: bool, capsys: pytest.CaptureFixture[str]
+def test_who_gets_to_the_port_is_told_and_warned_of(
+    host: str, settings: Any, warns: bool, reached: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    config = ServerConfig(**settings)
     with bind_socket(host, 0) as sock:
-        commands.warn_of_strangers(sock, ServerConfig(**settings))
+        warn_of_strangers(sock, config)
+        assert who_reaches(sock, config) == reached
     assert ("--api-key" in capsys.readouterr().err) is warns

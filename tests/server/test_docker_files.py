@@ -1,0 +1,153 @@
+"""What docker/ says of the server is true: settings, names of metrics, times, paths.
+
+Whether the images build and run is shown by tests/containers; their syntax by `make check`.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engine.config import EngineConfig
+from engine.ops import BuildError, build_cuda
+from server.flags import variable_of
+from server.lifecycle import FINAL_EVENT_SECONDS
+from server.settings import ServerConfig
+from tests.server.exported import exported_names
+
+ROOT = Path(__file__).parents[2]
+DOCKER = ROOT / "docker"
+COMPOSE = (DOCKER / "compose.yaml").read_text()
+EXAMPLE = (DOCKER / "env.example").read_text()
+DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cuda"]
+SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def settings() -> dict[str, Any]:
+    """Every setting of `cottention serve`, by its variable, and its default."""
+    found = {variable_of("model"): None}
+    for config_type in (ServerConfig, EngineConfig):
+        found |= {variable_of(item.name): item.default for item in fields(config_type)}
+    return found
+
+
+def told(default: Any) -> set[str]:
+    """How env.example may write a default."""
+    if default in (None, ()):
+        return {""}
+    texts = {f"{default:g}" if isinstance(default, float) else str(default)}
+    if isinstance(default, int):
+        texts |= {f"{default // size}{suffix}" for suffix, size in SIZES.items()}
+    return texts
+
+
+def test_the_example_has_every_setting_with_its_default() -> None:
+    lines = dict(re.findall(r"^#(COTTENTION_\w+)=(.*)$", EXAMPLE, re.MULTILINE))
+    expected = settings()
+    assert lines.keys() == expected.keys()
+    for name, value in lines.items():
+        assert value in told(expected[name]), name
+
+
+def test_the_example_has_every_variable_of_the_compose_file_with_its_default() -> None:
+    lines = dict(re.findall(r"^#([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE))
+    ours = {name for name in lines if not name.startswith("COTTENTION_")}
+    used = re.findall(r"\$\{([A-Z_]+)(:[-+][^}]*)?\}", COMPOSE)
+    assert {name for name, _ in used if not name.startswith("COTTENTION_")} == ours
+    for name, default in used:
+        if name in ours and default.startswith(":-") and lines[name]:
+            assert default == f":-{lines[name]}"
+
+
+def test_a_stopped_server_has_the_time_to_drain() -> None:
+    drain = ServerConfig().drain_seconds + FINAL_EVENT_SECONDS
+    services = yaml.safe_load(COMPOSE)["services"]
+    for name in ("server", "server-gpu"):
+        [grace] = re.findall(r":-(\d+)s", services[name]["stop_grace_period"])
+        assert int(grace) >= drain + 10
+    pod = yaml.safe_load((DOCKER / "kubernetes" / "deployment.yaml").read_text())
+    spec = pod["spec"]["template"]["spec"]
+    before = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert spec["terminationGracePeriodSeconds"] >= before + drain + 10
+
+
+def test_everything_is_published_on_this_machine_alone() -> None:
+    for name, service in yaml.safe_load(COMPOSE)["services"].items():
+        [port] = service["ports"]
+        assert ":-127.0.0.1:" in port, name
+    assert "127.0.0.1:8000}:8000" in COMPOSE
+
+
+def test_services_are_closed() -> None:
+    for name, service in yaml.safe_load(COMPOSE)["services"].items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["restart"] == "unless-stopped", name
+        assert service["deploy"]["resources"]["limits"]["memory"], name
+    gpu = yaml.safe_load(COMPOSE)["services"]["server-gpu"]
+    [device] = gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+
+
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_the_images_have_the_version_and_the_locked_packages(path: Path) -> None:
+    text = path.read_text()
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f'image.version="{version}"' in text
+    assert all("--constraint constraints.txt" in line for line in re.findall("pip install.*", text))
+    assert not re.search(r"https?://(?!127)", text)
+
+
+def cuda_build_step() -> dict[str, str]:
+    """The variables that Dockerfile.cuda builds the kernels with."""
+    [variables] = re.findall(r"^RUN (.*) cottention build \\$", DOCKERFILES[1].read_text(), re.M)
+    return dict(pair.split("=") for pair in variables.split())
+
+
+@pytest.mark.timeout(280)
+def test_the_cuda_image_s_build_step_runs() -> None:
+    """Up to nvcc, where there is one; what was built of these sources before is not built again."""
+    variables = cuda_build_step()
+    assert variables == {"COTTENTION_CUDA": "1"}
+    try:
+        build_cuda.nvcc()
+    except BuildError as error:
+        pytest.skip(str(error))
+    command = ["env", *(f"{name}={value}" for name, value in variables.items())]
+    command += [sys.executable, "-m", "server", "build"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "/cottention-cuda-" in done.stdout
+    assert "compute_80,code=sm_80" in build_cuda.DEVICE_FLAGS
+    assert "code=[sm_90,compute_90]" in build_cuda.DEVICE_FLAGS
+
+
+def test_rules_and_dashboard_name_only_what_is_exported() -> None:
+    known = exported_names() | {"up"}
+    groups = yaml.safe_load((DOCKER / "prometheus" / "rules.yml").read_text())["groups"]
+    expressions = [rule["expr"] for group in groups for rule in group["rules"]]
+    dashboard = json.loads((DOCKER / "grafana" / "dashboards" / "cottention.json").read_text())
+    expressions += [it["expr"] for panel in dashboard["panels"] for it in panel["targets"]]
+    expressions += [it["query"]["query"] for it in dashboard["templating"]["list"]]
+    assert len(expressions) > 20
+    for expression in expressions:
+        names = set(re.findall(r"\b(?:cottention:|process_|up\b)[a-z0-9_]*", expression))
+        assert names, expression
+        assert names <= known, expression
+
+
+def test_the_dashboard_is_found() -> None:
+    provider = DOCKER / "grafana" / "provisioning" / "dashboards" / "cottention.yml"
+    folder = yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]
+    services = yaml.safe_load(COMPOSE)["services"]
+    mounts = dict(each.split(":")[:2] for each in services["grafana"]["volumes"])
+    assert mounts["./grafana/dashboards"] == folder
+    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert home == f"{folder}/cottention.json"

@@ -1,0 +1,75 @@
+"""The runbook is true: its table of metrics, its formulas, its table of sizes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import StateSpec
+from engine.config import DEFAULT_SLOTS
+from engine.fingerprints import Fingerprints
+from engine.session_state import SessionState
+from engine.snapshot import SnapshotCodec
+from server.settings import ServerConfig
+from tests.server.exported import exported_families
+
+PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+SHAPES = {
+    "shipped, 7M": (6, 4, 64),
+    "Cottention 300M": (20, 16, 64),
+    "Cottention 1.2B": (20, 16, 128),
+}
+"""Layers, heads and their width."""
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|\n").split("|")]
+
+
+def test_it_names_every_exported_metric_once() -> None:
+    names = re.findall(r"^\| `((?:cottention:|process_)\w+)` \|", PAGE, re.MULTILINE)
+    assert sorted(names) == sorted(exported_families())
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_its_sizes_are_those_of_the_spec(model: str) -> None:
+    layers, heads, width = SHAPES[model]
+    size = StateSpec(layers, heads, width, width, has_denominator=False).bytes_per_slot
+    [row] = [line for line in PAGE.splitlines() if line.startswith(f"| {model} |")]
+    disk = 1000 * size / 1e9
+    checkpoints = ServerConfig().session_checkpoints
+    assert cells(row)[1:] == [
+        f"{size:,}",
+        f"{10**9 // size:,}",
+        f"{DEFAULT_SLOTS * size:,}",
+        f"{disk:.2f} GB",
+        f"{disk * (1 + checkpoints):.2f} GB",
+    ]
+
+
+@pytest.mark.parametrize("has_denominator", [False, True])
+def test_its_formulas(has_denominator: bool) -> None:
+    spec = StateSpec(3, 2, 8, 16, has_denominator)
+    assert spec.bytes_per_slot == 3 * 2 * 8 * 16 * 4 + has_denominator * 3 * 2 * 16 * 4
+    rows = [torch.zeros(spec.state_shape)]
+    if has_denominator:
+        rows.append(torch.zeros(spec.denominator_shape))
+    state = SessionState(
+        rows=tuple(rows),
+        position=10**9,
+        pending=(5, 6, 7),
+        recent=tuple(range(900)),
+        counts=dict.fromkeys(range(500), 1),
+    )
+    codec = SnapshotCodec(Fingerprints("a" * 64, "b" * 64, "c" * 200), spec, num_ids=1000)
+    beyond = len(codec.encode(state)) - (spec.bytes_per_slot + 4 * (900 + 3) + 8 * 500)
+    assert 0 < beyond < 2000
+
+
+def test_its_commands_and_defaults_are_those_of_the_files() -> None:
+    example = (Path(__file__).parents[2] / "docker" / "env.example").read_text()
+    for name in set(re.findall(r"`([A-Z_]+)[=`]", PAGE)) - {"STOP_GRACE"}:
+        assert f"#{name}=" in example, name
+    for flag in set(re.findall(r"`--([a-z-]+)`", PAGE)):
+        assert f"#COTTENTION_{flag.upper().replace('-', '_')}=" in example, flag
