@@ -178,7 +178,8 @@ class Reading:
         if piece is None:
             piece = self._unread[choice] = self._new_piece()
         piece.add(output)
-        self._num_unread += _size(output)
+        if self._max_unread is not None:
+            self._num_unread += _size(output)
         if output.finish_reason:
             self._unfinished.discard(choice)
             self.reasons.append(output.finish_reason)
@@ -192,6 +193,8 @@ class Reading:
 
 def _size(output: Output) -> int:
     """Bytes that an output takes while it is unread, about."""
-    num_logprobs = sum(1 + len(each.top) for each in output.logprobs)
-    text = len(output.text.encode("utf-8", errors="replace"))
-    return text + ID_BYTES * len(output.token_ids) + LOGPROB_BYTES * num_logprobs
+    text = output.text
+    size = len(text) if text.isascii() else len(text.encode("utf-8", errors="replace"))
+    if output.logprobs:
+        size += LOGPROB_BYTES * sum(1 + len(each.top) for each in output.logprobs)
+    return size + ID_BYTES * len(output.token_ids)

@@ -127,8 +127,9 @@ class Routes:
                 route.first_token = now
                 route.reading.first_token = route.reading.first_token or now
                 self.timings.first_token.observe(now - route.began)
-        route.started = output.started or route.started
-        route.reading.started = route.reading.started or output.started
+        if route.started is None:
+            route.started = output.started
+            route.reading.started = route.reading.started or output.started
 
     def _hand_on(self, route: Route, output: Output) -> None:
         reading, part = route.reading, output.request_id

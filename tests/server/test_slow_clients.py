@@ -137,9 +137,9 @@ def test_one_that_is_gone_without_a_word_is_noticed_by_the_comments() -> None:
 def test_the_system_asks_idle_connections_whether_they_are_there(shared: Live) -> None:
     host, port = shared.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20):
-        sockets = [each.transport for each in shared.server.server_state.connections]
-        inherited = [each.get_extra_info("socket") for each in sockets]
-        assert inherited
+        connections = shared.server.server_state.connections
+        eventually(lambda: connections)
+        inherited = [each.transport.get_extra_info("socket") for each in connections]
         for sock in inherited:
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
