@@ -105,8 +105,6 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = None if seconds is None else self.loop.call_later(seconds, self._on_time)
 
     def _on_time(self) -> None:
-        if self._is_closing():
-            return
         if self._reads_head and self._num_head:
             self._refuse(ApiError(408, "the request's head took too long", code="too_slow"))
         else:
