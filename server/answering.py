@@ -64,7 +64,7 @@ async def answer(request: Request, context: Context, order: Order, kind: Kind) -
     name = f"{kind.prefix}-{order.request_id or request_id_of(request)}"
     heading = kind.heading(name, order, context.model_name)
     choices = kind.choices(order, context.bridge.engine.tokenizer)
-    order = replace(order, deadline=_deadline(order, context.config))
+    order = replace(order, deadline=deadline_of(order, context.config))
     if order.turn is not None:
         return TurnAnswer(context, order, heading, choices, asked_by(request))
     scope = f"{owner_of(request)}\n{order.cache_scope}"
@@ -79,7 +79,7 @@ async def answer(request: Request, context: Context, order: Order, kind: Kind) -
         return await told_whole(pieces, heading, choices, order, usage, {})
 
 
-def _deadline(order: Order, config: ServerConfig) -> float | None:
+def deadline_of(order: Order, config: ServerConfig) -> float | None:
     """By the event loop's clock: of the request's own timeout and the server's."""
     given = (order.timeout, config.max_request_seconds)
     seconds = min((each for each in given if each is not None), default=None)

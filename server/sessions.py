@@ -5,13 +5,14 @@ to `turns.py`; bytes on the wire are `snapshots.py`'s.
 """
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
 from engine.errors import SessionMovedError
 from server.accounts import note
-from server.answering import read_body_with
+from server.answering import deadline_of, read_body_with
 from server.answers import Shape
 from server.bridge import Phase
 from server.checking import checked
@@ -151,6 +152,7 @@ async def _ids(prompt: str | list[int], context: Context) -> list[int]:
 
 async def _read_in(request: Request, context: Context, order: Order) -> "SessionState":
     """The session after a prompt. Raises ParameterError, EngineStoppedError, ApiError."""
+    order = replace(order, deadline=deadline_of(order, context.config))
     reading = await context.bridge.open(f"session-{request_id_of(request)}", order)
     note(request.scope, order, reading)
     async with closing(reading, request.receive):

@@ -180,6 +180,13 @@ def test_time_that_is_over_before_the_first_token_is_a_504() -> None:
         assert live.complete(prompt="x", max_tokens=1, timeout=30).status_code == 200
 
 
+def test_time_is_over_for_a_prompt_that_a_session_reads() -> None:
+    with serving(max_request_seconds=0.05) as live:
+        live.engine.step_seconds = 0.3
+        response = live.client.post("/v1/sessions", json={"prompt": "x"})
+        assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+
+
 def test_a_turn_that_waits_too_long_is_a_504() -> None:
     with serving() as live:
         name = live.opened("hello")
