@@ -1,26 +1,35 @@
-"""What a session's numbers mean only together with: the weights, the tokenizer, the state's layout.
+"""What a session's numbers mean only together with: weights, tokenizer, arithmetic, state's layout.
 
 Owns how each is told in a line of text. Does not know sessions or what a snapshot looks like.
 """
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
 
+from engine.model_config import ModelConfig
 from engine.state_spec import StateSpec
 from engine.weights import weight_files
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
+_NOT_ARITHMETIC = {"bos_token_id", "eos_token_ids", "torch_dtype"}
+"""Of a config.json: where texts begin and end, and how weights are stored; the layout has the type
+that they are served in."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """weights, tokenizer: sha256 in hex, of the files. layout: the state's shape and types."""
+    """weights, tokenizer: sha256 in hex, of the files. layout: the state's shape and types.
+
+    config: what config.json says that changes a state's numbers, or what they mean.
+    """
 
     weights: str
     tokenizer: str
+    config: str
     layout: str
 
     @classmethod
@@ -30,8 +39,15 @@ class Fingerprints:
         return cls(
             weights=_sha256(weight_files(folder)),
             tokenizer=_sha256(path for path in tokenizer if path.is_file()),
+            config=_config(ModelConfig.from_folder(folder)),
             layout=_layout(spec, dtype),
         )
+
+
+def _config(model: ModelConfig) -> str:
+    """Weights of the same bytes make other states under another rotary width or epsilon."""
+    names = [item.name for item in fields(model) if item.name not in _NOT_ARITHMETIC]
+    return " ".join(f"{name}={getattr(model, name)}" for name in names)
 
 
 def _layout(spec: StateSpec, dtype: str) -> str:

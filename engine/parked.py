@@ -7,10 +7,8 @@ or leases, and is not safe to share between threads: who owns it locks.
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from engine.capacity import COUNT_BYTES, ID_BYTES
 from engine.session_state import SessionState
-
-_ID_BYTES, _COUNT_BYTES = 40, 120
-"""About what CPython takes for an int in a tuple, and for two in a dictionary."""
 
 
 @dataclass(slots=True)
@@ -35,9 +33,6 @@ class Parked:
     def num_sessions(self) -> int:
         """Sessions whose state is here."""
         return len(self._digests)
-
-    def __contains__(self, digest: str) -> bool:
-        return digest in self._places
 
     def holds(self, session_id: str) -> bool:
         """Whether the session's state is here."""
@@ -83,4 +78,5 @@ class Parked:
 
 def _nbytes(state: SessionState) -> int:
     num_ids = len(state.pending) + len(state.recent)
-    return state.nbytes + num_ids * _ID_BYTES + len(state.counts) * _COUNT_BYTES
+    nbytes = state.nbytes + state.outbox.nbytes
+    return nbytes + num_ids * ID_BYTES + len(state.counts) * COUNT_BYTES

@@ -87,10 +87,10 @@ def ints_to_bytes(dtype: str, values: Sequence[int]) -> bytes:
     return bytes(values) if dtype == "U8" else struct.pack(f"<{len(values)}i", *values)
 
 
-def ints_at(data: memoryview, entry: Entry) -> tuple[int, ...]:
-    """What `ints_to_bytes` wrote."""
+def ints_at(data: memoryview, entry: Entry) -> Sequence[int]:
+    """What `ints_to_bytes` wrote; of bytes, bytes."""
     part = data[entry.start : entry.end]
-    return tuple(part) if entry.dtype == "U8" else struct.unpack(f"<{len(part) // 4}i", part)
+    return bytes(part) if entry.dtype == "U8" else struct.unpack(f"<{len(part) // 4}i", part)
 
 
 def floats_to_bytes(row: Tensor) -> bytes:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
+from engine.outbox import Outbox
+
 if TYPE_CHECKING:  # who schedules sessions need not load torch
     from torch import Tensor
 
@@ -25,6 +27,7 @@ class SessionState:
     recent: the last ids of all, pending ones included, as many as renewal may need.
     counts: id → how often it was generated; 0 where it was only read.
     undecoded: bytes of a character that the last turn's text did not finish.
+    outbox: what the last turn told, where it was to be kept; no token depends on it.
     """
 
     rows: "tuple[Tensor, ...]" = ()
@@ -33,6 +36,7 @@ class SessionState:
     recent: tuple[int, ...] = ()
     counts: Mapping[int, int] = field(default_factory=dict)
     undecoded: bytes = b""
+    outbox: Outbox = Outbox()
 
     @property
     def num_tokens(self) -> int:

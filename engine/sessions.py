@@ -1,34 +1,42 @@
-"""Every verb of a session: open, begin and commit a turn, fork, rewind, export, import, delete.
+"""Every verb that changes a session: open, begin and commit a turn, fork, rewind, import, delete.
 
 Owns who may do what and when, and what is undone when it fails. Thread-safe; calls wait for the
 disk. Does not know what computes a turn, HTTP, or where a session's value is at a time.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
-from engine.errors import (
-    SessionError,
-    SessionMovedError,
-    SessionNotFoundError,
-    SnapshotError,
-    StoreFullError,
-)
+from engine.errors import SessionError, SessionMovedError, StoreFullError
 from engine.holdings import Holdings
+from engine.outbox import Outbox
 from engine.session import Session, SessionCounts, Turn
 from engine.session_state import SessionState
+from engine.session_views import SessionViews
 from engine.snapshot import SnapshotCodec
 from engine.store import Lease, NewSession, Record, SessionStore
 
 __all__ = ["Session", "SessionCounts", "Sessions", "Turn"]
 Metadata = Mapping[str, str]
 
-LEASE_SECONDS = 86_400.0
-"""Longer than a turn: a process that dies is found out by its lock, not by waiting."""
+OutboxOf = Callable[[bool], Outbox]
+"""What a turn told, given whether it is on the disk."""
+
+LEASE_SECONDS = 60.0
+"""After this long without `tend` another process of a shared store may take a turn for dead; that
+it was not is then told by the fence. In a folder of one's own the lock proves it sooner."""
+
+MAX_EXPIRED_AT_ONCE = 100
 
 
-class Sessions:
+def nothing_told(_is_durable: bool) -> Outbox:
+    """Of a turn whose events nobody will ask for."""
+    return Outbox()
+
+
+class Sessions(SessionViews):
     """The sessions of a store, as their owners may see and change them.
 
     memory_bytes: of states kept in memory between turns. max_checkpoints: turns that can be taken
@@ -44,10 +52,10 @@ class Sessions:
         max_checkpoints: int,
         is_durable: bool,
     ) -> None:
-        self._store = store
+        super().__init__(store, Holdings(store, codec, memory_bytes, is_durable=is_durable))
         self._codec = codec
         self._max_checkpoints = max_checkpoints
-        self._holdings = Holdings(store, codec, memory_bytes, is_durable=is_durable)
+        self._is_durable = is_durable
 
     def open(
         self, owner: str, state: SessionState, metadata: Metadata, ttl_seconds: float | None
@@ -60,25 +68,6 @@ class Sessions:
     ) -> Session:
         """A new session of a snapshot. SnapshotError, before anything is stored; StoreFullError."""
         return self._create(owner, raw, self._codec.decode(raw), metadata, ttl_seconds)
-
-    def export(self, owner: str, session_id: str) -> bytes:
-        """The snapshot of it as it was after its last turn. SnapshotError: it is damaged."""
-        record = self._record(owner, session_id)
-        try:
-            return self._holdings.raw(record)
-        except SnapshotError:
-            if self._record(owner, session_id).head == record.head:
-                raise
-        return self.export(owner, session_id)  # a turn ended meanwhile, and that head is gone
-
-    def find(self, owner: str, session_id: str) -> Session:
-        """SessionNotFoundError also where it is somebody else's."""
-        return self._holdings.told(self._record(owner, session_id))
-
-    def page(self, owner: str, after: str | None, limit: int) -> tuple[list[Session], bool]:
-        """The owner's sessions behind `after`, newest first; whether there are more."""
-        records, has_more = self._store.list(owner, after, limit)
-        return [self._holdings.told(record) for record in records], has_more
 
     def delete(self, owner: str, session_id: str) -> None:
         """SessionBusyError while a turn runs."""
@@ -105,16 +94,17 @@ class Sessions:
             self._holdings.end(lease)
             raise
 
-    def commit(self, turn: Turn, state: SessionState) -> Session:
+    def commit(self, turn: Turn, state: SessionState, outbox: OutboxOf = nothing_told) -> Session:
         """The turn's outcome is the session's value, and is on the disk when this returns.
 
-        Where the disk is full it stays in memory and the session says that it is not durable,
-        until a later turn is stored. SessionMovedError: the lease was taken over.
+        outbox: what is kept of what the turn told; of earlier turns nothing is.
+        Where the disk is full the state stays in memory and the session says that it is not
+        durable, until a later turn is stored. SessionMovedError: the lease was taken over.
         """
         try:
-            record = self._save(turn.lease, state)
+            record = self._save(turn.lease, replace(state, outbox=outbox(self._is_durable)))
         except StoreFullError:
-            self._holdings.pin(turn.lease, state)
+            self._holdings.pin(turn.lease, replace(state, outbox=outbox(False)))
             record = self._record(turn.session.owner, turn.session.id)
         finally:
             self._holdings.end(turn.lease)
@@ -146,9 +136,18 @@ class Sessions:
                 self._holdings.forget(session_id)
         return self._holdings.told(record)
 
-    def sizes(self) -> SessionCounts:
-        """How many there are of each residence, and their bytes."""
-        return self._holdings.sizes()
+    def tend(self) -> bool:
+        """Make the leases of running turns last on, and delete a portion of what is past its time.
+
+        To be called more often than every LEASE_SECONDS; whether more is past its time.
+        """
+        for lease in self._holdings.running():
+            with suppress(SessionError):  # it has just ended, or its commit will tell what is wrong
+                self._store.renew(lease, LEASE_SECONDS)
+        expired = self._store.expire(time.time(), MAX_EXPIRED_AT_ONCE)
+        for session_id in expired:
+            self._holdings.forget(session_id)
+        return len(expired) == MAX_EXPIRED_AT_ONCE
 
     def close(self) -> None:
         """Abandon what runs, try once more to store what was not, and let go of the store."""
@@ -172,9 +171,7 @@ class Sessions:
     def _create(
         self, owner: str, raw: bytes, state: SessionState, metadata: Metadata, ttl: float | None
     ) -> Session:
-        now = time.time()
-        self._store.expire(now)
-        until = None if ttl is None else now + ttl
+        until = None if ttl is None else time.time() + ttl
         new = NewSession(owner, state.num_tokens, raw, metadata=metadata, expires_at=until)
         [record] = self._store.create([new])
         return self._park(record, state)
@@ -183,16 +180,6 @@ class Sessions:
         new = self._codec.encode(state), state.num_tokens
         record = self._store.put(lease, lease.version, *new, self._max_checkpoints)
         self._holdings.park(record, state)
-        return record
-
-    def _record(self, owner: str, session_id: str) -> Record:
-        try:
-            record = self._store.record(session_id)
-        except SessionNotFoundError:  # expired, it may still have something in memory
-            self._holdings.forget(session_id)
-            raise
-        if record.owner != owner:
-            raise SessionNotFoundError(f"there is no session {session_id!r}")
         return record
 
     def _park(self, record: Record, state: SessionState) -> Session:

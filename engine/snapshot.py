@@ -11,26 +11,40 @@ else a header may claim, twice or nested or out of place, is refused without bei
 import json
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from dataclasses import asdict
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from engine import sealed
 from engine.errors import SnapshotError, SnapshotMismatchError
 from engine.fingerprints import Fingerprints
+from engine.outbox import Outbox
 from engine.session_state import SessionState
 from engine.state_spec import StateSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONTEXT_POLICY = "exact"
 MAX_POSITION = 2**62
 
-_LISTS = {"pending": "I32", "recent": "I32", "count_ids": "I32", "counts": "I32", "undecoded": "U8"}
+_LISTS = {
+    "pending": "I32",
+    "recent": "I32",
+    "count_ids": "I32",
+    "counts": "I32",
+    "event_sizes": "I32",
+    "undecoded": "U8",
+    "events": "U8",
+}
+_NUMBERS = {"position": "[0-9]{1,19}", "turn": "([0-9a-f]{16})?", "first_event": "[0-9]{1,19}"}
+"""What a header says in words, and how each may be spelled."""
 
 
 class _Sizes(NamedTuple):
     """All that a header depends on beside the model. lengths: elements of each of `_LISTS`."""
 
     position: int
+    turn: str
+    first_event: int
     has_rows: bool
     lengths: Mapping[str, int]
 
@@ -49,9 +63,7 @@ class SnapshotCodec:
         self._expected = {
             "format": str(FORMAT_VERSION),
             "context_policy": CONTEXT_POLICY,
-            "weights": fingerprints.weights,
-            "tokenizer": fingerprints.tokenizer,
-            "layout": fingerprints.layout,
+            **asdict(fingerprints),
         }
 
     def encode(self, state: SessionState) -> bytes:
@@ -63,10 +75,13 @@ class SnapshotCodec:
             "recent": state.recent,
             "count_ids": [token_id for token_id, _ in counts],
             "counts": [count for _, count in counts],
+            "event_sizes": [len(event) for event in state.outbox.events],
             "undecoded": state.undecoded,
+            "events": b"".join(state.outbox.events),
         }
         lengths = {name: len(values) for name, values in lists.items()}
-        sizes = _Sizes(state.position, bool(state.rows), lengths)
+        turn, first = state.outbox.turn, state.outbox.first
+        sizes = _Sizes(state.position, turn, first, bool(state.rows), lengths)
         return sealed.seal(
             [
                 self._header(sizes),
@@ -85,7 +100,7 @@ class SnapshotCodec:
         entries = self._entries(sizes)
         if header != self._header(sizes):
             raise SnapshotError("the snapshot's header is not one that this server writes")
-        if len(data) != entries["undecoded"].end:
+        if len(data) != entries["events"].end:
             raise SnapshotError("the snapshot's sizes are not those of its header")
         lists = {name: sealed.ints_at(data, entries[name]) for name in _LISTS}
         self._check(sizes, lists)
@@ -94,10 +109,11 @@ class SnapshotCodec:
                 sealed.floats_at(data, entries[name]) for name in entries if name not in _LISTS
             ),
             position=sizes.position,
-            pending=lists["pending"],
-            recent=lists["recent"],
+            pending=tuple(lists["pending"]),
+            recent=tuple(lists["recent"]),
             counts=dict(zip(lists["count_ids"], lists["counts"], strict=True)),
             undecoded=bytes(lists["undecoded"]),
+            outbox=_outbox(sizes, lists["event_sizes"], bytes(lists["events"])),
         )
 
     def _entries(self, sizes: _Sizes) -> dict[str, sealed.Entry]:
@@ -111,7 +127,8 @@ class SnapshotCodec:
 
     def _header(self, sizes: _Sizes) -> bytes:
         """The one spelling of a header for these sizes."""
-        metadata = {**self._expected, "position": str(sizes.position)}
+        metadata = {name: str(getattr(sizes, name)) for name in _NUMBERS}
+        metadata = self._expected | metadata
         return sealed.header_text(metadata, self._entries(sizes))
 
     def _sizes(self, header: bytes) -> _Sizes:
@@ -120,26 +137,29 @@ class SnapshotCodec:
             found = json.loads(header[8:])
             metadata = found["__metadata__"]
             self._check_fit({name: str(metadata[name]) for name in self._expected})
-            if not re.fullmatch("[0-9]{1,19}", metadata["position"]):
-                raise ValueError("position")
+            for name, spelling in _NUMBERS.items():
+                if not re.fullmatch(spelling, metadata[name]):
+                    raise ValueError(name)
             lengths = {name: int(found[name]["shape"][0]) for name in _LISTS}
-            sizes = _Sizes(int(metadata["position"]), "row.0" in found, lengths)
+            position, first_event = int(metadata["position"]), int(metadata["first_event"])
+            has_rows = "row.0" in found
+            sizes = _Sizes(position, metadata["turn"], first_event, has_rows, lengths)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise SnapshotError("the snapshot's header cannot be read") from error
-        if min(lengths.values()) < 0 or sizes.position > MAX_POSITION:
+        if min(lengths.values()) < 0 or max(position, first_event) > MAX_POSITION:
             raise SnapshotError("the snapshot's sizes are out of range")
         return sizes
 
     def _check_fit(self, found: Mapping[str, str]) -> None:
         faults = [
-            f"{name} (here {expected!r}, in the snapshot {found[name][:200]!r})"
+            f"{name} (here {expected!r}, in the snapshot {found[name][:400]!r})"
             for name, expected in self._expected.items()
             if found[name] != expected
         ]
         if faults:
             raise SnapshotMismatchError(f"the snapshot differs in {', '.join(faults)}")
 
-    def _check(self, sizes: _Sizes, lists: Mapping[str, tuple[int, ...]]) -> None:
+    def _check(self, sizes: _Sizes, lists: Mapping[str, Sequence[int]]) -> None:
         """Values that no session has, though the sizes are right."""
         ids, counts = lists["count_ids"], lists["counts"]
         all_ids = (*lists["pending"], *lists["recent"], *ids)
@@ -151,3 +171,13 @@ class SnapshotCodec:
             raise SnapshotError("the snapshot has counts below zero")
         if sizes.position and not sizes.has_rows:
             raise SnapshotError("the snapshot has a position and no rows")
+
+
+def _outbox(sizes: _Sizes, event_sizes: Sequence[int], events: bytes) -> Outbox:
+    """The events apart again. SnapshotError: their sizes are not those of their bytes."""
+    if sum(event_sizes) != len(events) or min(event_sizes, default=1) < 1:
+        raise SnapshotError("the snapshot's events have other sizes than it says")
+    if not sizes.turn and (events or sizes.first_event):
+        raise SnapshotError("the snapshot has events of no turn")
+    places = pairwise(accumulate(event_sizes, initial=0))
+    return Outbox(sizes.turn, sizes.first_event, tuple(events[a:b] for a, b in places))

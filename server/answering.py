@@ -62,11 +62,11 @@ async def _read(raw: bytes, context: Context, read: Read[Found], max_quick: int)
 async def answer(request: Request, context: Context, order: Order, kind: Kind) -> Response:
     """Have an order carried out. Raises ParameterError, EngineStoppedError, ApiError."""
     name = f"{kind.prefix}-{order.request_id or request_id_of(request)}"
-    heading = kind.heading(name, order, context.model_name)
-    choices = kind.choices(order, context.bridge.engine.tokenizer)
     order = replace(order, deadline=deadline_of(order, context.config))
     if order.turn is not None:
-        return TurnAnswer(context, order, heading, choices, asked_by(request))
+        return TurnAnswer(context, order, kind, name, asked_by(request))
+    heading = kind.heading(name, order, context.model_name)
+    choices = kind.choices(order, context.bridge.engine.tokenizer)
     scope = f"{owner_of(request)}\n{order.cache_scope}"
     reading = await context.bridge.open(name, replace(order, cache_scope=scope))
     note(request.scope, order, reading)

@@ -12,11 +12,20 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from server import capacity, chat, completions, sessions, snapshots, status, tokens
+from server import (
+    capacity,
+    chat,
+    completions,
+    session_events,
+    sessions,
+    snapshots,
+    status,
+    tokens,
+)
 from server.accounts import Account, Accounts
 from server.bridge import Bridge
 from server.chat_schemas import ChatRequest
-from server.context import Context
+from server.context import Context, session_bytes
 from server.handlers import add_error_handlers
 from server.journal import Journal
 from server.key_files import NAME_LENGTH, ApiKey, api_keys
@@ -39,6 +48,7 @@ ROUTERS = (
     completions.router,
     chat.router,
     snapshots.router,
+    session_events.router,
     sessions.router,
     tokens.router,
     capacity.router,
@@ -68,7 +78,9 @@ def create_app(
     """
     turns = Turns(kept)
     app = _new_app(bridge, turns)
-    registry = make_registry(bridge, kept.sizes, config.served_model_name or bridge.engine.name)
+    name = config.served_model_name or bridge.engine.name
+    cost = session_bytes(bridge.engine, config)
+    registry = make_registry(bridge, kept.sizes, cost, name)
     app.state.context = Context(bridge, config, registry, kept, turns, template)
     for router in ROUTERS:
         app.include_router(router)

@@ -11,17 +11,17 @@ from server.session_answers import Capacity
 
 router = APIRouter()
 
-GB = 10**9
-
 
 @router.get("/v1/capacity", response_model=Capacity, responses=refusals(401))
 async def capacity(context: ContextDep) -> Shape:
     """What the pool, the memory and the disk hold."""
-    stats, spec = context.bridge.stats(), context.bridge.engine.spec
+    stats, cost = context.bridge.stats(), context.session_bytes
     sizes = await asyncio.to_thread(context.sessions.sizes)
     return {
         "object": "capacity",
-        "bytes_per_session": {**spec.itemised_bytes(), "total": spec.bytes_per_slot},
+        "bytes_per_session": cost.items,
+        "bytes_per_place": cost.places,
+        "sessions_per_gb": cost.per_gb(),
         "slots": stats.num_slots,
         "free_slots": stats.num_free_slots,
         "resident": sizes.num_resident,
@@ -29,5 +29,4 @@ async def capacity(context: ContextDep) -> Shape:
         "stored": sizes.num_stored,
         "parked_bytes": sizes.parked_bytes,
         "stored_bytes": sizes.stored_bytes,
-        "sessions_per_gb": GB // spec.bytes_per_slot,
     }

@@ -20,8 +20,6 @@ from server.settings import GenerateConfig, ServerConfig
 if TYPE_CHECKING:
     from engine.engine import Engine
 
-GB = 10**9
-
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until told to stop. The port comes first: a model takes seconds to load in vain."""
@@ -125,13 +123,33 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
     yield "shape", f"{shape.n_layer} layers of {shape.n_head} heads of {shape.head_dim}"
-    for what, size in engine.spec.itemised_bytes().items():
-        yield f"  {what}", f"{size:,} bytes"
     yield "bytes per session", f"{size_of_one:,}, whatever its length"
-    yield "sessions per GB", f"{GB // size_of_one:,}"
+    yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
     yield "trained length", f"{shape.n_positions:,} tokens"
     yield "position limit", "none; past the trained length the text gets worse, not the memory"
+
+
+def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:
+    """What a session takes, served as it is where no setting says otherwise."""
+    from server.context import session_bytes
+
+    config = ServerConfig()
+    cost, is_in_slot = session_bytes(engine, config), engine.spec.itemised_bytes().keys()
+    where = {
+        "logits": ": computed again from the last token",
+        "counts": " of memory, at most",
+        "ids": " of memory",
+        "outbox": " of memory, at most",
+        "turn_copy": " of memory, while a turn runs",
+        "checkpoints": f" on the disk, for {config.session_checkpoints} turns, at most",
+    }
+    for what, size in cost.items.items():
+        yield f"  {what}", f"{size:,} bytes{'' if what in is_in_slot else where[what]}"
+    num = cost.per_gb()
+    yield "sessions per GB", f"{num['resident']:,}"
+    yield "  parked", f"{num['parked']:,} of memory, at least"
+    yield "  stored", f"{num['stored']:,} on the disk, at least"
 
 
 def _on_what(engine: "Engine") -> str:

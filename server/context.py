@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 
+from engine.capacity import SessionBytes
 from server.accounts import limits_of
 from server.bridge import Bridge
 from server.key_limits import KeyLimits, least
@@ -14,6 +15,7 @@ from server.templates import ChatTemplate
 from server.turns import Turns
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+    from engine.engine import Engine
     from engine.sessions import Sessions
 
 
@@ -45,9 +47,25 @@ class Context:
         return least(self.bridge.engine.config.max_tokens_limit, self.limits.max_tokens)
 
     @property
+    def session_bytes(self) -> SessionBytes:
+        """What one session takes here."""
+        return session_bytes(self.bridge.engine, self.config)
+
+    @property
     def trained_length(self) -> int:
         """Tokens that the model was trained to follow; it limits nothing here."""
         return self.bridge.engine.model_config.n_positions
+
+
+def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
+    """What one session of this engine takes under these settings."""
+    return SessionBytes.of(
+        engine.spec,
+        num_ids=engine.tokenizer.num_ids,
+        window=engine.model_config.n_positions,
+        max_checkpoints=config.session_checkpoints,
+        max_outbox=config.session_outbox,
+    )
 
 
 async def _context(request: Request) -> Context:

@@ -16,7 +16,13 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.errors import EngineStoppedError, ParameterError, SessionError, SnapshotError
+from engine.errors import (
+    EngineStoppedError,
+    ParameterError,
+    SessionError,
+    SnapshotError,
+    SnapshotMismatchError,
+)
 from server.errors import ApiError, damaged, invalid, of_session, unavailable
 from server.reading import ReadingClosed
 
@@ -84,6 +90,8 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
             return unavailable(str(error))
         case SessionError():
             return of_session(error)
+        case SnapshotMismatchError():  # stored by a server of another model
+            return ApiError(409, str(error), param="session_id", code="snapshot_mismatch")
         case SnapshotError():
             return damaged(error)
         case RequestValidationError():

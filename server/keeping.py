@@ -1,6 +1,7 @@
 """Where sessions are kept, from the server's start to its end.
 
-Owns the folder: the user's own, or one that goes with the server. Everything heavy is imported
+Owns the folder: the user's own, or one that goes with the server; and how often sessions are tended
+meanwhile. Everything heavy is imported
 inside. Knows no HTTP.
 """
 
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def kept_sessions(engine: "Engine", config: ServerConfig) -> Iterator["Sessions"]:
     """All sessions; closed at the end. Raises ConfigurationError."""
-    from engine.sessions import Sessions
+    from engine.sessions import LEASE_SECONDS, Sessions
     from engine.store import SqliteStore
+    from engine.upkeep import upkeep
 
     with contextlib.ExitStack() as stack:
         is_durable = config.session_dir is not None
@@ -35,6 +37,7 @@ def kept_sessions(engine: "Engine", config: ServerConfig) -> Iterator["Sessions"
             is_durable=is_durable,
         )
         stack.callback(sessions.close)
+        stack.enter_context(upkeep(sessions.tend, LEASE_SECONDS / 3))
         yield sessions
 
 

@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from engine.capacity import SessionBytes
 from engine.outputs import EngineStats, FinishReason
 from server.bridge import Bridge
 from server.timings import Histogram, Timings
@@ -38,6 +39,10 @@ SESSION_GAUGES = {
     "sessions_parked_bytes": ("parked_bytes", "Memory of the sessions that wait there."),
     "sessions_stored_bytes": ("stored_bytes", "What all sessions take on the disk."),
     "num_sessions_not_durable": ("num_unsaved", "Sessions ahead of what a full disk took."),
+}
+COST_GAUGES = {
+    "session_bytes": ("items", "item", "What one session takes, by what it holds; at most."),
+    "session_bytes_in": ("places", "place", "What one session takes in each place; at most."),
 }
 CACHE_GAUGES = {"prefix_cache_bytes": ("nbytes", "Memory of states after prompts.")}
 CACHE_COUNTERS = {
@@ -70,11 +75,11 @@ HISTOGRAMS = {
 
 
 def make_registry(
-    bridge: Bridge, sizes: Callable[[], "SessionCounts"], model_name: str
+    bridge: Bridge, sizes: Callable[[], "SessionCounts"], cost: SessionBytes, model_name: str
 ) -> CollectorRegistry:
     """A registry of the application's own."""
     registry = CollectorRegistry()
-    registry.register(EngineCollector(bridge, sizes, model_name))
+    registry.register(EngineCollector(bridge, sizes, cost, model_name))
     ProcessCollector(registry=registry)
     return registry
 
@@ -83,10 +88,15 @@ class EngineCollector(Collector):
     """Reads everything once per scrape, in whatever thread."""
 
     def __init__(
-        self, bridge: Bridge, sizes: Callable[[], "SessionCounts"], model_name: str
+        self,
+        bridge: Bridge,
+        sizes: Callable[[], "SessionCounts"],
+        cost: SessionBytes,
+        model_name: str,
     ) -> None:
         self._bridge = bridge
         self._sizes = sizes
+        self._cost = cost
         self._model_name = model_name
 
     def describe(self) -> list[Metric]:
@@ -99,6 +109,7 @@ class EngineCollector(Collector):
         stats = bridge.stats()
         yield from self._gauges(GAUGES, stats)
         yield from self._gauges(SESSION_GAUGES, self._sizes())
+        yield from self._costs()
         yield from self._gauges(CACHE_GAUGES, stats.prefix_cache)
         yield from self._counters(CACHE_COUNTERS, stats.prefix_cache)
         yield from self._counters(COUNTERS, stats)
@@ -112,6 +123,21 @@ class EngineCollector(Collector):
             gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], getattr(figures, attribute))
             yield gauge
+
+    def _costs(self) -> Iterator[Metric]:
+        for name, (attribute, label, text) in COST_GAUGES.items():
+            gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name", label])
+            for each, nbytes in getattr(self._cost, attribute).items():
+                gauge.add_metric([self._model_name, each], nbytes)
+            yield gauge
+        per_gb = GaugeMetricFamily(
+            "cottention:sessions_per_gb",
+            "How many fit into a billion bytes of each place, at least.",
+            labels=["model_name", "place"],
+        )
+        for place, num in self._cost.per_gb().items():
+            per_gb.add_metric([self._model_name, place], num)
+        yield per_gb
 
     def _counters(self, names: Mapping[str, tuple[str, str]], figures: Any) -> Iterator[Metric]:
         for name, (attribute, text) in names.items():

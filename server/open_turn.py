@@ -9,8 +9,10 @@ import codecs
 import io
 import logging
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from engine.outbox import Outbox
 from engine.outputs import FinishReason
 from server.reading import Piece
 from server.sampling import OnCancel
@@ -21,6 +23,14 @@ if TYPE_CHECKING:  # they bring torch with them, which the server does not know
     from engine.sessions import Sessions
 
 logger = logging.getLogger("cottention")
+
+Keep = Callable[["Session"], Outbox]
+"""What is kept of what the turn told, which ends with what the session is after it."""
+
+
+def keep_nothing(_: "Session") -> Outbox:
+    """For a turn whose client is there to its end, or has what it wants."""
+    return Outbox()
 
 
 class OpenTurn:
@@ -43,6 +53,11 @@ class OpenTurn:
         self._ending: asyncio.Task[Session] | None = None
 
     @property
+    def session_id(self) -> str:
+        """Of the session."""
+        return self._turn.session.id
+
+    @property
     def state(self) -> "SessionState":
         """The session before the turn."""
         return self._turn.state
@@ -61,21 +76,26 @@ class OpenTurn:
         """Nothing of this turn stays."""
         self._ids.clear()
 
-    async def finish(self, piece: Piece) -> "Session":
+    async def finish(self, piece: Piece, keep: Keep = keep_nothing) -> "Session":
         """End with a choice's last piece, which is told next. Raises SessionError."""
         if piece.finish_reason is FinishReason.ERROR:
             self.forget()
         elif piece.state is None:
             self.delivered(piece)
         state = self._cut() if piece.state is None else piece.state
-        return await (self._abandon() if state is None else self.commit(state))
+        return await (self._abandon() if state is None else self.commit(state, keep))
 
-    async def commit(self, state: "SessionState") -> "Session":
+    async def commit(self, state: "SessionState", keep: Keep = keep_nothing) -> "Session":
         """Make `state` the session. It goes on where its caller is cancelled.
 
         Raises SessionError.
         """
-        return await self._end(asyncio.to_thread(self._sessions.commit, self._turn, state))
+        before, position = self._turn.session, state.num_tokens
+
+        def outbox(is_durable: bool) -> Outbox:
+            return keep(replace(before, position=position, is_durable=is_durable))
+
+        return await self._end(asyncio.to_thread(self._sessions.commit, self._turn, state, outbox))
 
     async def settle(self) -> None:
         """End the turn if it has not ended: with what was delivered, if that may stay."""

@@ -21,6 +21,7 @@ ERRORS = {
     401: "A key is missing or wrong.",
     404: "There is no such model or session.",
     409: "Another turn has the session, or what was asked does not fit it.",
+    410: "The events after this one are no longer kept.",
     412: "The session is not at the position of If-Match.",
     413: "The body is longer than the server takes.",
     429: "The line is full, or the key has used its allowance.",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from engine.params import SamplingParams
 from server.errors import invalid
-from server.sampling import OnCancel, OnConflict, SamplingBody, StreamOptions
+from server.sampling import OnCancel, OnConflict, OnDisconnect, SamplingBody, StreamOptions
 
 if TYPE_CHECKING:
     from engine.session_state import SessionState
@@ -43,11 +43,12 @@ class Details:
 
 @dataclass(frozen=True, slots=True)
 class TurnTerms:
-    """Which session an order continues, whom it gives way to, and what a cut leaves of it."""
+    """Which session an order continues, whom it gives way to, what cuts it and what that leaves."""
 
     session_id: str
     on_conflict: OnConflict = "error"
     on_cancel: OnCancel = "keep"
+    on_disconnect: OnDisconnect = "cancel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +141,7 @@ def reading_order(prompt_ids: list[int], start: "SessionState") -> Order:
 def _turn_of(body: SamplingBody) -> TurnTerms | None:
     if body.session_id is None:
         return None
-    return TurnTerms(body.session_id, body.on_conflict, body.on_cancel)
+    return TurnTerms(body.session_id, body.on_conflict, body.on_cancel, body.on_disconnect)
 
 
 def read_prompt(

@@ -11,14 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.outputs import FinishReason, Output, TokenLogprob
+from server.unread import size_of
 
 if TYPE_CHECKING:  # its rows are tensors, which the server does not know
     from engine.session_state import SessionState
-
-
-ID_BYTES = 8
-LOGPROB_BYTES = 128
-"""What an unread id and an unread log-probability take, about."""
 
 
 class ReadingClosed(Exception):
@@ -38,6 +34,12 @@ class Tokens:
         self.ids += output.token_ids
         self.logprobs += output.logprobs
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
+
+    def merge(self, later: "Tokens") -> None:
+        """Append what was read later."""
+        self.ids += later.ids
+        self.logprobs += later.logprobs
+        self.prompt_logprobs = later.prompt_logprobs or self.prompt_logprobs
 
 
 @dataclass(slots=True)
@@ -67,6 +69,14 @@ class Piece:
             self.finish_reason = output.finish_reason
             self.stop_reason = output.stop_reason
             self.state = output.state
+
+    def merge(self, later: "Piece") -> None:
+        """Append what was read later of the same choice."""
+        self._text.write(later.text)
+        if later.tokens is not None:
+            self.tokens = self.tokens or Tokens()
+            self.tokens.merge(later.tokens)
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
 
 
 class Reading:
@@ -179,7 +189,7 @@ class Reading:
             piece = self._unread[choice] = self._new_piece()
         piece.add(output)
         if self._max_unread is not None:
-            self._num_unread += _size(output)
+            self._num_unread += size_of(output)
         if output.finish_reason:
             self._unfinished.discard(choice)
             self.reasons.append(output.finish_reason)
@@ -189,12 +199,3 @@ class Reading:
 
     def _new_piece(self) -> Piece:
         return Piece(Tokens() if self._keeps_tokens else None)
-
-
-def _size(output: Output) -> int:
-    """Bytes that an output takes while it is unread, about."""
-    text = output.text
-    size = len(text) if text.isascii() else len(text.encode("utf-8", errors="replace"))
-    if output.logprobs:
-        size += LOGPROB_BYTES * sum(1 + len(each.top) for each in output.logprobs)
-    return size + ID_BYTES * len(output.token_ids)

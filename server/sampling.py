@@ -34,6 +34,7 @@ CUT = "a whole number from 1, or -1 for the model's trained length"
 
 OnConflict = Literal["error", "wait"]
 OnCancel = Literal["keep", "rollback"]
+OnDisconnect = Literal["cancel", "continue"]
 
 
 def ranged(default: Any, description: str, low: float, high: float | None = None) -> Any:
@@ -91,6 +92,7 @@ class SamplingBody(Body):
     session_id: Text | None = Field(None, description=SESSION)
     on_conflict: OnConflict = Field("error", description=CONFLICT)
     on_cancel: OnCancel = Field("keep", description='"keep" or "rollback"')
+    on_disconnect: OnDisconnect = Field("cancel", description='"cancel" or "continue"')
 
     def engine_params(self, **more: Any) -> SamplingParams:
         """The engine's parameters: those of the same names, and `more`. Raises ParameterError."""

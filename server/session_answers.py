@@ -55,11 +55,25 @@ class DeletedSession(BaseModel):
     deleted: Literal[True]
 
 
+class Places(BaseModel):
+    """A figure for each place where a session may live."""
+
+    resident: int
+    parked: int
+    stored: int
+
+
 class Capacity(BaseModel):
-    """What a session costs, what there is, and where the sessions are."""
+    """What a session costs, what there is, and where the sessions are.
+
+    bytes_per_session: by what they hold. bytes_per_place: of one session, at most; what runs takes
+    a slot of the pool. sessions_per_gb: how many fit into 10⁹ bytes of each place, at least.
+    """
 
     object: Literal["capacity"]
     bytes_per_session: dict[str, int]
+    bytes_per_place: Places
+    sessions_per_gb: Places
     slots: int
     free_slots: int
     resident: int
@@ -67,7 +81,6 @@ class Capacity(BaseModel):
     stored: int
     parked_bytes: int
     stored_bytes: int
-    sessions_per_gb: int
 
 
 def told(session: "Session") -> JSONResponse:

@@ -25,7 +25,7 @@ METADATA = (
 TTL = f"a number of seconds above 0, up to {MAX_TTL_SECONDS}"
 FORKS = f"a whole number from 1 to {MAX_FORKS}"
 
-WITHOUT_SESSION = {"on_conflict": "error", "on_cancel": "keep"}
+WITHOUT_SESSION = {"on_conflict": "error", "on_cancel": "keep", "on_disconnect": "cancel"}
 WITH_SESSION = {
     "n": (1,),
     "best_of": (None, 1),

@@ -61,6 +61,12 @@ class ServerConfig:
     session_checkpoints: int = option(
         4, "how many turns a session can be rewound", minimum=0, unit="turns"
     )
+    session_outbox: int = option(
+        256 * 1024,
+        "of a turn that goes on without its client, how much is kept for when it comes back",
+        minimum=0,
+        unit="bytes",
+    )
     max_snapshot_bytes: int = option(
         256 * 1024**2, "largest session that may be imported", minimum=1, unit="bytes"
     )

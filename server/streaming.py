@@ -6,7 +6,7 @@ request, what a choice has to tell, and a suffix. Does not know the engine.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from starlette.responses import Response
@@ -46,18 +46,27 @@ class Events:
 
     def pieces(self, pieces: Mapping[int, Piece], num_generated: int) -> str:
         """One event per choice that has something to tell, or two where it begins."""
-        head, tail = self._head, self._tail(num_generated)
-        return "".join(
-            f"{head}{chunk}{tail}"
-            for index, piece in pieces.items()
-            for chunk in self._choices.chunks(index, piece)
-        )
+        return self.framed(self._chunks(pieces), num_generated)
 
     async def worded(self, pieces: Mapping[int, Piece], num_generated: int) -> str:
         """As `pieces`; beside the loop where a long prompt is told."""
+        return self.framed(await self.chunks(pieces), num_generated)
+
+    async def chunks(self, pieces: Mapping[int, Piece]) -> list[str]:
+        """What each event tells; to be asked once for a piece."""
         if self._is_long:
-            return await asyncio.to_thread(self.pieces, pieces, num_generated)
-        return self.pieces(pieces, num_generated)
+            return await asyncio.to_thread(self._chunks, pieces)
+        return self._chunks(pieces)
+
+    def framed(self, chunks: Sequence[str], num_generated: int, beside: str = "") -> str:
+        """Events of chunks. beside: further fields of each, from their comma on."""
+        head, tail = self._head, beside + self._tail(num_generated)
+        return "".join([f"{head}{chunk}{tail}" for chunk in chunks])
+
+    def _chunks(self, pieces: Mapping[int, Piece]) -> list[str]:
+        return [
+            chunk for index, piece in pieces.items() for chunk in self._choices.chunks(index, piece)
+        ]
 
     def _tail(self, num_generated: int) -> str:
         if self._options.continuous_usage_stats:
@@ -98,8 +107,8 @@ class EventStream(Response):
             with contextlib.suppress(ReadingClosed, asyncio.CancelledError):
                 await send(start)
                 async for text in self._texts():
-                    await send(_body(text, more_body=True))
-                await send(_body("", more_body=False))
+                    await send(body_of(text.encode(), more_body=True))
+                await send(body_of(b"", more_body=False))
 
     async def _texts(self) -> AsyncIterator[str]:
         reading, events = self._reading, self._events
@@ -134,10 +143,17 @@ def usage_of(num_prompt: int, num_generated: int, num_cached: int = 0) -> Shape:
 
 
 async def _close_when_gone(reading: Reading, receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    """Not a step of the loop later: what was being sent by then was not delivered."""
+    await until_gone(receive)
     reading.close()
 
 
-def _body(text: str, *, more_body: bool) -> dict[str, object]:
-    return {"type": "http.response.body", "body": text.encode(), "more_body": more_body}
+async def until_gone(receive: Receive) -> None:
+    """Return when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def body_of(raw: bytes, *, more_body: bool) -> dict[str, object]:
+    """A part of an answer's body, as the server below takes it."""
+    return {"type": "http.response.body", "body": raw, "more_body": more_body}

@@ -1,31 +1,30 @@
 """The answer to a request that is a session's turn: all of it happens while it is sent.
 
-Owns that the session has moved before its client is told so, and that it keeps of a cut turn what
+Owns whether the turn ends with its client or goes on, and that a session keeps of a cut turn what
 was written to the socket. Knows nothing of bodies.
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from engine.errors import SessionError
-from engine.outputs import FinishReason
 from server.accounts import note
-from server.choices import Choices, compact
 from server.context import Context
-from server.errors import engine_failed, expired, of_session
+from server.errors import expired
+from server.live_events import LiveAnswer, LiveEvents
 from server.open_turn import OpenTurn
 from server.orders import Order, TurnTerms
-from server.reading import Reading
+from server.reading import Piece, Reading
 from server.session_answers import etag_of, shape_in_answer
-from server.streaming import KEEP_ALIVE, Events, EventStream, Heading, closing, usage_of
-from server.telling import told_whole, whole_pieces
-from server.turns import Asker
+from server.streaming import Events, EventStream, closing, usage_of
+from server.telling import Kind, told_whole, whole_pieces
+from server.turn_events import TurnEvents
+from server.turns import Asker, until_done
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
     from engine.session import Session
@@ -34,100 +33,105 @@ if TYPE_CHECKING:  # it brings torch with it, which the server does not know
 class TurnAnswer(Response):
     """Begins the turn, runs it, tells it whole or as events, and ends it."""
 
-    def __init__(
-        self, context: Context, order: Order, heading: Heading, choices: Choices, asker: Asker
-    ) -> None:
+    def __init__(self, context: Context, order: Order, kind: Kind, name: str, asker: Asker) -> None:
         self.background = None
         self._context = context
         self._order = order
-        self._heading = heading
-        self._choices = choices
+        self._kind = kind
+        self._name = name
         self._asker = asker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; what is raised before the first byte becomes an error's answer."""
         context, terms = self._context, self._order.turn
         assert isinstance(terms, TurnTerms)
-        waited_for = context.turns.turn(self._asker, terms, receive)
-        async with _by(self._order.deadline, waited_for) as turn:
+        begun = context.turns.turn(self._asker, terms, receive)
+        async with AsyncExitStack() as stack:
+            turn = await _in_time(stack.enter_async_context(begun), self._order.deadline)
             order = replace(self._order, start=turn.state)
             tokenizer, skips = context.bridge.engine.tokenizer, order.params.skip_special_tokens
             table = tokenizer.token_bytes if skips else tokenizer.written_bytes
             turn.reads(order.prompts[0], table, context.trained_length)
-            reading = await context.bridge.open(self._heading.id, order)
+            reading = await context.bridge.open(self._name, order)
             note(scope, order, reading)
-            if order.is_stream:
-                events = TurnEvents(self._heading, self._choices, order)
-                seconds = context.config.keep_alive_seconds
-                await TurnStream(reading, events, seconds, turn)(scope, receive, send)
+            stack.callback(reading.close)
+            if terms.on_disconnect == "continue":
+                answer = await self._continued(reading, turn, stack.pop_all(), receive)
+            elif order.is_stream:
+                told = TurnEvents(reading, self._events(), turn)
+                answer = TurnStream(reading, told, context.config.keep_alive_seconds)
             else:
-                await (await self._whole(reading, turn, receive))(scope, receive, send)
+                answer = await self._whole(reading, turn, receive)
+            await answer(scope, receive, send)
 
     async def _whole(self, reading: Reading, turn: OpenTurn, receive: Receive) -> Response:
         """A client that left before the end has nothing of the turn, and the session neither."""
         async with closing(reading, receive):
             pieces = await whole_pieces(reading)
             session = await turn.finish(pieces[0])
-            more = {"session": shape_in_answer(session)}
-            order = self._order
-            usage = usage_of(order.num_prompt, reading.num_generated)
-            told = await told_whole(pieces, self._heading, self._choices, order, usage, more)
-            told.headers["ETag"] = etag_of(session)
-            return told
+            return await self._told(pieces[0], reading.num_generated, session)
+
+    async def _continued(
+        self, reading: Reading, turn: OpenTurn, stack: AsyncExitStack, receive: Receive
+    ) -> Response:
+        """The turn goes on by itself, and ends with what is in `stack`; its client may look on."""
+        context, is_whole = self._context, not self._order.is_stream
+        live = LiveEvents(context.config.session_outbox)
+        told = TurnEvents(reading, self._events(), turn, live.kept, gathers=is_whole)
+        key = (self._asker.owner, turn.session_id)
+        going = context.turns.go_on(key, live, _tell(told, live, stack))
+        if not is_whole:
+            return LiveAnswer(live, 0, context.config.keep_alive_seconds)
+        await until_done(going, receive)
+        if told.error is not None:
+            raise told.error
+        assert told.session is not None
+        return await self._told(told.whole, reading.num_generated, told.session)
+
+    async def _told(self, piece: Piece, num_generated: int, session: "Session") -> Response:
+        """The whole answer."""
+        order, kind, context = self._order, self._kind, self._context
+        heading = kind.heading(self._name, order, context.model_name)
+        choices = kind.choices(order, context.bridge.engine.tokenizer)
+        usage = usage_of(order.num_prompt, num_generated)
+        more = {"session": shape_in_answer(session)}
+        told = await told_whole({0: piece}, heading, choices, order, usage, more)
+        told.headers["ETag"] = etag_of(session)
+        return told
+
+    def _events(self) -> Events:
+        order, kind = replace(self._order, is_stream=True), self._kind
+        heading = kind.heading(self._name, order, self._context.model_name)
+        return Events(heading, kind.choices(order, self._context.bridge.engine.tokenizer), order)
 
 
-@contextlib.asynccontextmanager
-async def _by(
-    deadline: float | None, turn: contextlib.AbstractAsyncContextManager[OpenTurn]
-) -> AsyncIterator[OpenTurn]:
-    """The turn, if it begins in time. Raises ApiError 504."""
-    async with contextlib.AsyncExitStack() as stack:
-        try:
-            async with asyncio.timeout_at(deadline):
-                begun = await stack.enter_async_context(turn)
-        except TimeoutError:
-            raise expired() from None
-        yield begun
-
-
-class TurnEvents(Events):
-    """Events of a turn; the one with the end has the session beside its choice."""
-
-    session = ""
-
-    def ends_in(self, session: "Session") -> None:
-        """What the session is, once the turn has ended."""
-        self.session = f',"session":{compact(shape_in_answer(session))}'
-
-    def _tail(self, num_generated: int) -> str:
-        return self.session + super()._tail(num_generated)
+async def _in_time(begins: Awaitable[OpenTurn], deadline: float | None) -> OpenTurn:
+    """The turn, if it begins by then. Raises ApiError 504."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await begins
+    except TimeoutError:
+        raise expired() from None
 
 
 class TurnStream(EventStream):
-    """Sends a turn as events, and notes what was sent."""
+    """Sends a turn as events; it ends with its client."""
 
-    def __init__(
-        self, reading: Reading, events: TurnEvents, keep_alive: float, turn: OpenTurn
-    ) -> None:
-        super().__init__(reading, events, keep_alive)
-        self._turn_events = events
-        self._turn = turn
+    def __init__(self, reading: Reading, told: TurnEvents, keep_alive: float) -> None:
+        super().__init__(reading, told.events, keep_alive)
+        self._told = told
 
-    async def _texts(self) -> AsyncIterator[str]:
-        reading, events, turn = self._reading, self._turn_events, self._turn
-        while reading.has_more:
-            pieces = await reading.take(self._keep_alive)
-            piece = pieces.get(0)
-            if piece is not None and piece.finish_reason:
-                try:
-                    events.ends_in(await turn.finish(piece))
-                except SessionError as error:
-                    yield events.error(of_session(error))
-                    return
-            yield await events.worded(pieces, reading.num_generated) or KEEP_ALIVE
-            if piece is not None and not reading.is_closed:
-                turn.delivered(piece)
-            if piece is not None and piece.finish_reason is FinishReason.ERROR:
-                yield events.error(engine_failed())
-                return
-        yield events.last(reading.num_generated)
+    def _texts(self) -> AsyncIterator[str]:
+        return self._told.texts(self._keep_alive)
+
+
+async def _tell(told: TurnEvents, live: LiveEvents, stack: AsyncExitStack) -> None:
+    """All events of a turn, to whoever follows; then its session is free."""
+    try:
+        async with stack:
+            async for text in told.texts():
+                live.add(text)
+                if told.has_ended:  # at once: nobody is to wait for more
+                    live.end()
+    finally:
+        live.end()

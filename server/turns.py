@@ -19,10 +19,12 @@ from starlette.types import Receive
 
 from engine.errors import SessionBusyError
 from server.errors import ApiError
+from server.live_events import LiveEvents
 from server.open_turn import OpenTurn
 from server.orders import TurnTerms
 from server.reading import ReadingClosed
 from server.sampling import OnConflict
+from server.streaming import until_gone
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
     from engine.session import Turn
@@ -67,6 +69,7 @@ class Turns:
     def __init__(self, sessions: "Sessions") -> None:
         self._sessions = sessions
         self._lines: dict[Key, Line] = {}
+        self._live: dict[Key, LiveEvents] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @contextlib.asynccontextmanager
@@ -110,10 +113,28 @@ class Turns:
         finally:
             self._leave((owner, session_id), line, mine)
 
+    def go_on(
+        self, key: Key, live: LiveEvents, work: Coroutine[Any, Any, None]
+    ) -> asyncio.Task[None]:
+        """Run a turn to its end, whoever waits for it; meanwhile its events can be followed."""
+        self._live[key] = live
+        task = self._spawn(work)
+        task.add_done_callback(lambda _: self._forget(key, live))
+        return task
+
+    def live(self, owner: str, session_id: str) -> LiveEvents | None:
+        """The events of a session's turn that goes on by itself, while it runs."""
+        return self._live.get((owner, session_id))
+
     async def wait_settled(self) -> None:
         """Return when no turn is left to be ended."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+
+    def _forget(self, key: Key, live: LiveEvents) -> None:
+        """The next turn may have begun: a session is free before its last events are told."""
+        if self._live.get(key) is live:
+            del self._live[key]
 
     def _leave(self, key: Key, line: Line, mine: asyncio.Event) -> None:
         """May be called again."""
@@ -149,16 +170,23 @@ class Turns:
 
 async def _until(mine: asyncio.Event, receive: Receive) -> None:
     """Wait for one's turn. Raises ReadingClosed where the client leaves first."""
-    tasks = [asyncio.create_task(mine.wait()), asyncio.create_task(_gone(receive))]
+    waiting = asyncio.create_task(mine.wait())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not mine.is_set():
-            raise ReadingClosed
+        await until_done(waiting, receive)
     finally:
-        for task in tasks:
-            task.cancel()
+        waiting.cancel()
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def until_done(task: asyncio.Task[Any], receive: Receive) -> None:
+    """Wait for a task, which goes on where its caller does not. Raises what it raises.
+
+    ReadingClosed where the client leaves first.
+    """
+    leaving = asyncio.create_task(until_gone(receive))
+    try:
+        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ReadingClosed
+        task.result()
+    finally:
+        leaving.cancel()

@@ -50,6 +50,7 @@ class Record:
 
 
 Records = list[Record]
+Ids = list[str]
 """A store has a method `list`, which hides the type of that name."""
 
 
@@ -135,8 +136,8 @@ class SessionStore(Protocol):
         """How much is kept."""
         ...
 
-    def expire(self, now: float) -> int:
-        """Delete what is past its time (unix seconds) and not leased; how many."""
+    def expire(self, now: float, limit: int) -> Ids:
+        """Delete at most `limit` that are past their time (unix seconds) and not leased; which."""
         ...
 
     def close(self) -> None:

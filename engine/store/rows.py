@@ -123,10 +123,10 @@ def require_free(db: Db, seq: int, now: float) -> None:
         raise SessionBusyError("a turn has the session")
 
 
-def expired(db: Db, now: float, limit: int) -> list[int]:
-    """Some that are past their time and that nobody has."""
-    statement = f"SELECT seq FROM sessions WHERE expires_at <= :now AND {IS_FREE} LIMIT :limit"
-    return [seq for (seq,) in db.execute(statement, {"now": now, "limit": limit}).fetchall()]
+def expired(db: Db, now: float, limit: int) -> list[tuple[int, str]]:
+    """Keys and ids of some that are past their time and that nobody has."""
+    statement = f"SELECT seq, id FROM sessions WHERE expires_at <= :now AND {IS_FREE} LIMIT :limit"
+    return db.execute(statement, {"now": now, "limit": limit}).fetchall()
 
 
 def unreferenced(db: Db, digests: Iterable[str]) -> set[str]:

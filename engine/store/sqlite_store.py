@@ -19,10 +19,9 @@ from engine.store.blobs import Blobs, Staged
 from engine.store.checkup import check_up
 from engine.store.disk import take_folder, told_as_full, told_as_unusable
 from engine.store.index import Index, set_damaged_aside
-from engine.store.protocol import Lease, NewSession, Record, Records, SessionStore, StoreCounts
+from engine.store.protocol import Ids, Lease, NewSession, Record, Records, SessionStore, StoreCounts
 
 INDEX, STATES = "index.sqlite", "states"
-EXPIRED_AT_ONCE = 100
 
 Digests = list[str]
 
@@ -144,22 +143,20 @@ class SqliteStore(SessionStore):
         )
         return StoreCounts(num_sessions, self._blobs.num_bytes)
 
-    def expire(self, now: float) -> int:
-        """In small transactions: turns go on between them."""
+    def expire(self, now: float, limit: int) -> Ids:
+        """In one transaction: turns wait for it, and so the limit should be small."""
 
-        def change(db: rows.Db) -> tuple[int, Digests]:
-            seqs = rows.expired(db, now, EXPIRED_AT_ONCE)
-            return len(seqs), [digest for seq in seqs for digest in rows.remove(db, seq)]
+        def change(db: rows.Db) -> tuple[Ids, Digests]:
+            found = rows.expired(db, now, limit)
+            dropped = [digest for seq, _ in found for digest in rows.remove(db, seq)]
+            return [session_id for _, session_id in found], dropped
 
-        num_expired = 0
-        with told_as_full():
-            while True:
-                with self._index.lock:
-                    num, dropped = self._index.write(change)
-                    self._remove_unreferenced(dropped)
-                num_expired += num
-                if num < EXPIRED_AT_ONCE:
-                    return num_expired
+        with told_as_full(), self._index.lock:
+            if not self._index.read(lambda db: rows.expired(db, now, 1)):
+                return []  # nearly always, and nothing is written then
+            expired, dropped = self._index.write(change)
+            self._remove_unreferenced(dropped)
+        return expired
 
     def close(self) -> None:
         """Nothing happens the second time."""

@@ -15,14 +15,15 @@ from engine.errors import (
     StoreFullError,
 )
 from engine.fingerprints import Fingerprints
+from engine.outbox import Outbox
 from engine.session_state import SessionState
-from engine.sessions import Session, Sessions
+from engine.sessions import LEASE_SECONDS, Session, Sessions
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
 from engine.store import Lease, Record, SqliteStore
 
 SPEC = StateSpec(layers=1, heads=2, value_width=8, key_width=8, has_denominator=False)
-CODEC = SnapshotCodec(Fingerprints("w", "t", "l"), SPEC, 1000)
+CODEC = SnapshotCodec(Fingerprints("w", "t", "c", "l"), SPEC, 1000)
 
 
 class FullAtTimes(SqliteStore):
@@ -241,6 +242,93 @@ def test_an_expired_session_leaves_memory(sessions: Sessions) -> None:
     with pytest.raises(SessionNotFoundError):
         sessions.find("a", made.id)
     assert sessions.sizes().parked_bytes == 0
+
+
+def test_what_is_past_its_time_is_deleted_in_portions(
+    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.sessions.MAX_EXPIRED_AT_ONCE", 2)
+    for n in range(5):
+        sessions.open("a", state(n + 1), {}, 1e-9)
+    kept = make(sessions, 9)
+    assert [sessions.tend() for _ in range(4)] == [True, True, False, False]
+    sizes = sessions.sizes()
+    assert (sizes.num_parked, sizes.num_stored) == (1, 0)
+    assert sizes.stored_bytes == kept.nbytes
+    assert holds(sessions, kept.id, 9)
+
+
+def test_the_lease_of_a_turn_that_runs_lasts_on(tmp_path: Path) -> None:
+    """A turn may take longer than a lease, as long as the process tends its sessions."""
+    now = [1000.0]
+    store = SqliteStore(tmp_path / "sessions", durable=False, clock=lambda: now[0])
+    kept = Sessions(store, CODEC, memory_bytes=0, max_checkpoints=0, is_durable=True)
+    tended, forgotten = (kept.open("a", state(1), {}, None).id for _ in range(2))
+    begun = kept.begin("a", tended)
+    for _ in range(5):
+        now[0] += LEASE_SECONDS * 0.9
+        assert not kept.tend()
+        with pytest.raises(SessionBusyError):
+            kept.begin("a", tended)
+    assert kept.commit(begun, state(2)).position == 2
+    dead = kept.begin("a", forgotten)
+    now[0] += LEASE_SECONDS * 1.1
+    alive = kept.begin("a", forgotten)
+    assert not kept.tend(), "what was taken over is not taken back"
+    with pytest.raises(SessionMovedError):
+        kept.commit(dead, state(2))
+    assert kept.commit(alive, state(3)).position == 3
+    kept.close()
+
+
+def test_what_the_last_turn_told(opened: Opener) -> None:
+    sessions = opened(memory_bytes=0)
+    made = make(sessions)
+    assert sessions.outbox("a", made.id) == Outbox()
+    sessions.commit(sessions.begin("a", made.id), state(2), lambda durable: told(durable))
+    assert sessions.outbox("a", made.id) == told(True)
+    [fork] = sessions.fork("a", made.id, 1)
+    sessions = opened()
+    set_full(sessions, True)
+    sessions.commit(sessions.begin("a", made.id), state(3), lambda durable: told(durable))
+    assert sessions.outbox("a", made.id) == told(False), "the disk was full"
+    assert sessions.outbox("a", fork.id) == told(True)
+    set_full(sessions, False)
+    turn(sessions, made.id, 4)
+    assert sessions.outbox("a", made.id) == Outbox(), "the last turn kept nothing"
+    assert sessions.rewind("a", made.id).position == 2
+    assert sessions.outbox("a", made.id) == told(True)
+    with pytest.raises(SessionNotFoundError):
+        sessions.outbox("b", made.id)
+
+
+def told(is_durable: bool) -> Outbox:
+    return Outbox("0123456789abcdef", 5, (b"durable" if is_durable else b"not durable",))
+
+
+def test_reading_what_a_turn_is_just_replacing(sessions: Sessions) -> None:
+    """The head that was looked up is gone when it is read, and the new one is read instead."""
+    made = make(sessions)
+    raw = sessions._holdings.raw
+
+    def late(record: Record) -> bytes:
+        sessions._holdings.raw = raw  # type: ignore[method-assign]
+        for n in (2, 3, 4):  # more than there are checkpoints
+            turn(sessions, made.id, n)
+        return raw(record)
+
+    sessions._holdings.raw = late  # type: ignore[method-assign]
+    assert sessions.export("a", made.id) == CODEC.encode(state(4))
+
+
+def test_reading_what_is_damaged(opened: Opener, tmp_path: Path) -> None:
+    sessions = opened(memory_bytes=0)
+    made = make(sessions)
+    [path] = (tmp_path / "sessions" / "states").glob("??/*")
+    path.write_bytes(b"x" * made.nbytes)
+    for read in (sessions.export, sessions.outbox):
+        with pytest.raises(SnapshotError, match="damaged"):
+            read("a", made.id)
 
 
 def test_export_and_import(sessions: Sessions) -> None:

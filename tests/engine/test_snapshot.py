@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
 from engine.fingerprints import Fingerprints
+from engine.outbox import Outbox
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
 
 SPEC = StateSpec(layers=1, heads=2, value_width=3, key_width=4, has_denominator=False)
-PRINTS = Fingerprints("aa" * 32, "bb" * 32, "layers=1")
+PRINTS = Fingerprints("aa" * 32, "bb" * 32, "rotary_dim=4", "layers=1")
 NUM_IDS = 100
 CODEC = SnapshotCodec(PRINTS, SPEC, NUM_IDS)
 BODY_AT = 40
@@ -36,7 +37,8 @@ def rows(spec: StateSpec) -> tuple[torch.Tensor, ...]:
     return tuple(made)
 
 
-FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0}, b"\xe2\x82")
+TOLD = Outbox("0123456789abcdef", 3, (b"data: a\n\n", b"data: \xe2\x82\xac\n\n"))
+FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0}, b"\xe2\x82", TOLD)
 
 
 def sealed(body: bytes) -> bytes:
@@ -77,6 +79,8 @@ def same(a: SessionState, b: SessionState) -> bool:
         SessionState(pending=(1,), recent=(1,), counts={1: 0}),
         FULL,
         replace(FULL, position=2**62),
+        replace(FULL, outbox=Outbox()),
+        replace(FULL, outbox=Outbox("f" * 16, 2**62)),
     ],
 )
 def test_there_and_back(state: SessionState, has_denominator: bool) -> None:
@@ -114,15 +118,16 @@ def test_inside_is_a_safetensors_file() -> None:
 
 
 def test_a_mismatch_names_all_that_differs() -> None:
-    other = SnapshotCodec(Fingerprints("cc", "dd", "layers=2"), SPEC, NUM_IDS)
+    other = SnapshotCodec(Fingerprints("cc", "dd", "rotary_dim=8", "layers=2"), SPEC, NUM_IDS)
     with pytest.raises(SnapshotMismatchError) as caught:
         other.decode(CODEC.encode(FULL))
-    for word in ("weights", "tokenizer", "layout", "layers=1", "layers=2", "cc", "aa" * 32):
+    words = ("weights", "tokenizer", "config", "layout", "layers=1", "layers=2", "cc", "aa" * 32)
+    for word in (*words, "rotary_dim=4", "rotary_dim=8"):
         assert word in str(caught.value)
     assert "format" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "value"), [("format", "2"), ("context_policy", "renew")])
+@pytest.mark.parametrize(("name", "value"), [("format", "1"), ("context_policy", "renew")])
 def test_another_format_is_a_mismatch(name: str, value: str) -> None:
     raw = CODEC.encode(FULL)
     header = header_of(raw)
@@ -190,7 +195,7 @@ LIES = [
     ),
     *(
         (put(name, "shape"), [n])
-        for name in ("pending", "counts")
+        for name in ("pending", "counts", "event_sizes")
         for n in (-1, 0, 3, 2**62, 1e300)
     ),
     *((put("pending", "shape"), x) for x in ([], [2, 1], [2.0], ["2"], [True], {}, [None])),
@@ -200,6 +205,8 @@ LIES = [
         (put("__metadata__", "position"), x)
         for x in ("-1", "1e3", str(2**62 + 1), "٣", "07", 7, "")
     ),
+    *((put("__metadata__", "turn"), x) for x in ("", "0123456789ABCDEF", "0" * 17, 7)),
+    *((put("__metadata__", "first_event"), x) for x in ("-1", str(2**62 + 1), "03", 3)),
     (put("__metadata__", "more"), "x"),
     (put("__metadata__"), []),
     (put("__metadata__"), None),
@@ -274,6 +281,19 @@ def test_values_that_no_session_has(state: SessionState) -> None:
         CODEC.decode(CODEC.encode(state))
 
 
+@pytest.mark.parametrize("sizes", [(8, 13), (0, 20), (-1, 21), (9, 12), (2**31 - 1, 2**31 - 1)])
+def test_events_of_other_sizes(sizes: tuple[int, int]) -> None:
+    """Sizes that add up are another way to cut the same bytes; all others are refused."""
+    raw = CODEC.encode(FULL)
+    right = struct.pack("<2i", *(len(event) for event in TOLD.events))
+    body = raw[BODY_AT:].replace(right, struct.pack("<2i", *sizes))
+    if sum(sizes) == TOLD.nbytes and min(sizes) > 0:
+        assert CODEC.encode(CODEC.decode(sealed(body))) == sealed(body)
+        return
+    with pytest.raises(SnapshotError, match="sizes"):
+        CODEC.decode(sealed(body))
+
+
 def test_counts_out_of_order() -> None:
     raw = CODEC.encode(replace(FULL, counts={1: 1, 2: 1}))
     ids = struct.pack("<2i", 1, 2)
@@ -283,11 +303,21 @@ def test_counts_out_of_order() -> None:
             CODEC.decode(sealed(body))
 
 
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 def test_fingerprints_follow_the_files(folder: Path) -> None:
     first = Fingerprints.of(folder, SPEC, "float32")
     assert first == Fingerprints.of(folder, SPEC, "float32")
     assert "V=3 K=4" in first.layout
     assert Fingerprints.of(folder, SPEC, "bfloat16").layout != first.layout
+    assert "rotary_dim=" in first.config
+    change_config(folder, layer_norm_epsilon=1e-6, eos_token_id=7)
+    assert "layer_norm_epsilon=1e-06" in Fingerprints.of(folder, SPEC, "float32").config
+    change_config(folder, layer_norm_epsilon=1e-5)
+    assert Fingerprints.of(folder, SPEC, "float32") == first, "where a text ends is no arithmetic"
     weights = next(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"})
     weights.write_bytes(weights.read_bytes() + b"x")
     second = Fingerprints.of(folder, SPEC, "float32")

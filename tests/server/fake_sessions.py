@@ -20,6 +20,7 @@ from engine.errors import (
     SnapshotMismatchError,
     StoreFullError,
 )
+from engine.outbox import Outbox
 from engine.session_state import SessionState
 
 
@@ -103,9 +104,9 @@ class FakeSessions:
             self.leased.add(session_id)
         return FakeTurn(session, session.states[-1])
 
-    def commit(self, turn: FakeTurn, state: SessionState) -> FakeSession:
+    def commit(self, turn: FakeTurn, state: SessionState, outbox: Any) -> FakeSession:
         self._may_fail("commit")
-        old = turn.session
+        old, state = turn.session, replace(state, outbox=outbox(not self.is_full))
         new = replace(
             old,
             states=(*old.states, state),
@@ -139,6 +140,9 @@ class FakeSessions:
         new = replace(old, states=states, version=old.version + 1, position=position)
         self.kept[session_id] = new
         return new
+
+    def outbox(self, owner: str, session_id: str) -> Outbox:
+        return self.find(owner, session_id).states[-1].outbox
 
     def export(self, owner: str, session_id: str) -> bytes:
         return b"fake:" + bytes(self.find(owner, session_id).states[-1].recent)

@@ -110,6 +110,9 @@ def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder
     assert told["pool when served"] == "2 slots of 8,192 bytes, 0.0 MiB in all"
     assert told["sessions per GB"] == f"{10**9 // 8192:,}"
     assert {"state", "denominator", "trained length", "runs on"} <= told.keys()
+    assert told["logits"].startswith("0 bytes: computed again")
+    assert told["turn_copy"].startswith("8,192 bytes of memory")
+    assert {"counts", "ids", "outbox", "checkpoints", "parked", "stored"} <= told.keys()
 
 
 def test_build_says_what_it_built_or_what_it_lacks(

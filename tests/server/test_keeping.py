@@ -1,21 +1,24 @@
 """Sessions in a real folder behind a real server: what was answered is there after a restart."""
 
 import contextlib
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from engine.engine import Engine
-from engine.errors import ConfigurationError
+from engine.errors import ConfigurationError, SessionBusyError
 from engine.fingerprints import Fingerprints
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
 from server.keeping import kept_sessions, where_kept
 from server.settings import ServerConfig
 from tests.server.fake_engine import FakeEngine
-from tests.server.live import Live, serving
+from tests.server.live import Live, eventually, serving
+from tests.server.sse import read_told
 
 SPEC = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
 
@@ -26,7 +29,7 @@ class KeepingEngine(FakeEngine):
     weights = "w"
 
     def session_codec(self) -> SnapshotCodec:
-        return SnapshotCodec(Fingerprints(self.weights, "t", "l"), SPEC, 256)
+        return SnapshotCodec(Fingerprints(self.weights, "t", "c", "l"), SPEC, 256)
 
 
 @contextlib.contextmanager
@@ -79,6 +82,34 @@ def test_a_session_moves_to_a_server_of_the_same_model(tmp_path: Path) -> None:
         assert there.client.get("/v1/sessions").json()["data"] == []
 
 
+def test_what_a_turn_told_survives_a_restart_and_moves(tmp_path: Path) -> None:
+    body = {"prompt": "y", "max_tokens": 9, "stream": True, "on_disconnect": "continue"}
+    with keeping(tmp_path) as live:
+        session_id = live.opened("x")
+        said = live.client.post("/v1/completions", json=body | {"session_id": session_id}).text
+        raw = snapshot(live, session_id)
+    told = read_told(said)
+    events = f"/v1/sessions/{session_id}/events"
+    with keeping(tmp_path) as live, keeping(None) as there:
+        assert live.client.get(events).text == said
+        last = {"Last-Event-ID": told[5].id}
+        assert read_told(live.client.get(events, headers=last).text) == told[6:]
+        moved = there.client.post("/v1/sessions/import", content=raw).json()["id"]
+        assert there.client.get(f"/v1/sessions/{moved}/events").text == said
+        live.complete(prompt="z", session_id=session_id, max_tokens=1)
+        assert live.client.get(events).status_code == 204
+        assert live.client.get(events, headers=last).status_code == 410
+
+
+def test_a_folder_of_another_model_says_what_differs(tmp_path: Path) -> None:
+    with keeping(tmp_path) as live:
+        session_id = live.opened("x")
+    with keeping(tmp_path, weights="other") as live:
+        refused = live.complete(prompt="y", session_id=session_id)
+        assert refused.json()["error"]["code"] == "snapshot_mismatch"
+        assert "weights" in refused.json()["error"]["message"]
+
+
 def test_busy_moved_and_missing_are_told_alike(tmp_path: Path) -> None:
     with keeping(tmp_path) as live:
         session_id = live.opened("x")
@@ -93,6 +124,28 @@ def test_busy_moved_and_missing_are_told_alike(tmp_path: Path) -> None:
         capacity = live.client.get("/v1/capacity").json()
         assert [capacity[each] for each in ("resident", "parked", "stored")] == [0, 1, 0]
         assert capacity["stored_bytes"] > 0
+
+
+def test_sessions_are_tended_while_the_server_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is past its time goes without being asked for, and a long turn keeps its lease."""
+    monkeypatch.setattr("engine.sessions.LEASE_SECONDS", 0.3)
+    with keeping(tmp_path) as live:
+        session_id = live.opened("x")
+        live.engine.step_seconds = 0.02
+        with ThreadPoolExecutor() as pool:
+            body = {"prompt": "y", "session_id": session_id, "max_tokens": 2000}
+            turn = pool.submit(lambda: live.complete(**body))
+            live.opened("z", ttl_seconds=0.01)
+            eventually(lambda: live.client.get("/v1/capacity").json()["parked"] == 0)
+            assert len(list((tmp_path / "states").glob("??/*"))) == 1
+            for _ in range(9):
+                with pytest.raises(SessionBusyError):
+                    live.sessions.begin("", session_id)
+                time.sleep(0.1)
+            live.engine.step_seconds = 0.0
+            assert turn.result().json()["session"]["position"] == 2002
 
 
 def test_a_folder_has_one_server(tmp_path: Path) -> None:

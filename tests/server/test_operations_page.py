@@ -62,7 +62,9 @@ def test_its_formulas(has_denominator: bool) -> None:
         recent=tuple(range(900)),
         counts=dict.fromkeys(range(500), 1),
     )
-    codec = SnapshotCodec(Fingerprints("a" * 64, "b" * 64, "c" * 200), spec, num_ids=1000)
+    codec = SnapshotCodec(
+        Fingerprints("a" * 64, "b" * 64, "c" * 200, "d" * 100), spec, num_ids=1000
+    )
     beyond = len(codec.encode(state)) - (spec.bytes_per_slot + 4 * (900 + 3) + 8 * 500)
     assert 0 < beyond < 2000
 

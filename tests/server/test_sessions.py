@@ -234,12 +234,37 @@ def test_what_one_key_keeps_is_not_there_for_another() -> None:
 def test_capacity_and_metrics_tell_where_sessions_are(live: Live) -> None:
     capacity = live.client.get("/v1/capacity").json()
     assert capacity["object"] == "capacity"
-    assert capacity["bytes_per_session"] == {"state": 900, "denominator": 100, "total": 1000}
-    assert (capacity["slots"], capacity["sessions_per_gb"]) == (64, 1_000_000)
+    snapshot = 1000 + 4 * 513 + 8 * 256 + 262_144 + 2048
+    assert capacity["bytes_per_session"] == {
+        "state": 900,
+        "denominator": 100,
+        "logits": 0,
+        "counts": 120 * 256,
+        "ids": 40 * 513,
+        "outbox": 262_144,
+        "turn_copy": 1000,
+        "checkpoints": 4 * snapshot,
+    }
+    parked = 1000 + 120 * 256 + 40 * 513 + 262_144
+    places = {"resident": 1000, "parked": parked, "stored": 5 * snapshot}
+    assert capacity["bytes_per_place"] == places
+    per_gb = {place: 10**9 // nbytes for place, nbytes in places.items()}
+    assert capacity["sessions_per_gb"] == per_gb
+    assert (capacity["slots"], capacity["free_slots"]) == (64, 64)
     assert capacity["parked"] == len(live.sessions.kept)
     metrics = live.client.get("/metrics").text
     assert f'num_sessions_parked{{model_name="fake"}} {len(live.sessions.kept)}.0' in metrics
     assert 'sessions_stored_bytes{model_name="fake"} 7.0' in metrics
+    lines = [each.rsplit(" ", 1) for each in metrics.splitlines() if each[0] != "#"]
+    found = {name: float(figure) for name, figure in lines}
+    for name, label, told in (
+        ("session_bytes", "item", capacity["bytes_per_session"]),
+        ("session_bytes_in", "place", places),
+        ("sessions_per_gb", "place", per_gb),
+    ):
+        for what, figure in told.items():
+            labels = sorted([f'{label}="{what}"', 'model_name="fake"'])
+            assert found[f"cottention:{name}{{{','.join(labels)}}}"] == figure
 
 
 def test_a_full_disk_loses_no_turn() -> None:

@@ -7,11 +7,9 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,32 +19,15 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.session_state import SessionState
+from tests.server.process import served
+from tests.server.sse import read_told, text_of
 
-ROOT = Path(__file__).parents[2]
 ROUNDS = int(os.environ.get("COTTENTION_CRASH_ROUNDS", "3"))
 NUM_SESSIONS = 32
 NUM_TOKENS = 5
+FLAGS = ("--max-slots", "40", "--session-memory", "256K")
 
 Said = list[str]
-
-
-@contextlib.contextmanager
-def serving(
-    model: Path, folder: Path, *flags: str
-) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
-    """`cottention serve` in a process of its own, killed at the end."""
-    command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0"]
-    command += ["--session-dir", str(folder), "--max-slots", "40", "--session-memory", "256K"]
-    command += flags
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
-        try:
-            assert popen.stdout
-            lines = iter(popen.stdout.readline, "")
-            url = next(line.split()[-1] for line in lines if line.startswith("ready"))
-            with httpx.Client(base_url=url, timeout=30) as client:
-                yield popen, client
-        finally:
-            popen.kill()
 
 
 def prompt_of(session: int, turn: int) -> str:
@@ -76,20 +57,44 @@ class Twins:
         return outputs[-1].state, "".join(out.text for out in outputs)
 
 
-def take_turn(client: httpx.Client, name: str, session: int, turn: int) -> str:
+def body_of(name: str, session: int, turn: int) -> dict[str, Any]:
     body: dict[str, Any] = {"session_id": name, "prompt": prompt_of(session, turn)}
-    body |= {"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": session}
-    answer = client.post("/v1/completions", json=body)
+    return body | {"max_tokens": NUM_TOKENS, "ignore_eos": True, "seed": session}
+
+
+def take_turn(client: httpx.Client, name: str, session: int, turn: int) -> str:
+    answer = client.post("/v1/completions", json=body_of(name, session, turn))
     assert answer.status_code == 200, answer.text
     text: str = answer.json()["choices"][0]["text"]
     return text
 
 
+def take_turn_from_afar(client: httpx.Client, name: str, session: int, turn: int) -> str:
+    """As a stream that is left after an event or two, and what came after them."""
+    body = body_of(name, session, turn) | {"stream": True, "on_disconnect": "continue"}
+    raw = ""
+    with client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            raw += f"{line}\n"
+            if raw.count("\n\n") > session % 3:
+                break
+    told = read_told(raw)
+    last = {"Last-Event-ID": told[-1].id}
+    rest = client.get(f"/v1/sessions/{name}/events", headers=last)
+    assert rest.status_code == (204 if told[-1].data == "[DONE]" else 200), rest.text
+    told += read_told(rest.text)
+    if told[-1].data != "[DONE]":
+        raise httpx.ReadError("the end is missing")
+    return text_of(told)
+
+
 def load(client: httpx.Client, name: str, session: int, answered: Said) -> None:
-    """Turn after turn until the server is gone."""
+    """Turn after turn until the server is gone; half the sessions have clients that come and go."""
+    take = take_turn_from_afar if session % 2 else take_turn
     with contextlib.suppress(httpx.TransportError):
         while True:
-            answered.append(take_turn(client, name, session, len(answered)))
+            answered.append(take(client, name, session, len(answered)))
 
 
 def under_load(client: httpx.Client, names: Sequence[str], answered: Sequence[Said]) -> Any:
@@ -112,6 +117,9 @@ def check(client: httpx.Client, twins: Twins, names: Sequence[str], answered: li
         assert position in possible, (session, position, possible)
         if position == possible[1] != possible[0]:
             said.append(twins.said(session, len(said) + 1)[-1])
+        if session % 2 and said:
+            events = client.get(f"/v1/sessions/{name}/events")
+            assert text_of(read_told(events.text)) == said[-1]
 
 
 @pytest.mark.timeout(60 * ROUNDS + 60)
@@ -120,8 +128,9 @@ def test_kill_9_loses_nothing_answered(gptj_folder: Path, tmp_path: Path) -> Non
     answered: list[Said] = [[] for _ in range(NUM_SESSIONS)]
     names: list[str] = []
     chance = random.Random(0)
+    folder = tmp_path / "sessions"
     for _ in range(ROUNDS):
-        with serving(gptj_folder, tmp_path / "sessions") as (popen, client):
+        with served(gptj_folder, folder, *FLAGS) as (popen, client):
             if not names:
                 opened = [client.post("/v1/sessions", json={}) for _ in answered]
                 names = [each.json()["id"] for each in opened]
@@ -131,7 +140,7 @@ def test_kill_9_loses_nothing_answered(gptj_folder: Path, tmp_path: Path) -> Non
             popen.send_signal(signal.SIGKILL)
             for thread in threads:
                 thread.join()
-    with serving(gptj_folder, tmp_path / "sessions") as (_, client):
+    with served(gptj_folder, folder, *FLAGS) as (_, client):
         check(client, twins, names, answered)
         for session, name in enumerate(names):
             turn = len(answered[session])

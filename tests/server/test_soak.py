@@ -1,4 +1,4 @@
-"""A few seconds of the soak: wrong answers and leaks are found here, times and memory in a long run.
+"""A few seconds of the soak find wrong answers and leaks; times and memory are for a long run.
 
 `make soak` takes half an hour.
 """

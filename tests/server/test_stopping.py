@@ -19,7 +19,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.test_sessions_crash import serving
+from tests.server.process import served
 
 ROUNDS = int(os.environ.get("COTTENTION_STOP_ROUNDS", "2"))
 DRAIN_SECONDS = 1.0
@@ -90,8 +90,8 @@ def stop_in_time(popen: "subprocess.Popen[str]") -> float:
 def test_a_stop_is_in_time_and_cuts_nobody(gptj_folder: Path, tmp_path: Path) -> None:
     chance, took, told = random.Random(0), [], {}
     for _ in range(ROUNDS):
-        flags = ["--drain-seconds", str(DRAIN_SECONDS)]
-        with serving(gptj_folder, tmp_path / "sessions", *flags) as (popen, client):
+        flags = ["--drain-seconds", str(DRAIN_SECONDS), "--max-slots", "40"]
+        with served(gptj_folder, tmp_path / "sessions", *flags) as (popen, client):
             for name, position in told.items():
                 assert client.get(f"/v1/sessions/{name}").json()["position"] == position
             opened = [client.post("/v1/sessions", json={}).json()["id"] for _ in range(NUM_TURNS)]

@@ -1,0 +1,29 @@
+"""`cottention serve` in a process of its own, for signals and restarts."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextlib.contextmanager
+def served(
+    model: Path, folder: Path, *flags: str
+) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
+    """A server of a model whose sessions are in a folder, killed at the end."""
+    command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0"]
+    command += ["--session-dir", str(folder), *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
+        try:
+            assert popen.stdout
+            lines = iter(popen.stdout.readline, "")
+            url = next(line.split()[-1] for line in lines if line.startswith("ready"))
+            with httpx.Client(base_url=url, timeout=30) as client:
+                yield popen, client
+        finally:
+            popen.kill()
