@@ -160,7 +160,9 @@ def _report(
     heard: Heard, samples: Sequence[Sample], wrong: int, num_leaked: float, minutes: float
 ) -> Report:
     before, after = samples[0], samples[-1]
-    late = [each.resident / 2**20 for each in samples if each.at > _two_thirds(samples)]
+    early = [each for each in samples if each.at <= _two_thirds(samples)]
+    late = [each.resident / 2**20 for each in samples[len(early) :]]
+    num_threads = max(each.num_threads for each in early)  # a pool's come when they are needed
     drift = (max(late) - min(late)) / 2
     refused = [1000 * each for each in heard.refused_seconds]
     refusal = percentile(refused, 99) if len(refused) > 1 else 0.0
@@ -171,7 +173,7 @@ def _report(
         "wrong": wrong,
         "faults": dict(heard.faults),
         "leaked slots": int(num_leaked),
-        "threads +": after.num_threads - before.num_threads,
+        "threads +": after.num_threads - num_threads,
         "fds +": after.num_fds - before.num_fds,
         "resident MB": late[-1],
         "last 2/3 +- MB": drift,

@@ -107,8 +107,7 @@ class Reading:
         self._ended = asyncio.Event()
         self._closed = False
         self.timer: asyncio.TimerHandle | None = None
-        self.num_generated = 0
-        self.num_cached = 0
+        self.num_generated = self.num_cached = 0
         self.started: float | None = None
         self.first_token: float | None = None
         self.reasons: list[FinishReason] = []
