@@ -1,5 +1,7 @@
 """Memory of one stream as it grows old, beside what a softmax model's cache would take.
 
+As the paper has it (`exact`): renewal adds a row to each slot, whatever its age, and no more.
+
 The pool's bytes are compared with `StateSpec` to the byte; resident memory of the process is read
 while one stream runs from token 1,000 to token 50,000.
 """
@@ -22,7 +24,7 @@ BYTES_PER_ELEMENT = 4
 def measure(quick: bool) -> Report:
     """Resident bytes at a few ages of one stream; table and plot."""
     last = 5_000 if quick else 50_000
-    engine = Engine(config=EngineConfig(max_slots=64))
+    engine = Engine(config=EngineConfig(max_slots=64, context_policy="exact"))
     ages = sorted({FIRST, *range(last // 10, last + 1, last // 10)})
     resident = _resident_by_age(engine, ages)
     rows = [_row(engine.model_config, age, resident[FIRST], resident[age]) for age in ages]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from engine.errors import ConfigurationError
 from engine.options import check_options, option
+from engine.renewal import ContextPolicy
 from engine.state_spec import StateSpec
 
 DEFAULT_SLOTS = 64
@@ -32,6 +33,12 @@ class EngineConfig:
         "memory for the pool, instead of --max-slots; 512M and 2G are understood",
         minimum=1,
         unit="bytes",
+    )
+    context_policy: ContextPolicy = option(
+        "renew",
+        "what becomes of a past longer than the trained length: renew keeps the model good and"
+        " forgets the oldest, for a second row of memory for each state; exact is the papers'"
+        " recurrence",
     )
     max_batch_tokens: int = option(
         512, "most tokens that one step computes, over all sequences", minimum=2, unit="tokens"

@@ -11,22 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.config import EngineConfig
-from engine.errors import EngineStoppedError, ParameterError
+from engine.errors import EngineStoppedError
 from engine.fingerprints import Fingerprints
 from engine.following import Followers
+from engine.intake import Intake, Prompt
 from engine.limits import Limits
 from engine.loading import load
 from engine.outputs import Completion, EngineStats, FinishReason, Output
 from engine.params import SamplingParams
+from engine.policies import Policies
 from engine.prefix_cache import PrefixCache
 from engine.registry import Registry
-from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.stepper import Stepper
-
-Prompt = str | Sequence[int]
 
 
 class Engine:
@@ -46,11 +45,14 @@ class Engine:
         beside = self.config.prompt_tokens_beside(self.device)
         self._scheduler = Scheduler(self.config.max_batch_tokens, beside)
         self._cache = PrefixCache(self.config.prefix_cache_bytes)
-        window = self.model_config.n_positions
+        self.policies = Policies.of(self.model_config, self.config.context_policy)
+        window = self.policies.window
         self._registry = Registry(self._scheduler, self.pool, self._cache, window)
         self._runner = loaded.runner
         self._stepper = Stepper(self._scheduler, self._registry, self._runner)
-        self._limits = Limits.of(self.tokenizer, self.pool, self.config)
+        limits = Limits.of(self.tokenizer, self.pool, self.config)
+        ends = self.model_config.eos_token_ids
+        self._intake = Intake(self.tokenizer, ends, limits, self.policies)
         self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._is_closed = False
@@ -72,12 +74,11 @@ class Engine:
         Lower `priority` starts first. With `start` the prompt follows what that session holds, and
         the last output tells the session after it. Within a `cache_scope` states after prompts are
         kept and reused. Raises ParameterError for a prompt or limits that cannot be and for a
-        `request_id` in use, EngineStoppedError after close.
+        `request_id` in use, ContextPolicyError for a session past choosing, EngineStoppedError
+        after close.
         """
-        self._limits.check(prompt_ids, params, start)
         request_id = request_id or uuid.uuid4().hex
-        ends = self.model_config.eos_token_ids
-        request = Request.new(request_id, prompt_ids, params, self.tokenizer, ends, start)
+        request = self._intake.request(request_id, prompt_ids, params, start)
         request.priority = priority
         if cache_scope is not None and self.config.prefix_cache_bytes:
             request.reuse(cache_scope)
@@ -119,7 +120,8 @@ class Engine:
     def session_codec(self) -> SnapshotCodec:
         """Sessions of this model to bytes and back; reads the model's files to know them."""
         fingerprints = Fingerprints.of(self._folder, self.spec, self.dtype)
-        return SnapshotCodec(fingerprints, self.spec, self.tokenizer.num_ids)
+        num_ids, window = self.tokenizer.num_ids, self.policies.window
+        return SnapshotCodec(fingerprints, self.spec, num_ids, self.policies.grids, window)
 
     def stats(self) -> EngineStats:
         """Figures of this moment."""
@@ -143,7 +145,7 @@ class Engine:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
         """Generate in this thread and yield outputs as they come; leaving early cancels."""
-        named = {uuid.uuid4().hex: self._ids(prompt)}
+        named = {uuid.uuid4().hex: self._intake.ids(prompt)}
         yield from self._followers.follow(named, params or SamplingParams())
 
     def generate(
@@ -154,21 +156,13 @@ class Engine:
         Raises RequestFailedError where the engine failed on one of them.
         """
         params = params or SamplingParams()
-        named = {uuid.uuid4().hex: self._ids(prompt) for prompt in prompts}
+        named = {uuid.uuid4().hex: self._intake.ids(prompt) for prompt in prompts}
         parts: dict[tuple[str, int], list[Output]] = {
             (request_id, index): [] for request_id in named for index in range(params.n)
         }
         for output in self._followers.follow(named, params):
             parts[output.request_id, output.choice].append(output)
         return [Completion.of(outputs) for outputs in parts.values()]
-
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        try:
-            return self.tokenizer.encode(prompt)
-        except TypeError:  # what the tokenizers library says to text that is no Unicode
-            raise ParameterError("prompt", "prompt has a lone surrogate (no character)") from None
 
     def settle(self) -> None:
         """Run what was asked for since the last step, without a step."""

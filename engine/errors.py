@@ -14,6 +14,7 @@ CottentionError
     ├── SessionBusyError        another turn has it
     ├── SessionMovedError       it is not at the version that the caller has seen
     ├── NothingToRewindError    no turn to go back to
+    ├── ContextPolicyError      too old for another policy
     └── StoreFullError          the disk takes no more
 """
 
@@ -76,6 +77,10 @@ class SessionMovedError(SessionError):
 
 class NothingToRewindError(SessionError):
     """The session has no checkpoint of an earlier turn."""
+
+
+class ContextPolicyError(SessionError):
+    """The session is past the window in which every context policy is the same."""
 
 
 class StoreFullError(SessionError):

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 
 from engine.params import SamplingParams
+from engine.tokenizer import Tokenizer
 
 
 class History:
@@ -40,3 +41,9 @@ class History:
         return [
             ids[-1] for ids in self._bad_words if last[len(last) - len(ids) + 1 :] == list(ids[:-1])
         ]
+
+
+def spellings(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of each word as it stands and as it follows a space."""
+    texts = [start + word.lstrip(" ") for word in words for start in ("", " ")]
+    return [tokenizer.encode(text) for text in texts]

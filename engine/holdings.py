@@ -5,9 +5,11 @@ what a caller may do.
 """
 
 import threading
+from typing import cast
 
 from engine.errors import SessionMovedError
 from engine.parked import Parked
+from engine.renewal import ContextPolicy
 from engine.session import Residence, Session, SessionCounts
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
@@ -101,6 +103,7 @@ class Holdings:
             checkpoints=record.checkpoints,
             metadata=record.metadata,
             expires_at=record.expires_at,
+            context_policy=state.context_policy,
         )
 
     def forget(self, session_id: str) -> None:
@@ -114,12 +117,15 @@ class Holdings:
         with self._lock:
             unsaved = self._unsaved.get(record.id)
             residence = self._residence(record.id)
+        position, policy = record.position, cast("ContextPolicy", record.context_policy)
+        if unsaved is not None:
+            position, policy = unsaved.num_tokens, unsaved.context_policy
         return Session(
             id=record.id,
             owner=record.owner,
             created=record.created,
             version=record.version,
-            position=record.position if unsaved is None else unsaved.num_tokens,
+            position=position,
             nbytes=record.nbytes,
             residence=residence,
             metadata=record.metadata,
@@ -127,6 +133,8 @@ class Holdings:
             num_checkpoints=len(record.checkpoints) + (unsaved is not None),
             is_durable=self._is_durable and unsaved is None,
             was_interrupted=record.was_interrupted and unsaved is None,
+            context_policy=policy,
+            context_start=self._codec.grids[policy].start(max(position - 1, 0)),
         )
 
     def sizes(self) -> SessionCounts:

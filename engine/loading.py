@@ -47,7 +47,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     name, folder = resolve_model(model)
     model_config = ModelConfig.from_folder(folder)
     _check_served(model_config, folder)
-    spec = StateSpec.of(model_config)
+    spec = StateSpec.of(model_config, has_spare=config.context_policy == "renew")
     num_slots = config.num_slots(spec)
     device = _device(config)
     dtype = _dtype(config, device, model_config)

@@ -4,7 +4,12 @@ Owns their numbers and how many are kept. Does not know what they say.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Self
+
+from engine.errors import SnapshotError
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +23,16 @@ class Outbox:
     turn: str = ""
     first: int = 0
     events: tuple[bytes, ...] = ()
+
+    @classmethod
+    def unpacked(cls, turn: str, first: int, sizes: Sequence[int], joined: bytes) -> Self:
+        """Joined events apart again. SnapshotError: their sizes are not those of their bytes."""
+        if sum(sizes) != len(joined) or min(sizes, default=1) < 1:
+            raise SnapshotError("the snapshot's events have other sizes than it says")
+        if not turn and (joined or first):
+            raise SnapshotError("the snapshot has events of no turn")
+        places = pairwise(accumulate(sizes, initial=0))
+        return cls(turn, first, tuple(joined[a:b] for a, b in places))
 
     @property
     def nbytes(self) -> int:

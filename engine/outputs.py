@@ -47,6 +47,7 @@ class Output:
     error: what went wrong, where finish_reason is ERROR.
     state: of a session after its turn, in the last output of one that was not cut.
     num_cached: ids of the prompt that were not read again, in the last output of choice 0.
+    context_start: index of the oldest token that the next one would be drawn with.
     started: when the request had its slots, by time.monotonic.
     """
 
@@ -61,6 +62,7 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     state: "SessionState | None" = None
     num_cached: int = 0
+    context_start: int = 0
     started: float | None = None
 
 

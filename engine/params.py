@@ -4,9 +4,10 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from engine.errors import ParameterError
+from engine.renewal import ContextPolicy
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are taken as 0: dividing by them would overflow."""
@@ -40,6 +41,8 @@ class SamplingParams:
     include_stop_str_in_output: whether what stopped the text belongs to it.
     skip_special_tokens: leave special tokens out of the text.
     allowed_token_ids: the only ones that may be drawn. bad_words: texts that may not be completed.
+    context_policy: "renew" or "exact", how a long past is remembered; None: as the session or the
+    engine has it.
     logprobs, prompt_logprobs: 0 to 20 likeliest alternatives to report beside each id; None: none.
 
     Raises ParameterError naming the field and what it allows.
@@ -66,6 +69,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    context_policy: ContextPolicy | None = None
 
     def __post_init__(self) -> None:
         _check_whole("max_tokens", self.max_tokens, 0, None)
@@ -89,6 +93,7 @@ class SamplingParams:
         _check_strings("stop", self.stop, MAX_STOP_STRINGS)
         _check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
         _check_biases(self.logit_bias)
+        _check_policy(self.context_policy)
 
     @property
     def has_penalty(self) -> bool:
@@ -129,6 +134,14 @@ def _check_strings(name: str, strings: Sequence[str], most: int) -> None:
             raise ParameterError(
                 name, f"each string of {name} must have 1 to {MAX_STOP_LENGTH} characters"
             )
+
+
+def _check_policy(policy: str | None) -> None:
+    if policy is not None and policy not in get_args(ContextPolicy):
+        allowed = " or ".join(f'"{each}"' for each in get_args(ContextPolicy))
+        raise ParameterError(
+            "context_policy", f"context_policy must be {allowed}; it is {policy!r}"
+        )
 
 
 def _check_biases(logit_bias: Mapping[int, float]) -> None:

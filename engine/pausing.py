@@ -9,11 +9,13 @@ import time
 from torch import Tensor
 
 from engine import ops
-from engine.request import Choice, Request
+from engine.choice import Choice
+from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.state import StatePool
 
-Rows = tuple[Tensor, ...]
+Rows = list[tuple[Tensor, ...]]
+"""Of the row that a choice runs in, and of its spare where there is one."""
 
 
 class Pausing:
@@ -39,9 +41,11 @@ class Pausing:
             self._paused.add(request)
 
     def _park(self, request: Request) -> None:
-        self._parked[request] = {c: self._pool.read(c.slot) for c in request.unfinished}
+        self._parked[request] = {
+            choice: [self._pool.read(row) for row in choice.rows] for choice in request.unfinished
+        }
         for choice in request.unfinished:
-            self._pool.free(choice.slot)
+            self._pool.free(request.slots[choice.index])
         request.slots = []
 
     def resume(self, request: Request) -> None:
@@ -56,12 +60,15 @@ class Pausing:
             ops.PADDING_SLOT if choice.finish_reason else self._pool.allocate()
             for choice in request.choices
         ]
+        for choice in request.unfinished:
+            choice.rows = self._pool.rows_of(request.slots[choice.index])
         parked = self._parked.pop(request, None)
         if parked is None:
             request.started = time.monotonic()
             return False
-        for choice, rows in parked.items():
-            self._pool.write(choice.slot, rows)
+        for choice, all_values in parked.items():
+            for row, values in zip(choice.rows, all_values, strict=True):
+                self._pool.write(row, values)
         self._scheduler.start_choices(request)
         return True
 

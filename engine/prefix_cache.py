@@ -11,7 +11,7 @@ equal.
 import hashlib
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,11 +73,18 @@ class PrefixCache:
         self._num_queried = 0
         self._num_hit = 0
 
-    def find(self, scope: str, ids: Sequence[int]) -> Hit | None:
-        """The longest prefix of `ids` that is kept, leaving at least one of them to be read."""
+    def find(
+        self, scope: str, ids: Sequence[int], fits: Callable[[int], bool] = lambda _: True
+    ) -> Hit | None:
+        """The longest prefix of `ids` that is kept, leaving at least one of them to be read.
+
+        fits: whether a state after so many ids is of use.
+        """
         self._num_queried += len(ids)
         prefix, key = Prefix(scope), None
         for length in sorted(length for length in self._lengths if length < len(ids)):
+            if not fits(length):
+                continue
             prefix.add(ids[prefix.length : length])
             key = prefix.key if prefix.key in self._kept else key
         if key is None:

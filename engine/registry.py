@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from engine.choice import Choice
 from engine.errors import ParameterError
+from engine.once import num_cached_of, scores_of
 from engine.outputs import FinishReason, Output, TokenLogprob
 from engine.pausing import Pausing
+from engine.plan import Plan
 from engine.prefix_cache import PrefixCache
-from engine.request import Choice, Request
+from engine.request import Request
 from engine.runner import Sample
-from engine.scheduler import Plan, Scheduler
+from engine.scheduler import Scheduler
 from engine.session_state import SessionState
 from engine.state import StatePool
 from engine.warm_starts import WarmStarts
@@ -50,7 +53,7 @@ class Registry:
     def add(self, request: Request) -> list[Output]:
         """Put a new request in line."""
         self._requests[request.id] = request
-        if not request.prompt_ids:  # a session whose one id waits for the next turn
+        if not request.reads:  # a session whose one id waits for the next turn
             return self.end(request, FinishReason.LENGTH)
         self._scheduler.add(request)
         return []
@@ -60,8 +63,8 @@ class Registry:
         for request in self._scheduler.admit(self._pool.num_free):
             if self.pausing.begin(request):
                 continue
-            if request.start is not None and request.start.rows:
-                self._pool.write(request.slots[0], request.start.rows)
+            if request.start is not None and request.goes_on:
+                self._pool.write(request.choices[0].row, request.start.rows)
             self._warm.begin(request)
 
     def move_on(self, plan: Plan, scores: Mapping[Request, Sequence[TokenLogprob]]) -> list[Output]:
@@ -75,8 +78,8 @@ class Registry:
         outputs = []
         for chunk in plan.prefill:
             self.num_prompt_tokens += chunk.stop - chunk.start
-            chunk.request.num_prefilled = chunk.stop
             self._warm.after_chunk(chunk)
+            chunk.request.has_read(chunk.stop)
             if chunk.is_last and chunk.request.params.max_tokens == 0:
                 outputs += self.end(chunk.request, FinishReason.LENGTH)
             elif chunk.is_last:
@@ -100,17 +103,15 @@ class Registry:
             self._warm.at_end(choice)
             self._scheduler.remove_choice(choice)
             self._finish(choice, reason)
+        told = request.id, choice.index, text, (token_id,), reason
         return Output(
-            request.id,
-            choice.index,
-            text,
-            (token_id,),
-            reason,
+            *told,
             stop_reason=_stop_reason(choice, token_id),
             logprobs=() if logprob is None else (logprob,),
-            prompt_logprobs=_scores(choice) if choice.num_generated == 1 else None,
+            prompt_logprobs=scores_of(choice) if choice.num_generated == 1 else None,
             state=state,
-            num_cached=0 if reason is None else _num_cached(choice),
+            num_cached=0 if reason is None else num_cached_of(choice),
+            context_start=choice.context_start,
             started=request.started,
         )
 
@@ -139,10 +140,10 @@ class Registry:
             text = "" if reason is FinishReason.ERROR else self._last_text(choice)
             state = self._kept(choice) if reason is FinishReason.LENGTH else None
             self._finish(choice, reason)
-            scores = None if choice.num_generated else _scores(choice)
+            scores = None if choice.num_generated else scores_of(choice)
             out = Output(request.id, choice.index, text, (), reason, error, prompt_logprobs=scores)
-            out = replace(out, state=state, num_cached=_num_cached(choice), started=request.started)
-            outputs.append(out)
+            out = replace(out, num_cached=num_cached_of(choice), context_start=choice.context_start)
+            outputs.append(replace(out, state=state, started=request.started))
         return outputs
 
     def _kept(self, choice: Choice) -> SessionState | None:
@@ -152,7 +153,7 @@ class Registry:
             return None
         undecoded = choice.detokenizer.undecoded
         after = start.extended(request.turn_ids, choice.drawn, self._window, undecoded)
-        return after.fed(self._pool.read(choice.slot), choice.position) if request.slots else after
+        return after.fed(self._pool.read(choice.row), choice.position) if request.slots else after
 
     @staticmethod
     def _last_text(choice: Choice) -> str:
@@ -169,7 +170,7 @@ class Registry:
         choice.finish_reason = reason
         self.num_finished[reason] += 1
         if choice.request.slots:
-            self._pool.free(choice.slot)
+            self._pool.free(choice.request.slots[choice.index])
         if not choice.request.unfinished:
             self.pausing.forget(choice.request)
             del self._requests[choice.request.id]
@@ -187,14 +188,3 @@ def _stop_reason(choice: Choice, token_id: int) -> str | int | None:
     if choice.detokenizer.stop is not None:
         return choice.detokenizer.stop
     return token_id if token_id in choice.request.params.stop_token_ids else None
-
-
-def _num_cached(choice: Choice) -> int:
-    """Told once: with choice 0."""
-    return choice.request.num_cached if choice.index == 0 else 0
-
-
-def _scores(choice: Choice) -> tuple[TokenLogprob | None, ...] | None:
-    """The prompt's log-probabilities, told once: with choice 0."""
-    wants = choice.request.params.prompt_logprobs is not None and choice.index == 0
-    return tuple(choice.request.scores) if wants else None

@@ -7,21 +7,23 @@ import torch
 from torch import Tensor
 
 from engine import ops
+from engine.choice import Choice
 from engine.graphs import DecodeGraphs, Row
 from engine.inference import ServedModel
 from engine.outputs import TokenLogprob
+from engine.plan import Plan
 from engine.recurrence import Recurrence
-from engine.request import Choice, Request
+from engine.request import Request
 from engine.sampler import Draw, Drawn, Sampler, uniform
-from engine.scheduler import Plan
 from engine.scoring import score
+from engine.spares import prepare, share_prompts
 from engine.state import StatePool
 
 
 class Segment(NamedTuple):
-    """Consecutive ids of one sequence: where its state is and the first id's position."""
+    """Consecutive ids of one sequence: where its state is and the first id's position in it."""
 
-    slot: int
+    row: int
     ids: Sequence[int]
     position: int
 
@@ -67,15 +69,17 @@ class Runner:
         self._max_stepped = ops.max_stepped(device, pool.spec.key_width, pool.spec.value_width)
         self._graphs: DecodeGraphs[Decoded] | None = None
         if device.startswith("cuda"):
-            self._graphs = DecodeGraphs(self._decode, pool.num_slots, device)
+            self._graphs = DecodeGraphs(self._decode, pool.num_rows, device)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Result:
         """Advance every state of the plan; draw an id for each choice whose context is complete."""
+        prepare(plan, self._pool)
+        segments = _segments(plan)
         if self._graphs is not None and _is_one_token_each(plan, self._graphs.max_rows):
-            return self._run_captured(plan, self._graphs)
-        hidden = self._hidden(_segments(plan))
-        self._share_prompts(plan)
+            return self._run_captured(plan, segments, self._graphs)
+        hidden = self._hidden(segments)
+        share_prompts(plan, self._pool)
         scores = self._scores(hidden, plan)
         wanted = _wanted(plan)
         if not wanted:
@@ -84,11 +88,13 @@ class Runner:
         drawn = self._sampler.sample(logits, [_draw(place) for place in wanted])
         return _result(wanted, drawn, scores)
 
-    def _run_captured(self, plan: Plan, graphs: DecodeGraphs[Decoded]) -> Result:
+    def _run_captured(
+        self, plan: Plan, segments: Sequence[Segment], graphs: DecodeGraphs[Decoded]
+    ) -> Result:
         """One id for each choice; nothing but the ids comes back where nobody wants more."""
-        choices, wanted = plan.decode, _wanted(plan)
-        decoded = graphs.run([Row(c.pending[0], c.position, c.slot) for c in choices])
-        logits, likeliest = (x[: len(choices)] for x in decoded)
+        wanted = _wanted(plan)
+        decoded = graphs.run([Row(one.ids[0], one.position, one.row) for one in segments])
+        logits, likeliest = (x[: len(wanted)] for x in decoded)
         drawn = self._sampler.choose(logits, likeliest, [_draw(place) for place in wanted])
         return _result(wanted, drawn, {})
 
@@ -114,20 +120,11 @@ class Runner:
 
     def _recurrence(self, segments: Sequence[Segment]) -> Recurrence:
         """The rows of these segments."""
-        slots = [segment.slot for segment in segments]
+        rows = [segment.row for segment in segments]
         lengths = [len(segment.ids) for segment in segments]
-        limit = self._max_stepped
-        made = ops.Segments.of(
-            slots, lengths, self._pool.num_slots, self._device, max_stepped=limit
-        )
+        most, limit = self._pool.num_rows, self._max_stepped
+        made = ops.Segments.of(rows, lengths, most, self._device, max_stepped=limit)
         return Recurrence(self._pool.state, self._pool.z, made)
-
-    def _share_prompts(self, plan: Plan) -> None:
-        """Where a prompt is complete, the request's other choices get its state."""
-        for chunk in plan.prefill:
-            if chunk.is_last:
-                first, *others = (choice.slot for choice in chunk.request.choices)
-                self._pool.copy(first, others)
 
     def _scores(self, hidden: Tensor, plan: Plan) -> dict[Request, list[TokenLogprob]]:
         """How likely the model held the ids that follow those of each chunk that is scored."""
@@ -135,9 +132,11 @@ class Runner:
         row = sum(len(choice.pending) for choice in plan.decode)
         for chunk in plan.prefill:
             num_top = chunk.request.params.prompt_logprobs
-            if num_top is not None:
-                following = chunk.request.prompt_ids[chunk.start + 1 : chunk.stop + 1]
-                rows = hidden[row : row + len(following)]
+            first = max(chunk.start, chunk.read.scored_from)
+            if num_top is not None and first < chunk.stop and not chunk.read.is_spare:
+                following = chunk.request.ids_at(first + 1, chunk.stop + 1)
+                begin = row + first - chunk.start
+                rows = hidden[begin : begin + len(following)]
                 scores[chunk.request] = score(self._model.logits(rows), following, num_top)
             row += chunk.stop - chunk.start
         return scores
@@ -148,17 +147,20 @@ class Runner:
 
 def _is_one_token_each(plan: Plan, max_rows: int) -> bool:
     """Whether a plan is what a graph computes."""
-    is_short = not plan.prefill and len(plan.decode) <= max_rows
+    is_short = not plan.prefill and len(plan.decode) + len(plan.ahead) <= max_rows
     return is_short and all(len(choice.pending) == 1 for choice in plan.decode)
 
 
 def _segments(plan: Plan) -> list[Segment]:
-    """Running choices first, then chunks of prompts, as `_wanted` counts on."""
-    segments = [Segment(c.slot, c.pending, c.position) for c in plan.decode]
+    """Running choices first, then chunks of prompts, as `_wanted` counts on; spare rows last."""
+    segments = [
+        Segment(c.row, c.pending, c.position - c.request.grid.start(c.position))
+        for c in plan.decode
+    ]
     for chunk in plan.prefill:
-        ids = chunk.request.prompt_ids[chunk.start : chunk.stop]
-        position = chunk.request.first_position + chunk.start
-        segments.append(Segment(chunk.request.choices[0].slot, ids, position))
+        ids = chunk.request.ids_at(chunk.start, chunk.stop)
+        segments.append(Segment(chunk.row, ids, chunk.start - chunk.read.start))
+    segments += [Segment(c.spare, c.pending, c.position - start) for c, start in plan.ahead]
     return segments
 
 
@@ -172,8 +174,7 @@ def _wanted(plan: Plan) -> list[Wanted]:
     for chunk in plan.prefill:
         row += chunk.stop - chunk.start
         if chunk.is_last and chunk.request.params.max_tokens:
-            index = chunk.request.first_position + chunk.stop
-            wanted += [Wanted(row - 1, choice, index) for choice in chunk.request.choices]
+            wanted += [Wanted(row - 1, choice, chunk.stop) for choice in chunk.request.choices]
     return wanted
 
 

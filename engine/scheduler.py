@@ -1,19 +1,19 @@
 """Who runs in the next step, under one token budget. Knows no torch.
 
-Running choices come first, one token each; prompts take of what is left as much as those that run
-can bear, the shortest first, so that none waits behind a long one. Nobody starves: running choices
-take turns, the prompt that has been read longest has a share of every step, and one that waits
-is overtaken by so many others and no more.
+Running choices come first, one token each, or two where the state after the next renewal grows in
+the spare row beside; prompts take of what is left as much as those that run can bear, the shortest
+first, so that none waits behind a long one. Nobody starves: running choices take turns, the prompt
+that has been read longest has a share of every step, and one that waits is overtaken by so many
+others and no more.
 """
 
 import bisect
 from collections import deque
 from collections.abc import MutableSequence
-from dataclasses import dataclass
-from itertools import islice
 
-from engine.prefix_cache import BLOCK
-from engine.request import Choice, Request
+from engine.choice import Choice
+from engine.plan import Ahead, Chunk, Plan, stop_of
+from engine.request import Request
 
 _PROMPT_SHARE = 4
 """Prompts get at least a fourth of the budget, and the oldest a fourth of what prompts get."""
@@ -23,46 +23,6 @@ _MIN_BESIDE = 16
 
 PATIENCE = 64
 """How many later or more important requests may start before one that waits."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Prompt ids start:stop of a request, to be read in one step."""
-
-    request: Request
-    start: int
-    stop: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the prompt is complete with it."""
-        return self.stop == len(self.request.prompt_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step's work: choices that take one token each, and chunks of prompts."""
-
-    decode: list[Choice]
-    prefill: list[Chunk]
-
-    def __bool__(self) -> bool:
-        return bool(self.decode or self.prefill)
-
-    @property
-    def requests(self) -> list[Request]:
-        """Everyone with work in this step, once."""
-        everyone = [choice.request for choice in self.decode]
-        return list(dict.fromkeys(everyone + [chunk.request for chunk in self.prefill]))
-
-
-def _stop(request: Request, most: int) -> int:
-    """Where a chunk ends: of a prompt whose state may be reused, at a whole block if it can."""
-    end = min(len(request.prompt_ids), most)
-    if request.prefix is None:
-        return end
-    whole = min(end, len(request.prompt_ids) - 1) // BLOCK * BLOCK
-    return whole if whole > request.num_prefilled else end
 
 
 class Scheduler:
@@ -126,10 +86,24 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step. Whoever does not fit into the budget is first in the step after it."""
         reserved = max(1, self._budget // _PROMPT_SHARE) if self._reading else 0
-        num_decode = min(len(self._running), max(1, self._budget - reserved))
-        decode = list(islice(self._running, num_decode))
-        self._running.rotate(-num_decode)
-        return Plan(decode, self._chunks(self._budget_beside(num_decode)))
+        decode, ahead = self._continued(max(1, self._budget - reserved))
+        self._running.rotate(-len(decode))
+        chunks = self._chunks(self._budget_beside(len(decode) + len(ahead)))
+        return Plan(decode, chunks, ahead)
+
+    def _continued(self, budget: int) -> tuple[list[Choice], list[Ahead]]:
+        """Running choices that fit, the first in any case, and those of them with spare rows."""
+        decode: list[Choice] = []
+        ahead: list[Ahead] = []
+        for choice in self._running:
+            start = choice.ahead
+            spent = len(decode) + len(ahead) + (1 if start is None else 2)
+            if decode and spent > budget:
+                break
+            decode.append(choice)
+            if start is not None:
+                ahead.append(Ahead(choice, start))
+        return decode, ahead
 
     def _budget_beside(self, num_decode: int) -> int:
         """What prompts may have, so that they hold up those that run by a step's length at most."""
@@ -148,10 +122,10 @@ class Scheduler:
             if request is oldest:
                 kept = 0
             if budget > kept:
-                start = request.num_prefilled
-                stop = _stop(request, start + budget - kept)
+                start = request.num_read
+                stop = stop_of(request, start + budget - kept)
                 budget -= stop - start
-                chunks.append(Chunk(request, start, stop))
+                chunks.append(Chunk(request, request.reads[0], start, stop))
         return chunks
 
     def start_choices(self, request: Request) -> None:
@@ -183,4 +157,4 @@ def _priority(request: Request) -> int:
 
 
 def _num_unread(request: Request) -> int:
-    return len(request.prompt_ids) - request.num_prefilled
+    return request.stop - request.num_read

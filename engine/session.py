@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.renewal import ContextPolicy
 from engine.session_state import SessionState
 from engine.store.protocol import Lease
 
@@ -18,7 +19,7 @@ class Session:
     position: tokens it holds. nbytes: of its stored state. created, expires_at: unix seconds.
     num_checkpoints: turns that can be taken back. is_durable: a restart loses nothing of it.
     was_interrupted: a crash cut its last turn, and it is as it was before. context_start: index of
-    the first token that it remembers.
+    the oldest token that its next one is drawn with; nothing older is remembered.
     """
 
     id: str
@@ -33,8 +34,8 @@ class Session:
     num_checkpoints: int
     is_durable: bool
     was_interrupted: bool
-    context_policy: Literal["exact"] = "exact"
-    context_start: int = 0
+    context_policy: ContextPolicy
+    context_start: int
 
 
 @dataclass(frozen=True, slots=True)

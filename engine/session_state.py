@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
+from engine.errors import ContextPolicyError
 from engine.outbox import Outbox
+from engine.renewal import ContextPolicy
 
 if TYPE_CHECKING:  # who schedules sessions need not load torch
     from torch import Tensor
@@ -27,6 +29,7 @@ class SessionState:
     recent: the last ids of all, pending ones included, as many as renewal may need.
     counts: id → how often it was generated; 0 where it was only read.
     undecoded: bytes of a character that the last turn's text did not finish.
+    context_policy: how the rows came to be, which is settled once they are full.
     outbox: what the last turn told, where it was to be kept; no token depends on it.
     """
 
@@ -37,6 +40,12 @@ class SessionState:
     counts: Mapping[int, int] = field(default_factory=dict)
     undecoded: bytes = b""
     outbox: Outbox = Outbox()
+    context_policy: ContextPolicy = "renew"
+
+    @property
+    def past(self) -> tuple[int, ...]:
+        """The last ids that are known: all that a turn may have to read."""
+        return max(self.recent, self.pending, key=len)
 
     @property
     def num_tokens(self) -> int:
@@ -47,6 +56,20 @@ class SessionState:
     def nbytes(self) -> int:
         """Bytes of the rows."""
         return sum(row.nbytes for row in self.rows)
+
+    def under(self, policy: ContextPolicy | None, window: int) -> Self:
+        """The same ids under this policy; None: its own.
+
+        ContextPolicyError: more than `window` are held, and what they left in the rows differs.
+        """
+        if policy is None or policy == self.context_policy:
+            return self
+        if self.num_tokens > window:
+            raise ContextPolicyError(
+                f"the session's context_policy is {self.context_policy!r} and cannot become"
+                f" {policy!r}: it holds {self.num_tokens} tokens, more than {window}"
+            )
+        return replace(self, context_policy=policy)
 
     def extended(
         self, read: Sequence[int], generated: Sequence[int], window: int, undecoded: bytes = b""

@@ -172,13 +172,13 @@ class Sessions(SessionViews):
         self, owner: str, raw: bytes, state: SessionState, metadata: Metadata, ttl: float | None
     ) -> Session:
         until = None if ttl is None else time.time() + ttl
-        new = NewSession(owner, state.num_tokens, raw, metadata=metadata, expires_at=until)
-        [record] = self._store.create([new])
+        how = metadata, until, state.context_policy
+        [record] = self._store.create([NewSession(owner, state.num_tokens, raw, None, (), *how)])
         return self._park(record, state)
 
     def _save(self, lease: Lease, state: SessionState) -> Record:
-        new = self._codec.encode(state), state.num_tokens
-        record = self._store.put(lease, lease.version, *new, self._max_checkpoints)
+        new = self._codec.encode(state), state.num_tokens, self._max_checkpoints
+        record = self._store.put(lease, lease.version, *new, state.context_policy)
         self._holdings.park(record, state)
         return record
 

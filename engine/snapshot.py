@@ -12,18 +12,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 from engine import sealed
 from engine.errors import SnapshotError, SnapshotMismatchError
 from engine.fingerprints import Fingerprints
 from engine.outbox import Outbox
+from engine.renewal import ContextPolicy, Grid
 from engine.session_state import SessionState
 from engine.state_spec import StateSpec
 
 FORMAT_VERSION = 2
-CONTEXT_POLICY = "exact"
 MAX_POSITION = 2**62
 
 _LISTS = {
@@ -35,14 +35,23 @@ _LISTS = {
     "undecoded": "U8",
     "events": "U8",
 }
-_NUMBERS = {"position": "[0-9]{1,19}", "turn": "([0-9a-f]{16})?", "first_event": "[0-9]{1,19}"}
+_NUMBERS = {
+    "position": "[0-9]{1,19}",
+    "context_policy": ".*",
+    "turn": "([0-9a-f]{16})?",
+    "first_event": "[0-9]{1,19}",
+}
 """What a header says in words, and how each may be spelled."""
 
 
 class _Sizes(NamedTuple):
-    """All that a header depends on beside the model. lengths: elements of each of `_LISTS`."""
+    """All that a header depends on beside the model.
+
+    context_policy: name of the grid that the rows are on. lengths: elements of each of `_LISTS`.
+    """
 
     position: int
+    context_policy: str
     turn: str
     first_event: int
     has_rows: bool
@@ -52,19 +61,26 @@ class _Sizes(NamedTuple):
 class SnapshotCodec:
     """States of one model to bytes and back, equal bytes for equal states.
 
-    num_ids: ids of the tokenizer; a snapshot with others is refused.
+    num_ids: ids of the tokenizer; a snapshot with others is refused. grids: by context policy.
+    window: how many of its last ids a session holds.
     """
 
-    def __init__(self, fingerprints: Fingerprints, spec: StateSpec, num_ids: int) -> None:
+    def __init__(
+        self,
+        fingerprints: Fingerprints,
+        spec: StateSpec,
+        num_ids: int,
+        grids: Mapping[ContextPolicy, Grid],
+        window: int,
+    ) -> None:
+        self.grids = grids
+        self._policies = {grid.name: policy for policy, grid in grids.items()}
+        self._window = window
         self._num_ids = num_ids
         self._row_shapes: list[tuple[int, ...]] = [spec.state_shape]
         if spec.has_denominator:
             self._row_shapes.append(spec.denominator_shape)
-        self._expected = {
-            "format": str(FORMAT_VERSION),
-            "context_policy": CONTEXT_POLICY,
-            **asdict(fingerprints),
-        }
+        self._expected = {"format": str(FORMAT_VERSION), **asdict(fingerprints)}
 
     def encode(self, state: SessionState) -> bytes:
         """One self-contained binary."""
@@ -80,8 +96,9 @@ class SnapshotCodec:
             "events": b"".join(state.outbox.events),
         }
         lengths = {name: len(values) for name, values in lists.items()}
+        name = self.grids[state.context_policy].name
         turn, first = state.outbox.turn, state.outbox.first
-        sizes = _Sizes(state.position, turn, first, bool(state.rows), lengths)
+        sizes = _Sizes(state.position, name, turn, first, bool(state.rows), lengths)
         return sealed.seal(
             [
                 self._header(sizes),
@@ -104,6 +121,8 @@ class SnapshotCodec:
             raise SnapshotError("the snapshot's sizes are not those of its header")
         lists = {name: sealed.ints_at(data, entries[name]) for name in _LISTS}
         self._check(sizes, lists)
+        events = lists["event_sizes"], bytes(lists["events"])
+        outbox = Outbox.unpacked(sizes.turn, sizes.first_event, *events)
         return SessionState(
             rows=tuple(
                 sealed.floats_at(data, entries[name]) for name in entries if name not in _LISTS
@@ -113,7 +132,8 @@ class SnapshotCodec:
             recent=tuple(lists["recent"]),
             counts=dict(zip(lists["count_ids"], lists["counts"], strict=True)),
             undecoded=bytes(lists["undecoded"]),
-            outbox=_outbox(sizes, lists["event_sizes"], bytes(lists["events"])),
+            outbox=outbox,
+            context_policy=self._policies[sizes.context_policy],
         )
 
     def _entries(self, sizes: _Sizes) -> dict[str, sealed.Entry]:
@@ -136,26 +156,30 @@ class SnapshotCodec:
         try:
             found = json.loads(header[8:])
             metadata = found["__metadata__"]
-            self._check_fit({name: str(metadata[name]) for name in self._expected})
+            policy = str(metadata["context_policy"])
+            self._check_fit({name: str(metadata[name]) for name in self._expected}, policy)
             for name, spelling in _NUMBERS.items():
                 if not re.fullmatch(spelling, metadata[name]):
                     raise ValueError(name)
             lengths = {name: int(found[name]["shape"][0]) for name in _LISTS}
             position, first_event = int(metadata["position"]), int(metadata["first_event"])
-            has_rows = "row.0" in found
-            sizes = _Sizes(position, metadata["turn"], first_event, has_rows, lengths)
+            has_rows, turn = "row.0" in found, metadata["turn"]
+            sizes = _Sizes(position, policy, turn, first_event, has_rows, lengths)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise SnapshotError("the snapshot's header cannot be read") from error
         if min(lengths.values()) < 0 or max(position, first_event) > MAX_POSITION:
             raise SnapshotError("the snapshot's sizes are out of range")
         return sizes
 
-    def _check_fit(self, found: Mapping[str, str]) -> None:
+    def _check_fit(self, found: Mapping[str, str], policy: str) -> None:
         faults = [
             f"{name} (here {expected!r}, in the snapshot {found[name][:400]!r})"
             for name, expected in self._expected.items()
             if found[name] != expected
         ]
+        if policy not in self._policies:
+            here = ", ".join(map(repr, self._policies))
+            faults.append(f"context_policy (here {here}, in the snapshot {policy[:200]!r})")
         if faults:
             raise SnapshotMismatchError(f"the snapshot differs in {', '.join(faults)}")
 
@@ -169,15 +193,8 @@ class SnapshotCodec:
             raise SnapshotError("the snapshot's counts are not one for each id, in order")
         if counts and min(counts) < 0:
             raise SnapshotError("the snapshot has counts below zero")
+        num_held = sizes.position + len(lists["pending"])
+        if len(lists["recent"]) != min(num_held, self._window):
+            raise SnapshotError("the snapshot has not the recent ids that its age asks for")
         if sizes.position and not sizes.has_rows:
             raise SnapshotError("the snapshot has a position and no rows")
-
-
-def _outbox(sizes: _Sizes, event_sizes: Sequence[int], events: bytes) -> Outbox:
-    """The events apart again. SnapshotError: their sizes are not those of their bytes."""
-    if sum(event_sizes) != len(events) or min(event_sizes, default=1) < 1:
-        raise SnapshotError("the snapshot's events have other sizes than it says")
-    if not sizes.turn and (events or sizes.first_event):
-        raise SnapshotError("the snapshot has events of no turn")
-    places = pairwise(accumulate(event_sizes, initial=0))
-    return Outbox(sizes.turn, sizes.first_event, tuple(events[a:b] for a, b in places))

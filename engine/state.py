@@ -2,7 +2,10 @@
 
 Owns the rows and which of them are free. Does not know what is in them or whose they are.
 
-Letters: S slots, L layers, H heads, V value width, K key width. A slot's layers lie side by side,
+A slot is a row, or two where the spec has a spare: the second then is that many rows behind the
+first as there are slots.
+
+Letters: S rows, L layers, H heads, V value width, K key width. A slot's layers lie side by side,
 so that a row moves in one copy.
 """
 
@@ -28,10 +31,11 @@ class StatePool:
         _check_memory(spec, num_slots, device)
         self.spec = spec
         self.num_slots = num_slots
-        self.state = _touched((num_slots, *spec.state_shape), device)
+        self.num_rows = 2 * num_slots if spec.has_spare else num_slots
+        self.state = _touched((self.num_rows, *spec.state_shape), device)
         self.z: Tensor | None = None
         if spec.has_denominator:
-            self.z = _touched((num_slots, *spec.denominator_shape), device)
+            self.z = _touched((self.num_rows, *spec.denominator_shape), device)
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -45,10 +49,9 @@ class StatePool:
         return sum(tensor.nbytes for tensor in self._tensors())
 
     def allocate(self) -> int:
-        """A zeroed slot; the caller has seen that one is free."""
+        """A slot whose first row is zero; the caller has seen that one is free."""
         slot = self._free.pop()
-        for tensor in self._tensors():
-            tensor[slot].zero_()
+        self.clear(slot)
         return slot
 
     def free(self, slot: int) -> None:
@@ -56,20 +59,29 @@ class StatePool:
         assert slot not in self._free, f"slot {slot} was freed twice"
         self._free.append(slot)
 
+    def rows_of(self, slot: int) -> list[int]:
+        """A slot's row, and the spare one where there is one."""
+        return list(range(slot, self.num_rows, self.num_slots))
+
+    def clear(self, row: int) -> None:
+        """Make a row that of no ids."""
+        for tensor in self._tensors():
+            tensor[row].zero_()
+
     def copy(self, source: int, targets: list[int]) -> None:
         """Make the rows of `targets` equal to that of `source`."""
         for tensor in self._tensors():
             for target in targets:
                 tensor[target].copy_(tensor[source])
 
-    def read(self, slot: int) -> tuple[Tensor, ...]:
-        """Copies of a slot's tensors on the host: state [L, H, V, K], denominator [L, H, K]."""
-        return tuple(tensor[slot].to("cpu", copy=True) for tensor in self._tensors())
+    def read(self, row: int) -> tuple[Tensor, ...]:
+        """Copies of a row's tensors on the host: state [L, H, V, K], denominator [L, H, K]."""
+        return tuple(tensor[row].to("cpu", copy=True) for tensor in self._tensors())
 
-    def write(self, slot: int, rows: Sequence[Tensor]) -> None:
-        """Make a slot what `read` gave."""
-        for tensor, row in zip(self._tensors(), rows, strict=True):
-            tensor[slot].copy_(row)
+    def write(self, row: int, values: Sequence[Tensor]) -> None:
+        """Make a row what `read` gave."""
+        for tensor, value in zip(self._tensors(), values, strict=True):
+            tensor[row].copy_(value)
 
     def _tensors(self) -> list[Tensor]:
         return [self.state] if self.z is None else [self.state, self.z]

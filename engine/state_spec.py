@@ -12,17 +12,21 @@ STATE_BYTES_PER_ELEMENT = 4
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """Exact shape and bytes of one session's state in the pool; nothing in it depends on length."""
+    """Exact shape and bytes of one session's state in the pool; nothing in it depends on length.
+
+    has_spare: whether a slot has a second row, in which the state after the next renewal grows.
+    """
 
     layers: int
     heads: int
     value_width: int
     key_width: int
     has_denominator: bool
+    has_spare: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Self:
-        """The state that a model of this shape keeps."""
+    def of(cls, config: ModelConfig, *, has_spare: bool = False) -> Self:
+        """The state that a model of this shape keeps; with a spare, a slot has room for two."""
         from engine.feature_maps import FEATURE_MAPS
 
         feature_map = FEATURE_MAPS[config.attention_type]
@@ -32,6 +36,7 @@ class StateSpec:
             value_width=config.head_dim,
             key_width=feature_map.key_width(config.head_dim),
             has_denominator=feature_map.has_denominator,
+            has_spare=has_spare,
         )
 
     @property
@@ -46,11 +51,11 @@ class StateSpec:
 
     def itemised_bytes(self) -> dict[str, int]:
         """Bytes of one slot, by what they hold."""
-        denominator = math.prod(self.denominator_shape) if self.has_denominator else 0
-        return {
-            "state": math.prod(self.state_shape) * STATE_BYTES_PER_ELEMENT,
-            "denominator": denominator * STATE_BYTES_PER_ELEMENT,
-        }
+        state = math.prod(self.state_shape) * STATE_BYTES_PER_ELEMENT
+        denominator = math.prod(self.denominator_shape) * STATE_BYTES_PER_ELEMENT
+        denominator = denominator if self.has_denominator else 0
+        spare = state + denominator if self.has_spare else 0
+        return {"state": state, "denominator": denominator, "spare": spare}
 
     @property
     def bytes_per_slot(self) -> int:

@@ -7,10 +7,11 @@ commands and no threads.
 import logging
 
 from engine.outputs import FinishReason, Output
+from engine.plan import Plan
 from engine.registry import Registry
 from engine.request import Request
 from engine.runner import Runner, Sample
-from engine.scheduler import Plan, Scheduler
+from engine.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 

@@ -4,9 +4,13 @@ Owns when states go into the prefix cache and out of it into slots. Does not kno
 there, nor who runs when. Requests without a scope are left alone.
 """
 
+from collections import deque
+from dataclasses import replace
+
+from engine.choice import Choice
+from engine.plan import Chunk
 from engine.prefix_cache import BLOCK, PrefixCache
-from engine.request import Choice, Request
-from engine.scheduler import Chunk
+from engine.request import Request
 from engine.state import StatePool
 
 
@@ -18,22 +22,30 @@ class WarmStarts:
         self._cache = cache
 
     def begin(self, request: Request) -> None:
-        """The request has its slots: spare it what has been read before."""
+        """The request has its rows: spare it what has been read before.
+
+        Only a state of the context in which the prompt ends will do.
+        """
         if request.prefix is None:
             return
-        if hit := self._cache.find(request.prefix.scope, request.prompt_ids):
-            self._pool.write(request.slots[0], hit.rows)
-            request.num_prefilled = request.num_cached = hit.length
-            request.prefix.add(request.prompt_ids[: hit.length])
+        *ahead, main = request.reads
+        scope, start = request.prefix.scope, request.grid.start
+        hit = self._cache.find(scope, request.ids, lambda n: start(n - 1) == main.start)
+        if hit is not None:
+            self._pool.write(request.choices[0].row, hit.rows)
+            request.num_cached = hit.length - main.start
+            main = replace(main, begin=hit.length)
+            request.read(deque([*ahead, main]))
+        request.prefix.add(request.ids_at(0, main.begin))
 
     def after_chunk(self, chunk: Chunk) -> None:
         """More of a prompt is in its state; its end and whole blocks are worth keeping."""
         request = chunk.request
-        if request.prefix is None:
+        if request.prefix is None or chunk.read.is_spare:
             return
-        request.prefix.add(request.prompt_ids[chunk.start : chunk.stop])
+        request.prefix.add(request.ids_at(chunk.start, chunk.stop))
         if chunk.is_last or chunk.stop % BLOCK == 0:
-            self._cache.put(request.prefix, self._pool.read(request.slots[0]))
+            self._cache.put(request.prefix, self._pool.read(chunk.row))
 
     @staticmethod
     def before_token(choice: Choice) -> None:
@@ -46,4 +58,4 @@ class WarmStarts:
         """A choice ends as it should, and still has its slot."""
         prefix = choice.request.prefix
         if prefix is not None and prefix.length == choice.position:
-            self._cache.put(prefix, self._pool.read(choice.slot))
+            self._cache.put(prefix, self._pool.read(choice.row))

@@ -30,6 +30,7 @@ class TurnedSession(BaseModel):
 
     id: str
     position: int
+    context_start: int
     durable: bool
 
 
@@ -76,6 +77,7 @@ class Choice(BaseModel):
     logprobs: Logprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None = None
+    context_start: int | None = None
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
@@ -130,6 +132,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    context_start: int
     token_ids: list[int] | None = None
 
 

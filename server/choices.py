@@ -95,6 +95,7 @@ class CompletionChoices(Choices):
             "logprobs": None if details.logprobs is None else self._logprobs(index, tokens, begins),
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
+            "context_start": piece.context_start if piece.finish_reason else None,
         }
         if details.prompt_logprobs is not None:
             scores = self._scores.get(place, ())
@@ -152,6 +153,7 @@ class ChatChoices(Choices):
             "logprobs": self._logprobs(piece),
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
+            "context_start": piece.context_start if piece.finish_reason else None,
         }
         if piece.tokens and self._details.token_ids:
             choice["token_ids"] = piece.tokens.ids
@@ -179,7 +181,10 @@ class ChatChoices(Choices):
 
 
 def ending(piece: Piece) -> str:
-    """JSON after "finish_reason"; a choice that goes on has no stop_reason."""
+    """JSON after "finish_reason"; a choice that goes on has nothing else."""
     if piece.finish_reason is None:
         return "null"
-    return f'"{piece.finish_reason}","stop_reason":{json.dumps(piece.stop_reason)}'
+    return (
+        f'"{piece.finish_reason}","stop_reason":{json.dumps(piece.stop_reason)},'
+        f'"context_start":{piece.context_start}'
+    )

@@ -14,6 +14,7 @@ from engine.errors import ConfigurationError, CottentionError
 from engine.model_folder import resolve_model
 from engine.outputs import FinishReason
 from engine.params import SamplingParams
+from engine.renewal import ContextPolicy
 from server.logs import set_up
 from server.settings import GenerateConfig, ServerConfig
 
@@ -127,7 +128,14 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
     yield "trained length", f"{shape.n_positions:,} tokens"
-    yield "position limit", "none; past the trained length the text gets worse, not the memory"
+    yield "past it", PAST[engine.policies.default]
+    yield "position limit", "none"
+
+
+PAST: dict[ContextPolicy, str] = {
+    "renew": "states are renewed: the text stays good, and the oldest is forgotten",
+    "exact": "the text gets worse, not the memory",
+}
 
 
 def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:

@@ -11,6 +11,7 @@ import math
 from fastapi import Response
 
 from engine.errors import (
+    ContextPolicyError,
     NothingToRewindError,
     SessionBusyError,
     SessionError,
@@ -28,6 +29,7 @@ SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     SessionNotFoundError: (404, "session_not_found"),
     SessionBusyError: (409, "session_busy"),
     NothingToRewindError: (409, "nothing_to_rewind"),
+    ContextPolicyError: (409, "context_policy_settled"),
     SessionMovedError: (412, "session_moved"),
     StoreFullError: (507, "store_full"),
 }

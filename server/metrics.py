@@ -30,7 +30,7 @@ GAUGES = {
     "num_slots": ("num_slots", "States in the pool."),
     "num_free_slots": ("num_free_slots", "States in the pool that nobody uses."),
     "state_pool_bytes": ("pool_bytes", "Memory of the pool, allocated at start."),
-    "bytes_per_session": ("bytes_per_slot", "Memory of one state, whatever its age."),
+    "bytes_per_session": ("bytes_per_slot", "Memory of a state and its spare, whatever the age."),
 }
 SESSION_GAUGES = {
     "num_sessions_resident": ("num_resident", "Sessions whose turn runs."),

@@ -62,9 +62,12 @@ class OpenTurn:
         """The session before the turn."""
         return self._turn.state
 
-    def reads(self, prompt_ids: Sequence[int], table: Sequence[bytes], window: int) -> None:
-        """What the turn is made of: its prompt, the bytes of ids, and how many ids are kept."""
-        self._prompt_ids, self._table, self._window = prompt_ids, table, window
+    def reads(
+        self, start: "SessionState", prompt_ids: Sequence[int], table: Sequence[bytes], window: int
+    ) -> None:
+        """What the turn is made of: session, prompt, the bytes of ids, how many ids are kept."""
+        self._start, self._prompt_ids, self._table = start, prompt_ids, table
+        self._window = window
 
     def delivered(self, piece: Piece) -> None:
         """A piece's text has been written to the socket."""
@@ -130,7 +133,7 @@ class OpenTurn:
         num = num_delivered(self._ids, self._text.getvalue(), self._table, before)
         if not num:
             return None
-        return self.state.extended(self._prompt_ids, self._ids[:num], self._window)
+        return self._start.extended(self._prompt_ids, self._ids[:num], self._window)
 
 
 def num_delivered(

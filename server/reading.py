@@ -47,12 +47,14 @@ class Piece:
     """Unread text of one choice, merged from however many steps it took; its ids where wanted.
 
     state: of a session after its turn, where that has ended by itself.
+    context_start: index of the oldest token that is remembered.
     """
 
     tokens: Tokens | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     state: "SessionState | None" = None
+    context_start: int = 0
     _text: io.StringIO = field(default_factory=io.StringIO)
 
     @property
@@ -69,6 +71,7 @@ class Piece:
             self.finish_reason = output.finish_reason
             self.stop_reason = output.stop_reason
             self.state = output.state
+            self.context_start = output.context_start
 
     def merge(self, later: "Piece") -> None:
         """Append what was read later of the same choice."""
@@ -91,10 +94,7 @@ class Reading:
         keeps_tokens: bool = False,
         max_unread: int | None = None,
     ) -> None:
-        """max_unread: bytes after which it is full; None: it never is, for it is read at the end.
-
-        paused: names of those that generate for it and wait until it is not full.
-        """
+        """max_unread: bytes after which it is full, and those in `paused` wait; None: it never is."""
         self._keeps_tokens = keeps_tokens
         self._max_unread = max_unread
         self._num_unread = 0

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from engine.params import SamplingParams
+from engine.renewal import ContextPolicy
 from server.checking import Body
 from server.errors import invalid
 from server.fields import Biases, ListedStrings, Name, Strings, Text, TokenIds
@@ -29,6 +30,7 @@ IDS = "a list of token ids"
 SESSION = "a string, an id from /v1/sessions"
 CONFLICT = '"error" or "wait"'
 TIMEOUT = "a number of seconds greater than 0"
+POLICY = '"renew" or "exact"'
 CUT = "a whole number from 1, or -1 for the model's trained length"
 
 
@@ -78,6 +80,7 @@ class SamplingBody(Body):
     allowed_token_ids: TokenIds | None = Field(None, description=IDS)
     bad_words: ListedStrings = Field((), description="a list of strings")
     skip_special_tokens: bool = Field(True, description=BOOLEAN)
+    context_policy: ContextPolicy | None = Field(None, description=POLICY)
     truncate_prompt_tokens: int | None = ranged(None, CUT, -1)
     truncation_side: Literal["left", "right"] = Field("left", description='"left" or "right"')
     prompt_logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)

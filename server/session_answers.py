@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from engine.renewal import ContextPolicy
 from server.answers import Shape
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
@@ -17,6 +18,8 @@ if TYPE_CHECKING:  # it brings torch with it, which the server does not know
 
 class SessionObject(BaseModel):
     """A session: `position` counts the tokens it holds, `bytes` is what it takes on the disk.
+
+    context_start: index of the oldest of them that is remembered.
 
     residence: resident while a turn runs, parked in memory, or stored on the disk alone.
     checkpoints: how many turns it can be rewound. durable: whether its last turn is on the disk.
@@ -28,7 +31,7 @@ class SessionObject(BaseModel):
     created: int
     position: int
     context_start: int
-    context_policy: Literal["exact"]
+    context_policy: ContextPolicy
     bytes: int
     residence: Literal["resident", "parked", "stored"]
     version: int
@@ -121,5 +124,9 @@ def shape_of(session: "Session") -> Shape:
 
 def shape_in_answer(session: "Session") -> Shape:
     """What a turn's answer tells of its session."""
-    durable = session.is_durable
-    return {"id": session.id, "position": session.position, "durable": durable}
+    return {
+        "id": session.id,
+        "position": session.position,
+        "context_start": session.context_start,
+        "durable": session.is_durable,
+    }

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator
 
+from engine.renewal import ContextPolicy
 from server.body import is_text, shown
 from server.checking import Body, checked
 from server.errors import invalid
 from server.fields import Prompt, check_text, told, wrong_type
-from server.neutral import Neutral
-from server.sampling import CONFLICT, OnConflict, SamplingBody, ranged
+from server.sampling import CONFLICT, POLICY, OnConflict, SamplingBody, ranged
 
 MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
 MAX_TTL_SECONDS = 10 * 365 * 86_400
@@ -71,9 +71,8 @@ class KeptBody(Body):
 class SessionRequest(KeptBody):
     """Body of POST /v1/sessions."""
 
-    neutral: ClassVar[Neutral] = {"context_policy": ("exact",)}
-
     prompt: OnePrompt = Field("", description=PROMPT)
+    context_policy: ContextPolicy | None = Field(None, description=POLICY)
 
 
 class AppendRequest(Body):

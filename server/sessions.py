@@ -6,11 +6,12 @@ to `turns.py`; bytes on the wire are `snapshots.py`'s.
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
 from engine.errors import SessionMovedError
+from engine.renewal import ContextPolicy
 from server.accounts import note
 from server.answering import deadline_of, read_body_with
 from server.answers import Shape
@@ -59,7 +60,7 @@ async def open_session(request: Request, context: ContextDep) -> Response:
     owner = asked_by(request).owner
     asked = await read_body_with(request, context, lambda body, _: session_request(body))
     ids = await _ids(asked.prompt, context)
-    state = _nothing()
+    state = _nothing(asked.context_policy, context)
     if ids:
         state = await _read_in(request, context, reading_order(ids, state))
     put_in, seconds = context.sessions.open, asked.ttl_seconds
@@ -172,8 +173,6 @@ async def _check_position(asker: Asker, session_id: str, context: Context) -> No
         raise SessionMovedError(message)
 
 
-def _nothing() -> Any:
-    """A session that holds no token."""
-    from engine.session_state import SessionState
-
-    return SessionState()
+def _nothing(policy: ContextPolicy | None, context: Context) -> "SessionState":
+    """A session that holds no token, under a policy that the engine has. Raises ParameterError."""
+    return context.bridge.engine.policies.new_session(policy)

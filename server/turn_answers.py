@@ -45,13 +45,15 @@ class TurnAnswer(Response):
         """Answer one request; what is raised before the first byte becomes an error's answer."""
         context, terms = self._context, self._order.turn
         assert isinstance(terms, TurnTerms)
-        begun = context.turns.turn(self._asker, terms, receive)
+        policies = context.bridge.engine.policies
         async with AsyncExitStack() as stack:
+            begun = context.turns.turn(self._asker, terms, receive)
             turn = await _in_time(stack.enter_async_context(begun), self._order.deadline)
-            order = replace(self._order, start=turn.state)
+            start = policies.settled(turn.state, self._order.params)
+            order = replace(self._order, start=start)
             tokenizer, skips = context.bridge.engine.tokenizer, order.params.skip_special_tokens
             table = tokenizer.token_bytes if skips else tokenizer.written_bytes
-            turn.reads(order.prompts[0], table, context.trained_length)
+            turn.reads(start, order.prompts[0], table, policies.window)
             reading = await context.bridge.open(self._name, order)
             note(scope, order, reading)
             stack.callback(reading.close)

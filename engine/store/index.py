@@ -21,7 +21,7 @@ T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 Sync = Literal["FULL", "NORMAL", "OFF"]
 
-VERSION = 1
+VERSION = 2
 
 MAX_WAIT = 5.0
 """Seconds for a person's tool that has the file open for writing."""
@@ -39,7 +39,8 @@ CREATE INDEX sessions_by_expiry ON sessions (expires_at) WHERE expires_at IS NOT
 CREATE INDEX sessions_by_lease ON sessions (lease_owner) WHERE lease_owner IS NOT NULL;
 CREATE TABLE states (
     seq INTEGER NOT NULL, n INTEGER NOT NULL, digest TEXT NOT NULL,
-    position INTEGER NOT NULL, nbytes INTEGER NOT NULL, PRIMARY KEY (seq, n)) WITHOUT ROWID;
+    position INTEGER NOT NULL, nbytes INTEGER NOT NULL,
+    context_policy TEXT NOT NULL DEFAULT 'exact', PRIMARY KEY (seq, n)) WITHOUT ROWID;
 CREATE INDEX states_by_digest ON states (digest, nbytes, position);
 CREATE TABLE set_aside (
     seq INTEGER PRIMARY KEY, id TEXT NOT NULL, owner TEXT NOT NULL, created INTEGER NOT NULL,
@@ -47,6 +48,9 @@ CREATE TABLE set_aside (
 CREATE TABLE room (bytes BLOB NOT NULL);
 PRAGMA user_version = {VERSION};
 """
+
+UPGRADES = {1: "ALTER TABLE states ADD COLUMN context_policy TEXT NOT NULL DEFAULT 'exact';"}
+"""From older versions to this one."""
 
 LOG_PAGES = 200
 ROOM_BYTES = 2 << 20
@@ -117,6 +121,8 @@ def connect(path: Path) -> sqlite3.Connection:
     [version] = db.execute("PRAGMA user_version").fetchone()
     if version == 0:
         db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+    elif version in UPGRADES:
+        db.executescript(f"BEGIN; {UPGRADES[version]} PRAGMA user_version = {VERSION}; COMMIT;")
     elif version != VERSION:
         db.close()
         raise ConfigurationError(f"{path} has format {version}; this is a server of {VERSION}")

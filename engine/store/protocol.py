@@ -15,7 +15,7 @@ class NewSession:
     """A session to be made, of bytes (`snapshot`) or of a blob that is there (`head`).
 
     position: tokens it holds. checkpoints: digests of blobs that are there, oldest first.
-    expires_at: unix seconds.
+    expires_at: unix seconds. context_policy: told with it, and not understood here.
     """
 
     owner: str
@@ -25,6 +25,7 @@ class NewSession:
     checkpoints: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     expires_at: float | None = None
+    context_policy: str = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Record:
     """A session as the store has it.
 
     created: unix seconds. version: 1 when new, one more with every change of its head.
-    position: tokens the head holds. nbytes: of the head's blob. head, checkpoints: sha256 in hex,
+    position, context_policy: of the head. nbytes: of its blob. head, checkpoints: sha256 in hex,
     the oldest checkpoint first. was_interrupted: a crash cut its last turn and it is as before.
     """
 
@@ -47,6 +48,7 @@ class Record:
     head: str
     checkpoints: tuple[str, ...]
     was_interrupted: bool
+    context_policy: str = "exact"
 
 
 Records = list[Record]
@@ -113,6 +115,7 @@ class SessionStore(Protocol):
         snapshot: bytes,
         position: int,
         max_checkpoints: int,
+        context_policy: str = "exact",
     ) -> Record:
         """A new head; the old one becomes the newest of at most `max_checkpoints` checkpoints.
 

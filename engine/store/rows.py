@@ -17,7 +17,8 @@ from engine.errors import (
 from engine.store.protocol import NewSession, Record, Records
 
 Db = sqlite3.Connection
-State = tuple[str, int, int]  # digest, position, nbytes
+State = tuple[str, int, int, str]  # digest, position, nbytes, context_policy
+STATE = "digest, position, nbytes, context_policy"
 
 COLUMNS = "seq, id, owner, created, version, metadata, expires_at, was_interrupted"
 IS_ALIVE = "(expires_at IS NULL OR expires_at > :now)"
@@ -41,8 +42,8 @@ def record_of(db: Db, seq: int) -> Record:
 def record(db: Db, row: tuple[int, str, str, int, int, str, float | None, int]) -> Record:
     """A row of COLUMNS and its states."""
     seq, session_id, owner, created, version, metadata, expires_at, was_interrupted = row
-    statement = "SELECT digest, position, nbytes FROM states WHERE seq = ? ORDER BY n"
-    *checkpoints, (head, position, nbytes) = db.execute(statement, [seq]).fetchall()
+    statement = f"SELECT {STATE} FROM states WHERE seq = ? ORDER BY n"
+    *checkpoints, (head, position, nbytes, policy) = db.execute(statement, [seq]).fetchall()
     return Record(
         id=session_id,
         owner=owner,
@@ -53,22 +54,24 @@ def record(db: Db, row: tuple[int, str, str, int, int, str, float | None, int]) 
         metadata=json.loads(metadata),
         expires_at=expires_at,
         head=head,
-        checkpoints=tuple(digest for digest, _, _ in checkpoints),
+        checkpoints=tuple(digest for digest, *_ in checkpoints),
         was_interrupted=bool(was_interrupted),
+        context_policy=policy,
     )
 
 
 def insert(db: Db, new: NewSession, snapshot: State | None, now: float) -> Record:
     """A session of version 1 on a new snapshot, or on states that others have."""
-    head = snapshot or (*stored(db, new.head or ""),)
+    head, _, nbytes, _ = snapshot or stored(db, new.head or "")
     metadata = json.dumps(dict(new.metadata), ensure_ascii=False)
     cursor = db.execute(
         "INSERT INTO sessions (id, owner, created, metadata, expires_at) VALUES (?, ?, ?, ?, ?)",
         [f"sess-{token_hex(16)}", new.owner, int(now), metadata, new.expires_at],
     )
-    states = [*(stored(db, digest) for digest in new.checkpoints), (head[0], new.position, head[2])]
+    states = [stored(db, digest) for digest in new.checkpoints]
+    states.append((head, new.position, nbytes, new.context_policy))
     db.executemany(
-        "INSERT INTO states (seq, n, digest, position, nbytes) VALUES (?, ?, ?, ?, ?)",
+        f"INSERT INTO states (seq, n, {STATE}) VALUES (?, ?, ?, ?, ?, ?)",
         [(cursor.lastrowid, n, *state) for n, state in enumerate(states)],
     )
     return record_of(db, cursor.lastrowid or 0)
@@ -76,7 +79,7 @@ def insert(db: Db, new: NewSession, snapshot: State | None, now: float) -> Recor
 
 def stored(db: Db, digest: str) -> State:
     """A state that a session has; SnapshotError where none has it."""
-    statement = "SELECT digest, position, nbytes FROM states WHERE digest = ? LIMIT 1"
+    statement = f"SELECT {STATE} FROM states WHERE digest = ? LIMIT 1"
     row: State | None = db.execute(statement, [digest]).fetchone()
     if row is None:
         raise SnapshotError(f"no snapshot {digest!r} is stored")
@@ -87,10 +90,9 @@ def push(db: Db, seq: int, state: State, max_checkpoints: int) -> list[str]:
     """A new head over the old ones; returns the digests of those dropped."""
     db.execute("UPDATE sessions SET was_interrupted = 0 WHERE seq = ?", [seq])
     [n] = db.execute(
-        "INSERT INTO states (seq, n, digest, position, nbytes) VALUES"
-        " (:seq, (SELECT max(n) + 1 FROM states WHERE seq = :seq), :digest, :position, :nbytes)"
-        " RETURNING n",
-        {"seq": seq, "digest": state[0], "position": state[1], "nbytes": state[2]},
+        f"INSERT INTO states (seq, n, {STATE}) VALUES"
+        " (?1, (SELECT max(n) + 1 FROM states WHERE seq = ?1), ?2, ?3, ?4, ?5) RETURNING n",
+        (seq, *state),
     ).fetchone()
     return drop(db, seq, 0, n - max_checkpoints)
 

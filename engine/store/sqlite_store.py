@@ -59,7 +59,7 @@ class SqliteStore(SessionStore):
                 for new in records
             ]
             new_states = [
-                None if staged is None else state(staged, new.position)
+                None if staged is None else state(staged, new.position, new.context_policy)
                 for new, staged in zip(records, snapshots, strict=True)
             ]
             pairs = [*zip(records, new_states, strict=True)]
@@ -100,10 +100,12 @@ class SqliteStore(SessionStore):
         snapshot: bytes,
         position: int,
         max_checkpoints: int,
+        context_policy: str = "exact",
     ) -> Record:
         def change(db: rows.Db) -> tuple[Record, Digests]:
             seq = leases.advance(db, lease, expected_version)
-            dropped = rows.push(db, seq, state(staged, position), max_checkpoints)
+            new = state(staged, position, context_policy)
+            dropped = rows.push(db, seq, new, max_checkpoints)
             return rows.record_of(db, seq), dropped
 
         with told_as_full(), self._blobs.staged(snapshot) as staged, self._adopted([staged]):
@@ -185,6 +187,6 @@ class SqliteStore(SessionStore):
             self._blobs.remove(digest)
 
 
-def state(staged: Staged, position: int) -> rows.State:
+def state(staged: Staged, position: int, context_policy: str) -> rows.State:
     """A row of a new snapshot."""
-    return staged.digest, position, staged.nbytes
+    return staged.digest, position, staged.nbytes, context_policy

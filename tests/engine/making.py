@@ -3,8 +3,9 @@
 import functools
 from pathlib import Path
 
+from engine.choice import Choice
 from engine.params import SamplingParams
-from engine.request import Choice, Request
+from engine.request import Request
 from engine.runner import Result, Sample
 from engine.sampler import Drawn
 from engine.tokenizer import Tokenizer

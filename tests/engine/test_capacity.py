@@ -9,6 +9,7 @@ from engine.capacity import SessionBytes
 from engine.fingerprints import Fingerprints
 from engine.outbox import Outbox
 from engine.parked import Parked
+from engine.renewal import grids
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
@@ -27,7 +28,7 @@ def test_the_largest_session_takes_what_is_said(has_denominator: bool) -> None:
         spec, num_ids=NUM_IDS, window=WINDOW, max_checkpoints=2, max_outbox=OUTBOX
     )
     state = largest(spec)
-    raw = len(SnapshotCodec(PRINTS, spec, NUM_IDS).encode(state))
+    raw = len(SnapshotCodec(PRINTS, spec, NUM_IDS, grids(WINDOW), WINDOW).encode(state))
     assert raw <= cost.places["stored"] // 3 <= raw + 1024
     parked = Parked(1 << 30)
     parked.hold("name", "digest", state)

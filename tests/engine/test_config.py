@@ -151,13 +151,19 @@ def test_config_that_is_a_folder(tmp_path: Path) -> None:
 def test_state_bytes_of_the_published_models(changes: dict[str, Any], expected: int) -> None:
     spec = StateSpec.of(read(**changes))
     assert spec.bytes_per_slot == expected
-    assert spec.itemised_bytes() == {"state": expected, "denominator": 0}
+    assert spec.itemised_bytes() == {"state": expected, "denominator": 0, "spare": 0}
 
 
 def test_denominators_are_counted() -> None:
     spec = StateSpec(layers=2, heads=3, value_width=8, key_width=16, has_denominator=True)
-    assert spec.itemised_bytes() == {"state": 2 * 3 * 8 * 16 * 4, "denominator": 2 * 3 * 16 * 4}
-    assert spec.bytes_per_slot == sum(spec.itemised_bytes().values())
+    state, denominator = 2 * 3 * 8 * 16 * 4, 2 * 3 * 16 * 4
+    assert spec.itemised_bytes() == {"state": state, "denominator": denominator, "spare": 0}
+    assert spec.bytes_per_slot == state + denominator
+
+
+def test_a_spare_is_as_large_as_all_the_rest() -> None:
+    spec = StateSpec(2, 3, 8, 16, has_denominator=True, has_spare=True)
+    assert spec.itemised_bytes()["spare"] * 2 == spec.bytes_per_slot
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import torch
 import engine as library
 from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from engine.errors import EngineStoppedError, ParameterError, RequestFailedError
+from engine.plan import Plan
 from engine.runner import Result, Sample
-from engine.scheduler import Plan
 from tests.engine.making import drew
 
 LONG = SamplingParams(max_tokens=10_000, ignore_eos=True, seed=1)

@@ -47,7 +47,7 @@ def test_an_engine_with_graphs_gives_the_same_ids(
     config = EngineConfig(max_slots=5, max_batch_tokens=8, device="cpu")
     expected = generated(Engine(gptj_folder, config), params)
     engine = Engine(gptj_folder, config)
-    engine._runner._graphs = graphs_on_cpu(engine._runner, engine.pool.num_slots)
+    engine._runner._graphs = graphs_on_cpu(engine._runner, engine.pool.num_rows)
     engine._runner.warm_up()
     assert not engine.pool.state.any()
     assert generated(engine, params) == expected

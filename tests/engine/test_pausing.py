@@ -148,3 +148,22 @@ def test_the_end_of_one_that_waits_to_go_on(gptj_folder: Path) -> None:
     engine.cancel("other")
     engine.step()
     check_all_ended(engine, {})
+
+
+def test_a_pause_between_renewals_changes_no_token(gptj_folder: Path) -> None:
+    """The spare row, in which the next state grows, waits with the other."""
+    engine = Engine(gptj_folder, EngineConfig(max_slots=2, context_policy="renew"))
+    window = engine.policies.window
+    params = SamplingParams(max_tokens=3 * window, seed=3, ignore_eos=True)
+    expected = engine.generate([PROMPT], params)[0].token_ids
+    parts: dict[tuple[str, int], list[Output]] = {}
+    engine.submit(PROMPT, params, request_id="slow")
+    while engine.has_work():
+        steps(engine, window // 5, parts)
+        engine.pause("slow")
+        engine.submit(PROMPT, PARAMS)
+        steps(engine, 2, parts)
+        engine.resume("slow")
+        steps(engine, 15, parts)
+    assert ids_of(parts["slow", 0]) == expected
+    check_all_ended(engine, parts)

@@ -15,7 +15,9 @@ SEEDED = SamplingParams(max_tokens=6, ignore_eos=True, seed=11)
 
 @pytest.fixture
 def engine(gptj_folder: Path) -> Engine:
-    return Engine(gptj_folder, EngineConfig(max_slots=4, max_batch_tokens=100))
+    return Engine(
+        gptj_folder, EngineConfig(max_slots=4, max_batch_tokens=100, context_policy="exact")
+    )
 
 
 def say(

@@ -5,12 +5,15 @@ from collections import Counter
 
 import pytest
 
+from engine.choice import Choice
 from engine.detokenizer import Detokenizer
 from engine.outputs import FinishReason
 from engine.params import SamplingParams
-from engine.request import Choice, Request
-from engine.scheduler import PATIENCE, Plan, Scheduler
-from tests.engine.making import make_request
+from engine.plan import Plan
+from engine.renewal import Renewed
+from engine.request import Request
+from engine.scheduler import PATIENCE, Scheduler
+from tests.engine.making import make_request, small_tokenizer
 
 
 def request(length: int = 1, n: int = 1, max_tokens: int = 16, name: str = "r") -> Request:
@@ -21,14 +24,16 @@ def request(length: int = 1, n: int = 1, max_tokens: int = 16, name: str = "r") 
 
 
 def cost(plan: Plan) -> int:
-    return len(plan.decode) + sum(chunk.stop - chunk.start for chunk in plan.prefill)
+    return (
+        len(plan.decode) + len(plan.ahead) + sum(chunk.stop - chunk.start for chunk in plan.prefill)
+    )
 
 
 def run(scheduler: Scheduler, plan: Plan) -> list[Choice]:
     """What the registry does after a step; gives the choices that got a token."""
     grown = list(plan.decode)
     for chunk in plan.prefill:
-        chunk.request.num_prefilled = chunk.stop
+        chunk.request.has_read(chunk.stop)
         if chunk.is_last:
             scheduler.start_choices(chunk.request)
             grown += chunk.request.choices
@@ -43,7 +48,7 @@ def running(scheduler: Scheduler, number: int) -> list[Request]:
     for each in made:
         scheduler.add(each)
     scheduler.admit(number)
-    while any(each.num_prefilled == 0 for each in made):
+    while any(each.num_read == 0 for each in made):
         run(scheduler, scheduler.schedule())
     return made
 
@@ -202,7 +207,7 @@ def test_the_oldest_prompt_has_its_share_however_many_shorter_ones_come() -> Non
         scheduler.add(request(length=60, name=str(step)))
         scheduler.admit(1)
         run(scheduler, scheduler.schedule())
-        assert long.num_prefilled >= min(1000, 4 * (step + 1))
+        assert long.num_read >= min(1000, 4 * (step + 1))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +278,7 @@ class Simulation:
             self.num_admitted += 1
             assert self.num_admitted <= self.admitted_by.pop(admitted)
             self.num_free -= len(admitted.unfinished)
-            if admitted.num_prefilled:  # it had paused
+            if admitted.num_read:  # it had paused
                 self.scheduler.start_choices(admitted)
                 self.last_turn |= dict.fromkeys(admitted.unfinished, self.step)
 
@@ -338,3 +343,20 @@ def test_nobody_starves(budget: int, num_arrivals: int) -> None:
         simulation.advance()
     assert simulation.num_free == simulation.num_slots
     assert simulation.admitted_by == {}
+
+
+def test_a_choice_with_a_spare_row_costs_two() -> None:
+    params = SamplingParams(max_tokens=100)
+    scheduler = Scheduler(5)
+    for place in range(4):
+        made = Request.new(str(place), [0], params, small_tokenizer(), (), grid=Renewed(4, 2))
+        scheduler.add(made)
+    scheduler.admit(4)
+    run(scheduler, scheduler.schedule())
+    for _ in range(40):
+        plan = scheduler.schedule()
+        assert len(plan.decode) + len(plan.ahead) <= 5
+        assert [c for c, _ in plan.ahead] == [c for c in plan.decode if c.ahead is not None]
+        for choice in plan.decode:
+            choice.position += 1
+    assert min(choice.position for choice in scheduler._running) >= 20

@@ -1,7 +1,9 @@
 """Sessions over a real store: every verb, who may use it, a full disk, a restart."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +18,16 @@ from engine.errors import (
 )
 from engine.fingerprints import Fingerprints
 from engine.outbox import Outbox
+from engine.renewal import grids
 from engine.session_state import SessionState
 from engine.sessions import LEASE_SECONDS, Session, Sessions
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
-from engine.store import Lease, Record, SqliteStore
+from engine.store import Record, SqliteStore
 
 SPEC = StateSpec(layers=1, heads=2, value_width=8, key_width=8, has_denominator=False)
-CODEC = SnapshotCodec(Fingerprints("w", "t", "c", "l"), SPEC, 1000)
+WINDOW = 8
+CODEC = SnapshotCodec(Fingerprints("w", "t", "c", "l"), SPEC, 1000, grids(WINDOW), WINDOW)
 
 
 class FullAtTimes(SqliteStore):
@@ -31,12 +35,10 @@ class FullAtTimes(SqliteStore):
 
     is_full = False
 
-    def put(
-        self, lease: Lease, expected_version: int, snapshot: bytes, position: int, most: int
-    ) -> Record:
+    def put(self, *args: Any) -> Record:
         if self.is_full:
             raise StoreFullError("no space")
-        return super().put(lease, expected_version, snapshot, position, most)
+        return super().put(*args)
 
 
 Opener = Callable[..., Sessions]
@@ -74,7 +76,8 @@ def sessions(opened: Opener) -> Sessions:
 
 def state(n: int) -> SessionState:
     """Of n tokens, all but the last in rows that tell n."""
-    return SessionState((torch.full(SPEC.state_shape, float(n)),), n - 1, (n,), (n,), {n: 1})
+    recent = (n,) * min(n, WINDOW)
+    return SessionState((torch.full(SPEC.state_shape, float(n)),), n - 1, (n,), recent, {n: 1})
 
 
 def make(sessions: Sessions, n: int = 1, owner: str = "a") -> Session:
@@ -108,6 +111,24 @@ def test_open_find_and_turns(sessions: Sessions) -> None:
     after = turn(sessions, made.id, 8)
     assert (after.version, after.position, after.num_checkpoints) == (2, 8, 1)
     assert holds(sessions, made.id, 8)
+
+
+def test_policies_are_told_wherever_a_session_is(opened: Opener) -> None:
+    sessions = opened()
+    made = make(sessions, 3)
+    assert (made.context_policy, made.context_start) == ("renew", 0)
+    exact = replace(state(20), context_policy="exact")
+    after = sessions.commit(sessions.begin("a", made.id), exact)
+    assert (after.context_policy, after.context_start) == ("exact", 0)
+    [fork] = sessions.fork("a", made.id, 1)
+    old = turn(sessions, make(sessions).id, 20)
+    assert (old.context_policy, old.context_start) == ("renew", grids(WINDOW)["renew"].start(19))
+    set_full(sessions, True)
+    unsaved = sessions.commit(sessions.begin("a", old.id), replace(exact, position=21))
+    assert (unsaved.context_policy, unsaved.is_durable) == ("exact", False)
+    sessions = opened(memory_bytes=0)
+    assert sessions.find("a", fork.id).context_policy == "exact"
+    assert sessions.rewind("a", made.id).context_policy == "renew"
 
 
 def test_an_abandoned_turn_changes_nothing(sessions: Sessions) -> None:

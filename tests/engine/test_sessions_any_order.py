@@ -1,5 +1,9 @@
-"""Any sequence of verbs leaves a session that says what a fresh run of its ids would say."""
+"""Any sequence of verbs leaves a session that says what a fresh run of its ids would say.
 
+The window is a few tokens, so that states are renewed all the time; some sessions are exact.
+"""
+
+import functools
 import random
 import shutil
 import tempfile
@@ -17,35 +21,38 @@ from hypothesis.stateful import (
     rule,
 )
 
-from engine import Engine, EngineConfig, Output, SamplingParams
+from engine import Engine, Output, SamplingParams
+from engine.renewal import ContextPolicy
 from engine.session_state import SessionState
 from engine.sessions import Sessions
 from engine.store import SqliteStore
+from tests.engine.windows import engine_of
 
 OWNER = "somebody"
-GPTJ = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
-PARAMS = SamplingParams(max_tokens=4, ignore_eos=True, seed=3)
+WINDOW = 8
+PARAMS = SamplingParams(max_tokens=10, ignore_eos=True, seed=3)
 IDS = st.lists(st.integers(5, 200), min_size=1, max_size=12)
-_engines: list[Engine] = []
+POLICIES: st.SearchStrategy[ContextPolicy] = st.sampled_from(["renew", "exact"])
 
 
-def the_engine() -> Engine:
+@functools.cache
+def the_engine(attention: str) -> Engine:
     """One for all examples: nothing of an example may stay in it."""
-    if not _engines:
-        _engines.append(Engine(GPTJ, EngineConfig(max_slots=4, max_batch_tokens=8)))
-    return _engines[0]
+    return engine_of(WINDOW, attention, max_batch_tokens=8)
 
 
 class AnyOrder(RuleBasedStateMachine):
     """Sessions beside the plain lists of ids that they should hold."""
 
     sessions = Bundle("sessions")
+    attention = "cottention"
 
     @initialize()
     def start(self) -> None:
-        self.engine = the_engine()
+        self.engine = the_engine(self.attention)
         self.folder = Path(tempfile.mkdtemp())
         self.held: dict[str, list[list[int]]] = {}  # by id: ids after each turn, the last is now
+        self.policies: dict[str, list[ContextPolicy]] = {}  # and the policies
         self._open_store()
 
     def _open_store(self) -> None:
@@ -63,27 +70,30 @@ class AnyOrder(RuleBasedStateMachine):
             shutil.rmtree(self.folder)
             assert self.engine.pool.num_free == self.engine.pool.num_slots
 
-    @rule(target=sessions)
-    def open(self) -> str:
-        name = self.kept.open(OWNER, SessionState(), {}, None).id
-        self.held[name] = [[]]
+    @rule(target=sessions, policy=POLICIES)
+    def open(self, policy: ContextPolicy) -> str:
+        policy = self._possible(policy)
+        name = self.kept.open(OWNER, SessionState(context_policy=policy), {}, None).id
+        self.held[name], self.policies[name] = [[]], [policy]
         return name
 
-    @rule(name=sessions, ids=IDS, num=st.integers(0, 5))
-    def turn(self, name: str, ids: list[int], num: int) -> None:
-        """An append where nothing is generated."""
+    @rule(name=sessions, ids=IDS, num=st.integers(0, 14), policy=POLICIES)
+    def turn(self, name: str, ids: list[int], num: int, policy: ContextPolicy) -> None:
+        """An append where nothing is generated. Young sessions change their policy."""
         taken = self.kept.begin(OWNER, name)
-        outputs = self._run(ids, replace(PARAMS, max_tokens=num), taken.state)
+        wish = self._possible(policy) if taken.state.num_tokens <= WINDOW else None
+        params = replace(PARAMS, max_tokens=num, context_policy=wish)
+        outputs = self._run(ids, params, taken.state)
         said = [token_id for out in outputs for token_id in out.token_ids]
         assert outputs[-1].state is not None
         self.kept.commit(taken, outputs[-1].state)
-        self._note(name, ids + said)
+        self._note(name, ids + said, wish)
 
-    @rule(name=sessions, ids=IDS, num=st.integers(0, 4))
+    @rule(name=sessions, ids=IDS, num=st.integers(0, 14))
     def cancel(self, name: str, ids: list[int], num: int) -> None:
         """A turn that is cut when `num` ids were delivered."""
         taken = self.kept.begin(OWNER, name)
-        request = self.engine.submit(ids, replace(PARAMS, max_tokens=9), start=taken.state)
+        request = self.engine.submit(ids, replace(PARAMS, max_tokens=20), start=taken.state)
         said: list[int] = []
         while len(said) < num:
             said += [i for out in self.engine.step() for i in out.token_ids]
@@ -93,8 +103,7 @@ class AnyOrder(RuleBasedStateMachine):
         if not num:
             self.kept.abandon(taken)
             return
-        window = self.engine.model_config.n_positions
-        self.kept.commit(taken, taken.state.extended(ids, said[:num], window))
+        self.kept.commit(taken, taken.state.extended(ids, said[:num], WINDOW))
         self._note(name, ids + said[:num])
 
     @rule(target=sessions, name=sessions, n=st.integers(1, 3))
@@ -102,6 +111,7 @@ class AnyOrder(RuleBasedStateMachine):
         forks = [each.id for each in self.kept.fork(OWNER, name, n)]
         for each in forks:
             self.held[each] = [list(ids) for ids in self.held[name]]
+            self.policies[each] = list(self.policies[name])
         return multiple(*forks)
 
     @rule(name=sessions)
@@ -109,6 +119,7 @@ class AnyOrder(RuleBasedStateMachine):
         if self.kept.find(OWNER, name).num_checkpoints:
             self.kept.rewind(OWNER, name)
             self.held[name].pop()
+            self.policies[name].pop()
 
     @rule(target=sessions, name=sessions)
     def move(self, name: str) -> str:
@@ -116,6 +127,7 @@ class AnyOrder(RuleBasedStateMachine):
         raw = self.kept.export(OWNER, name)
         moved = self.kept.import_(OWNER, raw, {}, None).id
         self.held[moved] = [list(self.held[name][-1])]
+        self.policies[moved] = self.policies[name][-1:]
         return moved
 
     @rule(name=consumes(sessions))
@@ -130,19 +142,27 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(name=sessions)
     def says_what_a_fresh_run_says(self, name: str) -> None:
-        ids = self.held[name][-1]
+        ids, policy = self.held[name][-1], self.policies[name][-1]
         taken = self.kept.begin(OWNER, name)
         self.kept.abandon(taken)
         assert taken.state.num_tokens == len(ids)
+        assert taken.session.context_policy == taken.state.context_policy == policy
+        start = self.engine.policies.grids[policy].start
+        assert taken.session.context_start == (start(len(ids) - 1) if ids else 0)
         if ids:
-            [fresh] = self.engine.generate([ids], PARAMS)
+            [fresh] = self.engine.generate([ids], replace(PARAMS, context_policy=policy))
             said = [i for out in self._run([], PARAMS, taken.state) for i in out.token_ids]
             assert said == list(fresh.token_ids)
 
-    def _note(self, name: str, new: list[int]) -> None:
-        kept = self.held[name]
+    def _possible(self, policy: ContextPolicy) -> ContextPolicy:
+        """cosFormer goes past its M only renewed."""
+        return "renew" if self.attention == "cosformer" else policy
+
+    def _note(self, name: str, new: list[int], wish: ContextPolicy | None = None) -> None:
+        kept, policies = self.held[name], self.policies[name]
         kept.append(kept[-1] + new)
-        del kept[:-3]  # two checkpoints and what is now
+        policies.append(wish or policies[-1])
+        del kept[:-3], policies[:-3]  # two checkpoints and what is now
 
     def _run(self, ids: list[int], params: SamplingParams, start: SessionState) -> list[Output]:
         """A turn beside another request, so that batches differ from example to example."""
@@ -154,10 +174,27 @@ class AnyOrder(RuleBasedStateMachine):
         return [out for out in outputs if out.request_id == name]
 
 
+class OfCosformer(AnyOrder):
+    """With denominators, and keys that turn with the position."""
+
+    attention = "cosformer"
+
+
+class OfLinear(AnyOrder):
+    """With denominators."""
+
+    attention = "linear"
+
+
 TestAnyOrder = AnyOrder.TestCase
+TestAnyOrderOfCosformer = OfCosformer.TestCase
+TestAnyOrderOfLinear = OfLinear.TestCase
 TestAnyOrder.settings = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
+)
+TestAnyOrderOfCosformer.settings = TestAnyOrderOfLinear.settings = settings(
+    TestAnyOrder.settings, max_examples=10
 )

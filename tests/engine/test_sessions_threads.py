@@ -17,6 +17,7 @@ import torch
 
 from engine.errors import NothingToRewindError, SessionBusyError, SessionNotFoundError
 from engine.fingerprints import Fingerprints
+from engine.renewal import grids
 from engine.session import Session
 from engine.session_state import SessionState
 from engine.sessions import Sessions
@@ -25,7 +26,8 @@ from engine.state_spec import StateSpec
 from engine.store import SqliteStore
 
 SPEC = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
-CODEC = SnapshotCodec(Fingerprints("w", "t", "c", "l"), SPEC, 1 << 20)
+WINDOW = 8
+CODEC = SnapshotCodec(Fingerprints("w", "t", "c", "l"), SPEC, 1 << 20, grids(WINDOW), WINDOW)
 NUM_THREADS, NUM_VERBS = 8, 80
 MAX_CHECKPOINTS = 2
 REFUSALS = (SessionBusyError, SessionNotFoundError, NothingToRewindError)
@@ -33,7 +35,8 @@ REFUSALS = (SessionBusyError, SessionNotFoundError, NothingToRewindError)
 
 def state(n: int) -> SessionState:
     """Of n tokens, in rows that tell n."""
-    return SessionState((torch.full(SPEC.state_shape, float(n)),), n - 1, (n,), (n,), {n: 1})
+    recent = (n,) * min(n, WINDOW)
+    return SessionState((torch.full(SPEC.state_shape, float(n)),), n - 1, (n,), recent, {n: 1})
 
 
 @dataclass

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
 from engine.fingerprints import Fingerprints
 from engine.outbox import Outbox
+from engine.renewal import grids
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
@@ -24,8 +25,9 @@ from engine.state_spec import StateSpec
 SPEC = StateSpec(layers=1, heads=2, value_width=3, key_width=4, has_denominator=False)
 PRINTS = Fingerprints("aa" * 32, "bb" * 32, "rotary_dim=4", "layers=1")
 NUM_IDS = 100
-CODEC = SnapshotCodec(PRINTS, SPEC, NUM_IDS)
+WINDOW = 3
 BODY_AT = 40
+CODEC = SnapshotCodec(PRINTS, SPEC, NUM_IDS, grids(WINDOW), WINDOW)
 
 Header = dict[str, Any]
 
@@ -79,13 +81,14 @@ def same(a: SessionState, b: SessionState) -> bool:
         SessionState(pending=(1,), recent=(1,), counts={1: 0}),
         FULL,
         replace(FULL, position=2**62),
+        replace(FULL, context_policy="exact"),
         replace(FULL, outbox=Outbox()),
         replace(FULL, outbox=Outbox("f" * 16, 2**62)),
     ],
 )
 def test_there_and_back(state: SessionState, has_denominator: bool) -> None:
     spec = replace(SPEC, has_denominator=has_denominator)
-    codec = SnapshotCodec(PRINTS, spec, NUM_IDS)
+    codec = SnapshotCodec(PRINTS, spec, NUM_IDS, grids(WINDOW), WINDOW)
     if state.rows:
         state = replace(state, rows=rows(spec))
     raw = codec.encode(state)
@@ -118,7 +121,8 @@ def test_inside_is_a_safetensors_file() -> None:
 
 
 def test_a_mismatch_names_all_that_differs() -> None:
-    other = SnapshotCodec(Fingerprints("cc", "dd", "rotary_dim=8", "layers=2"), SPEC, NUM_IDS)
+    prints = Fingerprints("cc", "dd", "rotary_dim=8", "layers=2")
+    other = SnapshotCodec(prints, SPEC, NUM_IDS, grids(WINDOW), WINDOW)
     with pytest.raises(SnapshotMismatchError) as caught:
         other.decode(CODEC.encode(FULL))
     words = ("weights", "tokenizer", "config", "layout", "layers=1", "layers=2", "cc", "aa" * 32)
@@ -134,6 +138,20 @@ def test_another_format_is_a_mismatch(name: str, value: str) -> None:
     header["__metadata__"][name] = value
     with pytest.raises(SnapshotMismatchError, match=name):
         CODEC.decode(with_header(raw, spelled(header)))
+
+
+def test_rows_on_another_grid_are_a_mismatch() -> None:
+    other = SnapshotCodec(PRINTS, SPEC, NUM_IDS, grids(2 * WINDOW + 2), WINDOW)
+    with pytest.raises(SnapshotMismatchError, match=r"context_policy .*'renew 2/8'.*'renew 1/3'"):
+        other.decode(CODEC.encode(FULL))
+    exact = replace(FULL, context_policy="exact")
+    assert same(other.decode(CODEC.encode(exact)), exact)
+
+
+@pytest.mark.parametrize("recent", [(), (5, 99), (0, 0, 5, 99)])
+def test_recent_ids_are_those_of_a_window(recent: tuple[int, ...]) -> None:
+    with pytest.raises(SnapshotError, match="recent ids"):
+        CODEC.decode(CODEC.encode(replace(FULL, recent=recent)))
 
 
 def test_cut_anywhere() -> None:

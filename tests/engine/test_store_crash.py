@@ -239,6 +239,21 @@ def test_an_index_of_another_version_is_refused(tmp_path: Path) -> None:
         SqliteStore(tmp_path)
 
 
+def test_an_index_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    [made] = store.create([NewSession("a", 3, b"one")])
+    store.close()
+    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as db:
+        db.executescript("ALTER TABLE states DROP COLUMN context_policy; PRAGMA user_version = 1;")
+    store = SqliteStore(tmp_path)
+    assert store.record(made.id) == made
+    assert made.context_policy == "exact"
+    lease = store.acquire(made.id, 60)
+    assert store.put(lease, 1, b"two", 4, 2, "renew").context_policy == "renew"
+    assert store.rewind(lease, 2).context_policy == "exact"
+    store.close()
+
+
 def test_a_snapshot_that_the_disk_does_not_take(tmp_path: Path) -> None:
     folder = tmp_path / "sessions"
     with process("fill", folder) as running:

@@ -19,6 +19,8 @@ from typing import ClassVar, NamedTuple
 from engine.errors import EngineStoppedError, ParameterError
 from engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
 from engine.params import SamplingParams
+from engine.policies import Policies
+from engine.renewal import grids
 from engine.session_state import SessionState
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -39,14 +41,15 @@ class FakeTokenizer:
 
 
 class FakeModelConfig:
-    n_positions = 512
+    n_positions = window = 512
+    max_exact_length = None
 
 
 class FakeSpec:
     bytes_per_slot = 1000
 
     def itemised_bytes(self) -> dict[str, int]:
-        return {"state": 900, "denominator": 100}
+        return {"state": 400, "denominator": 100, "spare": 500}
 
 
 class FakeEngineConfig:
@@ -89,6 +92,7 @@ class FakeEngine:
         self.tokenizer = FakeTokenizer()
         self.model_config = FakeModelConfig()
         self.config = FakeEngineConfig()
+        self.policies = Policies("renew", 512, None, grids(512))
         self.spec = FakeSpec()
         self.seen: list[Running] = []
         self.num_slots = num_slots
@@ -112,6 +116,8 @@ class FakeEngine:
         start: SessionState | None = None,
         cache_scope: str | None = None,  # noqa: ARG002
     ) -> str:
+        start = None if start is None else self.policies.settled(start, params)
+        self.policies.grid(prompt_ids, params, start)
         if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
         if not all(0 <= each < 256 for each in prompt_ids):

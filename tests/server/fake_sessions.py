@@ -21,6 +21,7 @@ from engine.errors import (
     StoreFullError,
 )
 from engine.outbox import Outbox
+from engine.renewal import grids
 from engine.session_state import SessionState
 
 
@@ -38,8 +39,14 @@ class FakeSession:
     residence: str = "parked"
     is_durable: bool = True
     was_interrupted: bool = False
-    context_policy: str = "exact"
-    context_start: int = 0
+
+    @property
+    def context_policy(self) -> str:
+        return self.states[-1].context_policy
+
+    @property
+    def context_start(self) -> int:
+        return grids(512)[self.states[-1].context_policy].start(max(self.position - 1, 0))
 
     @property
     def num_checkpoints(self) -> int:

@@ -15,7 +15,7 @@ PROMPT = list(range(20, 180))
 
 @pytest.fixture
 def live(gptj_folder: Path) -> Iterator[Live]:
-    engine = Engine(gptj_folder, EngineConfig(max_slots=2))
+    engine = Engine(gptj_folder, EngineConfig(max_slots=2, context_policy="exact"))
     with serving(engine, api_key=("one", "two")) as live:
         yield live
 

@@ -50,6 +50,7 @@ def test_a_whole_answer_has_openai_s_form(live: Live) -> None:
                 "logprobs": None,
                 "finish_reason": "stop",
                 "stop_reason": None,
+                "context_start": 0,
             }
         ],
         "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},

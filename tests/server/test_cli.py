@@ -106,10 +106,11 @@ def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder
     told = {name.strip(): value.strip() for name, value in facts.items()}
     assert told["model"] == "cottention-gptj"
     assert told["parameters"] == "124,104"
-    assert told["bytes per session"].startswith("8,192")
-    assert told["pool when served"] == "2 slots of 8,192 bytes, 0.0 MiB in all"
-    assert told["sessions per GB"] == f"{10**9 // 8192:,}"
-    assert {"state", "denominator", "trained length", "runs on"} <= told.keys()
+    assert told["bytes per session"].startswith("16,384")
+    assert told["pool when served"] == "2 slots of 16,384 bytes, 0.0 MiB in all"
+    assert told["sessions per GB"] == f"{10**9 // 16384:,}"
+    assert told["state"] == told["spare"] == "8,192 bytes"
+    assert {"denominator", "past it", "trained length", "runs on"} <= told.keys()
     assert told["logits"].startswith("0 bytes: computed again")
     assert told["turn_copy"].startswith("8,192 bytes of memory")
     assert {"counts", "ids", "outbox", "checkpoints", "parked", "stored"} <= told.keys()
@@ -195,7 +196,7 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
             assert popen.stderr
             model, memory, kept, reach, ready = (popen.stdout.readline() for _ in range(5))
             assert "tiny, float32 on cpu" in model
-            assert "4 slots of 8,192 bytes" in memory
+            assert "4 slots of 16,384 bytes" in memory
             assert "until the server ends" in kept
             assert "this machine alone" in reach
             assert ready.startswith("ready    http://127.0.0.1:")

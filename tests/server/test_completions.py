@@ -19,6 +19,7 @@ def test_a_whole_answer_has_openai_s_form(shared: Live) -> None:
                 "logprobs": None,
                 "finish_reason": "length",
                 "stop_reason": None,
+                "context_start": 0,
             }
         ],
         "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},

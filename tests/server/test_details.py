@@ -20,7 +20,7 @@ def joined(live: Live, **body: Any) -> list[Choice]:
         if so_far is choice:
             continue
         so_far["text"] += choice["text"]
-        for name in ("finish_reason", "stop_reason"):
+        for name in ("finish_reason", "stop_reason", "context_start"):
             so_far[name] = choice.get(name)
         for name, more in (choice["logprobs"] or {}).items():
             so_far["logprobs"][name] += more

@@ -12,6 +12,7 @@ import pytest
 from engine.engine import Engine
 from engine.errors import ConfigurationError, SessionBusyError
 from engine.fingerprints import Fingerprints
+from engine.renewal import grids
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
 from server.keeping import kept_sessions, where_kept
@@ -23,13 +24,17 @@ from tests.server.sse import read_told
 SPEC = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
 
 
+TOLD = {"context_start": 0, "durable": True}
+
+
 class KeepingEngine(FakeEngine):
     """A fake engine with a real codec; its states have no rows."""
 
     weights = "w"
 
     def session_codec(self) -> SnapshotCodec:
-        return SnapshotCodec(Fingerprints(self.weights, "t", "c", "l"), SPEC, 256)
+        prints = Fingerprints(self.weights, "t", "c", "l")
+        return SnapshotCodec(prints, SPEC, 256, grids(512), 512)
 
 
 @contextlib.contextmanager
@@ -63,7 +68,7 @@ def test_what_was_answered_is_there_after_a_restart(tmp_path: Path) -> None:
         assert {each["id"] for each in listed} == {session_id, fork["id"]}
         assert live.client.post(f"/v1/sessions/{session_id}/rewind").json()["position"] == 5
         answer = live.complete(prompt="", session_id=session_id, max_tokens=1).json()
-        assert answer["session"] == {"id": session_id, "position": 6, "durable": True}
+        assert answer["session"] == {"id": session_id, "position": 6} | TOLD
         assert live.client.delete(f"/v1/sessions/{fork['id']}").status_code == 200
 
 

@@ -9,6 +9,7 @@ import torch
 from engine import StateSpec
 from engine.config import DEFAULT_SLOTS
 from engine.fingerprints import Fingerprints
+from engine.renewal import grids
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from server.settings import ServerConfig
@@ -36,13 +37,15 @@ def test_it_names_every_exported_metric_once() -> None:
 def test_its_sizes_are_those_of_the_spec(model: str) -> None:
     layers, heads, width = SHAPES[model]
     size = StateSpec(layers, heads, width, width, has_denominator=False).bytes_per_slot
+    slot = StateSpec(layers, heads, width, width, has_denominator=False, has_spare=True)
+    assert slot.bytes_per_slot == 2 * size
     [row] = [line for line in PAGE.splitlines() if line.startswith(f"| {model} |")]
     disk = 1000 * size / 1e9
     checkpoints = ServerConfig().session_checkpoints
     assert cells(row)[1:] == [
         f"{size:,}",
-        f"{10**9 // size:,}",
-        f"{DEFAULT_SLOTS * size:,}",
+        f"{10**9 // slot.bytes_per_slot:,}",
+        f"{DEFAULT_SLOTS * slot.bytes_per_slot:,}",
         f"{disk:.2f} GB",
         f"{disk * (1 + checkpoints):.2f} GB",
     ]
@@ -62,9 +65,8 @@ def test_its_formulas(has_denominator: bool) -> None:
         recent=tuple(range(900)),
         counts=dict.fromkeys(range(500), 1),
     )
-    codec = SnapshotCodec(
-        Fingerprints("a" * 64, "b" * 64, "c" * 200, "d" * 100), spec, num_ids=1000
-    )
+    prints = Fingerprints("a" * 64, "b" * 64, "c" * 200, "d" * 100)
+    codec = SnapshotCodec(prints, spec, 1000, grids(900), 900)
     beyond = len(codec.encode(state)) - (spec.bytes_per_slot + 4 * (900 + 3) + 8 * 500)
     assert 0 < beyond < 2000
 

@@ -59,7 +59,12 @@ def test_a_stream_without_interruption_has_ids(live: Live) -> None:
     assert len(set(turns)) == 1
     assert numbers == tuple(str(n) for n in range(len(told)))
     assert told[-1].data == "[DONE]"
-    assert told[-2].json["session"] == {"id": session_id, "position": 32, "durable": True}
+    assert told[-2].json["session"] == {
+        "id": session_id,
+        "position": 32,
+        "context_start": 0,
+        "durable": True,
+    }
     assert live.text_of(session_id) == "xy" + text_of(told)
     assert missed(live, session_id) == told
 

@@ -10,6 +10,8 @@ from tests.server.fake_engine import FakeTokenizer
 from tests.server.fake_sessions import FULL, FakeSessions
 from tests.server.live import Live, eventually, serving
 
+TOLD = {"context_start": 0, "durable": True}
+
 
 @pytest.fixture(scope="module")
 def live() -> Any:
@@ -33,7 +35,7 @@ def test_a_session_opens_with_what_it_read(live: Live) -> None:
     assert session["position"] == 3
     assert session["metadata"] == {"name": "é"}
     assert session["expires_at"] > session["created"]
-    assert (session["context_policy"], session["context_start"]) == ("exact", 0)
+    assert (session["context_policy"], session["context_start"]) == ("renew", 0)
     assert live.text_of(session["id"]) == "abc"
     assert live.session(session["id"]) == session
 
@@ -62,7 +64,7 @@ def test_a_turn_leaves_the_session_after_its_last_token(live: Live) -> None:
     session_id = live.opened("say")
     answer = live.complete(prompt="!", session_id=session_id, max_tokens=3).json()
     assert answer["choices"][0]["text"] == "abc"
-    assert answer["session"] == {"id": session_id, "position": 7, "durable": True}
+    assert answer["session"] == {"id": session_id, "position": 7} | TOLD
     assert answer["usage"]["prompt_tokens"] == 1
     again = live.complete(session_id=session_id, prompt="", max_tokens=2).json()
     assert again["session"]["position"] == 9
@@ -73,7 +75,7 @@ def test_a_stream_tells_the_session_with_its_end(live: Live) -> None:
     session_id = live.opened("x")
     events = live.events(prompt=[33], session_id=session_id, max_tokens=3)
     told = [each.get("session") for each in events[:-1]]
-    assert told[-1] == {"id": session_id, "position": 5, "durable": True}
+    assert told[-1] == {"id": session_id, "position": 5} | TOLD
     assert not any(told[:-1])
     assert live.text_of(session_id) == "x!abc"
 
@@ -163,7 +165,7 @@ def test_what_is_no_snapshot_is_refused(live: Live, raw: bytes, params: Any, exp
         ({"metadata": ["a"]}, "metadata"),
         ({"prompt": ["a"]}, "prompt"),
         ({"prompt": [999]}, "prompt"),
-        ({"context_policy": "renew"}, "context_policy"),
+        ({"context_policy": "forgetful"}, "context_policy"),
         ({"name": "x"}, "name"),
     ],
 )
@@ -234,18 +236,19 @@ def test_what_one_key_keeps_is_not_there_for_another() -> None:
 def test_capacity_and_metrics_tell_where_sessions_are(live: Live) -> None:
     capacity = live.client.get("/v1/capacity").json()
     assert capacity["object"] == "capacity"
-    snapshot = 1000 + 4 * 513 + 8 * 256 + 262_144 + 2048
+    snapshot = 500 + 4 * 513 + 8 * 256 + 262_144 + 2048
     assert capacity["bytes_per_session"] == {
-        "state": 900,
+        "state": 400,
         "denominator": 100,
+        "spare": 500,
         "logits": 0,
         "counts": 120 * 256,
         "ids": 40 * 513,
         "outbox": 262_144,
-        "turn_copy": 1000,
+        "turn_copy": 500,
         "checkpoints": 4 * snapshot,
     }
-    parked = 1000 + 120 * 256 + 40 * 513 + 262_144
+    parked = 500 + 120 * 256 + 40 * 513 + 262_144
     places = {"resident": 1000, "parked": parked, "stored": 5 * snapshot}
     assert capacity["bytes_per_place"] == places
     per_gb = {place: 10**9 // nbytes for place, nbytes in places.items()}

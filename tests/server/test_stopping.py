@@ -24,7 +24,7 @@ from tests.server.process import served
 ROUNDS = int(os.environ.get("COTTENTION_STOP_ROUNDS", "2"))
 DRAIN_SECONDS = 1.0
 MARGIN_SECONDS = 1.0 if ROUNDS >= 50 else 5.0
-"""A machine that does other things meanwhile may take longer; fifty stops are for one that is free."""
+"""A machine that does other things meanwhile may take longer; fifty stops want one that is free."""
 NUM_STREAMS = 12
 NUM_TURNS = 6
 NUM_STALLED = 2

@@ -51,7 +51,7 @@ def test_an_event_s_bytes_beside_usage() -> None:
     made = events(include_usage=True)
     assert made.pieces({1: piece("", FinishReason.LENGTH)}, 1) == (
         f'data: {{{HEAD},"choices":[{{"index":1,"text":"","logprobs":null,'
-        '"finish_reason":"length","stop_reason":null}],"usage":null}\n\n'
+        '"finish_reason":"length","stop_reason":null,"context_start":0}],"usage":null}\n\n'
     )
     usage = '{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}'
     assert made.last(2) == f'data: {{{HEAD},"choices":[],"usage":{usage}}}\n\ndata: [DONE]\n\n'

@@ -1,0 +1,70 @@
+"""Under which context policy a request runs, and which it cannot have here.
+
+Owns the refusals. Does not know what a policy does to rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from engine.errors import ParameterError
+from engine.model_config import ModelConfig
+from engine.params import SamplingParams
+from engine.renewal import ContextPolicy, Grid, grids
+from engine.session_state import SessionState
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """default: of requests that do not say, and whether there are spare rows: only for renewal.
+
+    window: tokens up to which all policies are the same, and how many of its ids a session keeps.
+    max_exact_length: tokens up to which a sequence may grow without renewal, if not for ever.
+    """
+
+    default: ContextPolicy
+    window: int
+    max_exact_length: int | None
+    grids: Mapping[ContextPolicy, Grid]
+
+    @classmethod
+    def of(cls, config: ModelConfig, default: ContextPolicy) -> Self:
+        """Those of an engine with this model."""
+        return cls(default, config.window, config.max_exact_length, grids(config.window))
+
+    def new_session(self, policy: ContextPolicy | None) -> SessionState:
+        """One that holds nothing; None: under the default. Raises ParameterError."""
+        state = SessionState(context_policy=policy or self.default)
+        self.grid((), SamplingParams(max_tokens=0), state)
+        return state
+
+    def settled(self, start: SessionState, params: SamplingParams) -> SessionState:
+        """A session as the request goes on with it. ContextPolicyError."""
+        return start.under(params.context_policy, self.window)
+
+    def grid(
+        self, prompt_ids: Sequence[int], params: SamplingParams, start: SessionState | None
+    ) -> Grid:
+        """Of a request, whose session is settled. Raises ParameterError."""
+        policy = params.context_policy or self.default if start is None else start.context_policy
+        if policy == "renew" and self.default == "exact":
+            raise ParameterError(
+                "context_policy",
+                'context_policy must be "exact": this server was started with --context-policy'
+                " exact and has no spare rows",
+            )
+        if policy == "exact" and self.max_exact_length is not None:
+            num = len(prompt_ids) + (0 if start is None else start.num_tokens)
+            _check_length(num, params.max_tokens, self.max_exact_length)
+        return self.grids[policy]
+
+
+def _check_length(num: int, max_tokens: int, most: int) -> None:
+    """Beyond it the model's weights change sign, and nothing it says means anything."""
+    if num + max_tokens > most:
+        param = "prompt" if num > most else "max_tokens"
+        raise ParameterError(
+            param,
+            f'under context_policy "exact" this model takes at most {most} tokens; here are {num}'
+            f' and max_tokens is {max_tokens}: ask for fewer, or for context_policy "renew"',
+        )
