@@ -21,7 +21,7 @@ from server.bridge import Bridge
 from server.protocol import BoundedProtocol
 from server.settings import ServerConfig
 
-FINAL_EVENT_SECONDS = 0.4
+FINAL_EVENT_SECONDS = 0.7
 """How long cancelled streams have to send their last event."""
 
 FAILURE_SECONDS = 1.0

@@ -94,7 +94,7 @@ class Reading:
         keeps_tokens: bool = False,
         max_unread: int | None = None,
     ) -> None:
-        """max_unread: bytes after which it is full, and those in `paused` wait; None: it never is."""
+        """max_unread: bytes after which it is full and those in `paused` wait; None: never."""
         self._keeps_tokens = keeps_tokens
         self._max_unread = max_unread
         self._num_unread = 0
