@@ -3,6 +3,7 @@
 Names are loaded when they are first asked for, so that reading settings does not load torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,12 @@ _HOMES = {
     "SamplingParams": "engine.params",
     "StateSpec": "engine.state_spec",
 }
+
+# How often a thread of torch's pool looks for work before it sleeps. The pool's own measure is
+# milliseconds, in which nobody else has that core: beside other processes, or in a container with a
+# limit, every step then takes many times as long. It is read when torch is loaded, so it stands
+# before all imports of torch; who has set it keeps it.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> Any:

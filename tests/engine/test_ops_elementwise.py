@@ -1,4 +1,4 @@
-"""rotary_table, cottention_features, gelu_new and elu_plus_one: against float64, at every place and stride."""
+"""The elementwise ops: against float64, at every place and stride."""
 
 from collections.abc import Callable
 
