@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clients docker-test fuzz asan crash check bench report gpu-check train format clean
+.PHONY: help setup serve test test-clients docker-test fuzz asan crash faults stops soak check bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,8 +54,17 @@ $(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt
 crash: setup ## Kill the server two hundred times under load, and look for what is lost
 	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/test_sessions_crash.py
 
+faults: setup ## Inject a thousand faults under load, and look who fails
+	COTTENTION_FAULTS=1000 $(BIN)/python -m pytest -s --show-capture=no tests/server/test_faults.py
+
+stops: setup ## Stop the server fifty times under load, and look who is cut
+	COTTENTION_STOP_ROUNDS=50 $(BIN)/python -m pytest -s tests/server/test_stopping.py
+
 docker-test: setup ## Build the CPU image and run the compose service for real (root; skips where it cannot)
 	PYTHON=$(BIN)/python tests/containers/run $(abspath $(BIN))/python -m pytest -c tests/containers/pytest.ini tests/containers $(ARGS)
+
+soak: setup ## Half an hour of twice the capacity, a third of the clients misbehaving (ARGS="--minutes 5")
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 check: setup ## Lint, formatting, types; what docker/ holds, and that no secret is in a file
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """All benchmarks one after the other: `python -m benchmarks [--quick] [--json FILE]`."""
 
-from benchmarks import decode, memory, position, renewal, serving, sessions, step
+from benchmarks import company, decode, memory, position, renewal, serving, sessions, step
 from benchmarks.common import Report, machine, parser, write_json
 
 
@@ -8,7 +8,7 @@ def main() -> None:
     """Run them in this process; each prints its tables."""
     arguments = parser(__doc__).parse_args()
     report: Report = {"machine": machine()}
-    for benchmark in (step, decode, serving, position, memory, sessions, renewal):
+    for benchmark in (step, decode, serving, company, position, memory, sessions, renewal):
         report |= benchmark.measure(arguments.quick)
     if arguments.json:
         write_json(arguments.json, report)

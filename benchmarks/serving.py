@@ -80,7 +80,7 @@ def _over_http(num_tokens: int) -> dict[int, Remote]:
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     ) as server:
         try:
-            port = _port(server)
+            port = port_of(server)
             uvloop.run(_streams(port, 8, 8))
             process = psutil.Process(server.pid)
             return {n: _measured(process, port, n, num_tokens) for n in STREAMS}
@@ -96,7 +96,7 @@ def _measured(server: psutil.Process, port: int, streams: int, num_tokens: int) 
     return Remote(arrivals, spent / (streams * num_tokens))
 
 
-def _port(server: "subprocess.Popen[str]") -> int:
+def port_of(server: "subprocess.Popen[str]") -> int:
     """The port that the server says it listens on."""
     assert server.stdout is not None
     for line in server.stdout:

@@ -43,6 +43,13 @@ class EngineConfig:
     max_batch_tokens: int = option(
         512, "most tokens that one step computes, over all sequences", minimum=2, unit="tokens"
     )
+    max_prefill_tokens: int | None = option(
+        None,
+        "most prompt tokens of a step in which others generate (default: on a CPU as many as"
+        " generate, from 16; on CUDA any)",
+        minimum=1,
+        unit="tokens",
+    )
     max_tokens_limit: int = option(
         1_000_000, "most tokens that one request may ask for", minimum=1, unit="tokens"
     )
@@ -55,6 +62,12 @@ class EngineConfig:
         check_options(self)
         if self.max_slots is not None and self.state_memory is not None:
             raise ConfigurationError("give --max-slots or --state-memory, not both")
+
+    def prompt_tokens_beside(self, device: str) -> int | None:
+        """Most prompt tokens of a step with running choices; None: as many as run."""
+        if self.max_prefill_tokens is None and device.startswith("cuda"):
+            return self.max_batch_tokens
+        return self.max_prefill_tokens
 
     def num_slots(self, spec: StateSpec) -> int:
         """Slots in the pool. Raises ConfigurationError where the memory holds none."""

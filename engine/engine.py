@@ -1,10 +1,9 @@
 """The engine: its verbs and its step.
 
-Owns the way in (commands from any thread) and the order of a step. Knows no asyncio and no HTTP:
+Owns the way in: commands from any thread. A step is `stepper.py`'s. Knows no asyncio and no HTTP:
 `submit`, `cancel` and `stats` may be called from any thread, `step` and `close` from one.
 """
 
-import logging
 import queue
 import threading
 import uuid
@@ -23,14 +22,10 @@ from engine.params import SamplingParams
 from engine.policies import Policies
 from engine.prefix_cache import PrefixCache
 from engine.registry import Registry
-from engine.request import Request
-from engine.scheduler import Plan, Scheduler
+from engine.scheduler import Scheduler
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
-
-_log = logging.getLogger(__name__)
-
-UNDRAWN = "no token could be drawn: every one is forbidden, or the model's logits are not finite"
+from engine.stepper import Stepper
 
 
 class Engine:
@@ -47,12 +42,14 @@ class Engine:
         self.model_config, self.tokenizer = loaded.model_config, loaded.tokenizer
         self.num_parameters, self._folder = loaded.num_parameters, loaded.folder
         self.pool, self.spec = loaded.pool, loaded.pool.spec
-        self._runner = loaded.runner
-        self._scheduler = Scheduler(self.config.max_batch_tokens)
+        beside = self.config.prompt_tokens_beside(self.device)
+        self._scheduler = Scheduler(self.config.max_batch_tokens, beside)
         self._cache = PrefixCache(self.config.prefix_cache_bytes)
         self.policies = Policies.of(self.model_config, self.config.context_policy)
         window = self.policies.window
         self._registry = Registry(self._scheduler, self.pool, self._cache, window)
+        self._runner = loaded.runner
+        self._stepper = Stepper(self._scheduler, self._registry, self._runner)
         limits = Limits.of(self.tokenizer, self.pool, self.config)
         ends = self.model_config.eos_token_ids
         self._intake = Intake(self.tokenizer, ends, limits, self.policies)
@@ -60,7 +57,6 @@ class Engine:
         self._gate = threading.Lock()
         self._is_closed = False
         self._followers = Followers(self)
-        self._num_steps = 0
         self._runner.warm_up()
 
     def submit(
@@ -93,20 +89,27 @@ class Engine:
             self._commands.put(lambda: self._registry.add(request))
         return request_id
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """End a request in the next step; one that is unknown or has ended is left alone."""
-        self._commands.put(lambda: self._registry.cancel(request_id))
+        self._commands.put(lambda: self._registry.cancel(request_id, reason))
+
+    def pause(self, request_id: str) -> None:
+        """Generate no more until `resume`, others may have the slots; a prompt is still read."""
+        pause = self._registry.pausing.pause
+        self._commands.put(lambda: self._registry.apply(pause, request_id))
+
+    def resume(self, request_id: str) -> None:
+        """Go on with a request that pauses, as soon as there are slots."""
+        resume = self._registry.pausing.resume
+        self._commands.put(lambda: self._registry.apply(resume, request_id))
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return not self._commands.empty() or self._scheduler.has_work()
 
     def step(self) -> list[Output]:
-        """Schedule, run, postprocess: at most one output for each choice."""
-        outputs = self._run_commands()
-        self._registry.admit()
-        plan = self._scheduler.schedule()
-        return self._followers.post(outputs + self._advance(plan) if plan else outputs)
+        """Do what was asked, then one step: at most one output for each choice."""
+        return self._followers.post(self._run_commands() + self._stepper.step())
 
     def close(self) -> list[Output]:
         """Take no more work and cancel what is left; gives the last outputs."""
@@ -126,10 +129,13 @@ class Engine:
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            num_paused=self._registry.pausing.num_paused,
             num_finished={reason: finished[reason] for reason in FinishReason},
             num_prompt_tokens=self._registry.num_prompt_tokens,
             num_generated_tokens=self._registry.num_generated_tokens,
-            num_steps=self._num_steps,
+            num_steps=self._stepper.num_steps,
+            num_faults=self._stepper.num_faults,
+            num_undrawn=self._stepper.num_undrawn,
             num_slots=self.pool.num_slots,
             num_free_slots=self.pool.num_free,
             pool_bytes=self.pool.nbytes,
@@ -167,20 +173,3 @@ class Engine:
         while not self._commands.empty():
             outputs += self._commands.get()()
         return outputs
-
-    def _advance(self, plan: Plan) -> list[Output]:
-        """Run a plan; a fault ends the plan's requests and nobody else's."""
-        try:
-            result = self._runner.run(plan)
-        except Exception as error:
-            _log.exception("a step failed; its %d requests end with an error", len(plan.requests))
-            what = f"the engine failed on this request ({type(error).__name__})"
-            return [out for request in plan.requests for out in self._fail(request, what)]
-        self._num_steps += 1
-        outputs = self._registry.move_on(plan, result.scores)
-        outputs += [self._registry.accept(sample) for sample in result.samples]
-        failed = dict.fromkeys(choice.request for choice in result.undrawn)
-        return outputs + [out for request in failed for out in self._fail(request, UNDRAWN)]
-
-    def _fail(self, request: Request, what: str) -> list[Output]:
-        return self._registry.end(request, FinishReason.ERROR, what)

@@ -18,6 +18,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
+    TIMEOUT = "timeout"
     ERROR = "error"
 
 
@@ -47,6 +48,7 @@ class Output:
     state: of a session after its turn, in the last output of one that was not cut.
     num_cached: ids of the prompt that were not read again, in the last output of choice 0.
     context_start: index of the oldest token that the next one would be drawn with.
+    started: when the request had its slots, by time.monotonic.
     """
 
     request_id: str
@@ -61,21 +63,28 @@ class Output:
     state: "SessionState | None" = None
     num_cached: int = 0
     context_start: int = 0
+    started: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the start and gauges of this moment.
 
-    num_running and num_waiting count requests; num_finished counts choices by how they ended.
+    num_running, num_waiting (for slots) and num_paused (for their readers) count requests;
+    num_finished counts choices by how they ended. num_faults: requests that a fault ended;
+    num_undrawn: choices without a token that could be drawn, since no logit was finite or every
+    token forbidden.
     """
 
     num_running: int
     num_waiting: int
+    num_paused: int
     num_finished: dict[FinishReason, int]
     num_prompt_tokens: int
     num_generated_tokens: int
     num_steps: int
+    num_faults: int
+    num_undrawn: int
     num_slots: int
     num_free_slots: int
     pool_bytes: int

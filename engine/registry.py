@@ -5,16 +5,19 @@ end. Called from the engine's thread alone. Knows no model and no queue of comma
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from engine.choice import Choice
 from engine.errors import ParameterError
+from engine.once import num_cached_of, scores_of
 from engine.outputs import FinishReason, Output, TokenLogprob
+from engine.pausing import Pausing
+from engine.plan import Plan
 from engine.prefix_cache import PrefixCache
 from engine.request import Request
 from engine.runner import Sample
-from engine.scheduler import Plan, Scheduler
+from engine.scheduler import Scheduler
 from engine.session_state import SessionState
 from engine.state import StatePool
 from engine.warm_starts import WarmStarts
@@ -30,6 +33,7 @@ class Registry:
         self._scheduler = scheduler
         self._pool = pool
         self._warm = WarmStarts(pool, cache)
+        self.pausing = Pausing(scheduler, pool)
         self._window = window
         self._requests: dict[str, Request] = {}
         self._taken_ids: set[str] = set()
@@ -57,9 +61,8 @@ class Registry:
     def admit(self) -> None:
         """Give slots to those who may start."""
         for request in self._scheduler.admit(self._pool.num_free):
-            request.slots = [self._pool.allocate() for _ in request.choices]
-            for choice, slot in zip(request.choices, request.slots, strict=True):
-                choice.rows = self._pool.rows_of(slot)
+            if self.pausing.begin(request):
+                continue
             if request.start is not None and request.goes_on:
                 self._pool.write(request.choices[0].row, request.start.rows)
             self._warm.begin(request)
@@ -100,41 +103,47 @@ class Registry:
             self._warm.at_end(choice)
             self._scheduler.remove_choice(choice)
             self._finish(choice, reason)
+        told = request.id, choice.index, text, (token_id,), reason
         return Output(
-            request.id,
-            choice.index,
-            text,
-            (token_id,),
-            reason,
+            *told,
             stop_reason=_stop_reason(choice, token_id),
             logprobs=() if logprob is None else (logprob,),
-            prompt_logprobs=_scores(choice) if choice.num_generated == 1 else None,
+            prompt_logprobs=scores_of(choice) if choice.num_generated == 1 else None,
             state=state,
-            num_cached=0 if reason is None else _num_cached(choice),
+            num_cached=0 if reason is None else num_cached_of(choice),
             context_start=choice.context_start,
+            started=request.started,
         )
 
-    def cancel(self, request_id: str) -> list[Output]:
+    def apply(self, work: Callable[[Request], None], request_id: str) -> list[Output]:
+        """Do something with a request that has nothing to say, if it is still alive."""
+        if request := self._requests.get(request_id):
+            work(request)
+        return []
+
+    def cancel(
+        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
+    ) -> list[Output]:
         """End a request, if it is still alive."""
         request = self._requests.get(request_id)
-        return self.end(request, FinishReason.CANCELLED) if request else []
+        return self.end(request, reason) if request else []
 
     def cancel_all(self) -> list[Output]:
         """End everybody."""
         return [out for request_id in list(self._requests) for out in self.cancel(request_id)]
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> list[Output]:
-        """End what is unfinished of a request, wherever it is; text held back comes out."""
+        """End what is unfinished of a request; text held back comes out, but for a fault."""
         self._scheduler.remove_request(request)
         outputs = []
         for choice in request.unfinished:
-            text = self._last_text(choice)
+            text = "" if reason is FinishReason.ERROR else self._last_text(choice)
             state = self._kept(choice) if reason is FinishReason.LENGTH else None
             self._finish(choice, reason)
-            scores = None if choice.num_generated else _scores(choice)
+            scores = None if choice.num_generated else scores_of(choice)
             out = Output(request.id, choice.index, text, (), reason, error, prompt_logprobs=scores)
-            out = replace(out, num_cached=_num_cached(choice), context_start=choice.context_start)
-            outputs.append(replace(out, state=state))
+            out = replace(out, num_cached=num_cached_of(choice), context_start=choice.context_start)
+            outputs.append(replace(out, state=state, started=request.started))
         return outputs
 
     def _kept(self, choice: Choice) -> SessionState | None:
@@ -163,6 +172,7 @@ class Registry:
         if choice.request.slots:
             self._pool.free(choice.request.slots[choice.index])
         if not choice.request.unfinished:
+            self.pausing.forget(choice.request)
             del self._requests[choice.request.id]
             self._taken_ids.remove(choice.request.id)
 
@@ -178,14 +188,3 @@ def _stop_reason(choice: Choice, token_id: int) -> str | int | None:
     if choice.detokenizer.stop is not None:
         return choice.detokenizer.stop
     return token_id if token_id in choice.request.params.stop_token_ids else None
-
-
-def _num_cached(choice: Choice) -> int:
-    """Told once: with choice 0."""
-    return choice.request.num_cached if choice.index == 0 else 0
-
-
-def _scores(choice: Choice) -> tuple[TokenLogprob | None, ...] | None:
-    """The prompt's log-probabilities, told once: with choice 0."""
-    wants = choice.request.params.prompt_logprobs is not None and choice.index == 0
-    return tuple(choice.request.scores) if wants else None

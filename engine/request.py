@@ -33,7 +33,7 @@ class Request:
     scores: of the prompt as far as it has been read, where they are asked for.
     start, turn_ids: the session that the request goes on with, and what is new in its prompt.
     prefix: of the ids in the first choice's state, where it may be reused. num_cached: ids of the
-    prompt that were not read, since a state after them was there.
+    prompt that were not read, since a state after them was there. started: when it had its slots.
     """
 
     id: str
@@ -54,6 +54,7 @@ class Request:
     turn_ids: tuple[int, ...] = ()
     prefix: Prefix | None = None
     num_cached: int = 0
+    started: float | None = None
 
     @classmethod
     def new(

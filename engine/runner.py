@@ -11,10 +11,10 @@ from engine.choice import Choice
 from engine.graphs import DecodeGraphs, Row
 from engine.inference import ServedModel
 from engine.outputs import TokenLogprob
+from engine.plan import Plan
 from engine.recurrence import Recurrence
 from engine.request import Request
 from engine.sampler import Draw, Drawn, Sampler, uniform
-from engine.scheduler import Plan
 from engine.scoring import score
 from engine.spares import prepare, share_prompts
 from engine.state import StatePool

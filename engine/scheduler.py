@@ -1,87 +1,43 @@
 """Who runs in the next step, under one token budget. Knows no torch.
 
 Running choices come first, one token each, or two where the state after the next renewal grows in
-the spare row beside; prompts take what is left, in the order of arrival, and
-at least a share of the budget, so that neither can starve the other.
+the spare row beside; prompts take of what is left as much as those that run can bear, the shortest
+first, so that none waits behind a long one. Nobody starves: running choices take turns, the prompt
+that has been read longest has a share of every step, and one that waits is overtaken by so many
+others and no more.
 """
 
 import bisect
 from collections import deque
 from collections.abc import MutableSequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from engine.choice import Choice
-from engine.prefix_cache import BLOCK
-from engine.reads import Read
+from engine.plan import Ahead, Chunk, Plan, stop_of
 from engine.request import Request
 
 _PROMPT_SHARE = 4
-"""Prompts that wait get at least a fourth of the budget."""
+"""Prompts get at least a fourth of the budget, and the oldest a fourth of what prompts get."""
 
+_MIN_BESIDE = 16
+"""Prompt tokens of a step beside few running choices: fewer would cost as much."""
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Ids start:stop of a request, to be read in one step."""
-
-    request: Request
-    read: Read
-    start: int
-    stop: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the prompt is complete with it."""
-        return self.stop == self.request.stop and not self.read.is_spare
-
-    @property
-    def row(self) -> int:
-        """Where they go."""
-        first = self.request.choices[0]
-        return first.spare if self.read.is_spare else first.row
-
-
-class Ahead(NamedTuple):
-    """A choice whose next id goes into its spare row, too, and the context that row begins with."""
-
-    choice: Choice
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One step's work: choices that take one token each, chunks of prompts, and spare rows."""
-
-    decode: list[Choice]
-    prefill: list[Chunk]
-    ahead: list[Ahead] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.decode or self.prefill)
-
-    @property
-    def requests(self) -> list[Request]:
-        """Everyone with work in this step, once."""
-        everyone = [choice.request for choice in self.decode]
-        return list(dict.fromkeys(everyone + [chunk.request for chunk in self.prefill]))
-
-
-def _stop(request: Request, most: int) -> int:
-    """Where a chunk ends: of a prompt whose state may be reused, at a whole block if it can."""
-    read = request.reads[0]
-    end = min(read.stop, most)
-    if request.prefix is None or read.is_spare:
-        return end
-    whole = min(end, read.stop - 1) // BLOCK * BLOCK
-    return whole if whole > request.num_read else end
+PATIENCE = 64
+"""How many later or more important requests may start before one that waits."""
 
 
 class Scheduler:
-    """Three lines: requests that wait for slots, prompts being read, choices being continued."""
+    """Three lines: requests that wait for slots, prompts being read, choices being continued.
 
-    def __init__(self, max_batch_tokens: int) -> None:
+    A request whose reader is behind is in none of them.
+    """
+
+    def __init__(self, max_batch_tokens: int, max_beside: int | None = None) -> None:
+        """max_beside: most prompt tokens of a step with running choices; None: as many as run."""
         self._budget = max_batch_tokens
+        self._max_beside = max_beside
         self._waiting: list[Request] = []
+        self._entered: dict[Request, int] = {}
+        self._num_admitted = 0
         self._reading: deque[Request] = deque()
         self._running: deque[Choice] = deque()
 
@@ -102,24 +58,37 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Put a new request into the line: behind all of its priority."""
-        bisect.insort_right(self._waiting, request, key=lambda waiting: waiting.priority)
+        bisect.insort_right(self._waiting, request, key=_priority)
+        self._entered[request] = self._num_admitted
+
+    def add_again(self, request: Request) -> None:
+        """Put one that had slots into the line: before all of its priority."""
+        bisect.insort_left(self._waiting, request, key=_priority)
+        self._entered[request] = self._num_admitted
 
     def admit(self, num_free_slots: int) -> list[Request]:
-        """Requests that may start now, first come first served; each needs a slot per choice."""
-        admitted = []
-        while self._waiting and len(self._waiting[0].choices) <= num_free_slots:
-            request = self._waiting.pop(0)
-            num_free_slots -= len(request.choices)
+        """Requests that may start now; each needs a slot for each unfinished choice."""
+        admitted: list[Request] = []
+        while self._waiting and len((request := self._next()).unfinished) <= num_free_slots:
+            self._waiting.remove(request)
+            del self._entered[request]
+            self._num_admitted += 1
+            num_free_slots -= len(request.unfinished)
             self._reading.append(request)
             admitted.append(request)
         return admitted
+
+    def _next(self) -> Request:
+        """First in the line, but for one that too many have overtaken."""
+        longest, entered = next(iter(self._entered.items()))
+        return longest if self._num_admitted - entered >= PATIENCE else self._waiting[0]
 
     def schedule(self) -> Plan:
         """The next step. Whoever does not fit into the budget is first in the step after it."""
         reserved = max(1, self._budget // _PROMPT_SHARE) if self._reading else 0
         decode, ahead = self._continued(max(1, self._budget - reserved))
         self._running.rotate(-len(decode))
-        chunks = self._chunks(self._budget - len(decode) - len(ahead))
+        chunks = self._chunks(self._budget_beside(len(decode) + len(ahead)))
         return Plan(decode, chunks, ahead)
 
     def _continued(self, budget: int) -> tuple[list[Choice], list[Ahead]]:
@@ -136,31 +105,56 @@ class Scheduler:
                 ahead.append(Ahead(choice, start))
         return decode, ahead
 
+    def _budget_beside(self, num_decode: int) -> int:
+        """What prompts may have, so that they hold up those that run by a step's length at most."""
+        left = self._budget - num_decode
+        if not num_decode:
+            return left
+        most = self._max_beside
+        return min(left, max(_MIN_BESIDE, num_decode) if most is None else most)
+
     def _chunks(self, budget: int) -> list[Chunk]:
+        """Those with the least to read come first; the oldest has its share in any case."""
         chunks = []
-        for request in self._reading:
-            if budget <= 0:
-                break
-            start = request.num_read
-            stop = _stop(request, start + budget)
-            budget -= stop - start
-            chunks.append(Chunk(request, request.reads[0], start, stop))
+        oldest = self._reading[0] if self._reading else None
+        kept = max(1, budget // _PROMPT_SHARE)
+        for request in sorted(self._reading, key=_num_unread):
+            if request is oldest:
+                kept = 0
+            if budget > kept:
+                start = request.num_read
+                stop = stop_of(request, start + budget - kept)
+                budget -= stop - start
+                chunks.append(Chunk(request, request.reads[0], start, stop))
         return chunks
 
     def start_choices(self, request: Request) -> None:
         """The prompt has been read: its choices run from the next step on."""
         self._reading.remove(request)
-        self._running.extend(request.choices)
+        self._running.extend(request.unfinished)
 
     def remove_choice(self, choice: Choice) -> None:
         """A running choice has ended."""
         self._running.remove(choice)
 
+    def is_running(self, request: Request) -> bool:
+        """Whether its prompt has been read, and it has slots."""
+        return any(choice.request is request for choice in self._running)
+
     def remove_request(self, request: Request) -> None:
         """Take a request out of wherever it is."""
+        self._entered.pop(request, None)
         lines: tuple[MutableSequence[Request], ...] = (self._waiting, self._reading)
         for line in lines:
             if request in line:
                 line.remove(request)
         for choice in [choice for choice in self._running if choice.request is request]:
             self._running.remove(choice)
+
+
+def _priority(request: Request) -> int:
+    return request.priority
+
+
+def _num_unread(request: Request) -> int:
+    return request.stop - request.num_read

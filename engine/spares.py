@@ -3,7 +3,7 @@
 Owns when that happens. Does not know what is computed, nor who decided who runs.
 """
 
-from engine.scheduler import Plan
+from engine.plan import Plan
 from engine.state import StatePool
 
 

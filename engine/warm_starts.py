@@ -8,9 +8,9 @@ from collections import deque
 from dataclasses import replace
 
 from engine.choice import Choice
+from engine.plan import Chunk
 from engine.prefix_cache import BLOCK, PrefixCache
 from engine.request import Request
-from engine.scheduler import Chunk
 from engine.state import StatePool
 
 

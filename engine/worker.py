@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from engine.outputs import EngineStats, Output
+from engine.outputs import EngineStats, FinishReason, Output
 from engine.params import SamplingParams
 
 if TYPE_CHECKING:  # a worker drives an engine; it does not load one
@@ -67,9 +67,19 @@ class EngineWorker:
         self._wake.set()
         return request_id
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         """As Engine.cancel."""
-        self._engine.cancel(request_id)
+        self._engine.cancel(request_id, reason)
+        self._wake.set()
+
+    def pause(self, request_id: str) -> None:
+        """As Engine.pause."""
+        self._engine.pause(request_id)
+        self._wake.set()
+
+    def resume(self, request_id: str) -> None:
+        """As Engine.resume."""
+        self._engine.resume(request_id)
         self._wake.set()
 
     def stats(self) -> EngineStats:

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
-from server.body import parse_object, read_body, shown
+from server.accounts import note
+from server.body import announced_bytes, parse_object, read_body, shown
 from server.context import Context
 from server.errors import ApiError
 from server.orders import Order
 from server.request_ids import request_id_of
+from server.settings import ServerConfig
 from server.streaming import Events, EventStream, closing, usage_of
 from server.telling import Kind, told_whole, whole_pieces
 from server.turn_answers import TurnAnswer
@@ -32,15 +34,26 @@ async def read_order(
     request: Request, context: Context, read: Read[Order], max_quick: int = QUICK_BODY_BYTES
 ) -> Order:
     """The order in a request's body."""
-    context.bridge.check_accepting()
-    return await read_body_with(request, context, read, max_quick)
+    bridge = context.bridge
+    bridge.check_accepting()
+    bridge.line.check(1, bridge.line.estimate(announced_bytes(request)))
+    raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
+    with bridge.line.reading(len(raw)):
+        order = await _read(raw, context, read, max_quick)
+    bridge.line.learn(len(raw), order.num_prompt)
+    context.limits.check(order)
+    return order
 
 
 async def read_body_with(
     request: Request, context: Context, read: Read[Found], max_quick: int = QUICK_BODY_BYTES
 ) -> Found:
     """What `read` finds in a request's body; those of more bytes are read beside the loop."""
-    raw = await read_body(request, context.config.max_body_bytes)
+    raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
+    return await _read(raw, context, read, max_quick)
+
+
+async def _read(raw: bytes, context: Context, read: Read[Found], max_quick: int) -> Found:
     if len(raw) <= max_quick:
         return read(parse_object(raw), context)
     return await asyncio.to_thread(lambda: read(parse_object(raw), context))
@@ -49,12 +62,14 @@ async def read_body_with(
 async def answer(request: Request, context: Context, order: Order, kind: Kind) -> Response:
     """Have an order carried out. Raises ParameterError, EngineStoppedError, ApiError."""
     name = f"{kind.prefix}-{order.request_id or request_id_of(request)}"
+    order = replace(order, deadline=deadline_of(order, context.config))
     if order.turn is not None:
         return TurnAnswer(context, order, kind, name, asked_by(request))
     heading = kind.heading(name, order, context.model_name)
     choices = kind.choices(order, context.bridge.engine.tokenizer)
     scope = f"{owner_of(request)}\n{order.cache_scope}"
     reading = await context.bridge.open(name, replace(order, cache_scope=scope))
+    note(request.scope, order, reading)
     if order.is_stream:
         events = Events(heading, choices, order)
         return EventStream(reading, events, context.config.keep_alive_seconds)
@@ -62,6 +77,13 @@ async def answer(request: Request, context: Context, order: Order, kind: Kind) -
         pieces = await whole_pieces(reading)
         usage = usage_of(order.num_prompt, reading.num_generated, reading.num_cached)
         return await told_whole(pieces, heading, choices, order, usage, {})
+
+
+def deadline_of(order: Order, config: ServerConfig) -> float | None:
+    """By the event loop's clock: of the request's own timeout and the server's."""
+    given = (order.timeout, config.max_request_seconds)
+    seconds = min((each for each in given if each is not None), default=None)
+    return None if seconds is None else asyncio.get_running_loop().time() + seconds
 
 
 def check_model(asked: str | None, context: Context) -> None:

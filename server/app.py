@@ -5,7 +5,7 @@ thread. Knows no signals.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,15 @@ from server import (
     status,
     tokens,
 )
+from server.accounts import Account, Accounts
 from server.bridge import Bridge
 from server.chat_schemas import ChatRequest
 from server.context import Context, session_bytes
-from server.errors import add_error_handlers
-from server.keys import Keys, api_keys, asks_for_key
+from server.handlers import add_error_handlers
+from server.journal import Journal
+from server.key_files import NAME_LENGTH, ApiKey, api_keys
+from server.key_limits import KeyLimits
+from server.keys import Keys, asks_for_key, owner_by
 from server.metrics import make_registry
 from server.openapi import publish
 from server.request_ids import HEADER, RequestIds
@@ -76,13 +80,13 @@ def create_app(
     app = _new_app(bridge, turns)
     name = config.served_model_name or bridge.engine.name
     cost = session_bytes(bridge.engine, config)
-    registry = make_registry(bridge.stats, kept.sizes, cost, name)
+    registry = make_registry(bridge, kept.sizes, cost, name)
     app.state.context = Context(bridge, config, registry, kept, turns, template)
     for router in ROUTERS:
         app.include_router(router)
     publish(app, BODIES, lambda path: asks_for_key(path, config))
     add_error_handlers(app)
-    _add_middleware(app, api_keys(config), config)
+    _add_middleware(app, api_keys(config), config, bridge)
     return app
 
 
@@ -106,9 +110,21 @@ def _new_app(bridge: Bridge, turns: Turns) -> FastAPI:
     )
 
 
-def _add_middleware(app: FastAPI, keys: tuple[str, ...], config: ServerConfig) -> None:
+def _accounts(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, Account]:
+    """By owner; without keys, the one of everybody."""
+    if not keys:
+        return {"": Account("", KeyLimits.of(config))}
+    owners = [(owner_by(key.secret), key) for key in keys]
+    return {owner: Account(key.name or owner[:NAME_LENGTH], key.limits) for owner, key in owners}
+
+
+def _add_middleware(
+    app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig, bridge: Bridge
+) -> None:
     """From the innermost to the outermost: a refused key is seen by pages and has an id, too."""
-    app.add_middleware(Keys, keys=keys, metrics_key=config.metrics_key)
+    accounts = _accounts(keys, config)
+    app.add_middleware(Accounts, accounts=accounts)
+    app.add_middleware(Keys, owners=list(accounts) if keys else [], metrics_key=config.metrics_key)
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -117,4 +133,6 @@ def _add_middleware(app: FastAPI, keys: tuple[str, ...], config: ServerConfig) -
             allow_headers=["*"],
             expose_headers=[HEADER, "Retry-After", "ETag"],
         )
+    table = bridge.engine.tokenizer.written_bytes
+    app.add_middleware(Journal, num_characters=config.log_prompt_characters, table=table)
     app.add_middleware(RequestIds)

@@ -4,6 +4,7 @@ Owns the size limit and what is no JSON object: other encodings, a name twice, m
 digits than Python reads. Does not know what the object means.
 """
 
+import asyncio
 import json
 from typing import Any
 
@@ -11,20 +12,35 @@ from starlette.requests import Request
 
 from server.errors import ApiError, invalid
 
+MIN_BYTES_PER_SECOND = 10_000
 NOT_JSON = "the body must be a JSON object"
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """All of the body. Raises ApiError 413 as soon as it is longer than `max_bytes`."""
-    announced = request.headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > max_bytes:
+async def read_body(request: Request, max_bytes: int, patience: float) -> bytes:
+    """All of the body. Raises ApiError 413 as soon as it is longer than `max_bytes`.
+
+    Raises ApiError 408 where it is slower than MIN_BYTES_PER_SECOND and `patience` is over.
+    """
+    if announced_bytes(request) > max_bytes:
         raise _too_long(max_bytes)
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise _too_long(max_bytes)
+    began = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout_at(began + patience) as time:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise _too_long(max_bytes)
+                time.reschedule(began + patience + len(body) / MIN_BYTES_PER_SECOND)
+    except TimeoutError:
+        raise _too_slow() from None
     return bytes(body)
+
+
+def announced_bytes(request: Request) -> int:
+    """How long the body says that it is; 0 where it does not."""
+    announced = request.headers.get("content-length", "0")
+    return int(announced) if announced.isdecimal() else 0
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
@@ -71,6 +87,11 @@ def is_text(value: str) -> bool:
 def _too_long(max_bytes: int) -> ApiError:
     message = f"the body is longer than this server's limit of {max_bytes} bytes"
     return ApiError(413, message, code="body_too_large")
+
+
+def _too_slow() -> ApiError:
+    message = f"the body comes slower than {MIN_BYTES_PER_SECOND} bytes a second"
+    return ApiError(408, message, code="too_slow", headers={"Connection": "close"})
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Between the event loop and the engine's thread.
 
-Owns which reading gets which output, whether new work is taken, and the one post per step from the
-engine's thread to the loop. Everything here but `_deliver` and `_on_death` runs on the loop. Knows
-no HTTP.
+Owns whether new work is taken, and the one post per step from the engine's thread to the loop; who
+gets what of it is `routes.py`'s. Everything here but `_deliver` and `_on_death` runs on the loop.
+Knows no HTTP.
 """
 
 import asyncio
@@ -15,9 +15,12 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineStoppedError
-from engine.outputs import EngineStats, FinishReason, Output
+from engine.outputs import EngineStats, Output
+from server.admission import Line
 from server.orders import QUICK_IDS, Order
 from server.reading import Reading
+from server.routes import Routes
+from server.timings import Timings
 
 if TYPE_CHECKING:  # the engine brings torch with it, which the server does not know
     from engine.engine import Engine
@@ -42,18 +45,22 @@ class Bridge:
     """Submits for readers, and hands each reader its pieces."""
 
     def __init__(
-        self, engine: "Engine", make_worker: Callable[[Deliver, OnDeath], "EngineWorker"]
+        self,
+        engine: "Engine",
+        make_worker: Callable[[Deliver, OnDeath], "EngineWorker"],
+        line: Line,
+        max_unread: int,
     ) -> None:
+        """max_unread: bytes of a stream that wait for its reader before it pauses."""
         self.engine = engine
+        self.line = line
+        self._max_unread = max_unread
         self.phase = Phase.STARTING
         self.created = int(time.time())
         self.failed = asyncio.Event()
         self._worker = make_worker(self._deliver, self._on_death)
-        self._parts: dict[Reading, list[str]] = {}
+        self._routes = Routes(self._worker, line, time.monotonic)
         self._numbers = itertools.count()
-        self._routes: dict[str, tuple[Reading, int]] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     def start(self) -> None:
         """Start the engine's thread; its outputs come to the running event loop."""
@@ -70,6 +77,11 @@ class Bridge:
         """Whether the engine's thread lives."""
         return self._worker.is_alive
 
+    @property
+    def timings(self) -> Timings:
+        """How long things took."""
+        return self._routes.timings
+
     def stats(self) -> EngineStats:
         """The engine's figures."""
         return self._worker.stats()
@@ -84,16 +96,12 @@ class Bridge:
 
         `name` is for the log; it need not be unique.
 
-        Raises ParameterError, EngineStoppedError; then nothing is left running.
+        Raises ParameterError, EngineStoppedError, ApiError; then nothing is left running.
         """
         self.check_accepting()
-        num_choices = len(order.prompts) * order.params.n
-        reading = Reading(num_choices, self._close, keeps_tokens=order.needs_tokens)
         name = f"{name}-{next(self._numbers)}"
-        parts = self._parts[reading] = [f"{name}-{place}" for place in range(len(order.prompts))]
-        self._idle.clear()
-        for place, part in enumerate(parts):
-            self._routes[part] = (reading, place * order.params.n)
+        parts = [f"{name}-{place}" for place in range(len(order.prompts))]
+        reading = self._routes.open(parts, order, self._max_unread)
         try:
             if order.num_prompt > QUICK_IDS:
                 await asyncio.to_thread(self._submit, reading, parts, order)
@@ -118,13 +126,6 @@ class Bridge:
             if reading.is_closed:
                 self._worker.cancel(part)
 
-    def _close(self, reading: Reading) -> None:
-        for part in self._parts.pop(reading):
-            if self._routes.pop(part, None) and not reading.is_finished:
-                self._worker.cancel(part)
-        if not self._parts:
-            self._idle.set()
-
     def drain(self) -> None:
         """Refuse new work from now on; what runs goes on."""
         if self.phase is not Phase.FAILED:
@@ -132,25 +133,16 @@ class Bridge:
 
     def cancel_all(self) -> None:
         """Cancel whatever runs; every reader gets its final pieces."""
-        for part in self._routes:
-            self._worker.cancel(part)
+        self._routes.cancel_all()
 
     async def wait_idle(self) -> None:
         """Return when every reading is closed."""
-        await self._idle.wait()
+        await self._routes.wait_idle()
 
     def _deliver(self, outputs: list[Output]) -> None:
         """In the engine's thread: post a whole step at once."""
         with contextlib.suppress(RuntimeError):  # the loop has closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._dispatch, outputs)
-
-    def _dispatch(self, outputs: list[Output]) -> None:
-        for output in outputs:
-            if output.finish_reason is FinishReason.ERROR:
-                logger.error("request %s failed: %s", output.request_id, output.error)
-            if route := self._routes.get(output.request_id):
-                reading, first = route
-                reading.deliver(first + output.choice, output)
+            self._loop.call_soon_threadsafe(self._routes.dispatch, outputs, time.monotonic())
 
     def _on_death(self, error: BaseException) -> None:
         """In the engine's thread, as its last act."""
@@ -160,6 +152,6 @@ class Bridge:
     def _fail(self, error: BaseException) -> None:
         logger.critical("the engine's thread died", exc_info=error)
         self.phase = Phase.FAILED
-        for reading in self._parts:
+        for reading in self._routes.readings:
             reading.fail()
         self.failed.set()

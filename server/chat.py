@@ -94,7 +94,7 @@ def render(
 def _params(request: ChatRequest, context: Context, stop: tuple[str, ...]) -> SamplingParams:
     """Ends where the client says, else after the server's default."""
     name, limit = request.limit
-    most = context.bridge.engine.config.max_tokens_limit
+    most = context.max_tokens
     default = min(context.config.default_max_tokens, most)
     if limit is not None and limit > most:
         raise invalid(name, f"{name} must be at most {most}; it is {limit}")

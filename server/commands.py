@@ -3,7 +3,6 @@
 Everything heavy is imported inside: torch takes seconds, and --help should not.
 """
 
-import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +16,7 @@ from engine.model_folder import resolve_model
 from engine.outputs import FinishReason
 from engine.params import SamplingParams
 from engine.renewal import ContextPolicy
+from server.logs import set_up
 from server.settings import GenerateConfig, ServerConfig
 
 if TYPE_CHECKING:
@@ -27,12 +27,11 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
     """Serve until told to stop. The port comes first: a model takes seconds to load in vain."""
     from server.lifecycle import bind_socket, run_server, url_of
 
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s"
-    )
+    set_up(config.log_level, config.log_format)
     with bind_socket(config.host, config.port) as sock:
         from engine.engine import Engine
         from engine.worker import EngineWorker
+        from server.admission import Line
         from server.app import create_app
         from server.bridge import Bridge
         from server.keeping import kept_sessions, where_kept
@@ -41,7 +40,9 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
 
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = Engine(model, engine_config)
-        bridge = Bridge(engine, partial(EngineWorker, engine))
+        bridge = Bridge(
+            engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
+        )
         with kept_sessions(engine, config) as sessions:
             app = create_app(bridge, config, sessions, template)
             warn_of_strangers(sock, config)

@@ -1,13 +1,15 @@
 """What every endpoint is given: the bridge to the engine, settings, figures, sessions, template."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 
 from engine.capacity import SessionBytes
+from server.accounts import limits_of
 from server.bridge import Bridge
+from server.key_limits import KeyLimits, least
 from server.settings import ServerConfig
 from server.templates import ChatTemplate
 from server.turns import Turns
@@ -19,7 +21,7 @@ if TYPE_CHECKING:  # it brings torch with it, which the server does not know
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One per application."""
+    """One per application, but for the limits, which are of the request's key."""
 
     bridge: Bridge
     config: ServerConfig
@@ -27,11 +29,22 @@ class Context:
     sessions: "Sessions"
     turns: Turns
     template: ChatTemplate | None = None
+    limits: KeyLimits = KeyLimits()
 
     @property
     def model_name(self) -> str:
         """The id of the served model."""
         return self.config.served_model_name or self.bridge.engine.name
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Of this request."""
+        return least(self.config.max_body_bytes, self.limits.max_body_bytes)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most that this request may ask for."""
+        return least(self.bridge.engine.config.max_tokens_limit, self.limits.max_tokens)
 
     @property
     def session_bytes(self) -> SessionBytes:
@@ -57,7 +70,7 @@ def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
 
 async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
-    return context
+    return replace(context, limits=limits_of(request.scope))
 
 
 ContextDep = Annotated[Context, Depends(_context)]

@@ -10,16 +10,18 @@ import gc
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from engine.errors import ConfigurationError
 from server.bridge import Bridge
+from server.protocol import BoundedProtocol
 from server.settings import ServerConfig
 
-FINAL_EVENT_SECONDS = 1
+FINAL_EVENT_SECONDS = 0.7
 """How long cancelled streams have to send their last event."""
 
 FAILURE_SECONDS = 1.0
@@ -29,6 +31,20 @@ IDLE_CONNECTION_SECONDS = 75
 """Longer than clients keep theirs, so that none sends a request into a connection being closed."""
 
 BACKLOG = 2048
+
+UNREAD_SECONDS = 300
+"""How long a client may take nothing of what is sent to it before its connection is given up."""
+
+CONNECTIONS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS),
+    (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 64 * 1024),
+)
+"""What each connection inherits: the system asks idle clients whether they are there, and holds
+little of what is not sent, so that a slow reader is noticed here."""
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -41,6 +57,8 @@ def bind_socket(host: str, port: int) -> socket.socket:
         raise ConfigurationError(f"--host {host} --port {port} is no address: {error}") from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    for level, option, value in CONNECTIONS:
+        sock.setsockopt(level, option, value)
     try:
         sock.bind(address)
         sock.listen(BACKLOG)
@@ -59,6 +77,12 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def bounded(receive_seconds: float) -> type[asyncio.Protocol]:
+    """The protocol of each connection, as uvicorn makes it."""
+    made: Any = partial(BoundedProtocol, receive_seconds=receive_seconds)
+    return cast("type[asyncio.Protocol]", made)
+
+
 def run_server(
     app: FastAPI,
     bridge: Bridge,
@@ -73,9 +97,10 @@ def run_server(
         log_level="warning",
         access_log=False,
         ws="none",
+        http=bounded(config.receive_seconds),
         server_header=False,
         timeout_keep_alive=IDLE_CONNECTION_SECONDS,
-        timeout_graceful_shutdown=FINAL_EVENT_SECONDS,
+        timeout_graceful_shutdown=FINAL_EVENT_SECONDS,  # type: ignore[arg-type]  # takes parts, too
         backlog=BACKLOG,
     )
     server = DrainingServer(settings, bridge, config.drain_seconds, announce)

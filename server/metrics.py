@@ -1,17 +1,24 @@
 """The engine's figures for Prometheus, under vLLM's names where they mean the same.
 
-Owns names and help texts. Figures are taken when they are asked for; nothing is counted here.
+Owns names and help texts; buckets are `timings.py`'s. Figures are taken when they are asked for.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from engine.capacity import SessionBytes
 from engine.outputs import EngineStats, FinishReason
+from server.bridge import Bridge
+from server.timings import Histogram, Timings
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
     from engine.session import SessionCounts
@@ -19,6 +26,7 @@ if TYPE_CHECKING:  # it brings torch with it, which the server does not know
 GAUGES = {
     "num_requests_running": ("num_running", "Requests in the running batch."),
     "num_requests_waiting": ("num_waiting", "Requests that wait for slots."),
+    "num_requests_paused": ("num_paused", "Requests that wait for their readers."),
     "num_slots": ("num_slots", "States in the pool."),
     "num_free_slots": ("num_free_slots", "States in the pool that nobody uses."),
     "state_pool_bytes": ("pool_bytes", "Memory of the pool, allocated at start."),
@@ -45,33 +53,48 @@ COUNTERS = {
     "prompt_tokens": ("num_prompt_tokens", "Prompt tokens read."),
     "generation_tokens": ("num_generated_tokens", "Tokens generated."),
     "engine_steps": ("num_steps", "Steps of the engine."),
+    "engine_faults": ("num_faults", "Requests that ended with a fault of the engine."),
+    "undrawn_choices": ("num_undrawn", "Choices without a token, no logit being finite."),
+}
+LINE_GAUGES = {
+    "num_prompts_in_line": ("num_requests", "Prompts without their first token."),
+    "num_tokens_in_line": ("num_tokens", "Tokens of such prompts."),
+}
+LINE_COUNTERS = {"requests_refused": ("num_refused", "Requests that a full line refused.")}
+HISTOGRAMS = {
+    "time_to_first_token_seconds": ("first_token", "From a prompt's arrival to its first token."),
+    "inter_token_latency_seconds": ("between_tokens", "Between two tokens of a choice."),
+    "request_time_per_output_token_seconds": ("per_token", "Mean of a request, after the first."),
+    "e2e_request_latency_seconds": ("whole", "From a prompt's arrival to its last token."),
+    "request_queue_time_seconds": ("queue", "From a prompt's arrival to its slots."),
+    "request_prefill_time_seconds": ("prefill", "From the slots to the first token."),
+    "request_decode_time_seconds": ("decode", "From the first token to the last."),
+    "request_prompt_tokens": ("prompt_tokens", "Tokens of a prompt."),
+    "request_generation_tokens": ("generated_tokens", "Tokens of all choices of a prompt."),
 }
 
 
 def make_registry(
-    stats: Callable[[], EngineStats],
-    sizes: Callable[[], "SessionCounts"],
-    cost: SessionBytes,
-    model_name: str,
+    bridge: Bridge, sizes: Callable[[], "SessionCounts"], cost: SessionBytes, model_name: str
 ) -> CollectorRegistry:
     """A registry of the application's own."""
     registry = CollectorRegistry()
-    registry.register(EngineCollector(stats, sizes, cost, model_name))
+    registry.register(EngineCollector(bridge, sizes, cost, model_name))
     ProcessCollector(registry=registry)
     return registry
 
 
 class EngineCollector(Collector):
-    """Reads `stats` and `sizes` once per scrape."""
+    """Reads everything once per scrape, in whatever thread."""
 
     def __init__(
         self,
-        stats: Callable[[], EngineStats],
+        bridge: Bridge,
         sizes: Callable[[], "SessionCounts"],
         cost: SessionBytes,
         model_name: str,
     ) -> None:
-        self._stats = stats
+        self._bridge = bridge
         self._sizes = sizes
         self._cost = cost
         self._model_name = model_name
@@ -82,13 +105,17 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """All families of one moment."""
-        stats = self._stats()
+        bridge = self._bridge
+        stats = bridge.stats()
         yield from self._gauges(GAUGES, stats)
         yield from self._gauges(SESSION_GAUGES, self._sizes())
         yield from self._costs()
         yield from self._gauges(CACHE_GAUGES, stats.prefix_cache)
         yield from self._counters(CACHE_COUNTERS, stats.prefix_cache)
         yield from self._counters(COUNTERS, stats)
+        yield from self._gauges(LINE_GAUGES, bridge.line)
+        yield from self._counters(LINE_COUNTERS, bridge.line)
+        yield from self._histograms(bridge.timings)
         yield self._finished(stats)
 
     def _gauges(self, names: Mapping[str, tuple[str, str]], figures: Any) -> Iterator[Metric]:
@@ -117,6 +144,13 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(f"cottention:{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name], getattr(figures, attribute))
             yield counter
+
+    def _histograms(self, timings: Timings) -> Iterator[Metric]:
+        for name, (attribute, text) in HISTOGRAMS.items():
+            histogram: Histogram = getattr(timings, attribute)
+            family = HistogramMetricFamily(f"cottention:{name}", text, labels=["model_name"])
+            family.add_metric([self._model_name], histogram.buckets(), histogram.total)
+            yield family
 
     def _finished(self, stats: EngineStats) -> Metric:
         labels = ["model_name", "finished_reason"]

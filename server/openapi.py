@@ -24,8 +24,10 @@ ERRORS = {
     410: "The events after this one are no longer kept.",
     412: "The session is not at the position of If-Match.",
     413: "The body is longer than the server takes.",
+    429: "The line is full, or the key has used its allowance.",
     500: "The engine failed.",
     503: "The server takes no new work now.",
+    504: "The request's time was over before its first token.",
     507: "The disk takes no more sessions.",
 }
 
@@ -39,7 +41,7 @@ EVENTS: Schema = {
         }
     }
 }
-_BODY_ERRORS = (400, 401, 404, 413, 500, 503)
+_BODY_ERRORS = (400, 401, 404, 413, 429, 500, 503, 504)
 
 
 def described(

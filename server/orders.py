@@ -56,9 +56,11 @@ class Order:
     """Prompts, how each is continued, and how the answer is told.
 
     echoes: the text of each prompt, where it is to be told.
+    num_stop: stop strings that the client sent.
     num_choices: told for each prompt; the best of params.n, or all of them.
     cache_scope: whose prompts may share what was read of them; each other scope is apart.
     turn: of a session, where it is one; start: the session before it, once that is known.
+    timeout: seconds that it may take; deadline: when they are over, by the event loop's clock.
     """
 
     prompts: list[list[int]]
@@ -70,9 +72,12 @@ class Order:
     stream_options: StreamOptions
     priority: int
     request_id: str | None
+    num_stop: int = 0
     cache_scope: str = ""
     turn: TurnTerms | None = None
     start: "SessionState | None" = None
+    timeout: float | None = None
+    deadline: float | None = None
 
     @property
     def needs_tokens(self) -> bool:
@@ -111,7 +116,9 @@ def order_of(
         priority=body.priority,
         request_id=body.request_id,
         cache_scope=body.cache_salt or "",
+        num_stop=len(body.stop),
         turn=_turn_of(body),
+        timeout=body.timeout,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.outputs import FinishReason, Output, TokenLogprob
+from server.unread import size_of
 
 if TYPE_CHECKING:  # its rows are tensors, which the server does not know
     from engine.session_state import SessionState
@@ -88,18 +89,28 @@ class Reading:
         self,
         num_choices: int,
         on_close: Callable[["Reading"], None],
+        on_take: Callable[["Reading"], None],
         *,
         keeps_tokens: bool = False,
+        max_unread: int | None = None,
     ) -> None:
+        """max_unread: bytes after which it is full and those in `paused` wait; None: never."""
         self._keeps_tokens = keeps_tokens
+        self._max_unread = max_unread
+        self._num_unread = 0
+        self.paused: set[str] = set()
         self._unread: dict[int, Piece] = {}
         self._unfinished = set(range(num_choices))
         self._on_close = on_close
+        self._on_take = on_take
         self._changed = asyncio.Event()
         self._ended = asyncio.Event()
         self._closed = False
-        self.num_generated = 0
-        self.num_cached = 0
+        self.timer: asyncio.TimerHandle | None = None
+        self.num_generated = self.num_cached = 0
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.reasons: list[FinishReason] = []
 
     @property
     def has_more(self) -> bool:
@@ -115,6 +126,11 @@ class Reading:
     def is_finished(self) -> bool:
         """Whether every choice has ended, read or not."""
         return not self._unfinished
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the reader is so far behind that no more should come."""
+        return self._max_unread is not None and self._num_unread > self._max_unread
 
     def deliver(self, choice: int, output: Output) -> None:
         """Take one output of the engine for the choice of this number."""
@@ -139,6 +155,8 @@ class Reading:
             raise ReadingClosed
         self._changed.clear()
         unread, self._unread = self._unread, {}
+        self._num_unread = 0
+        self._on_take(self)
         return unread
 
     async def wait_ended(self) -> None:
@@ -169,8 +187,11 @@ class Reading:
         if piece is None:
             piece = self._unread[choice] = self._new_piece()
         piece.add(output)
+        if self._max_unread is not None:
+            self._num_unread += size_of(output)
         if output.finish_reason:
             self._unfinished.discard(choice)
+            self.reasons.append(output.finish_reason)
             if self.is_finished or output.finish_reason is FinishReason.ERROR:
                 self._ended.set()
         self._changed.set()

@@ -4,6 +4,7 @@ Owns names, types and the words that say what is allowed; ranges are the engine'
 (`SamplingParams`). Does not know prompts or messages.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
@@ -28,6 +29,7 @@ NAME = "up to 128 letters, digits, ., _, : and -"
 IDS = "a list of token ids"
 SESSION = "a string, an id from /v1/sessions"
 CONFLICT = '"error" or "wait"'
+TIMEOUT = "a number of seconds greater than 0"
 POLICY = '"renew" or "exact"'
 CUT = "a whole number from 1, or -1 for the model's trained length"
 
@@ -87,6 +89,7 @@ class SamplingBody(Body):
     stream: bool = Field(False, description=BOOLEAN)
     stream_options: StreamOptions | None = Field(None, description="an object")
     priority: int = ranged(0, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
+    timeout: float | None = ranged(None, TIMEOUT, 0)
     cache_salt: Text | None = Field(None, description="a string")
     request_id: Name | None = Field(None, description=NAME)
     session_id: Text | None = Field(None, description=SESSION)
@@ -112,6 +115,8 @@ class SamplingBody(Body):
         if cut is not None and (cut < -1 or cut == 0):
             message = f"truncate_prompt_tokens must be {CUT}; it is {cut}"
             raise invalid("truncate_prompt_tokens", message)
+        if self.timeout is not None and not 0 < self.timeout < math.inf:  # false for NaN
+            raise invalid("timeout", f"timeout must be {TIMEOUT}; it is {self.timeout}")
         if abs(self.priority) > MAX_PRIORITY:
             raise invalid("priority", f"priority must be {PRIORITY}; it is {self.priority}")
 

@@ -5,13 +5,15 @@ to `turns.py`; bytes on the wire are `snapshots.py`'s.
 """
 
 import asyncio
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
 from engine.errors import SessionMovedError
 from engine.renewal import ContextPolicy
-from server.answering import read_body_with
+from server.accounts import note
+from server.answering import deadline_of, read_body_with
 from server.answers import Shape
 from server.bridge import Phase
 from server.checking import checked
@@ -143,12 +145,17 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
 async def _ids(prompt: str | list[int], context: Context) -> list[int]:
     if isinstance(prompt, list):
         return prompt
-    return await asyncio.to_thread(context.bridge.engine.tokenizer.encode, prompt) if prompt else []
+    if not prompt:
+        return []
+    with context.bridge.line.reading(len(prompt)):
+        return await asyncio.to_thread(context.bridge.engine.tokenizer.encode, prompt)
 
 
 async def _read_in(request: Request, context: Context, order: Order) -> "SessionState":
     """The session after a prompt. Raises ParameterError, EngineStoppedError, ApiError."""
+    order = replace(order, deadline=deadline_of(order, context.config))
     reading = await context.bridge.open(f"session-{request_id_of(request)}", order)
+    note(request.scope, order, reading)
     async with closing(reading, request.receive):
         state = (await whole_pieces(reading))[0].state
     if state is None:  # cancelled, as whatever runs is when the server has to stop

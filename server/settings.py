@@ -8,6 +8,7 @@ from typing import Literal
 
 from engine.errors import ConfigurationError
 from engine.options import check_options, option
+from server.logs import LogFormat
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 WithoutKey = Literal["warn", "allow"]
@@ -30,8 +31,26 @@ class ServerConfig:
     keep_alive_seconds: float = option(
         15.0, "an idle stream gets a comment this often", minimum=0.01, unit="seconds"
     )
+    stream_buffer_bytes: int = option(
+        64 * 1024, "unread text of a stream at which it pauses", minimum=1, unit="bytes"
+    )
+    receive_seconds: float = option(
+        30.0, "how long a request's head may take, or its body stall", minimum=0.01, unit="seconds"
+    )
     max_body_bytes: int = option(
         4 * 1024**2, "longest request body; 512K and 4M are understood", minimum=1, unit="bytes"
+    )
+    max_queued_requests: int = option(
+        512, "prompts that may be without their first token; more are refused", minimum=1
+    )
+    max_queued_tokens: int = option(
+        500_000, "tokens of such prompts, likewise", minimum=1, unit="tokens"
+    )
+    max_request_seconds: float | None = option(
+        None,
+        "longest that a request may take (default: as long as it likes)",
+        minimum=0.001,
+        unit="seconds",
     )
     session_dir: str | None = option(
         None, "folder that keeps sessions (default: one that goes when the server ends)"
@@ -58,7 +77,21 @@ class ServerConfig:
         None, "file, name of one in the model's folder, or plain (default: the model's own)"
     )
     api_key: tuple[str, ...] = option((), "key that clients must send; may be given several times")
-    api_key_file: str | None = option(None, "file of such keys, a line each")
+    api_key_file: str | None = option(None, "file of such keys, a line each, or .json with limits")
+    key_max_requests: int | None = option(
+        None, "most requests of one key at a time (default: any)", minimum=1
+    )
+    key_max_tokens_per_minute: int | None = option(
+        None, "most tokens of one key, prompts included (default: any)", minimum=1, unit="tokens"
+    )
+    key_max_body_bytes: int | None = option(
+        None, "longest request body with a key (default: --max-body-bytes)", minimum=1, unit="bytes"
+    )
+    key_max_tokens: int | None = option(
+        None, "most tokens of one text (default: --max-tokens-limit)", minimum=1, unit="tokens"
+    )
+    key_max_n: int | None = option(None, "most choices of one prompt (default: 128)", minimum=1)
+    key_max_stop: int | None = option(None, "most stop strings (default: 16)", minimum=1)
     without_key: WithoutKey = option(
         "warn", "what becomes of a start that is open to others and has no key"
     )
@@ -67,6 +100,10 @@ class ServerConfig:
         (), "web page that may call from a browser; may be given several times, * is any"
     )
     log_level: LogLevel = option("info", "least serious messages to log")
+    log_format: LogFormat = option("text", "lines for people, or a JSON object a line")
+    log_prompt_characters: int = option(
+        0, "so much of each prompt is logged with its request", minimum=0, unit="characters"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

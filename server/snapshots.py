@@ -51,8 +51,9 @@ async def import_session(
 ) -> Response:
     """A new session that is what another was; `metadata` is a JSON object."""
     context.bridge.check_accepting()
+    config = context.config
     owner, kept = asked_by(request).owner, _kept(metadata, ttl_seconds)
-    raw = await read_body(request, context.config.max_snapshot_bytes)
+    raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
     put_in, seconds = context.sessions.import_, kept.ttl_seconds
     try:
         return told(await asyncio.to_thread(put_in, owner, raw, kept.metadata, seconds))

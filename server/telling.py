@@ -14,7 +14,7 @@ from engine.outputs import FinishReason
 from server.answers import Shape
 from server.best import best_choices
 from server.choices import Choices
-from server.errors import engine_failed
+from server.errors import engine_failed, expired
 from server.orders import QUICK_IDS, Order
 from server.reading import Piece, Reading
 from server.streaming import Heading
@@ -42,8 +42,11 @@ async def whole_pieces(reading: Reading) -> dict[int, Piece]:
     """
     await reading.wait_ended()
     pieces = await reading.take()
-    if any(piece.finish_reason is FinishReason.ERROR for piece in pieces.values()):
+    reasons = {piece.finish_reason for piece in pieces.values()}
+    if FinishReason.ERROR in reasons:
         raise engine_failed()
+    if FinishReason.TIMEOUT in reasons and not reading.num_generated:
+        raise expired()
     return pieces
 
 

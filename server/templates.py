@@ -5,7 +5,6 @@ transformers' habits, for which published templates are written; knows no HTTP.
 """
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +16,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import ConfigurationError
+from server.watchdog import OvertimeError, at_most
 
 MAX_SECONDS = 2.0
 MAX_CHARACTERS = 64 * 1024**2
@@ -54,17 +54,18 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
         """The prompt, with `more` variables. Raises ChatTemplateError."""
         given = {**self.variables, **more, "messages": messages}
-        deadline = time.monotonic() + MAX_SECONDS
         parts: list[str] = []
         length = 0
         try:
-            for part in self.template.generate(given):
-                parts.append(part)
-                length += len(part)
-                if length > MAX_CHARACTERS or time.monotonic() > deadline:
-                    raise ChatTemplateError("the chat template makes too much of these messages")
-        except ChatTemplateError:
-            raise
+            with at_most(MAX_SECONDS):
+                for part in self.template.generate(given):
+                    parts.append(part)
+                    length += len(part)
+                    if length > MAX_CHARACTERS:
+                        raise OvertimeError
+        except OvertimeError:
+            message = "the chat template makes too much of these messages"
+            raise ChatTemplateError(message) from None
         except Exception as error:  # whatever these messages make of its expressions
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from None
         return "".join(parts)

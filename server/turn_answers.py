@@ -4,7 +4,8 @@ Owns whether the turn ends with its client or goes on, and that a session keeps 
 was written to the socket. Knows nothing of bodies.
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from server.accounts import note
 from server.context import Context
+from server.errors import expired
 from server.live_events import LiveAnswer, LiveEvents
 from server.open_turn import OpenTurn
 from server.orders import Order, TurnTerms
@@ -45,13 +48,14 @@ class TurnAnswer(Response):
         policies = context.bridge.engine.policies
         async with AsyncExitStack() as stack:
             begun = context.turns.turn(self._asker, terms, receive)
-            turn = await stack.enter_async_context(begun)
+            turn = await _in_time(stack.enter_async_context(begun), self._order.deadline)
             start = policies.settled(turn.state, self._order.params)
             order = replace(self._order, start=start)
             tokenizer, skips = context.bridge.engine.tokenizer, order.params.skip_special_tokens
             table = tokenizer.token_bytes if skips else tokenizer.written_bytes
             turn.reads(start, order.prompts[0], table, policies.window)
             reading = await context.bridge.open(self._name, order)
+            note(scope, order, reading)
             stack.callback(reading.close)
             if terms.on_disconnect == "continue":
                 answer = await self._continued(reading, turn, stack.pop_all(), receive)
@@ -101,6 +105,15 @@ class TurnAnswer(Response):
         order, kind = replace(self._order, is_stream=True), self._kind
         heading = kind.heading(self._name, order, self._context.model_name)
         return Events(heading, kind.choices(order, self._context.bridge.engine.tokenizer), order)
+
+
+async def _in_time(begins: Awaitable[OpenTurn], deadline: float | None) -> OpenTurn:
+    """The turn, if it begins by then. Raises ApiError 504."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await begins
+    except TimeoutError:
+        raise expired() from None
 
 
 class TurnStream(EventStream):

@@ -207,3 +207,9 @@ def test_memory_that_holds_no_state() -> None:
 def test_configurations_are_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
         read().n_embd = 8  # type: ignore[misc]
+
+
+def test_prompts_beside_running_choices_are_bounded_by_device() -> None:
+    assert EngineConfig().prompt_tokens_beside("cpu") is None
+    assert EngineConfig(max_batch_tokens=100).prompt_tokens_beside("cuda:0") == 100
+    assert EngineConfig(max_prefill_tokens=7).prompt_tokens_beside("cuda:0") == 7

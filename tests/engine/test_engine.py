@@ -14,8 +14,8 @@ import torch
 import engine as library
 from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from engine.errors import EngineStoppedError, ParameterError, RequestFailedError
-from engine.runner import Result
-from engine.scheduler import Plan
+from engine.plan import Plan
+from engine.runner import Result, Sample
 from tests.engine.making import drew
 
 LONG = SamplingParams(max_tokens=10_000, ignore_eos=True, seed=1)
@@ -504,6 +504,30 @@ def test_a_fault_while_a_prompt_of_several_choices_is_read(
     assert [out.finish_reason for out in engine.step()] == [FinishReason.ERROR] * 3
     check_all_ended(engine, {})
     assert len(engine.generate(["abc"], SamplingParams(n=4, max_tokens=2))) == 4
+
+
+def test_a_fault_in_telling_an_id_ends_its_request_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its choices, also those whose ids of the same step were not told yet."""
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    expected = engine.generate(["b"], params)[0].token_ids
+    accept = engine._registry.accept
+
+    def fail(sample: Sample) -> Output:
+        if sample.choice.request.id == "a":
+            raise ValueError("broken")
+        return accept(sample)
+
+    monkeypatch.setattr(engine._registry, "accept", fail)
+    engine.submit([1], SamplingParams(n=3), request_id="a")
+    engine.submit(engine.tokenizer.encode("b"), params, request_id="b")
+    parts = collect(engine)
+    reasons = [parts["a", choice][-1].finish_reason for choice in range(3)]
+    assert reasons == [FinishReason.ERROR] * 3
+    assert ids_of(parts["b", 0]) == expected
+    assert engine.stats().num_faults == 1
+    check_all_ended(engine, parts)
 
 
 def test_generate_raises_what_the_engine_says(

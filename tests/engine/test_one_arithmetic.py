@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from engine import Engine, EngineConfig, SamplingParams
+from engine.plan import Plan
 from engine.runner import Result
-from engine.scheduler import Plan
 
 pytestmark = pytest.mark.every_attention
 

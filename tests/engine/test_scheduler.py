@@ -7,10 +7,12 @@ import pytest
 
 from engine.choice import Choice
 from engine.detokenizer import Detokenizer
+from engine.outputs import FinishReason
 from engine.params import SamplingParams
+from engine.plan import Plan
 from engine.renewal import Renewed
 from engine.request import Request
-from engine.scheduler import Plan, Scheduler
+from engine.scheduler import PATIENCE, Scheduler
 from tests.engine.making import make_request, small_tokenizer
 
 
@@ -178,49 +180,169 @@ def test_a_plan_names_each_request_once() -> None:
     assert scheduler.schedule().requests == [made]
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("budget", [2, 3, 16, 64])
-def test_nobody_starves(budget: int, seed: int) -> None:
-    """Random arrivals and lengths: every step keeps the budget, and waits are bounded.
+def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
+    """It is read in the step after its arrival; the long one goes on with its share."""
+    scheduler = Scheduler(64)
+    running(scheduler, 4)
+    long = request(length=100_000, name="long")
+    scheduler.add(long)
+    scheduler.admit(1)
+    run(scheduler, scheduler.schedule())
+    short = [request(length=6, name=f"short {i}") for i in range(2)]
+    for each in short:
+        scheduler.add(each)
+    scheduler.admit(2)
+    plan = scheduler.schedule()
+    assert [chunk.request for chunk in plan.prefill] == [*short, long]
+    assert all(chunk.is_last for chunk in plan.prefill[:2])
+    assert plan.prefill[2].stop - plan.prefill[2].start == 16 // 4
 
-    A running choice gets a token at least every ⌈slots / (budget − share)⌉ steps; the prompt at the
-    head gets its share in every step.
+
+def test_the_oldest_prompt_has_its_share_however_many_shorter_ones_come() -> None:
+    scheduler = Scheduler(64)
+    long = request(length=1000, name="long")
+    scheduler.add(long)
+    scheduler.admit(1)
+    for step in range(60):
+        scheduler.add(request(length=60, name=str(step)))
+        scheduler.admit(1)
+        run(scheduler, scheduler.schedule())
+        assert long.num_read >= min(1000, 4 * (step + 1))
+
+
+@pytest.mark.parametrize(
+    ("num_running", "max_beside", "expected"),
+    [(0, 3, 64), (4, None, 16), (24, None, 24), (4, 3, 3)],
+)
+def test_prompts_hold_up_those_that_run_by_so_much(
+    num_running: int, max_beside: int | None, expected: int
+) -> None:
+    scheduler = Scheduler(64, max_beside)
+    running(scheduler, num_running)
+    scheduler.add(request(length=1000))
+    scheduler.admit(1)
+    plan = scheduler.schedule()
+    assert len(plan.decode) == num_running
+    assert plan.prefill[0].stop == expected
+
+
+def test_lower_numbers_go_first_but_nobody_is_overtaken_for_ever() -> None:
+    scheduler = Scheduler(8)
+    patient = request(name="patient")
+    patient.priority = 1
+    scheduler.add(patient)
+    order = []
+    for number in range(PATIENCE + 5):
+        scheduler.add(request(name=str(number)))
+        order += scheduler.admit(1)
+    assert order.index(patient) == PATIENCE
+    again = request(name="again")
+    scheduler.add_again(again)
+    assert scheduler.admit(1) == [again]
+
+
+class Simulation:
+    """Random arrivals, lengths, priorities, pauses and cancels, without a model.
+
+    Every step keeps the budget, and waits are bounded: whoever waits is overtaken by no more than
+    PATIENCE others beside those that were there before; the oldest prompt that is read gets a
+    fourth of what prompts get; whoever runs gets a token at least every so many steps.
     """
-    rng = random.Random(seed)
-    num_slots, scheduler, free = 12, Scheduler(budget), 12
-    share = max(1, budget // 4)
-    patience = -(-num_slots // (budget - share)) + 1
-    last_turn: dict[Choice, int] = {}
-    pending = [
-        request(rng.choice([1, 5, 40]), rng.choice([1, 1, 3]), rng.randrange(1, 20), str(i))
-        for i in range(30)
-    ]
-    step = 0
-    while pending or scheduler.has_work():
-        step += 1
-        assert step < 10_000
-        if pending and rng.random() < 0.3:
-            scheduler.add(pending.pop())
-        free -= sum(len(each.choices) for each in scheduler.admit(free))
-        reading = next(iter(scheduler._reading), None)
-        plan = scheduler.schedule()
-        assert cost(plan) <= budget
+
+    num_slots = 12
+
+    def __init__(self, budget: int, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.budget = budget
+        self.scheduler = Scheduler(budget)
+        self.num_free = self.num_slots
+        self.num_admitted = self.step = 0
+        self.admitted_by: dict[Request, int] = {}
+        self.last_turn: dict[Choice, int] = {}
+        self.paused: list[Request] = []
+
+    def arrives(self, number: int) -> None:
+        length = self.chance.choice([1, 5, 40, 400] if number % 50 else [4000])
+        wide, said = self.chance.choice([1, 1, 3]), self.chance.randrange(1, 20)
+        made = request(length, wide, said, str(number))
+        made.priority = self.chance.choice([0, 0, 0, -1, 1])
+        self.scheduler.add(made)
+        self.waits(made)
+
+    def waits(self, made: Request) -> None:
+        older = self.scheduler.num_waiting
+        self.admitted_by[made] = self.num_admitted + PATIENCE + older
+
+    def admit(self) -> None:
+        for admitted in self.scheduler.admit(self.num_free):
+            self.num_admitted += 1
+            assert self.num_admitted <= self.admitted_by.pop(admitted)
+            self.num_free -= len(admitted.unfinished)
+            if admitted.num_read:  # it had paused
+                self.scheduler.start_choices(admitted)
+                self.last_turn |= dict.fromkeys(admitted.unfinished, self.step)
+
+    def advance(self) -> None:
+        self.step += 1
+        oldest = next(iter(self.scheduler._reading), None)
+        plan = self.scheduler.schedule()
+        assert cost(plan) <= self.budget
         assert len(set(plan.decode)) == len(plan.decode)
-        started = {chunk.request for chunk in plan.prefill}
-        assert not started & {choice.request for choice in plan.decode}
-        assert len(started) == len(plan.prefill)
-        if reading is not None:
-            head = plan.prefill[0]
-            assert head.request is reading
-            assert head.is_last or head.stop - head.start >= share
-        for choice in run(scheduler, plan):
-            last_turn[choice] = step
+        assert len(plan.requests) == len({c.request for c in plan.decode}) + len(plan.prefill)
+        if oldest is not None:
+            self.check_share(oldest, plan)
+        for choice in run(self.scheduler, plan):
+            self.last_turn[choice] = self.step
             if choice.num_generated == choice.request.params.max_tokens:
-                scheduler.remove_choice(choice)
-                del last_turn[choice]
-                free += 1
-        assert all(step - turn <= patience for turn in last_turn.values())
-    assert free == num_slots
+                self.end(choice)
+        reserved = max(1, self.budget // 4)
+        patience = -(-self.num_slots // (self.budget - reserved)) + 1
+        assert all(self.step - turn <= patience for turn in self.last_turn.values())
+
+    def check_share(self, oldest: Request, plan: Plan) -> None:
+        num_decode = len(plan.decode)
+        prompts = min(self.budget - num_decode, max(16, num_decode) if num_decode else self.budget)
+        (chunk,) = (chunk for chunk in plan.prefill if chunk.request is oldest)
+        assert chunk.is_last or chunk.stop - chunk.start >= max(1, prompts // 4)
+
+    def end(self, choice: Choice) -> None:
+        choice.finish_reason = FinishReason.LENGTH
+        self.scheduler.remove_choice(choice)
+        del self.last_turn[choice]
+        self.num_free += 1
+
+    def meddle(self) -> None:
+        """One that runs is cancelled, or pauses, or goes on."""
+        running = [choice.request for choice in self.scheduler._running]
+        kind = self.chance.random()
+        if running and kind < 0.02:
+            made = self.chance.choice(running)
+            self.scheduler.remove_request(made)
+            self.num_free += len(made.unfinished)
+            for choice in made.unfinished:
+                del self.last_turn[choice]
+            if kind < 0.01:
+                self.paused.append(made)
+        elif self.paused and kind < 0.1:
+            made = self.paused.pop()
+            self.scheduler.add_again(made)
+            self.waits(made)
+
+
+@pytest.mark.parametrize(("budget", "num_arrivals"), [(2, 40), (3, 60), (16, 300), (64, 10_000)])
+def test_nobody_starves(budget: int, num_arrivals: int) -> None:
+    simulation = Simulation(budget, seed=budget)
+    num_arrived = 0
+    while num_arrived < num_arrivals or simulation.scheduler.has_work() or simulation.paused:
+        assert simulation.step < 200_000
+        while num_arrived < num_arrivals and simulation.chance.random() < 0.3:
+            simulation.arrives(num_arrived)
+            num_arrived += 1
+        simulation.meddle()
+        simulation.admit()
+        simulation.advance()
+    assert simulation.num_free == simulation.num_slots
+    assert simulation.admitted_by == {}
 
 
 def test_a_choice_with_a_spare_row_costs_two() -> None:

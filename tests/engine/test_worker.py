@@ -160,7 +160,7 @@ def test_a_fault_in_the_engine_itself_ends_the_thread(
     def fail(*_: Any) -> list[Output]:
         raise KeyError("inconsistent")
 
-    monkeypatch.setattr(engine._registry, "accept", fail)
+    monkeypatch.setattr(engine._registry, "move_on", fail)
     monkeypatch.setattr(engine._registry, "cancel_all", fail)
     worker.start()
     worker.submit([1], SHORT, request_id="a")

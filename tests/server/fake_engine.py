@@ -77,6 +77,9 @@ class Running:
     priority: int = 0
     said: int = 0
     cancelled_at: int | None = None
+    is_paused: bool = False
+    started: float = field(default_factory=time.monotonic)
+    reason: FinishReason = FinishReason.CANCELLED
     start: SessionState | None = None
     drawn: list[int] = field(default_factory=list)
     unfinished: set[int] = field(default_factory=set)
@@ -134,13 +137,22 @@ class FakeEngine:
             self.seen.append(self.running[request_id])
         return request_id
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         with self._lock:
             if request := self.running.get(request_id):
-                request.cancelled_at = self.num_steps
+                request.cancelled_at, request.reason = self.num_steps, reason
+
+    def pause(self, request_id: str) -> None:
+        if request := self.running.get(request_id):
+            request.is_paused = True
+
+    def resume(self, request_id: str) -> None:
+        if request := self.running.get(request_id):
+            request.is_paused = False
 
     def has_work(self) -> bool:
-        return bool(self.running)
+        running = list(self.running.values())
+        return any(not each.is_paused or each.cancelled_at is not None for each in running)
 
     def step(self) -> list[Output]:
         self.may_step.wait()
@@ -158,10 +170,13 @@ class FakeEngine:
         return EngineStats(
             num_running=len(self.running),
             num_waiting=0,
+            num_paused=0,
             num_finished=dict(self.finished),
             num_prompt_tokens=self.num_prompt,
             num_generated_tokens=self.num_generated,
             num_steps=self.num_steps,
+            num_faults=0,
+            num_undrawn=0,
             num_slots=self.num_slots,
             num_free_slots=self.num_slots - sum(len(r.unfinished) for r in self.running.values()),
             pool_bytes=1000 * self.num_slots,
@@ -173,6 +188,8 @@ class FakeEngine:
         if request.cancelled_at is not None:
             self.cancelled.append(Cancelled(name, request.cancelled_at, self.num_steps))
             return self._cancel_one(name)
+        if request.is_paused:
+            return []
         if request.prompt == "die":
             raise RuntimeError("told to die")
         if request.prompt == "fail" and request.said == 1:
@@ -199,7 +216,7 @@ class FakeEngine:
         return self._end(name, reason, None, text, (token_id,))
 
     def _cancel_one(self, name: str) -> list[Output]:
-        return self._end(name, FinishReason.CANCELLED)
+        return self._end(name, self.running[name].reason)
 
     def _end(
         self,
@@ -225,6 +242,7 @@ class FakeEngine:
                 logprobs=() if num is None else tuple(fake_logprob(each, num) for each in ids),
                 prompt_logprobs=self._scored(request) if is_first and choice == 0 else None,
                 state=self._state(request, reason),
+                started=request.started,
             )
             for choice in sorted(request.unfinished)
         ]

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from engine.engine import Engine
 from engine.worker import EngineWorker
+from server.admission import Line
 from server.app import create_app
 from server.bridge import Bridge
 from server.lifecycle import bind_socket, run_server, url_of
@@ -20,7 +21,9 @@ from tests.server.fake_sessions import FakeSessions
 def main() -> int:
     engine = cast(Engine, FakeEngine(step_seconds=float(sys.argv[1])))
     config = ServerConfig(port=0, drain_seconds=float(sys.argv[2]))
-    bridge = Bridge(engine, partial(EngineWorker, engine))
+    bridge = Bridge(
+        engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
+    )
     sock = bind_socket(config.host, config.port)
     url = url_of(sock)
     sessions: Any = FakeSessions()

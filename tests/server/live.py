@@ -13,9 +13,10 @@ import httpx
 import uvicorn
 
 from engine.worker import EngineWorker
+from server.admission import Line
 from server.app import create_app
 from server.bridge import Bridge
-from server.lifecycle import bind_socket, url_of
+from server.lifecycle import bind_socket, bounded, url_of
 from server.settings import ServerConfig
 from server.templates import ChatTemplate
 from tests.server.fake_engine import FakeEngine
@@ -26,8 +27,16 @@ class Live:
     """A running server and its client."""
 
     def __init__(
-        self, engine: Any, bridge: Bridge, sessions: Any, turns: Any, url: str, client: httpx.Client
+        self,
+        engine: Any,
+        bridge: Bridge,
+        sessions: Any,
+        turns: Any,
+        url: str,
+        client: httpx.Client,
+        server: uvicorn.Server,
     ) -> None:
+        self.server = server
         self.engine = engine
         self.sessions = sessions
         self.turns: Any = turns
@@ -81,8 +90,10 @@ class Live:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(20)
         sock.connect((host, int(port)))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
-        sock.sendall(head.encode() + raw)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
+        if key := self.client.headers.get("authorization"):
+            head += f"Authorization: {key}\r\n"
+        sock.sendall(f"{head}\r\n".encode() + raw)
         return sock
 
 
@@ -95,18 +106,23 @@ def serving(
 ) -> Iterator[Live]:
     """A live server; at its end nothing may be left running."""
     engine = engine or FakeEngine()
-    bridge = Bridge(engine, partial(EngineWorker, engine))
+    config = ServerConfig(port=0, **settings)
+    bridge = Bridge(
+        engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
+    )
     sessions = sessions or FakeSessions()
-    app = create_app(bridge, ServerConfig(port=0, **settings), sessions, template)
+    app = create_app(bridge, config, sessions, template)
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, ws="none", http=bounded(config.receive_seconds))
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
         with httpx.Client(base_url=url, timeout=20) as client:
-            yield Live(engine, bridge, sessions, app.state.context.turns, url, client)
+            yield Live(engine, bridge, sessions, app.state.context.turns, url, client, server)
     finally:
         if isinstance(engine, FakeEngine):  # a test that failed may have left it waiting
             engine.may_step.set()

@@ -10,6 +10,7 @@ import pytest
 from engine.errors import EngineStoppedError
 from engine.outputs import FinishReason, Output
 from engine.params import SamplingParams
+from server.admission import Line
 from server.bridge import Bridge
 from server.orders import QUICK_IDS, Details, Order
 from server.reading import Reading, ReadingClosed
@@ -39,7 +40,7 @@ class HandWorker:
 
 
 def bridge() -> Bridge:
-    made = Bridge(FakeEngine(), HandWorker)  # type: ignore[arg-type]
+    made = Bridge(FakeEngine(), HandWorker, Line(8, 10**6), 100)  # type: ignore[arg-type]
     made.start()
     return made
 
@@ -60,7 +61,7 @@ def order(*prompts: list[int]) -> Order:
 
 def test_unread_outputs_are_one_piece_per_choice() -> None:
     async def run() -> None:
-        reading = Reading(2, lambda _: None)
+        reading = Reading(2, print, print)
         for step in range(1000):
             reading.deliver(step % 2, Output("r", 0, "ab"[step % 2], (1,)))
         reading.deliver(1, Output("r", 0, "!", (2, 3), FinishReason.STOP))
@@ -126,7 +127,7 @@ def test_a_finished_reading_cancels_nothing() -> None:
 
 def test_nothing_is_taken_before_the_start_or_while_draining() -> None:
     async def run() -> None:
-        made = Bridge(FakeEngine(), HandWorker)  # type: ignore[arg-type]
+        made = Bridge(FakeEngine(), HandWorker, Line(8, 10**6), 100)  # type: ignore[arg-type]
         with pytest.raises(EngineStoppedError, match="starting"):
             await made.open("r", order([1]))
         made.start()

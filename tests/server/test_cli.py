@@ -234,6 +234,7 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
             time.sleep(0.05)
             popen.send_signal(signal.SIGTERM)
             assert popen.wait(20) == 0
-            assert popen.stderr.read() == ""
+            logged = popen.stderr.read().splitlines()
+            assert [" INFO request id=" in line for line in logged] == [True, True]
         finally:
             popen.kill()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from engine.errors import ConfigurationError
-from server.keys import api_keys
+from server.key_files import api_keys
 from server.lifecycle import bind_socket
 from server.reach import warn_of_strangers, who_reaches
 from server.settings import ServerConfig

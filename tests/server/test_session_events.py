@@ -313,8 +313,8 @@ def test_a_server_drains_until_the_turn_has_ended() -> None:
         session_id = live.opened("x")
         left_after(live, 1, **going_on(session_id, num=50))
         live.loop_call(live.bridge.drain)
-        assert not live.bridge._idle.is_set()
-        eventually(live.bridge._idle.is_set)
+        assert not live.bridge._routes._idle.is_set()
+        eventually(live.bridge._routes._idle.is_set)
         eventually(lambda: live.sessions.ends == ["commit"])
         assert len(live.text_of(session_id)) == 52
 

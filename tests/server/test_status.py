@@ -1,7 +1,9 @@
 """What the server says of itself: models, health, readiness, figures, its description."""
 
 import re
+from collections import Counter
 
+from server.timings import Timings
 from tests.server.live import Live, eventually, serving
 
 
@@ -39,6 +41,55 @@ def test_figures_follow_the_work() -> None:
     assert told["cottention:state_pool_bytes{}"] == 64_000
     assert told["cottention:bytes_per_session{}"] == 1000
     assert told["process_resident_memory_bytes"] > 0
+
+
+def test_times_are_told_under_vllm_s_names() -> None:
+    with serving() as live:
+        live.engine.step_seconds = 0.01
+        live.complete(prompt=["abc", "de"], n=2, max_tokens=6)
+        told = figures(live)
+    counts = {
+        name.removeprefix("cottention:").partition("_count")[0]: value
+        for name, value in told.items()
+        if name.endswith("_count{}")
+    }
+    assert counts == {
+        "time_to_first_token_seconds": 2,
+        "inter_token_latency_seconds": 2 * 2 * 5,
+        "request_time_per_output_token_seconds": 2,
+        "e2e_request_latency_seconds": 2,
+        "request_queue_time_seconds": 2,
+        "request_prefill_time_seconds": 2,
+        "request_decode_time_seconds": 2,
+        "request_prompt_tokens": 2,
+        "request_generation_tokens": 2,
+    }
+    assert 0.2 <= told["cottention:inter_token_latency_seconds_sum{}"] < 20
+    assert told['cottention:request_prompt_tokens_bucket{le="2.0"}'] == 1
+    assert told['cottention:request_prompt_tokens_bucket{le="5.0"}'] == 2
+    assert told["cottention:request_generation_tokens_sum{}"] == 24
+    assert told['cottention:e2e_request_latency_seconds_bucket{le="+Inf"}'] == 2
+
+
+def test_a_step_s_tokens_are_timed_at_once() -> None:
+    """However many streams there are: one value with its number."""
+    timings, seen = Timings(), []
+    timings.between_tokens.observe = lambda value, times: seen.append((value, times))  # type: ignore[method-assign]
+    timings.note_gaps(Counter({0.5: 63, 1.0: 1}))
+    assert seen == [(0.5, 63), (1.0, 1)]
+
+
+def test_the_line_and_its_refusals_are_told() -> None:
+    with serving(max_queued_requests=1) as live:
+        live.engine.may_step.clear()
+        with live.connect(prompt="abc"):
+            eventually(lambda: live.engine.running)
+            live.complete(prompt="x")
+            told = figures(live)
+            live.engine.may_step.set()
+    assert told["cottention:num_prompts_in_line{}"] == 1
+    assert told["cottention:num_tokens_in_line{}"] == 3
+    assert told["cottention:requests_refused_total{}"] == 1
 
 
 def test_figures_have_prometheus_content_type(shared: Live) -> None:

@@ -137,19 +137,3 @@ def test_an_idle_stream_gets_comments() -> None:
             assert [next(lines), next(lines)] == [": keep-alive", ""]
             live.engine.may_step.set()
             assert list(lines)[-2] == "data: [DONE]"
-
-
-def test_what_a_reader_has_not_read_is_merged() -> None:
-    """A reader that stalls gets all the text, in far fewer events than steps."""
-    num_tokens = 2000
-    with serving() as live:
-        with live.connect(prompt="loud", stream=True, max_tokens=num_tokens) as sock:
-            eventually(lambda: live.engine.stats().num_finished.get(FinishReason.LENGTH))
-            received = bytearray()
-            while b"[DONE]" not in received[-100:]:
-                received += sock.recv(1 << 20)
-        events = [line for line in received.split(b"\n") if line.startswith(b"data: {")]
-        assert len(events) < num_tokens * 3 / 4
-        text = "".join(json.loads(line[6:])["choices"][0]["text"] for line in events)
-        letters = "abcdefghijklmnopqrstuvwxyz"
-        assert text == "".join(letters[step % 26] * 10_000 for step in range(num_tokens))

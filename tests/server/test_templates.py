@@ -107,6 +107,7 @@ def test_what_published_templates_use(source: str, says: str, tmp_path: Path) ->
         "{% for a in range(99999) %}{% for b in range(99999) %}x{% endfor %}{% endfor %}",
         "{{ 'x' * 99999999 }}",
         "{% for a in range(999999) %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     ],
 )
 def test_what_a_template_may_not_do(

@@ -1,0 +1,78 @@
+"""Requests whose readers are behind: their states wait on the host, and their slots serve others.
+
+Owns the way out of the pool and back into it. Does not know why a request pauses. A prompt that is
+still being read goes on: nothing of it is unread.
+"""
+
+import time
+
+from torch import Tensor
+
+from engine import ops
+from engine.choice import Choice
+from engine.request import Request
+from engine.scheduler import Scheduler
+from engine.state import StatePool
+
+Rows = list[tuple[Tensor, ...]]
+"""Of the row that a choice runs in, and of its spare where there is one."""
+
+
+class Pausing:
+    """Between a scheduler and a pool; a request that pauses is in no line of the scheduler's."""
+
+    def __init__(self, scheduler: Scheduler, pool: StatePool) -> None:
+        self._scheduler = scheduler
+        self._pool = pool
+        self._parked: dict[Request, dict[Choice, Rows]] = {}
+        self._paused: set[Request] = set()
+
+    @property
+    def num_paused(self) -> int:
+        """Requests that wait for their readers."""
+        return len(self._paused)
+
+    def pause(self, request: Request) -> None:
+        """Stop generating; also of one that was to go on and still waits for slots."""
+        if self._scheduler.is_running(request):
+            self._park(request)
+        if request in self._parked:
+            self._scheduler.remove_request(request)
+            self._paused.add(request)
+
+    def _park(self, request: Request) -> None:
+        self._parked[request] = {
+            choice: [self._pool.read(row) for row in choice.rows] for choice in request.unfinished
+        }
+        for choice in request.unfinished:
+            self._pool.free(request.slots[choice.index])
+        request.slots = []
+
+    def resume(self, request: Request) -> None:
+        """Wait for slots, before those that have not begun."""
+        if request in self._paused:
+            self._paused.remove(request)
+            self._scheduler.add_again(request)
+
+    def begin(self, request: Request) -> bool:
+        """Give an admitted request its slots; whether it goes on where it paused."""
+        request.slots = [
+            ops.PADDING_SLOT if choice.finish_reason else self._pool.allocate()
+            for choice in request.choices
+        ]
+        for choice in request.unfinished:
+            choice.rows = self._pool.rows_of(request.slots[choice.index])
+        parked = self._parked.pop(request, None)
+        if parked is None:
+            request.started = time.monotonic()
+            return False
+        for choice, all_values in parked.items():
+            for row, values in zip(choice.rows, all_values, strict=True):
+                self._pool.write(row, values)
+        self._scheduler.start_choices(request)
+        return True
+
+    def forget(self, request: Request) -> None:
+        """It ends."""
+        self._paused.discard(request)
+        self._parked.pop(request, None)

@@ -1,0 +1,155 @@
+"""The log: one line for each request, in two forms, and no text of a prompt unless it is wanted."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.logs import FIELDS, JsonLines, Lines
+from tests.server.live import Live, eventually, serving
+from tests.server.test_keys import bearer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Any:
+    """What is told of each request so far."""
+    caplog.set_level(logging.INFO, "cottention.requests")
+    return lambda: [r.fields for r in caplog.records if r.name == "cottention.requests"]
+
+
+def only(lines: Any) -> dict[str, Any]:
+    eventually(lines)
+    (line,) = lines()
+    return dict(line)
+
+
+def test_a_request_is_one_line(lines: Any) -> None:
+    with serving() as live:
+        answer = live.client.post(
+            "/v1/completions",
+            json={"prompt": ["abc", "de"], "n": 2, "max_tokens": 3},
+            headers={"X-Request-Id": "mine"},
+        )
+        assert answer.status_code == 200
+        told = only(lines)
+    seconds, started, first = (
+        told.pop(name) for name in ("seconds", "started_after", "first_token_after")
+    )
+    assert 0 <= started <= first <= seconds < 10
+    assert told == {
+        "id": "mine",
+        "key": "",
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "prompt_tokens": 5,
+        "cached_tokens": 0,
+        "completion_tokens": 12,
+        "ended": "length",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "ended"),
+    [
+        ({"prompt": "x", "max_tokens": -1}, 400, None),
+        ({"prompt": "fail", "max_tokens": 5}, 500, "error"),
+        ({"prompt": ["say:ab", "x"], "max_tokens": 5}, 200, "stop,length"),
+        ({"prompt": "x", "max_tokens": 5, "stream": True}, 200, "length"),
+    ],
+)
+def test_how_it_ended(lines: Any, body: dict[str, Any], status: int, ended: str | None) -> None:
+    with serving() as live:
+        live.complete(**body)
+        told = only(lines)
+        assert (told["status"], told.get("ended")) == (status, ended)
+
+
+def test_a_client_that_leaves_has_a_line_too(lines: Any) -> None:
+    with serving() as live:
+        live.engine.step_seconds = 0.01
+        with live.connect(prompt="x", max_tokens=100_000, stream=True):
+            eventually(lambda: live.engine.num_generated > 3)
+        told = only(lines)
+        assert (told["status"], told["ended"]) == (200, "client_left")
+        assert told["completion_tokens"] > 3
+
+
+def test_a_turn_and_a_refused_key_have_lines(lines: Any, tmp_path: Path) -> None:
+    keys = {"alice": {"key": "one"}}
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    with serving(api_key_file=str(tmp_path / "keys.json"), api_key=("two",)) as live:
+        for key in ("one", "two", "three"):
+            live.client.post("/v1/sessions", json={"prompt": "abc"}, headers=bearer(key))
+        eventually(lambda: len(lines()) == 3)
+        named = [(line["key"], line["status"], line.get("prompt_tokens")) for line in lines()]
+        assert named == [("alice", 200, 3), ("3fc4ccfe", 200, 3), ("", 401, None)]
+
+
+def test_probes_have_none(lines: Any, shared: Live) -> None:
+    for path in ("/health", "/ready", "/metrics", "/v1/models"):
+        shared.client.get(path)
+    assert lines() == []
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, None), (4, "abcé"), (100, "abcédef")])
+def test_a_prompt_is_told_as_far_as_wanted(lines: Any, number: int, expected: str | None) -> None:
+    with serving(log_prompt_characters=number) as live:
+        live.complete(prompt="abcédef")
+        assert only(lines).get("prompt") == expected
+
+
+def record(message: str, **fields: Any) -> logging.LogRecord:
+    made = logging.LogRecord("x", logging.INFO, "", 1, message, None, None)
+    setattr(made, FIELDS, fields)
+    return made
+
+
+def test_a_line_for_people_is_one_line() -> None:
+    line = Lines().format(record("request", id="mine", path="/v1", seconds=0.5, prompt='a\nb "c"'))
+    assert line.endswith(' INFO request id=mine path="/v1" seconds=0.5 prompt="a\\nb \\"c\\""')
+    assert "\n" not in line
+    assert Lines().format(logging.makeLogRecord({"msg": "plain"})).endswith(" plain")
+
+
+def test_a_line_for_machines_is_an_object() -> None:
+    told = json.loads(JsonLines().format(record("request", id="mine", path=Path("/x"))))
+    assert told.pop("time") > 0
+    assert told == {"level": "info", "message": "request", "id": "mine", "path": "/x"}
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        made = logging.makeLogRecord({"msg": "oh", "exc_info": sys.exc_info()})
+    line = JsonLines().format(made)
+    assert "\n" not in line
+    assert "ValueError: broken" in json.loads(line)["exception"]
+
+
+def test_a_server_that_is_asked_for_json_logs_nothing_else(gptj_folder: Path) -> None:
+    command = [sys.executable, "-m", "server", "serve", str(gptj_folder), "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--log-format", "json", "--max-slots", "2"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as popen:
+        assert popen.stdout
+        told = iter(popen.stdout.readline, "")
+        url = next(line.split()[-1] for line in told if line.startswith("ready"))
+        httpx.post(f"{url}/v1/completions", json={"prompt": "secret", "max_tokens": 3}, timeout=30)
+        popen.send_signal(signal.SIGTERM)
+        _, errors = popen.communicate(timeout=30)
+    assert popen.returncode == 0
+    logged = [json.loads(line) for line in errors.splitlines()]
+    (request,) = (line for line in logged if line["message"] == "request")
+    assert request["completion_tokens"] == 3
+    assert "secret" not in errors
