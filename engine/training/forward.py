@@ -19,13 +19,22 @@ from engine.weights import load_model
 
 INITIAL_DEVIATION = 0.02
 
+FIRST_DECAYS = 0.1, 0.6
+"""σ(m) of a layer's first and last head: alike in all heads it hardly moves apart in training."""
+
 
 def new_model(model: CottentionForCausalLM) -> CottentionForCausalLM:
-    """Draw first weights: normal, smaller where a product adds to the residual; biases zero."""
+    """Draw first weights: normal, smaller where a product adds to the residual; biases zero.
+
+    Cottention's m is spread so that σ(m) stands evenly apart between a layer's heads.
+    """
     residual = INITIAL_DEVIATION / (2 * model.config.n_layer) ** 0.5
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(weight)
+        elif name.endswith("norm_const"):
+            decays = torch.linspace(*FIRST_DECAYS, model.config.n_head)
+            weight.data.copy_(torch.logit(decays).view_as(weight))
         elif weight.ndim == 2:
             ends_branch = "out_proj" in name or "fc_out" in name
             nn.init.normal_(weight, std=residual if ends_branch else INITIAL_DEVIATION)

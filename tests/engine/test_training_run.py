@@ -237,6 +237,7 @@ def test_a_run_goes_on_from_a_finished_model_and_tells_both(
     )
     train(again, ["--begin-with", "first"], Listener())
     first, second = weights_of(settings), weights_of(again)
-    assert all(torch.allclose(first[name], second[name], atol=1e-3) for name in first)
+    for name, weight in first.items():  # each is rounded to the type that serves it best
+        torch.testing.assert_close(second[name].float(), weight.float(), atol=1e-2, rtol=0)
     card = (again.output / "README.md").read_text(encoding="utf-8")
     assert card.index("engine.training --steps 12") < card.index("--begin-with first")

@@ -145,3 +145,10 @@ def test_sigma_gets_a_gradient_even_where_nothing_else_does(leading: tuple[int, 
     cos, sin = ops.rotary_table(torch.arange(5), 8, 10_000.0)
     ops.cottention_features(v, v, v, torch.arange(5), sigma, cos, sin)[2].sum().backward()
     assert sigma.grad is not None
+
+
+def test_first_decays_stand_apart_between_heads(model: CottentionForCausalLM) -> None:
+    for block in model.blocks():
+        sigma = block.attn.sigma()
+        expected = torch.linspace(0.1, 0.6, len(sigma), dtype=torch.float64)
+        torch.testing.assert_close(sigma, expected, rtol=0, atol=1e-6)
