@@ -13,6 +13,8 @@ from engine.params import SamplingParams
 from engine.renewal import ContextPolicy, Grid, grids
 from engine.session_state import SessionState
 
+_NO_SPARES = "this server was started with --context-policy exact and has no spare rows"
+
 
 @dataclass(frozen=True, slots=True)
 class Policies:
@@ -48,11 +50,10 @@ class Policies:
         """Of a request, whose session is settled. Raises ParameterError."""
         policy = params.context_policy or self.default if start is None else start.context_policy
         if policy == "renew" and self.default == "exact":
-            raise ParameterError(
-                "context_policy",
-                'context_policy must be "exact": this server was started with --context-policy'
-                " exact and has no spare rows",
-            )
+            wish = 'context_policy must be "exact"'
+            if start is not None:
+                wish = 'the session has context_policy "renew", which is not to be had'
+            raise ParameterError("context_policy", f"{wish}: {_NO_SPARES}")
         if policy == "exact" and self.max_exact_length is not None:
             num = len(prompt_ids) + (0 if start is None else start.num_tokens)
             _check_length(num, params.max_tokens, self.max_exact_length)

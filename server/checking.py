@@ -3,6 +3,7 @@
 Owns the order of the checks and the words of a refusal. Does not know any endpoint.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -54,7 +55,7 @@ def _known(kind: type[Body], body: Mapping[str, Any], prefix: str) -> dict[str, 
 def _not_built(name: str, neutral: tuple[Any, ...]) -> ApiError:
     """What may be sent for a field that is not built, and why it is not."""
     why = f", since {REASONS[name]}" if name in REASONS else " yet"
-    only = "leave it out" + "".join(f" or send {shown(value)}" for value in neutral)
+    only = "leave it out" + "".join(f" or send {json.dumps(value)}" for value in neutral)
     return invalid(name, f"{name} is not supported{why}: {only}")
 
 

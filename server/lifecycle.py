@@ -7,6 +7,7 @@ stops now. Knows uvicorn, and nothing of endpoints.
 import asyncio
 import contextlib
 import gc
+import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
@@ -20,6 +21,8 @@ from engine.errors import ConfigurationError
 from server.bridge import Bridge
 from server.protocol import BoundedProtocol
 from server.settings import ServerConfig
+
+logger = logging.getLogger("cottention")
 
 FINAL_EVENT_SECONDS = 0.7
 """How long cancelled streams have to send their last event."""
@@ -167,6 +170,7 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
+        logger.info("stopping: what runs has %g s to end", self._drain_seconds)
         self._bridge.drain()
         try:
             async with asyncio.timeout(self._drain_seconds):

@@ -118,7 +118,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"request_id": "\ud800"}, "request_id", "up to 128 letters"),
     ({"echo": True, "prompt": [300]}, "prompt", "0 to 255"),
     ({"suffix": "end"}, "suffix", "since the model only continues text"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "not supported yet"),
+    ({"response_format": {"type": "json_object"}}, "response_format", 'send {"type": "text"}'),
 ]
 
 
