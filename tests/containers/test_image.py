@@ -100,7 +100,7 @@ def test_without_configuration_it_listens_on_localhost_and_says_how_to_open_it(i
         assert told["reach"].startswith("this machine alone; no API key is asked for")
         assert "--host 0.0.0.0 opens it, --api-key-file FILE sets keys" in told["reach"]
         assert told["model"] == "cottention-python-7m, float32 on cpu, compiled ops"
-        assert told["memory"].startswith("64 slots of 393,216 bytes")
+        assert told["memory"].startswith("64 slots of 786,432 bytes")
         assert told["sessions"] == "kept in /sessions"
     finally:
         run("docker", "kill", container)
