@@ -234,7 +234,8 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
             time.sleep(0.05)
             popen.send_signal(signal.SIGTERM)
             assert popen.wait(20) == 0
-            logged = popen.stderr.read().splitlines()
-            assert [" INFO request id=" in line for line in logged] == [True, True]
+            *requests, stop = popen.stderr.read().splitlines()
+            assert [" INFO request id=" in line for line in requests] == [True, True]
+            assert stop.endswith("stopping: what runs has 30 s to end")
         finally:
             popen.kill()
