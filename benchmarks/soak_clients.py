@@ -171,7 +171,7 @@ def ids_of(raw: bytes) -> tuple[int, ...]:
         answer = json.loads(raw) if raw.startswith(b"{") else {}
         return tuple(answer["choices"][0]["token_ids"]) if "choices" in answer else ()
     found: list[int] = []
-    for line in raw.split(b"\n"):
-        if line.startswith(b"data: {") and line.endswith(b"}"):
+    for line in raw.split(b"\n")[:-1]:  # the last may be cut, behind a "}" too
+        if line.startswith(b"data: {"):
             found += json.loads(line[6:])["choices"][0].get("token_ids") or ()
     return tuple(found)
