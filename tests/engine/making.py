@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from engine.choice import Choice
+from engine.feature_maps import FEATURE_MAPS
 from engine.params import SamplingParams
 from engine.request import Request
 from engine.runner import Result, Sample
 from engine.sampler import Drawn
+from engine.session_state import SessionState
+from engine.state_spec import StateSpec
 from engine.tokenizer import Tokenizer
 from engine.weights import read_weights
 
@@ -66,6 +69,19 @@ def _biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name.replace("weight", "bias"): torch.randn(len(weights[name]), generator=generator) / 10
         for name in projections
     }
+
+
+def small_spec(kind: str, width: int = 8) -> StateSpec:
+    """States of one layer and two heads of this width, as attention of this kind has them."""
+    made = FEATURE_MAPS[kind]
+    return StateSpec(1, 2, width, made.key_width(width), has_denominator=made.has_denominator)
+
+
+def state_of(spec: StateSpec, n: int, window: int) -> SessionState:
+    """A session's of n tokens, all but the last in rows that tell n."""
+    shapes = [spec.state_shape, *([spec.denominator_shape] if spec.has_denominator else [])]
+    rows = tuple(torch.full(shape, float(n)) for shape in shapes)
+    return SessionState(rows, n - 1, (n,), (n,) * min(n, window), {n: 1})
 
 
 def make_request(name: str, prompt_ids: list[int], params: SamplingParams) -> Request:

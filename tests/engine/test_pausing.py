@@ -7,6 +7,8 @@ import pytest
 from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from tests.engine.test_engine import LONG, check_all_ended, collect, ids_of
 
+pytestmark = pytest.mark.every_attention
+
 PARAMS = SamplingParams(max_tokens=12, seed=3, ignore_eos=True)
 PROMPT = [5, 6, 7]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from engine.errors import (
     NothingToRewindError,
@@ -22,12 +21,12 @@ from engine.renewal import grids
 from engine.session_state import SessionState
 from engine.sessions import LEASE_SECONDS, Session, Sessions
 from engine.snapshot import SnapshotCodec
-from engine.state_spec import StateSpec
 from engine.store import Record, SqliteStore
+from tests.engine.making import small_spec, state_of
 
-SPEC = StateSpec(layers=1, heads=2, value_width=8, key_width=8, has_denominator=False)
+pytestmark = pytest.mark.every_attention
+
 WINDOW = 8
-CODEC = SnapshotCodec(Fingerprints("w", "t", "c", "l"), SPEC, 1000, grids(WINDOW), WINDOW)
 
 
 class FullAtTimes(SqliteStore):
@@ -41,27 +40,42 @@ class FullAtTimes(SqliteStore):
         return super().put(*args)
 
 
-Opener = Callable[..., Sessions]
+class SmallSessions(Sessions):
+    """Those of a small model with attention of some kind."""
+
+    def __init__(
+        self, store: SqliteStore, attention: str, *, memory_bytes: int, max_checkpoints: int = 2
+    ) -> None:
+        self.spec = small_spec(attention)
+        prints = Fingerprints("w", "t", "c", "l")
+        self.codec = SnapshotCodec(prints, self.spec, 1000, grids(WINDOW), WINDOW)
+        super().__init__(
+            store,
+            self.codec,
+            memory_bytes=memory_bytes,
+            max_checkpoints=max_checkpoints,
+            is_durable=True,
+        )
+
+    def state(self, n: int) -> SessionState:
+        """Of n tokens, all but the last in rows that tell n."""
+        return state_of(self.spec, n, WINDOW)
+
+
+Opener = Callable[..., SmallSessions]
 
 
 @pytest.fixture
-def opened(tmp_path: Path) -> Iterator[Opener]:
+def opened(tmp_path: Path, attention: str) -> Iterator[Opener]:
     """Opens the folder; what was open is closed before."""
-    last: list[Sessions] = []
+    last: list[SmallSessions] = []
 
-    def open_(memory_bytes: int = 1 << 20, max_checkpoints: int = 2) -> Sessions:
+    def open_(memory_bytes: int = 1 << 20, max_checkpoints: int = 2) -> SmallSessions:
         for sessions in last:
             sessions.close()
         store = FullAtTimes(tmp_path / "sessions", durable=False)
-        last[:] = [
-            Sessions(
-                store,
-                CODEC,
-                memory_bytes=memory_bytes,
-                max_checkpoints=max_checkpoints,
-                is_durable=True,
-            )
-        ]
+        memory = {"memory_bytes": memory_bytes, "max_checkpoints": max_checkpoints}
+        last[:] = [SmallSessions(store, attention, **memory)]
         return last[0]
 
     yield open_
@@ -70,44 +84,40 @@ def opened(tmp_path: Path) -> Iterator[Opener]:
 
 
 @pytest.fixture
-def sessions(opened: Opener) -> Sessions:
+def sessions(opened: Opener) -> SmallSessions:
     return opened()
 
 
-def state(n: int) -> SessionState:
-    """Of n tokens, all but the last in rows that tell n."""
-    recent = (n,) * min(n, WINDOW)
-    return SessionState((torch.full(SPEC.state_shape, float(n)),), n - 1, (n,), recent, {n: 1})
+def make(sessions: SmallSessions, n: int = 1, owner: str = "a") -> Session:
+    return sessions.open(owner, sessions.state(n), {"name": str(n)}, None)
 
 
-def make(sessions: Sessions, n: int = 1, owner: str = "a") -> Session:
-    return sessions.open(owner, state(n), {"name": str(n)}, None)
+def turn(sessions: SmallSessions, session_id: str, n: int, owner: str = "a") -> Session:
+    return sessions.commit(sessions.begin(owner, session_id), sessions.state(n))
 
 
-def turn(sessions: Sessions, session_id: str, n: int, owner: str = "a") -> Session:
-    return sessions.commit(sessions.begin(owner, session_id), state(n))
-
-
-def holds(sessions: Sessions, session_id: str, n: int) -> bool:
+def holds(sessions: SmallSessions, session_id: str, n: int) -> bool:
     """The value, in memory or not, and as exported, is that of n tokens."""
     begun = sessions.begin("a", session_id)
     sessions.abandon(begun)
     return (
-        CODEC.encode(begun.state) == CODEC.encode(state(n)) == sessions.export("a", session_id)
+        sessions.codec.encode(begun.state)
+        == sessions.codec.encode(sessions.state(n))
+        == sessions.export("a", session_id)
         and sessions.find("a", session_id).position == n
     )
 
 
-def set_full(sessions: Sessions, is_full: bool) -> None:
+def set_full(sessions: SmallSessions, is_full: bool) -> None:
     sessions._store.is_full = is_full  # type: ignore[attr-defined]
 
 
-def test_open_find_and_turns(sessions: Sessions) -> None:
+def test_open_find_and_turns(sessions: SmallSessions) -> None:
     made = make(sessions, 3)
     assert sessions.find("a", made.id) == made
     assert (made.version, made.position, made.residence, made.is_durable) == (1, 3, "parked", True)
     assert made.metadata == {"name": "3"}
-    assert made.nbytes == len(CODEC.encode(state(3)))
+    assert made.nbytes == len(sessions.codec.encode(sessions.state(3)))
     after = turn(sessions, made.id, 8)
     assert (after.version, after.position, after.num_checkpoints) == (2, 8, 1)
     assert holds(sessions, made.id, 8)
@@ -117,7 +127,7 @@ def test_policies_are_told_wherever_a_session_is(opened: Opener) -> None:
     sessions = opened()
     made = make(sessions, 3)
     assert (made.context_policy, made.context_start) == ("renew", 0)
-    exact = replace(state(20), context_policy="exact")
+    exact = replace(sessions.state(20), context_policy="exact")
     after = sessions.commit(sessions.begin("a", made.id), exact)
     assert (after.context_policy, after.context_start) == ("exact", 0)
     [fork] = sessions.fork("a", made.id, 1)
@@ -131,18 +141,18 @@ def test_policies_are_told_wherever_a_session_is(opened: Opener) -> None:
     assert sessions.rewind("a", made.id).context_policy == "renew"
 
 
-def test_an_abandoned_turn_changes_nothing(sessions: Sessions) -> None:
+def test_an_abandoned_turn_changes_nothing(sessions: SmallSessions) -> None:
     made = make(sessions)
     begun = sessions.begin("a", made.id)
     sessions.abandon(begun)
     sessions.abandon(begun)
     assert sessions.find("a", made.id) == made
     with pytest.raises(SessionMovedError):
-        sessions.commit(begun, state(2))
+        sessions.commit(begun, sessions.state(2))
     assert holds(sessions, made.id, 1)
 
 
-def test_an_old_abandon_does_not_end_a_new_turn(sessions: Sessions) -> None:
+def test_an_old_abandon_does_not_end_a_new_turn(sessions: SmallSessions) -> None:
     made = make(sessions)
     old = sessions.begin("a", made.id)
     sessions.abandon(old)
@@ -165,7 +175,7 @@ VERBS: list[Callable[[Sessions, str, str], object]] = [
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_is_somebody_elses_is_not_found(
-    sessions: Sessions, verb: Callable[[Sessions, str, str], object]
+    sessions: SmallSessions, verb: Callable[[Sessions, str, str], object]
 ) -> None:
     made = make(sessions)
     for owner, name in (("b", made.id), ("a", "unknown")):
@@ -175,15 +185,15 @@ def test_what_is_somebody_elses_is_not_found(
 
 
 @pytest.mark.parametrize("verb", VERBS[1:5])
-def test_one_writer(sessions: Sessions, verb: Callable[[Sessions, str, str], object]) -> None:
+def test_one_writer(sessions: SmallSessions, verb: Callable[[Sessions, str, str], object]) -> None:
     made = make(sessions)
     begun = sessions.begin("a", made.id)
     with pytest.raises(SessionBusyError):
         verb(sessions, "a", made.id)
-    assert sessions.commit(begun, state(5)).position == 5
+    assert sessions.commit(begun, sessions.state(5)).position == 5
 
 
-def test_a_session_that_somebody_else_has_moved(sessions: Sessions) -> None:
+def test_a_session_that_somebody_else_has_moved(sessions: SmallSessions) -> None:
     made = make(sessions)
     turn(sessions, made.id, 2)
     with pytest.raises(SessionMovedError, match="position 2, not at 1"):
@@ -193,7 +203,7 @@ def test_a_session_that_somebody_else_has_moved(sessions: Sessions) -> None:
     sessions.abandon(sessions.begin("a", made.id, expected_position=2))
 
 
-def test_forks_share_bytes_and_go_on_alone(sessions: Sessions) -> None:
+def test_forks_share_bytes_and_go_on_alone(sessions: SmallSessions) -> None:
     made = make(sessions)
     turn(sessions, made.id, 2)
     before = sessions.sizes()
@@ -208,7 +218,7 @@ def test_forks_share_bytes_and_go_on_alone(sessions: Sessions) -> None:
     assert sessions.rewind("a", forks[1].id).position == 1
 
 
-def test_rewinding(sessions: Sessions) -> None:
+def test_rewinding(sessions: SmallSessions) -> None:
     made = make(sessions)
     for n in (2, 3, 4):
         turn(sessions, made.id, n)
@@ -220,13 +230,13 @@ def test_rewinding(sessions: Sessions) -> None:
     assert holds(sessions, made.id, 2)
 
 
-def test_residence(opened: Opener) -> None:
-    sessions = opened(memory_bytes=2 * (state(1).nbytes + 300))
+def test_residence(opened: Opener, attention: str) -> None:
+    sessions = opened(memory_bytes=2 * (state_of(small_spec(attention), 1, WINDOW).nbytes + 300))
     names = [make(sessions, n).id for n in (1, 2, 3)]
     where = [sessions.find("a", name).residence for name in names]
     assert where == ["stored", "parked", "parked"]
     begun = sessions.begin("a", names[0])
-    assert CODEC.encode(begun.state) == CODEC.encode(state(1))
+    assert sessions.codec.encode(begun.state) == sessions.codec.encode(sessions.state(1))
     where = [sessions.find("a", name).residence for name in names]
     assert where == ["resident", "stored", "parked"]
     sizes = sessions.sizes()
@@ -246,7 +256,7 @@ def test_without_memory(opened: Opener) -> None:
         sessions.rewind("a", made.id)
 
 
-def test_pages_and_delete(sessions: Sessions) -> None:
+def test_pages_and_delete(sessions: SmallSessions) -> None:
     made = [make(sessions, n) for n in (1, 2, 3)]
     make(sessions, 4, owner="b")
     page, has_more = sessions.page("a", None, 2)
@@ -258,19 +268,19 @@ def test_pages_and_delete(sessions: Sessions) -> None:
     assert sessions.sizes().num_parked == 3
 
 
-def test_an_expired_session_leaves_memory(sessions: Sessions) -> None:
-    made = sessions.open("a", state(1), {}, 0.0)
+def test_an_expired_session_leaves_memory(sessions: SmallSessions) -> None:
+    made = sessions.open("a", sessions.state(1), {}, 0.0)
     with pytest.raises(SessionNotFoundError):
         sessions.find("a", made.id)
     assert sessions.sizes().parked_bytes == 0
 
 
 def test_what_is_past_its_time_is_deleted_in_portions(
-    sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+    sessions: SmallSessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.sessions.MAX_EXPIRED_AT_ONCE", 2)
     for n in range(5):
-        sessions.open("a", state(n + 1), {}, 1e-9)
+        sessions.open("a", sessions.state(n + 1), {}, 1e-9)
     kept = make(sessions, 9)
     assert [sessions.tend() for _ in range(4)] == [True, True, False, False]
     sizes = sessions.sizes()
@@ -279,26 +289,26 @@ def test_what_is_past_its_time_is_deleted_in_portions(
     assert holds(sessions, kept.id, 9)
 
 
-def test_the_lease_of_a_turn_that_runs_lasts_on(tmp_path: Path) -> None:
+def test_the_lease_of_a_turn_that_runs_lasts_on(tmp_path: Path, attention: str) -> None:
     """A turn may take longer than a lease, as long as the process tends its sessions."""
     now = [1000.0]
     store = SqliteStore(tmp_path / "sessions", durable=False, clock=lambda: now[0])
-    kept = Sessions(store, CODEC, memory_bytes=0, max_checkpoints=0, is_durable=True)
-    tended, forgotten = (kept.open("a", state(1), {}, None).id for _ in range(2))
+    kept = SmallSessions(store, attention, memory_bytes=0)
+    tended, forgotten = (kept.open("a", kept.state(1), {}, None).id for _ in range(2))
     begun = kept.begin("a", tended)
     for _ in range(5):
         now[0] += LEASE_SECONDS * 0.9
         assert not kept.tend()
         with pytest.raises(SessionBusyError):
             kept.begin("a", tended)
-    assert kept.commit(begun, state(2)).position == 2
+    assert kept.commit(begun, kept.state(2)).position == 2
     dead = kept.begin("a", forgotten)
     now[0] += LEASE_SECONDS * 1.1
     alive = kept.begin("a", forgotten)
     assert not kept.tend(), "what was taken over is not taken back"
     with pytest.raises(SessionMovedError):
-        kept.commit(dead, state(2))
-    assert kept.commit(alive, state(3)).position == 3
+        kept.commit(dead, kept.state(2))
+    assert kept.commit(alive, kept.state(3)).position == 3
     kept.close()
 
 
@@ -306,12 +316,12 @@ def test_what_the_last_turn_told(opened: Opener) -> None:
     sessions = opened(memory_bytes=0)
     made = make(sessions)
     assert sessions.outbox("a", made.id) == Outbox()
-    sessions.commit(sessions.begin("a", made.id), state(2), lambda durable: told(durable))
+    sessions.commit(sessions.begin("a", made.id), sessions.state(2), lambda durable: told(durable))
     assert sessions.outbox("a", made.id) == told(True)
     [fork] = sessions.fork("a", made.id, 1)
     sessions = opened()
     set_full(sessions, True)
-    sessions.commit(sessions.begin("a", made.id), state(3), lambda durable: told(durable))
+    sessions.commit(sessions.begin("a", made.id), sessions.state(3), lambda durable: told(durable))
     assert sessions.outbox("a", made.id) == told(False), "the disk was full"
     assert sessions.outbox("a", fork.id) == told(True)
     set_full(sessions, False)
@@ -327,7 +337,7 @@ def told(is_durable: bool) -> Outbox:
     return Outbox("0123456789abcdef", 5, (b"durable" if is_durable else b"not durable",))
 
 
-def test_reading_what_a_turn_is_just_replacing(sessions: Sessions) -> None:
+def test_reading_what_a_turn_is_just_replacing(sessions: SmallSessions) -> None:
     """The head that was looked up is gone when it is read, and the new one is read instead."""
     made = make(sessions)
     raw = sessions._holdings.raw
@@ -339,7 +349,7 @@ def test_reading_what_a_turn_is_just_replacing(sessions: Sessions) -> None:
         return raw(record)
 
     sessions._holdings.raw = late  # type: ignore[method-assign]
-    assert sessions.export("a", made.id) == CODEC.encode(state(4))
+    assert sessions.export("a", made.id) == sessions.codec.encode(sessions.state(4))
 
 
 def test_reading_what_is_damaged(opened: Opener, tmp_path: Path) -> None:
@@ -352,7 +362,7 @@ def test_reading_what_is_damaged(opened: Opener, tmp_path: Path) -> None:
             read("a", made.id)
 
 
-def test_export_and_import(sessions: Sessions) -> None:
+def test_export_and_import(sessions: SmallSessions) -> None:
     raw = sessions.export("a", make(sessions, 7).id)
     moved = sessions.import_("b", raw, {}, None)
     assert (moved.owner, moved.position) == ("b", 7)
@@ -381,13 +391,13 @@ def test_a_turn_on_a_full_disk(opened: Opener) -> None:
     assert sessions.rewind("a", made.id).position == 1
 
 
-def test_an_ended_turn_is_not_kept_on_a_full_disk(sessions: Sessions) -> None:
+def test_an_ended_turn_is_not_kept_on_a_full_disk(sessions: SmallSessions) -> None:
     made = make(sessions)
     old = sessions.begin("a", made.id)
     sessions.abandon(old)
     set_full(sessions, True)
     with pytest.raises(SessionMovedError):
-        sessions.commit(old, state(2))
+        sessions.commit(old, sessions.state(2))
     assert holds(sessions, made.id, 1)
 
 
@@ -402,7 +412,7 @@ def test_what_was_not_stored_at_the_end(opened: Opener, is_full: bool) -> None:
     assert holds(opened(), made.id, 1 if is_full else 2)
 
 
-def test_rewinding_what_was_not_stored(sessions: Sessions) -> None:
+def test_rewinding_what_was_not_stored(sessions: SmallSessions) -> None:
     made = make(sessions)
     set_full(sessions, True)
     turn(sessions, made.id, 2)

@@ -10,12 +10,14 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.errors import NothingToRewindError, SessionBusyError, SessionNotFoundError
+from engine.feature_maps import FEATURE_MAPS
 from engine.fingerprints import Fingerprints
 from engine.renewal import grids
 from engine.session import Session
@@ -24,19 +26,32 @@ from engine.sessions import Sessions
 from engine.snapshot import SnapshotCodec
 from engine.state_spec import StateSpec
 from engine.store import SqliteStore
+from tests.engine.making import small_spec, state_of
 
-SPEC = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
 WINDOW = 8
-CODEC = SnapshotCodec(Fingerprints("w", "t", "c", "l"), SPEC, 1 << 20, grids(WINDOW), WINDOW)
 NUM_THREADS, NUM_VERBS = 8, 80
 MAX_CHECKPOINTS = 2
 REFUSALS = (SessionBusyError, SessionNotFoundError, NothingToRewindError)
 
 
-def state(n: int) -> SessionState:
-    """Of n tokens, in rows that tell n."""
-    recent = (n,) * min(n, WINDOW)
-    return SessionState((torch.full(SPEC.state_shape, float(n)),), n - 1, (n,), recent, {n: 1})
+@dataclass(frozen=True)
+class Values:
+    """What sessions hold, by number."""
+
+    spec: StateSpec
+
+    @cached_property
+    def codec(self) -> SnapshotCodec:
+        prints = Fingerprints("w", "t", "c", "l")
+        return SnapshotCodec(prints, self.spec, 1 << 20, grids(WINDOW), WINDOW)
+
+    def state(self, n: int) -> SessionState:
+        """Of n tokens, in rows that tell n."""
+        return state_of(self.spec, n, WINDOW)
+
+    def raw(self, n: int) -> bytes:
+        """The same as a snapshot."""
+        return self.codec.encode(self.state(n))
 
 
 @dataclass
@@ -65,8 +80,9 @@ class Noted:
 class Somebody:
     """One thread: verbs by chance, on sessions that all threads share."""
 
-    def __init__(self, sessions: Sessions, noted: Noted, seed: int) -> None:
+    def __init__(self, sessions: Sessions, values: Values, noted: Noted, seed: int) -> None:
         self._sessions = sessions
+        self._values = values
         self._noted = noted
         self._chance = random.Random(seed)
 
@@ -86,9 +102,10 @@ class Somebody:
         turn = self._sessions.begin("a", name)
         n = next(self._noted.numbers)
         self._noted.parents[n] = turn.state.num_tokens
-        assert torch.equal(turn.state.rows[0], state(turn.state.num_tokens).rows[0])
+        expected = self._values.state(turn.state.num_tokens)
+        assert all(map(torch.equal, turn.state.rows, expected.rows))
         self._noted.note(turn.session)
-        self._noted.note(self._sessions.commit(turn, state(n)))
+        self._noted.note(self._sessions.commit(turn, self._values.state(n)))
 
     def _abandon(self, name: str) -> None:
         turn = self._sessions.begin("a", name)
@@ -106,7 +123,8 @@ class Somebody:
             self._noted.add(fork)
 
     def _open(self, _: str) -> None:
-        self._noted.add(self._sessions.open("a", state(next(self._noted.numbers)), {}, None))
+        state = self._values.state(next(self._noted.numbers))
+        self._noted.add(self._sessions.open("a", state, {}, None))
 
     def _delete(self, name: str) -> None:
         if self._chance.random() < 0.3:
@@ -115,8 +133,8 @@ class Somebody:
 
     def _export(self, name: str) -> None:
         raw = self._sessions.export("a", name)
-        value = CODEC.decode(raw)
-        assert CODEC.encode(state(value.num_tokens)) == raw
+        value = self._values.codec.decode(raw)
+        assert self._values.raw(value.num_tokens) == raw
         self._noted.seen.append((name, value.num_tokens))
 
     def _look(self, name: str) -> None:
@@ -127,12 +145,12 @@ class Somebody:
         assert self._sessions.sizes().num_resident <= NUM_THREADS
 
 
-def all_at_once(sessions: Sessions, seed: int) -> Noted:
+def all_at_once(sessions: Sessions, values: Values, seed: int) -> Noted:
     noted = Noted()
     for _ in range(4):
-        noted.add(sessions.open("a", state(next(noted.numbers)), {}, None))
+        noted.add(sessions.open("a", values.state(next(noted.numbers)), {}, None))
     threads = [
-        threading.Thread(target=Somebody(sessions, noted, NUM_THREADS * seed + n).run)
+        threading.Thread(target=Somebody(sessions, values, noted, NUM_THREADS * seed + n).run)
         for n in range(NUM_THREADS)
     ]
     for thread in threads:
@@ -143,19 +161,19 @@ def all_at_once(sessions: Sessions, seed: int) -> Noted:
     return noted
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_threads_on_one_store(tmp_path: Path, seed: int) -> None:
-    store = SqliteStore(tmp_path, durable=False)
-    budget = 6 * state(1).nbytes
+@pytest.mark.parametrize(("seed", "attention"), [*enumerate(FEATURE_MAPS)])
+def test_threads_on_one_store(tmp_path: Path, seed: int, attention: str) -> None:
+    store, values = SqliteStore(tmp_path, durable=False), Values(small_spec(attention))
+    budget = 6 * values.state(1).nbytes
     sessions = Sessions(
-        store, CODEC, memory_bytes=budget, max_checkpoints=MAX_CHECKPOINTS, is_durable=True
+        store, values.codec, memory_bytes=budget, max_checkpoints=MAX_CHECKPOINTS, is_durable=True
     )
-    noted = all_at_once(sessions, seed)
+    noted = all_at_once(sessions, values, seed)
     alive = set(noted.names) - noted.deleted
     assert alive
     check_history(noted)
     for name in alive:
-        check_session(sessions, noted, name)
+        check_session(sessions, values, noted, name)
     for name in noted.deleted:
         with pytest.raises(SessionNotFoundError):
             sessions.find("a", name)
@@ -179,17 +197,17 @@ def check_history(noted: Noted) -> None:
     assert set(noted.seen) <= values
 
 
-def check_session(sessions: Sessions, noted: Noted, name: str) -> None:
+def check_session(sessions: Sessions, values: Values, noted: Noted, name: str) -> None:
     """It holds what its last version was made, nobody has it, and its checkpoints are its past."""
     session = sessions.find("a", name)
     assert session.version == max(version for other, version in noted.made if other == name)
     value = noted.made[name, session.version]
-    assert sessions.export("a", name) == CODEC.encode(state(value))
+    assert sessions.export("a", name) == values.raw(value)
     assert session.residence != "resident"
     for _ in range(session.num_checkpoints):
         value = noted.parents[value]
         assert sessions.rewind("a", name).position == value
-        assert sessions.export("a", name) == CODEC.encode(state(value))
+        assert sessions.export("a", name) == values.raw(value)
 
 
 def check_files(folder: Path) -> int:
