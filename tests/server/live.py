@@ -52,7 +52,7 @@ class Live:
         messages = [{"role": "user", "content": each} for each in said]
         return self.client.post("/v1/chat/completions", json={"messages": messages} | body)
 
-    def opened(self, prompt: str = "", **body: Any) -> str:
+    def opened(self, prompt: str | list[int] = "", **body: Any) -> str:
         """The id of a new session."""
         response = self.client.post("/v1/sessions", json={"prompt": prompt} | body)
         assert response.status_code == 200, response.text
