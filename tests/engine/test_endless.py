@@ -1,6 +1,8 @@
 """Scores of long texts, as the benchmarks take them: each way against its definition."""
 
 import functools
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,11 +10,15 @@ import torch
 from torch import Tensor
 
 from benchmarks import endless
-from benchmarks.held_out import LongText
+from benchmarks.held_out import LongText, load
+from engine import Engine, EngineConfig, SamplingParams
 from engine.feature_maps import Features
 from engine.model import CottentionForCausalLM
+from engine.renewal import KEPT_PART
 from engine.training.forward import logits_of, new_model
 from engine.training.settings import TrainingSettings
+from tests.engine.making import attention_folder
+from tests.engine.windows import folder_of
 
 WINDOW = 16
 LENGTH = 75
@@ -59,6 +65,50 @@ def test_renewed_token_by_token(attention: str, kept: int, length: int) -> None:
         expected.append(nats_of(logits, ids[index : index + 2]))
     got = endless.renewed(model, ids, kept=kept)
     torch.testing.assert_close(got, torch.cat(expected))
+
+
+@pytest.mark.every_attention
+@pytest.mark.parametrize("part", [KEPT_PART, endless.KEPT_PART])
+@pytest.mark.parametrize("is_drawn", [False, True])
+@pytest.mark.parametrize("folder_for", [functools.partial(folder_of, WINDOW), attention_folder])
+def test_renewed_is_what_the_engine_makes_of_it(
+    attention: str,
+    part: int,
+    is_drawn: bool,
+    folder_for: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Over several windows, read at once or drawn one by one; W and R the same."""
+    monkeypatch.setattr("engine.renewal.KEPT_PART", part)
+    folder = folder_for(attention)
+    engine = Engine(folder, EngineConfig(max_slots=2, context_policy="renew", dtype="float32"))
+    window, kept = engine.policies.window, engine.policies.window // part
+    length = 4 * window + 7
+    ids, logprobs = drawn(engine, length) if is_drawn else read(engine, length)
+    expected = -endless.renewed(load(folder), torch.tensor(ids), kept=kept)
+    torch.testing.assert_close(torch.tensor(logprobs), expected[-len(logprobs) :])
+    other = -endless.renewed(load(folder), torch.tensor(ids), kept=kept + 1)
+    assert (other - expected).abs().max() > 0.01, "R would not show"
+
+
+Scored = tuple[list[int], list[float]]
+
+
+def read(engine: Engine, length: int) -> Scored:
+    """A prompt, and the log-probabilities of all its ids but the first."""
+    ids = random.Random(length).choices(range(engine.tokenizer.num_ids), k=length)
+    params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    [output] = engine.stream(ids, params)
+    assert output.prompt_logprobs is not None
+    return ids, [one.logprob for one in output.prompt_logprobs if one is not None]
+
+
+def drawn(engine: Engine, length: int) -> Scored:
+    """One id and what was said after it, with its log-probabilities."""
+    params = SamplingParams(max_tokens=length, logprobs=0, seed=1, ignore_eos=True)
+    outputs = [*engine.stream([7], params)]
+    ids = [7, *(i for out in outputs for i in out.token_ids)]
+    return ids, [one.logprob for out in outputs for one in out.logprobs]
 
 
 @pytest.mark.parametrize("length", [5, WINDOW, LENGTH])
