@@ -1,8 +1,7 @@
 """Where sessions are kept, from the server's start to its end.
 
 Owns the folder: the user's own, or one that goes with the server; and how often sessions are tended
-meanwhile. Everything heavy is imported
-inside. Knows no HTTP.
+meanwhile. Everything heavy is imported inside. Knows no HTTP.
 """
 
 import contextlib
@@ -28,9 +27,9 @@ def kept_sessions(engine: "Engine", config: ServerConfig) -> Iterator["Sessions"
 
     with contextlib.ExitStack() as stack:
         is_durable = config.session_dir is not None
-        folder = _folder(config.session_dir or stack.enter_context(_temporary()))
+        folder = stack.enter_context(_temporary()) if not is_durable else _given(config)
         sessions = Sessions(
-            SqliteStore(folder, durable=is_durable),
+            SqliteStore(Path(folder), durable=is_durable),
             engine.session_codec(),
             memory_bytes=config.session_memory,
             max_checkpoints=config.session_checkpoints,
@@ -52,9 +51,11 @@ def _temporary() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="cottention-sessions-", ignore_cleanup_errors=True)
 
 
-def _folder(path: str) -> Path:
-    try:
-        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(f"--session-dir {path} cannot be used: {error}") from None
-    return Path(path)
+def _given(config: ServerConfig) -> str:
+    """The user's folder; what else may be wrong with it is the store's to say."""
+    if not config.session_dir:
+        raise ConfigurationError(
+            "--session-dir must name a folder; it is empty: without the flag sessions are kept"
+            " until the server ends"
+        )
+    return config.session_dir

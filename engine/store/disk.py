@@ -84,4 +84,22 @@ def told_as_unusable(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
-        raise ConfigurationError(f"{folder} cannot hold sessions: {error}") from error
+        raise ConfigurationError(
+            f"{folder} cannot hold sessions: {_reason(error, folder)}; give --session-dir a folder"
+            " that this process may write to, or the name of a new one"
+        ) from error
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """For a person: what is in the way, and where, if it is not the folder itself."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    where = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
+    return f"{_REASONS.get(type(error), error.strerror.lower())}{where}"
+
+
+_REASONS: dict[type[Exception], str] = {
+    FileExistsError: "it is a file",
+    NotADirectoryError: "a part of its path is a file",
+    PermissionError: "writing there is not permitted",
+}

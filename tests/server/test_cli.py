@@ -127,6 +127,20 @@ def test_info_of_a_cosformer_names_its_fixed_length(capsys: pytest.CaptureFixtur
     assert re.search(r"denominator +1,024 bytes", told)
 
 
+def test_a_file_keeps_no_sessions(
+    capsys: pytest.CaptureFixture[str], gptj_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    flags = ("--port", 0, "--session-dir", tmp_path / "file")
+    status, told = fails(capsys, "serve", gptj_folder, *flags)
+    assert status == 2
+    assert told == (
+        f"cottention serve: {tmp_path / 'file'} cannot hold sessions: it is a file; give"
+        " --session-dir a folder that this process may write to, or the name of a new one\n"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize("command", ["serve", "info"])
 def test_a_softmax_model_is_not_served(
     capsys: pytest.CaptureFixture[str], gptj_folder: Path, tmp_path: Path, command: str

@@ -1,6 +1,8 @@
 """Sessions in a real folder behind a real server: what was answered is there after a restart."""
 
 import contextlib
+import errno
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -162,9 +164,32 @@ def test_a_folder_has_one_server(tmp_path: Path) -> None:
     assert str(tmp_path) in where_kept(config)
 
 
-def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("file", "file cannot hold sessions: it is a file; give --session-dir a folder"),
+        ("file/sessions", "sessions: a part of its path is a file; give --session-dir a folder"),
+        ("forbidden", "sessions: writing there is not permitted; give --session-dir a folder"),
+        ("lost", "sessions: read-only file system; give --session-dir a folder"),
+        ("locked", "sessions: is a directory .*/locked/lock.; give --session-dir a folder"),
+        ("", "--session-dir must name a folder; it is empty"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_told(
+    path: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
-    config = ServerConfig(session_dir=str(tmp_path / "file" / "sessions"))
+    (tmp_path / "locked" / "lock").mkdir(parents=True)
+    made = Path.mkdir
+
+    def mkdir(self: Path, *args: Any, **kwargs: Any) -> None:
+        for name, number in (("forbidden", errno.EACCES), ("lost", errno.EROFS)):
+            if self.name == name:
+                raise OSError(number, os.strerror(number), str(self))
+        made(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    config = ServerConfig(session_dir=str(tmp_path / path) if path else "")
     kept = kept_sessions(cast(Engine, KeepingEngine()), config)
-    with pytest.raises(ConfigurationError, match="--session-dir"), kept:
+    with pytest.raises(ConfigurationError, match=says), kept:
         pass
