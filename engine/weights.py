@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.errors import ModelFolderError
+from engine.feature_maps import TRAINED_MAPS
 from engine.model import CottentionForCausalLM
 from engine.model_config import ModelConfig
 
@@ -54,7 +55,7 @@ def weight_files(folder: Path) -> list[Path]:
     raise _no_weights(folder)
 
 
-def check_weights(weights: dict[str, Tensor], model: torch.nn.Module, folder: Path) -> None:
+def check_weights(weights: dict[str, Tensor], model: CottentionForCausalLM, folder: Path) -> None:
     """Keys and shapes are those of `model`, no more and no less. Raises ModelFolderError."""
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     faults = [
@@ -63,9 +64,24 @@ def check_weights(weights: dict[str, Tensor], model: torch.nn.Module, folder: Pa
         *_listed("of another shape", _misshapen(weights, expected)),
     ]
     if faults:
+        hint = _hint(weights, model.config.attention_type)
         raise ModelFolderError(
-            f"the weights in {folder} are not those of its config.json: {'; '.join(faults)}"
+            f"the weights in {folder} are not those of its config.json: {'; '.join(faults)}{hint}"
         )
+
+
+def _hint(weights: dict[str, Tensor], said: str) -> str:
+    """What config.json should say, where weights of another kind of attention lie beside it."""
+    has_norm_const = any(name.endswith("norm_const") for name in weights)
+    if has_norm_const == TRAINED_MAPS[said].has_norm_const:
+        return ""
+    alike = [kind for kind, made in TRAINED_MAPS.items() if made.has_norm_const == has_norm_const]
+    like = " or ".join(repr(kind) for kind in sorted(alike))
+    what = "with norm_const" if has_norm_const else "without norm_const"
+    return (
+        f". config.json has attention_type {said!r}, and weights {what} look like those of {like}:"
+        " give attention_type what they were trained with"
+    )
 
 
 def _misshapen(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:

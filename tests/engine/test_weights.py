@@ -106,6 +106,7 @@ def test_missing_unexpected_and_misshapen_keys_are_named(
     assert "missing: transformer.ln_f.weight" in message
     assert "unexpected: transformer.h.0.attn.bias" in message
     assert f"of another shape: lm_head.bias [{size - 1}] instead of [{size}]" in message
+    assert "attention_type" not in message
 
 
 def test_norm_const_is_required(bare: Path, weights: dict[str, Tensor]) -> None:
@@ -115,6 +116,21 @@ def test_norm_const_is_required(bare: Path, weights: dict[str, Tensor]) -> None:
     message = refusal(bare)
     assert "missing: transformer.h.0.attn.norm_const" in message
     assert "unexpected" not in message
+    assert message.endswith(
+        ". config.json has attention_type 'cottention', and weights without norm_const look like"
+        " those of 'cosformer' or 'linear' or 'softmax': give attention_type what they were"
+        " trained with"
+    )
+
+
+@pytest.mark.parametrize("said", ["cosformer", "linear", "softmax"])
+def test_weights_of_another_kind_are_told_by_its_name(folder: Path, said: str) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"attention_type": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refusal(folder)
+    assert "unexpected: transformer.h.0.attn.norm_const" in message
+    assert f"attention_type '{said}', and weights with norm_const look like" in message
+    assert "those of 'cottention': give attention_type" in message
 
 
 def test_many_faults_are_counted(bare: Path) -> None:
