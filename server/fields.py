@@ -8,11 +8,12 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from server.body import is_text
+from server.body import is_text, shown
 from server.request_ids import HARMLESS
 
 Prompt = str | list[int]
 
+PROMPTS = "text, a list of texts, a list of token ids, or a list of lists of token ids"
 MAX_ID_DIGITS = 10
 PATTERN = f"^{HARMLESS.pattern}$"
 
@@ -63,11 +64,28 @@ def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
     if not prompts or "" in prompts or [] in prompts:
         raise told("prompt must not be empty")
     if not (all(isinstance(each, str) for each in prompts) or all(map(_is_ids, prompts))):
-        raise wrong_type()
+        raise told(f"prompt must be {PROMPTS}; {odd_one(value)}")
     for each in prompts:
         if isinstance(each, str):
             check_text("prompt", each)
     return prompts
+
+
+def odd_one(items: list[Any]) -> str:
+    """Where a list that should be of texts, of ids or of lists of ids is not, and what is there.
+
+    It should be of what it begins with.
+    """
+    kind = type(items[0]) if type(items[0]) in (str, int, list) else None
+    for place, each in enumerate(items):
+        if type(each) is not kind:
+            return f"at index {place} is {shown(each)}"
+    inside = ((i, j, each) for i, ids in enumerate(items) for j, each in enumerate(ids))
+    return next(
+        f"at index {j} of the list at index {i} is {shown(each)}"
+        for i, j, each in inside
+        if type(each) is not int
+    )
 
 
 def _is_ids(value: Any) -> bool:

@@ -8,7 +8,7 @@ from pydantic import Field
 from engine.params import SamplingParams
 from server.checking import checked
 from server.errors import invalid
-from server.fields import Prompts
+from server.fields import PROMPTS, Prompts
 from server.neutral import COMPLETION, Neutral
 from server.sampling import BOOLEAN, MAX_CHOICES, SamplingBody, ranged
 from server.session_schemas import check_turn
@@ -19,9 +19,7 @@ class CompletionRequest(SamplingBody):
 
     neutral: ClassVar[Neutral] = COMPLETION
 
-    prompt: Prompts = Field(
-        description="a string, a list of strings, a list of token ids or a list of those"
-    )
+    prompt: Prompts = Field(description=PROMPTS)
     max_tokens: int = ranged(16, "a whole number from 0", 0)
     echo: bool = Field(False, description=BOOLEAN)
     logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)

@@ -17,7 +17,7 @@ MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
 MAX_TTL_SECONDS = 10 * 365 * 86_400
 MAX_FORKS = 1024
 
-PROMPT = "a string or a list of token ids"
+PROMPT = "text or a list of token ids"
 METADATA = (
     f"an object of up to {MAX_METADATA} strings of up to {MAX_VALUE} characters, with names of"
     f" up to {MAX_KEY}"
@@ -40,8 +40,11 @@ def _prompt(value: Any) -> Prompt:
     if isinstance(value, str):
         check_text("prompt", value)
         return value
-    if not isinstance(value, list) or not all(type(each) is int for each in value):
+    if not isinstance(value, list):
         raise wrong_type()
+    for place, each in enumerate(value):
+        if type(each) is not int:
+            raise told(f"prompt must be {PROMPT}; at index {place} is {shown(each)}")
     return value
 
 

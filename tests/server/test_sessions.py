@@ -173,6 +173,11 @@ def test_bad_fields_are_named(live: Live, body: Any, param: str) -> None:
     assert error_of(live.client.post("/v1/sessions", json=body))[:2] == (400, param)
 
 
+def test_a_prompt_that_is_neither_text_nor_ids(live: Live) -> None:
+    message = live.client.post("/v1/sessions", json={"prompt": [1, "a"]}).json()["error"]["message"]
+    assert message == 'prompt must be text or a list of token ids; at index 1 is "a"'
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
