@@ -40,6 +40,14 @@ class Policies:
         self.grid((), SamplingParams(max_tokens=0), state)
         return state
 
+    def check_goes_on(self, state: SessionState) -> None:
+        """Raise ParameterError for a session of which no turn can run here, whatever it asks for.
+
+        One that holds no more than `window` may still change its policy.
+        """
+        if state.num_tokens > self.window:
+            self.grid((), SamplingParams(max_tokens=0), state)
+
     def settled(self, start: SessionState, params: SamplingParams) -> SessionState:
         """A session as the request goes on with it. ContextPolicyError."""
         return start.under(params.context_policy, self.window)

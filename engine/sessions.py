@@ -24,6 +24,8 @@ Metadata = Mapping[str, str]
 OutboxOf = Callable[[bool], Outbox]
 """What a turn told, given whether it is on the disk."""
 
+Check = Callable[[SessionState], None]
+
 LEASE_SECONDS = 60.0
 """After this long without `tend` another process of a shared store may take a turn for dead; that
 it was not is then told by the fence. In a folder of one's own the lock proves it sooner."""
@@ -64,10 +66,15 @@ class Sessions(SessionViews):
         return self._create(owner, self._codec.encode(state), state, metadata, ttl_seconds)
 
     def import_(
-        self, owner: str, raw: bytes, metadata: Metadata, ttl_seconds: float | None
+        self, owner: str, raw: bytes, metadata: Metadata, ttl_seconds: float | None, check: Check
     ) -> Session:
-        """A new session of a snapshot. SnapshotError, before anything is stored; StoreFullError."""
-        return self._create(owner, raw, self._codec.decode(raw), metadata, ttl_seconds)
+        """A new session of a snapshot. SnapshotError, before anything is stored; StoreFullError.
+
+        check: raises what it likes for a state that is of no use here, as early.
+        """
+        state = self._codec.decode(raw)
+        check(state)
+        return self._create(owner, raw, state, metadata, ttl_seconds)
 
     def delete(self, owner: str, session_id: str) -> None:
         """SessionBusyError while a turn runs."""

@@ -49,14 +49,18 @@ async def import_session(
     metadata: str | None = None,
     ttl_seconds: Annotated[float | None, Query()] = None,
 ) -> Response:
-    """A new session that is what another was; `metadata` is a JSON object."""
+    """A new session that is what another was; `metadata` is a JSON object.
+
+    Raises ParameterError for one of which no turn could run here.
+    """
     context.bridge.check_accepting()
     config = context.config
     owner, kept = asked_by(request).owner, _kept(metadata, ttl_seconds)
     raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
-    put_in, seconds = context.sessions.import_, kept.ttl_seconds
+    put_in, check = context.sessions.import_, context.bridge.engine.policies.check_goes_on
+    how = kept.metadata, kept.ttl_seconds, check
     try:
-        return told(await asyncio.to_thread(put_in, owner, raw, kept.metadata, seconds))
+        return told(await asyncio.to_thread(put_in, owner, raw, *how))
     except SnapshotMismatchError as error:
         raise ApiError(409, str(error), code="snapshot_mismatch") from None
     except SnapshotError as error:

@@ -364,12 +364,16 @@ def test_reading_what_is_damaged(opened: Opener, tmp_path: Path) -> None:
 
 def test_export_and_import(sessions: SmallSessions) -> None:
     raw = sessions.export("a", make(sessions, 7).id)
-    moved = sessions.import_("b", raw, {}, None)
+    checked: list[SessionState] = []
+    moved = sessions.import_("b", raw, {}, None, checked.append)
     assert (moved.owner, moved.position) == ("b", 7)
+    assert [each.num_tokens for each in checked] == [7]
     assert sessions.export("b", moved.id) == raw
     before = sessions.sizes()
     with pytest.raises(SnapshotError):
-        sessions.import_("b", raw[:-1], {}, None)
+        sessions.import_("b", raw[:-1], {}, None, checked.append)
+    with pytest.raises(ZeroDivisionError):
+        sessions.import_("b", raw, {}, None, lambda state: state.position // 0)
     assert sessions.sizes() == before
 
 

@@ -125,7 +125,8 @@ class AnyOrder(RuleBasedStateMachine):
     def move(self, name: str) -> str:
         """Through a snapshot's bytes; a new session has no turns to go back to."""
         raw = self.kept.export(OWNER, name)
-        moved = self.kept.import_(OWNER, raw, {}, None).id
+        check = self.engine.policies.check_goes_on
+        moved = self.kept.import_(OWNER, raw, {}, None, check).id
         self.held[moved] = [list(self.held[name][-1])]
         self.policies[moved] = self.policies[name][-1:]
         return moved

@@ -155,13 +155,14 @@ class FakeSessions:
         return b"fake:" + bytes(self.find(owner, session_id).states[-1].recent)
 
     def import_(
-        self, owner: str, raw: bytes, metadata: Any, ttl_seconds: float | None
+        self, owner: str, raw: bytes, metadata: Any, ttl_seconds: float | None, check: Any
     ) -> FakeSession:
         if raw.startswith(b"other:"):
             raise SnapshotMismatchError("weights differ: expected a, found b")
         if not raw.startswith(b"fake:"):
             raise SnapshotError("this is no snapshot")
         state = SessionState().extended(raw.removeprefix(b"fake:"), (), 512)
+        check(state)
         return self.open(owner, state, metadata, ttl_seconds)
 
     def sizes(self) -> Any:

@@ -141,3 +141,25 @@ def test_a_snapshot_keeps_its_policy(live: Live) -> None:
         for name in ("context_policy", "context_start", "position"):
             assert moved[name] == told[name]
         assert moved["context_policy"] == policy
+
+
+def test_a_renewed_snapshot_is_of_no_use_without_spares(live: Live, exact: Live) -> None:
+    """It is refused in the words of a turn. A young one can still become exact."""
+    session_id = live.opened([5] * 4)
+    live.complete(**TURN | {"session_id": session_id, "max_tokens": WINDOW - 4})
+    young = live.client.get(f"/v1/sessions/{session_id}/snapshot").content
+    live.complete(**TURN | {"session_id": session_id})
+    old = live.client.get(f"/v1/sessions/{session_id}/snapshot").content
+
+    moved = exact.client.post("/v1/sessions/import", content=young).json()
+    assert (moved["position"], moved["context_policy"]) == (WINDOW, "renew")
+    turn = TURN | {"session_id": moved["id"]}
+    in_a_turn = exact.complete(**turn)
+    assert refusal(in_a_turn) == (400, "context_policy")
+    assert exact.complete(**turn | {"context_policy": "exact"}).is_success
+
+    before = exact.client.get("/v1/capacity").json()["stored_bytes"]
+    refused = exact.client.post("/v1/sessions/import", content=old)
+    assert (refused.status_code, refused.json()) == (400, in_a_turn.json())
+    assert exact.client.get("/v1/capacity").json()["stored_bytes"] == before
+    assert live.client.post("/v1/sessions/import", content=old).is_success
