@@ -6,6 +6,7 @@ account. Lives on the event loop.
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -13,7 +14,7 @@ from server.errors import RETRY_AFTER_SECONDS, ApiError, too_many
 from server.key_limits import KeyLimits
 from server.orders import Order
 from server.reading import Reading
-from server.records import record_of
+from server.records import Record, record_of
 
 LIMIT_CODE = "rate_limit_exceeded"
 
@@ -90,8 +91,12 @@ class Accounts:
         try:
             await self._app(scope, receive, send)
         finally:
-            account.leave()
-            account.charge(record.num_generated)
+            record.when_ended(partial(_ended, account, record))
+
+
+def _ended(account: Account, record: Record) -> None:
+    account.leave()
+    account.charge(record.num_generated)
 
 
 def limits_of(scope: Scope) -> KeyLimits:

@@ -20,7 +20,10 @@ QUIET_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
 class Journal:
-    """Middleware that writes the line when the answer has been sent, or is not wanted any more."""
+    """Middleware that writes the line when nothing more is done for the request.
+
+    The answer has been sent by then or is not wanted any more, and a turn that goes on has ended.
+    """
 
     def __init__(self, app: ASGIApp, num_characters: int, table: Sequence[bytes]) -> None:
         """num_characters: of each request's prompt; table: the bytes of ids."""
@@ -45,10 +48,12 @@ class Journal:
         try:
             await self._app(scope, receive, sending)
         finally:
-            told = _told(scope, record, status, began)
-            if self._num_characters and record.prompt_ids:
-                told["prompt"] = self._text(record.prompt_ids)
-            logger.info("request", extra={FIELDS: told})
+            record.when_ended(lambda: self._tell(_told(scope, record, status, began), record))
+
+    def _tell(self, told: dict[str, Any], record: Record) -> None:
+        if self._num_characters and record.prompt_ids:
+            told["prompt"] = self._text(record.prompt_ids)
+        logger.info("request", extra={FIELDS: told})
 
     def _text(self, ids: Sequence[int]) -> str:
         """An id has a character, or a part of one, at least."""

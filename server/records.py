@@ -1,9 +1,11 @@
 """What becomes of one HTTP request: who asked, what was read and said, when and why it ended.
 
-Owns the figures alone. What is done with them is others'.
+Owns the figures alone, and when they are all there: a turn may go on when its client has left. What
+is done with them is others'.
 """
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from starlette.types import Scope
@@ -18,19 +20,32 @@ LEFT = "client_left"
 class Record:
     """key: the name of the one that was sent. num_prompt: tokens of all prompts.
 
-    prompt_ids: of the first prompt.
+    prompt_ids: of the first prompt. going_on: a turn that ends by itself, whoever waits for it.
     """
 
     key: str = ""
     num_prompt: int = 0
     prompt_ids: Sequence[int] = ()
     readings: list[Reading] = field(default_factory=list)
+    going_on: asyncio.Task[None] | None = None
 
     def add(self, prompts: Sequence[Sequence[int]], reading: Reading) -> None:
         """The engine works for this request."""
         self.num_prompt += sum(map(len, prompts))
         self.prompt_ids = self.prompt_ids or prompts[0]
         self.readings.append(reading)
+
+    def when_ended(self, tell: Callable[[], None]) -> None:
+        """The request has been answered, or left: call `tell` when nothing is done for it."""
+        if self.going_on is None or self.is_finished:
+            tell()
+        else:
+            self.going_on.add_done_callback(lambda _: tell())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every choice has ended by itself."""
+        return all(reading.is_finished for reading in self.readings)
 
     @property
     def num_generated(self) -> int:
@@ -55,7 +70,7 @@ class Record:
     @property
     def ended(self) -> str:
         """How its choices ended, each way once."""
-        if not all(reading.is_finished for reading in self.readings):
+        if not self.is_finished:
             return LEFT
         reasons = dict.fromkeys(each for reading in self.readings for each in reading.reasons)
         return ",".join(reasons)

@@ -20,6 +20,7 @@ from server.live_events import LiveAnswer, LiveEvents
 from server.open_turn import OpenTurn
 from server.orders import Order, TurnTerms
 from server.reading import Piece, Reading
+from server.records import Record, record_of
 from server.session_answers import etag_of, shape_in_answer
 from server.streaming import Events, EventStream, closing, usage_of
 from server.telling import Kind, told_whole, whole_pieces
@@ -58,7 +59,8 @@ class TurnAnswer(Response):
             note(scope, order, reading)
             stack.callback(reading.close)
             if terms.on_disconnect == "continue":
-                answer = await self._continued(reading, turn, stack.pop_all(), receive)
+                work = reading, turn, stack.pop_all()
+                answer = await self._continued(*work, record_of(scope), receive)
             elif order.is_stream:
                 told = TurnEvents(reading, self._events(), turn)
                 answer = TurnStream(reading, told, context.config.keep_alive_seconds)
@@ -74,14 +76,19 @@ class TurnAnswer(Response):
             return await self._told(pieces[0], reading.num_generated, session)
 
     async def _continued(
-        self, reading: Reading, turn: OpenTurn, stack: AsyncExitStack, receive: Receive
+        self,
+        reading: Reading,
+        turn: OpenTurn,
+        stack: AsyncExitStack,
+        record: Record,
+        receive: Receive,
     ) -> Response:
         """The turn goes on by itself, and ends with what is in `stack`; its client may look on."""
         context, is_whole = self._context, not self._order.is_stream
         live = LiveEvents(context.config.session_outbox)
         told = TurnEvents(reading, self._events(), turn, live.kept, gathers=is_whole)
         key = (self._asker.owner, turn.session_id)
-        going = context.turns.go_on(key, live, _tell(told, live, stack))
+        record.going_on = going = context.turns.go_on(key, live, _tell(told, live, stack))
         if not is_whole:
             return LiveAnswer(live, 0, context.config.keep_alive_seconds)
         await until_done(going, receive)

@@ -15,6 +15,7 @@ from server.settings import ServerConfig
 from server.templates import find_template
 from tests.server.live import eventually, serving
 from tests.server.test_admission import Clock
+from tests.server.test_journal import leave_early
 from tests.server.test_keys import bearer
 
 
@@ -77,6 +78,26 @@ def test_tokens_read_and_said_are_counted() -> None:
         assert refused.status_code == 429
         assert 8 <= int(refused.headers["retry-after"]) <= 9  # 5 overdrawn and one more
         assert live.client.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_turn_that_goes_on_without_its_client_is_counted_to_its_end(stream: bool) -> None:
+    """Its tokens, and that it runs: whoever leaves does not get a second one for it."""
+    with serving(key_max_tokens_per_minute=60, key_max_requests=1) as live:
+        leave_early(live, prompt="y", max_tokens=100, stream=stream)
+        refused = live.complete(prompt="x", max_tokens=1).json()["error"]
+        assert refused["message"] == "this key may have 1 requests at a time"
+        live.engine.step_seconds = 0.0
+        live.engine.may_step.set()
+        eventually(lambda: not live.sessions.leased)
+
+        def overdrawn() -> bool:
+            error = live.complete(prompt="x", max_tokens=1).json()["error"]
+            return str(error["message"]) == "this key may have 60 tokens a minute"
+
+        eventually(overdrawn)
+        seconds = int(live.complete(prompt="x").headers["retry-after"])
+        assert 20 <= seconds <= 43  # 42 overdrawn at one a second, and one more
 
 
 BEYOND: list[tuple[dict[str, Any], str]] = [

@@ -83,6 +83,49 @@ def test_a_client_that_leaves_has_a_line_too(lines: Any) -> None:
         assert told["completion_tokens"] > 3
 
 
+def leave_early(live: Live, **body: Any) -> None:
+    """A client of a turn that goes on leaves after a few tokens; the engine waits from then on."""
+    live.engine.step_seconds = 0.02
+    body |= {"session_id": live.opened("x"), "on_disconnect": "continue"}
+    with live.connect(**body):
+        eventually(lambda: live.engine.num_generated > 3)
+        live.engine.may_step.clear()
+    eventually(lambda: not live.server.server_state.tasks)
+
+
+@pytest.mark.parametrize(("stream", "status"), [(True, 200), (False, 499)])
+def test_a_turn_that_goes_on_has_its_line_when_it_ends(
+    lines: Any, stream: bool, status: int
+) -> None:
+    with serving() as live:
+        leave_early(live, prompt="y", max_tokens=100, stream=stream)
+        assert [line["path"] for line in lines()] == ["/v1/sessions"], "it still runs"
+        live.engine.step_seconds = 0.0
+        live.engine.may_step.set()
+        eventually(lambda: len(lines()) == 2)
+        told = lines()[-1]
+        assert (told["status"], told["ended"], told["completion_tokens"]) == (status, "length", 100)
+        assert told["seconds"] > told["first_token_after"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_turn_that_goes_on_and_is_stopped_with_the_server(lines: Any, stream: bool) -> None:
+    with serving() as live:
+        leave_early(live, prompt="y", max_tokens=100_000, stream=stream)
+        live.engine.may_step.set()
+    assert lines()[-1]["ended"] == "cancelled"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_turn_that_goes_on_with_its_client_has_one_line(lines: Any, stream: bool) -> None:
+    with serving() as live:
+        body = {"prompt": "y", "session_id": live.opened("x"), "max_tokens": 3, "stream": stream}
+        live.client.post("/v1/completions", json=body | {"on_disconnect": "continue"})
+        eventually(lambda: len(lines()) == 2)
+        assert (lines()[-1]["status"], lines()[-1]["ended"]) == (200, "length")
+    assert len(lines()) == 2
+
+
 def test_a_turn_and_a_refused_key_have_lines(lines: Any, tmp_path: Path) -> None:
     keys = {"alice": {"key": "one"}}
     (tmp_path / "keys.json").write_text(json.dumps(keys))
