@@ -13,9 +13,16 @@ from engine.params import SamplingParams
 from engine.session_state import SessionState
 from server.keeping import kept_sessions
 from server.settings import ServerConfig
+from tests.engine.making import ATTENTIONS, attention_folder
 from tests.server.live import Live, eventually, serving
 
 TOKENS: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "seed": 5}
+
+
+@pytest.fixture(scope="module", params=list(ATTENTIONS))
+def gptj_folder(request: pytest.FixtureRequest) -> Path:
+    """A small model of every kind that is served."""
+    return attention_folder(request.param)
 
 
 @pytest.fixture(scope="module")
