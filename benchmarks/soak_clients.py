@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 Body = dict[str, Any]
@@ -61,9 +62,9 @@ class Client:
     async def run(self, kind: str, seconds_between: float, until: float) -> None:
         """Ask at random times until then; `kind` is what it does."""
         work = {"leave": self.leave, "stall": self.stall, "garbage": self.garbage}
-        while (now := time.monotonic()) < until:
-            pause = min(self._chance.expovariate(1 / seconds_between), until - now)
-            await asyncio.sleep(pause)
+        pause = partial(self._chance.expovariate, 1 / seconds_between)
+        while (begin := time.monotonic() + pause()) < until:  # not all at once at the end
+            await asyncio.sleep(begin - time.monotonic())
             self._heard.kinds[kind] += 1
             with suppress(*GONE):
                 await work.get(kind, self.behave)()

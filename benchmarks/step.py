@@ -3,7 +3,8 @@
 One measurement runs the step for every layer in turn, as decode does, on a pool of as many slots as
 the batch has rows. The stream multiplies the same memory in place; on a GPU it copies it, and the
 step runs as a captured graph. `torch` is the better of two formulations: baddbmm and bmm, or a sum
-of outer products and a product with the query.
+of outer products and a product with the query, on states that lie as these want them. `torch by
+slot` does the step's own work: it takes the rows' states out of the pool and puts them back.
 """
 
 import statistics
@@ -95,7 +96,8 @@ def _row(
 
     step = median(lambda: [_step(batch, layer) for layer in range(config.n_layer)], at_least)
     stream = device.stream_speed(batch.pool, at_least)
-    peers = [median(peer, at_least / 2) for peer in _peers(config, batch)]
+    torch_step = min(median(peer, at_least / 2) for peer in _peers(config, batch))
+    by_slot = median(lambda: _by_slot(config, batch), at_least / 2)
     return {
         "shape": name,
         "batch": size,
@@ -104,8 +106,9 @@ def _row(
         "GB/s": 2e-9 * batch.pool.nbytes / step,
         "stream GB/s": 1e-9 * stream,
         "step / stream": 2 * batch.pool.nbytes / step / stream,
-        "torch us a layer": 1e6 * min(peers) / config.n_layer,
-        "torch / step": min(peers) / step,
+        "torch us a layer": 1e6 * torch_step / config.n_layer,
+        "torch / step": torch_step / step,
+        "torch by slot / step": by_slot / step,
     }
 
 
@@ -126,6 +129,19 @@ def _peers(config: ModelConfig, batch: Batch) -> list[Callable[[], object]]:
             (state @ q.unsqueeze(2)).squeeze(2)
 
     return [products, sums]
+
+
+def _by_slot(config: ModelConfig, batch: Batch) -> None:
+    """The same through the pool, as a server would have to without an op of its own."""
+    q, k, v = (x.flatten(0, 1) for x in batch[:3])
+    slots = batch.slots.long()
+    for layer in range(config.n_layer):
+        pool = batch.pool[:, layer]
+        states = pool[slots]
+        rows = states.flatten(0, 1)
+        rows.baddbmm_(v.unsqueeze(2), k.unsqueeze(1))
+        torch.bmm(rows, q.unsqueeze(2))
+        pool.index_copy_(0, slots, states)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.soak_clients import ids_of
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,3 +23,8 @@ def test_a_short_soak_finds_nothing_wrong_and_nothing_leaked(
     assert found["whole answers"] > 20
     assert (found["wrong"], found["faults"], found["leaked slots"]) == (0, {}, 0)
     assert max(found["threads +"], found["fds +"]) <= 0
+
+
+def test_an_event_that_was_cut_behind_a_brace_is_not_read() -> None:
+    whole = b'3f\r\ndata: {"choices": [{"token_ids": [1, 2]}]}\n\n\r\n'
+    assert ids_of(whole + b'41\r\ndata: {"choices": [{"logprobs": {}') == (1, 2)
