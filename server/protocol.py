@@ -53,7 +53,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_timer(self._receive_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nobody is there; the base class tells so the last request that came, not this one."""
+        """Nobody is there; the base class tells the last request that came, not who is answered."""
         self._set_timer(None)
         super().connection_lost(exc)
         if self._answered is not None and not self._answered.response_complete:
@@ -92,13 +92,8 @@ class BoundedProtocol(HttpToolsProtocol):
         lines = [b"%b: %b\r\n" % each for each in self.headers if each[0] != b"upgrade"]
         self.parser = HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as the base class
-        return b"%b %b HTTP/%b\r\n%b\r\n%b" % (
-            method,
-            self.url,
-            version,
-            b"".join(lines),
-            rest,
-        )
+        head = b"%b %b HTTP/%b\r\n" % (method, self.url, version)
+        return head + b"".join(lines) + b"\r\n" + rest
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
