@@ -13,6 +13,7 @@ from engine.errors import ParameterError
 from engine.params import MAX_STOP_STRINGS, SamplingParams
 from server.answering import answer, check_model, read_order
 from server.answers import ChatCompletion
+from server.body import is_text
 from server.chat_schemas import ChatRequest, chat_request
 from server.choices import ChatChoices
 from server.context import Context, ContextDep
@@ -88,6 +89,9 @@ def render(
         raise invalid("messages", str(error)) from None
     if not text:
         raise invalid("messages", "the chat template makes nothing of these messages")
+    if not is_text(text):
+        message = "chat_template_kwargs has a lone surrogate, which is no character"
+        raise invalid("chat_template_kwargs", message)
     return text
 
 

@@ -14,10 +14,11 @@ FIELDS = "fields"
 
 
 def set_up(level: str, form: LogFormat) -> None:
-    """Write what is logged from now on to standard error."""
+    """Write what is logged from now on to standard error, and what libraries warn of."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if form == "json" else Lines())
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.captureWarnings(True)
 
 
 class Lines(logging.Formatter):

@@ -1,18 +1,35 @@
 """HTTP connections whose clients mean no good: bounds on a request's head, and on its time.
 
 Owns when a connection is refused or given up before an endpoint knows of it, and the form of that
-answer. A body's time is `body.py`'s. Knows uvicorn's protocol, and no endpoint.
+answer; and that no other protocol is spoken, whichever a client offers. A body's time is
+`body.py`'s. Knows uvicorn's protocol, and no endpoint.
 """
 
 import asyncio
+import logging
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from server.errors import ApiError
 
+logger = logging.getLogger("cottention")
+
 MAX_HEADERS = 128
 MAX_HEAD_BYTES = 64 * 1024
+"""Of a request's head, and then of what frames its body beyond the body's own length."""
+
+PIECE_BYTES = 16 * 1024
+"""So much is parsed at a time: what is counted is late by no more than that."""
+
+MAX_AHEAD = 1024
+"""Requests that a client may send before the answers to those before them."""
+
 LINGER_SECONDS = 2.0
 """How long a client may go on sending a body that nobody wants, so that it can read why."""
 
@@ -25,8 +42,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*given, **named)
         self._receive_seconds = receive_seconds
         self._refusal = ApiError(400, "this is no HTTP request")
-        self._reads_head, self._reads_body = True, False
-        self._num_head = 0
+        self._reads_head, self._reads_body = False, False
+        self._num_framing = 0
+        self._answered: RequestResponseCycle | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -35,17 +53,47 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_timer(self._receive_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nobody is there."""
+        """Nobody is there; the base class tells the last request that came, not who is answered."""
         self._set_timer(None)
         super().connection_lost(exc)
+        if self._answered is not None and not self._answered.response_complete:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, and refuse a head that is too long."""
-        super().data_received(data)
-        if self._reads_head and not self._is_closing():
-            self._num_head += len(data)
-            if self._num_head > MAX_HEAD_BYTES:
+        """Parse what came, and refuse a request of which too much is no body."""
+        self._unset_keepalive_if_required()
+        for start in range(0, len(data), PIECE_BYTES):
+            if self._is_closing():
+                return
+            piece = data[start : start + PIECE_BYTES]
+            self._num_framing += len(piece)
+            self._parse(piece)
+            if self._num_framing > MAX_HEAD_BYTES and not self._is_closing():
                 self._refuse(_too_large())
+
+    def _parse(self, piece: bytes) -> None:
+        while piece:
+            try:
+                self.parser.feed_data(piece)
+                return
+            except HttpParserUpgrade as offer:
+                piece = self._declined(piece[offer.args[0] :])
+            except HttpParserError:
+                self._refuse(self._refusal)
+                return
+
+    def _declined(self, rest: bytes) -> bytes:
+        """A request without its offer of another protocol, which the parser takes for accepted."""
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            self._refuse(self._refusal)
+            return b""
+        lines = [b"%b: %b\r\n" % each for each in self.headers if each[0] != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as the base class
+        head = b"%b %b HTTP/%b\r\n" % (method, self.url, version)
+        return head + b"".join(lines) + b"\r\n" + rest
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
@@ -61,13 +109,25 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("too many headers")
 
     def on_headers_complete(self) -> None:
-        """An endpoint takes over."""
-        self._reads_head, self._reads_body, self._num_head = False, True, 0
+        """An endpoint takes over, unless the head is to be read again without an offer."""
+        if self.parser.should_upgrade():
+            return
+        self._reads_head, self._reads_body, self._num_framing = False, True, 0
         self._set_timer(None)
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_AHEAD:
+            self._refusal = ApiError(400, f"at most {MAX_AHEAD} requests may be sent ahead")
+            raise ValueError("too many requests")
+
+    def on_body(self, body: bytes) -> None:
+        """A part of it, which makes up for its own bytes and for as many that frame it."""
+        self._num_framing = max(0, self._num_framing - 2 * len(body))
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The body has come."""
+        if self.parser.should_upgrade():
+            return
         self._reads_body = False
         self._set_timer(None)
         super().on_message_complete()
@@ -75,15 +135,16 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """A body that goes on after its answer does so for a short while only."""
         super().on_response_complete()
-        if self._reads_body and not self._is_closing():
+        if self._reads_body and self.cycle.response_complete and not self._is_closing():
             self._set_timer(LINGER_SECONDS)
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002
-        """What uvicorn does where parsing fails."""
-        self._refuse(self._refusal)
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _refuse(self, error: ApiError) -> None:
         """Answer, unless another answer is on its way, and close."""
+        logger.info("a connection is refused: %s", error)
         self._set_timer(None)
         if not self._answers():
             body = error.body.encode()
@@ -105,7 +166,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._timer = None if seconds is None else self.loop.call_later(seconds, self._on_time)
 
     def _on_time(self) -> None:
-        if self._reads_head and self._num_head:
+        if self._reads_head:
             self._refuse(ApiError(408, "the request's head took too long", code="too_slow"))
         else:
             self.transport.close()
@@ -115,5 +176,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 def _too_large() -> ApiError:
-    message = f"a request's head has at most {MAX_HEADERS} lines and {MAX_HEAD_BYTES} bytes"
+    most = f"at most {MAX_HEADERS} lines and {MAX_HEAD_BYTES} bytes"
+    message = f"a request's head, and what frames its body, has {most}"
     return ApiError(431, message, code="head_too_large")

@@ -4,19 +4,21 @@ Owns the words. Knows no endpoint, and does not check keys.
 """
 
 import ipaddress
+import logging
 import socket
-import sys
 
 from server.settings import ServerConfig
+
+logger = logging.getLogger("cottention")
 
 
 def warn_of_strangers(sock: socket.socket, config: ServerConfig) -> None:
     """Whoever reaches the port may use the server: said unless there is a key, or it is meant."""
     if config.without_key == "warn" and not (_is_private(sock) or _has_keys(config)):
-        print(
-            f"warning: {_host(sock)} is open to others and there is no --api-key: whoever reaches"
-            " this port may use the model; --without-key allow says that they may",
-            file=sys.stderr,
+        logger.warning(
+            "%s is open to others and there is no --api-key: whoever reaches this port may use the"
+            " model; --without-key allow says that they may",
+            _host(sock),
         )
 
 

@@ -15,10 +15,8 @@ from engine.renewal import ContextPolicy
 from server.accounts import note
 from server.answering import deadline_of, read_body_with
 from server.answers import Shape
-from server.bridge import Phase
 from server.checking import checked
 from server.context import Context, ContextDep
-from server.errors import unavailable
 from server.openapi import described, refusals
 from server.orders import Order, TurnTerms, reading_order
 from server.request_ids import request_id_of
@@ -57,6 +55,7 @@ MOVES = refusals(409, 412, 507)
 )
 async def open_session(request: Request, context: ContextDep) -> Response:
     """A new session, which has read the prompt if there is one."""
+    context.bridge.check_accepting()
     owner = asked_by(request).owner
     asked = await read_body_with(request, context, lambda body, _: session_request(body))
     ids = await _ids(asked.prompt, context)
@@ -107,6 +106,7 @@ async def delete_session(session_id: str, request: Request, context: ContextDep)
 )
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """A turn that reads and says nothing."""
+    context.bridge.check_accepting()
     asker = asked_by(request)
     body = await read_body_with(request, context, lambda body, _: checked(AppendRequest, body))
     ids = await _ids(body.prompt, context)
@@ -123,6 +123,7 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
 )
 async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Sessions that go on from here by themselves; they share nothing that changes."""
+    context.bridge.check_accepting()
     asker = asked_by(request)
     body = await read_body_with(request, context, lambda body, _: fork_request(body))
     fork, position = context.sessions.fork, asker.expected_position
@@ -158,8 +159,7 @@ async def _read_in(request: Request, context: Context, order: Order) -> "Session
     note(request.scope, order, reading)
     async with closing(reading, request.receive):
         state = (await whole_pieces(reading))[0].state
-    if state is None:  # cancelled, as whatever runs is when the server has to stop
-        raise unavailable(Phase.DRAINING)
+    assert state is not None, "nothing was to be said, and so nothing can have been cut"
     return state
 
 

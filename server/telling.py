@@ -13,8 +13,9 @@ from fastapi.responses import JSONResponse
 from engine.outputs import FinishReason
 from server.answers import Shape
 from server.best import best_choices
+from server.bridge import Phase
 from server.choices import Choices
-from server.errors import engine_failed, expired
+from server.errors import engine_failed, expired, unavailable
 from server.orders import QUICK_IDS, Order
 from server.reading import Piece, Reading
 from server.streaming import Heading
@@ -45,8 +46,11 @@ async def whole_pieces(reading: Reading) -> dict[int, Piece]:
     reasons = {piece.finish_reason for piece in pieces.values()}
     if FinishReason.ERROR in reasons:
         raise engine_failed()
-    if FinishReason.TIMEOUT in reasons and not reading.num_generated:
-        raise expired()
+    if not reading.num_generated:
+        if FinishReason.TIMEOUT in reasons:
+            raise expired()
+        if FinishReason.CANCELLED in reasons:
+            raise unavailable(Phase.DRAINING)
     return pieces
 
 

@@ -4,6 +4,7 @@ Owns where templates are found, the sandbox they run in, and the bounds on what 
 transformers' habits, for which published templates are written; knows no HTTP.
 """
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,21 +55,19 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
         """The prompt, with `more` variables. Raises ChatTemplateError."""
         given = {**self.variables, **more, "messages": messages}
-        parts: list[str] = []
-        length = 0
+        text = io.StringIO()
         try:
             with at_most(MAX_SECONDS):
                 for part in self.template.generate(given):
-                    parts.append(part)
-                    length += len(part)
-                    if length > MAX_CHARACTERS:
+                    text.write(part)
+                    if text.tell() > MAX_CHARACTERS:
                         raise OvertimeError
         except OvertimeError:
             message = "the chat template makes too much of these messages"
             raise ChatTemplateError(message) from None
         except Exception as error:  # whatever these messages make of its expressions
             raise ChatTemplateError(f"the chat template refuses these messages: {error}") from None
-        return "".join(parts)
+        return text.getvalue()
 
 
 def find_template(choice: str | None, folder: Path) -> ChatTemplate | None:

@@ -1,6 +1,8 @@
 """Text to ids and back, from both kinds of tokenizer files."""
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,17 @@ def test_special_tokens_are_read_but_not_written(tokenizer: Tokenizer) -> None:
     assert len(ids) == 3
     assert tokenizer.token_bytes[ids[1]] == b""
     assert tokenizer.decode(ids) == "ab"
+
+
+def test_others_run_while_a_long_text_is_read(tokenizer: Tokenizer) -> None:
+    """Nothing else moves in the process, streams neither, while a library holds Python's lock."""
+    reading = threading.Thread(target=tokenizer.encode, args=("x" * 1_000_000,))
+    num_moves = 0
+    reading.start()
+    while reading.is_alive():
+        time.sleep(0.001)
+        num_moves += 1
+    assert num_moves > 10
 
 
 def test_half_a_character_decodes_to_a_mark(tokenizer: Tokenizer) -> None:

@@ -138,6 +138,7 @@ MESSAGE = {"role": "user", "content": "x"}
         ({"messages": [MESSAGE | {"tool_calls": [1]}]}, "messages", "tool_calls is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "type"),
         ({"messages": [MESSAGE | {"content": "\ud800"}]}, "messages", "lone surrogate"),
+        ({"chat_template_kwargs": {"tail": "\ud800"}}, "chat_template_kwargs", "lone surrogate"),
         ({"tools": [{}]}, "tools", "no tool calls"),
         ({"functions": [{}]}, "functions", "no tool calls"),
         ({"chat_template": "x"}, "chat_template", "--chat-template"),

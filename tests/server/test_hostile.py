@@ -6,6 +6,7 @@ After each the server is as it was for others, and a stream that ran meanwhile i
 import contextlib
 import json
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from server.protocol import LINGER_SECONDS, MAX_HEAD_BYTES
+from server.protocol import LINGER_SECONDS, MAX_AHEAD, MAX_HEAD_BYTES
 from server.templates import find_template
 from server.watchdog import OvertimeError, at_most
 from tests.server.live import Live, eventually, serving
@@ -133,6 +134,40 @@ def test_a_head_that_never_ends(live: Live, begin: bytes) -> None:
             error_of(received, 431)
 
 
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+FRAMES = {
+    "trailer": (CHUNKED + b"2\r\n{}\r\n0\r\nX: ", b"y" * 1000),
+    "trailer of a GET": (
+        b"GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ",
+        b"y" * 1000,
+    ),
+    "chunk extension": (CHUNKED + b"2;", b"y" * 1000),
+    "chunks of a byte": (CHUNKED, b"1\r\n{\r\n" * 200),
+    "empty lines": (b"\r\n", b"\r\n" * 500),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_what_frames_a_body_and_never_ends(live: Live, name: str) -> None:
+    """It is no part of a body that could be too long, and was kept until it ends."""
+    begin, more = FRAMES[name]
+    with connection(live) as sock, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        sock.sendall(begin)
+        for _ in range(100 * MAX_HEAD_BYTES // len(more)):
+            sock.sendall(more)
+        pytest.fail("all of it was taken")
+
+
+def test_a_long_body_in_small_chunks_is_read(live: Live) -> None:
+    body = json.dumps({"prompt": "x" * 90_000, "max_tokens": 1}).encode()
+    pieces = [body[start : start + 6] for start in range(0, len(body), 6)]
+    framed = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+    with connection(live) as sock:
+        head = POST + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sock.sendall(head + framed + b"0\r\nX: a trailer\r\n\r\n")
+        assert answer(sock).startswith(b"HTTP/1.1 200 ")
+
+
 def test_a_body_that_never_ends_is_not_read_for_ever(live: Live) -> None:
     """Also where an endpoint wants no body, and where its answer came long ago."""
     for head in (POST, b"GET /health HTTP/1.1\r\nHost: x\r\n"):
@@ -150,6 +185,7 @@ def test_a_body_that_never_ends_is_not_read_for_ever(live: Live) -> None:
     [
         b"\x00\x01\x02\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
+        b"CONNECT x:1 HTTP/1.1\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         b"GET /\x00 HTTP/1.1\r\n\r\n",
         POST + b"X: a\x00b\r\n\r\n",
@@ -191,6 +227,44 @@ def test_a_thousand_requests_at_once_in_one_connection(live: Live) -> None:
         received = b""
         while received.count(b"alive") < 1000:
             received += sock.recv(1 << 16)
+
+
+def test_more_requests_at_once_than_anybody_needs(live: Live) -> None:
+    with connection(live) as sock:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 20 * MAX_AHEAD)
+        assert answer(sock).count(b"alive") <= MAX_AHEAD
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_one_that_leaves_with_a_request_waiting_behind_its_first(
+    live: Live, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    body = json.dumps({"prompt": "x", "stream": stream, "max_tokens": 1_000_000}).encode()
+    with connection(live) as sock:
+        sock.sendall((POST + b"Content-Length: %d\r\n\r\n" % len(body) + body) * 2)
+        eventually(lambda: len(live.engine.running) == 2)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    eventually(lambda: len(live.engine.running) <= 1)
+    assert "Exception" not in caplog.text
+
+
+@pytest.mark.parametrize("offer", [b"h2c", b"websocket"])
+def test_an_offer_of_another_protocol_is_declined_and_the_request_answered(
+    live: Live, offer: bytes
+) -> None:
+    """As Java's client makes it with each first request; and nothing is lost behind it."""
+    body = json.dumps({"prompt": "x", "max_tokens": 3}).encode()
+    head = POST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\n" % offer
+    with connection(live) as sock:
+        first = head + b"HTTP2-Settings: AAEAAEAAAA\r\nContent-Length: %d\r\n\r\n" % len(body)
+        sock.sendall(first + body[:5])
+        time.sleep(0.05)
+        sock.sendall(body[5:] + b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+        received = answer(sock)
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert b'"text":"abc"' in received
+    assert received.endswith(b'{"status":"alive"}')
 
 
 BODIES = {

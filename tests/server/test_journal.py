@@ -179,7 +179,7 @@ def test_a_line_for_machines_is_an_object() -> None:
 def test_a_server_that_is_asked_for_json_logs_nothing_else(gptj_folder: Path) -> None:
     command = [sys.executable, "-m", "server", "serve", str(gptj_folder), "--port", "0"]
     with subprocess.Popen(
-        [*command, "--log-format", "json", "--max-slots", "2"],
+        [*command, "--log-format", "json", "--max-slots", "2", "--host", "0.0.0.0"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -193,6 +193,16 @@ def test_a_server_that_is_asked_for_json_logs_nothing_else(gptj_folder: Path) ->
         _, errors = popen.communicate(timeout=30)
     assert popen.returncode == 0
     logged = [json.loads(line) for line in errors.splitlines()]
+    assert "--without-key" in logged[0]["message"]
     (request,) = (line for line in logged if line["message"] == "request")
     assert request["completion_tokens"] == 3
     assert "secret" not in errors
+
+
+def test_what_libraries_warn_of_is_in_the_log() -> None:
+    script = (
+        "import server.logs, warnings; server.logs.set_up('info', 'json'); warnings.warn('old')"
+    )
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "old" in json.loads(found.stderr)["message"]

@@ -134,10 +134,10 @@ def test_pages_are_answered_where_their_origin_is_named() -> None:
     ],
 )
 def test_who_gets_to_the_port_is_told_and_warned_of(
-    host: str, settings: Any, warns: bool, reached: str, capsys: pytest.CaptureFixture[str]
+    host: str, settings: Any, warns: bool, reached: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = ServerConfig(**settings)
     with bind_socket(host, 0) as sock:
         warn_of_strangers(sock, config)
         assert who_reaches(sock, config) == reached
-    assert ("--api-key" in capsys.readouterr().err) is warns
+    assert ("--api-key" in caplog.text) is warns

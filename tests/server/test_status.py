@@ -2,6 +2,9 @@
 
 import re
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from server.timings import Timings
 from tests.server.live import Live, eventually, serving
@@ -105,12 +108,33 @@ def test_alive_and_ready(shared: Live) -> None:
 
 def test_draining_is_alive_and_not_ready() -> None:
     with serving() as live:
+        name = live.opened()
         live.bridge.drain()
         assert live.client.get("/health").status_code == 200
-        for response in (live.client.get("/ready"), live.complete(prompt="x")):
+        posts = [
+            live.client.post(f"/v1/sessions{path}", json=body)
+            for path, body in (
+                ("", {}),
+                (f"/{name}/fork", {}),
+                (f"/{name}/append", {"prompt": "x"}),
+            )
+        ]
+        for response in (live.client.get("/ready"), live.complete(prompt="x"), *posts):
             assert response.status_code == 503
             assert int(response.headers["retry-after"]) > 0
             assert "shutting down" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/sessions"])
+def test_what_a_stop_ends_before_anything_was_said_may_be_sent_again(path: str) -> None:
+    with serving() as live, ThreadPoolExecutor(1) as pool:
+        live.engine.may_step.clear()
+        answer = pool.submit(live.client.post, path, json={"prompt": "x"})
+        eventually(lambda: live.engine.running)
+        live.loop_call(live.bridge.cancel_all)
+        live.engine.may_step.set()
+        assert answer.result().status_code == 503
+        assert int(answer.result().headers["retry-after"]) > 0
 
 
 def test_a_dead_engine_ends_streams_with_an_error_and_health_with_503() -> None:
