@@ -6,6 +6,7 @@ digits than Python reads. Does not know what the object means.
 
 import asyncio
 import json
+from collections import Counter
 from typing import Any
 
 from starlette.requests import Request
@@ -13,14 +14,18 @@ from starlette.requests import Request
 from server.errors import ApiError, invalid
 
 MIN_BYTES_PER_SECOND = 10_000
+PLAIN = "identity"
 NOT_JSON = "the body must be a JSON object"
 
 
 async def read_body(request: Request, max_bytes: int, patience: float) -> bytes:
     """All of the body. Raises ApiError 413 as soon as it is longer than `max_bytes`.
 
-    Raises ApiError 408 where it is slower than MIN_BYTES_PER_SECOND and `patience` is over.
+    Raises ApiError 408 where it is slower than MIN_BYTES_PER_SECOND and `patience` is over, and 415
+    where it says that it is encoded.
     """
+    if (encoding := request.headers.get("content-encoding", PLAIN).lower()) != PLAIN:
+        raise _encoded(encoding)
     if announced_bytes(request) > max_bytes:
         raise _too_long(max_bytes)
     body = bytearray()
@@ -89,6 +94,11 @@ def _too_long(max_bytes: int) -> ApiError:
     return ApiError(413, message, code="body_too_large")
 
 
+def _encoded(encoding: str) -> ApiError:
+    message = f"the body has Content-Encoding {shown(encoding)}; send it as it is, without"
+    return ApiError(415, message, code="unsupported_encoding")
+
+
 def _too_slow() -> ApiError:
     message = f"the body comes slower than {MIN_BYTES_PER_SECOND} bytes a second"
     return ApiError(408, message, code="too_slow", headers={"Connection": "close"})
@@ -97,7 +107,6 @@ def _too_slow() -> ApiError:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise invalid(twice, f"the body has {shown(twice)} twice")
     return found

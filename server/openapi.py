@@ -24,6 +24,7 @@ ERRORS = {
     410: "The events after this one are no longer kept.",
     412: "The session is not at the position of If-Match.",
     413: "The body is longer than the server takes.",
+    415: "The body says that it is encoded.",
     429: "The line is full, or the key has used its allowance.",
     500: "The engine failed.",
     503: "The server takes no new work now.",
@@ -41,7 +42,7 @@ EVENTS: Schema = {
         }
     }
 }
-_BODY_ERRORS = (400, 401, 404, 413, 429, 500, 503, 504)
+_BODY_ERRORS = (400, 401, 404, 413, 415, 429, 500, 503, 504)
 
 
 def described(

@@ -40,7 +40,7 @@ async def get_snapshot(session_id: str, request: Request, context: ContextDep) -
 @router.post(
     "/v1/sessions/import",
     response_model=SessionObject,
-    responses=refusals(400, 401, 409, 413, 500, 503, 507),
+    responses=refusals(400, 401, 409, 413, 415, 500, 503, 507),
     openapi_extra={"requestBody": {"required": True, "content": BINARY}},
 )
 async def import_session(

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.body import parse_object
+from server.errors import ApiError
 from server.sampling import MAX_CHOICES
 from server.schemas import CompletionRequest
 from tests.server.live import Live
@@ -172,6 +174,26 @@ def test_a_body_that_is_no_object_is_refused(shared: Live, raw: bytes, says: str
 def test_an_infinite_literal_is_refused_by_name(shared: Live) -> None:
     raw = b'{"prompt": "x", "temperature": 1e999}'
     assert refused(shared.client.post("/v1/completions", content=raw))["param"] == "temperature"
+
+
+def test_one_name_twice_among_very_many_is_found_at_once() -> None:
+    names = ", ".join(f'"{number}": 0' for number in range(300_000))
+    with pytest.raises(ApiError, match='"299999" twice'):  # by pairs it would take hours
+        parse_object(f'{{{names}, "299999": 0}}'.encode())
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br"])
+def test_an_encoded_body_is_refused_by_its_encoding(shared: Live, encoding: str) -> None:
+    headers = {"Content-Encoding": encoding}
+    answer = shared.client.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+    error = refused(answer, 415)
+    assert (error["code"], encoding in error["message"]) == ("unsupported_encoding", True)
+
+
+def test_a_body_that_says_it_is_as_it_is_is_taken(shared: Live) -> None:
+    headers = {"Content-Encoding": "identity"}
+    answer = shared.client.post("/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+    assert answer.status_code == 200
 
 
 def test_a_body_longer_than_the_limit_is_refused_when_announced(shared: Live) -> None:
