@@ -33,16 +33,17 @@ Read = Callable[[dict[str, Any], Context], Found]
 async def read_order(
     request: Request, context: Context, read: Read[Order], max_quick: int = QUICK_BODY_BYTES
 ) -> Order:
-    """The order in a request's body."""
+    """The order in a request's body, whose time begins when all of that has come."""
     bridge = context.bridge
     bridge.check_accepting()
     bridge.line.check(1, bridge.line.estimate(announced_bytes(request)))
     raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
+    began = asyncio.get_running_loop().time()
     with bridge.line.reading(len(raw)):
         order = await _read(raw, context, read, max_quick)
     bridge.line.learn(len(raw), order.num_prompt)
     context.limits.check(order)
-    return order
+    return replace(order, deadline=deadline_of(order, context.config, began))
 
 
 async def read_body_with(
@@ -62,7 +63,6 @@ async def _read(raw: bytes, context: Context, read: Read[Found], max_quick: int)
 async def answer(request: Request, context: Context, order: Order, kind: Kind) -> Response:
     """Have an order carried out. Raises ParameterError, EngineStoppedError, ApiError."""
     name = f"{kind.prefix}-{order.request_id or request_id_of(request)}"
-    order = replace(order, deadline=deadline_of(order, context.config))
     if order.turn is not None:
         return TurnAnswer(context, order, kind, name, asked_by(request))
     heading = kind.heading(name, order, context.model_name)
@@ -79,11 +79,11 @@ async def answer(request: Request, context: Context, order: Order, kind: Kind) -
         return await told_whole(pieces, heading, choices, order, usage, {})
 
 
-def deadline_of(order: Order, config: ServerConfig) -> float | None:
-    """By the event loop's clock: of the request's own timeout and the server's."""
+def deadline_of(order: Order, config: ServerConfig, began: float) -> float | None:
+    """Of the request's own timeout and the server's, by the event loop's clock as `began` is."""
     given = (order.timeout, config.max_request_seconds)
     seconds = min((each for each in given if each is not None), default=None)
-    return None if seconds is None else asyncio.get_running_loop().time() + seconds
+    return None if seconds is None else began + seconds
 
 
 def check_model(asked: str | None, context: Context) -> None:

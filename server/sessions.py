@@ -154,7 +154,8 @@ async def _ids(prompt: str | list[int], context: Context) -> list[int]:
 
 async def _read_in(request: Request, context: Context, order: Order) -> "SessionState":
     """The session after a prompt. Raises ParameterError, EngineStoppedError, ApiError."""
-    order = replace(order, deadline=deadline_of(order, context.config))
+    now = asyncio.get_running_loop().time()
+    order = replace(order, deadline=deadline_of(order, context.config, now))
     reading = await context.bridge.open(f"session-{request_id_of(request)}", order)
     note(request.scope, order, reading)
     async with closing(reading, request.receive):

@@ -180,6 +180,19 @@ def test_time_that_is_over_before_the_first_token_is_a_504() -> None:
         assert live.complete(prompt="x", max_tokens=1, timeout=30).status_code == 200
 
 
+def test_time_passes_while_a_prompt_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as live:
+        live.engine.step_seconds = 0.1
+        encode = live.engine.tokenizer.encode
+
+        def slowly(text: str) -> list[int]:
+            time.sleep(0.5)
+            return encode(text)
+
+        monkeypatch.setattr(live.engine.tokenizer, "encode", slowly)
+        assert live.complete(prompt="x", max_tokens=1, timeout=0.3).status_code == 504
+
+
 def test_time_is_over_for_a_prompt_that_a_session_reads() -> None:
     with serving(max_request_seconds=0.05) as live:
         live.engine.step_seconds = 0.3
