@@ -1,9 +1,9 @@
 """The recurrent step alone: its bytes per second beside an in-place stream over the same bytes.
 
 One measurement runs the step for every layer in turn, as decode does, on a pool of as many slots as
-the batch has rows. The stream multiplies the same memory in place; on a GPU it copies it, and the
-step runs as a captured graph. `torch` is the better of two formulations: baddbmm and bmm, or a sum
-of outer products and a product with the query.
+the batch has rows. The stream multiplies the same memory in place; on a GPU it copies one half onto
+the other, and the step runs as a captured graph. `torch` is the better of two formulations: baddbmm
+and bmm, or a sum of outer products and a product with the query.
 """
 
 import statistics
