@@ -7,7 +7,7 @@ import torch
 
 from engine import ops
 from engine.ops import reference
-from tests.engine.step_cases import Case, make
+from tests.engine.step_cases import Case, far_pools, make
 
 VALUE_WIDTHS = [8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256]
 KEY_WIDTHS = [8, 24, 64, 72, 128, 512]
@@ -76,6 +76,18 @@ def test_padding_yields_zeros_and_moves_nothing() -> None:
     assert case.z is not None
     assert before.z is not None
     assert torch.equal(case.z[:4], before.z[:4])
+
+
+def test_a_row_beyond_two_to_the_31st_element() -> None:
+    try:
+        near, far = far_pools()
+    except RuntimeError as error:
+        pytest.skip(f"no 9 GB of address space: {error}")
+    case = make([1], [0], 512, 256, heads=16)
+    expected = ops.recurrent_step(*case._replace(state=near))
+    slots = torch.tensor([len(far) - 1], dtype=torch.int32)
+    assert torch.equal(ops.recurrent_step(*case._replace(state=far, slots=slots)), expected)
+    assert torch.equal(far[-1], near[0])
 
 
 def test_no_tokens() -> None:
