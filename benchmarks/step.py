@@ -48,7 +48,7 @@ def measure(quick: bool, device: Device | None = None) -> Report:
         for batch in BATCHES[: 3 if quick else 4]
         if _fits(config, batch, device)
     ]
-    show("The recurrent step, all layers of a model in turn, float32", rows)
+    show("The recurrent step, all layers of a model in turn", rows)
     return {"step": rows}
 
 
@@ -99,6 +99,7 @@ def _row(
     return {
         "shape": name,
         "batch": size,
+        "dtype": str(batch.pool.dtype).removeprefix("torch."),
         "state MiB": batch.pool.nbytes / 2**20,
         "us a layer": 1e6 * step / config.n_layer,
         "GB/s": 2e-9 * batch.pool.nbytes / step,
