@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.devices import DEVICES, Device
 from engine import ops
@@ -70,21 +68,28 @@ def _cpu_name() -> str:
 
 
 def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """A table with the keys of the first row as its head."""
+    """A table with the keys of the first row as its head, and below it what it was measured on.
+
+    Plain text by plain means: a bare machine with a GPU has no package that draws tables.
+    """
+    cells = [list(rows[0]), *([_cell(x) for x in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    head, *lines = (
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
+    rule = "-" * len(head)
+    print("", title, rule, head, rule, *lines, rule, _where(), sep="\n", flush=True)
+
+
+def _cell(x: object) -> str:
+    return f"{x:,.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
+
+
+def _where() -> str:
     on = machine()
-    where = " and ".join(name for name in (on["gpu"], on["cpu"]) if name)
-    caption = f"{where}, {on['cores']} threads, torch {on['torch']}, {on['ops']} ops"
-    table = Table(title=title, caption=caption)
-    for name in rows[0]:
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(
-            *(
-                f"{x:,.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
-                for x in row.values()
-            )
-        )
-    Console(width=160).print(table)
+    names = " and ".join(name for name in (on["gpu"], on["cpu"]) if name)
+    return f"{names}, {on['cores']} threads, torch {on['torch']}, {on['ops']} ops"
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

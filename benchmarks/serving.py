@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from urllib.request import Request, urlopen
 
 import psutil
 import uvloop
@@ -33,7 +34,7 @@ def measure(quick: bool) -> Report:
     local = {streams: _in_process(streams, num_tokens) for streams in STREAMS}
     remote = _over_http(num_tokens)
     rows = [_row(num_tokens, local[streams], remote[streams]) for streams in STREAMS]
-    show(f"Serving the default model, {num_tokens} tokens a stream, greedy", rows)
+    show(f"Serving the default model, {num_tokens} tokens a stream, greedy, float32", rows)
     return {"serving": rows}
 
 
@@ -81,11 +82,24 @@ def _over_http(num_tokens: int) -> dict[int, Remote]:
     ) as server:
         try:
             port = port_of(server)
+            check(port)
             uvloop.run(_streams(port, 8, 8))
             process = psutil.Process(server.pid)
             return {n: _measured(process, port, n, num_tokens) for n in STREAMS}
         finally:
             server.terminate()
+
+
+def check(port: int) -> None:
+    """Refuse to measure a server that says something else than its engine."""
+    params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
+    (expected,) = Engine(config=EngineConfig(max_slots=1)).generate([PROMPT], params)
+    headers = {"Content-Type": "application/json"}
+    url, body = f"http://127.0.0.1:{port}/v1/completions", _body(64, stream=False)
+    with urlopen(Request(url, body, headers)) as answer:
+        text = json.load(answer)["choices"][0]["text"]
+    if text != expected.text:
+        raise SystemExit("the server's text is not its engine's: nothing is reported")
 
 
 def _measured(server: psutil.Process, port: int, streams: int, num_tokens: int) -> Remote:
@@ -121,13 +135,17 @@ async def _stream(port: int, num_tokens: int) -> Arrivals:
 
 
 def _request(port: int, num_tokens: int) -> bytes:
-    wanted = {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
-    body = json.dumps({"prompt": PROMPT, **wanted}).encode()
+    body = _body(num_tokens, stream=True)
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
+
+
+def _body(num_tokens: int, *, stream: bool) -> bytes:
+    wanted = {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True, "stream": stream}
+    return json.dumps({"prompt": PROMPT, **wanted}).encode()
 
 
 class Reader(asyncio.Protocol):

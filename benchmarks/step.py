@@ -1,10 +1,11 @@
 """The recurrent step alone: its bytes per second beside an in-place stream over the same bytes.
 
 One measurement runs the step for every layer in turn, as decode does, on a pool of as many slots as
-the batch has rows. The stream multiplies the same memory in place; on a GPU it copies it, and the
-step runs as a captured graph. `torch` is the better of two formulations: baddbmm and bmm, or a sum
-of outer products and a product with the query, on states that lie as these want them. `torch by
-slot` does the step's own work: it takes the rows' states out of the pool and puts them back.
+the batch has rows. The stream multiplies the same memory in place; on a GPU it copies one half onto
+the other, and the step runs as a captured graph. `torch` is the better of two formulations: baddbmm
+and bmm, or a sum of outer products and a product with the query, on states that lie as these want
+them. `torch by slot` does the step's own work: it takes the rows' states out of the pool and puts
+them back.
 """
 
 import statistics
@@ -49,7 +50,7 @@ def measure(quick: bool, device: Device | None = None) -> Report:
         for batch in BATCHES[: 3 if quick else 4]
         if _fits(config, batch, device)
     ]
-    show("The recurrent step, all layers of a model in turn, float32", rows)
+    show("The recurrent step, all layers of a model in turn", rows)
     return {"step": rows}
 
 
@@ -101,6 +102,7 @@ def _row(
     return {
         "shape": name,
         "batch": size,
+        "dtype": str(batch.pool.dtype).removeprefix("torch."),
         "state MiB": batch.pool.nbytes / 2**20,
         "us a layer": 1e6 * step / config.n_layer,
         "GB/s": 2e-9 * batch.pool.nbytes / step,

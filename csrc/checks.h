@@ -19,6 +19,14 @@ inline void check_kind(const Tensor& x, const char* name, int64_t dim, ScalarTyp
   STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, not ", x.dim());
 }
 
+// Queries, keys and values; what they move is float32 whatever their type.
+inline void check_input_type(const Tensor& x, const char* name) {
+  const ScalarType type = x.scalar_type();
+  const bool is_known = type == ScalarType::Float || type == ScalarType::BFloat16 ||
+                        type == ScalarType::Half;
+  STD_TORCH_CHECK(is_known, name, " must be float32, bfloat16 or float16");
+}
+
 // A contiguous last dimension; the other strides are free.
 inline void check_rows(const Tensor& x, const char* name, int64_t dim,
                        ScalarType type = ScalarType::Float) {

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "checks.h"
+#include "features.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -30,6 +31,16 @@ Tensor each_row(const Tensor& x, void (*kernel)(const RowsParams&, int64_t)) {
   for_each_task(x.size(0), least_tasks(kExponentialsPerThread, x.size(1)),
                 [&](int64_t row) { kernel(p, row); });
   return out;
+}
+
+void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_rows(q, "q", 3);
+  check_rows(k, "k", 3);
+  check_rows(v, "v", 3);
+  for (int64_t dim = 0; dim < 3; ++dim) {
+    check_size(k, "k", dim, q.size(dim));
+    check_size(v, "v", dim, q.size(dim));
+  }
 }
 
 }  // namespace
@@ -65,39 +76,18 @@ std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Te
                                                        const Tensor& v, const Tensor& positions,
                                                        const Tensor& sigma, const Tensor& cos,
                                                        const Tensor& sin) {
-  check_rows(q, "q", 3);
-  check_rows(k, "k", 3);
-  check_rows(v, "v", 3);
+  check_heads(q, k, v);
   const int64_t tokens = q.size(0), heads = q.size(1), width = q.size(2);
-  for (int64_t dim = 0; dim < 3; ++dim) {
-    check_size(k, "k", dim, q.size(dim));
-    check_size(v, "v", dim, q.size(dim));
-  }
-  check_contiguous(positions, "positions", 1, ScalarType::Long);
-  check_size(positions, "positions", 0, tokens);
-  check_contiguous(sigma, "sigma", 1, ScalarType::Double);
-  check_size(sigma, "sigma", 0, heads);
-  check_contiguous(cos, "cos", 2, ScalarType::Float);
-  check_contiguous(sin, "sin", 2, ScalarType::Float);
-  check_size(cos, "cos", 0, tokens);
-  check_size(sin, "sin", 0, tokens);
-  check_size(sin, "sin", 1, cos.size(1));
-  STD_TORCH_CHECK(2 * cos.size(1) <= width, "rotary_dim ", 2 * cos.size(1), " exceeds the heads' ",
-                  width);
+  check_positions(positions, cos, sin, tokens, width);
+  check_sigma(sigma, heads);
   Tensor q_out = torch::stable::new_empty(q, {tokens, heads, width});
   Tensor k_out = torch::stable::new_empty(q, {tokens, heads, width});
   Tensor v_out = torch::stable::new_empty(q, {tokens, heads, width});
-  FeatureParams p{head_view(q), head_view(k), head_view(v)};
-  p.positions = positions.const_data_ptr<int64_t>();
-  p.sigma = sigma.const_data_ptr<double>();
-  p.cos = cos.const_data_ptr<float>();
-  p.sin = sin.const_data_ptr<float>();
+  FeatureParams p = feature_params(head_view(q), head_view(k), head_view(v), positions, sigma, cos,
+                                   sin, width);
   p.q_out = q_out.mutable_data_ptr<float>();
   p.k_out = k_out.mutable_data_ptr<float>();
   p.v_out = v_out.mutable_data_ptr<float>();
-  p.heads = heads;
-  p.width = width;
-  p.pairs = cos.size(1);
   const Kernels& table = kernels();
   for_each_task(tokens, least_tasks(kFeaturesPerThread, 3 * heads * width),
                 [&](int64_t token) { table.features(p, token); });

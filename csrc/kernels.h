@@ -12,7 +12,8 @@ namespace cottention {
 
 constexpr int64_t kPanel = 64;         // output columns that a packed weight holds side by side
 constexpr int64_t kTaskRows = 48;      // most rows of x per task of the product
-constexpr int64_t kMaxMixWidth = 256;  // widest head that the mixer maps on its stack
+constexpr int64_t kMaxKeyWidth = 512;
+constexpr int64_t kMaxValueWidth = 256;
 constexpr float kDenominatorFloor = 1e-6f;
 constexpr float kNormFloor = 1e-12f;
 constexpr int32_t kPaddingSlot = -1;

@@ -61,7 +61,7 @@ inline void extend_chains(const RowBlock& x, const PanelBlock& block, int64_t co
     for (int r = 0; r < R; ++r) {
       const Lanes value = broadcast(x.words[r * x.stride + c]);
 #pragma GCC unroll 4
-      for (int a = 0; a < A; ++a) 
+      for (int a = 0; a < A; ++a)
         sums[r][a] = Word::multiply_add(weights[a], value, sums[r][a]);
     }
   }

@@ -7,24 +7,12 @@
 // recurrent_step and gelu_new would, bit for bit.
 #include <torch/csrc/stable/ops.h>
 
+#include "features.h"
 #include "ops.h"
 #include "pool.h"
 
 namespace cottention {
 namespace {
-
-void check_positions(const Tensor& positions, const Tensor& cos, const Tensor& sin, int64_t tokens,
-                     int64_t width) {
-  check_contiguous(positions, "positions", 1, ScalarType::Long);
-  check_contiguous(cos, "cos", 2, ScalarType::Float);
-  check_contiguous(sin, "sin", 2, ScalarType::Float);
-  check_size(positions, "positions", 0, tokens);
-  check_size(cos, "cos", 0, tokens);
-  check_size(sin, "sin", 0, tokens);
-  check_size(sin, "sin", 1, cos.size(1));
-  STD_TORCH_CHECK(2 * cos.size(1) <= width, "rotary_dim ", 2 * cos.size(1), " exceeds the heads' ",
-                  width);
-}
 
 void check_rooms(const Tensor& joined, const Tensor& sigma, const Tensor& state,
                  const Tensor& out) {
@@ -34,26 +22,20 @@ void check_rooms(const Tensor& joined, const Tensor& sigma, const Tensor& state,
   const int64_t heads = state.size(1), width = state.size(2);
   check_state(state, heads, width, width);
   check_widths(width, width);
-  check_contiguous(sigma, "sigma", 1, ScalarType::Double);
-  check_size(sigma, "sigma", 0, heads);
+  check_sigma(sigma, heads);
   STD_TORCH_CHECK(joined.size(1) >= 3 * heads * width, "joined has no room for q, k and v");
   check_size(out, "out", 0, joined.size(0));
   check_size(out, "out", 1, joined.size(1) - 2 * heads * width);
 }
 
+// q, k and v side by side in a row of `joined`.
 FeatureParams features(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                        const Tensor& cos, const Tensor& sin, int64_t width) {
   const int64_t channels = sigma.size(0) * width, stride = joined.size(1);
-  const float* x = joined.const_data_ptr<float>();
-  FeatureParams p{{x, stride, width}, {x + channels, stride, width}, {x + 2 * channels, stride, width}};
-  p.positions = positions.const_data_ptr<int64_t>();
-  p.sigma = sigma.const_data_ptr<double>();
-  p.cos = cos.const_data_ptr<float>();
-  p.sin = sin.const_data_ptr<float>();
-  p.heads = sigma.size(0);
-  p.width = width;
-  p.pairs = cos.size(1);
-  return p;
+  const float* q = joined.const_data_ptr<float>();
+  const float *k = q + channels, *v = k + channels;
+  return feature_params({q, stride, width}, {k, stride, width}, {v, stride, width}, positions,
+                        sigma, cos, sin, width);
 }
 
 RowsParams gelu(const Tensor& joined, const Tensor& out, int64_t channels) {

@@ -15,9 +15,9 @@ namespace cottention::COTTENTION_ISA {
 
 // Tokens [t, stop) of a share, mapped and run.
 inline void mix_chunk(const MixParams& m, const Share& s, int64_t t, int64_t stop) {
-  alignas(64) float q[kTokenChunk * kMaxMixWidth];
-  alignas(64) float k[kTokenChunk * kMaxMixWidth];
-  alignas(64) float v[kTokenChunk * kMaxMixWidth];
+  alignas(64) float q[kTokenChunk * kMaxValueWidth];
+  alignas(64) float k[kTokenChunk * kMaxValueWidth];
+  alignas(64) float v[kTokenChunk * kMaxValueWidth];
   const int64_t width = m.features.width;
   for (int64_t i = 0; i < stop - t; ++i)
     map_head(m.features, t + i, s.head, q + i * width, k + i * width, v + i * width);

@@ -16,10 +16,10 @@ constexpr int64_t kElementsPerThread = 16384;  // below this a thread costs more
 constexpr int64_t kLongRuns = 4;  // a thread's share of a step, in stretches of memory
 
 inline void check_widths(int64_t key, int64_t value) {
-  STD_TORCH_CHECK(key >= 8 && key <= 512 && key % 8 == 0, "key width ", key,
-                  ": the kernel takes 8 to 512 in multiples of 8");
-  STD_TORCH_CHECK(value >= 8 && value <= 256 && value % 8 == 0, "value width ", value,
-                  ": the kernel takes 8 to 256 in multiples of 8");
+  STD_TORCH_CHECK(key >= 8 && key <= kMaxKeyWidth && key % 8 == 0, "key width ", key,
+                  ": the kernel takes 8 to ", kMaxKeyWidth, " in multiples of 8");
+  STD_TORCH_CHECK(value >= 8 && value <= kMaxValueWidth && value % 8 == 0, "value width ", value,
+                  ": the kernel takes 8 to ", kMaxValueWidth, " in multiples of 8");
 }
 
 // A pool's rows may lie any distance apart, but not inside each other.

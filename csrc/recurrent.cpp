@@ -1,8 +1,9 @@
 // recurrent_step on the CPU: the checks and the calls.
 //
-// Owns no arithmetic. q, k [N, H, K] and v [N, H, V] with free strides but the last; state
-// [S, H, V, K] and z [S, H, K] with a free first stride, changed in place; slots int32 [B];
-// offsets int32 [B + 1] or none; returns [N, H, V].
+// Owns no arithmetic. q, k [N, H, K] and v [N, H, V], of one type (float32, bfloat16 or float16),
+// with free strides but the last; state [S, H, V, K] and z [S, H, K], float32 with a free first
+// stride, changed in place; slots int32 [B]; offsets int32 [B + 1] or none; returns [N, H, V] in the
+// type of v.
 #include <torch/csrc/stable/ops.h>
 
 #include "ops.h"
@@ -12,9 +13,10 @@ namespace cottention {
 namespace {
 
 void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
-  check_rows(q, "q", 3);
-  check_rows(k, "k", 3);
-  check_rows(v, "v", 3);
+  check_input_type(q, "q");
+  check_rows(q, "q", 3, q.scalar_type());
+  check_rows(k, "k", 3, q.scalar_type());
+  check_rows(v, "v", 3, q.scalar_type());
   for (int64_t dim = 0; dim < 3; ++dim) check_size(k, "k", dim, q.size(dim));
   for (int64_t dim = 0; dim < 2; ++dim) check_size(v, "v", dim, q.size(dim));
   check_widths(q.size(2), v.size(2));
@@ -28,6 +30,8 @@ void check_denominator(const Tensor& q, const Tensor& state, const Tensor& z) {
   check_pool(z, "z");
 }
 
+Tensor widened(const Tensor& x) { return torch::stable::to(x, ScalarType::Float); }
+
 void run(const RecurrentParams& p, int64_t tokens) {
   const Kernels& table = kernels();
   if (p.z) for_each_head(p, tokens, 1, [&](int64_t task) { table.denominators(p, task); });
@@ -40,6 +44,11 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const std::optional<Tensor>& z, const Tensor& slots,
                       const std::optional<Tensor>& offsets) {
   check_inputs(q, k, v);
+  if (q.scalar_type() != ScalarType::Float) {
+    const Tensor out =
+        recurrent_step(widened(q), widened(k), widened(v), state, z, slots, offsets);
+    return torch::stable::to(out, q.scalar_type());
+  }
   const int64_t tokens = q.size(0), heads = q.size(1);
   check_state(state, heads, v.size(2), q.size(2));
   if (z) check_denominator(q, state, *z);

@@ -19,11 +19,9 @@ using Device = torch::stable::accelerator::DeviceIndex;
 using torch::stable::accelerator::DeviceGuard;
 
 inline Type type_of(const Tensor& x, const char* name) {
-  const ScalarType type = x.scalar_type();
-  if (type == ScalarType::Float) return Type::kFloat;
-  if (type == ScalarType::BFloat16) return Type::kBFloat16;
-  STD_TORCH_CHECK(type == ScalarType::Half, name, " must be float32, bfloat16 or float16");
-  return Type::kHalf;
+  check_input_type(x, name);
+  if (x.scalar_type() == ScalarType::Float) return Type::kFloat;
+  return x.scalar_type() == ScalarType::BFloat16 ? Type::kBFloat16 : Type::kHalf;
 }
 
 inline int64_t bytes_of(Type type) { return type == Type::kFloat ? 4 : 2; }
@@ -76,6 +74,7 @@ inline void check_pools(const Tensor& state, const std::optional<Tensor>& z, int
 inline void check_segments(const Tensor& slots, const std::optional<Tensor>& offsets,
                            int64_t tokens, Device device) {
   check_whole(slots, "slots", 1, ScalarType::Int, device);
+  STD_TORCH_CHECK(slots.size(0) > 0 || tokens == 0, "no slots for ", tokens, " tokens");
   if (offsets) {
     check_whole(*offsets, "offsets", 1, ScalarType::Int, device);
     check_size(*offsets, "offsets", 0, slots.size(0) + 1);

@@ -10,6 +10,8 @@
 namespace cottention::cuda {
 namespace {
 
+constexpr int64_t kMaxTilesOfHead = 64;  // of 256 value rows, 4 at a time with the widest keys
+
 // A thread among its block's: lanes sum by shuffles, and z waits for everybody.
 template <class In, class Out, class Shape>
 struct Member : Thread<In, Out, Shape> {
@@ -39,6 +41,7 @@ template <class In, class Out>
 void launch(const StepParams& p, cudaStream_t stream) {
   with_shape(p.key_width, [&](auto shape) {
     using Shape = decltype(shape);
+    static_assert(kMaxTilesOfHead * Shape::kTileRows >= kMaxValueWidth);
     const auto kernel = p.offsets ? step<In, Out, Shape, false> : step<In, Out, Shape, true>;
     kernel<<<static_cast<unsigned>(num_blocks<Shape>(p)), kThreads, 0, stream>>>(p);
   });
@@ -47,7 +50,6 @@ void launch(const StepParams& p, cudaStream_t stream) {
 }  // namespace
 
 const char* launch_step(const StepParams& p, Type in, Type out, void* stream) {
-  constexpr int64_t kMaxTilesOfHead = 32;  // of 256 rows, 8 at a time
   if (p.segments * p.heads > INT32_MAX / kMaxTilesOfHead) return "too many segments at once";
   const auto on = static_cast<cudaStream_t>(stream);
   const bool is_wide = in == Type::kFloat;

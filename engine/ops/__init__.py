@@ -1,11 +1,13 @@
 """The ops of the engine: compiled where that is possible, plain torch where it is not.
 
 Owns the dispatch. Tensors that are float32 and on the CPU go to the compiled ops (one arithmetic:
-a row's bits depend on nothing but the row); on CUDA the recurrence goes to its kernel, long
-segments to products; other types and tensors that need gradients go to the reference. Widths that
-the kernel does not take are announced once. Knows no model, no session and no position in a
-conversation.
+a row's bits depend on nothing but the row), and to the recurrence those of 16 bits as well; on CUDA
+the recurrence goes to its kernel, long segments to products; other types and tensors that need
+gradients go to the reference. Widths that the kernel does not take are announced once. Knows no
+model, no session and no position in a conversation.
 """
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -60,13 +62,14 @@ def recurrent_step(
 ) -> Tensor:
     """Advance the named rows of the pool in place, in token order, and read each token's output.
 
-    q, k [N, H, K]; v [N, H, V]; state [S, H, V, K] and z [S, H, K] or None, changed in place;
-    slots int32 [B], −1 is padding and yields zeros; offsets int32 [B + 1] gives segment i the
-    tokens offsets[i]:offsets[i + 1], None means one token per slot. Returns [N, H, V]. Raises
-    ValueError or RuntimeError before any memory is touched. On CUDA slots and offsets are not
-    looked at before: rows that are out of range are skipped, and `recurrent_segments` checks them.
+    q, k [N, H, K]; v [N, H, V], all of one type; state [S, H, V, K] and z [S, H, K] or None, moved
+    in place, float32 (float64 where q is), which is what products and sums are taken in; slots
+    int32 [B], −1 is padding and yields zeros; offsets int32 [B + 1] gives segment i the tokens
+    offsets[i]:offsets[i + 1], None means one token per slot. Returns [N, H, V] in the type of v.
+    Raises ValueError or RuntimeError before any memory is touched. On CUDA slots and offsets are
+    not looked at before: rows that are out of range are skipped; `Segments.of` checks them.
     """
-    is_compiled = _compiled_takes(q) or _on_cuda_with_ops(q)
+    is_compiled = _compiled_takes(q, k, v, types=checks.HALF_OR_SINGLE) or _on_cuda_with_ops(q)
     if is_compiled and _kernel_takes(q.shape[-1], v.shape[-1]):
         checks.check_one_device(q, k, v, state, z, slots, offsets)
         out: Tensor = torch.ops.cottention.recurrent_step(q, k, v, state, z, slots, offsets)
@@ -151,9 +154,11 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return reference.elu_plus_one(x)
 
 
-def _compiled_takes(x: Tensor, *others: Tensor) -> bool:
+def _compiled_takes(
+    x: Tensor, *others: Tensor, types: Collection[torch.dtype] = (torch.float32,)
+) -> bool:
     """x decides on type and device; a mismatch between arguments is the op's to refuse."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu" or x.dtype not in types:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
         return False
@@ -161,7 +166,7 @@ def _compiled_takes(x: Tensor, *others: Tensor) -> bool:
 
 
 def _on_cuda_with_ops(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype in cuda.TYPES and cuda.is_ready()
+    return x.device.type == "cuda" and x.dtype in checks.HALF_OR_SINGLE and cuda.is_ready()
 
 
 def _kernel_takes(key: int, value: int) -> bool:

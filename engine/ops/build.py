@@ -46,7 +46,7 @@ class BuildError(RuntimeError):
 
 def build(target_dir: Path | None = None) -> Path:
     """Build into `target_dir` (default: the cache) unless it lies there; return the path."""
-    folder = target_dir or cache_dirs()[0]
+    folder = target_dir or build_dir()
     return build_library(folder / library_name(), lambda: _ninja_file(compiler()))
 
 
@@ -73,10 +73,22 @@ def find_library(name: str) -> Path | None:
 
 
 def cache_dirs() -> list[Path]:
-    """Where built libraries are kept, in the order of the search; builds go to the first."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    roots = [os.environ.get("COTTENTION_CACHE"), Path(home) / "cottention"]
-    return [Path(root) / f"torch-{torch.__version__}" for root in roots if root]
+    """Where built libraries are kept, in the order of the search; none for a user without a home.
+
+    Builds go to the first.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    own = None if home.startswith("~") else Path(home, "cottention")
+    roots = [os.environ.get("COTTENTION_CACHE"), own]
+    return [Path(root, f"torch-{torch.__version__}") for root in roots if root]
+
+
+def build_dir() -> Path:
+    """Where libraries are built. Raises BuildError where there is no place for them."""
+    folders = cache_dirs()
+    if not folders:
+        raise BuildError("no place for what is built: the user has no home, set COTTENTION_CACHE")
+    return folders[0]
 
 
 def library_name() -> str:

@@ -13,8 +13,8 @@ import torch
 
 from engine.ops.build import (
     BuildError,
+    build_dir,
     build_library,
-    cache_dirs,
     compiler,
     digest,
     find_library,
@@ -46,7 +46,7 @@ def build_cuda(target_dir: Path | None = None) -> Path:
 
     Raises BuildError, in particular where nvcc is missing.
     """
-    folder = target_dir or cache_dirs()[0]
+    folder = target_dir or build_dir()
     return build_library(folder / cuda_library_name(), lambda: _ninja_file(nvcc(), compiler()))
 
 

@@ -13,6 +13,9 @@ from engine.ops.reference import PADDING_SLOT
 MAX_KEY_WIDTH = 512
 MAX_VALUE_WIDTH = 256
 
+HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+"""Types of queries, keys and values that the compiled step takes; the state is float32."""
+
 
 def kernel_has_width(key: int, value: int) -> bool:
     """Whether the compiled step takes keys and values of these widths."""
@@ -31,6 +34,8 @@ def check_step(
 ) -> None:
     """Raise ValueError unless the arguments of `recurrent_step` fit together."""
     check_one_device(q, k, v, state, z)
+    _check_dims(q, "q", 3)
+    _check_dims(state, "state", 4)
     num_tokens, heads, key = q.shape
     value = v.shape[-1]
     _check_shape(k, "k", (num_tokens, heads, key))
@@ -38,9 +43,10 @@ def check_step(
     _check_shape(state, "state", (state.shape[0], heads, value, key))
     if z is not None:
         _check_shape(z, "z", (state.shape[0], heads, key))
-    for name, x in (("k", k), ("v", v), ("state", state), ("z", z)):
-        if x is not None and not x.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor")
+    _check_types(q, k, v, state, z)
+    for name, pool in (("state", state), ("z", z)):
+        if pool is not None:
+            _check_rows_apart(pool, name)
     _check_slots(slots, state.shape[0])
     _check_offsets(offsets, len(slots), num_tokens)
 
@@ -52,9 +58,29 @@ def check_one_device(*tensors: Tensor | None) -> None:
         raise ValueError(f"tensors must lie on one device, not on {sorted(map(str, devices))}")
 
 
+def _check_dims(x: Tensor, name: str, dims: int) -> None:
+    if x.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimensions, not {x.dim()}")
+
+
 def _check_shape(x: Tensor, name: str, shape: tuple[int, ...]) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, not {list(x.shape)}")
+
+
+def _check_types(q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None) -> None:
+    if not q.is_floating_point():
+        raise ValueError(f"q must be a floating-point tensor, not {q.dtype}")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    pairs = (("k", k, q.dtype), ("v", v, q.dtype), ("state", state, wide), ("z", z, wide))
+    for name, x, expected in pairs:
+        if x is not None and x.dtype != expected:
+            raise ValueError(f"{name} has the wrong dtype: {x.dtype} where q's asks for {expected}")
+
+
+def _check_rows_apart(pool: Tensor, name: str) -> None:
+    if any(n > 1 and stride == 0 for n, stride in zip(pool.shape, pool.stride(), strict=True)):
+        raise ValueError(f"{name} has rows that overlap")
 
 
 def _check_slots(slots: Tensor, pool_size: int) -> None:

@@ -12,9 +12,6 @@ from engine.ops.build import BuildError
 from engine.ops.build_cuda import build_cuda, find_cuda, is_wanted
 from engine.ops.loader import announce_reference, backend, must_compile
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of queries, keys and values; the state is float32."""
-
 _lock = threading.Lock()
 
 

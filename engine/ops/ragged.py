@@ -48,25 +48,27 @@ def advance_rows(
     is_out = (slots < 0) | (slots >= len(state))
     rows = slots.long().masked_fill(is_out, 0)
     nothing = is_out[:, None, None]
-    k, v = k.masked_fill(nothing, 0), v.masked_fill(nothing, 0)
-    state.index_add_(0, rows, (v.unsqueeze(-1) * k.unsqueeze(-2)).to(state.dtype))
-    out = (state[rows] @ q.to(state.dtype).unsqueeze(-1)).squeeze(-1)
+    given = v.dtype
+    q, k, v = (x.to(state.dtype).masked_fill(nothing, 0) for x in (q, k, v))
+    state.index_add_(0, rows, v.unsqueeze(-1) * k.unsqueeze(-2))
+    out = (state[rows] @ q.unsqueeze(-1)).squeeze(-1)
     if z is not None:
-        z.index_add_(0, rows, k.to(z.dtype))
+        z.index_add_(0, rows, k)
         total = (z[rows] * q).sum(-1, keepdim=True)
         out = out / total.clamp_min(DENOMINATOR_FLOOR)
-    return out.masked_fill(nothing, 0).to(v.dtype)
+    return out.masked_fill(nothing, 0).to(given)
 
 
 def advance_chunks(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None, chunks: Chunks
 ) -> Tensor:
-    """Move the rows of long segments by products of matrices; outputs [M, H, T, V] of all chunks.
+    """Move the rows of long segments by products of matrices; outputs [M, H, T, V] of all chunks,
+    in the state's type.
 
     What a chunk finds is its row's state and the updates of the segment's chunks before it: one
     product with a triangle of ones, whatever the lengths.
     """
-    q, k, v = (_cut(x, chunks) for x in (q, k, v))
+    q, k, v = (_cut(x, chunks).to(state.dtype) for x in (q, k, v))
     borders = _accumulate(state, v.transpose(-1, -2) @ k, chunks)
     z_borders = None if z is None else _accumulate(z, k.sum(-2), chunks)
     return read_chunks(q, k, v, borders, z_borders)
@@ -81,7 +83,7 @@ def _cut(x: Tensor, chunks: Chunks) -> Tensor:
 def _accumulate(pool: Tensor, updates: Tensor, chunks: Chunks) -> Tensor:
     """Add updates [M, …] to the rows of their segments; gives what stood before each chunk."""
     initial = pool[chunks.slots]
-    flat = updates.to(pool.dtype).flatten(1)
+    flat = updates.flatten(1)
     pool[chunks.slots] = initial + (chunks.members.to(pool.dtype) @ flat).view_as(initial)
     before = (chunks.earlier.to(pool.dtype) @ flat).view_as(updates)
     return initial[chunks.owner] + before

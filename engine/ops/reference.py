@@ -57,10 +57,11 @@ def recurrent_step(
     q, k [N, H, K]; v [N, H, V]; state [S, H, V, K] and z [S, H, K] are changed in place;
     slots int32 [B]; offsets int32 [B + 1] gives segment i the tokens offsets[i]:offsets[i + 1]
     (None: one token per slot). Per token: state += v ⊗ k, z += k, out = state q, divided by
-    max(z·q, 1e-6) where z is given. A slot of −1 is padding: nothing moves and its outputs are
-    zeros. Returns [N, H, V]. Each slot may be named once.
+    max(z·q, 1e-6) where z is given, all in the state's type. A slot of −1 is padding: nothing moves
+    and its outputs are zeros. Returns [N, H, V] in the type of v. Each slot may be named once.
     """
     out = torch.zeros_like(v)
+    q, k, v = (x.to(state.dtype) for x in (q, k, v))
     bounds = range(len(slots) + 1) if offsets is None else offsets.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
     for step in range(max(lengths, default=0)):
@@ -68,7 +69,8 @@ def recurrent_step(
         if live:
             tokens = torch.tensor([bounds[i] + step for i in live], device=q.device)
             rows = slots[torch.tensor(live, device=slots.device)].long()
-            out[tokens] = _one_token(q[tokens], k[tokens], v[tokens], state, z, rows)
+            read = _one_token(q[tokens], k[tokens], v[tokens], state, z, rows)
+            out[tokens] = read.to(out.dtype)
     return out
 
 

@@ -45,3 +45,15 @@ def make(
     ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     offsets = torch.tensor(ends, dtype=torch.int32)
     return Case(q, k, v, pool[:, 1], z, torch.tensor(slots, dtype=torch.int32), offsets)
+
+
+FAR_ROWS = 1100
+FAR_SHAPE = 16, 256, 512  # H, V, K: rows from 1024 on begin beyond 2^31 elements
+
+
+def far_pools(device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Pools [S, H, V, K] with equal last rows: a small one, and one of 9 GB that nobody touches."""
+    near = torch.randn(1, *FAR_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    far = torch.empty(FAR_ROWS, *FAR_SHAPE, device=device)
+    far[-1] = near[0]
+    return near, far

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.ops import reference
 from engine.ops.cuda import is_ready
 from tests.engine.cuda_on_host import step_on_host
-from tests.engine.step_cases import Case, make
+from tests.engine.step_cases import Case, far_pools, make
 
 VALUE_WIDTHS = [8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256]
 KEY_WIDTHS = [8, 16, 24, 40, 64, 72, 128, 136, 256, 264, 512]
@@ -155,10 +155,27 @@ def test_a_segment_has_equal_bits_however_it_is_cut(
     assert torch.equal(parts.state, whole.state)
 
 
-def test_a_query_at_any_address(step: Step) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key", [48, 136, 264])
+def test_a_query_at_any_address(step: Step, key: int, dtype: torch.dtype) -> None:
     """Reading four elements at once and one at a time gives equal bits."""
-    odd = make([1, 4], [3, 1], 48, 16)
-    even = Case(*(x.contiguous() for x in odd[:3]), odd.state.clone(), None, *odd[5:])
+    even = rounded(make([1, 4], [3, 1], key, 16), dtype)
+    stacked = torch.cat([*(x.flatten(1) for x in even[:3]), torch.zeros(5, 3).to(dtype)], dim=1)
+    parts = stacked[:, :-3].split([2 * key, 2 * key, 32], dim=1)
+    odd = Case(*(x.unflatten(1, (2, -1)) for x in parts), even.state.clone(), *even[4:])
     assert odd.q.stride(0) % 4
     assert torch.equal(step(odd), step(even))
     assert torch.equal(odd.state, even.state)
+
+
+def test_a_row_beyond_two_to_the_31st_element() -> None:
+    """On the host; on a GPU, see test_ops_on_gpu.py."""
+    try:
+        near, far = far_pools()
+    except RuntimeError as error:
+        pytest.skip(f"no 9 GB of address space: {error}")
+    case = make([1], [0], 512, 256, heads=16)
+    expected = step_on_host(case._replace(state=near))
+    slots = torch.tensor([len(far) - 1], dtype=torch.int32)
+    assert torch.equal(step_on_host(case._replace(state=far, slots=slots)), expected)
+    assert torch.equal(far[-1], near[0])

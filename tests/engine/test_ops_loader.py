@@ -115,6 +115,21 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         build(file / "folder")
 
 
+def test_a_user_without_a_home_has_what_was_built_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user is a bare number."""
+    for name in ("HOME", "XDG_CACHE_HOME", "COTTENTION_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    with pytest.raises(BuildError, match="set COTTENTION_CACHE"):
+        build()
+    monkeypatch.setattr("engine.ops.build.PREBUILT_DIR", tmp_path)
+    assert find() is None
+    (tmp_path / library_name()).write_bytes(b"")
+    assert find() == tmp_path / library_name()
+
+
 def test_a_failed_compilation_names_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from engine import ops
 from engine.graphs import CudaCapture
 from engine.ops import Segments, cuda, reference
-from tests.engine.step_cases import Case, make
+from tests.engine.step_cases import Case, far_pools, make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -64,6 +64,26 @@ def test_segments_of_any_length_and_width(key: int, value: int, denominator: boo
     expected = reference.recurrent_step(*exact)
     assert ((out.cpu().double() - expected).abs() <= 2e-5 * expected.abs().amax()).all()
     close(there.state, exact.state)
+
+
+def test_a_row_beyond_two_to_the_31st_element() -> None:
+    assert cuda.is_ready()
+    if torch.cuda.mem_get_info()[0] < 12e9:
+        pytest.skip("less than 12 GB of memory")
+    near, far = far_pools("cuda")
+    there = on_gpu(make([1], [0], 512, 256, heads=16))
+    expected = ops.recurrent_step(*there._replace(state=near))
+    slots = torch.tensor([len(far) - 1], dtype=torch.int32, device="cuda")
+    assert torch.equal(ops.recurrent_step(*there._replace(state=far, slots=slots)), expected)
+    assert torch.equal(far[-1], near[0])
+
+
+def test_no_slots_for_tokens_are_refused() -> None:
+    there = on_gpu(make([2], [1]))
+    nothing = torch.zeros(0, dtype=torch.int32, device="cuda")
+    ends = torch.zeros(1, dtype=torch.int32, device="cuda")
+    with pytest.raises(RuntimeError, match="no slots for 2 tokens"):
+        ops.recurrent_step(*there._replace(slots=nothing, offsets=ends))
 
 
 @pytest.mark.parametrize("denominator", [False, True])

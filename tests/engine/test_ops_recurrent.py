@@ -7,10 +7,12 @@ import torch
 
 from engine import ops
 from engine.ops import reference
-from tests.engine.step_cases import Case, make
+from tests.engine.step_cases import Case, far_pools, make
 
 VALUE_WIDTHS = [8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256]
 KEY_WIDTHS = [8, 24, 64, 72, 128, 512]
+HALVES = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""Types of 16 bits, and how far the nearest of their numbers may lie, of the largest."""
 
 
 def assert_parity(case: Case) -> None:
@@ -76,6 +78,18 @@ def test_padding_yields_zeros_and_moves_nothing() -> None:
     assert torch.equal(case.z[:4], before.z[:4])
 
 
+def test_a_row_beyond_two_to_the_31st_element() -> None:
+    try:
+        near, far = far_pools()
+    except RuntimeError as error:
+        pytest.skip(f"no 9 GB of address space: {error}")
+    case = make([1], [0], 512, 256, heads=16)
+    expected = ops.recurrent_step(*case._replace(state=near))
+    slots = torch.tensor([len(far) - 1], dtype=torch.int32)
+    assert torch.equal(ops.recurrent_step(*case._replace(state=far, slots=slots)), expected)
+    assert torch.equal(far[-1], near[0])
+
+
 def test_no_tokens() -> None:
     case = make([], [])
     assert ops.recurrent_step(*case).shape == (0, 2, 64)
@@ -132,6 +146,43 @@ def test_company_and_threads_change_no_bit(denominator: bool) -> None:
     assert torch.equal(single.state, together.state)
 
 
+@pytest.mark.parametrize("denominator", [False, True])
+@pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [3, 0, 2]])
+@pytest.mark.parametrize(("key", "value"), [(64, 64), (24, 40), (512, 256), (20, 12)])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_inputs_of_16_bits_move_a_state_of_32(
+    dtype: torch.dtype, key: int, value: int, lengths: list[int], denominator: bool
+) -> None:
+    """What is read is rounded once, at its end; the state moves as by inputs of 32."""
+    slots = [5, -1, 3][-len(lengths) :]
+    case = make(lengths, slots, key, value, denominator=denominator)
+    q, k, v = (x.to(dtype) for x in case[:3])
+    short = case.to(torch.float32)._replace(q=q, k=k, v=v)
+    wide = case.to(torch.float32)._replace(q=q.float(), k=k.float(), v=v.float())
+    exact = wide.to(torch.float64)
+    expected = reference.recurrent_step(*exact)
+    poison(short)
+    out = ops.recurrent_step(*short)
+    assert torch.equal(out, ops.recurrent_step(*wide).to(dtype))
+    assert ((out - expected).abs() <= HALVES[dtype] * expected.abs().amax()).all()
+    assert torch.equal(short.state, wide.state)
+    torch.testing.assert_close(short.state.double(), exact.state, rtol=1e-6, atol=1e-5)
+    if short.z is not None and wide.z is not None:
+        assert torch.equal(short.z, wide.z)
+
+
+def test_slices_of_16_bits() -> None:
+    """As the engine makes them: heads side by side in one row of a product."""
+    stacked = torch.randn(5, 3 * 2 * 16 + 3).bfloat16()
+    q, k, v = stacked[:, :96].view(5, 3, 2, 16).unbind(1)
+    pools = torch.zeros(5, 2, 16, 16), torch.zeros(5, 2, 16, 16)
+    slots = torch.tensor([4, 0, 2, 1, 3], dtype=torch.int32)
+    out = ops.recurrent_step(q, k, v, pools[0], None, slots)
+    whole = (x.contiguous() for x in (q, k, v))
+    assert torch.equal(out, ops.recurrent_step(*whole, pools[1], None, slots))
+    assert torch.equal(*pools)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_other_widths_and_types_take_the_reference(dtype: torch.dtype) -> None:
     case = make([2, 3], [1, 0], 20, 12, denominator=True)
@@ -142,7 +193,10 @@ def test_other_widths_and_types_take_the_reference(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("denominator", [False, True])
-def test_opcheck(denominator: bool) -> None:
+def test_opcheck(denominator: bool, dtype: torch.dtype) -> None:
     case = make([2, 1], [3, -1], 16, 8, denominator=denominator)
+    q, k, v = (x.to(dtype) for x in case[:3])
+    case = case._replace(q=q, k=k, v=v)
     torch.library.opcheck(torch.ops.cottention.recurrent_step.default, case)

@@ -25,6 +25,14 @@ WRONG = {
     "state": lambda c: c._replace(state=c.state[..., :8]),
     r"\bz\b": lambda c: c._replace(z=c.state[:, :, 0, :8]),
     "dimensions|shape": lambda c: c._replace(v=c.v.flatten(1)),
+    "k has the wrong dtype": lambda c: c._replace(k=c.k.half()),
+    "v has the wrong dtype": lambda c: c._replace(q=c.q.half(), k=c.k.half()),
+    "(k|q) has the wrong dtype|q must be": lambda c: c._replace(q=c.q.int()),
+    "state has the wrong dtype": lambda c: c._replace(state=c.state.bfloat16()),
+    "z has the wrong dtype": lambda c: c._replace(z=c.z.double()),
+    "has rows that overlap": lambda c: c._replace(state=c.state[:1].expand_as(c.state)),
+    "z has rows that overlap": lambda c: c._replace(z=c.z[:1].expand_as(c.z)),
+    "q must have 3 dimensions": lambda c: c._replace(q=c.q.flatten(1)),
     "one device": lambda c: c._replace(state=c.state.to("meta")),
 }
 

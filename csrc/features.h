@@ -1,0 +1,44 @@
+// Where tokens stand and how values are scaled by it: what is asked of it, and what kernels are told.
+//
+// Owns what cottention_features and cottention_mix have in common. No arithmetic.
+#pragma once
+
+#include "checks.h"
+
+namespace cottention {
+
+// positions int64 [N], from 0; cos, sin [N, R / 2] of the first R of a head's `width`.
+inline void check_positions(const Tensor& positions, const Tensor& cos, const Tensor& sin,
+                            int64_t tokens, int64_t width) {
+  check_contiguous(positions, "positions", 1, ScalarType::Long);
+  check_contiguous(cos, "cos", 2, ScalarType::Float);
+  check_contiguous(sin, "sin", 2, ScalarType::Float);
+  check_size(positions, "positions", 0, tokens);
+  check_size(cos, "cos", 0, tokens);
+  check_size(sin, "sin", 0, tokens);
+  check_size(sin, "sin", 1, cos.size(1));
+  STD_TORCH_CHECK(2 * cos.size(1) <= width, "rotary_dim ", 2 * cos.size(1), " exceeds the heads' ",
+                  width);
+}
+
+inline void check_sigma(const Tensor& sigma, int64_t heads) {
+  check_contiguous(sigma, "sigma", 1, ScalarType::Double);
+  check_size(sigma, "sigma", 0, heads);
+}
+
+// All but the outputs, which are the caller's to fill in.
+inline FeatureParams feature_params(const HeadView& q, const HeadView& k, const HeadView& v,
+                                    const Tensor& positions, const Tensor& sigma,
+                                    const Tensor& cos, const Tensor& sin, int64_t width) {
+  FeatureParams p{q, k, v};
+  p.positions = positions.const_data_ptr<int64_t>();
+  p.sigma = sigma.const_data_ptr<double>();
+  p.cos = cos.const_data_ptr<float>();
+  p.sin = sin.const_data_ptr<float>();
+  p.heads = sigma.size(0);
+  p.width = width;
+  p.pairs = cos.size(1);
+  return p;
+}
+
+}  // namespace cottention
