@@ -61,6 +61,8 @@ class Policies:
             wish = 'context_policy must be "exact"'
             if start is not None:
                 wish = 'the session has context_policy "renew", which is not to be had'
+                if start.num_tokens <= self.window:
+                    wish += ' (a turn with "exact" would change it)'
             raise ParameterError("context_policy", f"{wish}: {_NO_SPARES}")
         if policy == "exact" and self.max_exact_length is not None:
             num = len(prompt_ids) + (0 if start is None else start.num_tokens)

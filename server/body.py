@@ -90,7 +90,7 @@ def is_text(value: str) -> bool:
 
 
 def _too_long(max_bytes: int) -> ApiError:
-    message = f"the body is longer than this server's limit of {max_bytes} bytes"
+    message = f"the body is longer than the limit of {max_bytes} bytes"
     return ApiError(413, message, code="body_too_large")
 
 
