@@ -123,6 +123,16 @@ def test_a_bad_word_of_several_ids(engine: Engine) -> None:
     assert [i == z for i in got] == [True, True, False, True, True, False, True]
 
 
+def test_a_bad_word_of_spaces_alone(engine: Engine) -> None:
+    """Without its spaces nothing is left of it, and nothing has no last id to be barred."""
+    [space] = engine.tokenizer.encode(" ")
+    wish = {"max_tokens": 3, "ignore_eos": True, "logit_bias": {space: 100.0}}
+    assert ids(engine, **wish) == [space] * 3
+    without = ids(engine, bad_words=("  ",), **wish)
+    assert len(without) == 3
+    assert space not in without
+
+
 def test_no_end_before_min_tokens(engine: Engine) -> None:
     end = engine.model_config.eos_token_ids[0]
     eager = {"max_tokens": 9, "logit_bias": {end: 100.0}}
