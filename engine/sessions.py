@@ -96,7 +96,7 @@ class Sessions(SessionViews):
             if expected_position not in (None, session.position):
                 where = f"session {session_id!r} is at position {session.position}"
                 raise SessionMovedError(f"{where}, not at {expected_position}")
-            return Turn(session, self._holdings.load(record), lease)
+            return Turn(session, self._holdings.wake(record), lease)
         except BaseException:
             self._holdings.end(lease)
             raise

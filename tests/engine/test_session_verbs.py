@@ -352,6 +352,24 @@ def test_reading_what_a_turn_is_just_replacing(sessions: SmallSessions) -> None:
     assert sessions.export("a", made.id) == sessions.codec.encode(sessions.state(4))
 
 
+def test_reading_while_a_turn_ends_on_a_full_disk(opened: Opener) -> None:
+    """What is only in memory is not lost to somebody who still reads the head before it."""
+    sessions = opened(memory_bytes=0)
+    made = make(sessions)
+    get = sessions._store.get
+
+    def late(digest: str) -> bytes:
+        sessions._store.get = get  # type: ignore[method-assign]
+        raw = get(digest)
+        set_full(sessions, True)
+        assert not turn(sessions, made.id, 2).is_durable
+        return raw
+
+    sessions._store.get = late  # type: ignore[method-assign]
+    assert sessions.outbox("a", made.id) == Outbox()
+    assert holds(sessions, made.id, 2)
+
+
 def test_reading_what_is_damaged(opened: Opener, tmp_path: Path) -> None:
     sessions = opened(memory_bytes=0)
     made = make(sessions)
