@@ -80,6 +80,7 @@ class Piece:
             self.tokens = self.tokens or Tokens()
             self.tokens.merge(later.tokens)
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.state, self.context_start = later.state, later.context_start
 
 
 class Reading:
