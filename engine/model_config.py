@@ -33,6 +33,11 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
     @property
+    def reachable_ends(self) -> tuple[int, ...]:
+        """Ends of text that the model can draw: a config.json may name ids that it has not."""
+        return tuple(each for each in self.eos_token_ids if 0 <= each < self.vocab_size)
+
+    @property
     def max_exact_length(self) -> int | None:
         """cosFormer's M: further apart weights would turn negative. None: as long as one likes."""
         if self.attention_type != "cosformer":
