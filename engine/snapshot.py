@@ -24,8 +24,7 @@ from engine.session_state import SessionState
 from engine.state_spec import StateSpec
 
 FORMAT_VERSION = 2
-MAX_NUMBER = 2**62
-"""Of a header; Python may refuse to write out what is much longer."""
+MAX_NUMBER = 2**62  # of a header: Python writes out no number of any length
 
 _LISTS = {
     "pending": "I32",
