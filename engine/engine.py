@@ -51,7 +51,7 @@ class Engine:
         self._runner = loaded.runner
         self._stepper = Stepper(self._scheduler, self._registry, self._runner)
         limits = Limits.of(self.tokenizer, self.pool, self.config)
-        ends = self.model_config.eos_token_ids
+        ends = self.model_config.reachable_ends
         self._intake = Intake(self.tokenizer, ends, limits, self.policies)
         self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
         self._gate = threading.Lock()

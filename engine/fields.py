@@ -1,4 +1,4 @@
-"""A config.json and its single fields, checked. Knows no model: `config.py` says which it has.
+"""A config.json and its single fields, checked. `model_config.py` says which a model has.
 
 Everything here raises ModelFolderError; `where` is the file's name for the message.
 """

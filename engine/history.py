@@ -44,6 +44,6 @@ class History:
 
 
 def spellings(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids of each word as it stands and as it follows a space."""
+    """Ids of each word as it stands and as it follows a space; of spaces alone, the latter."""
     texts = [start + word.lstrip(" ") for word in words for start in ("", " ")]
-    return [tokenizer.encode(text) for text in texts]
+    return [ids for text in texts if (ids := tokenizer.encode(text))]

@@ -50,14 +50,17 @@ class Holdings:
             return [*self._running.values()]
 
     def load(self, record: Record) -> SessionState:
-        """From wherever it is; it is parked from then on. SnapshotError: damaged on the disk."""
+        """From wherever it is, and it stays there. SnapshotError: damaged on the disk."""
         with self._lock:
-            unsaved = self._unsaved.get(record.id)
-            state = unsaved or self._parked.get(record.head)
-        if state is None:
-            state = self._codec.decode(self._store.get(record.head))
-        if unsaved is None:
-            self.park(record, state)
+            state = self._unsaved.get(record.id) or self._parked.get(record.head)
+        return state or self._codec.decode(self._store.get(record.head))
+
+    def wake(self, record: Record) -> SessionState:
+        """As `load`, for the turn that holds its lease: what was on the disk alone is parked."""
+        state = self.load(record)
+        with self._lock:
+            if record.id not in self._unsaved:
+                self._parked.hold(record.id, record.head, state)
         return state
 
     def park(self, record: Record, state: SessionState) -> None:

@@ -1,4 +1,4 @@
-"""From what a caller says to a request: text to ids, what cannot be refused, the rest settled.
+"""From what a caller says to a request: text becomes ids, and what cannot be is refused.
 
 Owns the order of the checks. Does not know queues, rows or steps; may be called from any thread.
 """

@@ -33,6 +33,11 @@ class ModelConfig:
         return self.n_embd // self.n_head
 
     @property
+    def reachable_ends(self) -> tuple[int, ...]:
+        """Ends of text that the model can draw: a config.json may name ids that it has not."""
+        return tuple(each for each in self.eos_token_ids if 0 <= each < self.vocab_size)
+
+    @property
     def max_exact_length(self) -> int | None:
         """cosFormer's M: further apart weights would turn negative. None: as long as one likes."""
         if self.attention_type != "cosformer":
@@ -67,7 +72,7 @@ class ModelConfig:
             attention_bias=fields.switch(raw, "attention_bias", where),
             cosformer_max_length=_max_length(raw, where),
         )
-        _check_widths(config, where)
+        _check_shape(config, where)
         return config
 
 
@@ -101,7 +106,7 @@ def _max_length(raw: dict[str, Any], where: str) -> int | None:
     return fields.size(raw, "cosformer_max_length", where, default=raw["n_positions"])
 
 
-def _check_widths(config: ModelConfig, where: str) -> None:
+def _check_shape(config: ModelConfig, where: str) -> None:
     if config.n_embd % config.n_head:
         raise ModelFolderError(
             f"{where}: n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})"
@@ -111,3 +116,5 @@ def _check_widths(config: ModelConfig, where: str) -> None:
             f"{where}: rotary_dim ({config.rotary_dim}) must be even and at most the head's width"
             f" ({config.head_dim})"
         )
+    if config.window < 2:
+        raise ModelFolderError(f"{where}: n_positions, and cosformer_max_length, must be from 2")

@@ -21,7 +21,7 @@ def check_options(config: Any) -> None:
 
 def _check_option(item: Field[Any], value: Any) -> None:
     flag = "--" + item.name.replace("_", "-")
-    choices = get_args(item.type) if get_args(item.type) and isinstance(item.default, str) else ()
+    choices = get_args(item.type) if isinstance(item.default, str) else ()
     if choices and value not in choices:
         raise ConfigurationError(f"{flag} must be one of {', '.join(choices)}; it is {value!r}")
     minimum = item.metadata.get("minimum")

@@ -96,7 +96,7 @@ class Sessions(SessionViews):
             if expected_position not in (None, session.position):
                 where = f"session {session_id!r} is at position {session.position}"
                 raise SessionMovedError(f"{where}, not at {expected_position}")
-            return Turn(session, self._holdings.load(record), lease)
+            return Turn(session, self._holdings.wake(record), lease)
         except BaseException:
             self._holdings.end(lease)
             raise
@@ -158,12 +158,15 @@ class Sessions(SessionViews):
 
     def close(self) -> None:
         """Abandon what runs, try once more to store what was not, and let go of the store."""
-        for lease in self._holdings.running():
-            self._holdings.end(lease)
-        for session_id, state in self._holdings.unsaved().items():
-            with suppress(SessionError):
-                self._save(self._store.acquire(session_id, LEASE_SECONDS), state)
-        self._store.close()
+        try:
+            for lease in self._holdings.running():
+                with suppress(SessionError):  # the next start takes it back
+                    self._holdings.end(lease)
+            for session_id, state in self._holdings.unsaved().items():
+                with suppress(SessionError):
+                    self._save(self._store.acquire(session_id, LEASE_SECONDS), state)
+        finally:
+            self._store.close()
 
     @contextmanager
     def _held(

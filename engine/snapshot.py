@@ -24,7 +24,7 @@ from engine.session_state import SessionState
 from engine.state_spec import StateSpec
 
 FORMAT_VERSION = 2
-MAX_POSITION = 2**62
+MAX_NUMBER = 2**62  # of a header: Python writes out no number of any length
 
 _LISTS = {
     "pending": "I32",
@@ -167,7 +167,7 @@ class SnapshotCodec:
             sizes = _Sizes(position, policy, turn, first_event, has_rows, lengths)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise SnapshotError("the snapshot's header cannot be read") from error
-        if min(lengths.values()) < 0 or max(position, first_event) > MAX_POSITION:
+        if min(lengths.values()) < 0 or max(position, first_event, *lengths.values()) > MAX_NUMBER:
             raise SnapshotError("the snapshot's sizes are out of range")
         return sizes
 

@@ -7,6 +7,7 @@ brings: a `.bin` is read with `weights_only=True`, other pickles are never opene
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -36,23 +37,17 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Cottent
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of `folder`, from whichever format it has. Raises ModelFolderError."""
-    for name, read in _FORMATS.items():
-        if (folder / name).is_file():
-            return _read_file(folder / name, read)
-        if (folder / f"{name}.index.json").is_file():
-            return _read_shards(folder, folder / f"{name}.index.json", read)
-    raise _no_weights(folder)
+    found = _found(folder)
+    weights: dict[str, Tensor] = {}
+    for path in found.files:
+        weights |= _read_file(path, found.read)
+    return weights
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that `read_weights` reads. Raises ModelFolderError."""
-    for name in _FORMATS:
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            return [index, *_shards(folder, index)]
-    raise _no_weights(folder)
+    """The files that `read_weights` reads, an index first. Raises ModelFolderError."""
+    found = _found(folder)
+    return found.files if found.index is None else [found.index, *found.files]
 
 
 def check_weights(weights: dict[str, Tensor], model: CottentionForCausalLM, folder: Path) -> None:
@@ -121,12 +116,25 @@ def _is_named_tensor(item: tuple[object, object]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
-def _read_shards(folder: Path, index: Path, read: Reader) -> dict[str, Tensor]:
-    """All tensors of the shards that an index names."""
-    weights: dict[str, Tensor] = {}
-    for shard in _shards(folder, index):
-        weights |= _read_file(shard, read)
-    return weights
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Files of weights, the index that names them if one does, and how each is read."""
+
+    read: Reader
+    files: list[Path]
+    index: Path | None = None
+
+
+def _found(folder: Path) -> _Found:
+    """Of the first format that is there: one file before many."""
+    for name, read in _FORMATS.items():
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return _Found(read, [folder / name])
+        if index.is_file():
+            return _Found(read, _shards(folder, index), index)
+    names = " or ".join(f"{name} (or {name}.index.json)" for name in _FORMATS)
+    raise ModelFolderError(f"{folder} has no weights: it needs {names}")
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
@@ -143,11 +151,6 @@ def _shards(folder: Path, index: Path) -> list[Path]:
                 f"{index} names {shard}, which is not a {suffix} file beside it: fetch it again"
             )
     return [folder / shard for shard in shards]
-
-
-def _no_weights(folder: Path) -> ModelFolderError:
-    names = " or ".join(f"{name} (or {name}.index.json)" for name in _FORMATS)
-    return ModelFolderError(f"{folder} has no weights: it needs {names}")
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
     return SessionBytes.of(
         engine.spec,
         num_ids=engine.tokenizer.num_ids,
-        window=engine.model_config.n_positions,
+        window=engine.policies.window,
         max_checkpoints=config.session_checkpoints,
         max_outbox=config.session_outbox,
     )

@@ -80,6 +80,7 @@ class Piece:
             self.tokens = self.tokens or Tokens()
             self.tokens.merge(later.tokens)
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.state, self.context_start = later.state, later.context_start
 
 
 class Reading:
@@ -185,7 +186,7 @@ class Reading:
     def _add(self, choice: int, output: Output) -> None:
         piece = self._unread.get(choice)
         if piece is None:
-            piece = self._unread[choice] = self._new_piece()
+            piece = self._unread[choice] = Piece(Tokens() if self._keeps_tokens else None)
         piece.add(output)
         if self._max_unread is not None:
             self._num_unread += size_of(output)
@@ -195,6 +196,3 @@ class Reading:
             if self.is_finished or output.finish_reason is FinishReason.ERROR:
                 self._ended.set()
         self._changed.set()
-
-    def _new_piece(self) -> Piece:
-        return Piece(Tokens() if self._keeps_tokens else None)

@@ -116,6 +116,16 @@ def connect(path: Path) -> sqlite3.Connection:
     """An open index of this version; ConfigurationError for one of another."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     db = sqlite3.connect(path, MAX_WAIT, isolation_level=None, check_same_thread=False)
+    try:
+        set_up(db, path)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def set_up(db: sqlite3.Connection, path: Path) -> None:
+    """Make the file's tables, or bring those of an older version up to this one."""
     db.execute("PRAGMA journal_mode = WAL")
     db.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
     [version] = db.execute("PRAGMA user_version").fetchone()
@@ -124,10 +134,8 @@ def connect(path: Path) -> sqlite3.Connection:
     elif version in UPGRADES:
         db.executescript(f"BEGIN; {UPGRADES[version]} PRAGMA user_version = {VERSION}; COMMIT;")
     elif version != VERSION:
-        db.close()
         raise ConfigurationError(f"{path} has format {version}; this is a server of {VERSION}")
     make_room(db)
-    return db
 
 
 def make_room(db: sqlite3.Connection) -> None:

@@ -39,15 +39,15 @@ class SqliteStore(SessionStore):
         self._clock = clock
         self._owner = uuid4().hex
         self._lock = take_folder(folder)
-        try:
+        with ExitStack() as stack:
+            stack.callback(self._lock.release)
             with told_as_unusable(folder):
                 set_damaged_aside(folder, INDEX, STATES)
                 self._index = Index(folder / INDEX, durable=durable)
+                stack.callback(self._index.close)
                 self._blobs = Blobs(folder / STATES, durable=durable)
                 check_up(self._index, self._blobs)
-        except BaseException:
-            self._lock.release()
-            raise
+            stack.pop_all()  # all is well: `close` does it
 
     def create(self, records: Sequence[NewSession]) -> Records:
         now = self._clock()

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from engine.errors import ConfigurationError
 from engine.training.bpe import end_of_text_id
 from engine.training.corpus import SourceFile
 
@@ -62,8 +63,14 @@ def cut(text: str, mean: int, places: random.Random) -> list[str]:
 
 
 def batches_per_epoch(stream: Tensor, context: int, batch: int) -> int:
-    """Full batches that one pass gives, whatever its offset."""
-    return (len(stream) - 1 - context) // context // batch
+    """Full batches that one pass gives, whatever its offset. ConfigurationError where none."""
+    each = (len(stream) - 1 - context) // context // batch
+    if each < 1:
+        raise ConfigurationError(
+            f"the text has {len(stream)} tokens, too few for a batch of {batch} windows of"
+            f" {context}: give more text, or a smaller --batch-tokens or --context"
+        )
+    return each
 
 
 def epoch_batch(stream: Tensor, context: int, batch: int, seed: int, step: int) -> Windows:

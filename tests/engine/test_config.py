@@ -109,6 +109,11 @@ def test_the_window_ends_where_weights_would_turn_negative() -> None:
             {"attention_type": "cosformer", "cosformer_max_length": 0},
             "cosformer_max_length must be a whole number from 1",
         ),
+        ({"n_positions": 1}, "n_positions, and cosformer_max_length, must be from 2"),
+        (
+            {"attention_type": "cosformer", "cosformer_max_length": 1},
+            "n_positions, and cosformer_max_length, must be from 2",
+        ),
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon must be a number between 0 and 1"),
         ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon must be a number between 0 and 1"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon must be a number between 0 and 1"),

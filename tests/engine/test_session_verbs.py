@@ -21,7 +21,7 @@ from engine.renewal import grids
 from engine.session_state import SessionState
 from engine.sessions import LEASE_SECONDS, Session, Sessions
 from engine.snapshot import SnapshotCodec
-from engine.store import Record, SqliteStore
+from engine.store import Lease, Record, SqliteStore
 from tests.engine.making import small_spec, state_of
 
 pytestmark = pytest.mark.every_attention
@@ -352,6 +352,24 @@ def test_reading_what_a_turn_is_just_replacing(sessions: SmallSessions) -> None:
     assert sessions.export("a", made.id) == sessions.codec.encode(sessions.state(4))
 
 
+def test_reading_while_a_turn_ends_on_a_full_disk(opened: Opener) -> None:
+    """What is only in memory is not lost to somebody who still reads the head before it."""
+    sessions = opened(memory_bytes=0)
+    made = make(sessions)
+    get = sessions._store.get
+
+    def late(digest: str) -> bytes:
+        sessions._store.get = get  # type: ignore[method-assign]
+        raw = get(digest)
+        set_full(sessions, True)
+        assert not turn(sessions, made.id, 2).is_durable
+        return raw
+
+    sessions._store.get = late  # type: ignore[method-assign]
+    assert sessions.outbox("a", made.id) == Outbox()
+    assert holds(sessions, made.id, 2)
+
+
 def test_reading_what_is_damaged(opened: Opener, tmp_path: Path) -> None:
     sessions = opened(memory_bytes=0)
     made = make(sessions)
@@ -414,6 +432,25 @@ def test_what_was_not_stored_at_the_end(opened: Opener, is_full: bool) -> None:
     turn(sessions, made.id, 2)
     set_full(sessions, is_full)
     assert holds(opened(), made.id, 1 if is_full else 2)
+
+
+def test_a_lease_that_cannot_be_given_back_at_the_end(opened: Opener) -> None:
+    """What is only in memory is stored none the less, and the folder is free for the next."""
+    sessions = opened()
+    made, other = make(sessions), make(sessions)
+    set_full(sessions, True)
+    turn(sessions, made.id, 2)
+    set_full(sessions, False)
+    sessions.begin("a", other.id)
+
+    def refuse(_: Lease) -> None:
+        raise StoreFullError("no space")
+
+    sessions._store.release = refuse  # type: ignore[method-assign]
+    sessions.close()
+    sessions = opened()
+    assert holds(sessions, made.id, 2)
+    assert sessions.find("a", other.id).was_interrupted
 
 
 def test_rewinding_what_was_not_stored(sessions: SmallSessions) -> None:

@@ -114,6 +114,13 @@ def test_an_epoch_shows_each_window_once_and_the_next_one_others() -> None:
     assert not torch.equal(batches[-1].inputs, batches[0].inputs)
 
 
+def test_too_little_text_for_a_batch_is_said() -> None:
+    assert batches_per_epoch(torch.arange(41), 8, 4) == 1
+    for num in (0, 1, 40):
+        with pytest.raises(ConfigurationError, match=f"{num} tokens.* 4 windows of 8"):
+            batches_per_epoch(torch.arange(num), 8, 4)
+
+
 def test_every_held_out_token_is_a_target_once(tokenizer: Tokenizer) -> None:
     text = "def f(self):\n    return self.x * 1234567\n"
     ids = tokenizer.encode(text).ids

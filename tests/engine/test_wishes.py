@@ -1,6 +1,8 @@
 """What a request may wish beside temperature and its like: penalties, bias, words, scores."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,16 @@ def test_a_bad_word_of_several_ids(engine: Engine) -> None:
     assert [i == z for i in got] == [True, True, False, True, True, False, True]
 
 
+def test_a_bad_word_of_spaces_alone(engine: Engine) -> None:
+    """Without its spaces nothing is left of it, and nothing has no last id to be barred."""
+    [space] = engine.tokenizer.encode(" ")
+    wish = {"max_tokens": 3, "ignore_eos": True, "logit_bias": {space: 100.0}}
+    assert ids(engine, **wish) == [space] * 3
+    without = ids(engine, bad_words=("  ",), **wish)
+    assert len(without) == 3
+    assert space not in without
+
+
 def test_no_end_before_min_tokens(engine: Engine) -> None:
     end = engine.model_config.eos_token_ids[0]
     eager = {"max_tokens": 9, "logit_bias": {end: 100.0}}
@@ -130,6 +142,15 @@ def test_no_end_before_min_tokens(engine: Engine) -> None:
     got = ids(engine, min_tokens=4, **eager)
     assert got[-1] == end
     assert len(got) == 5
+
+
+def test_an_end_that_the_model_has_not(gptj_folder: Path, tmp_path: Path) -> None:
+    """As where a vocabulary was made smaller and config.json left as it was."""
+    folder = shutil.copytree(gptj_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["eos_token_id"] = [-1, config["vocab_size"]]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert len(ids(Engine(folder, EngineConfig(max_slots=1)), max_tokens=3, min_tokens=3)) == 3
 
 
 def test_stop_strings_wait_for_min_tokens(engine: Engine) -> None:

@@ -58,6 +58,14 @@ def test_every_answer_tells_the_oldest_token_that_is_remembered(live: Live) -> N
     assert answer["choices"][0]["context_start"] == START(held - 1) > 0
 
 
+@pytest.mark.parametrize("on_disconnect", ["cancel", "continue"])
+def test_a_whole_turn_tells_it_whoever_ends_it(live: Live, on_disconnect: str) -> None:
+    body = TURN | {"session_id": live.opened("abc"), "max_tokens": 40}
+    answer = live.complete(**body, on_disconnect=on_disconnect).json()
+    [choice] = answer["choices"]
+    assert choice["context_start"] == answer["session"]["context_start"] > 0
+
+
 def test_a_session_tells_it_after_every_turn(live: Live) -> None:
     session_id = live.opened("abc")
     for _ in range(6):

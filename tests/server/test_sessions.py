@@ -1,12 +1,18 @@
 """Sessions over HTTP: their life, their turns, and what cannot be done with them."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from engine import Engine
+from engine.capacity import ID_BYTES
 from engine.errors import SessionMovedError
+from engine.policies import Policies
+from engine.renewal import grids
+from server.context import session_bytes
 from server.open_turn import num_delivered
-from tests.server.fake_engine import FakeTokenizer
+from server.settings import ServerConfig
+from tests.server.fake_engine import FakeEngine, FakeTokenizer
 from tests.server.fake_sessions import FULL, FakeSessions
 from tests.server.live import Live, eventually, serving
 
@@ -236,6 +242,12 @@ def test_what_one_key_keeps_is_not_there_for_another() -> None:
             assert response.status_code == 404, path
         assert live.client.post("/v1/completions", json=turn, headers=other).status_code == 404
         assert live.client.post("/v1/completions", json=turn, headers=mine).status_code == 200
+
+
+def test_a_session_keeps_the_ids_of_a_window_which_may_be_shorter_than_what_was_trained() -> None:
+    engine = FakeEngine()
+    engine.policies = Policies("renew", 100, 100, grids(100))
+    assert session_bytes(cast(Engine, engine), ServerConfig()).items["ids"] == 101 * ID_BYTES
 
 
 def test_capacity_and_metrics_tell_where_sessions_are(live: Live) -> None:
