@@ -4,6 +4,7 @@ Owns the lock over what is in memory, never held while the disk works. Does not 
 what a caller may do.
 """
 
+import logging
 import threading
 from typing import cast
 
@@ -14,6 +15,8 @@ from engine.session import Residence, Session, SessionCounts
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.store import Lease, NewSession, Record, SessionStore
+
+logger = logging.getLogger(__name__)
 
 
 class Holdings:
@@ -79,6 +82,11 @@ class Holdings:
                 raise SessionMovedError(f"session {lease.session_id!r} is not held by this turn")
             self._parked.let_go(lease.session_id)
             self._unsaved[lease.session_id] = state
+        logger.warning(
+            "the disk has no room for session %s: its last turn is lost if the server ends before a"
+            " later one is stored",
+            lease.session_id,
+        )
 
     def unpin(self, session_id: str) -> bool:
         """Go back to what the store has; whether there was something newer."""

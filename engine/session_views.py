@@ -60,5 +60,5 @@ class SessionViews:
             self._holdings.forget(session_id)
             raise
         if record.owner != owner:
-            raise SessionNotFoundError(f"there is no session {session_id!r}")
+            raise SessionNotFoundError(f"no session {session_id!r}")
         return record

@@ -14,6 +14,7 @@ from server.request_ids import HARMLESS
 Prompt = str | list[int]
 
 PROMPTS = "text, a list of texts, a list of token ids, or a list of lists of token ids"
+BIASES = "an object of token ids, as strings, with a number from -100 to 100 each"
 MAX_ID_DIGITS = 10
 PATTERN = f"^{HARMLESS.pattern}$"
 
@@ -118,17 +119,17 @@ def _biases(value: Any) -> dict[int, float]:
     """JSON's keys are strings; each must be an id as it is usually written."""
     if not isinstance(value, dict):
         raise wrong_type()
-    for bias in value.values():
+    for key, bias in value.items():
         if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-            raise wrong_type()
-    return {_id_of(key): bias for key, bias in value.items()}
+            raise told(f"logit_bias must be {BIASES}; that of {shown(key)} is {shown(bias)}")
+        if not _is_id(key):
+            raise told(f"logit_bias must be {BIASES}; {shown(key)} is no token id")
+    return {int(key): bias for key, bias in value.items()}
 
 
-def _id_of(key: str) -> int:
+def _is_id(key: str) -> bool:
     is_digits = key.isascii() and key.isdecimal() and len(key) <= MAX_ID_DIGITS
-    if not is_digits or str(int(key)) != key:
-        raise wrong_type()
-    return int(key)
+    return is_digits and str(int(key)) == key
 
 
 Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]

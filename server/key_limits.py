@@ -38,7 +38,9 @@ class KeyLimits:
         names = [item.name for item in fields(self)]
         for name, value in given.items():
             if name not in names:
-                raise ConfigurationError(f"{where}: there is no {name}; there is {names}")
+                raise ConfigurationError(
+                    f"{where}: there is no {name}; there are {', '.join(names)}"
+                )
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigurationError(f"{where}: {name} must be a whole number from 1, or null")
         return replace(self, **given)

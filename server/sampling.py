@@ -15,7 +15,7 @@ from engine.params import SamplingParams
 from engine.renewal import ContextPolicy
 from server.checking import Body
 from server.errors import invalid
-from server.fields import Biases, ListedStrings, Name, Strings, Text, TokenIds
+from server.fields import BIASES, Biases, ListedStrings, Name, Strings, Text, TokenIds
 from server.neutral import STREAM_OPTIONS, Neutral
 
 MAX_CHOICES = 128
@@ -74,9 +74,7 @@ class SamplingBody(Body):
     presence_penalty: float = ranged(0.0, "a number from -2 to 2", -2, 2)
     frequency_penalty: float = ranged(0.0, "a number from -2 to 2", -2, 2)
     repetition_penalty: float = ranged(1.0, "a finite number greater than 0", 0)
-    logit_bias: Biases = Field(
-        {}, description="an object of token ids, as strings, with a number from -100 to 100 each"
-    )
+    logit_bias: Biases = Field({}, description=BIASES)
     allowed_token_ids: TokenIds | None = Field(None, description=IDS)
     bad_words: ListedStrings = Field((), description="a list of strings")
     skip_special_tokens: bool = Field(True, description=BOOLEAN)

@@ -102,7 +102,8 @@ class Turns:
         line = self._lines.setdefault((owner, session_id), deque())
         if line and on_conflict == "error":
             raise SessionBusyError(
-                'another turn has this session: try again, or "on_conflict": "wait"'
+                "another turn has this session: try again when it has ended; turns and forks may"
+                ' have "on_conflict": "wait"'
             )
         mine = asyncio.Event()
         line.append(mine)

@@ -56,7 +56,7 @@ class TrainingSettings:
     save_every: int = flag(100, "steps between checkpoints")
     seed: int = flag(1, "seed of first weights, windows and dropout")
     device: str = flag("auto", "cpu, cuda, or auto: CUDA if there is one")
-    threads: int | None = flag(None, "CPU threads (default: torch's own choice)")
+    threads: int | None = flag(None, "CPU threads; None: torch's own choice")
     resume: bool = flag(True, "go on from a checkpoint where there is one")
 
     @property

@@ -90,7 +90,7 @@ class FakeSessions:
     def find(self, owner: str, session_id: str) -> FakeSession:
         found = self.kept.get(session_id)
         if found is None or found.owner != owner or (found.expires_at or 1e99) < time.time():
-            raise SessionNotFoundError(f"there is no session {session_id}")
+            raise SessionNotFoundError(f"no session {session_id!r}")
         return found
 
     def page(self, owner: str, after: str | None, limit: int) -> tuple[list[FakeSession], bool]:
