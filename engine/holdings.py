@@ -4,16 +4,19 @@ Owns the lock over what is in memory, never held while the disk works. Does not 
 what a caller may do.
 """
 
+import logging
 import threading
 from typing import cast
 
-from engine.errors import SessionMovedError
+from engine.errors import SessionMovedError, StoreFullError
 from engine.parked import Parked
 from engine.renewal import ContextPolicy
 from engine.session import Residence, Session, SessionCounts
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.store import Lease, NewSession, Record, SessionStore
+
+logger = logging.getLogger(__name__)
 
 
 class Holdings:
@@ -36,9 +39,14 @@ class Holdings:
             self._running[lease.session_id] = lease
 
     def end(self, lease: Lease) -> None:
-        """No turn runs under this lease any more; nothing happens where none did."""
+        """No turn runs under this lease any more; nothing happens where none did.
+
+        What the turn did stands, whatever the disk says to this: the lease runs out by itself.
+        """
         try:
             self._store.release(lease)
+        except StoreFullError:
+            logger.exception("session %s is free once its lease runs out", lease.session_id)
         finally:
             with self._lock:
                 if self._running.get(lease.session_id) == lease:

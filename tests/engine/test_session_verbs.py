@@ -475,3 +475,20 @@ def test_a_restart(opened: Opener) -> None:
     assert holds(sessions, made.id, 2)
     assert holds(sessions, fork.id, 3)
     assert sessions.rewind("a", made.id).position == 1
+
+
+def test_a_lease_that_a_full_disk_does_not_take_back(
+    sessions: SmallSessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was stored is told as stored; the lease runs out by itself."""
+
+    def full(_: Lease) -> None:
+        raise StoreFullError("no space")
+
+    made = make(sessions)
+    begun = sessions.begin("a", made.id)
+    monkeypatch.setattr(sessions._store, "release", full)
+    assert sessions.commit(begun, sessions.state(2)).position == 2
+    assert sessions.find("a", made.id).residence != "resident"
+    with pytest.raises(SessionBusyError):
+        sessions.begin("a", made.id)
