@@ -145,8 +145,10 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
 
 async def _order(prompt: str | list[int], context: Context) -> Order:
     """A prompt that is read and not answered; nothing is added to one that says nothing."""
-    if isinstance(prompt, list) or not prompt:
-        return reading_order(list(prompt))
+    if isinstance(prompt, list):
+        return reading_order(prompt)
+    if not prompt:
+        return reading_order([])
     with context.bridge.line.reading(len(prompt)):
         ids = await asyncio.to_thread(context.bridge.engine.tokenizer.encode, prompt)
     return replace(reading_order(ids), frames_first=True)
