@@ -11,7 +11,7 @@ from typing import cast
 from engine.errors import SessionMovedError, StoreFullError
 from engine.parked import Parked
 from engine.renewal import ContextPolicy
-from engine.session import Residence, Session, SessionCounts
+from engine.session import Exported, Residence, Session, SessionCounts
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.store import Lease, NewSession, Record, SessionStore
@@ -98,10 +98,11 @@ class Holdings:
         with self._lock:
             return dict(self._unsaved)
 
-    def raw(self, record: Record) -> bytes:
-        """The snapshot of it. SnapshotError: damaged on the disk, or no longer there."""
+    def exported(self, record: Record) -> Exported:
+        """It and its snapshot. SnapshotError: damaged on the disk, or no longer there."""
         unsaved = self.unsaved().get(record.id)
-        return self._store.get(record.head) if unsaved is None else self._codec.encode(unsaved)
+        raw = self._store.get(record.head) if unsaved is None else self._codec.encode(unsaved)
+        return Exported(self._told(record, unsaved), raw)
 
     def twin(self, record: Record, state: SessionState) -> NewSession:
         """Another session of the same value and the same past."""
@@ -125,8 +126,10 @@ class Holdings:
 
     def told(self, record: Record) -> Session:
         """A record, and what only memory knows of its session."""
+        return self._told(record, self.unsaved().get(record.id))
+
+    def _told(self, record: Record, unsaved: SessionState | None) -> Session:
         with self._lock:
-            unsaved = self._unsaved.get(record.id)
             residence = self._residence(record.id)
         position, policy = record.position, cast("ContextPolicy", record.context_policy)
         if unsaved is not None:
