@@ -8,10 +8,10 @@ import logging
 import threading
 from typing import cast
 
-from engine.errors import SessionMovedError
+from engine.errors import SessionMovedError, StoreFullError
 from engine.parked import Parked
 from engine.renewal import ContextPolicy
-from engine.session import Residence, Session, SessionCounts
+from engine.session import Exported, Residence, Session, SessionCounts
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.store import Lease, NewSession, Record, SessionStore
@@ -39,9 +39,14 @@ class Holdings:
             self._running[lease.session_id] = lease
 
     def end(self, lease: Lease) -> None:
-        """No turn runs under this lease any more; nothing happens where none did."""
+        """No turn runs under this lease any more; nothing happens where none did.
+
+        What the turn did stands, whatever the disk says to this: the lease runs out by itself.
+        """
         try:
             self._store.release(lease)
+        except StoreFullError:
+            logger.exception("session %s is free once its lease runs out", lease.session_id)
         finally:
             with self._lock:
                 if self._running.get(lease.session_id) == lease:
@@ -98,10 +103,11 @@ class Holdings:
         with self._lock:
             return dict(self._unsaved)
 
-    def raw(self, record: Record) -> bytes:
-        """The snapshot of it. SnapshotError: damaged on the disk, or no longer there."""
+    def exported(self, record: Record) -> Exported:
+        """It and its snapshot. SnapshotError: damaged on the disk, or no longer there."""
         unsaved = self.unsaved().get(record.id)
-        return self._store.get(record.head) if unsaved is None else self._codec.encode(unsaved)
+        raw = self._store.get(record.head) if unsaved is None else self._codec.encode(unsaved)
+        return Exported(self._told(record, unsaved), raw)
 
     def twin(self, record: Record, state: SessionState) -> NewSession:
         """Another session of the same value and the same past."""
@@ -125,8 +131,10 @@ class Holdings:
 
     def told(self, record: Record) -> Session:
         """A record, and what only memory knows of its session."""
+        return self._told(record, self.unsaved().get(record.id))
+
+    def _told(self, record: Record, unsaved: SessionState | None) -> Session:
         with self._lock:
-            unsaved = self._unsaved.get(record.id)
             residence = self._residence(record.id)
         position, policy = record.position, cast("ContextPolicy", record.context_policy)
         if unsaved is not None:

@@ -31,7 +31,7 @@ class Intake:
         if not isinstance(prompt, str):
             return prompt
         try:
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.framed(self.tokenizer.encode(prompt))
         except TypeError:  # what the tokenizers library says to text that is no Unicode
             raise ParameterError("prompt", "prompt has a lone surrogate (no character)") from None
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from engine.renewal import ContextPolicy
 from engine.session_state import SessionState
@@ -36,6 +36,13 @@ class Session:
     was_interrupted: bool
     context_policy: ContextPolicy
     context_start: int
+
+
+class Exported(NamedTuple):
+    """A session, and the snapshot of it at that very position."""
+
+    session: Session
+    raw: bytes
 
 
 @dataclass(frozen=True, slots=True)

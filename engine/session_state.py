@@ -18,6 +18,9 @@ from engine.renewal import ContextPolicy
 if TYPE_CHECKING:  # who schedules sessions need not load torch
     from torch import Tensor
 
+MAX_COUNT = 2**31 - 1
+"""An id that was generated more often counts as so often: a snapshot has 32 bits for it."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SessionState:
@@ -82,7 +85,7 @@ class SessionState:
         for token_id in read:
             counts.setdefault(token_id, 0)
         for token_id in generated:
-            counts[token_id] = counts.get(token_id, 0) + 1
+            counts[token_id] = min(counts.get(token_id, 0) + 1, MAX_COUNT)
         new = (*read, *generated)
         return replace(
             self,

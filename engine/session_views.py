@@ -10,7 +10,7 @@ from typing import TypeVar
 from engine.errors import SessionNotFoundError, SnapshotError
 from engine.holdings import Holdings
 from engine.outbox import Outbox
-from engine.session import Session, SessionCounts
+from engine.session import Exported, Session, SessionCounts
 from engine.store import Record, SessionStore
 
 Found = TypeVar("Found")
@@ -32,9 +32,9 @@ class SessionViews:
         records, has_more = self._store.list(owner, after, limit)
         return [self._holdings.told(record) for record in records], has_more
 
-    def export(self, owner: str, session_id: str) -> bytes:
-        """The snapshot of it as it was after its last turn. SnapshotError: it is damaged."""
-        return self._of_head(owner, session_id, self._holdings.raw)
+    def export(self, owner: str, session_id: str) -> Exported:
+        """It as it was after its last turn, and its bytes. SnapshotError: it is damaged."""
+        return self._of_head(owner, session_id, self._holdings.exported)
 
     def outbox(self, owner: str, session_id: str) -> Outbox:
         """What its last turn told, where that was kept. SnapshotError: it is damaged."""

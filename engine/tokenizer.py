@@ -33,6 +33,7 @@ class Tokenizer:
         backend.no_truncation()  # a folder's habits in training must not cut a prompt
         backend.no_padding()
         self._backend = backend
+        self._before, self._after = _frame(backend)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.num_ids = max(vocabulary.values()) + 1
         self.token_bytes = _token_bytes(backend, vocabulary, self.num_ids)
@@ -58,12 +59,16 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; special tokens written out in it become their ids.
+        """Ids of `text` alone; special tokens written out in it become their ids.
 
         Others run meanwhile: the library's `encode` would hold Python's lock, for seconds where a
         text is long.
         """
-        return self._backend.encode_batch_fast([text])[0].ids
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def framed(self, ids: list[int]) -> list[int]:
+        """Ids of a text as its tokenizer begins and ends one: GPT-J's adds nothing."""
+        return [*self._before, *ids, *self._after] if self._before or self._after else ids
 
     def token_text(self, token_id: int) -> str:
         """The text of one id by itself, special tokens written out."""
@@ -72,6 +77,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens left out, incomplete characters as U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def _frame(backend: Backend) -> tuple[list[int], list[int]]:
+    """Special ids that the folder's post-processor puts before and after every text."""
+    encoding = backend.encode("a")
+    is_text = [not added for added in encoding.special_tokens_mask]
+    if True not in is_text:  # all of them come before a text that has no ids
+        return encoding.ids, []
+    start, stop = is_text.index(True), len(is_text) - is_text[::-1].index(True)
+    return encoding.ids[:start], encoding.ids[stop:]
 
 
 def _token_bytes(backend: Backend, vocabulary: dict[str, int], num_ids: int) -> list[bytes]:

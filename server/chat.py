@@ -19,7 +19,7 @@ from server.choices import ChatChoices
 from server.context import Context, ContextDep
 from server.errors import invalid
 from server.openapi import described, refusals
-from server.orders import Details, Order, order_of, read_prompt
+from server.orders import Details, Order, cut_prompt, order_of, read_text
 from server.telling import Kind
 from server.templates import ChatTemplate, ChatTemplateError, Message
 
@@ -64,7 +64,8 @@ def read_chat(body: dict[str, Any], context: Context) -> Order:
         template, request.messages, request.add_generation_prompt, request.chat_template_kwargs
     )
     tokenizer = context.bridge.engine.tokenizer
-    prompt = read_prompt(text, request, tokenizer, context.trained_length)
+    ids = read_text(text, tokenizer, is_framed=request.add_special_tokens)
+    prompt = cut_prompt(ids, request, context.trained_length)
     return order_of(request, params, _details(request), [prompt])
 
 

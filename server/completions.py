@@ -3,6 +3,7 @@
 Owns the order of the checks. The answer is `answering.py`'s.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,9 +12,8 @@ from server.answering import answer, check_model, read_order
 from server.answers import Completion
 from server.choices import CompletionChoices
 from server.context import Context, ContextDep
-from server.errors import invalid
 from server.openapi import described, refusals
-from server.orders import Details, Order, order_of, read_prompt, text_of
+from server.orders import Details, Order, cut_prompt, order_of, read_text, text_of
 from server.schemas import CompletionRequest, completion_request
 from server.telling import Kind
 
@@ -48,21 +48,20 @@ def read_completion(body: dict[str, Any], context: Context) -> Order:
     check_model(request.model, context)
     params = request.sampling_params()
     tokenizer = context.bridge.engine.tokenizer
-    check_special_tokens(request.add_special_tokens, tokenizer)
     length = context.trained_length
-    prompts = [read_prompt(each, request, tokenizer, length) for each in request.prompt]
+    prompts = [cut_prompt(ids, request, length) for ids in _ids(request, tokenizer)]
     echoes = _echoes(request, prompts, tokenizer) if request.echo else ()
-    return order_of(request, params, _details(request), prompts, echoes)
+    order = order_of(request, params, _details(request), prompts, echoes)
+    is_text = isinstance(request.prompt[0], str)
+    return replace(order, frames_first=is_text and request.frames is None)
 
 
-def check_special_tokens(wanted: bool, tokenizer: "Tokenizer") -> None:
-    """Raise ApiError where a tokenizer adds special tokens that a client does not want."""
-    if not wanted and tokenizer.encode(""):
-        raise invalid(
-            "add_special_tokens",
-            "add_special_tokens false is not supported with this model, whose tokenizer adds some:"
-            " send token ids instead",
-        )
+def _ids(request: CompletionRequest, tokenizer: "Tokenizer") -> list[list[int]]:
+    is_framed = bool(request.frames)
+    return [
+        read_text(each, tokenizer, is_framed=is_framed) if isinstance(each, str) else each
+        for each in request.prompt
+    ]
 
 
 def _details(request: CompletionRequest) -> Details:

@@ -4,7 +4,7 @@ Owns truncation and the text of ids. Does not know how answers look.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.params import SamplingParams
@@ -60,6 +60,7 @@ class Order:
     num_choices: told for each prompt; the best of params.n, or all of them.
     cache_scope: whose prompts may share what was read of them; each other scope is apart.
     turn: of a session, where it is one; start: the session before it, once that is known.
+    frames_first: if that holds nothing, the prompt is to be framed.
     timeout: seconds that it may take; deadline: when they are over, by the event loop's clock.
     """
 
@@ -76,6 +77,7 @@ class Order:
     cache_scope: str = ""
     turn: TurnTerms | None = None
     start: "SessionState | None" = None
+    frames_first: bool = False
     timeout: float | None = None
     deadline: float | None = None
 
@@ -122,7 +124,7 @@ def order_of(
     )
 
 
-def reading_order(prompt_ids: list[int], start: "SessionState") -> Order:
+def reading_order(prompt_ids: list[int]) -> Order:
     """A prompt that a session reads and nothing answers."""
     return Order(
         prompts=[prompt_ids],
@@ -134,7 +136,6 @@ def reading_order(prompt_ids: list[int], start: "SessionState") -> Order:
         stream_options=StreamOptions.model_validate({}),
         priority=0,
         request_id=None,
-        start=start,
     )
 
 
@@ -144,11 +145,21 @@ def _turn_of(body: SamplingBody) -> TurnTerms | None:
     return TurnTerms(body.session_id, body.on_conflict, body.on_cancel, body.on_disconnect)
 
 
-def read_prompt(
-    prompt: str | list[int], body: SamplingBody, tokenizer: "Tokenizer", trained_length: int
-) -> list[int]:
-    """Ids of a prompt, truncated as the body asks."""
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+def read_text(text: str, tokenizer: "Tokenizer", *, is_framed: bool) -> list[int]:
+    """Ids of a text, with or without the special ones that its tokenizer adds."""
+    ids = tokenizer.encode(text)
+    return tokenizer.framed(ids) if is_framed else ids
+
+
+def in_session(order: Order, start: "SessionState", tokenizer: "Tokenizer") -> Order:
+    """The order of a turn, whose prompt is framed where it begins its session."""
+    if not order.frames_first or start.num_tokens:
+        return order
+    return replace(order, prompts=[tokenizer.framed(ids) for ids in order.prompts])
+
+
+def cut_prompt(ids: list[int], body: SamplingBody, trained_length: int) -> list[int]:
+    """A prompt truncated as the body asks."""
     if body.truncate_prompt_tokens is None:
         return ids
     length = trained_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens

@@ -24,7 +24,14 @@ class CompletionRequest(SamplingBody):
     echo: bool = Field(False, description=BOOLEAN)
     logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)
     best_of: int | None = ranged(None, "a whole number from n", 1, MAX_CHOICES)
-    add_special_tokens: bool = Field(True, description=BOOLEAN)
+    add_special_tokens: bool | None = Field(None, description=BOOLEAN)
+
+    @property
+    def frames(self) -> bool | None:
+        """Whether its tokenizer adds special ids to a text; None: to a session's first."""
+        if self.add_special_tokens is None and self.session_id is None:
+            return True
+        return self.add_special_tokens
 
     @property
     def num_tried(self) -> int:

@@ -18,7 +18,7 @@ from server.answers import Shape
 from server.checking import checked
 from server.context import Context, ContextDep
 from server.openapi import described, refusals
-from server.orders import Order, TurnTerms, reading_order
+from server.orders import Order, TurnTerms, in_session, reading_order
 from server.request_ids import request_id_of
 from server.session_answers import (
     DeletedSession,
@@ -58,10 +58,10 @@ async def open_session(request: Request, context: ContextDep) -> Response:
     context.bridge.check_accepting()
     owner = asked_by(request).owner
     asked = await read_body_with(request, context, lambda body, _: session_request(body))
-    ids = await _ids(asked.prompt, context)
     state = _nothing(asked.context_policy, context)
-    if ids:
-        state = await _read_in(request, context, reading_order(ids, state))
+    if asked.prompt:
+        order = await _order(asked.prompt, context)
+        state = await _read_in(request, context, order, state)
     put_in, seconds = context.sessions.open, asked.ttl_seconds
     return told(await asyncio.to_thread(put_in, owner, state, asked.metadata, seconds))
 
@@ -109,10 +109,10 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
     context.bridge.check_accepting()
     asker = asked_by(request)
     body = await read_body_with(request, context, lambda body, _: checked(AppendRequest, body))
-    ids = await _ids(body.prompt, context)
+    order = await _order(body.prompt, context)
     terms = TurnTerms(session_id, body.on_conflict, "rollback")
     async with context.turns.turn(asker, terms, request.receive) as turn:
-        state = await _read_in(request, context, reading_order(ids, turn.state))
+        state = await _read_in(request, context, order, turn.state)
         return told(await turn.commit(state))
 
 
@@ -143,18 +143,23 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
         return told(await asyncio.to_thread(rewind, asker.owner, session_id, position))
 
 
-async def _ids(prompt: str | list[int], context: Context) -> list[int]:
+async def _order(prompt: str | list[int], context: Context) -> Order:
+    """A prompt that is read and not answered; nothing is added to one that says nothing."""
     if isinstance(prompt, list):
-        return prompt
+        return reading_order(prompt)
     if not prompt:
-        return []
+        return reading_order([])
     with context.bridge.line.reading(len(prompt)):
-        return await asyncio.to_thread(context.bridge.engine.tokenizer.encode, prompt)
+        ids = await asyncio.to_thread(context.bridge.engine.tokenizer.encode, prompt)
+    return replace(reading_order(ids), frames_first=True)
 
 
-async def _read_in(request: Request, context: Context, order: Order) -> "SessionState":
+async def _read_in(
+    request: Request, context: Context, order: Order, start: "SessionState"
+) -> "SessionState":
     """The session after a prompt. Raises ParameterError, EngineStoppedError, ApiError."""
     now = asyncio.get_running_loop().time()
+    order = replace(in_session(order, start, context.bridge.engine.tokenizer), start=start)
     order = replace(order, deadline=deadline_of(order, context.config, now))
     reading = await context.bridge.open(f"session-{request_id_of(request)}", order)
     note(request.scope, order, reading)

@@ -32,8 +32,7 @@ BINARY: Schema = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
 async def get_snapshot(session_id: str, request: Request, context: ContextDep) -> Response:
     """All of a session, as it is between its turns."""
     owner, sessions = asked_by(request).owner, context.sessions
-    session = await asyncio.to_thread(sessions.find, owner, session_id)
-    raw = await asyncio.to_thread(sessions.export, owner, session_id)
+    session, raw = await asyncio.to_thread(sessions.export, owner, session_id)
     return Response(raw, media_type=OCTETS, headers={"ETag": etag_of(session)})
 
 

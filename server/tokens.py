@@ -12,12 +12,11 @@ from server.answers import Detokenized, Shape, Tokenized
 from server.chat import NEVER_QUICK, render, template_of
 from server.chat_schemas import MESSAGES, Messages
 from server.checking import Body, checked
-from server.completions import check_special_tokens
 from server.context import Context, ContextDep
 from server.fields import Text, TokenIds
 from server.neutral import TOKENIZE, Neutral
 from server.openapi import described
-from server.orders import text_of
+from server.orders import read_text, text_of
 from server.sampling import BOOLEAN, IDS
 
 router = APIRouter()
@@ -81,11 +80,12 @@ def _tokenized(body: Mapping[str, Any], context: Context) -> Shape:
         check_model(chat.model, context)
         more, opens = chat.chat_template_kwargs, chat.add_generation_prompt
         text = render(template_of(context), chat.messages, opens, more)
-        return _counted(tokenizer.encode(text), chat.return_token_strs, context)
+        ids = read_text(text, tokenizer, is_framed=chat.add_special_tokens)
+        return _counted(ids, chat.return_token_strs, context)
     request = checked(TokenizeRequest, body)
     check_model(request.model, context)
-    check_special_tokens(request.add_special_tokens, tokenizer)
-    return _counted(tokenizer.encode(request.prompt), request.return_token_strs, context)
+    ids = read_text(request.prompt, tokenizer, is_framed=request.add_special_tokens)
+    return _counted(ids, request.return_token_strs, context)
 
 
 def _counted(ids: list[int], with_names: bool, context: Context) -> Shape:

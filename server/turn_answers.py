@@ -18,7 +18,7 @@ from server.context import Context
 from server.errors import expired
 from server.live_events import LiveAnswer, LiveEvents
 from server.open_turn import OpenTurn
-from server.orders import Order, TurnTerms
+from server.orders import Order, TurnTerms, in_session
 from server.reading import Piece, Reading
 from server.records import Record, record_of
 from server.session_answers import etag_of, shape_in_answer
@@ -51,8 +51,10 @@ class TurnAnswer(Response):
             begun = context.turns.turn(self._asker, terms, receive)
             turn = await _in_time(stack.enter_async_context(begun), self._order.deadline)
             start = policies.settled(turn.state, self._order.params)
+            tokenizer = context.bridge.engine.tokenizer
+            self._order = in_session(self._order, start, tokenizer)
             order = replace(self._order, start=start)
-            tokenizer, skips = context.bridge.engine.tokenizer, order.params.skip_special_tokens
+            skips = order.params.skip_special_tokens
             table = tokenizer.token_bytes if skips else tokenizer.written_bytes
             turn.reads(start, order.prompts[0], table, policies.window)
             reading = await context.bridge.open(self._name, order)

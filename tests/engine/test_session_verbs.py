@@ -18,6 +18,7 @@ from engine.errors import (
 from engine.fingerprints import Fingerprints
 from engine.outbox import Outbox
 from engine.renewal import grids
+from engine.session import Exported
 from engine.session_state import SessionState
 from engine.sessions import LEASE_SECONDS, Session, Sessions
 from engine.snapshot import SnapshotCodec
@@ -103,7 +104,7 @@ def holds(sessions: SmallSessions, session_id: str, n: int) -> bool:
     return (
         sessions.codec.encode(begun.state)
         == sessions.codec.encode(sessions.state(n))
-        == sessions.export("a", session_id)
+        == sessions.export("a", session_id).raw
         and sessions.find("a", session_id).position == n
     )
 
@@ -340,16 +341,16 @@ def told(is_durable: bool) -> Outbox:
 def test_reading_what_a_turn_is_just_replacing(sessions: SmallSessions) -> None:
     """The head that was looked up is gone when it is read, and the new one is read instead."""
     made = make(sessions)
-    raw = sessions._holdings.raw
+    exported = sessions._holdings.exported
 
-    def late(record: Record) -> bytes:
-        sessions._holdings.raw = raw  # type: ignore[method-assign]
+    def late(record: Record) -> Exported:
+        sessions._holdings.exported = exported  # type: ignore[method-assign]
         for n in (2, 3, 4):  # more than there are checkpoints
             turn(sessions, made.id, n)
-        return raw(record)
+        return exported(record)
 
-    sessions._holdings.raw = late  # type: ignore[method-assign]
-    assert sessions.export("a", made.id) == sessions.codec.encode(sessions.state(4))
+    sessions._holdings.exported = late  # type: ignore[method-assign]
+    assert sessions.export("a", made.id).raw == sessions.codec.encode(sessions.state(4))
 
 
 def test_reading_while_a_turn_ends_on_a_full_disk(opened: Opener) -> None:
@@ -381,12 +382,12 @@ def test_reading_what_is_damaged(opened: Opener, tmp_path: Path) -> None:
 
 
 def test_export_and_import(sessions: SmallSessions) -> None:
-    raw = sessions.export("a", make(sessions, 7).id)
+    raw = sessions.export("a", make(sessions, 7).id).raw
     checked: list[SessionState] = []
     moved = sessions.import_("b", raw, {}, None, checked.append)
     assert (moved.owner, moved.position) == ("b", 7)
     assert [each.num_tokens for each in checked] == [7]
-    assert sessions.export("b", moved.id) == raw
+    assert sessions.export("b", moved.id).raw == raw
     before = sessions.sizes()
     with pytest.raises(SnapshotError):
         sessions.import_("b", raw[:-1], {}, None, checked.append)
@@ -475,3 +476,41 @@ def test_a_restart(opened: Opener) -> None:
     assert holds(sessions, made.id, 2)
     assert holds(sessions, fork.id, 3)
     assert sessions.rewind("a", made.id).position == 1
+
+
+def test_a_lease_that_a_full_disk_does_not_take_back(
+    sessions: SmallSessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was stored is told as stored; the lease runs out by itself."""
+
+    def full(_: Lease) -> None:
+        raise StoreFullError("no space")
+
+    made = make(sessions)
+    begun = sessions.begin("a", made.id)
+    monkeypatch.setattr(sessions._store, "release", full)
+    assert sessions.commit(begun, sessions.state(2)).position == 2
+    assert sessions.find("a", made.id).residence != "resident"
+    with pytest.raises(SessionBusyError):
+        sessions.begin("a", made.id)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_an_export_s_session_and_bytes_are_of_one_moment(opened: Opener, is_full: bool) -> None:
+    """A turn ends while the bytes are read: both are from before it, or both from after."""
+    sessions = opened(memory_bytes=0)
+    made = make(sessions)
+    get = sessions._store.get
+
+    def late(digest: str) -> bytes:
+        sessions._store.get = get  # type: ignore[method-assign]
+        raw = get(digest)
+        set_full(sessions, is_full)
+        turn(sessions, made.id, 2)
+        return raw
+
+    sessions._store.get = late  # type: ignore[method-assign]
+    for _ in range(2):
+        session, raw = sessions.export("a", made.id)
+        assert session.position == sessions.codec.decode(raw).num_tokens
+    assert session.position == 2

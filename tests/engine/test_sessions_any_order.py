@@ -124,7 +124,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(target=sessions, name=sessions)
     def move(self, name: str) -> str:
         """Through a snapshot's bytes; a new session has no turns to go back to."""
-        raw = self.kept.export(OWNER, name)
+        raw = self.kept.export(OWNER, name).raw
         check = self.engine.policies.check_goes_on
         moved = self.kept.import_(OWNER, raw, {}, None, check).id
         self.held[moved] = [list(self.held[name][-1])]

@@ -132,7 +132,7 @@ class Somebody:
             self._noted.deleted.add(name)
 
     def _export(self, name: str) -> None:
-        raw = self._sessions.export("a", name)
+        raw = self._sessions.export("a", name).raw
         value = self._values.codec.decode(raw)
         assert self._values.raw(value.num_tokens) == raw
         self._noted.seen.append((name, value.num_tokens))
@@ -202,12 +202,12 @@ def check_session(sessions: Sessions, values: Values, noted: Noted, name: str) -
     session = sessions.find("a", name)
     assert session.version == max(version for other, version in noted.made if other == name)
     value = noted.made[name, session.version]
-    assert sessions.export("a", name) == values.raw(value)
+    assert sessions.export("a", name).raw == values.raw(value)
     assert session.residence != "resident"
     for _ in range(session.num_checkpoints):
         value = noted.parents[value]
         assert sessions.rewind("a", name).position == value
-        assert sessions.export("a", name) == values.raw(value)
+        assert sessions.export("a", name).raw == values.raw(value)
 
 
 def check_files(folder: Path) -> int:

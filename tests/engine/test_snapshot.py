@@ -385,3 +385,10 @@ def test_fingerprints_follow_the_files(folder: Path) -> None:
     weights.unlink()
     with pytest.raises(ModelFolderError):
         Fingerprints.of(folder, SPEC, "float32")
+
+
+def test_an_id_that_was_generated_more_often_than_a_count_tells() -> None:
+    state = CODEC.decode(CODEC.encode(replace(FULL, counts={1: 2**31 - 2})))
+    counts = state.extended([], [1, 1, 1], WINDOW).counts
+    assert counts == {1: 2**31 - 1}
+    assert CODEC.decode(CODEC.encode(replace(FULL, counts=counts))).counts == counts

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.errors import ModelFolderError, ParameterError
+from engine.history import spellings
 from engine.loading import load
 from engine.tokenizer import Tokenizer
 
@@ -54,6 +57,28 @@ def test_special_tokens_are_read_but_not_written(tokenizer: Tokenizer) -> None:
     assert len(ids) == 3
     assert tokenizer.token_bytes[ids[1]] == b""
     assert tokenizer.decode(ids) == "ab"
+
+
+def framing_folder(folder: Path) -> list[int]:
+    """Make its tokenizer put a special id before every text, and one behind; both."""
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<s>", "</s>"])
+    ends = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    backend.save(str(folder / "tokenizer.json"))
+    return [token_id for _, token_id in ends]
+
+
+def test_what_a_post_processor_adds_frames_prompts_alone(folder: Path) -> None:
+    before = Tokenizer.from_folder(folder)
+    begin, end = framing_folder(folder)
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_folder(folder)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ids == before.encode(text) == before.framed(ids)
+        assert tokenizer.framed(ids) == backend.encode(text).ids == [begin, *ids, end]
+    assert spellings(["ab"], tokenizer) == spellings(["ab"], before)
 
 
 def test_others_run_while_a_long_text_is_read(tokenizer: Tokenizer) -> None:

@@ -27,14 +27,18 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
 
 class FakeTokenizer:
-    """Bytes of UTF-8."""
+    """Bytes of UTF-8. before: ids that it puts before a text that is framed."""
 
     num_ids = 256
     token_bytes: ClassVar = [bytes([each]) for each in range(256)]
     written_bytes = token_bytes
+    before: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def framed(self, ids: list[int]) -> list[int]:
+        return [*self.before, *ids]
 
     def token_text(self, token_id: int) -> str:
         return bytes([token_id]).decode(errors="replace")

@@ -151,8 +151,9 @@ class FakeSessions:
     def outbox(self, owner: str, session_id: str) -> Outbox:
         return self.find(owner, session_id).states[-1].outbox
 
-    def export(self, owner: str, session_id: str) -> bytes:
-        return b"fake:" + bytes(self.find(owner, session_id).states[-1].recent)
+    def export(self, owner: str, session_id: str) -> tuple[FakeSession, bytes]:
+        found = self.find(owner, session_id)
+        return found, b"fake:" + bytes(found.states[-1].recent)
 
     def import_(
         self, owner: str, raw: bytes, metadata: Any, ttl_seconds: float | None, check: Any

@@ -141,6 +141,20 @@ def test_a_snapshot_becomes_a_session(live: Live) -> None:
     assert live.text_of(made.json()["id"]) == "xyz"
 
 
+def test_a_snapshot_s_tag_is_that_of_its_bytes(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn ends just before the bytes are read."""
+    session_id = live.opened("xyz")
+    export = live.sessions.export
+
+    def late(*args: str) -> Any:
+        assert live.complete(session_id=session_id, prompt="y", max_tokens=1).is_success
+        return export(*args)
+
+    monkeypatch.setattr(live.sessions, "export", late)
+    got = live.client.get(f"/v1/sessions/{session_id}/snapshot")
+    assert (got.headers["etag"], got.content) == ('"5"', b"fake:xyzya")
+
+
 @pytest.mark.parametrize(
     ("raw", "params", "expected"),
     [

@@ -61,13 +61,46 @@ def test_another_model_is_not_here(shared: Live) -> None:
     assert tokenize(shared, prompt="x", model="gpt-9").status_code == 404
 
 
-def test_special_tokens_that_cannot_be_left_out() -> None:
+def test_special_tokens_of_a_tokenizer_that_adds_some(tmp_path: Path) -> None:
+    """Texts are framed unless the client says no; chats are not: their template writes it."""
+    (tmp_path / "chat_template.jinja").write_text("\x01{{ messages[-1].content }}")
+    with serving(template=find_template(None, tmp_path)) as live:
+        live.engine.tokenizer.before = (1,)
+        chat = {"messages": [{"role": "user", "content": "x"}]}
+        for path in ("/tokenize", "text", "chat"):
+            for wanted in (None, True, False):
+                more = {"add_special_tokens": wanted}
+                if path == "/tokenize":
+                    assert tokenize(live, prompt="x", **more).json()["count"] == 2 - (
+                        wanted is False
+                    )
+                    count = tokenize(live, **chat, **more).json()["count"]
+                    assert count == 2 + (wanted is True)
+                elif path == "text":
+                    live.complete(prompt="x", max_tokens=1, **more)
+                    assert [*live.engine.seen[-1].prompt_ids] == [1, 120][wanted is False :]
+                else:
+                    live.chat("x", max_tokens=1, **more)
+                    assert [*live.engine.seen[-1].prompt_ids] == [1, 1, 120][wanted is not True :]
+
+
+def test_a_session_s_first_turn_alone_is_framed() -> None:
     with serving() as live:
-        tokenizer = live.engine.tokenizer
-        tokenizer.encode = lambda text: [1, *text.encode()]
-        assert tokenize(live, prompt="x").json()["count"] == 2
-        refusal = refused(tokenize(live, prompt="x", add_special_tokens=False))
-        assert refusal["param"] == "add_special_tokens"
+        live.engine.tokenizer.before = (1,)
+        read = live.opened("x")
+        empty, appended, bare = (live.opened() for _ in range(3))
+        for each in (read, empty):
+            for _ in range(2):
+                answer = live.complete(prompt="y", session_id=each, max_tokens=1)
+        assert answer.json()["usage"]["prompt_tokens"] == 1
+        for _ in range(2):
+            live.client.post(f"/v1/sessions/{appended}/append", json={"prompt": "z"})
+        wish = {"session_id": bare, "max_tokens": 1}
+        live.complete(prompt="y", add_special_tokens=False, **wish)
+        live.complete(prompt="y", add_special_tokens=True, **wish)
+        live.complete(**wish)
+        texts = [live.text_of(each) for each in (read, empty, appended, bare)]
+        assert texts == ["\x01xyaya", "\x01yaya", "\x01zz", "ya\x01yaa"]
 
 
 def test_the_version(shared: Live) -> None:
