@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -52,8 +53,14 @@ FAR_SHAPE = 16, 256, 512  # H, V, K: rows from 1024 on begin beyond 2^31 element
 
 
 def far_pools(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Pools [S, H, V, K] with equal last rows: a small one, and one of 9 GB that nobody touches."""
+    """Pools [S, H, V, K] with equal last rows: a small one, and one of 9 GB that nobody touches.
+
+    Skips the test where so much cannot be had.
+    """
     near = torch.randn(1, *FAR_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
-    far = torch.empty(FAR_ROWS, *FAR_SHAPE, device=device)
+    try:
+        far = torch.empty(FAR_ROWS, *FAR_SHAPE, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no 9 GB of address space: {error}")
     far[-1] = near[0]
     return near, far

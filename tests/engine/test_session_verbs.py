@@ -113,6 +113,19 @@ def set_full(sessions: SmallSessions, is_full: bool) -> None:
     sessions._store.is_full = is_full  # type: ignore[attr-defined]
 
 
+def during_the_next_read(sessions: SmallSessions, happen: Callable[[], None]) -> None:
+    """Let it happen once, after a state's file has been read and before anybody has its bytes."""
+    get = sessions._store.get
+
+    def late(digest: str) -> bytes:
+        sessions._store.get = get  # type: ignore[method-assign]
+        raw = get(digest)
+        happen()
+        return raw
+
+    sessions._store.get = late  # type: ignore[method-assign]
+
+
 def test_open_find_and_turns(sessions: SmallSessions) -> None:
     made = make(sessions, 3)
     assert sessions.find("a", made.id) == made
@@ -357,16 +370,12 @@ def test_reading_while_a_turn_ends_on_a_full_disk(opened: Opener) -> None:
     """What is only in memory is not lost to somebody who still reads the head before it."""
     sessions = opened(memory_bytes=0)
     made = make(sessions)
-    get = sessions._store.get
 
-    def late(digest: str) -> bytes:
-        sessions._store.get = get  # type: ignore[method-assign]
-        raw = get(digest)
+    def turn_on_a_full_disk() -> None:
         set_full(sessions, True)
         assert not turn(sessions, made.id, 2).is_durable
-        return raw
 
-    sessions._store.get = late  # type: ignore[method-assign]
+    during_the_next_read(sessions, turn_on_a_full_disk)
     assert sessions.outbox("a", made.id) == Outbox()
     assert holds(sessions, made.id, 2)
 
@@ -500,16 +509,12 @@ def test_an_export_s_session_and_bytes_are_of_one_moment(opened: Opener, is_full
     """A turn ends while the bytes are read: both are from before it, or both from after."""
     sessions = opened(memory_bytes=0)
     made = make(sessions)
-    get = sessions._store.get
 
-    def late(digest: str) -> bytes:
-        sessions._store.get = get  # type: ignore[method-assign]
-        raw = get(digest)
+    def another_turn() -> None:
         set_full(sessions, is_full)
         turn(sessions, made.id, 2)
-        return raw
 
-    sessions._store.get = late  # type: ignore[method-assign]
+    during_the_next_read(sessions, another_turn)
     for _ in range(2):
         session, raw = sessions.export("a", made.id)
         assert session.position == sessions.codec.decode(raw).num_tokens

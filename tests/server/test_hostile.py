@@ -229,11 +229,15 @@ def test_a_thousand_requests_at_once_in_one_connection(live: Live) -> None:
             received += sock.recv(1 << 16)
 
 
-def test_more_requests_at_once_than_anybody_needs(live: Live) -> None:
+def test_more_requests_at_once_than_anybody_needs(
+    live: Live, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cottention")
     with connection(live) as sock:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 20 * MAX_AHEAD)
         assert answer(sock).count(b"alive") <= MAX_AHEAD
+    assert f"at most {MAX_AHEAD} requests may be sent ahead" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [True, False])
