@@ -12,12 +12,14 @@ from server.answering import answer, check_model, read_order
 from server.answers import Completion
 from server.choices import CompletionChoices
 from server.context import Context, ContextDep
+from server.key_limits import least
 from server.openapi import described, refusals
 from server.orders import Details, Order, cut_prompt, order_of, read_text, text_of
 from server.schemas import CompletionRequest, completion_request
 from server.telling import Kind
 
 if TYPE_CHECKING:
+    from engine.params import SamplingParams
     from engine.tokenizer import Tokenizer
 
 router = APIRouter()
@@ -46,7 +48,7 @@ def read_completion(body: dict[str, Any], context: Context) -> Order:
     """Check and tokenise. Raises ApiError, ParameterError."""
     request = completion_request(body)
     check_model(request.model, context)
-    params = request.sampling_params()
+    params = _params(request, context)
     tokenizer = context.bridge.engine.tokenizer
     length = context.trained_length
     prompts = [cut_prompt(ids, request, length) for ids in _ids(request, tokenizer)]
@@ -54,6 +56,14 @@ def read_completion(body: dict[str, Any], context: Context) -> Order:
     order = order_of(request, params, _details(request), prompts, echoes)
     is_text = isinstance(request.prompt[0], str)
     return replace(order, frames_first=is_text and request.frames is None)
+
+
+def _params(request: CompletionRequest, context: Context) -> "SamplingParams":
+    """As asked; the default of max_tokens is no more than this key may have."""
+    params = request.sampling_params()
+    if "max_tokens" in request.model_fields_set:
+        return params
+    return replace(params, max_tokens=least(params.max_tokens, context.limits.max_tokens))
 
 
 def _ids(request: CompletionRequest, tokenizer: "Tokenizer") -> list[list[int]]:

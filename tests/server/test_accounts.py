@@ -100,6 +100,13 @@ def test_a_turn_that_goes_on_without_its_client_is_counted_to_its_end(stream: bo
         assert 20 <= seconds <= 43  # 42 overdrawn at one a second, and one more
 
 
+def test_a_completion_that_names_no_max_tokens_gets_what_its_key_may_have() -> None:
+    with serving(key_max_tokens=5) as live:
+        assert live.complete(prompt="x").json()["usage"]["completion_tokens"] == 5
+    with serving(key_max_tokens=50) as live:
+        assert live.complete(prompt="x").json()["usage"]["completion_tokens"] == 16
+
+
 BEYOND: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 11}, "max_tokens"),
     ({"n": 3}, "n"),
