@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import softmax
 from benchmarks.common import Report, run_on_device, show
-from benchmarks.devices import Cpu, Device, Work, seconds
+from benchmarks.devices import Cpu, Device, Work, seconds, speed
 from benchmarks.shapes import SHAPES, random_model
 from engine import ops
 from engine.feature_maps import Features
@@ -41,13 +41,14 @@ class Memory:
     def __init__(self, device: Device, at_least: float) -> None:
         self._device = device
         self._at_least = at_least
-        self._moved = torch.ones(2**27, device=device.name)
+        self._moved = device.stream(torch.ones(2**27, device=device.name))
         self.read = self.stream = 0.0
 
     def take(self) -> None:
         """One reading more."""
         self.read = max(self.read, self._device.read_speed(self._at_least))
-        self.stream = max(self.stream, self._device.stream_speed(self._moved, self._at_least))
+        streamed = speed(self._device, self._moved, at_least=self._at_least)
+        self.stream = max(self.stream, streamed)
 
     def floor(self, weight_bytes: int, moved_bytes: int) -> float:
         """Seconds to read the weights and to stream the states."""

@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +11,13 @@ from torch import Tensor
 from engine.graphs import CudaCapture
 
 Work = Callable[[], object]
+
+
+class Stream(NamedTuple):
+    """Work that does nothing but move so many bytes, in and out together."""
+
+    work: Work
+    num_bytes: int
 
 
 class Device(Protocol):
@@ -30,8 +37,8 @@ class Device(Protocol):
         """Bytes per second at which memory is read."""
         ...
 
-    def stream_speed(self, x: Tensor, at_least: float) -> float:
-        """Bytes per second, in and out, of moving x; its values are lost."""
+    def stream(self, x: Tensor) -> Stream:
+        """Moves x at the speed of memory; its values are lost."""
         ...
 
 
@@ -46,6 +53,27 @@ def seconds(device: Device, work: Work, *, at_least: float, most: int = 10_000) 
     while len(times) < 3 or (sum(times) < at_least and len(times) < most):
         times.append(device.time(work))
     return sorted(times)
+
+
+def medians(device: Device, works: Sequence[Work], *, at_least: float) -> list[float]:
+    """Median times of works that take turns, for `at_least` seconds each and three turns at least.
+
+    Each goes once unmeasured in its turn: it finds in the caches what it left there itself.
+    """
+    rounds: list[list[float]] = []
+    while len(rounds) < 3 or sum(map(sum, rounds)) < at_least * len(works):
+        rounds.append([_second(device, work) for work in works])
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def _second(device: Device, work: Work) -> float:
+    work()
+    return device.time(work)
+
+
+def speed(device: Device, stream: Stream, *, at_least: float) -> float:
+    """Bytes per second."""
+    return stream.num_bytes / statistics.median(seconds(device, stream.work, at_least=at_least))
 
 
 def _read_speed(device: Device, x: Tensor, at_least: float) -> float:
@@ -69,9 +97,8 @@ class Cpu:
     def read_speed(self, at_least: float) -> float:
         return _read_speed(self, torch.ones(2**28), at_least)
 
-    def stream_speed(self, x: Tensor, at_least: float) -> float:
-        took = seconds(self, lambda: x.mul_(0.999), at_least=at_least)
-        return 2 * x.nbytes / statistics.median(took)
+    def stream(self, x: Tensor) -> Stream:
+        return Stream(lambda: x.mul_(0.999), 2 * x.nbytes)
 
 
 class Cuda:
@@ -93,10 +120,9 @@ class Cuda:
     def read_speed(self, at_least: float) -> float:
         return _read_speed(self, torch.ones(2**30, device=self.name), at_least)
 
-    def stream_speed(self, x: Tensor, at_least: float) -> float:
+    def stream(self, x: Tensor) -> Stream:
         source, target = x.view(2, -1)  # a second x might not fit beside the first
-        took = seconds(self, lambda: target.copy_(source), at_least=at_least)
-        return x.nbytes / statistics.median(took)
+        return Stream(lambda: target.copy_(source), x.nbytes)
 
 
 DEVICES: dict[str, Device] = {"cpu": Cpu(), "cuda": Cuda()}

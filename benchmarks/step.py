@@ -5,10 +5,9 @@ the batch has rows. The stream multiplies the same memory in place; on a GPU it 
 the other, and the step runs as a captured graph. `torch` is the better of two formulations: baddbmm
 and bmm, or a sum of outer products and a product with the query, on states that lie as these want
 them. `torch by slot` does the step's own work: it takes the rows' states out of the pool and puts
-them back.
+them back. All take turns, so that a change in the memory's speed falls on all.
 """
 
-import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Report, run_on_device, show
-from benchmarks.devices import Cpu, Device, seconds
+from benchmarks.devices import Cpu, Device, medians
 from benchmarks.shapes import SHAPES
 from engine import ops
 from engine.model_config import ModelConfig
@@ -91,25 +90,27 @@ def _row(
     device: Device, name: str, config: ModelConfig, size: int, at_least: float
 ) -> dict[str, object]:
     batch = _batch(config, size, device)
-
-    def median(work: Callable[[], object], at_least: float) -> float:
-        return statistics.median(seconds(device, device.repeatable(work), at_least=at_least))
-
-    step = median(lambda: [_step(batch, layer) for layer in range(config.n_layer)], at_least)
-    stream = device.stream_speed(batch.pool, at_least)
-    torch_step = min(median(peer, at_least / 2) for peer in _peers(config, batch))
-    by_slot = median(lambda: _by_slot(config, batch), at_least / 2)
+    moved, pool = 2 * batch.pool.nbytes, batch.pool
+    stream = device.stream(pool)
+    works = (
+        device.repeatable(lambda: [_step(batch, layer) for layer in range(config.n_layer)]),
+        stream.work,
+        device.repeatable(lambda: [layer.mul_(0.999) for layer in pool.unbind(1)]),
+        device.repeatable(lambda: _by_slot(config, batch)),
+        *map(device.repeatable, _peers(config, batch)),
+    )
+    step, streamed, by_layer, by_slot, *peers = medians(device, works, at_least=at_least)
     return {
         "shape": name,
         "batch": size,
-        "dtype": str(batch.pool.dtype).removeprefix("torch."),
-        "state MiB": batch.pool.nbytes / 2**20,
+        "dtype": str(pool.dtype).removeprefix("torch."),
+        "state MiB": pool.nbytes / 2**20,
         "us a layer": 1e6 * step / config.n_layer,
-        "GB/s": 2e-9 * batch.pool.nbytes / step,
-        "stream GB/s": 1e-9 * stream,
-        "step / stream": 2 * batch.pool.nbytes / step / stream,
-        "torch us a layer": 1e6 * torch_step / config.n_layer,
-        "torch / step": torch_step / step,
+        "GB/s": 1e-9 * moved / step,
+        "stream GB/s": 1e-9 * stream.num_bytes / streamed,
+        "step / stream": moved / step * streamed / stream.num_bytes,
+        "step / by layer": by_layer / step,
+        "torch / step": min(peers) / step,
         "torch by slot / step": by_slot / step,
     }
 
