@@ -44,6 +44,7 @@ struct RecurrentParams {
   [[gnu::always_inline]] int64_t shares() const {
     return (value_width + share_rows - 1) / share_rows;
   }
+  [[gnu::always_inline]] int64_t tasks() const { return segments * heads * shares(); }
   [[gnu::always_inline]] int64_t first(int64_t segment) const {
     return offsets ? offsets[segment] : segment;
   }

@@ -41,6 +41,7 @@ inline void gelu_share(const MixParams& m, const Share& s, int64_t part, int64_t
 inline void mix(const MixParams& m, int64_t task) {
   const RecurrentParams& p = m.recurrent;
   const Share s = share_of(p, task);
+  if (task + 1 < p.tasks()) fetch_next_slot(p, s, share_of(p, task + 1));
   const int64_t parts = p.heads * p.shares();
   gelu_share(m, s, task % parts, parts);
   if (p.slots[s.segment] == kPaddingSlot)

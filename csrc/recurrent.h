@@ -21,8 +21,8 @@ inline void zero_outputs(const RecurrentParams& p, int64_t segment, int64_t head
     __builtin_memset(p.out_at(t, head) + row, 0, rows * sizeof(float));
 }
 
-// A head's tokens lie too far apart for the machine to foresee; above all its stores to `out`,
-// which retire in order, would hold up those to the state.
+// A token's rows lie too far apart for the machine to foresee; above all its stores to `out`, which
+// retire in order, would hold up those to the state.
 inline void fetch_token(const RecurrentParams& p, int64_t token, int64_t head, int64_t row,
                         int64_t rows) {
   for (int64_t j = 0; j < p.key_width; j += kLanes) {
@@ -62,9 +62,21 @@ inline Share share_of(const RecurrentParams& p, int64_t task) {
   return {segment, head, p.first(segment), p.first(segment + 1), begin, end};
 }
 
+inline float* head_state(const RecurrentParams& p, int64_t segment, int64_t head) {
+  return p.state + p.slots[segment] * p.state_stride + head * p.value_width * p.key_width;
+}
+
+// The next task's state, where that lies in another slot: fetch_pages has gone on in this one.
+inline void fetch_next_slot(const RecurrentParams& p, const Share& now, const Share& next) {
+  if (next.segment == now.segment || p.slots[next.segment] == kPaddingSlot) return;
+  const float* h = head_state(p, next.segment, next.head);
+  __builtin_prefetch(h);
+  __builtin_prefetch(h + kPage / sizeof(float));
+}
+
 // Tokens [t, stop) of a share, at most kTokenChunk of them.
 inline void advance_chunk(const RecurrentParams& p, const Share& s, int64_t t, int64_t stop) {
-  float* h = p.state + p.slots[s.segment] * p.state_stride + s.head * p.value_width * p.key_width;
+  float* h = head_state(p, s.segment, s.head);
   const int64_t fitting = kBlockElements / p.key_width / kRowGroup * kRowGroup;
   for (int64_t row = s.begin; row < s.end; row += fitting)
     advance_tokens(p, h + row * p.key_width, t, stop, t == s.first, s.head, row,
@@ -73,6 +85,11 @@ inline void advance_chunk(const RecurrentParams& p, const Share& s, int64_t t, i
 
 inline void recurrent(const RecurrentParams& p, int64_t task) {
   const Share s = share_of(p, task);
+  if (task + 1 < p.tasks()) {
+    const Share next = share_of(p, task + 1);
+    fetch_next_slot(p, s, next);
+    fetch_token(p, next.first, next.head, next.begin, next.end - next.begin);
+  }
   if (p.slots[s.segment] == kPaddingSlot)
     return zero_outputs(p, s.segment, s.head, s.begin, s.end - s.begin);
   for (int64_t t = s.first; t < s.last; t += kTokenChunk)
