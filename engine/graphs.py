@@ -1,7 +1,8 @@
 """The decode step as captured graphs: one for each batch size, rounded up.
 
 Owns the buffers that a graph reads, the rows that fill a batch up, and which graph takes it. Does
-not know whose tokens they are, what is computed on them or what becomes of it.
+not know whose tokens they are, what is computed on them or what becomes of it. Buffers are int64;
+the part of them that holds wishes is read as float64, so that one copy brings all to the device.
 
 Letters: R rows of a graph, n rows of a batch.
 """
@@ -12,6 +13,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from engine.drawing import NO_WISH, Wish, as_tensor
 from engine.ops import PADDING_SLOT, check_slots
 
 MAX_ROWS = 512
@@ -35,8 +37,8 @@ _PADDING = Row(0, 0, PADDING_SLOT)
 class Step(Protocol[T_co]):
     """What is captured. It must not wait for the device."""
 
-    def __call__(self, ids: Tensor, positions: Tensor, slots: Tensor) -> T_co:
-        """ids and positions int64 [R], slots int32 [R], at the same addresses each time."""
+    def __call__(self, ids: Tensor, positions: Tensor, slots: Tensor, wishes: Tensor) -> T_co:
+        """ids, positions int64 [R], slots int32 [R], wishes float64 [R, 5], always in one place."""
         ...
 
 
@@ -68,14 +70,15 @@ class DecodeGraphs(Generic[T]):
         powers = [2**i for i in range((self.max_rows - 1).bit_length())]
         return [*powers, self.max_rows]
 
-    def run(self, rows: Sequence[Row]) -> T:
+    def run(self, rows: Sequence[Row], wishes: Sequence[Wish] = ()) -> T:
         """The step's outputs for rows, then for padding; they last until the next run.
 
-        Raises ValueError for a slot that is out of range or named twice.
+        Wishes are those of the first rows; other rows may have any that came before. Raises
+        ValueError for a slot that is out of range or named twice.
         """
         check_slots([row.slot for row in rows], self._num_slots)
         size = next(size for size in self.sizes() if size >= len(rows))
-        return self._graph(size).run(rows)
+        return self._graph(size).run(rows, wishes)
 
     def _graph(self, size: int) -> "_Graph[T]":
         if size not in self._graphs:
@@ -90,20 +93,34 @@ class _Graph(Generic[T]):
         """Captures on padding alone, so that no state moves."""
         is_cuda = device.startswith("cuda")
         self._size = size
-        self._host = torch.empty(len(_PADDING), size, dtype=torch.int64, pin_memory=is_cuda)
-        self._rows = torch.empty_like(self._host, device=device)
-        self._fill([])
-        self._replay = capture(lambda: step(self._rows[0], self._rows[1], self._rows[2].int()))
+        num_words = len(_PADDING) + len(NO_WISH)
+        self._host = torch.empty(num_words, size, dtype=torch.int64, pin_memory=is_cuda)
+        self._words = torch.empty_like(self._host, device=device)
+        self._fill([], [NO_WISH] * size)
+        self._replay = capture(lambda: step(*_read(self._words)))
 
-    def run(self, rows: Sequence[Row]) -> T:
-        self._fill(rows)
+    def run(self, rows: Sequence[Row], wishes: Sequence[Wish]) -> T:
+        self._fill(rows, wishes)
         return self._replay()
 
-    def _fill(self, rows: Sequence[Row]) -> None:
+    def _fill(self, rows: Sequence[Row], wishes: Sequence[Wish]) -> None:
         """One copy to the device. Whoever read the last outputs has waited for the one before."""
         padded = [*rows, *[_PADDING] * (self._size - len(rows))]
-        self._host.copy_(torch.tensor(padded).T)
-        self._rows.copy_(self._host, non_blocking=True)
+        self._host[: len(_PADDING)] = torch.tensor(padded).T
+        if wishes:
+            _wishes(self._host)[:, : len(wishes)] = as_tensor(wishes).T
+        self._words.copy_(self._host, non_blocking=True)
+
+
+def _wishes(words: Tensor) -> Tensor:
+    """Words of 64 bits [3 + 5, R] → the last five as float64 [5, R]."""
+    return words[len(_PADDING) :].view(torch.float64)
+
+
+def _read(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a step takes."""
+    ids, positions, slots = words[: len(_PADDING)]
+    return ids, positions, slots.int(), _wishes(words).T
 
 
 class CudaCapture:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from engine import ops
+from engine.captured import CapturedDecode
 from engine.choice import Choice
-from engine.graphs import DecodeGraphs, Row
+from engine.graphs import Row
 from engine.inference import ServedModel
 from engine.outputs import TokenLogprob
 from engine.plan import Plan
@@ -51,13 +52,6 @@ class Result(NamedTuple):
     scores: dict[Request, list[TokenLogprob]]
 
 
-class Decoded(NamedTuple):
-    """Logits float32 [R, vocab_size] and the likeliest ids int64 [R] of a captured step."""
-
-    logits: Tensor
-    likeliest: Tensor
-
-
 class Runner:
     """Runs one plan at a time on the pool's rows; on CUDA, a plan of decode alone in a graph."""
 
@@ -67,17 +61,17 @@ class Runner:
         self._sampler = sampler
         self._device = device
         self._max_stepped = ops.max_stepped(device, pool.spec.key_width, pool.spec.value_width)
-        self._graphs: DecodeGraphs[Decoded] | None = None
+        self._captured: CapturedDecode | None = None
         if device.startswith("cuda"):
-            self._graphs = DecodeGraphs(self._decode, pool.num_rows, device)
+            self._captured = CapturedDecode(self._decode, sampler, pool.num_rows, device)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Result:
         """Advance every state of the plan; draw an id for each choice whose context is complete."""
         prepare(plan, self._pool)
         segments = _segments(plan)
-        if self._graphs is not None and _is_one_token_each(plan, self._graphs.max_rows):
-            return self._run_captured(plan, segments, self._graphs)
+        if self._captured is not None and _is_one_token_each(plan, self._captured.max_rows):
+            return _run_captured(plan, segments, self._captured)
         hidden = self._hidden(segments)
         share_prompts(plan, self._pool)
         scores = self._scores(hidden, plan)
@@ -88,28 +82,17 @@ class Runner:
         drawn = self._sampler.sample(logits, [_draw(place) for place in wanted])
         return _result(wanted, drawn, scores)
 
-    def _run_captured(
-        self, plan: Plan, segments: Sequence[Segment], graphs: DecodeGraphs[Decoded]
-    ) -> Result:
-        """One id for each choice; nothing but the ids comes back where nobody wants more."""
-        wanted = _wanted(plan)
-        decoded = graphs.run([Row(one.ids[0], one.position, one.row) for one in segments])
-        logits, likeliest = (x[: len(wanted)] for x in decoded)
-        drawn = self._sampler.choose(logits, likeliest, [_draw(place) for place in wanted])
-        return _result(wanted, drawn, {})
-
-    def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Decoded:
-        """One token of each slot, captured: ids and positions int64 [R], slots int32 [R]."""
+    def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        """One token of each slot, as captured: logits float32 [R, vocab_size]."""
         recurrence = Recurrence(self._pool.state, self._pool.z, ops.Segments(slots))
-        logits = self._model.logits(self._model.hidden(ids, positions, recurrence))
-        return Decoded(logits, self._sampler.likeliest(logits))
+        return self._model.logits(self._model.hidden(ids, positions, recurrence))
 
     @torch.inference_mode()
     def warm_up(self) -> None:
         """One step on padding alone: libraries load and threads start before the first request."""
         self._model.logits(self._hidden([Segment(ops.PADDING_SLOT, [0], 0)]))
-        if self._graphs is not None:
-            self._graphs.warm_up()
+        if self._captured is not None:
+            self._captured.warm_up()
 
     def _hidden(self, segments: Sequence[Segment]) -> Tensor:
         """Hidden states [N, C] of all ids of the segments, in order; their states move on."""
@@ -143,6 +126,13 @@ class Runner:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self._device)
+
+
+def _run_captured(plan: Plan, segments: Sequence[Segment], captured: CapturedDecode) -> Result:
+    """One id for each choice."""
+    wanted = _wanted(plan)
+    rows = [Row(one.ids[0], one.position, one.row) for one in segments]
+    return _result(wanted, captured.run(rows, [_draw(place) for place in wanted]), {})
 
 
 def _is_one_token_each(plan: Plan, max_rows: int) -> bool:

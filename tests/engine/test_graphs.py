@@ -5,12 +5,14 @@ The buffers, the padding and the choice of a graph are the same in both.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine import Engine, EngineConfig, SamplingParams
+from engine.captured import CapturedDecode
 from engine.graphs import MAX_ROWS, DecodeGraphs, Row
 from engine.runner import Runner
 
@@ -23,8 +25,8 @@ def run_again(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return function
 
 
-def graphs_on_cpu(runner: Runner, num_slots: int) -> DecodeGraphs:
-    return DecodeGraphs(runner._decode, num_slots, "cpu", run_again)
+def captured_on_cpu(runner: Runner, num_rows: int) -> CapturedDecode:
+    return CapturedDecode(runner._decode, runner._sampler, num_rows, "cpu", run_again)
 
 
 def generated(engine: Engine, params: SamplingParams) -> list[tuple[int, ...]]:
@@ -37,9 +39,10 @@ def generated(engine: Engine, params: SamplingParams) -> list[tuple[int, ...]]:
     [
         SamplingParams(max_tokens=9, temperature=0, ignore_eos=True),
         SamplingParams(max_tokens=9, temperature=1.5, seed=3, ignore_eos=True),
+        SamplingParams(max_tokens=9, top_k=20, top_p=0.9, seed=3, ignore_eos=True),
         SamplingParams(max_tokens=9, temperature=0, repetition_penalty=3.0, ignore_eos=True),
     ],
-    ids=["greedy", "chance", "penalty"],
+    ids=["greedy", "chance", "filtered", "penalty"],
 )
 def test_an_engine_with_graphs_gives_the_same_ids(
     gptj_folder: Path, params: SamplingParams
@@ -48,23 +51,28 @@ def test_an_engine_with_graphs_gives_the_same_ids(
     config = EngineConfig(max_slots=5, max_batch_tokens=8, device="cpu")
     expected = generated(Engine(gptj_folder, config), params)
     engine = Engine(gptj_folder, config)
-    engine._runner._graphs = graphs_on_cpu(engine._runner, engine.pool.num_rows)
+    engine._runner._captured = captured_on_cpu(engine._runner, engine.pool.num_rows)
     engine._runner.warm_up()
     assert not engine.pool.state.any()
     assert generated(engine, params) == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_captured_and_plain_steps_agree_on_a_gpu(gptj_folder: Path) -> None:
-    params = SamplingParams(max_tokens=9, temperature=0, ignore_eos=True)
+@pytest.mark.parametrize(
+    "wish",
+    [{"temperature": 0}, {"seed": 3}, {"seed": 3, "temperature": 0.8, "top_p": 0.9, "top_k": 20}],
+    ids=["greedy", "chance", "filtered"],
+)
+def test_captured_and_plain_steps_agree_on_a_gpu(gptj_folder: Path, wish: dict[str, Any]) -> None:
+    params = SamplingParams(max_tokens=9, ignore_eos=True, **wish)
     config = EngineConfig(max_slots=5, device="cuda", dtype="float32")
     captured, plain = Engine(gptj_folder, config), Engine(gptj_folder, config)
-    plain._runner._graphs = None
+    plain._runner._captured = None
     expected = generated(Engine(gptj_folder, EngineConfig(max_slots=5, device="cpu")), params)
     assert generated(captured, params) == generated(plain, params) == expected
 
 
-def doubled(ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+def doubled(ids: Tensor, positions: Tensor, slots: Tensor, _wishes: Tensor) -> Tensor:
     return torch.stack([ids * 2, positions, slots.long()])
 
 

@@ -18,7 +18,7 @@ from engine.errors import ContextPolicyError, ParameterError
 from engine.reads import reads_of
 from engine.renewal import Exact, Renewed, grids
 from engine.session_state import SessionState
-from tests.engine.test_graphs import graphs_on_cpu
+from tests.engine.test_graphs import captured_on_cpu
 from tests.engine.windows import (
     PARAMS,
     Told,
@@ -177,10 +177,10 @@ def test_a_prompt_reads_only_what_survives() -> None:
 def test_captured_steps_take_the_spare_rows_with_them(attention: str) -> None:
     prompts = [ids_from(n, 2 + 5 * n) for n in range(4)]
     plain, captured = engine_of(WINDOW, attention), engine_of(WINDOW, attention)
-    captured._runner._graphs = graphs_on_cpu(captured._runner, captured.pool.num_rows)
+    captured._runner._captured = captured_on_cpu(captured._runner, captured.pool.num_rows)
     for prompt in prompts:
         assert say(captured, prompt, 40) == say(plain, prompt, 40)
-    captured._runner._graphs = graphs_on_cpu(captured._runner, 3)  # too few rows for some steps
+    captured._runner._captured = captured_on_cpu(captured._runner, 3)  # too few rows for some steps
     names = [captured.submit(p, replace(PARAMS, max_tokens=40)) for p in prompts]
     outputs = drain(captured)
     assert [told(outputs, name) for name in names] == [say(plain, p, 40) for p in prompts]
