@@ -28,7 +28,7 @@ from server.chat_schemas import ChatRequest
 from server.context import Context, session_bytes
 from server.handlers import add_error_handlers
 from server.journal import Journal
-from server.key_files import NAME_LENGTH, ApiKey, api_keys
+from server.key_files import NAME_LENGTH, ApiKey
 from server.key_limits import KeyLimits
 from server.keys import Keys, asks_for_key, owner_by
 from server.metrics import make_registry
@@ -69,11 +69,13 @@ BODIES = (
 def create_app(
     bridge: Bridge,
     config: ServerConfig,
+    keys: Sequence[ApiKey],
     kept: "Sessions",
     template: ChatTemplate | None = None,
 ) -> FastAPI:
     """An application that serves the bridge's engine from its start-up to its shutdown.
 
+    keys: those of which a client must send one, if there are any.
     kept: the sessions, which are whose they were when it ends.
     """
     turns = Turns(kept)
@@ -86,7 +88,7 @@ def create_app(
         app.include_router(router)
     publish(app, BODIES, lambda path: asks_for_key(path, config))
     add_error_handlers(app)
-    _add_middleware(app, api_keys(config), config, bridge)
+    _add_middleware(app, keys, config, bridge)
     return app
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
-    """Serve until told to stop. The port comes first: a model takes seconds to load in vain."""
+    """Serve until told to stop. A model comes last: it takes seconds to load in vain."""
     from server.lifecycle import bind_socket, run_server, url_of
 
     set_up(config.log_level, config.log_format)
@@ -34,17 +34,20 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from server.admission import Line
         from server.app import create_app
         from server.bridge import Bridge
-        from server.keeping import kept_sessions, where_kept
+        from server.keeping import check_folder, kept_sessions, where_kept
+        from server.key_files import api_keys
         from server.reach import warn_of_strangers, who_reaches
         from server.templates import find_template
 
+        keys = api_keys(config)
+        check_folder(config)
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = Engine(model, engine_config)
         bridge = Bridge(
             engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
         )
         with kept_sessions(engine, config) as sessions:
-            app = create_app(bridge, config, sessions, template)
+            app = create_app(bridge, config, keys, sessions, template)
             warn_of_strangers(sock, config)
             told = {"sessions": where_kept(config), "reach": who_reaches(sock, config)}
             announce = partial(_announce, engine, told | {"ready": url_of(sock)})

@@ -40,6 +40,14 @@ def kept_sessions(engine: "Engine", config: ServerConfig) -> Iterator["Sessions"
         yield sessions
 
 
+def check_folder(config: ServerConfig) -> None:
+    """Raise the ConfigurationError of a folder that cannot be, before a model is loaded in vain."""
+    from engine.store.disk import take_folder
+
+    if config.session_dir is not None:
+        take_folder(Path(_given(config))).release()
+
+
 def where_kept(config: ServerConfig) -> str:
     """For a person, at start-up."""
     if config.session_dir is None:

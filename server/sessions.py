@@ -19,6 +19,7 @@ from server.checking import checked
 from server.context import Context, ContextDep
 from server.openapi import described, refusals
 from server.orders import Order, TurnTerms, in_session, reading_order
+from server.query import query_of
 from server.request_ids import request_id_of
 from server.session_answers import (
     DeletedSession,
@@ -66,7 +67,12 @@ async def open_session(request: Request, context: ContextDep) -> Response:
     return told(await asyncio.to_thread(put_in, owner, state, asked.metadata, seconds))
 
 
-@router.get("/v1/sessions", response_model=SessionList, responses=REFUSALS)
+@router.get(
+    "/v1/sessions",
+    response_model=SessionList,
+    responses=REFUSALS,
+    dependencies=[query_of("limit", "after")],
+)
 async def list_sessions(
     request: Request,
     context: ContextDep,

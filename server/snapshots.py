@@ -14,6 +14,7 @@ from server.body import read_body
 from server.context import ContextDep
 from server.errors import ApiError, invalid
 from server.openapi import Schema, refusals
+from server.query import query_of
 from server.session_answers import SessionObject, etag_of, told
 from server.session_schemas import METADATA, KeptBody, kept_body
 from server.turns import asked_by
@@ -40,6 +41,7 @@ async def get_snapshot(session_id: str, request: Request, context: ContextDep) -
     "/v1/sessions/import",
     response_model=SessionObject,
     responses=refusals(400, 401, 409, 413, 415, 500, 503, 507),
+    dependencies=[query_of("metadata", "ttl_seconds")],
     openapi_extra={"requestBody": {"required": True, "content": BINARY}},
 )
 async def import_session(

@@ -12,6 +12,7 @@ from engine.worker import EngineWorker
 from server.admission import Line
 from server.app import create_app
 from server.bridge import Bridge
+from server.key_files import api_keys
 from server.lifecycle import bind_socket, run_server, url_of
 from server.settings import ServerConfig
 from tests.server.fake_engine import FakeEngine
@@ -27,7 +28,7 @@ def main() -> int:
     sock = bind_socket(config.host, config.port)
     url = url_of(sock)
     sessions: Any = FakeSessions()
-    app = create_app(bridge, config, sessions)
+    app = create_app(bridge, config, api_keys(config), sessions)
     return run_server(app, bridge, config, sock, lambda: print(url, flush=True))
 
 

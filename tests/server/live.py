@@ -16,6 +16,7 @@ from engine.worker import EngineWorker
 from server.admission import Line
 from server.app import create_app
 from server.bridge import Bridge
+from server.key_files import api_keys
 from server.lifecycle import bind_socket, bounded, url_of
 from server.settings import ServerConfig
 from server.templates import ChatTemplate
@@ -111,7 +112,7 @@ def serving(
         engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
     )
     sessions = sessions or FakeSessions()
-    app = create_app(bridge, config, sessions, template)
+    app = create_app(bridge, config, api_keys(config), sessions, template)
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)

@@ -103,6 +103,23 @@ def test_a_port_in_use_is_told_before_the_model_is_read(
     )
 
 
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--session-dir", "sessions: a part of its path is a file; give --session-dir a folder"),
+        ("--api-key-file", "sessions cannot be read: "),
+    ],
+)
+def test_a_path_that_cannot_be_is_told_before_the_model_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str, says: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    wrong = tmp_path / "file" / "sessions"
+    status, told = fails(capsys, "serve", tmp_path / "nowhere", "--port", 0, flag, wrong)
+    assert status == 2
+    assert says in told
+
+
 def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder: Path) -> None:
     assert cli.main(["info", str(gptj_folder), "--max-slots", "2"]) == 0
     facts = dict(line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines())

@@ -64,6 +64,9 @@ def test_pages_have_the_newest_first() -> None:
         assert not rest["has_more"]
         assert error_of(live.client.get("/v1/sessions?limit=0"))[:2] == (400, "limit")
         assert live.client.get("/v1/sessions?after=none").status_code == 404
+        unknown = live.client.get("/v1/sessions?limit=2&before=x")
+        assert error_of(unknown)[:2] == (400, "before")
+        assert 'no field "before"' in unknown.json()["error"]["message"]
 
 
 def test_a_turn_leaves_the_session_after_its_last_token(live: Live) -> None:
@@ -165,6 +168,7 @@ def test_a_snapshot_s_tag_is_that_of_its_bytes(live: Live, monkeypatch: pytest.M
         (b"fake:", {"metadata": "[]"}, (400, "metadata", None)),
         (b"fake:", {"ttl_seconds": "-1"}, (400, "ttl_seconds", None)),
         (b"fake:", {"ttl_seconds": "soon"}, (400, "ttl_seconds", None)),
+        (b"fake:", {"ttl": "9"}, (400, "ttl", None)),
     ],
 )
 def test_what_is_no_snapshot_is_refused(live: Live, raw: bytes, params: Any, expected: Any) -> None:
