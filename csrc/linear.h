@@ -8,6 +8,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "pages.h"
 #include "simd.h"
 #include "words.h"
 
@@ -24,7 +25,8 @@ constexpr int kMaxRows = 2;
 constexpr int across(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
-constexpr int64_t kBlock = 128;  // words of a panel that fit into the first cache
+constexpr int64_t kBlock = 64;   // words of a panel: half of a small first cache
+constexpr int64_t kFewRows = 4;  // so few take less time than their weights
 
 // Rows of words, `stride` words apart.
 struct RowBlock {
@@ -92,9 +94,19 @@ inline ExtendRows extend_rows_for(int64_t rows) {
   return table[rows - 1];
 }
 
+// One block of words for few rows.
+template <class Word>
+inline void extend_few(const RowBlock& x, const PanelBlock& block, int64_t rows, float* tile) {
+  fetch_pages(block.data, block.words * kPanel);
+  for (int64_t row = 0; row < rows; row += kMaxRows) {
+    const int64_t count = least(rows - row, kMaxRows);
+    extend_rows_for<Word>(count)({x.words + row * x.stride, x.stride}, block, tile + row * kPanel);
+  }
+}
+
 // One block of words for all rows of a task, in groups of nearly equal size.
 template <class Word>
-inline void extend_task(const RowBlock& x, PanelBlock block, int64_t rows, float* tile) {
+inline void extend_many(const RowBlock& x, PanelBlock block, int64_t rows, float* tile) {
   const int64_t groups = (rows + kMaxRows - 1) / kMaxRows;
   constexpr int64_t lines = kPanel / kLanes;
   for (int64_t g = 0, row = 0; g < groups; ++g) {
@@ -130,7 +142,9 @@ inline void linear(const LinearParams& p, int64_t task) {
   for (int64_t w = 0; w < p.words; w += kBlock) {
     const RowBlock x{p.x + first * p.x_stride + w, p.x_stride};
     const float* weights = p.packed + (panel * p.words + w) * kPanel;
-    extend_task<Word>(x, {weights, least(p.words - w, kBlock), 0, 0}, rows, tile);
+    const PanelBlock block{weights, least(p.words - w, kBlock), 0, 0};
+    rows > kFewRows ? extend_many<Word>(x, block, rows, tile)
+                    : extend_few<Word>(x, block, rows, tile);
   }
   write_rows(p, first, rows, panel * kPanel, tile);
 }

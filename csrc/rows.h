@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "pages.h"
 #include "simd.h"
 
 namespace cottention::COTTENTION_ISA {
@@ -15,8 +16,6 @@ constexpr int kRowGroup = 8;
 #else
 constexpr int kRowGroup = 4;
 #endif
-
-constexpr uintptr_t kPage = 4096;  // bytes
 
 inline Quad finish_four(const Lanes* total) {
   return finish(fold(total[0]), fold(total[1]), fold(total[2]), fold(total[3]));
@@ -56,15 +55,6 @@ inline void advance_rows(float* h, const float* k, const float* q, const float* 
 #pragma GCC unroll 8
   for (int r = 0; r < kRowGroup; ++r)
     total[r] = advance_half(h + r * width + j, value[r], k + j, q + j, total[r]);
-}
-
-// The machine foresees the lines of a page, but not pages: where one begins in the block [h, count],
-// a line of that two pages ahead is asked for. Asking for every line, or to write it, is slower.
-inline void fetch_pages(const float* h, int64_t count) {
-  const auto begin = reinterpret_cast<uintptr_t>(h);
-  const uintptr_t end = begin + count * sizeof(float);
-  for (uintptr_t page = (begin + kPage - 1) / kPage * kPage; page < end; page += kPage)
-    __builtin_prefetch(reinterpret_cast<const void*>(page + 2 * kPage));
 }
 
 // The same on rows that come from memory, in the order in which they lie there.
