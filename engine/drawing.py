@@ -79,7 +79,7 @@ def _draw(logits: Tensor, wishes: Tensor, way: Way) -> Tensor:
 
 def _likelihoods(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
     """Likelihoods [R, N] after temperature, and 0 for ids less likely than min_p of the best."""
-    heat = torch.where(temperature == 0, 1, temperature.clamp(max=_HOTTEST))
+    heat = temperature.clamp(max=_HOTTEST).masked_fill(temperature == 0, 1)
     probs = torch.softmax(logits / heat.to(logits.dtype), dim=-1)
     least = min_p.to(probs.dtype) * probs.amax(dim=-1, keepdim=True)
     return probs.masked_fill(probs < least, 0)
