@@ -76,7 +76,7 @@ class Saboteur:
         patch.setattr(runner, "run", self._noting(runner.run))
         patch.setattr(runner._model, "hidden", self._failing("model", runner._model.hidden))
         sampler = runner._sampler
-        patch.setattr(sampler, "_draw", self._failing("sampler", sampler._draw))
+        patch.setattr(sampler, "_allowed", self._failing("sampler", sampler._allowed))
         patch.setattr(sampler, "sample", self._spoiling(sampler.sample))
         patch.setattr(engine._registry, "accept", self._mistelling(engine._registry.accept))
         encode = self._failing_for_one("tokenizer", engine.tokenizer.encode)
