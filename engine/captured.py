@@ -55,7 +55,10 @@ class CapturedDecode:
         self.max_rows = self._likeliest.max_rows
 
     def warm_up(self) -> None:
-        """Capture every graph, those that need most memory first: the others then live in it."""
+        """Capture every graph, those that need most memory first: the others then work in it.
+
+        Their outputs are not shared; logits are 4·N bytes for each row of each graph.
+        """
         for graphs in self._by_chance.values():
             graphs.warm_up()
         self._likeliest.warm_up()

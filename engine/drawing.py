@@ -65,7 +65,7 @@ def draw_ids(logits: Tensor, likeliest: Tensor, wishes: Tensor, way: Way) -> Ten
         return likeliest
     parts = zip(logits.split(_ROWS_AT_ONCE), wishes.split(_ROWS_AT_ONCE), strict=True)
     drawn = torch.cat([_draw(*part, way) for part in parts])
-    has_chance = (likeliest >= 0) & (wishes[:, 1] != 0)
+    has_chance = (likeliest >= 0) & (drawn >= 0) & (wishes[:, 1] != 0)
     return torch.where(has_chance, drawn, likeliest)
 
 
@@ -97,8 +97,13 @@ def _first(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
 
 
 def _pick(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Invert each row's distribution function, ids in their own order, at its number: int64 [R]."""
+    """Invert each row's distribution function, ids in their own order, at its number: int64 [R].
+
+    −1 where rounding leads to an id that has no likelihood: sums that a device takes in parallel
+    can fall by a bit from one id to the next.
+    """
     sums = probs.cumsum(dim=-1, dtype=torch.float64)
     total = sums[:, -1:]
     below = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))  # rounding
-    return torch.searchsorted(sums, below, right=True).squeeze(-1)
+    ids = torch.searchsorted(sums, below, right=True).clamp(max=probs.shape[-1] - 1)
+    return ids.masked_fill(probs.gather(-1, ids) <= 0, -1).squeeze(-1)

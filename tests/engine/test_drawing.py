@@ -73,3 +73,24 @@ def test_nothing_waits_for_a_device(way: Way) -> None:
 def test_a_wish_is_exact_as_a_tensor() -> None:
     wish = Wish(0.1 + 2**-53, 5e-324, 1e-300, 2**31 - 1, 1 - 2**-53)
     assert as_tensor([wish]).tolist() == [list(map(float, wish))]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("way", [Way.FROM_ALL, Way.FROM_FIRST])
+@pytest.mark.parametrize("rows", [1, 64, 65, 512])
+def test_a_gpu_draws_what_the_cpu_draws_but_at_the_edges(rows: int, way: Way) -> None:
+    """Likelihoods differ in their last bits, and so do ids whose number falls between two."""
+    generator = torch.Generator().manual_seed(rows)
+    logits = 3 * torch.randn(rows, 50_257, generator=generator)
+    logits[:, ::7] = -torch.inf
+    wish = Wish(0.0, 1.1, 0.01, 200 * (way is Way.FROM_FIRST), 0.95 if way is Way.FROM_FIRST else 1)
+    wishes = as_tensor([wish._replace(uniform=(i + 0.5) / rows) for i in range(rows)])
+    given = logits.cuda(), logits.argmax(-1).cuda(), wishes.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ids = draw_ids(*given, way)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = draw_ids(logits, logits.argmax(-1), wishes, way)
+    assert (ids.cpu() == expected).float().mean() > 0.95
+    assert logits.gather(-1, ids.cpu().unsqueeze(-1)).isfinite().all()
