@@ -9,11 +9,13 @@
 #include "linear.h"
 #include "mix.h"
 #include "recurrent.h"
+#include "weigh.h"
 
 namespace cottention::COTTENTION_ISA {
 
 const Kernels kernels = {
     denominators, recurrent, mix,  linear<FloatWord>, linear<PairWord>, round_row,
-    features,     gelu,      elu_plus_one,            layer_norm,         likeliest};
+    features,     gelu,      elu_plus_one,            layer_norm,         likeliest,
+    weigh};
 
 }  // namespace cottention::COTTENTION_ISA

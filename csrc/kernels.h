@@ -106,6 +106,14 @@ struct LikeliestParams {
   int64_t columns, x_stride;
 };
 
+struct WeighParams {
+  const float* x;              // [columns]
+  float* out;                  // [columns]
+  int64_t columns;
+  float best;                  // the largest of x, finite
+  float temperature, least;
+};
+
 struct Kernels {
   void (*denominators)(const RecurrentParams&, int64_t task);  // tasks: segments × heads
   void (*recurrent)(const RecurrentParams&, int64_t task);     // tasks: segments × heads × shares
@@ -118,6 +126,7 @@ struct Kernels {
   void (*elu_plus_one)(const RowsParams&, int64_t row);
   void (*layer_norm)(const NormParams&, int64_t row);
   void (*likeliest)(const LikeliestParams&, int64_t row);
+  void (*weigh)(const WeighParams&);
 };
 
 namespace plain {

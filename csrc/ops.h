@@ -31,6 +31,7 @@ Tensor elu_plus_one(const Tensor& x);
 void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon,
                 const Tensor& out);
 Tensor likeliest(const Tensor& logits);
+Tensor draw(const Tensor& logits, const Tensor& likeliest, const Tensor& wishes);
 void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                     const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
                     const std::optional<Tensor>& offsets, const Tensor& out);

@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(cottention, m) {
   m.def("gelu_new(Tensor x) -> Tensor");
   m.def("elu_plus_one(Tensor x) -> Tensor");
   m.def("likeliest(Tensor logits) -> Tensor");
+  m.def("draw(Tensor logits, Tensor likeliest, Tensor wishes) -> Tensor");
   m.def("linear_out(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_add(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float epsilon, Tensor(a!) out) -> ()");
@@ -37,6 +38,7 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("gelu_new", TORCH_BOX(&cottention::gelu_new));
   m.impl("elu_plus_one", TORCH_BOX(&cottention::elu_plus_one));
   m.impl("likeliest", TORCH_BOX(&cottention::likeliest));
+  m.impl("draw", TORCH_BOX(&cottention::draw));
   m.impl("linear_out", TORCH_BOX(&cottention::linear_out));
   m.impl("linear_add", TORCH_BOX(&cottention::linear_add));
   m.impl("layer_norm", TORCH_BOX(&cottention::layer_norm));

@@ -1,7 +1,8 @@
 """Logits to ids by chance: temperature, min_p, top_k, top_p, and one random number a row.
 
-Owns the arithmetic, in tensors alone: it waits for no device, so that a graph may hold it. What a
-row gets depends on its own logits and wishes, never on the rows beside it or on what those want.
+Owns the arithmetic, in tensors alone: it waits for no device, so that a graph may hold it. The
+compiled op for the CPU does the same, a row at a time. What a row gets depends on its own logits
+and wishes, never on the rows beside it or on what those want.
 
 Letters: R rows, N vocabulary.
 """
@@ -13,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_HOTTEST = torch.finfo(torch.float32).max
-"""Temperatures above this are taken as this: in float32 they are infinite, and −∞ / ∞ is NaN."""
+from engine import ops
+
+_COLDEST, _HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""Temperatures beyond are taken as these: in float32 they are 0 or infinite, 0 / 0 and −∞ / ∞."""
 
 _ROWS_AT_ONCE = 64
 """Sorting takes some thirty bytes for each id of each row."""
@@ -55,6 +58,21 @@ def as_tensor(wishes: Sequence[Wish]) -> Tensor:
     return torch.tensor(wishes, dtype=torch.float64).view(-1, len(NO_WISH))
 
 
+def draw_each(logits: Tensor, likeliest: Tensor, wishes: Sequence[Wish]) -> Tensor:
+    """An id for each row as `draw_ids` draws it, each by its own way: sorting is dear in torch."""
+    ways = [wish.way for wish in wishes]
+    if all(way is Way.LIKELIEST for way in ways):
+        return likeliest
+    if ops.can_draw(logits):
+        return ops.draw(logits, likeliest, as_tensor(wishes))
+    ids = likeliest.clone()
+    for way in set(ways):
+        rows = [row for row, each in enumerate(ways) if each is way]
+        wanted = as_tensor([wishes[row] for row in rows]).to(logits.device)
+        ids[rows] = draw_ids(logits[rows], likeliest[rows], wanted, way)
+    return ids
+
+
 def draw_ids(logits: Tensor, likeliest: Tensor, wishes: Tensor, way: Way) -> Tensor:
     """An id for each row, int64 [R], by a way that is at least as dear as any row's own.
 
@@ -71,39 +89,38 @@ def draw_ids(logits: Tensor, likeliest: Tensor, wishes: Tensor, way: Way) -> Ten
 
 def _draw(logits: Tensor, wishes: Tensor, way: Way) -> Tensor:
     uniform, temperature, min_p, top_k, top_p = wishes.unsqueeze(-1).unbind(1)
-    probs = _likelihoods(logits, temperature, min_p)
+    weights = _weights(logits, temperature, min_p)
     if way is Way.FROM_FIRST:
-        probs = _first(probs, top_k, top_p)
-    return _pick(probs, uniform)
+        weights = _first(weights, top_k, top_p)
+    return _pick(weights, uniform)
 
 
-def _likelihoods(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
-    """Likelihoods [R, N] after temperature, and 0 for ids less likely than min_p of the best."""
-    heat = temperature.clamp(max=_HOTTEST).masked_fill(temperature == 0, 1)
-    probs = torch.softmax(logits / heat.to(logits.dtype), dim=-1)
-    least = min_p.to(probs.dtype) * probs.amax(dim=-1, keepdim=True)
-    return probs.masked_fill(probs < least, 0)
+def _weights(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
+    """Likelihoods after temperature, as parts of the best's: [R, N]; 0 for those below min_p."""
+    heat = temperature.clamp(_COLDEST, _HOTTEST).to(logits.dtype)
+    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / heat).exp()
+    return weights.masked_fill(weights < min_p.to(weights.dtype), 0)
 
 
-def _first(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+def _first(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """0 for all but so many ids, and then the fewest whose likelihood reaches top_p."""
-    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(probs.shape[-1], device=probs.device)
+    ordered, ids = weights.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(weights.shape[-1], device=weights.device)
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), 0)
     sums = ordered.cumsum(dim=-1, dtype=torch.float64)
     reached = (sums - ordered >= top_p * sums[:, -1:]) & (top_p < 1)
     ordered = ordered.masked_fill(reached & (rank > 0), 0)  # a tiny top_p rounds to 0
-    return torch.zeros_like(probs).scatter(-1, ids, ordered)
+    return torch.zeros_like(weights).scatter(-1, ids, ordered)
 
 
-def _pick(probs: Tensor, uniform: Tensor) -> Tensor:
+def _pick(weights: Tensor, uniform: Tensor) -> Tensor:
     """Invert each row's distribution function, ids in their own order, at its number: int64 [R].
 
     −1 where rounding leads to an id that has no likelihood: sums that a device takes in parallel
     can fall by a bit from one id to the next.
     """
-    sums = probs.cumsum(dim=-1, dtype=torch.float64)
+    sums = weights.cumsum(dim=-1, dtype=torch.float64)
     total = sums[:, -1:]
     below = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))  # rounding
-    ids = torch.searchsorted(sums, below, right=True).clamp(max=probs.shape[-1] - 1)
-    return ids.masked_fill(probs.gather(-1, ids) <= 0, -1).squeeze(-1)
+    ids = torch.searchsorted(sums, below, right=True).clamp(max=weights.shape[-1] - 1)
+    return ids.masked_fill(weights.gather(-1, ids) <= 0, -1).squeeze(-1)

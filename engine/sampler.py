@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.adjust import adjust
-from engine.drawing import Way, Wish, as_tensor, draw_ids
+from engine.drawing import Wish, draw_each
 from engine.outputs import TokenLogprob
 from engine.params import SamplingParams
 from engine.scoring import score
@@ -101,7 +101,8 @@ class Sampler:
         None where a row's logits are not finite, or all its ids are forbidden.
         """
         allowed = self._allowed(logits, draws)
-        ids = _draw_each(allowed, ops.likeliest(allowed), draws)
+        wishes = [draw.wish for draw in draws]
+        ids: list[int] = draw_each(allowed, ops.likeliest(allowed), wishes).tolist()
         logprobs = _logprobs(logits, ids, draws)
         return [as_drawn(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
 
@@ -132,17 +133,3 @@ def _logprobs(logits: Tensor, ids: Sequence[int], draws: Sequence[Draw]) -> dict
         row: TokenLogprob(one.token_id, one.logprob, one.top[: wanted[row]])
         for row, one in zip(rows, scores, strict=True)
     }
-
-
-def _draw_each(logits: Tensor, likeliest: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """An id for each row, those of a way together: sorting is dear."""
-    ids: list[int] = likeliest.tolist()
-    wishes = {row: draw.wish for row, draw in enumerate(draws) if not draw.params.is_greedy}
-    for way in (Way.FROM_ALL, Way.FROM_FIRST):
-        rows = [row for row, wish in wishes.items() if wish.way is way]
-        if rows:
-            wanted = as_tensor([wishes[row] for row in rows]).to(logits.device)
-            chosen = draw_ids(logits[rows], likeliest[rows], wanted, way)
-            for row, token_id in zip(rows, chosen.tolist(), strict=True):
-                ids[row] = token_id
-    return ids

@@ -15,7 +15,7 @@ from torch import Tensor
 from engine.ops import checks, cuda, ragged, reference
 from engine.ops.build import BuildError
 from engine.ops.checks import kernel_has_width
-from engine.ops.fused import can_mix, cottention_layers, cottention_mix
+from engine.ops.fused import can_draw, can_mix, cottention_layers, cottention_mix, draw
 from engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
 from engine.ops.loader import Backend, announce_reference, backend
 from engine.ops.reference import NO_PLACE, PADDING_SLOT, rotate
@@ -30,12 +30,14 @@ __all__ = [
     "FixedOrderNorm",
     "Segments",
     "backend",
+    "can_draw",
     "can_mix",
     "can_pack",
     "check_slots",
     "cottention_features",
     "cottention_layers",
     "cottention_mix",
+    "draw",
     "elu_plus_one",
     "gelu_new",
     "kernel_has_width",

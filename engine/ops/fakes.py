@@ -55,6 +55,10 @@ def likeliest(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
+def draw(logits: Tensor, likeliest: Tensor, wishes: Tensor) -> Tensor:
+    return likeliest.new_empty(likeliest.shape)
+
+
 def in_place(*arguments: object) -> None:
     """For ops that return nothing."""
 
@@ -68,6 +72,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "gelu_new": elementwise,
     "elu_plus_one": elementwise,
     "likeliest": likeliest,
+    "draw": draw,
     "linear_out": in_place,
     "linear_add": in_place,
     "layer_norm": in_place,

@@ -1,6 +1,6 @@
 """The ops that do the work of several in one call. Compiled only; they know no model.
 
-Letters: N tokens, C channels, H heads, D head width, L layers, S slots, B segments.
+Letters: R rows, N tokens, C channels, H heads, D head width, L layers, S slots, B segments.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.ops import cuda
 from engine.ops.checks import kernel_has_width
+from engine.ops.loader import backend
 
 
 def cottention_mix(
@@ -64,3 +65,19 @@ def cottention_layers(
     torch.ops.cottention.cottention_layers(
         x, weights, epsilon, positions, cos, sin, state, slots, offsets, normed, joined, mixed
     )
+
+
+def draw(logits: Tensor, likeliest: Tensor, wishes: Tensor) -> Tensor:
+    """An id by chance for each row of logits float32 [R, vocabulary], on the CPU: int64 [R].
+
+    likeliest int64 [R]; wishes float64 [R, 5] is a number in [0, 1), temperature, min_p, top_k and
+    top_p. A row of temperature 0 gets its likeliest, and so does one whose likeliest is negative.
+    """
+    out: Tensor = torch.ops.cottention.draw(logits, likeliest, wishes)
+    return out
+
+
+def can_draw(logits: Tensor) -> bool:
+    """Whether `draw` takes these."""
+    is_single = logits.dtype == torch.float32 and logits.device.type == "cpu"
+    return is_single and backend() == "compiled"
