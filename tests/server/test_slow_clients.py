@@ -47,7 +47,7 @@ def test_a_stream_pauses_while_nobody_reads_and_goes_on_when_somebody_does() -> 
             assert live.complete(prompt="x", max_tokens=500).status_code == 200
             chunks = read_to_the_end(sock)
         assert text_of(chunks) == "".join(ALPHABET[n % 26] * 10_000 for n in range(num_tokens))
-        assert max(len(text_of([chunk])) for chunk in chunks) > 100_000
+        assert max(len(text_of([chunk])) for chunk in chunks) >= 100_000
         eventually(lambda: not live.engine.running)
 
 
