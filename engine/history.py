@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 
+from engine.counts import Counts
 from engine.params import SamplingParams
 from engine.tokenizer import Tokenizer
 
@@ -25,13 +26,13 @@ class History:
         self._is_counting = params.has_penalty
         self._bad_words = bad_words
         self._last: deque[int] = deque(maxlen=max((len(ids) - 1 for ids in bad_words), default=0))
-        self.counts = {**dict.fromkeys(prompt_ids, 0), **earlier} if self._is_counting else {}
+        self.counts = Counts(prompt_ids, earlier) if self._is_counting else Counts()
 
     def note(self, token_id: int) -> None:
         """An id has been generated."""
         self._last.append(token_id)
         if self._is_counting:
-            self.counts[token_id] = self.counts.get(token_id, 0) + 1
+            self.counts.note(token_id)
 
     def barred_ids(self) -> list[int]:
         """Ids that would complete a bad word now."""

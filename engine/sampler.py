@@ -7,7 +7,7 @@ alone, never on the rows beside it: there is no generator whose order of use cou
 Letters: R rows, N vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from engine import ops
-from engine.adjust import adjust
+from engine.adjust import Adjustment, adjust
+from engine.counts import Counts
 from engine.drawing import Wish, draw_each
 from engine.outputs import TokenLogprob
 from engine.params import SamplingParams
@@ -33,21 +34,18 @@ class Draw:
 
     params: SamplingParams
     uniform: float
-    counts: Mapping[int, int] = field(default_factory=dict)
+    counts: Counts = field(default_factory=Counts)
     barred: Sequence[int] = ()
 
     @property
-    def is_adjusted(self) -> bool:
-        """Whether anything but the filters changes its logits."""
-        params = self.params
-        return bool(
-            self.counts or self.barred or params.logit_bias or params.allowed_token_ids is not None
-        )
+    def adjustment(self) -> Adjustment:
+        """What changes its logits but for the filters, if anything does."""
+        return Adjustment(self.params, self.counts, self.barred)
 
     @property
     def wants_logits(self) -> bool:
         """Whether it wants anything but an id drawn from the logits as the model has them."""
-        return self.is_adjusted or self.params.logprobs is not None
+        return bool(self.adjustment) or self.params.logprobs is not None
 
     @property
     def wish(self) -> Wish:
@@ -115,9 +113,9 @@ class Sampler:
         if any(draw.wants_logits for draw in draws):
             logits = logits.clone()
         logits.index_fill_(-1, self._never, -torch.inf)
-        for row, draw in enumerate(draws):
-            if draw.is_adjusted:
-                adjust(logits[row], draw.params, draw.counts, draw.barred)
+        adjustments = {row: one for row, draw in enumerate(draws) if (one := draw.adjustment)}
+        if adjustments:
+            adjust(logits, adjustments)
         return logits
 
 

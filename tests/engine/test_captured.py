@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.captured import CapturedDecode
+from engine.counts import Counts
 from engine.graphs import Row
 from engine.params import SamplingParams
 from engine.sampler import Draw, Sampler
@@ -48,7 +49,11 @@ def captured() -> tuple[CapturedDecode, Captures, Sampler]:
 
 def draws_of(kinds: list[dict[str, Any]]) -> list[Draw]:
     return [
-        Draw(SamplingParams(**kind), (i + 0.5) / len(kinds), {1 + i: 2} if kind == PENALTY else {})
+        Draw(
+            SamplingParams(**kind),
+            (i + 0.5) / len(kinds),
+            Counts((), {1 + i: 2} if kind == PENALTY else {}),
+        )
         for i, kind in enumerate(kinds)
     ]
 
