@@ -110,7 +110,7 @@ class Sampler:
 
     def _allowed(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         """Logits as adjusted, −∞ for forbidden ids: in place where nobody asks what they were."""
-        if any(draw.wants_logits for draw in draws):
+        if any(draw.params.logprobs is not None for draw in draws):
             logits = logits.clone()
         logits.index_fill_(-1, self._never, -torch.inf)
         adjustments = {row: one for row, draw in enumerate(draws) if (one := draw.adjustment)}

@@ -97,16 +97,17 @@ class Segments:
         is. Raises ValueError for a slot that is out of range or named twice.
         """
         check_slots(slots, num_slots)
+        if all(length == 1 for length in lengths):
+            return cls(_int32(slots, device))
         ends = list(accumulate(lengths, initial=0))
         places = [range(start, stop) for start, stop in pairwise(ends)]
-        are_single = all(length == 1 for length in lengths)
-        limit = ends[-1] if max_stepped is None or are_single else max_stepped
+        limit = ends[-1] if max_stepped is None else max_stepped
         long = [(s, p) for s, p in zip(slots, places, strict=True) if _is_cut(s, p, limit)]
         taken = {slot for slot, _ in long}
         stepped = [PADDING_SLOT if slot in taken else slot for slot in slots]
         return cls(
             slots=_int32(stepped, device),
-            offsets=None if are_single else _int32(ends, device),
+            offsets=_int32(ends, device),
             chunks=Chunks.of(long, device) if long else None,
             has_steps=any(slot != PADDING_SLOT for slot in stepped),
         )
