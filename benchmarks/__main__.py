@@ -1,14 +1,26 @@
 """All benchmarks one after the other: `python -m benchmarks [--quick] [--json FILE]`."""
 
-from benchmarks import company, decode, memory, position, renewal, serving, sessions, step
+from benchmarks import (
+    company,
+    decode,
+    memory,
+    position,
+    renewal,
+    sampling,
+    serving,
+    sessions,
+    step,
+)
 from benchmarks.common import Report, machine, parser, write_json
+
+BENCHMARKS = (step, decode, sampling, serving, company, position, memory, sessions, renewal)
 
 
 def main() -> None:
     """Run them in this process; each prints its tables."""
     arguments = parser(__doc__).parse_args()
     report: Report = {"machine": machine()}
-    for benchmark in (step, decode, serving, company, position, memory, sessions, renewal):
+    for benchmark in BENCHMARKS:
         report |= benchmark.measure(arguments.quick)
     if arguments.json:
         write_json(arguments.json, report)
