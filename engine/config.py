@@ -34,6 +34,12 @@ class EngineConfig:
         minimum=1,
         unit="bytes",
     )
+    max_paused_states: int | None = option(
+        None,
+        "states that wait on the host for slow readers of streams (default: as many as slots); past"
+        " it the stream that has waited longest ends",
+        minimum=0,
+    )
     context_policy: ContextPolicy = option(
         "renew",
         "what becomes of a past longer than the trained length: renew keeps the model good and"
@@ -68,6 +74,10 @@ class EngineConfig:
         if self.max_prefill_tokens is None and device.startswith("cuda"):
             return self.max_batch_tokens
         return self.max_prefill_tokens
+
+    def num_paused(self, num_slots: int) -> int:
+        """Most states that wait on the host for their readers."""
+        return num_slots if self.max_paused_states is None else self.max_paused_states
 
     def num_slots(self, spec: StateSpec) -> int:
         """Slots in the pool. Raises ConfigurationError where the memory holds none."""

@@ -19,6 +19,7 @@ from engine.limits import Limits
 from engine.loading import load
 from engine.outputs import Completion, EngineStats, FinishReason, Output
 from engine.params import SamplingParams
+from engine.pausing import Pausing
 from engine.policies import Policies
 from engine.prefix_cache import PrefixCache
 from engine.registry import Registry
@@ -26,6 +27,7 @@ from engine.scheduler import Scheduler
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
 from engine.stepper import Stepper
+from engine.warm_starts import WarmStarts
 
 
 class Engine:
@@ -47,7 +49,10 @@ class Engine:
         self._cache = PrefixCache(self.config.prefix_cache_bytes)
         self.policies = Policies.of(self.model_config, self.config.context_policy)
         window = self.policies.window
-        self._registry = Registry(self._scheduler, self.pool, self._cache, window)
+        max_paused = self.config.num_paused(self.pool.num_slots)
+        self._pausing = Pausing(self._scheduler, self.pool, max_paused)
+        warm = WarmStarts(self.pool, self._cache)
+        self._registry = Registry(self._scheduler, self.pool, self._pausing, warm, window)
         self._runner = loaded.runner
         self._stepper = Stepper(self._scheduler, self._registry, self._runner)
         limits = Limits.of(self.tokenizer, self.pool, self.config)
@@ -94,14 +99,15 @@ class Engine:
         self._commands.put(lambda: self._registry.cancel(request_id, reason))
 
     def pause(self, request_id: str) -> None:
-        """Generate no more until `resume`, others may have the slots; a prompt is still read."""
-        pause = self._registry.pausing.pause
-        self._commands.put(lambda: self._registry.apply(pause, request_id))
+        """Generate no more until `resume`, others may have the slots; a prompt is still read.
+
+        Past --max-paused-states those that have paused longest end, with FinishReason.UNREAD.
+        """
+        self._commands.put(lambda: self._registry.pause(request_id))
 
     def resume(self, request_id: str) -> None:
         """Go on with a request that pauses, as soon as there are slots."""
-        resume = self._registry.pausing.resume
-        self._commands.put(lambda: self._registry.apply(resume, request_id))
+        self._commands.put(lambda: self._registry.resume(request_id))
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
@@ -129,7 +135,9 @@ class Engine:
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
-            num_paused=self._registry.pausing.num_paused,
+            num_paused=self._pausing.num_paused,
+            num_paused_states=self._pausing.num_states,
+            max_paused_states=self._pausing.max_states,
             num_finished={reason: finished[reason] for reason in FinishReason},
             num_prompt_tokens=self._registry.num_prompt_tokens,
             num_generated_tokens=self._registry.num_generated_tokens,

@@ -19,6 +19,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     TIMEOUT = "timeout"
+    UNREAD = "unread"
     ERROR = "error"
 
 
@@ -71,6 +72,7 @@ class EngineStats:
     """Counters since the start and gauges of this moment.
 
     num_running, num_waiting (for slots) and num_paused (for their readers) count requests;
+    num_paused_states, max_paused_states: on the host, of those that pause or wait to go on.
     num_finished counts choices by how they ended. num_faults: requests that a fault ended;
     num_undrawn: choices without a token that could be drawn, since no logit was finite or every
     token forbidden.
@@ -79,6 +81,8 @@ class EngineStats:
     num_running: int
     num_waiting: int
     num_paused: int
+    num_paused_states: int
+    max_paused_states: int
     num_finished: dict[FinishReason, int]
     num_prompt_tokens: int
     num_generated_tokens: int

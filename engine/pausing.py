@@ -1,7 +1,8 @@
 """Requests whose readers are behind: their states wait on the host, and their slots serve others.
 
-Owns the way out of the pool and back into it. Does not know why a request pauses. A prompt that is
-still being read goes on: nothing of it is unread.
+Owns the way out of the pool and back into it, how many states there may be outside it, and who has
+to end where they are too many. Does not know why a request pauses. A prompt that is still being
+read goes on: nothing of it is unread.
 """
 
 import time
@@ -21,24 +22,50 @@ Rows = list[tuple[Tensor, ...]]
 class Pausing:
     """Between a scheduler and a pool; a request that pauses is in no line of the scheduler's."""
 
-    def __init__(self, scheduler: Scheduler, pool: StatePool) -> None:
+    def __init__(self, scheduler: Scheduler, pool: StatePool, max_states: int) -> None:
+        """max_states: on the host, of those that pause and of those that wait to go on."""
         self._scheduler = scheduler
         self._pool = pool
+        self.max_states = max_states
         self._parked: dict[Request, dict[Choice, Rows]] = {}
-        self._paused: set[Request] = set()
+        self._paused: dict[Request, None] = {}
 
     @property
     def num_paused(self) -> int:
         """Requests that wait for their readers."""
         return len(self._paused)
 
-    def pause(self, request: Request) -> None:
-        """Stop generating; also of one that was to go on and still waits for slots."""
+    @property
+    def num_states(self) -> int:
+        """States on the host; a choice has one."""
+        return sum(map(len, list(self._parked.values())))  # `stats` asks from other threads
+
+    def pause(self, request: Request) -> list[Request]:
+        """Stop generating; also of one that was to go on and still waits for slots.
+
+        Gives those that have to end for want of room, whose states are gone: others, or itself.
+        """
+        ended = []
         if self._scheduler.is_running(request):
-            self._park(request)
+            ended = self._crowded_out(request)
+            for each in ended:
+                self.forget(each)
+            if request not in ended:
+                self._park(request)
         if request in self._parked:
             self._scheduler.remove_request(request)
-            self._paused.add(request)
+            self._paused[request] = None
+        return ended
+
+    def _crowded_out(self, request: Request) -> list[Request]:
+        """Those that have paused longest; it alone, if there is no room for it even so."""
+        excess = self.num_states + len(request.unfinished) - self.max_states
+        ended = []
+        for each in self._paused:
+            if excess > 0:
+                excess -= len(self._parked[each])
+                ended.append(each)
+        return [request] if excess > 0 else ended
 
     def _park(self, request: Request) -> None:
         self._parked[request] = {
@@ -51,7 +78,7 @@ class Pausing:
     def resume(self, request: Request) -> None:
         """Wait for slots, before those that have not begun."""
         if request in self._paused:
-            self._paused.remove(request)
+            del self._paused[request]
             self._scheduler.add_again(request)
 
     def begin(self, request: Request) -> bool:
@@ -74,5 +101,5 @@ class Pausing:
 
     def forget(self, request: Request) -> None:
         """It ends."""
-        self._paused.discard(request)
+        self._paused.pop(request, None)
         self._parked.pop(request, None)

@@ -5,7 +5,7 @@ end. Called from the engine's thread alone. Knows no model and no queue of comma
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from engine.choice import Choice
@@ -14,7 +14,6 @@ from engine.once import num_cached_of, scores_of
 from engine.outputs import FinishReason, Output, TokenLogprob
 from engine.pausing import Pausing
 from engine.plan import Plan
-from engine.prefix_cache import PrefixCache
 from engine.request import Request
 from engine.runner import Sample
 from engine.scheduler import Scheduler
@@ -27,13 +26,13 @@ class Registry:
     """Keeps requests, scheduler and pool in step with each other, and counts."""
 
     def __init__(
-        self, scheduler: Scheduler, pool: StatePool, cache: PrefixCache, window: int
+        self, scheduler: Scheduler, pool: StatePool, pausing: Pausing, warm: WarmStarts, window: int
     ) -> None:
         """`window`: how many of its last ids a session keeps."""
         self._scheduler = scheduler
         self._pool = pool
-        self._warm = WarmStarts(pool, cache)
-        self.pausing = Pausing(scheduler, pool)
+        self._warm = warm
+        self._pausing = pausing
         self._window = window
         self._requests: dict[str, Request] = {}
         self._taken_ids: set[str] = set()
@@ -61,7 +60,7 @@ class Registry:
     def admit(self) -> None:
         """Give slots to those who may start."""
         for request in self._scheduler.admit(self._pool.num_free):
-            if self.pausing.begin(request):
+            if self._pausing.begin(request):
                 continue
             if request.start is not None and request.goes_on:
                 self._pool.write(request.choices[0].row, request.start.rows)
@@ -115,10 +114,16 @@ class Registry:
             started=request.started,
         )
 
-    def apply(self, work: Callable[[Request], None], request_id: str) -> list[Output]:
-        """Do something with a request that has nothing to say, if it is still alive."""
+    def pause(self, request_id: str) -> list[Output]:
+        """Generate no more of a request, if it is still alive; those without room for it end."""
+        request = self._requests.get(request_id)
+        ended = self._pausing.pause(request) if request else []
+        return [out for each in ended for out in self.end(each, FinishReason.UNREAD)]
+
+    def resume(self, request_id: str) -> list[Output]:
+        """Go on with a request that pauses, if it is still alive."""
         if request := self._requests.get(request_id):
-            work(request)
+            self._pausing.resume(request)
         return []
 
     def cancel(
@@ -172,7 +177,7 @@ class Registry:
         if choice.request.slots:
             self._pool.free(choice.request.slots[choice.index])
         if not choice.request.unfinished:
-            self.pausing.forget(choice.request)
+            self._pausing.forget(choice.request)
             del self._requests[choice.request.id]
             self._taken_ids.remove(choice.request.id)
 

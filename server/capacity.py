@@ -24,6 +24,8 @@ async def capacity(context: ContextDep) -> Shape:
         "sessions_per_gb": cost.per_gb(),
         "slots": stats.num_slots,
         "free_slots": stats.num_free_slots,
+        "paused_states": stats.num_paused_states,
+        "max_paused_states": stats.max_paused_states,
         "resident": sizes.num_resident,
         "parked": sizes.num_parked,
         "stored": sizes.num_stored,

@@ -5,6 +5,7 @@ Owns the order of the checks, and what ends an answer that its client does not l
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -66,7 +67,10 @@ def read_chat(body: dict[str, Any], context: Context) -> Order:
     tokenizer = context.bridge.engine.tokenizer
     ids = read_text(text, tokenizer, is_framed=request.add_special_tokens)
     prompt = cut_prompt(ids, request, context.trained_length)
-    return order_of(request, params, _details(request), [prompt])
+    order = order_of(request, params, _details(request), [prompt])
+    if request.add_special_tokens:  # they are asked for, in whatever turn
+        return order
+    return replace(order, opening=tuple(tokenizer.encode(template.opening)))
 
 
 def template_of(context: Context) -> ChatTemplate:

@@ -27,6 +27,8 @@ GAUGES = {
     "num_requests_running": ("num_running", "Requests in the running batch."),
     "num_requests_waiting": ("num_waiting", "Requests that wait for slots."),
     "num_requests_paused": ("num_paused", "Requests that wait for their readers."),
+    "num_states_paused": ("num_paused_states", "States on the host, for their readers."),
+    "max_states_paused": ("max_paused_states", "How many of them there may be."),
     "num_slots": ("num_slots", "States in the pool."),
     "num_free_slots": ("num_free_slots", "States in the pool that nobody uses."),
     "state_pool_bytes": ("pool_bytes", "Memory of the pool, allocated at start."),

@@ -61,6 +61,7 @@ class Order:
     cache_scope: whose prompts may share what was read of them; each other scope is apart.
     turn: of a session, where it is one; start: the session before it, once that is known.
     frames_first: if that holds nothing, the prompt is to be framed.
+    opening: ids that begin a conversation; if the session holds something, the prompt loses them.
     timeout: seconds that it may take; deadline: when they are over, by the event loop's clock.
     """
 
@@ -78,6 +79,7 @@ class Order:
     turn: TurnTerms | None = None
     start: "SessionState | None" = None
     frames_first: bool = False
+    opening: tuple[int, ...] = ()
     timeout: float | None = None
     deadline: float | None = None
 
@@ -152,10 +154,16 @@ def read_text(text: str, tokenizer: "Tokenizer", *, is_framed: bool) -> list[int
 
 
 def in_session(order: Order, start: "SessionState", tokenizer: "Tokenizer") -> Order:
-    """The order of a turn, whose prompt is framed where it begins its session."""
-    if not order.frames_first or start.num_tokens:
+    """The order of a turn: what begins a text begins its session, and none of its later turns."""
+    if start.num_tokens and order.opening:
+        return replace(order, prompts=[_without(order.opening, ids) for ids in order.prompts])
+    if start.num_tokens or not order.frames_first:
         return order
     return replace(order, prompts=[tokenizer.framed(ids) for ids in order.prompts])
+
+
+def _without(opening: tuple[int, ...], ids: list[int]) -> list[int]:
+    return ids[len(opening) :] if tuple(ids[: len(opening)]) == opening else ids
 
 
 def cut_prompt(ids: list[int], body: SamplingBody, trained_length: int) -> list[int]:

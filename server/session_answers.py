@@ -71,6 +71,7 @@ class Capacity(BaseModel):
 
     bytes_per_session: by what they hold. bytes_per_place: of one session, at most; what runs takes
     a slot of the pool. sessions_per_gb: how many fit into 10⁹ bytes of each place, at least.
+    paused_states: on the host, of streams that wait for their readers.
     """
 
     object: Literal["capacity"]
@@ -79,6 +80,8 @@ class Capacity(BaseModel):
     sessions_per_gb: Places
     slots: int
     free_slots: int
+    paused_states: int
+    max_paused_states: int
     resident: int
     parked: int
     stored: int

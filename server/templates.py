@@ -7,7 +7,7 @@ transformers' habits, for which published templates are written; knows no HTTP.
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +36,11 @@ BUILT_IN: Mapping[str, tuple[str, tuple[str, ...]]] = {"plain": (PLAIN, ("\nUser
 
 Message = Mapping[str, Any]
 
+TURNS: Sequence[Message] = [
+    {"role": role, "content": "?"} for role in ("user", "assistant", "user")
+]
+"""What a template is tried with."""
+
 
 class ChatTemplateError(Exception):
     """A template does not take these messages, or takes too long over them."""
@@ -46,11 +51,13 @@ class ChatTemplate:
     """A compiled template.
 
     stop: strings that end an answer, beside the client's own. variables: the special tokens.
+    opening: the token that begins a conversation and no later turn of it; may be empty.
     """
 
     template: Template
     stop: tuple[str, ...]
     variables: Mapping[str, str]
+    opening: str = ""
 
     def render(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
         """The prompt, with `more` variables. Raises ChatTemplateError."""
@@ -81,7 +88,21 @@ def find_template(choice: str | None, folder: Path) -> ChatTemplate | None:
     source, stop = _chosen(choice, own)
     if source is None:
         return None
-    return ChatTemplate(_compiled(source, choice or str(folder)), stop, _special_tokens(config))
+    compiled = _compiled(source, choice or str(folder))
+    template = ChatTemplate(compiled, stop, _special_tokens(config))
+    return replace(template, opening=_opening(template))
+
+
+def _opening(template: ChatTemplate) -> str:
+    """`bos_token`, unless the template begins a later turn with it, too."""
+    token = template.variables.get("bos_token", "")
+    if not token:
+        return ""
+    try:
+        past, longer = (template.render(TURNS[:num], {}) for num in (2, 3))
+    except ChatTemplateError:  # it takes no such conversation
+        return token
+    return "" if longer.startswith(past + token) else token
 
 
 def _chosen(choice: str | None, own: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Requests that wait for their readers: slots for others, the same tokens as without a pause."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,85 @@ def test_a_pause_between_renewals_changes_no_token(gptj_folder: Path) -> None:
         steps(engine, 15, parts)
     assert ids_of(parts["slow", 0]) == expected
     check_all_ended(engine, parts)
+
+
+WHILE = SamplingParams(max_tokens=40, seed=3, ignore_eos=True)
+
+
+def paused(engine: Engine, name: str, num_steps: int = 4, **more: int) -> list[Output]:
+    """Begin a request and pause it; what else comes of that."""
+    params = replace(WHILE, **more)
+    engine.submit(PROMPT, params, request_id=name)
+    for _ in range(num_steps):
+        engine.step()
+    engine.pause(name)
+    return engine.step()
+
+
+def reasons(outputs: list[Output]) -> list[tuple[str, FinishReason | None]]:
+    return [(out.request_id, out.finish_reason) for out in outputs]
+
+
+def test_past_the_bound_who_has_paused_longest_ends(gptj_folder: Path) -> None:
+    """The others go on with the same tokens as alone."""
+    engine = Engine(gptj_folder, EngineConfig(max_slots=1, max_paused_states=2))
+    [expected] = engine.generate([PROMPT], WHILE)
+    assert paused(engine, "a") == paused(engine, "b") == []
+    assert reasons(paused(engine, "c")) == [("a", FinishReason.UNREAD)]
+    stats = engine.stats()
+    assert (stats.num_paused, stats.num_paused_states, stats.max_paused_states) == (2, 2, 2)
+    assert stats.num_finished[FinishReason.UNREAD] == 1
+    assert engine.pool.num_free == 1
+    for name in ("a", "b", "c"):
+        engine.resume(name)
+    parts = collect(engine)
+    assert [len(ids_of(parts[name, 0])) for name in "bc"] == [WHILE.max_tokens - 4] * 2
+    assert all(expected.token_ids[4:] == ids_of(outputs) for outputs in parts.values())
+    assert engine.stats().num_paused_states == 0
+    check_all_ended(engine, parts)
+
+
+def test_each_choice_counts_and_one_with_too_many_ends_alone(gptj_folder: Path) -> None:
+    engine = Engine(gptj_folder, EngineConfig(max_slots=4, max_paused_states=3))
+    assert paused(engine, "a") == paused(engine, "b") == []
+    assert reasons(paused(engine, "two", n=2)) == [("a", FinishReason.UNREAD)]
+    assert engine.stats().num_paused_states == 3
+    assert reasons(paused(engine, "four", n=4)) == [("four", FinishReason.UNREAD)] * 4
+    assert engine.stats().num_paused_states == 3
+    assert reasons(paused(engine, "three", n=3)) == [
+        ("b", FinishReason.UNREAD),
+        ("two", FinishReason.UNREAD),
+        ("two", FinishReason.UNREAD),
+    ]
+    assert engine.pool.num_free == 4
+    engine.cancel("three")
+    engine.step()
+    check_all_ended(engine, {})
+
+
+def test_who_waits_to_go_on_is_not_ended_for_who_pauses(gptj_folder: Path) -> None:
+    """It has been read. Its state counts, and so who pauses finds no room."""
+    engine = Engine(gptj_folder, EngineConfig(max_slots=1, max_paused_states=1))
+    assert paused(engine, "read") == []
+    engine.submit(PROMPT, WHILE, request_id="slow")
+    for _ in range(4):
+        engine.step()
+    engine.resume("read")
+    engine.step()
+    assert engine.stats().num_waiting == 1
+    engine.pause("slow")
+    outputs = engine.step()
+    assert ("slow", FinishReason.UNREAD) in reasons(outputs)
+    parts = collect(engine)
+    assert parts["read", 0][-1].finish_reason is FinishReason.LENGTH
+    check_all_ended(engine, parts)
+
+
+def test_no_room_at_all(gptj_folder: Path) -> None:
+    engine = Engine(gptj_folder, EngineConfig(max_slots=1, max_paused_states=0))
+    assert reasons(paused(engine, "slow")) == [("slow", FinishReason.UNREAD)]
+    check_all_ended(engine, {})
+
+
+def test_as_many_as_slots_unless_told(gptj_folder: Path) -> None:
+    assert Engine(gptj_folder, EngineConfig(max_slots=3)).stats().max_paused_states == 3

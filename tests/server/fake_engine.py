@@ -175,6 +175,8 @@ class FakeEngine:
             num_running=len(self.running),
             num_waiting=0,
             num_paused=0,
+            num_paused_states=0,
+            max_paused_states=self.num_slots,
             num_finished=dict(self.finished),
             num_prompt_tokens=self.num_prompt,
             num_generated_tokens=self.num_generated,

@@ -1,5 +1,6 @@
 """Clients that read slowly, not at all, or are gone without a word; what they cost is bounded."""
 
+import contextlib
 import json
 import socket
 import struct
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
+from server.keeping import kept_sessions
+from server.settings import ServerConfig
 from tests.server.live import Live, eventually, serving
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -102,6 +105,68 @@ def test_a_paused_stream_gives_its_slot_away_and_says_the_same(gptj_folder: Path
     (expected,) = alone.generate(["abc"], params)
     assert tuple(ids) == expected.token_ids
     assert expected.text.startswith(answer.json()["choices"][0]["text"].rstrip("\ufffd"))
+
+
+def test_many_that_read_nothing_hold_so_many_states_and_no_more(gptj_folder: Path) -> None:
+    """Of six the two that came last wait; the others keep what had come, and nobody else waits."""
+    engine = Engine(gptj_folder, EngineConfig(max_slots=2, max_paused_states=2))
+    body: dict[str, Any] = {"prompt": "abc", "max_tokens": 300, "seed": 1, "ignore_eos": True}
+    body |= {"logprobs": 20}
+    num_held = []
+    with serving(engine, stream_buffer_bytes=2000) as live, contextlib.ExitStack() as open_ones:
+        streams = []
+        for number in range(1, 7):
+            streams.append(open_ones.enter_context(live.connect(**body, stream=True)))
+            eventually(lambda: num_ended(live) + engine.stats().num_paused == number, 60)  # noqa: B023
+            num_held.append(engine.stats().num_paused_states)
+        expected = live.complete(**body).json()["choices"][0]["text"]
+        assert num_held == [1, 2, 2, 2, 2, 2]
+        assert num_ended(live) == 4
+        capacity = live.client.get("/v1/capacity").json()
+        assert (capacity["paused_states"], capacity["max_paused_states"]) == (2, 2)
+        assert capacity["free_slots"] == 2
+        assert (
+            'num_states_paused{model_name="cottention-gptj"} 2.0'
+            in live.client.get("/metrics").text
+        )
+        told = [read_to_the_end(sock) for sock in streams]
+    reasons = [chunks[-1]["choices"][0]["finish_reason"] for chunks in told]
+    assert reasons == ["unread"] * 4 + ["length"] * 2
+    for chunks, reason in zip(told, reasons, strict=True):
+        text = text_of(chunks)
+        assert text == expected if reason == "length" else expected.startswith(text) and text
+    eventually(lambda: not engine.stats().num_paused_states)
+
+
+def num_ended(live: Live) -> int:
+    num: int = live.engine.stats().num_finished["unread"]
+    return num
+
+
+def test_a_session_keeps_what_it_was_told_before_nobody_read(
+    gptj_folder: Path, tmp_path: Path
+) -> None:
+    engine = Engine(gptj_folder, EngineConfig(max_slots=1, max_paused_states=0))
+    settings = ServerConfig(session_dir=str(tmp_path))
+    body: dict[str, Any] = {"max_tokens": 300, "seed": 1, "ignore_eos": True, "logprobs": 20}
+    with (
+        kept_sessions(engine, settings) as sessions,
+        serving(engine, sessions=sessions, stream_buffer_bytes=2000) as live,
+    ):
+        session_id = live.opened("abc")
+        turn = body | {"session_id": session_id, "prompt": "d", "return_token_ids": True}
+        with live.connect(**turn, stream=True) as sock:
+            eventually(lambda: num_ended(live), 60)
+            chunks = read_to_the_end(sock)
+        ids = [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]]
+        last = chunks[-1]
+        assert last["choices"][0]["finish_reason"] == "unread"
+        assert 0 < len(ids) < 300
+        position = live.session(session_id)["position"]
+        assert position == last["session"]["position"]
+        num_before = position - len(engine.tokenizer.encode("abc")) - 1
+        assert len(ids) - 4 <= num_before <= len(ids)  # the last may be half a character
+        assert live.complete(session_id=session_id, prompt="e", max_tokens=2).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])

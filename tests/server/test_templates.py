@@ -71,6 +71,24 @@ def test_a_file_is_chosen_by_its_path(tmp_path: Path) -> None:
     assert template.render(MESSAGES, {}) == "mine"
 
 
+ONCE = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+EACH = """\
+{%- for m in messages %}
+{{- (bos_token ~ '[' if m.role == 'user' else ' ') ~ m.content ~ (']' if m.role == 'user' else '')}}
+{%- endfor %}"""
+PICKY = "{{ bos_token }}{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "opening"), [(ONCE, "<s>"), (EACH, ""), (PICKY, "<s>"), ("<s>", "<s>")]
+)
+def test_what_begins_a_conversation_and_no_later_turn(
+    source: str, opening: str, tmp_path: Path
+) -> None:
+    assert found(source, tmp_path, bos_token="<s>").opening == opening
+    assert found(source, tmp_path).opening == ""
+
+
 @pytest.mark.parametrize(("choice", "says"), [("nowhere", "nor one of: plain"), (".", "neither")])
 def test_a_choice_that_is_nothing(choice: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=says):
