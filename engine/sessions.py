@@ -88,8 +88,7 @@ class Sessions(SessionViews):
         SessionBusyError: another runs. SessionMovedError: it is not at `expected_position`.
         """
         self._record(owner, session_id)
-        lease = self._store.acquire(session_id, LEASE_SECONDS)
-        self._holdings.start(lease)
+        lease = self._holdings.start(session_id, LEASE_SECONDS)
         try:
             record = self._record(owner, session_id)
             session = self._holdings.told(record)
@@ -164,7 +163,7 @@ class Sessions(SessionViews):
                     self._holdings.end(lease)
             for session_id, state in self._holdings.unsaved().items():
                 with suppress(SessionError):
-                    self._save(self._store.acquire(session_id, LEASE_SECONDS), state)
+                    self._save(self._holdings.start(session_id, LEASE_SECONDS), state)
         finally:
             self._store.close()
 

@@ -490,7 +490,7 @@ def test_a_restart(opened: Opener) -> None:
 def test_a_lease_that_a_full_disk_does_not_take_back(
     sessions: SmallSessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was stored is told as stored; the lease runs out by itself."""
+    """What was stored is told as stored; the next turn waits for room alone, not for the lease."""
 
     def full(_: Lease) -> None:
         raise StoreFullError("no space")
@@ -500,8 +500,28 @@ def test_a_lease_that_a_full_disk_does_not_take_back(
     monkeypatch.setattr(sessions._store, "release", full)
     assert sessions.commit(begun, sessions.state(2)).position == 2
     assert sessions.find("a", made.id).residence != "resident"
-    with pytest.raises(SessionBusyError):
+    with pytest.raises(StoreFullError):
         sessions.begin("a", made.id)
+    monkeypatch.undo()
+    assert holds(sessions, made.id, 2)
+
+
+def test_a_lease_is_not_in_the_way_of_the_last_try(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk took neither the turn nor its lease; at the end there is room."""
+
+    def full(*_: Any) -> None:
+        raise StoreFullError("no space")
+
+    sessions = opened()
+    made = make(sessions)
+    begun = sessions.begin("a", made.id)
+    monkeypatch.setattr(sessions._store, "put", full)
+    monkeypatch.setattr(sessions._store, "release", full)
+    assert not sessions.commit(begun, sessions.state(2)).is_durable
+    monkeypatch.undo()
+    assert holds(opened(), made.id, 2)
 
 
 @pytest.mark.parametrize("is_full", [False, True])
