@@ -434,14 +434,18 @@ def test_an_ended_turn_is_not_kept_on_a_full_disk(sessions: SmallSessions) -> No
 
 
 @pytest.mark.parametrize("is_full", [True, False])
-def test_what_was_not_stored_at_the_end(opened: Opener, is_full: bool) -> None:
-    """It is stored if there is room by then; what was stored before is there in any case."""
+def test_what_was_not_stored_at_the_end(
+    opened: Opener, is_full: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is stored if there is room by then, else told; what was stored before is there."""
     sessions = opened()
     made = make(sessions)
     set_full(sessions, True)
     turn(sessions, made.id, 2)
     set_full(sessions, is_full)
     assert holds(opened(), made.id, 1 if is_full else 2)
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert [made.id in line for line in errors] == [True] * is_full
 
 
 def test_a_lease_that_cannot_be_given_back_at_the_end(opened: Opener) -> None:
