@@ -31,26 +31,42 @@ class Holdings:
         self._lock = threading.Lock()
         self._parked = Parked(memory_bytes)
         self._running: dict[str, Lease] = {}
+        self._unreleased: dict[str, Lease] = {}
         self._unsaved: dict[str, SessionState] = {}
 
-    def start(self, lease: Lease) -> None:
-        """A turn runs."""
+    def start(self, session_id: str, seconds: float) -> Lease:
+        """A turn runs, under this lease. SessionBusyError; StoreFullError."""
+        self._release_again(session_id)
+        lease = self._store.acquire(session_id, seconds)
         with self._lock:
-            self._running[lease.session_id] = lease
+            self._running[session_id] = lease
+        return lease
 
     def end(self, lease: Lease) -> None:
         """No turn runs under this lease any more; nothing happens where none did.
 
-        What the turn did stands, whatever the disk says to this: the lease runs out by itself.
+        What the turn did stands, whatever the disk says to this: the next turn gives the lease back
+        first, and it runs out by itself.
         """
         try:
             self._store.release(lease)
         except StoreFullError:
-            logger.exception("session %s is free once its lease runs out", lease.session_id)
+            logger.exception("session %s is free once the disk has room", lease.session_id)
+            with self._lock:
+                self._unreleased[lease.session_id] = lease
         finally:
             with self._lock:
                 if self._running.get(lease.session_id) == lease:
                     del self._running[lease.session_id]
+
+    def _release_again(self, session_id: str) -> None:
+        with self._lock:
+            lease = self._unreleased.get(session_id)
+        if lease is not None:
+            self._store.release(lease)
+            with self._lock:
+                if self._unreleased.get(session_id) == lease:
+                    del self._unreleased[session_id]
 
     def running(self) -> list[Lease]:
         """Of the turns that run."""
@@ -127,6 +143,7 @@ class Holdings:
         """The session is gone, or not at what memory has."""
         with self._lock:
             self._unsaved.pop(session_id, None)
+            self._unreleased.pop(session_id, None)
             self._parked.let_go(session_id)
 
     def told(self, record: Record) -> Session:

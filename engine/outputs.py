@@ -27,11 +27,13 @@ class FinishReason(StrEnum):
 class TokenLogprob:
     """How likely the model itself held an id: its log-softmax in float32, before all settings.
 
+    rank: 1 + how many ids were held likelier.
     top: (id, logprob) of as many of the likeliest ids as were asked for, best first.
     """
 
     token_id: int
     logprob: float
+    rank: int
     top: tuple[tuple[int, float], ...]
 
 

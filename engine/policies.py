@@ -13,6 +13,10 @@ from engine.params import SamplingParams
 from engine.renewal import ContextPolicy, Grid, grids
 from engine.session_state import SessionState
 
+MAX_HELD = 2**40
+"""Tokens of a sequence: a thousand a second for thirty years. Up to here float64 tells every
+position from the next, and rotary angles taken in it are within 2⁻¹² of the true ones."""
+
 _NO_SPARES = "this server was started with --context-policy exact and has no spare rows"
 
 
@@ -56,6 +60,8 @@ class Policies:
         self, prompt_ids: Sequence[int], params: SamplingParams, start: SessionState | None
     ) -> Grid:
         """Of a request, whose session is settled. Raises ParameterError."""
+        num = len(prompt_ids) + (0 if start is None else start.num_tokens)
+        _check_age(num, params.max_tokens)
         policy = params.context_policy or self.default if start is None else start.context_policy
         if policy == "renew" and self.default == "exact":
             wish = 'context_policy must be "exact"'
@@ -65,9 +71,17 @@ class Policies:
                     wish += ' (a turn with "exact" would change it)'
             raise ParameterError("context_policy", f"{wish}: {_NO_SPARES}")
         if policy == "exact" and self.max_exact_length is not None:
-            num = len(prompt_ids) + (0 if start is None else start.num_tokens)
             _check_length(num, params.max_tokens, self.max_exact_length)
         return self.grids[policy]
+
+
+def _check_age(num: int, max_tokens: int) -> None:
+    if num + max_tokens > MAX_HELD:
+        raise ParameterError(
+            "prompt",
+            f"a sequence holds at most {MAX_HELD} tokens; here are {num} and max_tokens is"
+            f" {max_tokens}",
+        )
 
 
 def _check_length(num: int, max_tokens: int, most: int) -> None:

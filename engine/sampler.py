@@ -8,7 +8,7 @@ Letters: R rows, N vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -128,6 +128,5 @@ def _logprobs(logits: Tensor, ids: Sequence[int], draws: Sequence[Draw]) -> dict
     rows = list(wanted)
     scores = score(logits[rows], [ids[row] for row in rows], max(wanted.values()))
     return {
-        row: TokenLogprob(one.token_id, one.logprob, one.top[: wanted[row]])
-        for row, one in zip(rows, scores, strict=True)
+        row: replace(one, top=one.top[: wanted[row]]) for row, one in zip(rows, scores, strict=True)
     }

@@ -9,15 +9,17 @@ from engine.outputs import TokenLogprob
 
 
 def score(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """Logits float32 [R, N] and an id a row → that id's logprob and the `num_top` likeliest."""
+    """Logits float32 [R, N] and an id a row → its logprob and rank, and the `num_top` likeliest."""
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device).unsqueeze(-1))
+    ranks = (logprobs > chosen).sum(-1) + 1
     top = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
     return [
-        TokenLogprob(token_id, logprob, tuple(zip(ids, values, strict=True)))
-        for token_id, logprob, ids, values in zip(
+        TokenLogprob(token_id, logprob, rank, tuple(zip(ids, values, strict=True)))
+        for token_id, logprob, rank, ids, values in zip(
             token_ids,
             chosen.squeeze(-1).tolist(),
+            ranks.tolist(),
             top.indices.tolist(),
             top.values.tolist(),
             strict=True,

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from engine.errors import SessionError, SessionMovedError, StoreFullError
 from engine.holdings import Holdings
+from engine.losses import save_all
 from engine.outbox import Outbox
 from engine.session import Session, SessionCounts, Turn
 from engine.session_state import SessionState
@@ -88,8 +89,7 @@ class Sessions(SessionViews):
         SessionBusyError: another runs. SessionMovedError: it is not at `expected_position`.
         """
         self._record(owner, session_id)
-        lease = self._store.acquire(session_id, LEASE_SECONDS)
-        self._holdings.start(lease)
+        lease = self._holdings.start(session_id, LEASE_SECONDS)
         try:
             record = self._record(owner, session_id)
             session = self._holdings.told(record)
@@ -162,11 +162,13 @@ class Sessions(SessionViews):
             for lease in self._holdings.running():
                 with suppress(SessionError):  # the next start takes it back
                     self._holdings.end(lease)
-            for session_id, state in self._holdings.unsaved().items():
-                with suppress(SessionError):
-                    self._save(self._store.acquire(session_id, LEASE_SECONDS), state)
+            if self._is_durable:  # else they end with the server
+                save_all(self._holdings.unsaved(), self._save_again)
         finally:
             self._store.close()
+
+    def _save_again(self, session_id: str, state: SessionState) -> None:
+        self._save(self._holdings.start(session_id, LEASE_SECONDS), state)
 
     @contextmanager
     def _held(

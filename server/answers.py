@@ -53,7 +53,7 @@ class RankedLogprob(BaseModel):
     """vLLM's shape: a token at some place of a prompt."""
 
     logprob: float
-    rank: int | None
+    rank: int
     decoded_token: str
 
 

@@ -15,6 +15,7 @@ from engine.model_config import ModelConfig
 from engine.model_folder import resolve_model
 from engine.outputs import FinishReason
 from engine.params import SamplingParams
+from engine.policies import MAX_HELD
 from engine.renewal import ContextPolicy
 from server.logs import set_up
 from server.settings import GenerateConfig, ServerConfig
@@ -134,7 +135,7 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield "pool when served", _pool(num_slots, size_of_one)
     yield "trained length", f"{shape.n_positions:,} tokens"
     yield "past it", PAST[engine.policies.default]
-    yield "position limit", "none"
+    yield "position limit", f"{MAX_HELD:,} tokens"
 
 
 PAST: dict[ContextPolicy, str] = {

@@ -42,10 +42,10 @@ def kept_sessions(engine: "Engine", config: ServerConfig) -> Iterator["Sessions"
 
 def check_folder(config: ServerConfig) -> None:
     """Raise the ConfigurationError of a folder that cannot be, before a model is loaded in vain."""
-    from engine.store.disk import take_folder
+    from engine.store import disk
 
     if config.session_dir is not None:
-        take_folder(Path(_given(config))).release()
+        disk.check_folder(Path(_given(config)))
 
 
 def where_kept(config: ServerConfig) -> str:

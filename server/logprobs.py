@@ -84,7 +84,7 @@ def chat_logprobs(entries: Sequence[TokenLogprob], names: TokenNames) -> Shape:
 def prompt_logprobs(
     entries: Sequence[TokenLogprob | None], names: TokenNames, num_top: int
 ) -> list[Shape | None]:
-    """vLLM's shape for prompts: the token itself and the likeliest, each with its rank if known."""
+    """vLLM's shape for prompts: the token itself and the likeliest, each with its rank."""
     return [None if each is None else _ranked(each, names, num_top) for each in entries]
 
 
@@ -102,12 +102,13 @@ def _top(entry: TokenLogprob, names: TokenNames, num_top: int) -> dict[str, floa
 
 
 def _ranked(entry: TokenLogprob, names: TokenNames, num_top: int) -> Shape:
-    ranks = {token_id: place for place, (token_id, _) in enumerate(entry.top, start=1)}
-    told = dict(((entry.token_id, entry.logprob), *entry.top[:num_top]))
+    likeliest = entry.top[:num_top]
+    ranks = {token_id: place for place, (token_id, _) in enumerate(likeliest, start=1)}
+    told = dict(((entry.token_id, entry.logprob), *likeliest))
     return {
         str(token_id): {
             "logprob": finite(logprob),
-            "rank": ranks.get(token_id),
+            "rank": ranks.get(token_id, entry.rank),
             "decoded_token": names.name(token_id),
         }
         for token_id, logprob in told.items()

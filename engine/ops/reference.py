@@ -91,8 +91,9 @@ def _one_token(
 def rotary_table(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions · base^(−2i / rotary_dim), for i below rotary_dim / 2.
 
-    positions int64 [N], counted from 0, of any size: the angles are computed in float64 (in
-    float32 they are off by 0.02 at position 10⁶). Returns two tensors float64 [N, rotary_dim / 2].
+    positions int64 [N], counted from 0. The angles are computed in float64, right to 2⁻¹² up to
+    position 2⁴⁰ (in float32 they are off by 0.02 at 10⁶). Returns two tensors float64
+    [N, rotary_dim / 2].
     """
     steps = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device=positions.device)
     angles = positions.double().unsqueeze(-1) * base ** (-steps / rotary_dim)

@@ -9,7 +9,7 @@ import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engine.errors import ConfigurationError, StoreFullError
@@ -74,8 +74,29 @@ class FolderLock:
 def take_folder(folder: Path) -> FolderLock:
     """A folder of this process alone; made for the user's eyes only where it is not there."""
     with told_as_unusable(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make(folder)
         return FolderLock(folder / "lock")
+
+
+def check_folder(folder: Path) -> None:
+    """The ConfigurationError of a folder that could not be taken now; what is new goes again.
+
+    A new folder gets no lock: whoever took it meanwhile would be left with one that is removed.
+    """
+    with told_as_unusable(folder):
+        new = [each for each in (folder, *folder.parents) if not each.exists()]
+        try:
+            _make(folder)
+            if not new:
+                FolderLock(folder / "lock").release()
+        finally:
+            for each in new:
+                with suppress(OSError):  # it was not made, or somebody has begun to use it
+                    each.rmdir()
+
+
+def _make(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Rotary, features, gelu_new and elu_plus_one: against float64, at every place and stride."""
 
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from engine import ops
 from engine.ops import reference
+from engine.policies import MAX_HELD
 
 
 def _features(width: int, rotary: int, tokens: int = 7, heads: int = 3) -> tuple[Tensor, ...]:
@@ -31,6 +33,26 @@ def test_rotary_table(rotary: int) -> None:
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=6e-8)
     assert torch.equal(ops.rotary_table(positions, rotary, 1e4)[0], exact[0])
+
+
+def true_angle(position: int, i: int, rotary: int) -> float:
+    """Within a turn, from fifty digits."""
+    with localcontext(prec=50):
+        angle = position * Decimal(10_000) ** (Decimal(-2 * i) / rotary)
+        return float(angle % (2 * Decimal("3.14159265358979323846264338327950288419716939937511")))
+
+
+def test_rotary_table_at_the_last_position() -> None:
+    last, rotary = MAX_HELD - 1, 64
+    angles = [true_angle(last, i, rotary) for i in range(rotary // 2)]
+    expected = torch.tensor(angles, dtype=torch.float64)
+    at = torch.tensor([last])
+    for table in (
+        reference.rotary_table(at, rotary, 1e4),
+        ops.rotary_table(at, rotary, 1e4, torch.float32),
+    ):
+        for got, wave in zip(table, (expected.cos(), expected.sin()), strict=True):
+            torch.testing.assert_close(got[0].double(), wave, rtol=0, atol=2**-12)
 
 
 @pytest.mark.parametrize(

@@ -434,14 +434,18 @@ def test_an_ended_turn_is_not_kept_on_a_full_disk(sessions: SmallSessions) -> No
 
 
 @pytest.mark.parametrize("is_full", [True, False])
-def test_what_was_not_stored_at_the_end(opened: Opener, is_full: bool) -> None:
-    """It is stored if there is room by then; what was stored before is there in any case."""
+def test_what_was_not_stored_at_the_end(
+    opened: Opener, is_full: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is stored if there is room by then, else told; what was stored before is there."""
     sessions = opened()
     made = make(sessions)
     set_full(sessions, True)
     turn(sessions, made.id, 2)
     set_full(sessions, is_full)
     assert holds(opened(), made.id, 1 if is_full else 2)
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert [made.id in line for line in errors] == [True] * is_full
 
 
 def test_a_lease_that_cannot_be_given_back_at_the_end(opened: Opener) -> None:
@@ -490,7 +494,7 @@ def test_a_restart(opened: Opener) -> None:
 def test_a_lease_that_a_full_disk_does_not_take_back(
     sessions: SmallSessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was stored is told as stored; the lease runs out by itself."""
+    """What was stored is told as stored; the next turn waits for room alone, not for the lease."""
 
     def full(_: Lease) -> None:
         raise StoreFullError("no space")
@@ -500,8 +504,28 @@ def test_a_lease_that_a_full_disk_does_not_take_back(
     monkeypatch.setattr(sessions._store, "release", full)
     assert sessions.commit(begun, sessions.state(2)).position == 2
     assert sessions.find("a", made.id).residence != "resident"
-    with pytest.raises(SessionBusyError):
+    with pytest.raises(StoreFullError):
         sessions.begin("a", made.id)
+    monkeypatch.undo()
+    assert holds(sessions, made.id, 2)
+
+
+def test_a_lease_is_not_in_the_way_of_the_last_try(
+    opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk took neither the turn nor its lease; at the end there is room."""
+
+    def full(*_: Any) -> None:
+        raise StoreFullError("no space")
+
+    sessions = opened()
+    made = make(sessions)
+    begun = sessions.begin("a", made.id)
+    monkeypatch.setattr(sessions._store, "put", full)
+    monkeypatch.setattr(sessions._store, "release", full)
+    assert not sessions.commit(begun, sessions.state(2)).is_durable
+    monkeypatch.undo()
+    assert holds(opened(), made.id, 2)
 
 
 @pytest.mark.parametrize("is_full", [False, True])

@@ -48,6 +48,10 @@ def model_logprobs(engine: Engine, gptj_folder: Path, token_ids: list[int]) -> t
     return logits.log_softmax(-1)
 
 
+def num_above(logprobs: torch.Tensor, bound: torch.Tensor) -> int:
+    return int((logprobs > bound).sum())
+
+
 def greedy_by_definition(
     engine: Engine, gptj_folder: Path, length: int, params: SamplingParams
 ) -> list[int]:
@@ -237,7 +241,10 @@ def test_a_prompt_is_scored_without_generating(
     assert [one.token_id for one in others if one] == prompt[1:]
     for place, one in enumerate(others):
         assert one is not None
-        assert math.isclose(one.logprob, expected[place, one.token_id], abs_tol=1e-5)
+        own = expected[place, one.token_id]
+        assert math.isclose(one.logprob, own, abs_tol=1e-5)
+        assert num_above(expected[place], own + 1e-5) < one.rank
+        assert one.rank <= 1 + num_above(expected[place], own - 1e-5)
         assert len(one.top) == 2
 
 

@@ -62,7 +62,8 @@ class FakeEngineConfig:
 
 def fake_logprob(token_id: int, num_top: int) -> TokenLogprob:
     """The likeliest are ids 0, 1, ...; an id's logprob is a hundredth of it below 0."""
-    return TokenLogprob(token_id, -token_id / 100, tuple((n, -n / 100) for n in range(num_top)))
+    top = tuple((n, -n / 100) for n in range(num_top))
+    return TokenLogprob(token_id, -token_id / 100, token_id + 1, top)
 
 
 class Cancelled(NamedTuple):

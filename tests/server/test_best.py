@@ -24,7 +24,7 @@ ORDER = Order(
 
 def piece(text: str, *logprobs: float, prompt: tuple[TokenLogprob | None, ...] = ()) -> Piece:
     made = Piece(Tokens())
-    entries = tuple(TokenLogprob(1, each, ()) for each in logprobs)
+    entries = tuple(TokenLogprob(1, each, 1, ()) for each in logprobs)
     made.add(Output("r", 0, text, (1,) * len(entries), logprobs=entries, prompt_logprobs=prompt))
     return made
 

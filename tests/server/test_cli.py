@@ -120,6 +120,18 @@ def test_a_path_that_cannot_be_is_told_before_the_model_is_read(
     assert says in told
 
 
+@pytest.mark.parametrize("inside", ["new", "some/new"])
+def test_a_start_that_fails_leaves_no_new_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, inside: str
+) -> None:
+    (tmp_path / "some").mkdir()
+    flags = ("--port", 0, "--session-dir", tmp_path / inside / "deeper")
+    status, told = fails(capsys, "serve", tmp_path / "nowhere", *flags)
+    assert status == 1
+    assert "nowhere" in told
+    assert [*tmp_path.rglob("*")] == [tmp_path / "some"]
+
+
 def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder: Path) -> None:
     assert cli.main(["info", str(gptj_folder), "--max-slots", "2"]) == 0
     facts = dict(line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines())

@@ -110,7 +110,7 @@ def test_prompt_logprobs_have_vllm_s_shape(shared: Live) -> None:
     assert second["prompt_logprobs"] == first["prompt_logprobs"]
     (other,) = whole(shared, prompt="xy", max_tokens=1, prompt_logprobs=1, logprobs=3, echo=True)
     assert other["prompt_logprobs"][1] == {
-        "121": {"logprob": -1.21, "rank": None, "decoded_token": "y"},
+        "121": {"logprob": -1.21, "rank": 122, "decoded_token": "y"},
         "0": {"logprob": 0.0, "rank": 1, "decoded_token": "\x00"},
     }
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.params import SamplingParams
+from engine.policies import MAX_HELD
 from engine.session_state import SessionState
 from server.keeping import kept_sessions
 from server.settings import ServerConfig
@@ -70,6 +72,18 @@ def test_a_cut_turn_goes_on_from_what_was_delivered(
     if held.num_tokens == len(solo_ids):  # or some are older than the window
         answer = live.complete(prompt="", session_id=session_id, **TOKENS).json()
         assert answer["choices"][0]["text"] == said_after(solo, solo_ids)
+
+
+def test_an_absurd_age_is_refused_before_it_is_stored(live: Live, solo: Engine) -> None:
+    codec, window = solo.session_codec(), solo.policies.window
+    held = state_of(live, live.opened("def f(x):"))
+    before = live.client.get("/v1/capacity").json()["stored_bytes"]
+    for position in (MAX_HELD, 2**53, 2**62):
+        old = replace(held, position=position, recent=(held.recent * window)[:window])
+        answer = live.client.post("/v1/sessions/import", content=codec.encode(old))
+        assert answer.status_code == 400
+        assert f"at most {MAX_HELD} tokens" in answer.json()["error"]["message"]
+    assert live.client.get("/v1/capacity").json()["stored_bytes"] == before
 
 
 def test_many_short_turns_say_what_one_long_request_says(live: Live, solo: Engine) -> None:
