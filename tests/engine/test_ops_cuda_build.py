@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[2]
 OURS = ("COTTENTION_OPS", "COTTENTION_CUDA")
 LOAD = """
 import torch
-from engine.ops import cuda
+from engine.ops import build_cuda, cuda
 from tests.engine import step_cases, test_ops_mix
+build_cuda.build_cuda()
 print(cuda.is_ready(), cuda.is_ready())
 print(torch._C._dispatch_has_kernel_for_dispatch_key("cottention::recurrent_step", "CUDA"))
 on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -80,6 +81,7 @@ def test_without_nvcc_torch_runs_and_says_so_once(tmp_path: Path) -> None:
         "from engine.ops.build import BuildError\n"
         "def missing(): raise BuildError('no nvcc here')\n"
         "build_cuda.nvcc = missing\n"
+        "cuda.find_cuda = lambda: None\n"
         "print(cuda.is_ready(), cuda.is_ready())\n"
     )
     out, err = _run(raising, **changes)
