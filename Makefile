@@ -53,7 +53,7 @@ $(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt
 	@touch $@
 
 crash: setup ## Kill the server two hundred times under load, and look for what is lost
-	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/test_sessions_crash.py
+	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/test_sessions_crash.py::test_kill_9_loses_nothing_answered
 
 faults: setup ## Inject a thousand faults under load, and look who fails
 	COTTENTION_FAULTS=1000 $(BIN)/python -m pytest -s --show-capture=no tests/server/test_faults.py

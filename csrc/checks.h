@@ -10,11 +10,23 @@
 
 namespace cottention {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
+using torch::stable::Device;
 using torch::stable::Tensor;
 
-inline void check_kind(const Tensor& x, const char* name, int64_t dim, ScalarType type) {
-  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
+// `device` is the CPU, or the CUDA device of an op's first tensor.
+inline void check_device(const Tensor& x, const char* name, const Device& device) {
+  if (device.is_cuda()) {
+    STD_TORCH_CHECK(x.device() == device, name, " must be on the CUDA device of the others");
+  } else {
+    STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
+  }
+}
+
+inline void check_kind(const Tensor& x, const char* name, int64_t dim, ScalarType type,
+                       const Device& device = DeviceType::CPU) {
+  check_device(x, name, device);
   STD_TORCH_CHECK(x.scalar_type() == type, name, " has the wrong dtype");
   STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, not ", x.dim());
 }
@@ -29,14 +41,16 @@ inline void check_input_type(const Tensor& x, const char* name) {
 
 // A contiguous last dimension; the other strides are free.
 inline void check_rows(const Tensor& x, const char* name, int64_t dim,
-                       ScalarType type = ScalarType::Float) {
-  check_kind(x, name, dim, type);
+                       ScalarType type = ScalarType::Float,
+                       const Device& device = DeviceType::CPU) {
+  check_kind(x, name, dim, type, device);
   const bool contiguous = x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1;
   STD_TORCH_CHECK(contiguous, "the last dimension of ", name, " must be contiguous");
 }
 
-inline void check_contiguous(const Tensor& x, const char* name, int64_t dim, ScalarType type) {
-  check_kind(x, name, dim, type);
+inline void check_contiguous(const Tensor& x, const char* name, int64_t dim, ScalarType type,
+                             const Device& device = DeviceType::CPU) {
+  check_kind(x, name, dim, type, device);
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
 }
 

@@ -1,6 +1,7 @@
 // Where tokens stand and how values are scaled by it: what is asked of it, and what kernels are told.
 //
-// Owns what cottention_features and cottention_mix have in common. No arithmetic.
+// Owns what cottention_features and cottention_mix have in common, on CUDA the checks alone. No
+// arithmetic.
 #pragma once
 
 #include "checks.h"
@@ -9,10 +10,11 @@ namespace cottention {
 
 // positions int64 [N], from 0; cos, sin [N, R / 2] of the first R of a head's `width`.
 inline void check_positions(const Tensor& positions, const Tensor& cos, const Tensor& sin,
-                            int64_t tokens, int64_t width) {
-  check_contiguous(positions, "positions", 1, ScalarType::Long);
-  check_contiguous(cos, "cos", 2, ScalarType::Float);
-  check_contiguous(sin, "sin", 2, ScalarType::Float);
+                            int64_t tokens, int64_t width,
+                            const Device& device = DeviceType::CPU) {
+  check_contiguous(positions, "positions", 1, ScalarType::Long, device);
+  check_contiguous(cos, "cos", 2, ScalarType::Float, device);
+  check_contiguous(sin, "sin", 2, ScalarType::Float, device);
   check_size(positions, "positions", 0, tokens);
   check_size(cos, "cos", 0, tokens);
   check_size(sin, "sin", 0, tokens);
@@ -21,8 +23,9 @@ inline void check_positions(const Tensor& positions, const Tensor& cos, const Te
                   width);
 }
 
-inline void check_sigma(const Tensor& sigma, int64_t heads) {
-  check_contiguous(sigma, "sigma", 1, ScalarType::Double);
+inline void check_sigma(const Tensor& sigma, int64_t heads,
+                        const Device& device = DeviceType::CPU) {
+  check_contiguous(sigma, "sigma", 1, ScalarType::Double, device);
   check_size(sigma, "sigma", 0, heads);
 }
 

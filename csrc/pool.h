@@ -33,12 +33,24 @@ inline void check_pool(const Tensor& pool, const char* name) {
   STD_TORCH_CHECK(pool.size(0) <= 1 || pool.stride(0) >= expected, name, " has rows that overlap");
 }
 
-inline void check_state(const Tensor& state, int64_t heads, int64_t value, int64_t key) {
-  check_kind(state, "state", 4, ScalarType::Float);
+// state [S, H, V, K]
+inline void check_state(const Tensor& state, int64_t heads, int64_t value, int64_t key,
+                        const Device& device = DeviceType::CPU) {
+  check_kind(state, "state", 4, ScalarType::Float, device);
   check_size(state, "state", 1, heads);
   check_size(state, "state", 2, value);
   check_size(state, "state", 3, key);
   check_pool(state, "state");
+}
+
+// z [S, H, K], beside a state that is as it should be.
+inline void check_denominator(const Tensor& z, const Tensor& state,
+                              const Device& device = DeviceType::CPU) {
+  check_kind(z, "z", 3, ScalarType::Float, device);
+  check_size(z, "z", 0, state.size(0));
+  check_size(z, "z", 1, state.size(1));
+  check_size(z, "z", 2, state.size(3));
+  check_pool(z, "z");
 }
 
 inline void check_slots(const Tensor& slots, int64_t pool_size) {

@@ -22,14 +22,6 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_widths(q.size(2), v.size(2));
 }
 
-void check_denominator(const Tensor& q, const Tensor& state, const Tensor& z) {
-  check_kind(z, "z", 3, ScalarType::Float);
-  check_size(z, "z", 0, state.size(0));
-  check_size(z, "z", 1, q.size(1));
-  check_size(z, "z", 2, q.size(2));
-  check_pool(z, "z");
-}
-
 Tensor widened(const Tensor& x) { return torch::stable::to(x, ScalarType::Float); }
 
 void run(const RecurrentParams& p, int64_t tokens) {
@@ -51,7 +43,7 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
   }
   const int64_t tokens = q.size(0), heads = q.size(1);
   check_state(state, heads, v.size(2), q.size(2));
-  if (z) check_denominator(q, state, *z);
+  if (z) check_denominator(*z, state);
   RecurrentParams p = pool_params(state, slots, offsets, tokens);
   Tensor out = torch::stable::new_empty(v, {tokens, heads, v.size(2)});
   if (tokens == 0 || heads == 0) return out;

@@ -1,7 +1,7 @@
-// What the ops on CUDA ask of their tensors, and what they take from torch.
+// What the ops on CUDA ask of their tensors beyond what all ops ask, and what they take from torch.
 //
-// Owns the wording of the errors. Looks at no slot, offset or position: they lie on the device, and
-// whoever made them has checked them.
+// Looks at no slot, offset or position: they lie on the device, and whoever made them has checked
+// them.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -15,7 +15,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace cottention::cuda {
 
-using Device = torch::stable::accelerator::DeviceIndex;
 using torch::stable::accelerator::DeviceGuard;
 
 inline Type type_of(const Tensor& x, const char* name) {
@@ -24,32 +23,14 @@ inline Type type_of(const Tensor& x, const char* name) {
   return x.scalar_type() == ScalarType::BFloat16 ? Type::kBFloat16 : Type::kHalf;
 }
 
+// Where an op runs; a first tensor that is elsewhere lies on none, and is refused.
+inline Device device_of(const Tensor& first) {
+  return Device(DeviceType::CUDA, first.get_device_index());
+}
+
 inline int64_t bytes_of(Type type) { return type == Type::kFloat ? 4 : 2; }
 
-inline void check_here(const Tensor& x, const char* name, int64_t dim, ScalarType type,
-                       Device device) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, name,
-                  " must be on the CUDA device of the others");
-  STD_TORCH_CHECK(x.scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, not ", x.dim());
-}
-
-inline void check_whole(const Tensor& x, const char* name, int64_t dim, ScalarType type,
-                        Device device) {
-  check_here(x, name, dim, type, device);
-  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
-}
-
-// [N, H, ·] or [N, C] with free strides but for the last.
-inline void check_tokens(const Tensor& x, const char* name, int64_t dim, ScalarType type,
-                         Device device) {
-  check_here(x, name, dim, type, device);
-  STD_TORCH_CHECK(x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1, "the last dimension of ", name,
-                  " must be contiguous");
-}
-
 inline void check_rows_aligned(const Tensor& pool, const char* name) {
-  check_pool(pool, name);
   const auto address = reinterpret_cast<uintptr_t>(pool.data_ptr());
   STD_TORCH_CHECK(address % 16 == 0 && pool.stride(0) % 4 == 0, "the rows of ", name,
                   " must begin at multiples of 16 bytes");
@@ -57,26 +38,20 @@ inline void check_rows_aligned(const Tensor& pool, const char* name) {
 
 // state [S, H, V, K] and z [S, H, K] or none.
 inline void check_pools(const Tensor& state, const std::optional<Tensor>& z, int64_t heads,
-                        int64_t value, int64_t key, Device device) {
-  check_here(state, "state", 4, ScalarType::Float, device);
-  check_size(state, "state", 1, heads);
-  check_size(state, "state", 2, value);
-  check_size(state, "state", 3, key);
+                        int64_t value, int64_t key, const Device& device) {
+  check_state(state, heads, value, key, device);
   check_rows_aligned(state, "state");
   if (!z) return;
-  check_here(*z, "z", 3, ScalarType::Float, device);
-  check_size(*z, "z", 0, state.size(0));
-  check_size(*z, "z", 1, heads);
-  check_size(*z, "z", 2, key);
+  check_denominator(*z, state, device);
   check_rows_aligned(*z, "z");
 }
 
 inline void check_segments(const Tensor& slots, const std::optional<Tensor>& offsets,
-                           int64_t tokens, Device device) {
-  check_whole(slots, "slots", 1, ScalarType::Int, device);
+                           int64_t tokens, const Device& device) {
+  check_contiguous(slots, "slots", 1, ScalarType::Int, device);
   STD_TORCH_CHECK(slots.size(0) > 0 || tokens == 0, "no slots for ", tokens, " tokens");
   if (offsets) {
-    check_whole(*offsets, "offsets", 1, ScalarType::Int, device);
+    check_contiguous(*offsets, "offsets", 1, ScalarType::Int, device);
     check_size(*offsets, "offsets", 0, slots.size(0) + 1);
     return;
   }
@@ -111,10 +86,10 @@ inline StepParams step_params(const Tensor& state, const std::optional<Tensor>& 
   return p;
 }
 
-inline void* current_stream(Device device) {
+inline void* current_stream(const Device& device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream));
   return stream;
 }
 

@@ -4,6 +4,7 @@
 // takes and gives, may be float32, bfloat16 or float16, all of one type.
 #include <torch/csrc/stable/library.h>
 
+#include "../features.h"
 #include "arguments.h"
 
 namespace cottention::cuda {
@@ -13,10 +14,10 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const std::optional<Tensor>& z, const Tensor& slots,
                       const std::optional<Tensor>& offsets) {
   const Type type = type_of(q, "q");
-  const Device device = q.get_device_index();
-  check_tokens(q, "q", 3, q.scalar_type(), device);
-  check_tokens(k, "k", 3, q.scalar_type(), device);
-  check_tokens(v, "v", 3, q.scalar_type(), device);
+  const Device device = device_of(q);
+  check_rows(q, "q", 3, q.scalar_type(), device);
+  check_rows(k, "k", 3, q.scalar_type(), device);
+  check_rows(v, "v", 3, q.scalar_type(), device);
   for (int64_t dim = 0; dim < 3; ++dim) check_size(k, "k", dim, q.size(dim));
   for (int64_t dim = 0; dim < 2; ++dim) check_size(v, "v", dim, q.size(dim));
   const int64_t tokens = q.size(0), heads = q.size(1), key = q.size(2), value = v.size(2);
@@ -34,30 +35,15 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const int64_t bytes = bytes_of(type);
   p.is_aligned = is_aligned(q.data_ptr(), bytes, q.stride(0), q.stride(1)) &&
                  is_aligned(k.data_ptr(), bytes, k.stride(0), k.stride(1));
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(device.index());
   check_launch(launch_step(p, type, type, current_stream(device)));
   return out;
 }
 
-void check_positions(const Tensor& positions, const Tensor& sigma, const Tensor& cos,
-                     const Tensor& sin, int64_t tokens, int64_t heads, int64_t width,
-                     Device device) {
-  check_whole(positions, "positions", 1, ScalarType::Long, device);
-  check_whole(sigma, "sigma", 1, ScalarType::Double, device);
-  check_whole(cos, "cos", 2, ScalarType::Float, device);
-  check_whole(sin, "sin", 2, ScalarType::Float, device);
-  check_size(positions, "positions", 0, tokens);
-  check_size(sigma, "sigma", 0, heads);
-  check_size(cos, "cos", 0, tokens);
-  check_size(sin, "sin", 0, tokens);
-  check_size(sin, "sin", 1, cos.size(1));
-  STD_TORCH_CHECK(2 * cos.size(1) <= width, "rotary_dim ", 2 * cos.size(1), " exceeds the heads' ",
-                  width);
-}
-
-void check_rooms(const Tensor& joined, const Tensor& state, const Tensor& out, Device device) {
-  check_whole(joined, "joined", 2, joined.scalar_type(), device);
-  check_whole(out, "out", 2, joined.scalar_type(), device);
+void check_rooms(const Tensor& joined, const Tensor& state, const Tensor& out,
+                 const Device& device) {
+  check_contiguous(joined, "joined", 2, joined.scalar_type(), device);
+  check_contiguous(out, "out", 2, joined.scalar_type(), device);
   STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
   const int64_t heads = state.size(1), width = state.size(2);
   check_pools(state, std::nullopt, heads, width, width, device);
@@ -98,10 +84,11 @@ void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor&
                     const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
                     const std::optional<Tensor>& offsets, const Tensor& out) {
   const Type type = type_of(joined, "joined");
-  const Device device = joined.get_device_index();
+  const Device device = device_of(joined);
   check_rooms(joined, state, out, device);
   const int64_t tokens = joined.size(0), heads = state.size(1), width = state.size(2);
-  check_positions(positions, sigma, cos, sin, tokens, heads, width, device);
+  check_positions(positions, cos, sin, tokens, width, device);
+  check_sigma(sigma, heads, device);
   check_segments(slots, offsets, tokens, device);
   if (tokens == 0 || heads == 0) return;
   const Tensor mapped = torch::stable::new_empty(state, {3, tokens, heads, width});
@@ -116,7 +103,7 @@ void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor&
   p.out = out.data_ptr();
   p.out_stride = out.size(1);
   p.is_aligned = true;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(device.index());
   void* stream = current_stream(device);
   check_launch(launch_map(m, type, stream));
   check_launch(launch_step(p, Type::kFloat, type, stream));

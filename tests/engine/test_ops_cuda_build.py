@@ -14,9 +14,21 @@ ROOT = Path(__file__).parents[2]
 OURS = ("COTTENTION_OPS", "COTTENTION_CUDA")
 LOAD = """
 import torch
-from engine.ops import cuda
+from engine.ops import build_cuda, cuda
+from tests.engine import step_cases, test_ops_mix
+build_cuda.build_cuda()
 print(cuda.is_ready(), cuda.is_ready())
 print(torch._C._dispatch_has_kernel_for_dispatch_key("cottention::recurrent_step", "CUDA"))
+on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+ops = torch.ops.cottention
+for op, case in (
+    (ops.recurrent_step, step_cases.make([2], [1], 16, 16)),
+    (ops.cottention_mix, test_ops_mix.make([2], [1], 16)),
+):
+    try:
+        op.default.redispatch(on_cuda, *case)
+    except RuntimeError as error:
+        print(str(error).split(", ")[-1])
 """
 
 
@@ -40,11 +52,13 @@ def _nvcc_or_skip() -> None:
         pytest.skip(str(error))
 
 
-def test_they_compile_and_register(tmp_path: Path) -> None:
+def test_they_compile_register_and_refuse_what_is_on_the_cpu(tmp_path: Path) -> None:
     """For sm_80, sm_90 and PTX; loading needs neither a GPU nor a torch that could use one."""
     _nvcc_or_skip()
     changes = {"COTTENTION_CUDA": "1", "COTTENTION_CACHE": str(tmp_path)}
-    assert _run(LOAD, **changes, COTTENTION_OPS="compiled") == ("True True\nTrue\n", "")
+    out, err = _run(LOAD, **changes, COTTENTION_OPS="compiled")
+    refused = [f"{name} must be on the CUDA device of the others" for name in ("q", "joined")]
+    assert (out.splitlines(), err) == (["True True", "True", *refused], "")
     (folder,) = tmp_path.iterdir()
     assert len(list(folder.glob("cottention-cuda-*.so"))) == 1
 
@@ -67,6 +81,7 @@ def test_without_nvcc_torch_runs_and_says_so_once(tmp_path: Path) -> None:
         "from engine.ops.build import BuildError\n"
         "def missing(): raise BuildError('no nvcc here')\n"
         "build_cuda.nvcc = missing\n"
+        "cuda.find_cuda = lambda: None\n"
         "print(cuda.is_ready(), cuda.is_ready())\n"
     )
     out, err = _run(raising, **changes)

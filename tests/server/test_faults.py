@@ -24,6 +24,8 @@ from torch import Tensor
 from engine import Engine, EngineConfig, SamplingParams
 from engine.errors import SnapshotError
 from engine.runner import Sample
+from engine.sessions import Sessions
+from engine.store import SqliteStore
 from server.keeping import kept_sessions
 from server.settings import ServerConfig
 from tests.server.live import Live, serving
@@ -71,8 +73,10 @@ class Saboteur:
             return True
 
     def sabotage(self, patch: pytest.MonkeyPatch) -> None:
-        engine, store = self._live.engine, self._live.sessions._store
-        runner = engine._runner
+        engine: Engine = self._live.engine
+        sessions: Sessions = self._live.sessions
+        store, runner = sessions._store, engine._runner
+        assert isinstance(store, SqliteStore)
         patch.setattr(runner, "run", self._noting(runner.run))
         patch.setattr(runner._model, "hidden", self._failing("model", runner._model.hidden))
         sampler = runner._sampler

@@ -1,6 +1,7 @@
 """One declaration → flags, variables, defaults, help; and the line a user gets for a mistake."""
 
 from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import pytest
 
@@ -10,8 +11,10 @@ from engine.options import option
 from server.flags import OneLineParser, add_flags, flag_of, read_flags, variable_of
 from server.settings import GenerateConfig, ServerConfig
 
+Config = TypeVar("Config")
 
-def read(config_type: type, arguments: str = "", **variables: str) -> object:
+
+def read(config_type: type[Config], arguments: str = "", **variables: str) -> Config:
     parser = OneLineParser(prog="test", allow_abbrev=False)
     add_flags(parser, config_type, "settings")
     return read_flags(config_type, parser.parse_args(arguments.split()), variables)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def lines(caplog: pytest.LogCaptureFixture) -> Any:
     """What is told of each request so far."""
     caplog.set_level(logging.INFO, "cottention.requests")
-    return lambda: [r.fields for r in caplog.records if r.name == "cottention.requests"]
+    return lambda: [getattr(r, FIELDS) for r in caplog.records if r.name == "cottention.requests"]
 
 
 def only(lines: Any) -> dict[str, Any]:

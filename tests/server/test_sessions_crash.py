@@ -1,6 +1,7 @@
 """kill -9 of a real server under load: what was answered is there, and goes on as a twin would.
 
-COTTENTION_CRASH_ROUNDS says how many times; CI takes a few, `make crash` two hundred.
+COTTENTION_CRASH_ROUNDS says how many times with Cottention; CI takes a few, `make crash` two
+hundred. What the other kinds keep has another shape, and denominators.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.session_state import SessionState
+from tests.engine.making import ATTENTIONS, attention_folder
 from tests.server.process import served
 from tests.server.sse import read_told, text_of
 
@@ -122,15 +125,13 @@ def check(client: httpx.Client, twins: Twins, names: Sequence[str], answered: li
             assert text_of(read_told(events.text)) == said[-1]
 
 
-@pytest.mark.timeout(60 * ROUNDS + 60)
-def test_kill_9_loses_nothing_answered(gptj_folder: Path, tmp_path: Path) -> None:
-    twins = Twins(Engine(gptj_folder, EngineConfig(max_slots=1)))
+def kill_and_look(model: Path, num_rounds: int, folder: Path) -> None:
+    twins = Twins(Engine(model, EngineConfig(max_slots=1)))
     answered: list[Said] = [[] for _ in range(NUM_SESSIONS)]
     names: list[str] = []
     chance = random.Random(0)
-    folder = tmp_path / "sessions"
-    for _ in range(ROUNDS):
-        with served(gptj_folder, folder, *FLAGS) as (popen, client):
+    for _ in range(num_rounds):
+        with served(model, folder, *FLAGS) as (popen, client):
             if not names:
                 opened = [client.post("/v1/sessions", json={}) for _ in answered]
                 names = [each.json()["id"] for each in opened]
@@ -140,9 +141,23 @@ def test_kill_9_loses_nothing_answered(gptj_folder: Path, tmp_path: Path) -> Non
             popen.send_signal(signal.SIGKILL)
             for thread in threads:
                 thread.join()
-    with served(gptj_folder, folder, *FLAGS) as (_, client):
+    with served(model, folder, *FLAGS) as (_, client):
         check(client, twins, names, answered)
         for session, name in enumerate(names):
             turn = len(answered[session])
             assert take_turn(client, name, session, turn) == twins.said(session, turn + 1)[-1]
-    assert sum(map(len, answered)) > ROUNDS
+    assert sum(map(len, answered)) > num_rounds
+
+
+@pytest.mark.timeout(60 * ROUNDS + 60)
+def test_kill_9_loses_nothing_answered(gptj_folder: Path, tmp_path: Path) -> None:
+    kill_and_look(gptj_folder, ROUNDS, tmp_path / "sessions")
+
+
+def test_nor_with_another_attention(tmp_path: Path) -> None:
+    """Each killed once, all at the same time: most of it is servers that start."""
+    models = [attention_folder(kind) for kind in ATTENTIONS if kind != "cottention"]
+    with ThreadPoolExecutor() as pool:
+        looks = [pool.submit(kill_and_look, each, 1, tmp_path / each.name) for each in models]
+        for look in looks:
+            look.result()
