@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import drawing, ops
+from engine import ops
 from engine.drawing import NO_WISH, Way, Wish, as_tensor, draw_each, draw_ids
 
 pytestmark = pytest.mark.skipif(ops.backend() != "compiled", reason="no compiled ops")
@@ -102,7 +102,7 @@ def test_what_cannot_be_drawn_stays() -> None:
 def test_each_row_is_drawn_by_its_own_way_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, wanted = some(40, 333, seed=3), wishes(40, 333, seed=3)
     expected = draw_each(logits, logits.argmax(-1), wanted).tolist()
-    monkeypatch.setattr(drawing.ops, "can_draw", lambda _: False)
+    monkeypatch.setattr(ops, "can_draw", lambda _: False)
     assert draw_each(logits, logits.argmax(-1), wanted).tolist() == expected
 
 
