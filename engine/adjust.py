@@ -16,6 +16,9 @@ from torch import Tensor
 from engine.counts import Counts
 from engine.params import SamplingParams
 
+_LEAST = 1e-30
+"""Penalties below are taken as this, those above 1 / this as that: logits stay finite."""
+
 
 @dataclass(frozen=True, slots=True)
 class Adjustment:
@@ -85,7 +88,7 @@ def _penalise(logits: Tensor, adjustments: Mapping[int, Adjustment]) -> None:
         return values[0] if is_one else _repeated(values, lengths).to(logits.device)
 
     seen = logits.take(places)
-    repetition = penalty(lambda params: params.repetition_penalty)
+    repetition = penalty(lambda params: min(max(params.repetition_penalty, _LEAST), 1 / _LEAST))
     seen = torch.where(seen > 0, seen / repetition, seen * repetition)
     frequency = penalty(lambda params: params.frequency_penalty)
     presence = penalty(lambda params: params.presence_penalty)

@@ -48,4 +48,6 @@ class Intake:
             start = self.policies.settled(start, params)
         grid = self.policies.grid(prompt_ids, params, start)
         ends = self.eos_token_ids
-        return Request.new(request_id, prompt_ids, params, self.tokenizer, ends, start, grid)
+        request = Request.new(request_id, prompt_ids, params, self.tokenizer, ends, start, grid)
+        self.limits.check_any_is_left(params, request.choices[0].barred_ids())
+        return request

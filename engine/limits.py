@@ -43,6 +43,17 @@ class Limits:
         _check_most("n", params.n, self.num_slots)
         _check_most("max_tokens", params.max_tokens, self.max_tokens)
 
+    def check_any_is_left(self, params: SamplingParams, barred: Collection[int]) -> None:
+        """Raises ParameterError where no id can be the first: barred are those that may not be."""
+        allowed = params.allowed_token_ids
+        left = self.sampleable_ids if allowed is None else self.sampleable_ids.intersection(allowed)
+        if params.max_tokens and left.issubset(barred):
+            raise ParameterError(
+                "bad_words" if allowed is None else "allowed_token_ids",
+                "no token is left to begin with: allowed_token_ids, bad_words and, while there are"
+                " fewer than min_tokens, stop_token_ids and the model's end forbid every one",
+            )
+
     def _check_ids(self, param: str, what: str, ids: Collection[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.num_ids:
             raise ParameterError(param, f"{what} must be from 0 to {self.num_ids - 1}")

@@ -95,7 +95,7 @@ def expired() -> ApiError:
 
 def engine_failed() -> ApiError:
     """A 500 for a request that the engine took and could not finish; the log has the reason."""
-    return ApiError(500, "the engine failed on this request; it may be sent again")
+    return ApiError(500, "the engine failed on this request; the server's log has the reason")
 
 
 def of_session(error: SessionError) -> ApiError:

@@ -82,3 +82,12 @@ def test_counts_go_on() -> None:
     assert dict(zip(counts.ids, counts.times, strict=True)) == {4: 1, 5: 2, 7: 1, 9: 2}
     assert len(counts) == 4
     assert not Counts()
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-38, 1e308])
+def test_any_repetition_penalty_leaves_numbers(penalty: float) -> None:
+    logits = torch.tensor([[3.0, -2.0, 0.0, 80.0, -torch.inf]])
+    one = Adjustment(SamplingParams(repetition_penalty=penalty), Counts(range(5)), ())
+    adjust(logits, {0: one})
+    assert logits[0, :4].isfinite().all()
+    assert logits[0, 4] == -torch.inf

@@ -257,11 +257,12 @@ def test_prompt_scores_come_once(engine: Engine) -> None:
 
 
 def test_a_request_that_forbids_everything_fails_alone(engine: Engine) -> None:
-    end = engine.model_config.eos_token_ids[0]
+    """Only where its own ids bring it there: what cannot even begin is refused."""
+    z = engine.tokenizer.encode("z")[0]
     engine.submit(PROMPT, SamplingParams(max_tokens=5, ignore_eos=True), request_id="beside")
     with pytest.raises(RequestFailedError, match="every one is forbidden"):
         engine.generate(
-            [PROMPT], SamplingParams(max_tokens=5, min_tokens=2, allowed_token_ids=(end,))
+            [PROMPT], SamplingParams(max_tokens=5, allowed_token_ids=(z,), bad_words=("zzz",))
         )
     beside = []
     while engine.has_work():
@@ -303,3 +304,19 @@ def test_wishes_that_cannot_be_are_refused_by_name(
     with pytest.raises(ParameterError) as refused:
         engine.submit(PROMPT, SamplingParams(**wish))
     assert refused.value.param == param
+
+
+def test_wishes_that_leave_nothing_to_begin_with_are_refused(engine: Engine) -> None:
+    (a,), (end, *_) = engine.tokenizer.encode("a"), engine.model_config.eos_token_ids
+    everything = tuple(range(engine.tokenizer.num_ids))
+    contradictions: list[dict[str, Any]] = [
+        {"allowed_token_ids": (a,), "bad_words": ("a",)},
+        {"allowed_token_ids": (end,), "min_tokens": 2},
+        {"allowed_token_ids": (a, end), "stop_token_ids": (a,), "min_tokens": 1},
+        {"stop_token_ids": everything, "min_tokens": 1},
+    ]
+    for wish in contradictions:
+        with pytest.raises(ParameterError, match="no token is left to begin with"):
+            engine.submit(PROMPT, SamplingParams(**wish))
+        assert not outputs(engine, **{**wish, "max_tokens": 0, "min_tokens": 0})[-1].token_ids
+    assert not engine.has_work()
