@@ -22,14 +22,14 @@ struct Wish {
 };
 constexpr int64_t kWishes = sizeof(Wish) / sizeof(double);
 
-// An id that may be drawn.
+// An id that may be drawn. Heat makes weights equal whose logits are not: these say who is first.
 struct Candidate {
-  float weight;
+  float logit, weight;
   int32_t id;
 };
 
 bool is_before(const Candidate& a, const Candidate& b) {
-  return a.weight > b.weight || (a.weight == b.weight && a.id < b.id);
+  return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
 }
 
 // Ids of about one weight: those whose exponent and first three bits of mantissa are the same. The
@@ -81,8 +81,9 @@ struct Taken {
 // What may be drawn in a row, in the order of ids. A thread keeps the memory for its next row.
 class Candidates {
  public:
-  // Of all ids, with room for their weights.
-  float* reset(int64_t count) {
+  // Of all ids of a row, with room for their weights.
+  float* reset(const float* logits, int64_t count) {
+    logits_ = logits;
     weights_.resize(count);
     ids_.resize(count);
     std::iota(ids_.begin(), ids_.end(), 0);
@@ -115,9 +116,9 @@ class Candidates {
   Candidate last_of(int at, Taken& taken) {
     edge_.clear();
     for (size_t i = 0; i < weights_.size(); ++i)
-      if (bin_of(weights_[i]) == at) edge_.push_back({weights_[i], ids_[i]});
+      if (bin_of(weights_[i]) == at) edge_.push_back(candidate(i));
     std::sort(edge_.begin(), edge_.end(), is_before);
-    Candidate last{2.0f, 0};
+    Candidate last{std::numeric_limits<float>::infinity(), 0.0f, 0};
     for (size_t i = 0; i < edge_.size() && taken.wants_one(); ++i) {
       last = edge_[i];
       taken.take({1, last.weight});
@@ -129,7 +130,7 @@ class Candidates {
   void cut(int at, const Candidate& last) {
     size_t stay = 0;
     for (size_t i = 0; i < weights_.size(); ++i) {
-      const Candidate one{weights_[i], ids_[i]};
+      const Candidate one = candidate(i);
       weights_[stay] = one.weight;
       ids_[stay] = one.id;
       const int bin = bin_of(one.weight);
@@ -139,6 +140,11 @@ class Candidates {
     ids_.resize(stay);
   }
 
+  Candidate candidate(size_t place) const {
+    return {logits_[ids_[place]], weights_[place], ids_[place]};
+  }
+
+  const float* logits_ = nullptr;
   std::vector<float> weights_;
   std::vector<int32_t> ids_;
   std::vector<Candidate> edge_;
@@ -150,7 +156,7 @@ int64_t draw_one(WeighParams p, const Wish& wish, Candidates& candidates) {
   p.temperature =
       static_cast<float>(std::clamp<double>(wish.temperature, Float::min(), Float::max()));
   p.least = static_cast<float>(wish.min_p);
-  p.out = candidates.reset(p.columns);
+  p.out = candidates.reset(p.x, p.columns);
   kernels().weigh(p);
   if (wish.top_k > 0) candidates.keep_first(wish.top_k, kInfinite);
   if (wish.top_p < 1) candidates.keep_first(kInfinite, wish.top_p * candidates.sum());

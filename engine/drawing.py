@@ -91,7 +91,7 @@ def _draw(logits: Tensor, wishes: Tensor, way: Way) -> Tensor:
     uniform, temperature, min_p, top_k, top_p = wishes.unsqueeze(-1).unbind(1)
     weights = _weights(logits, temperature, min_p)
     if way is Way.FROM_FIRST:
-        weights = _first(weights, top_k, top_p)
+        weights = _first(weights, logits, top_k, top_p)
     return _pick(weights, uniform)
 
 
@@ -102,9 +102,13 @@ def _weights(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
     return weights.masked_fill(weights < min_p.to(weights.dtype), 0)
 
 
-def _first(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """0 for all but so many ids, and then the fewest whose likelihood reaches top_p."""
-    ordered, ids = weights.sort(dim=-1, descending=True, stable=True)
+def _first(weights: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """0 for all but so many ids, and then the fewest whose likelihood reaches top_p.
+
+    Logits say who is first: heat makes weights equal.
+    """
+    ids = logits.sort(dim=-1, descending=True, stable=True).indices
+    ordered = weights.gather(-1, ids)
     rank = torch.arange(weights.shape[-1], device=weights.device)
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), 0)
     sums = ordered.cumsum(dim=-1, dtype=torch.float64)

@@ -82,6 +82,18 @@ def test_any_temperature_can_be_asked_for(temperature: float) -> None:
         assert len(set(ids)) == 50
 
 
+@pytest.mark.parametrize("temperature", [1e6, 1e8, 1e308])
+def test_heat_does_not_change_who_is_first(temperature: float) -> None:
+    """All weights are 1 in float32; the three largest logits are still the first three."""
+    logits = torch.randn(1, 333, generator=torch.Generator().manual_seed(5))
+    three = set(logits.topk(3).indices[0].tolist())
+    top_k = [Wish((i + 0.5) / 9, temperature, 0.0, 3, 1.0) for i in range(9)]
+    top_p = [wish._replace(top_k=0, top_p=3 / 333) for wish in top_k]
+    for wanted in (top_k, top_p):
+        rows = logits.repeat(9, 1)
+        assert set(by_op(rows, wanted)) == set(by_torch(rows, wanted)) == three
+
+
 def test_equal_ids_are_cut_in_their_own_order() -> None:
     logits = torch.zeros(10, 333)
     wanted = [Wish((i + 0.5) / 10, 1.0, 0.0, 10, 1.0) for i in range(10)]
