@@ -78,7 +78,7 @@ class Policies:
 def _check_age(num: int, max_tokens: int) -> None:
     if num + max_tokens > MAX_HELD:
         raise ParameterError(
-            "prompt",
+            "prompt" if num > MAX_HELD else "max_tokens",
             f"a sequence holds at most {MAX_HELD} tokens; here are {num} and max_tokens is"
             f" {max_tokens}",
         )
