@@ -6,7 +6,7 @@ Owns the order of the checks, and what ends an answer that its client does not l
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -18,11 +18,15 @@ from server.body import is_text
 from server.chat_schemas import ChatRequest, chat_request
 from server.choices import ChatChoices
 from server.context import Context, ContextDep
+from server.continuing import Continuation, render_after
 from server.errors import invalid
 from server.openapi import described, refusals
 from server.orders import Details, Order, cut_prompt, order_of, read_text
 from server.telling import Kind
 from server.templates import ChatTemplate, ChatTemplateError, Message
+
+if TYPE_CHECKING:
+    from engine.tokenizer import Tokenizer
 
 router = APIRouter()
 
@@ -68,9 +72,26 @@ def read_chat(body: dict[str, Any], context: Context) -> Order:
     ids = read_text(text, tokenizer, is_framed=request.add_special_tokens)
     prompt = cut_prompt(ids, request, context.trained_length)
     order = order_of(request, params, _details(request), [prompt])
-    if request.add_special_tokens:  # they are asked for, in whatever turn
+    if order.turn is None:
         return order
-    return replace(order, opening=tuple(tokenizer.encode(template.opening)))
+    return replace(order, continuation=_continuation(request, template, text, tokenizer))
+
+
+def _continuation(
+    request: ChatRequest, template: ChatTemplate, text: str, tokenizer: "Tokenizer"
+) -> Continuation:
+    """What is read in a session that holds something; `text` is what would begin one.
+
+    Raises ApiError.
+    """
+    variables = request.chat_template_kwargs | {
+        "add_generation_prompt": request.add_generation_prompt
+    }
+    found = render_after(template, request.messages, variables)
+    later, seam = (text.removeprefix(template.opening), "") if found is None else found
+    return Continuation(
+        tokenizer.encode(_checked(later)), seam, template.ends, request.add_special_tokens
+    )
 
 
 def template_of(context: Context) -> ChatTemplate:
@@ -94,6 +115,10 @@ def render(
         raise invalid("messages", str(error)) from None
     if not text:
         raise invalid("messages", "the chat template makes nothing of these messages")
+    return _checked(text)
+
+
+def _checked(text: str) -> str:
     if not is_text(text):
         message = "chat_template_kwargs has a lone surrogate, which is no character"
         raise invalid("chat_template_kwargs", message)

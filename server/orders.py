@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engine.params import SamplingParams
+from server.continuing import Continuation
 from server.errors import invalid
 from server.sampling import OnCancel, OnConflict, OnDisconnect, SamplingBody, StreamOptions
 
@@ -61,7 +62,7 @@ class Order:
     cache_scope: whose prompts may share what was read of them; each other scope is apart.
     turn: of a session, where it is one; start: the session before it, once that is known.
     frames_first: if that holds nothing, the prompt is to be framed.
-    opening: ids that begin a conversation; if the session holds something, the prompt loses them.
+    continuation: what the prompt is instead, if that holds something.
     timeout: seconds that it may take; deadline: when they are over, by the event loop's clock.
     """
 
@@ -79,7 +80,7 @@ class Order:
     turn: TurnTerms | None = None
     start: "SessionState | None" = None
     frames_first: bool = False
-    opening: tuple[int, ...] = ()
+    continuation: Continuation | None = None
     timeout: float | None = None
     deadline: float | None = None
 
@@ -155,15 +156,11 @@ def read_text(text: str, tokenizer: "Tokenizer", *, is_framed: bool) -> list[int
 
 def in_session(order: Order, start: "SessionState", tokenizer: "Tokenizer") -> Order:
     """The order of a turn: what begins a text begins its session, and none of its later turns."""
-    if start.num_tokens and order.opening:
-        return replace(order, prompts=[_without(order.opening, ids) for ids in order.prompts])
+    if start.num_tokens and order.continuation is not None:
+        return replace(order, prompts=[order.continuation.after(start.past, tokenizer)])
     if start.num_tokens or not order.frames_first:
         return order
     return replace(order, prompts=[tokenizer.framed(ids) for ids in order.prompts])
-
-
-def _without(opening: tuple[int, ...], ids: list[int]) -> list[int]:
-    return ids[len(opening) :] if tuple(ids[: len(opening)]) == opening else ids
 
 
 def cut_prompt(ids: list[int], body: SamplingBody, trained_length: int) -> list[int]:

@@ -59,6 +59,12 @@ class ChatTemplate:
     variables: Mapping[str, str]
     opening: str = ""
 
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Texts that may end an answer, and that a session holds then."""
+        token = self.variables.get("eos_token")
+        return (*self.stop, token) if token else self.stop
+
     def render(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
         """The prompt, with `more` variables. Raises ChatTemplateError."""
         given = {**self.variables, **more, "messages": messages}

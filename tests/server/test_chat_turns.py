@@ -1,4 +1,4 @@
-"""Chats that are a session's turns: what begins a conversation is in the first of them alone."""
+"""Chats that are a session's turns: what begins a chat, and what a template writes in it."""
 
 import contextlib
 import json
@@ -42,9 +42,9 @@ def live(gptj_folder: Path, tmp_path: Path) -> Iterator[Live]:
 
 def read(live: Live, said: str, session_id: str, **more: Any) -> list[int]:
     """The ids of a turn's prompt, as the answer tells them."""
-    body = {"session_id": session_id, "max_tokens": 2, "return_token_ids": True} | more
+    body = {"session_id": session_id, "max_tokens": 2, "return_token_ids": True, "temperature": 0}
     before = live.session(session_id)["position"]
-    answer = live.chat(said, **body).json()
+    answer = live.chat(said, **body | more).json()
     ids: list[int] = answer["prompt_token_ids"]
     num_new = len(answer["choices"][0]["token_ids"])
     assert answer["usage"]["prompt_tokens"] == len(ids)
@@ -60,9 +60,9 @@ def ids_of(live: Live, text: str) -> list[int]:
 def test_the_first_turn_begins_the_text_and_the_second_goes_on(live: Live) -> None:
     session_id = live.opened()
     assert read(live, "one", session_id) == ids_of(live, BOS + "user: one\n")
-    assert read(live, "two", session_id) == ids_of(live, "user: two\n")
+    assert read(live, "two", session_id) == ids_of(live, "\nuser: two\n")
     live.client.post(f"/v1/sessions/{session_id}/rewind")
-    assert read(live, "again", session_id) == ids_of(live, "user: again\n")
+    assert read(live, "again", session_id) == ids_of(live, "\nuser: again\n")
     for _ in range(2):
         live.client.post(f"/v1/sessions/{session_id}/rewind")
     assert live.session(session_id)["position"] == 0
@@ -70,7 +70,10 @@ def test_the_first_turn_begins_the_text_and_the_second_goes_on(live: Live) -> No
 
 
 def test_a_session_that_was_opened_with_a_prompt_has_begun(live: Live) -> None:
+    """What the template writes after an answer is not read again, where that ends so."""
+    assert read(live, "one", live.opened("def f(x):")) == ids_of(live, "\nuser: one\n")
     assert read(live, "one", live.opened("def f(x):\n")) == ids_of(live, "user: one\n")
+    assert read(live, "one", live.opened("\nuser: ")) == ids_of(live, "one\n")
 
 
 def test_streams_too(live: Live) -> None:
@@ -78,16 +81,16 @@ def test_streams_too(live: Live) -> None:
     body = {"session_id": session_id, "max_tokens": 2, "return_token_ids": True, "stream": True}
     first = live.chat("one", **body).text.partition("\n\n")[0]
     assert json.loads(first.removeprefix("data: "))["prompt_token_ids"] == ids_of(
-        live, "user: one\n"
+        live, "\nuser: one\n"
     )
 
 
 def test_what_the_client_says_itself_stays(live: Live) -> None:
-    """One in the middle of a message is no beginning; special tokens come where they are asked."""
+    """One in the middle of a message is no beginning, and a message is not what is known."""
     session_id = live.opened("x")
-    assert read(live, BOS, session_id) == ids_of(live, f"user: {BOS}\n")
-    asked = read(live, "one", session_id, add_special_tokens=True)
-    assert asked == ids_of(live, BOS + "user: one\n")
+    assert read(live, BOS, session_id) == ids_of(live, f"\nuser: {BOS}\n")
+    known = live.opened("\nuser: one")
+    assert read(live, "one", known) == ids_of(live, "\nuser: one\n")
     chat = live.chat("one", max_tokens=2, return_token_ids=True).json()
     assert chat["prompt_token_ids"] == ids_of(live, BOS + "user: one\n")
 
@@ -95,5 +98,5 @@ def test_what_the_client_says_itself_stays(live: Live) -> None:
 def test_a_template_that_begins_each_turn_is_followed(gptj_folder: Path, tmp_path: Path) -> None:
     with chatting(gptj_folder, tmp_path, EACH) as live:
         session_id = live.opened()
-        for said in ("one", "two"):
-            assert read(live, said, session_id) == ids_of(live, f"{BOS}user: {said}\n")
+        assert read(live, "one", session_id) == ids_of(live, f"{BOS}user: one\n")
+        assert read(live, "two", session_id) == ids_of(live, f"\n{BOS}user: two\n")

@@ -8,6 +8,7 @@ import pytest
 
 from engine.errors import ConfigurationError
 from server import cli, templates
+from server.continuing import render_after
 from server.templates import ChatTemplate, ChatTemplateError, find_template
 
 MESSAGES = [{"role": "user", "content": "hi <b>"}]
@@ -87,6 +88,29 @@ def test_what_begins_a_conversation_and_no_later_turn(
 ) -> None:
     assert found(source, tmp_path, bos_token="<s>").opening == opening
     assert found(source, tmp_path).opening == ""
+
+
+BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "follows"),
+    [
+        (templates.PLAIN, ("\n\nUser: hi <b>\n\n", "\n\nUser: ")),
+        (ONCE, ("][hi <b>]", "][")),
+        (EACH, ("<s>[hi <b>]", "<s>[")),
+        (BARE, ("hi <b>", "")),
+        (BARE * 2, None),
+        (PICKY, None),
+        ("{{ messages[-1].content }}", None),
+        ("{{ messages[1].content }}", None),
+        ("<s>", None),
+    ],
+)
+def test_what_follows_an_assistant_s_message(
+    source: str, follows: tuple[str, str] | None, tmp_path: Path
+) -> None:
+    assert render_after(found(source, tmp_path, bos_token="<s>"), MESSAGES, {}) == follows
 
 
 @pytest.mark.parametrize(("choice", "says"), [("nowhere", "nor one of: plain"), (".", "neither")])

@@ -103,5 +103,16 @@ def test_a_session_s_first_turn_alone_is_framed() -> None:
         assert texts == ["\x01xyaya", "\x01yaya", "\x01zz", "ya\x01yaa"]
 
 
+def test_a_chat_s_turns_are_framed_where_that_is_asked(tmp_path: Path) -> None:
+    with serving(template=find_template("plain", tmp_path)) as live:
+        live.engine.tokenizer.before = (1,)
+        session_id = live.opened()
+        for text in ("\x01User: x\n\nAssistant:", "\x01\n\nUser: x\n\nAssistant:"):
+            live.chat("x", session_id=session_id, add_special_tokens=True, max_tokens=1)
+            assert bytes(live.engine.seen[-1].prompt_ids).decode() == text
+        live.chat("x", session_id=session_id, max_tokens=1)
+        assert bytes(live.engine.seen[-1].prompt_ids).decode() == text.removeprefix("\x01")
+
+
 def test_the_version(shared: Live) -> None:
     assert shared.client.get("/version").json() == {"version": package_version()}
