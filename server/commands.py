@@ -17,7 +17,6 @@ from engine.outputs import FinishReason
 from engine.params import SamplingParams
 from engine.policies import MAX_HELD
 from engine.renewal import ContextPolicy
-from server.logs import set_up
 from server.settings import GenerateConfig, ServerConfig
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
     """Serve until told to stop. A model comes last: it takes seconds to load in vain."""
     from server.lifecycle import bind_socket, run_server, url_of
 
-    set_up(config.log_level, config.log_format)
     with bind_socket(config.host, config.port) as sock:
         from engine.engine import Engine
         from engine.worker import EngineWorker
