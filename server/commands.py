@@ -3,6 +3,7 @@
 Everything heavy is imported inside: torch takes seconds, and --help should not.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,10 +18,13 @@ from engine.outputs import FinishReason
 from engine.params import SamplingParams
 from engine.policies import MAX_HELD
 from engine.renewal import ContextPolicy
+from server.logs import FIELDS, LogFormat
 from server.settings import GenerateConfig, ServerConfig
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+
+logger = logging.getLogger("cottention")
 
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -49,7 +53,8 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             app = create_app(bridge, config, keys, sessions, template)
             warn_of_strangers(sock, config)
             told = {"sessions": where_kept(config), "reach": who_reaches(sock, config)}
-            announce = partial(_announce, engine, told | {"ready": url_of(sock)})
+            told["ready"] = url_of(sock)
+            announce = partial(_announce, engine, told, config.log_format)
             return run_server(app, bridge, config, sock, announce)
 
 
@@ -110,12 +115,16 @@ def _standard_input() -> str:
         raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
 
 
-def _announce(engine: "Engine", told: dict[str, str]) -> None:
+def _announce(engine: "Engine", told: dict[str, str], form: LogFormat) -> None:
+    """What is served, and where: on standard output, or in a log that machines read."""
     stats = engine.stats()
     engine_s = {
         "model": f"{engine.name}, {_on_what(engine)}",
         "memory": _pool(stats.num_slots, stats.bytes_per_slot),
     }
+    if form == "json":
+        logger.info("serving", extra={FIELDS: engine_s | told})
+        return
     for name, value in (engine_s | told).items():
         print(f"{name:<8} {value}")
     sys.stdout.flush()
