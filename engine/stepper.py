@@ -19,7 +19,7 @@ UNDRAWN = "no token could be drawn: every one is forbidden, or the model's logit
 
 
 class Stepper:
-    """num_steps: that succeeded. num_undrawn: choices without a finite logit to draw from."""
+    """num_steps: that succeeded. num_undrawn: choices without a token that could be drawn."""
 
     def __init__(self, scheduler: Scheduler, registry: Registry, runner: Runner) -> None:
         self._scheduler = scheduler

@@ -64,6 +64,8 @@ def _message(value: Any, where: str) -> dict[str, str]:
     if value.get("name") is not None:
         found["name"] = value["name"]
     for name, text in found.items():
+        if text is None:
+            raise told(f"{where}.{name} is required; it must be a string")
         if not isinstance(text, str):
             raise told(f"{where}.{name} must be a string; it is {shown(text)}")
         check_text(f"{where}.{name}", text)

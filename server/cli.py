@@ -14,7 +14,9 @@ from engine.config import EngineConfig
 from engine.errors import ConfigurationError, CottentionError
 from server import commands
 from server.flags import OneLineParser, add_flags, read_flags, variable_of
+from server.logs import set_up
 from server.settings import GenerateConfig, ServerConfig
+from server.variables import warn_of_unknown
 from server.version import package_version
 
 EXIT_FAILURE = 1
@@ -85,8 +87,11 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(given: argparse.Namespace) -> int:
-    server_config = read_flags(ServerConfig, given, os.environ)
-    return commands.serve(_model(given), read_flags(EngineConfig, given, os.environ), server_config)
+    config = read_flags(ServerConfig, given, os.environ)
+    engine_config = read_flags(EngineConfig, given, os.environ)
+    set_up(config.log_level, config.log_format)
+    warn_of_unknown(os.environ)
+    return commands.serve(_model(given), engine_config, config)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

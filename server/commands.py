@@ -3,6 +3,7 @@
 Everything heavy is imported inside: torch takes seconds, and --help should not.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,18 +18,19 @@ from engine.outputs import FinishReason
 from engine.params import SamplingParams
 from engine.policies import MAX_HELD
 from engine.renewal import ContextPolicy
-from server.logs import set_up
+from server.logs import FIELDS, LogFormat
 from server.settings import GenerateConfig, ServerConfig
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+
+logger = logging.getLogger("cottention")
 
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until told to stop. A model comes last: it takes seconds to load in vain."""
     from server.lifecycle import bind_socket, run_server, url_of
 
-    set_up(config.log_level, config.log_format)
     with bind_socket(config.host, config.port) as sock:
         from engine.engine import Engine
         from engine.worker import EngineWorker
@@ -51,7 +53,8 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             app = create_app(bridge, config, keys, sessions, template)
             warn_of_strangers(sock, config)
             told = {"sessions": where_kept(config), "reach": who_reaches(sock, config)}
-            announce = partial(_announce, engine, told | {"ready": url_of(sock)})
+            told["ready"] = url_of(sock)
+            announce = partial(_announce, engine, told, config.log_format)
             return run_server(app, bridge, config, sock, announce)
 
 
@@ -112,12 +115,16 @@ def _standard_input() -> str:
         raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
 
 
-def _announce(engine: "Engine", told: dict[str, str]) -> None:
+def _announce(engine: "Engine", told: dict[str, str], form: LogFormat) -> None:
+    """What is served, and where: on standard output, or in a log that machines read."""
     stats = engine.stats()
     engine_s = {
         "model": f"{engine.name}, {_on_what(engine)}",
         "memory": _pool(stats.num_slots, stats.bytes_per_slot),
     }
+    if form == "json":
+        logger.info("serving", extra={FIELDS: engine_s | told})
+        return
     for name, value in (engine_s | told).items():
         print(f"{name:<8} {value}")
     sys.stdout.flush()

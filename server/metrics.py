@@ -56,7 +56,7 @@ COUNTERS = {
     "generation_tokens": ("num_generated_tokens", "Tokens generated."),
     "engine_steps": ("num_steps", "Steps of the engine."),
     "engine_faults": ("num_faults", "Requests that ended with a fault of the engine."),
-    "undrawn_choices": ("num_undrawn", "Choices without a token, no logit being finite."),
+    "undrawn_choices": ("num_undrawn", "Choices with all tokens forbidden, or no finite logit."),
 }
 LINE_GAUGES = {
     "num_prompts_in_line": ("num_requests", "Prompts without their first token."),

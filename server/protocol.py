@@ -26,7 +26,8 @@ MAX_HEAD_BYTES = 64 * 1024
 """Of a request's head, and then of what frames its body beyond the body's own length."""
 
 PIECE_BYTES = 16 * 1024
-"""So much is parsed at a time: what is counted is late by no more than that."""
+"""So much is parsed at a time: a head without an end, or what frames a body, is that much longer
+when it is refused."""
 
 MAX_AHEAD = 1024
 """Requests that a client may send before the answers to those before them."""
@@ -86,20 +87,25 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _declined(self, rest: bytes) -> bytes:
         """A request without its offer of another protocol, which the parser takes for accepted."""
-        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
-        if method == b"CONNECT":
+        if self.parser.get_method() == b"CONNECT":
             self._refuse(self._refusal)
             return b""
-        lines = [b"%b: %b\r\n" % each for each in self.headers if each[0] != b"upgrade"]
+        self.headers = [each for each in self.headers if each[0] != b"upgrade"]
+        head = self._head()
         self.parser = HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as the base class
-        head = b"%b %b HTTP/%b\r\n" % (method, self.url, version)
-        return head + b"".join(lines) + b"\r\n" + rest
+        return head + rest
+
+    def _head(self) -> bytes:
+        """The head that was read, as clients usually write it."""
+        version = self.parser.get_http_version().encode()
+        first = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)
+        return first + b"".join(b"%b: %b\r\n" % each for each in self.headers) + b"\r\n"
 
     def on_message_begin(self) -> None:
-        """A request's first byte."""
+        """A request's first byte; what came before it is no part of its head."""
         super().on_message_begin()
-        self._reads_head = True
+        self._reads_head, self._num_framing = True, 0
         self._set_timer(self._receive_seconds)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -111,6 +117,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """An endpoint takes over, unless the head is to be read again without an offer."""
+        if len(self._head()) > MAX_HEAD_BYTES:
+            self._refusal = _too_large()
+            raise ValueError("too many bytes")
         if self.parser.should_upgrade():
             return
         self._reads_head, self._reads_body, self._num_framing = False, True, 0

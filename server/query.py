@@ -1,11 +1,13 @@
-"""Names that a route's query may have; another is refused, as an unknown field of a body is."""
+"""What a route's query may have; anything else is refused in the words that a body's field has."""
 
 from typing import Any
 
 from fastapi import Depends, Request
+from pydantic import ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from server.body import shown
 from server.errors import invalid
+from server.fields import told
 
 
 def query_of(*names: str) -> Any:
@@ -17,3 +19,15 @@ def query_of(*names: str) -> Any:
                 raise invalid(name, f"there is no field {shown(name)} in the query")
 
     return Depends(check)
+
+
+def must_be(name: str, allowed: str) -> WrapValidator:
+    """For the type of a parameter: a value that is none says what is `allowed`."""
+
+    def read(given: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return parse(given)
+        except ValidationError:
+            raise told(f"{name} must be {allowed}; it is {shown(given)}") from None
+
+    return WrapValidator(read)

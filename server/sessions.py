@@ -8,7 +8,8 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
 from engine.errors import SessionMovedError
 from engine.renewal import ContextPolicy
@@ -19,7 +20,7 @@ from server.checking import checked
 from server.context import Context, ContextDep
 from server.openapi import described, refusals
 from server.orders import Order, TurnTerms, in_session, reading_order
-from server.query import query_of
+from server.query import must_be, query_of
 from server.request_ids import request_id_of
 from server.session_answers import (
     DeletedSession,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # it brings torch with it, which the server does not know
 router = APIRouter()
 
 MAX_PAGE = 100
+LIMIT = f"a whole number from 1 to {MAX_PAGE}"
 REFUSALS = refusals(400, 401, 404, 500)
 MOVES = refusals(409, 412, 507)
 
@@ -76,7 +78,7 @@ async def open_session(request: Request, context: ContextDep) -> Response:
 async def list_sessions(
     request: Request,
     context: ContextDep,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
+    limit: Annotated[int, Field(ge=1, le=MAX_PAGE), must_be("limit", LIMIT)] = 20,
     after: str | None = None,
 ) -> Response:
     """One's own sessions, the newest first."""

@@ -7,16 +7,16 @@ import asyncio
 import json
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from engine.errors import SnapshotError, SnapshotMismatchError
 from server.body import read_body
 from server.context import ContextDep
 from server.errors import ApiError, invalid
 from server.openapi import Schema, refusals
-from server.query import query_of
+from server.query import must_be, query_of
 from server.session_answers import SessionObject, etag_of, told
-from server.session_schemas import METADATA, KeptBody, kept_body
+from server.session_schemas import METADATA, TTL, KeptBody, kept_body
 from server.turns import asked_by
 
 router = APIRouter()
@@ -48,7 +48,7 @@ async def import_session(
     request: Request,
     context: ContextDep,
     metadata: str | None = None,
-    ttl_seconds: Annotated[float | None, Query()] = None,
+    ttl_seconds: Annotated[float | None, must_be("ttl_seconds", TTL)] = None,
 ) -> Response:
     """A new session that is what another was; `metadata` is a JSON object.
 

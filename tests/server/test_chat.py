@@ -111,6 +111,14 @@ def test_parts_of_text_and_null_fields_are_taken(live: Live) -> None:
     assert answer["choices"][0]["message"]["content"] == "a\nb"
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "tool", "ipython"])
+def test_which_roles_there_are_is_the_template_s(tmp_path: Path, role: str) -> None:
+    with serving(template=template(tmp_path, "say:{{ messages[0].role }}")) as live:
+        body = {"messages": [{"role": role, "content": "x"}]}
+        answer = live.client.post("/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["message"]["content"] == role
+
+
 def test_variables_of_a_request_reach_the_template(live: Live) -> None:
     variables = {"tail": "!", "messages": [], "self": 1, "add_generation_prompt": 3}
     answer = live.chat("one", chat_template_kwargs=variables).json()
@@ -132,8 +140,11 @@ MESSAGE = {"role": "user", "content": "x"}
         ({"messages": []}, "messages", "empty"),
         ({"messages": "x"}, "messages", "list of objects"),
         ({"messages": ["x"]}, "messages", "messages[0] must be an object"),
-        ({"messages": [{"role": "user"}]}, "messages", "messages[0].content must be a string"),
-        ({"messages": [MESSAGE, {"content": "x"}]}, "messages", "messages[1].role must be"),
+        ({"messages": [{"role": "user"}]}, "messages", "messages[0].content is required; it must"),
+        ({"messages": [MESSAGE, {"content": "x"}]}, "messages", "messages[1].role is required; it"),
+        ({"messages": [MESSAGE | {"role": None}]}, "messages", "messages[0].role is required; it"),
+        ({"messages": [MESSAGE | {"role": 1}]}, "messages", "role must be a string; it is 1"),
+        ({"messages": [MESSAGE | {"tool_call_id": "1"}]}, "messages", "tool_call_id is not suppor"),
         ({"messages": [MESSAGE | {"extra": 1}]}, "messages", 'no field "extra"'),
         ({"messages": [MESSAGE | {"tool_calls": [1]}]}, "messages", "tool_calls is not supported"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "type"),

@@ -252,6 +252,7 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
     """The whole way: variables, a model folder's name, the printed URL, a stream, SIGTERM."""
     folder = shutil.copytree(gptj_folder, tmp_path / "tiny")
     variables = os.environ | {"COTTENTION_PORT": "0", "COTTENTION_MODEL": str(folder)}
+    variables["COTTENTION_MAX_SLOT"] = "5"
     with subprocess.Popen(
         [sys.executable, "-m", "server", "serve", "--max-slots", "4"],
         cwd=ROOT,
@@ -278,7 +279,8 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
             time.sleep(0.05)
             popen.send_signal(signal.SIGTERM)
             assert popen.wait(20) == 0
-            *requests, stop = popen.stderr.read().splitlines()
+            unknown, *requests, stop = popen.stderr.read().splitlines()
+            assert unknown.endswith("COTTENTION_MAX_SLOTS?")
             assert [" INFO request id=" in line for line in requests] == [True, True]
             assert stop.endswith("stopping: what runs has 30 s to end")
         finally:

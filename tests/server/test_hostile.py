@@ -134,6 +134,40 @@ def test_a_head_that_never_ends(live: Live, begin: bytes) -> None:
             error_of(received, 431)
 
 
+CLOSE = b"GET /health HTTP/1.1\r\nConnection: close\r\n"
+
+
+@pytest.mark.parametrize("excess", [0, 1])
+@pytest.mark.parametrize("before", [b"", b"\r\n" * 1000, CLOSE.replace(b"close", b"x") + b"\r\n"])
+def test_how_long_a_head_may_be_to_the_byte(live: Live, excess: int, before: bytes) -> None:
+    """Whatever came before it, and however the network cuts it."""
+    length = MAX_HEAD_BYTES + excess - len(CLOSE + b"X: \r\n\r\n")
+    with connection(live) as sock:
+        sock.sendall(before + CLOSE + b"X: " + b"y" * length + b"\r\n\r\n")
+        received = answer(sock)
+    last = received[received.rindex(b"HTTP/1.1 ") :]
+    if excess:
+        assert "65536 bytes" in error_of(last, 431)
+    else:
+        assert last.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("length", [65_600, 70_000, 100_000])
+def test_an_address_that_is_longer_than_a_head_may_be(live: Live, length: int) -> None:
+    with connection(live) as sock:
+        sock.sendall(b"GET /" + b"y" * length + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert "65536 bytes" in error_of(answer(sock), 431)
+
+
+def test_a_head_is_not_charged_with_what_framed_the_body_before_it(live: Live) -> None:
+    framed = b"1;%b\r\n \r\n" % (b"y" * 15_000) * 4 + b"2\r\n{}\r\n0\r\n\r\n"
+    with connection(live) as sock:
+        sock.sendall(CHUNKED + framed + CLOSE + b"X: " + b"y" * 50_000 + b"\r\n\r\n")
+        received = answer(sock)
+    assert received.startswith(b"HTTP/1.1 400 ")  # an empty object
+    assert received.endswith(b'{"status":"alive"}')
+
+
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 FRAMES = {
     "trailer": (CHUNKED + b"2\r\n{}\r\n0\r\nX: ", b"y" * 1000),

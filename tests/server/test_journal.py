@@ -176,7 +176,10 @@ def test_a_line_for_machines_is_an_object() -> None:
     assert "ValueError: broken" in json.loads(line)["exception"]
 
 
-def test_a_server_that_is_asked_for_json_logs_nothing_else(gptj_folder: Path) -> None:
+STARTS = ("model", "memory", "sessions", "reach", "ready")
+
+
+def test_a_server_that_is_asked_for_json_says_nothing_else(gptj_folder: Path) -> None:
     command = [sys.executable, "-m", "server", "serve", str(gptj_folder), "--port", "0"]
     with subprocess.Popen(
         [*command, "--log-format", "json", "--max-slots", "2", "--host", "0.0.0.0"],
@@ -185,15 +188,18 @@ def test_a_server_that_is_asked_for_json_logs_nothing_else(gptj_folder: Path) ->
         stderr=subprocess.PIPE,
         text=True,
     ) as popen:
-        assert popen.stdout
-        told = iter(popen.stdout.readline, "")
-        url = next(line.split()[-1] for line in told if line.startswith("ready"))
+        assert popen.stderr
+        first = iter(popen.stderr.readline, "")
+        logged = [json.loads(next(first)), json.loads(next(first))]
+        url = logged[1]["ready"]
         httpx.post(f"{url}/v1/completions", json={"prompt": "secret", "max_tokens": 3}, timeout=30)
         popen.send_signal(signal.SIGTERM)
-        _, errors = popen.communicate(timeout=30)
-    assert popen.returncode == 0
-    logged = [json.loads(line) for line in errors.splitlines()]
+        printed, errors = popen.communicate(timeout=30)
+    assert (popen.returncode, printed) == (0, "")
+    logged += [json.loads(line) for line in errors.splitlines()]
     assert "--without-key" in logged[0]["message"]
+    assert logged[1]["message"] == "serving"
+    assert logged[1].keys() == {"time", "level", "message", *STARTS}
     (request,) = (line for line in logged if line["message"] == "request")
     assert request["completion_tokens"] == 3
     assert "secret" not in errors

@@ -69,6 +69,30 @@ def test_pages_have_the_newest_first() -> None:
         assert 'no field "before"' in unknown.json()["error"]["message"]
 
 
+WHOLE = "limit must be a whole number from 1 to 100; it is"
+TTL = "ttl_seconds must be a number of seconds above 0, up to 315360000; it is"
+
+
+@pytest.mark.parametrize(
+    ("verb", "query", "message"),
+    [
+        ("GET", "?limit=x", f'{WHOLE} "x"'),
+        ("GET", "?limit=", f'{WHOLE} ""'),
+        ("GET", "?limit=2.5", f'{WHOLE} "2.5"'),
+        ("GET", "?limit=101", f'{WHOLE} "101"'),
+        ("POST", "/import?ttl_seconds=x", f'{TTL} "x"'),
+        ("POST", "/import?ttl_seconds=-1", f"{TTL} -1.0"),
+        ("POST", "/import?ttl_seconds=nan", f"{TTL} nan"),
+    ],
+)
+def test_a_query_is_refused_in_the_words_that_a_body_is(
+    live: Live, verb: str, query: str, message: str
+) -> None:
+    error = live.client.request(verb, f"/v1/sessions{query}").json()["error"]
+    assert error["message"] == message
+    assert error["param"] == message.split()[0]
+
+
 def test_a_turn_leaves_the_session_after_its_last_token(live: Live) -> None:
     session_id = live.opened("say")
     answer = live.complete(prompt="!", session_id=session_id, max_tokens=3).json()
