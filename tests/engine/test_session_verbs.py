@@ -341,6 +341,8 @@ def test_what_the_last_turn_told(opened: Opener) -> None:
     set_full(sessions, False)
     turn(sessions, made.id, 4)
     assert sessions.outbox("a", made.id) == Outbox(), "the last turn kept nothing"
+    assert sessions.rewind("a", made.id).position == 3
+    assert sessions.outbox("a", made.id) == told(False)
     assert sessions.rewind("a", made.id).position == 2
     assert sessions.outbox("a", made.id) == told(True)
     with pytest.raises(SessionNotFoundError):
@@ -420,7 +422,7 @@ def test_a_turn_on_a_full_disk(opened: Opener) -> None:
     assert sessions.sizes().parked_bytes == 0
     sessions = opened()
     assert holds(sessions, made.id, 4)
-    assert sessions.rewind("a", made.id).position == 1
+    assert sessions.rewind("a", made.id).position == 3
 
 
 def test_an_ended_turn_is_not_kept_on_a_full_disk(sessions: SmallSessions) -> None:
@@ -474,6 +476,56 @@ def test_rewinding_what_was_not_stored(sessions: SmallSessions) -> None:
     back = sessions.rewind("a", made.id)
     assert (back.is_durable, back.position) == (True, 1)
     assert holds(sessions, made.id, 1)
+
+
+def test_a_rewind_never_skips_a_turn_that_was_not_stored(opened: Opener) -> None:
+    """Of the turns on a full disk the newest value alone is kept: the others are gone."""
+    sessions = opened()
+    made = make(sessions)
+    turn(sessions, made.id, 2)
+    set_full(sessions, True)
+    told = [turn(sessions, made.id, n).num_checkpoints for n in (3, 4, 5)]
+    assert told == [2, 0, 0]
+    for is_full in (True, False):
+        set_full(sessions, is_full)
+        with pytest.raises(NothingToRewindError, match="the disk was full"):
+            sessions.rewind("a", made.id)
+        assert holds(sessions, made.id, 5)
+    [fork] = sessions.fork("a", made.id, 1)
+    assert fork.num_checkpoints == 0
+    assert turn(sessions, made.id, 6).num_checkpoints == 1
+    assert sessions.rewind("a", made.id).position == 5
+    for name in (made.id, fork.id):
+        with pytest.raises(NothingToRewindError):
+            sessions.rewind("a", name)
+        assert holds(sessions, name, 5)
+
+
+def test_one_turn_on_a_full_disk_costs_no_checkpoint(sessions: SmallSessions) -> None:
+    """The next turn stores both, and forks have its past as well."""
+    made = make(sessions)
+    set_full(sessions, True)
+    turn(sessions, made.id, 2)
+    [fork] = sessions.fork("a", made.id, 1)
+    set_full(sessions, False)
+    assert turn(sessions, made.id, 3).num_checkpoints == 2
+    assert [sessions.rewind("a", made.id).position for _ in range(2)] == [2, 1]
+    assert sessions.rewind("a", fork.id).position == 1
+
+
+@pytest.mark.parametrize("num_turns", [1, 2])
+def test_what_is_stored_at_the_end_can_be_rewound_unless_that_skips_a_turn(
+    opened: Opener, num_turns: int
+) -> None:
+    sessions = opened()
+    made = make(sessions)
+    set_full(sessions, True)
+    for n in range(num_turns):
+        turn(sessions, made.id, 2 + n)
+    set_full(sessions, False)
+    sessions = opened()
+    assert sessions.find("a", made.id).num_checkpoints == (1 if num_turns == 1 else 0)
+    assert holds(sessions, made.id, 1 + num_turns)
 
 
 def test_a_restart(opened: Opener) -> None:
