@@ -4,6 +4,8 @@ Owns that a rewind never skips a turn: where a value was not kept, those before 
 who may change a session.
 """
 
+from contextlib import suppress
+
 from engine.ahead import Ahead
 from engine.holdings import Holdings
 from engine.losses import save_all
@@ -54,7 +56,10 @@ class Saving:
             lease = self._holdings.start(session_id, lease_seconds)
             self._put(lease, lease.version, ahead)
 
-        save_all(self._holdings.all_ahead(), save)
+        if found := self._holdings.all_ahead():
+            with suppress(Exception):  # then there is as much room as there was
+                self._store.free_room()
+            save_all(found, save)
 
     def _put(self, lease: Lease, version: int, ahead: Ahead) -> Record:
         state, num_turns = ahead

@@ -160,6 +160,10 @@ class SqliteStore(SessionStore):
             self._remove_unreferenced(dropped)
         return expired
 
+    def free_room(self) -> None:
+        with told_as_full():
+            self._index.free_room()
+
     def close(self) -> None:
         """Nothing happens the second time."""
         self._index.close()

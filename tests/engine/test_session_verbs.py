@@ -450,6 +450,29 @@ def test_what_was_not_stored_at_the_end(
     assert [made.id in line for line in errors] == [True] * is_full
 
 
+def test_the_last_try_has_the_room_of_the_index_s_log(
+    opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = opened()
+    made = [make(sessions, n) for n in (1, 2, 3)]
+    room, put = num_bytes(tmp_path), sessions._store.put
+
+    def put_if_there_is_room(*args: Any) -> Record:
+        if num_bytes(tmp_path) + len(args[2]) > room:
+            raise StoreFullError("no space")
+        return put(*args)
+
+    monkeypatch.setattr(sessions._store, "put", put_if_there_is_room)
+    for each in made:
+        assert not turn(sessions, each.id, each.position + 3).is_durable
+    sessions = opened()
+    assert all(holds(sessions, each.id, each.position + 3) for each in made)
+
+
+def num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def test_a_lease_that_cannot_be_given_back_at_the_end(opened: Opener) -> None:
     """What is only in memory is stored none the less, and the folder is free for the next."""
     sessions = opened()
