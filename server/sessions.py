@@ -13,11 +13,11 @@ from fastapi import APIRouter, Query, Request, Response
 from engine.errors import SessionMovedError
 from engine.renewal import ContextPolicy
 from server.accounts import note
-from server.answering import deadline_of, read_body_with
+from server.answering import deadline_of, read_body_with, read_nothing
 from server.answers import Shape
 from server.checking import checked
 from server.context import Context, ContextDep
-from server.openapi import described, refusals
+from server.openapi import NOTHING, described, refusals
 from server.orders import Order, TurnTerms, in_session, reading_order
 from server.query import query_of
 from server.request_ids import request_id_of
@@ -94,11 +94,12 @@ async def get_session(session_id: str, request: Request, context: ContextDep) ->
 @router.delete(
     "/v1/sessions/{session_id}",
     response_model=DeletedSession,
-    responses=REFUSALS | refusals(409, 412),
+    responses=REFUSALS | refusals(409, 412, 413, 415),
 )
 async def delete_session(session_id: str, request: Request, context: ContextDep) -> Shape:
     """Forget a session, unless a turn runs."""
     asker = asked_by(request)
+    await read_nothing(request, context)
     async with context.turns.alone(asker.owner, session_id, "error", request.receive):
         await _check_position(asker, session_id, context)
         await asyncio.to_thread(context.sessions.delete, asker.owner, session_id)
@@ -139,11 +140,15 @@ async def fork_session(session_id: str, request: Request, context: ContextDep) -
 
 
 @router.post(
-    "/v1/sessions/{session_id}/rewind", response_model=SessionObject, responses=REFUSALS | MOVES
+    "/v1/sessions/{session_id}/rewind",
+    response_model=SessionObject,
+    responses=REFUSALS | MOVES | refusals(413, 415),
+    openapi_extra={"requestBody": NOTHING},
 )
 async def rewind_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Back to where the last turn began."""
     asker = asked_by(request)
+    await read_nothing(request, context)
     async with context.turns.alone(asker.owner, session_id, "error", request.receive):
         rewind, position = context.sessions.rewind, asker.expected_position
         return told(await asyncio.to_thread(rewind, asker.owner, session_id, position))
