@@ -39,7 +39,8 @@ from server.streaming import closing
 from server.telling import whole_pieces
 from server.turns import Asker, asked_by
 
-if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+if TYPE_CHECKING:  # they bring torch with them, which the server does not know
+    from engine.session import Session
     from engine.session_state import SessionState
 
 router = APIRouter()
@@ -101,7 +102,7 @@ async def delete_session(session_id: str, request: Request, context: ContextDep)
     asker = asked_by(request)
     await read_nothing(request, context)
     async with context.turns.alone(asker.owner, session_id, "error", request.receive):
-        await _check_position(asker, session_id, context)
+        await _as_expected(asker, session_id, context)
         await asyncio.to_thread(context.sessions.delete, asker.owner, session_id)
     return {"id": session_id, "object": "session", "deleted": True}
 
@@ -112,10 +113,13 @@ async def delete_session(session_id: str, request: Request, context: ContextDep)
     **described(AppendRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
 )
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
-    """A turn that reads and says nothing."""
+    """A turn that reads and says nothing; no turn where there is nothing to read."""
     context.bridge.check_accepting()
     asker = asked_by(request)
     body = await read_body_with(request, context, lambda body, _: checked(AppendRequest, body))
+    if not body.prompt:
+        async with context.turns.alone(asker.owner, session_id, body.on_conflict, request.receive):
+            return told(await _as_expected(asker, session_id, context))
     order = await _order(body.prompt, context)
     terms = TurnTerms(session_id, body.on_conflict, "rollback")
     async with context.turns.turn(asker, terms, request.receive) as turn:
@@ -180,14 +184,14 @@ async def _read_in(
     return state
 
 
-async def _check_position(asker: Asker, session_id: str, context: Context) -> None:
-    if asker.expected_position is None:
-        return
+async def _as_expected(asker: Asker, session_id: str, context: Context) -> "Session":
+    """The session. Raises SessionMovedError where it is not at the position that was asked for."""
     found = await asyncio.to_thread(context.sessions.find, asker.owner, session_id)
-    if found.position != asker.expected_position:
+    if asker.expected_position not in (None, found.position):
         expected = asker.expected_position
         message = f"the session is at position {found.position}, not at {expected}"
         raise SessionMovedError(message)
+    return found
 
 
 def _nothing(policy: ContextPolicy | None, context: Context) -> "SessionState":

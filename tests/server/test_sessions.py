@@ -100,6 +100,21 @@ def test_an_unread_prompt_is_read_without_an_answer(live: Live) -> None:
     assert error_of(live.client.post(url, json={"prompt": [999]}))[:2] == (400, "prompt")
 
 
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_append_is_no_turn(live: Live, prompt: Any) -> None:
+    session_id = live.opened("x")
+    url = f"/v1/sessions/{session_id}"
+    live.client.post(f"{url}/append", json={"prompt": "y"})
+    before = live.session(session_id)
+    response = live.client.post(f"{url}/append", json={"prompt": prompt})
+    assert (response.status_code, response.json()) == (200, before)
+    assert response.headers["etag"] == '"2"'
+    stale = live.client.post(f"{url}/append", json={"prompt": ""}, headers={"If-Match": '"1"'})
+    assert error_of(stale) == (412, "session_id", "session_moved")
+    assert live.client.post("/v1/sessions/none/append", json={"prompt": ""}).status_code == 404
+    assert live.client.post(f"{url}/rewind").json()["position"] == 1
+
+
 def test_rewind_goes_back_a_turn_until_there_is_none(live: Live) -> None:
     session_id = live.opened("x")
     url = f"/v1/sessions/{session_id}/rewind"
