@@ -21,13 +21,7 @@ from server.openapi import NOTHING, described, refusals
 from server.orders import Order, TurnTerms, in_session, reading_order
 from server.query import query_of
 from server.request_ids import request_id_of
-from server.session_answers import (
-    DeletedSession,
-    SessionList,
-    SessionObject,
-    told,
-    told_all,
-)
+from server.session_answers import DeletedSession, SessionList, SessionObject, told, told_all
 from server.session_schemas import (
     AppendRequest,
     ForkRequest,
@@ -187,10 +181,9 @@ async def _read_in(
 async def _as_expected(asker: Asker, session_id: str, context: Context) -> "Session":
     """The session. Raises SessionMovedError where it is not at the position that was asked for."""
     found = await asyncio.to_thread(context.sessions.find, asker.owner, session_id)
-    if asker.expected_position not in (None, found.position):
-        expected = asker.expected_position
-        message = f"the session is at position {found.position}, not at {expected}"
-        raise SessionMovedError(message)
+    expected = asker.expected_position
+    if expected not in (None, found.position):
+        raise SessionMovedError(f"the session is at position {found.position}, not at {expected}")
     return found
 
 
