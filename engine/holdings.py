@@ -8,19 +8,20 @@ import logging
 import threading
 from typing import cast
 
+from engine.ahead import Ahead, AheadOfStore
 from engine.errors import SessionMovedError, StoreFullError
 from engine.parked import Parked
 from engine.renewal import ContextPolicy
 from engine.session import Exported, Residence, Session, SessionCounts
 from engine.session_state import SessionState
 from engine.snapshot import SnapshotCodec
-from engine.store import Lease, NewSession, Record, SessionStore
+from engine.store import Lease, Record, SessionStore
 
 logger = logging.getLogger(__name__)
 
 
 class Holdings:
-    """States by session, newest first: unsaved, parked, stored."""
+    """States by session, newest first: ahead of the store, parked, stored."""
 
     def __init__(
         self, store: SessionStore, codec: SnapshotCodec, memory_bytes: int, *, is_durable: bool
@@ -32,7 +33,7 @@ class Holdings:
         self._parked = Parked(memory_bytes)
         self._running: dict[str, Lease] = {}
         self._unreleased: dict[str, Lease] = {}
-        self._unsaved: dict[str, SessionState] = {}
+        self._ahead = AheadOfStore()
 
     def start(self, session_id: str, seconds: float) -> Lease:
         """A turn runs, under this lease. SessionBusyError; StoreFullError."""
@@ -76,21 +77,22 @@ class Holdings:
     def load(self, record: Record) -> SessionState:
         """From wherever it is, and it stays there. SnapshotError: damaged on the disk."""
         with self._lock:
-            state = self._unsaved.get(record.id) or self._parked.get(record.head)
+            ahead = self._ahead.get(record.id)
+            state = ahead.state if ahead else self._parked.get(record.head)
         return state or self._codec.decode(self._store.get(record.head))
 
     def wake(self, record: Record) -> SessionState:
         """As `load`, for the turn that holds its lease: what was on the disk alone is parked."""
         state = self.load(record)
         with self._lock:
-            if record.id not in self._unsaved:
+            if record.id not in self._ahead:
                 self._parked.hold(record.id, record.head, state)
         return state
 
     def park(self, record: Record, state: SessionState) -> None:
         """The store has it, and memory too."""
         with self._lock:
-            self._unsaved.pop(record.id, None)
+            self._ahead.forget(record.id)
             self._parked.hold(record.id, record.head, state)
 
     def pin(self, lease: Lease, state: SessionState) -> None:
@@ -102,7 +104,7 @@ class Holdings:
             if self._running.get(lease.session_id) != lease:
                 raise SessionMovedError(f"session {lease.session_id!r} is not held by this turn")
             self._parked.let_go(lease.session_id)
-            self._unsaved[lease.session_id] = state
+            self._ahead.move(lease.session_id, state)
         logger.warning(
             "the disk has no room for session %s: its last turn is lost if the server ends before a"
             " later one is stored",
@@ -110,52 +112,46 @@ class Holdings:
         )
 
     def unpin(self, session_id: str) -> bool:
-        """Go back to what the store has; whether there was something newer."""
-        with self._lock:
-            return self._unsaved.pop(session_id, None) is not None
+        """Go back a turn to what the store has; whether there was something newer.
 
-    def unsaved(self) -> dict[str, SessionState]:
-        """What the store has no room for."""
+        NothingToRewindError: the store's is more than a turn older.
+        """
         with self._lock:
-            return dict(self._unsaved)
+            return self._ahead.rewind(session_id)
+
+    def ahead(self, session_id: str) -> Ahead | None:
+        """What the store has no room for, of this session."""
+        with self._lock:
+            return self._ahead.get(session_id)
+
+    def all_ahead(self) -> dict[str, Ahead]:
+        """What the store has no room for, by session."""
+        with self._lock:
+            return self._ahead.all()
 
     def exported(self, record: Record) -> Exported:
         """It and its snapshot. SnapshotError: damaged on the disk, or no longer there."""
-        unsaved = self.unsaved().get(record.id)
-        raw = self._store.get(record.head) if unsaved is None else self._codec.encode(unsaved)
-        return Exported(self._told(record, unsaved), raw)
-
-    def twin(self, record: Record, state: SessionState) -> NewSession:
-        """Another session of the same value and the same past."""
-        is_stored = record.id not in self.unsaved()
-        return NewSession(
-            record.owner,
-            state.num_tokens,
-            snapshot=None if is_stored else self._codec.encode(state),
-            head=record.head if is_stored else None,
-            checkpoints=record.checkpoints,
-            metadata=record.metadata,
-            expires_at=record.expires_at,
-            context_policy=state.context_policy,
-        )
+        ahead = self.ahead(record.id)
+        raw = self._codec.encode(ahead.state) if ahead else self._store.get(record.head)
+        return Exported(self._told(record, ahead), raw)
 
     def forget(self, session_id: str) -> None:
         """The session is gone, or not at what memory has."""
         with self._lock:
-            self._unsaved.pop(session_id, None)
+            self._ahead.forget(session_id)
             self._unreleased.pop(session_id, None)
             self._parked.let_go(session_id)
 
     def told(self, record: Record) -> Session:
         """A record, and what only memory knows of its session."""
-        return self._told(record, self.unsaved().get(record.id))
+        return self._told(record, self.ahead(record.id))
 
-    def _told(self, record: Record, unsaved: SessionState | None) -> Session:
+    def _told(self, record: Record, ahead: Ahead | None) -> Session:
         with self._lock:
             residence = self._residence(record.id)
         position, policy = record.position, cast("ContextPolicy", record.context_policy)
-        if unsaved is not None:
-            position, policy = unsaved.num_tokens, unsaved.context_policy
+        if ahead is not None:
+            position, policy = ahead.state.num_tokens, ahead.state.context_policy
         return Session(
             id=record.id,
             owner=record.owner,
@@ -166,9 +162,9 @@ class Holdings:
             residence=residence,
             metadata=record.metadata,
             expires_at=record.expires_at,
-            num_checkpoints=len(record.checkpoints) + (unsaved is not None),
-            is_durable=self._is_durable and unsaved is None,
-            was_interrupted=record.was_interrupted and unsaved is None,
+            num_checkpoints=len(ahead.checkpoints(record) if ahead else record.checkpoints),
+            is_durable=self._is_durable and ahead is None,
+            was_interrupted=record.was_interrupted and ahead is None,
             context_policy=policy,
             context_start=self._codec.grids[policy].start(max(position - 1, 0)),
         )
@@ -178,17 +174,17 @@ class Holdings:
         counts = self._store.counts()
         with self._lock:
             num_running = len(self._running)
-            in_memory = self._parked.num_sessions + len(self._unsaved)
+            in_memory = self._parked.num_sessions + len(self._ahead)
             num_parked = in_memory - sum(map(self._is_in_memory, self._running))
-            num_unsaved = len(self._unsaved)
-            nbytes = self._parked.num_bytes + sum(s.nbytes for s in self._unsaved.values())
+            num_unsaved = len(self._ahead)
+            nbytes = self._parked.num_bytes + self._ahead.nbytes
         num_stored = max(0, counts.num_sessions - num_running - num_parked)
         return SessionCounts(
             num_running, num_parked, num_stored, nbytes, counts.blob_bytes, num_unsaved
         )
 
     def _is_in_memory(self, session_id: str) -> bool:
-        return session_id in self._unsaved or self._parked.holds(session_id)
+        return session_id in self._ahead or self._parked.holds(session_id)
 
     def _residence(self, session_id: str) -> Residence:
         if session_id in self._running:

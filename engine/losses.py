@@ -1,28 +1,28 @@
 """The last try to store what the disk had no room for, and a line in the log for what is lost.
 
-Does not know how a state is stored.
+Does not know what is stored, or how.
 """
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from engine.errors import SessionNotFoundError
-from engine.session_state import SessionState
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 MAX_NAMED = 5
 """Sessions that the line names, so that it stays a line."""
 
 
-def save_all(
-    unsaved: Mapping[str, SessionState], save: Callable[[str, SessionState], object]
-) -> None:
+def save_all(unsaved: Mapping[str, Value], save: Callable[[str, Value], object]) -> None:
     """Save each by its id; all are tried, whatever becomes of one. What is lost is logged."""
     lost: dict[str, Exception] = {}
-    for session_id, state in unsaved.items():
+    for session_id, value in unsaved.items():
         try:
-            save(session_id, state)
+            save(session_id, value)
         except SessionNotFoundError:  # it is past its time: nobody will ask for it
             continue
         except Exception as error:

@@ -11,13 +11,13 @@ from dataclasses import replace
 
 from engine.errors import SessionError, SessionMovedError, StoreFullError
 from engine.holdings import Holdings
-from engine.losses import save_all
 from engine.outbox import Outbox
+from engine.saving import Saving
 from engine.session import Session, SessionCounts, Turn
 from engine.session_state import SessionState
 from engine.session_views import SessionViews
 from engine.snapshot import SnapshotCodec
-from engine.store import Lease, NewSession, Record, SessionStore
+from engine.store import NewSession, Record, SessionStore
 
 __all__ = ["Session", "SessionCounts", "Sessions", "Turn"]
 Metadata = Mapping[str, str]
@@ -57,7 +57,7 @@ class Sessions(SessionViews):
     ) -> None:
         super().__init__(store, Holdings(store, codec, memory_bytes, is_durable=is_durable))
         self._codec = codec
-        self._max_checkpoints = max_checkpoints
+        self._saving = Saving(store, codec, self._holdings, max_checkpoints)
         self._is_durable = is_durable
 
     def open(
@@ -109,7 +109,7 @@ class Sessions(SessionViews):
         durable, until a later turn is stored. SessionMovedError: the lease was taken over.
         """
         try:
-            record = self._save(turn.lease, replace(state, outbox=outbox(self._is_durable)))
+            record = self._saving.save(turn.lease, replace(state, outbox=outbox(self._is_durable)))
         except StoreFullError:
             self._holdings.pin(turn.lease, replace(state, outbox=outbox(False)))
             record = self._record(turn.session.owner, turn.session.id)
@@ -127,13 +127,14 @@ class Sessions(SessionViews):
         """n sessions that go on from here, each with its own turns to take back."""
         with self._held(owner, session_id, expected_position) as turn:
             record = self._store.record(session_id)
-            made = self._store.create([self._holdings.twin(record, turn.state)] * n)
+            made = self._store.create([self._saving.twin(record, turn.state)] * n)
             return [self._park(fork, turn.state) for fork in made]
 
     def rewind(self, owner: str, session_id: str, expected_position: int | None = None) -> Session:
         """Back to before the last turn. NothingToRewindError; SessionMovedError as in `begin`.
 
-        Turns for which the disk was full have no checkpoints: they are taken back together.
+        Of the turns for which the disk was full only the first can be taken back, and only as long
+        as it is the last: the values between it and the newest are not kept.
         """
         with self._held(owner, session_id, expected_position) as turn:
             if self._holdings.unpin(session_id):
@@ -163,12 +164,9 @@ class Sessions(SessionViews):
                 with suppress(SessionError):  # the next start takes it back
                     self._holdings.end(lease)
             if self._is_durable:  # else they end with the server
-                save_all(self._holdings.unsaved(), self._save_again)
+                self._saving.save_rest(LEASE_SECONDS)
         finally:
             self._store.close()
-
-    def _save_again(self, session_id: str, state: SessionState) -> None:
-        self._save(self._holdings.start(session_id, LEASE_SECONDS), state)
 
     @contextmanager
     def _held(
@@ -187,12 +185,6 @@ class Sessions(SessionViews):
         how = metadata, until, state.context_policy
         [record] = self._store.create([NewSession(owner, state.num_tokens, raw, None, (), *how)])
         return self._park(record, state)
-
-    def _save(self, lease: Lease, state: SessionState) -> Record:
-        new = self._codec.encode(state), state.num_tokens, self._max_checkpoints
-        record = self._store.put(lease, lease.version, *new, state.context_policy)
-        self._holdings.park(record, state)
-        return record
 
     def _park(self, record: Record, state: SessionState) -> Session:
         self._holdings.park(record, state)

@@ -12,6 +12,7 @@ from fastapi import Request, Response
 
 from server.accounts import note
 from server.body import announced_bytes, parse_object, read_body, shown
+from server.checking import Body, checked
 from server.context import Context
 from server.errors import ApiError
 from server.orders import Order
@@ -52,6 +53,12 @@ async def read_body_with(
     """What `read` finds in a request's body; those of more bytes are read beside the loop."""
     raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
     return await _read(raw, context, read, max_quick)
+
+
+async def read_nothing(request: Request, context: Context) -> None:
+    """For a verb that takes no field: the body is empty, or an object that says nothing."""
+    if raw := await read_body(request, context.max_body_bytes, context.config.receive_seconds):
+        checked(Body, parse_object(raw))
 
 
 async def _read(raw: bytes, context: Context, read: Read[Found], max_quick: int) -> Found:

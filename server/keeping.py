@@ -5,9 +5,10 @@ meanwhile. Everything heavy is imported inside. Knows no HTTP.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
 
 from engine.errors import ConfigurationError
@@ -16,6 +17,10 @@ from server.settings import ServerConfig
 if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.sessions import Sessions
+
+logger = logging.getLogger("cottention")
+
+PREFIX = "cottention-sessions-"
 
 
 @contextlib.contextmanager
@@ -56,7 +61,12 @@ def where_kept(config: ServerConfig) -> str:
 
 
 def _temporary() -> TemporaryDirectory[str]:
-    return TemporaryDirectory(prefix="cottention-sessions-", ignore_cleanup_errors=True)
+    """A folder that goes with the server; those of servers that were killed go now."""
+    from engine.store.leftovers import remove_leftovers
+
+    if removed := remove_leftovers(Path(gettempdir()), PREFIX):
+        logger.info("removed the sessions of %d server(s) that were killed", len(removed))
+    return TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
 
 
 def _given(config: ServerConfig) -> str:

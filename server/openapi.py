@@ -42,6 +42,11 @@ EVENTS: Schema = {
         }
     }
 }
+NOTHING: Schema = {
+    "content": {"application/json": {"schema": {"type": "object", "additionalProperties": False}}}
+}
+"""The body of a verb that takes no field, which may be left out."""
+
 _BODY_ERRORS = (400, 401, 404, 413, 415, 429, 500, 503, 504)
 
 

@@ -14,21 +14,15 @@ from pydantic import Field
 from engine.errors import SessionMovedError
 from engine.renewal import ContextPolicy
 from server.accounts import note
-from server.answering import deadline_of, read_body_with
+from server.answering import deadline_of, read_body_with, read_nothing
 from server.answers import Shape
 from server.checking import checked
 from server.context import Context, ContextDep
-from server.openapi import described, refusals
+from server.openapi import NOTHING, described, refusals
 from server.orders import Order, TurnTerms, in_session, reading_order
 from server.query import must_be, query_of
 from server.request_ids import request_id_of
-from server.session_answers import (
-    DeletedSession,
-    SessionList,
-    SessionObject,
-    told,
-    told_all,
-)
+from server.session_answers import DeletedSession, SessionList, SessionObject, told, told_all
 from server.session_schemas import (
     AppendRequest,
     ForkRequest,
@@ -40,7 +34,8 @@ from server.streaming import closing
 from server.telling import whole_pieces
 from server.turns import Asker, asked_by
 
-if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+if TYPE_CHECKING:  # they bring torch with them, which the server does not know
+    from engine.session import Session
     from engine.session_state import SessionState
 
 router = APIRouter()
@@ -96,13 +91,14 @@ async def get_session(session_id: str, request: Request, context: ContextDep) ->
 @router.delete(
     "/v1/sessions/{session_id}",
     response_model=DeletedSession,
-    responses=REFUSALS | refusals(409, 412),
+    responses=REFUSALS | refusals(409, 412, 413, 415),
 )
 async def delete_session(session_id: str, request: Request, context: ContextDep) -> Shape:
     """Forget a session, unless a turn runs."""
     asker = asked_by(request)
+    await read_nothing(request, context)
     async with context.turns.alone(asker.owner, session_id, "error", request.receive):
-        await _check_position(asker, session_id, context)
+        await _as_expected(asker, session_id, context)
         await asyncio.to_thread(context.sessions.delete, asker.owner, session_id)
     return {"id": session_id, "object": "session", "deleted": True}
 
@@ -113,10 +109,13 @@ async def delete_session(session_id: str, request: Request, context: ContextDep)
     **described(AppendRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
 )
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
-    """A turn that reads and says nothing."""
+    """A turn that reads and says nothing; no turn where there is nothing to read."""
     context.bridge.check_accepting()
     asker = asked_by(request)
     body = await read_body_with(request, context, lambda body, _: checked(AppendRequest, body))
+    if not body.prompt:
+        async with context.turns.alone(asker.owner, session_id, body.on_conflict, request.receive):
+            return told(await _as_expected(asker, session_id, context))
     order = await _order(body.prompt, context)
     terms = TurnTerms(session_id, body.on_conflict, "rollback")
     async with context.turns.turn(asker, terms, request.receive) as turn:
@@ -141,11 +140,15 @@ async def fork_session(session_id: str, request: Request, context: ContextDep) -
 
 
 @router.post(
-    "/v1/sessions/{session_id}/rewind", response_model=SessionObject, responses=REFUSALS | MOVES
+    "/v1/sessions/{session_id}/rewind",
+    response_model=SessionObject,
+    responses=REFUSALS | MOVES | refusals(413, 415),
+    openapi_extra={"requestBody": NOTHING},
 )
 async def rewind_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Back to where the last turn began."""
     asker = asked_by(request)
+    await read_nothing(request, context)
     async with context.turns.alone(asker.owner, session_id, "error", request.receive):
         rewind, position = context.sessions.rewind, asker.expected_position
         return told(await asyncio.to_thread(rewind, asker.owner, session_id, position))
@@ -177,14 +180,13 @@ async def _read_in(
     return state
 
 
-async def _check_position(asker: Asker, session_id: str, context: Context) -> None:
-    if asker.expected_position is None:
-        return
+async def _as_expected(asker: Asker, session_id: str, context: Context) -> "Session":
+    """The session. Raises SessionMovedError where it is not at the position that was asked for."""
     found = await asyncio.to_thread(context.sessions.find, asker.owner, session_id)
-    if found.position != asker.expected_position:
-        expected = asker.expected_position
-        message = f"the session is at position {found.position}, not at {expected}"
-        raise SessionMovedError(message)
+    expected = asker.expected_position
+    if expected not in (None, found.position):
+        raise SessionMovedError(f"the session is at position {found.position}, not at {expected}")
+    return found
 
 
 def _nothing(policy: ContextPolicy | None, context: Context) -> "SessionState":

@@ -1,6 +1,8 @@
-"""What tests of several rooms share: where the golden cases are."""
+"""What tests of several rooms share: where the golden cases are, and a small disk."""
 
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,19 @@ def golden() -> Path:
 def gptj_folder() -> Path:
     """A small causal Cottention model with random weights, as a Hugging Face folder."""
     return _OWN_COPY / "cottention-gptj"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """8 MiB of memory as a disk; skipped where this user cannot mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no mount")
+    if done.returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a failed test has files open

@@ -14,6 +14,10 @@ from pathlib import Path
 
 from engine.errors import ConfigurationError, StoreFullError
 
+LOCK = "lock"
+TEMPORARY = ", temporary"
+"""In the lock of a folder that ends with its process, so that others may remove it after a kill."""
+
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 
@@ -48,8 +52,8 @@ def sync_folder(folder: Path) -> None:
 class FolderLock:
     """A folder belongs to one live process: the system drops the lock when that process dies."""
 
-    def __init__(self, path: Path) -> None:
-        """ConfigurationError: another process has it."""
+    def __init__(self, path: Path, mark: str = "") -> None:
+        """mark: what is noted there beside the process. ConfigurationError: another has it."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +65,7 @@ class FolderLock:
                 "a folder of sessions belongs to one server"
             ) from error
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"pid {os.getpid()}\n".encode(), 0)
+        os.pwrite(fd, f"pid {os.getpid()}{mark}\n".encode(), 0)
         self._fd: int | None = fd
 
     def release(self) -> None:
@@ -71,11 +75,11 @@ class FolderLock:
             os.close(fd)
 
 
-def take_folder(folder: Path) -> FolderLock:
+def take_folder(folder: Path, mark: str = "") -> FolderLock:
     """A folder of this process alone; made for the user's eyes only where it is not there."""
     with told_as_unusable(folder):
         _make(folder)
-        return FolderLock(folder / "lock")
+        return FolderLock(folder / LOCK, mark)
 
 
 def check_folder(folder: Path) -> None:
@@ -88,7 +92,7 @@ def check_folder(folder: Path) -> None:
         try:
             _make(folder)
             if not new:
-                FolderLock(folder / "lock").release()
+                FolderLock(folder / LOCK).release()
         finally:
             for each in new:
                 with suppress(OSError):  # it was not made, or somebody has begun to use it

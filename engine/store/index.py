@@ -55,6 +55,8 @@ UPGRADES = {1: "ALTER TABLE states ADD COLUMN context_policy TEXT NOT NULL DEFAU
 LOG_PAGES = 200
 ROOM_BYTES = 2 << 20
 """More than LOG_PAGES of 4096 bytes and the greatest transaction after them."""
+MIN_LOG_PAGES = 16
+"""Where the disk has less room than that: the log begins again sooner, and leases take longer."""
 
 
 class Index:
@@ -83,6 +85,11 @@ class Index:
     def note(self, work: Work[T]) -> T:
         """For leases: outlives the process and not the machine, as a lease should; no waiting."""
         return self._run(work, self._noted)
+
+    def free_room(self) -> None:
+        """Give the disk what `make_room` took of it for the log; that grows again as it must."""
+        with self.lock:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Write the log back into the file."""
@@ -149,7 +156,8 @@ def make_room(db: sqlite3.Connection) -> None:
     except sqlite3.OperationalError as error:
         if not means_full(error):
             raise
-        logger.warning("the disk is full: no room for leases could be kept back")
+        db.execute(f"PRAGMA wal_autocheckpoint = {MIN_LOG_PAGES}")
+        logger.warning("the disk is full: little room for leases could be kept back")
 
 
 def trouble(path: Path) -> str | None:

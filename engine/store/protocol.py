@@ -143,6 +143,10 @@ class SessionStore(Protocol):
         """Delete at most `limit` that are past their time (unix seconds) and not leased; which."""
         ...
 
+    def free_room(self) -> None:
+        """Let snapshots have what was kept back for leases on a full disk, before a close."""
+        ...
+
     def close(self) -> None:
         """Let go of everything; leases end."""
         ...

@@ -17,7 +17,7 @@ from uuid import uuid4
 from engine.store import leases, rows
 from engine.store.blobs import Blobs, Staged
 from engine.store.checkup import check_up
-from engine.store.disk import take_folder, told_as_full, told_as_unusable
+from engine.store.disk import TEMPORARY, take_folder, told_as_full, told_as_unusable
 from engine.store.index import Index, set_damaged_aside
 from engine.store.protocol import Ids, Lease, NewSession, Record, Records, SessionStore, StoreCounts
 
@@ -32,13 +32,14 @@ class SqliteStore(SessionStore):
     def __init__(
         self, folder: Path, *, durable: bool = True, clock: Callable[[], float] = time.time
     ) -> None:
-        """clock: unix seconds. Not durable: survives a kill, not a loss of power.
+        """clock: unix seconds. Not durable: survives a kill, not a loss of power nor others that
+        remove what dead processes left.
 
         ConfigurationError: the folder cannot be used, or another process uses it.
         """
         self._clock = clock
         self._owner = uuid4().hex
-        self._lock = take_folder(folder)
+        self._lock = take_folder(folder, "" if durable else TEMPORARY)
         with ExitStack() as stack:
             stack.callback(self._lock.release)
             with told_as_unusable(folder):
@@ -159,6 +160,10 @@ class SqliteStore(SessionStore):
             expired, dropped = self._index.write(change)
             self._remove_unreferenced(dropped)
         return expired
+
+    def free_room(self) -> None:
+        with told_as_full():
+            self._index.free_room()
 
     def close(self) -> None:
         """Nothing happens the second time."""

@@ -7,7 +7,6 @@ import pytest
 
 from engine.errors import SessionNotFoundError, StoreFullError
 from engine.losses import save_all
-from engine.session_state import SessionState
 
 
 def told_of(
@@ -16,12 +15,12 @@ def told_of(
     """Sessions that were tried, and what the log says."""
     tried = []
 
-    def save(session_id: str, _: SessionState) -> None:
+    def save(session_id: str, _: object) -> None:
         tried.append(session_id)
         if error := errors[session_id]:
             raise error
 
-    save_all(dict.fromkeys(errors, SessionState()), save)
+    save_all(errors, save)
     assert all(record.levelno == logging.ERROR for record in caplog.records)
     return tried, caplog.messages
 

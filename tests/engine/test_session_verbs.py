@@ -341,6 +341,8 @@ def test_what_the_last_turn_told(opened: Opener) -> None:
     set_full(sessions, False)
     turn(sessions, made.id, 4)
     assert sessions.outbox("a", made.id) == Outbox(), "the last turn kept nothing"
+    assert sessions.rewind("a", made.id).position == 3
+    assert sessions.outbox("a", made.id) == told(False)
     assert sessions.rewind("a", made.id).position == 2
     assert sessions.outbox("a", made.id) == told(True)
     with pytest.raises(SessionNotFoundError):
@@ -420,7 +422,7 @@ def test_a_turn_on_a_full_disk(opened: Opener) -> None:
     assert sessions.sizes().parked_bytes == 0
     sessions = opened()
     assert holds(sessions, made.id, 4)
-    assert sessions.rewind("a", made.id).position == 1
+    assert sessions.rewind("a", made.id).position == 3
 
 
 def test_an_ended_turn_is_not_kept_on_a_full_disk(sessions: SmallSessions) -> None:
@@ -446,6 +448,29 @@ def test_what_was_not_stored_at_the_end(
     assert holds(opened(), made.id, 1 if is_full else 2)
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert [made.id in line for line in errors] == [True] * is_full
+
+
+def test_the_last_try_has_the_room_of_the_index_s_log(
+    opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = opened()
+    made = [make(sessions, n) for n in (1, 2, 3)]
+    room, put = num_bytes(tmp_path), sessions._store.put
+
+    def put_if_there_is_room(*args: Any) -> Record:
+        if num_bytes(tmp_path) + len(args[2]) > room:
+            raise StoreFullError("no space")
+        return put(*args)
+
+    monkeypatch.setattr(sessions._store, "put", put_if_there_is_room)
+    for each in made:
+        assert not turn(sessions, each.id, each.position + 3).is_durable
+    sessions = opened()
+    assert all(holds(sessions, each.id, each.position + 3) for each in made)
+
+
+def num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def test_a_lease_that_cannot_be_given_back_at_the_end(opened: Opener) -> None:
@@ -474,6 +499,56 @@ def test_rewinding_what_was_not_stored(sessions: SmallSessions) -> None:
     back = sessions.rewind("a", made.id)
     assert (back.is_durable, back.position) == (True, 1)
     assert holds(sessions, made.id, 1)
+
+
+def test_a_rewind_never_skips_a_turn_that_was_not_stored(opened: Opener) -> None:
+    """Of the turns on a full disk the newest value alone is kept: the others are gone."""
+    sessions = opened()
+    made = make(sessions)
+    turn(sessions, made.id, 2)
+    set_full(sessions, True)
+    told = [turn(sessions, made.id, n).num_checkpoints for n in (3, 4, 5)]
+    assert told == [2, 0, 0]
+    for is_full in (True, False):
+        set_full(sessions, is_full)
+        with pytest.raises(NothingToRewindError, match="the disk was full"):
+            sessions.rewind("a", made.id)
+        assert holds(sessions, made.id, 5)
+    [fork] = sessions.fork("a", made.id, 1)
+    assert fork.num_checkpoints == 0
+    assert turn(sessions, made.id, 6).num_checkpoints == 1
+    assert sessions.rewind("a", made.id).position == 5
+    for name in (made.id, fork.id):
+        with pytest.raises(NothingToRewindError):
+            sessions.rewind("a", name)
+        assert holds(sessions, name, 5)
+
+
+def test_one_turn_on_a_full_disk_costs_no_checkpoint(sessions: SmallSessions) -> None:
+    """The next turn stores both, and forks have its past as well."""
+    made = make(sessions)
+    set_full(sessions, True)
+    turn(sessions, made.id, 2)
+    [fork] = sessions.fork("a", made.id, 1)
+    set_full(sessions, False)
+    assert turn(sessions, made.id, 3).num_checkpoints == 2
+    assert [sessions.rewind("a", made.id).position for _ in range(2)] == [2, 1]
+    assert sessions.rewind("a", fork.id).position == 1
+
+
+@pytest.mark.parametrize("num_turns", [1, 2])
+def test_what_is_stored_at_the_end_can_be_rewound_unless_that_skips_a_turn(
+    opened: Opener, num_turns: int
+) -> None:
+    sessions = opened()
+    made = make(sessions)
+    set_full(sessions, True)
+    for n in range(num_turns):
+        turn(sessions, made.id, 2 + n)
+    set_full(sessions, False)
+    sessions = opened()
+    assert sessions.find("a", made.id).num_checkpoints == (1 if num_turns == 1 else 0)
+    assert holds(sessions, made.id, 1 + num_turns)
 
 
 def test_a_restart(opened: Opener) -> None:

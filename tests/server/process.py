@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 
 @contextlib.contextmanager
 def served(
-    model: Path, folder: Path, *flags: str, stderr: int | None = None
+    model: Path, folder: Path | None, *flags: str, stderr: int | None = None
 ) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
-    """A server of a model whose sessions are in a folder, killed at the end.
+    """A server of a model whose sessions are in a folder, or end with it; killed at the end.
 
     stderr: as subprocess has it; ours unless given.
     """
     command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0"]
-    command += ["--session-dir", str(folder), *flags]
+    command += [*flags, *(() if folder is None else ("--session-dir", str(folder)))]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
     ) as popen:

@@ -1,5 +1,6 @@
-"""A server whose disk is full when it stops: the kernel refuses every byte more, for real."""
+"""A server whose disk is full: the kernel refuses every byte more, for real."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -28,4 +29,29 @@ def test_what_a_stop_could_not_store_is_told_and_only_that_is_lost(
         assert f" {session_id} (the session folder's disk takes no more" in told
     with served(gptj_folder, tmp_path) as (_, client):
         after = client.get(f"/v1/sessions/{session_id}").json()
+        assert (after["position"], after["durable"]) == (before["position"], True)
+
+
+def test_turns_on_a_full_disk_are_rewound_one_by_one_or_not_and_a_stop_stores_them(
+    gptj_folder: Path, small_disk: Path
+) -> None:
+    """The last try has the room that the index's log kept back for leases."""
+    with served(gptj_folder, small_disk / "sessions") as (popen, client):
+        session_id = client.post("/v1/sessions", json={"prompt": "d"}).json()["id"]
+        url = f"/v1/sessions/{session_id}"
+        rest = bytes(os.statvfs(small_disk).f_bavail * 4096)
+        (small_disk / "rest").write_bytes(rest)
+        body = {"prompt": "xy", "session_id": session_id, "ignore_eos": True, "max_tokens": 3}
+        told = [client.post("/v1/completions", json=body).json()["session"] for _ in range(3)]
+        assert not any(each["durable"] for each in told)
+        before = client.get(url).json()
+        assert (before["position"], before["checkpoints"]) == (told[-1]["position"], 0)
+        refused = client.post(f"{url}/rewind")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "nothing_to_rewind")
+        assert client.get(url).json() == before
+        assert client.post("/v1/sessions", json={"prompt": "e"}).status_code == 507
+        popen.send_signal(signal.SIGTERM)
+        assert popen.wait(60) == 0
+    with served(gptj_folder, small_disk / "sessions") as (_, client):
+        after = client.get(url).json()
         assert (after["position"], after["durable"]) == (before["position"], True)

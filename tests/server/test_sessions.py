@@ -124,12 +124,43 @@ def test_an_unread_prompt_is_read_without_an_answer(live: Live) -> None:
     assert error_of(live.client.post(url, json={"prompt": [999]}))[:2] == (400, "prompt")
 
 
+@pytest.mark.parametrize("prompt", ["", []])
+def test_an_empty_append_is_no_turn(live: Live, prompt: Any) -> None:
+    session_id = live.opened("x")
+    url = f"/v1/sessions/{session_id}"
+    live.client.post(f"{url}/append", json={"prompt": "y"})
+    before = live.session(session_id)
+    response = live.client.post(f"{url}/append", json={"prompt": prompt})
+    assert (response.status_code, response.json()) == (200, before)
+    assert response.headers["etag"] == '"2"'
+    stale = live.client.post(f"{url}/append", json={"prompt": ""}, headers={"If-Match": '"1"'})
+    assert error_of(stale) == (412, "session_id", "session_moved")
+    assert live.client.post("/v1/sessions/none/append", json={"prompt": ""}).status_code == 404
+    assert live.client.post(f"{url}/rewind").json()["position"] == 1
+
+
 def test_rewind_goes_back_a_turn_until_there_is_none(live: Live) -> None:
     session_id = live.opened("x")
     url = f"/v1/sessions/{session_id}/rewind"
     live.complete(session_id=session_id, prompt="y", max_tokens=3)
     assert live.client.post(url).json()["position"] == 1
     assert error_of(live.client.post(url)) == (409, "session_id", "nothing_to_rewind")
+
+
+def test_what_rewind_and_delete_do_not_take_is_named_and_changes_nothing(live: Live) -> None:
+    session_id = live.opened("x")
+    url = f"/v1/sessions/{session_id}"
+    for prompt in ("y", "z", "!"):
+        live.client.post(f"{url}/append", json={"prompt": prompt})
+    for method, path in (("POST", f"{url}/rewind"), ("DELETE", url)):
+        wrong = live.client.request(method, path, json={"turns": 3})
+        assert error_of(wrong)[:2] == (400, "turns")
+        for raw in (b"[]", b"x", b" ", b"{"):
+            assert live.client.request(method, path, content=raw).status_code == 400
+    assert live.text_of(session_id) == "xyz!"
+    for left, content in ((3, b""), (2, b"{}"), (1, b' {"turns": null} ')):
+        assert live.client.post(f"{url}/rewind", content=content).json()["position"] == left
+    assert live.client.request("DELETE", url, json={}).status_code == 200
 
 
 def test_forks_go_on_by_themselves(live: Live) -> None:
