@@ -13,7 +13,7 @@ CHAT_PROMPT = f"User: {SAID}\n\nAssistant:"
 STOP = ["\nUser:"]
 
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_tokens": 24}
-SEEDED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 1234, "max_tokens": 24}
+SEEDED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 1235, "max_tokens": 24}
 WAYS = {"greedy": GREEDY, "seeded": SEEDED}
 
 
