@@ -49,7 +49,7 @@ class Limits:
         left = self.sampleable_ids if allowed is None else self.sampleable_ids.intersection(allowed)
         if params.max_tokens and left.issubset(barred):
             raise ParameterError(
-                "bad_words" if allowed is None else "allowed_token_ids",
+                "stop_token_ids" if allowed is None else "allowed_token_ids",
                 "no token is left to begin with: allowed_token_ids, bad_words and, while there are"
                 " fewer than min_tokens, stop_token_ids and the model's end forbid every one",
             )

@@ -316,7 +316,8 @@ def test_wishes_that_leave_nothing_to_begin_with_are_refused(engine: Engine) -> 
         {"stop_token_ids": everything, "min_tokens": 1},
     ]
     for wish in contradictions:
-        with pytest.raises(ParameterError, match="no token is left to begin with"):
+        with pytest.raises(ParameterError, match="no token is left to begin with") as refused:
             engine.submit(PROMPT, SamplingParams(**wish))
+        assert refused.value.param in wish
         assert not outputs(engine, **{**wish, "max_tokens": 0, "min_tokens": 0})[-1].token_ids
     assert not engine.has_work()
