@@ -88,7 +88,7 @@ gpu-check: ## Test and measure on a GPU, with the Python that is there; ends wit
 	PYTHON=$(PYTHON) .ci/gpu-check
 
 train: setup ## Train the default model (resumes from checkpoints/)
-	$(BIN)/python -m engine.training $(ARGS)
+	$(BIN)/python -m cottention.engine.training $(ARGS)
 
 format: setup ## Rewrite the code in the house's format
 	$(BIN)/ruff check --fix .

@@ -33,7 +33,16 @@ def measure(quick: bool) -> Report:
 
 
 def _row(length: int, flags: list[str]) -> dict[str, object]:
-    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--prefix-cache-bytes", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "cottention.server",
+        "serve",
+        "--port",
+        "0",
+        "--prefix-cache-bytes",
+        "0",
+    ]
     command += ["--context-policy", "exact"]  # renewal would read only the prompt's last tokens
     with subprocess.Popen(
         [*command, *flags],

@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
+from cottention.engine import ops
+from cottention.engine.feature_maps import Features
+from cottention.engine.inference import ServedModel
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.ops import reference
+from cottention.engine.recurrence import Recurrence
+from cottention.engine.state import StatePool
+from cottention.engine.state_spec import StateSpec
 
 from benchmarks import softmax
 from benchmarks.common import Report, run_on_device, show
 from benchmarks.devices import Cpu, Device, Work, seconds, speed
 from benchmarks.shapes import SHAPES, random_model
-from engine import ops
-from engine.feature_maps import Features
-from engine.inference import ServedModel
-from engine.model_config import ModelConfig
-from engine.ops import reference
-from engine.recurrence import Recurrence
-from engine.state import StatePool
-from engine.state_spec import StateSpec
 
 BATCHES = {"cpu": (1, 8, 64), "cuda": (1, 8, 64, 512)}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

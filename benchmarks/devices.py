@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from cottention.engine.graphs import CudaCapture
 from torch import Tensor
-
-from engine.graphs import CudaCapture
 
 Work = Callable[[], object]
 

@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.training.corpus import read_corpus, standard_library, without_tables
+from cottention.engine.training.data import token_stream
+from cottention.engine.training.score import token_lengths
+from cottention.engine.weights import load_model
 from tokenizers import Tokenizer
 from torch import Tensor
-
-from engine.model import CottentionForCausalLM
-from engine.model_config import ModelConfig
-from engine.training.corpus import read_corpus, standard_library, without_tables
-from engine.training.data import token_stream
-from engine.training.score import token_lengths
-from engine.weights import load_model
 
 
 @dataclass(frozen=True, slots=True)

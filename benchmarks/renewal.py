@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.renewal import ContextPolicy, Renewed
 
 from benchmarks.common import Report, percentile, run, show
-from engine import Engine, EngineConfig, SamplingParams
-from engine.renewal import ContextPolicy, Renewed
 
 PARAMS = SamplingParams(max_tokens=100_000, temperature=0, ignore_eos=True)
 PASSES = 2

@@ -8,8 +8,9 @@ import statistics
 import time
 from typing import Any
 
+from cottention.engine import Engine, EngineConfig, SamplingParams
+
 from benchmarks.common import Report, run, show
-from engine import Engine, EngineConfig, SamplingParams
 
 GREEDY = "greedy"
 WISHES: dict[str, dict[str, Any]] = {

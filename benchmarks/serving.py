@@ -19,9 +19,9 @@ from urllib.request import Request, urlopen
 
 import psutil
 import uvloop
+from cottention.engine import Engine, EngineConfig, SamplingParams
 
 from benchmarks.common import Report, percentile, run, show
-from engine import Engine, EngineConfig, SamplingParams
 
 STREAMS = (1, 8, 64)
 PROMPT = "def __init__(self, "
@@ -72,7 +72,16 @@ class Remote(NamedTuple):
 
 def _over_http(num_tokens: int) -> dict[int, Remote]:
     """Streams against a real server in a process of its own, on a free port."""
-    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--max-slots", "64"]
+    command = [
+        sys.executable,
+        "-m",
+        "cottention.server",
+        "serve",
+        "--port",
+        "0",
+        "--max-slots",
+        "64",
+    ]
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import psutil
 import torch
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.session_state import SessionState
+from cottention.engine.sessions import Sessions
+from cottention.engine.store import SqliteStore
 
 from benchmarks.common import Report, percentile, run, show
-from engine import Engine, EngineConfig, SamplingParams
-from engine.session_state import SessionState
-from engine.sessions import Sessions
-from engine.store import SqliteStore
 
 OWNER = "bench"
 TURN = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)

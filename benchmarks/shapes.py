@@ -1,9 +1,8 @@
 """The shapes that are measured, and models of random weights in them."""
 
 import torch
-
-from engine.model import CottentionForCausalLM
-from engine.model_config import ModelConfig
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
 
 _PUBLISHED = {"vocab_size": 50_400, "n_layer": 20, "n_head": 16, "rotary_dim": 64}
 SHAPES = {

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import psutil
 import uvloop
+from cottention.engine import Engine, EngineConfig, SamplingParams
 
 from benchmarks.common import Report, machine, parser, percentile, show, write_json
 from benchmarks.serving import port_of
 from benchmarks.soak_clients import Body, Client, Heard, bodies
-from engine import Engine, EngineConfig, SamplingParams
 
 SLOTS = 16
 QUEUE = 32
@@ -67,7 +67,7 @@ def soak(minutes: float, num_clients: int, model: str | None) -> Report:
     alone = Engine(model, EngineConfig(max_slots=1, prefix_cache_bytes=0))
     wanted = bodies(NUM_BODIES, alone.tokenizer.num_ids, chance)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "wb") as log:
-        command = [sys.executable, "-m", "server", "serve", *([model] if model else [])]
+        command = [sys.executable, "-m", "cottention.server", "serve", *([model] if model else [])]
         command += ["--port", "0", "--max-slots", str(SLOTS), "--max-queued-requests", str(QUEUE)]
         command += ["--session-dir", f"{folder}/sessions", "--log-level", "error"]
         command += ["--prefix-cache-bytes", "32M", "--session-memory", "16M"]  # soon full

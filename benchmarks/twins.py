@@ -1,9 +1,9 @@
 """Four kinds of attention, trained alike: quality by position, training speed, memory at decode.
 
-Give the folders that `python -m engine.training --attention KIND` wrote. Bits per byte are those of
-all held-out code, character tables left out, in windows side by side, weights as stored, float32.
-Training speed is that of steps by turns from fresh weights, so that whatever else the machine does
-falls on all kinds. Memory is computed, as `StateSpec` and a float32 cache of keys and values have
+Give the folders that `python -m cottention.engine.training --attention KIND` wrote. Bits per byte
+are those of all held-out code, character tables left out, in windows side by side, weights as
+stored, float32. Training speed is that of steps by turns from fresh weights, so that whatever else the machine
+does falls on all kinds. Memory is computed, as `StateSpec` and a float32 cache of keys and values have
 it.
 """
 
@@ -13,21 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from cottention.engine.feature_maps import FEATURE_MAPS, TRAINED_MAPS
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.state_spec import StateSpec
+from cottention.engine.training.corpus import read_corpus, standard_library, without_tables
+from cottention.engine.training.data import Windows
+from cottention.engine.training.forward import add_dropout, mean_loss, new_model
+from cottention.engine.training.optimize import Optimizers
+from cottention.engine.training.score import HeldOut, score
+from cottention.engine.training.settings import TrainingSettings
 from tokenizers import Tokenizer
 
 from benchmarks.common import Report, machine, parser, show, write_json
 from benchmarks.held_out import load
 from benchmarks.memory import kv_cache_bytes
-from engine.feature_maps import FEATURE_MAPS, TRAINED_MAPS
-from engine.model import CottentionForCausalLM
-from engine.model_config import ModelConfig
-from engine.state_spec import StateSpec
-from engine.training.corpus import read_corpus, standard_library, without_tables
-from engine.training.data import Windows
-from engine.training.forward import add_dropout, mean_loss, new_model
-from engine.training.optimize import Optimizers
-from engine.training.score import HeldOut, score
-from engine.training.settings import TrainingSettings
 
 SETTINGS = TrainingSettings(context=512, batch_tokens=4096)
 AGES = (1_000, 8_000, 64_000, 1_000_000)

@@ -1,4 +1,4 @@
-"""The inference engine: a library without a web framework. `from engine import Engine`.
+"""The inference engine: a library without a web framework. `from cottention.engine import Engine`.
 
 Names are loaded when they are first asked for, so that reading settings does not load torch.
 """
@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.config import EngineConfig
-    from engine.engine import Engine
-    from engine.model_config import ModelConfig
-    from engine.outputs import EngineStats, FinishReason, Output
-    from engine.params import SamplingParams
-    from engine.state_spec import StateSpec
+    from cottention.engine.config import EngineConfig
+    from cottention.engine.engine import Engine
+    from cottention.engine.model_config import ModelConfig
+    from cottention.engine.outputs import EngineStats, FinishReason, Output
+    from cottention.engine.params import SamplingParams
+    from cottention.engine.state_spec import StateSpec
 
 __all__ = [
     "Engine",
@@ -27,14 +27,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Engine": "engine.engine",
-    "EngineConfig": "engine.config",
-    "EngineStats": "engine.outputs",
-    "FinishReason": "engine.outputs",
-    "ModelConfig": "engine.model_config",
-    "Output": "engine.outputs",
-    "SamplingParams": "engine.params",
-    "StateSpec": "engine.state_spec",
+    "Engine": "cottention.engine.engine",
+    "EngineConfig": "cottention.engine.config",
+    "EngineStats": "cottention.engine.outputs",
+    "FinishReason": "cottention.engine.outputs",
+    "ModelConfig": "cottention.engine.model_config",
+    "Output": "cottention.engine.outputs",
+    "SamplingParams": "cottention.engine.params",
+    "StateSpec": "cottention.engine.state_spec",
 }
 
 # How often a thread of torch's pool looks for work before it sleeps. The pool's own measure is

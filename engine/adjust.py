@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from cottention.engine.counts import Counts
+from cottention.engine.params import SamplingParams
 from torch import Tensor
-
-from engine.counts import Counts
-from engine.params import SamplingParams
 
 _LEAST = 1e-30
 """Penalties below are taken as this, those above 1 / this as that: logits stay finite."""

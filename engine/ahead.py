@@ -6,9 +6,9 @@ disks or leases, and is not safe to share between threads: who owns it locks.
 
 from typing import NamedTuple
 
-from engine.errors import NothingToRewindError
-from engine.session_state import SessionState
-from engine.store import Record
+from cottention.engine.errors import NothingToRewindError
+from cottention.engine.session_state import SessionState
+from cottention.engine.store import Record
 
 
 class Ahead(NamedTuple):

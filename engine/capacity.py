@@ -6,7 +6,7 @@ Owns the sum. Knows no torch, and nothing of sessions that there are.
 from dataclasses import dataclass
 from typing import Self
 
-from engine.state_spec import StateSpec
+from cottention.engine.state_spec import StateSpec
 
 ID_BYTES, COUNT_BYTES = 40, 120
 """About what CPython takes for an int in a tuple, and for two in a dictionary."""

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from cottention.engine import ops
+from cottention.engine.drawing import Way, draw_ids
+from cottention.engine.graphs import Capture, CudaCapture, DecodeGraphs, Row
+from cottention.engine.sampler import Draw, Drawn, Sampler, as_drawn
 from torch import Tensor
-
-from engine import ops
-from engine.drawing import Way, draw_ids
-from engine.graphs import Capture, CudaCapture, DecodeGraphs, Row
-from engine.sampler import Draw, Drawn, Sampler, as_drawn
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 """ids and positions int64 [R], slots int32 [R] → logits float32 [R, N]; states move on."""

@@ -4,12 +4,12 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engine.detokenizer import Detokenizer
-from engine.history import History
-from engine.outputs import FinishReason
+from cottention.engine.detokenizer import Detokenizer
+from cottention.engine.history import History
+from cottention.engine.outputs import FinishReason
 
 if TYPE_CHECKING:
-    from engine.request import Request
+    from cottention.engine.request import Request
 
 
 @dataclass(slots=True, eq=False)

@@ -6,10 +6,10 @@ Loads no torch: `--help` stays quick.
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.errors import ConfigurationError
-from engine.options import check_options, option
-from engine.renewal import ContextPolicy
-from engine.state_spec import StateSpec
+from cottention.engine.errors import ConfigurationError
+from cottention.engine.options import check_options, option
+from cottention.engine.renewal import ContextPolicy
+from cottention.engine.state_spec import StateSpec
 
 DEFAULT_SLOTS = 64
 

@@ -12,9 +12,8 @@ from enum import IntEnum
 from typing import NamedTuple
 
 import torch
+from cottention.engine import ops
 from torch import Tensor
-
-from engine import ops
 
 _COLDEST, _HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """Temperatures beyond are taken as these: in float32 they are 0 or infinite, 0 / 0 and −∞ / ∞."""

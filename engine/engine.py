@@ -10,24 +10,24 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from engine.config import EngineConfig
-from engine.errors import EngineStoppedError
-from engine.fingerprints import Fingerprints
-from engine.following import Followers
-from engine.intake import Intake, Prompt
-from engine.limits import Limits
-from engine.loading import load
-from engine.outputs import Completion, EngineStats, FinishReason, Output
-from engine.params import SamplingParams
-from engine.pausing import Pausing
-from engine.policies import Policies
-from engine.prefix_cache import PrefixCache
-from engine.registry import Registry
-from engine.scheduler import Scheduler
-from engine.session_state import SessionState
-from engine.snapshot import SnapshotCodec
-from engine.stepper import Stepper
-from engine.warm_starts import WarmStarts
+from cottention.engine.config import EngineConfig
+from cottention.engine.errors import EngineStoppedError
+from cottention.engine.fingerprints import Fingerprints
+from cottention.engine.following import Followers
+from cottention.engine.intake import Intake, Prompt
+from cottention.engine.limits import Limits
+from cottention.engine.loading import load
+from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
+from cottention.engine.params import SamplingParams
+from cottention.engine.pausing import Pausing
+from cottention.engine.policies import Policies
+from cottention.engine.prefix_cache import PrefixCache
+from cottention.engine.registry import Registry
+from cottention.engine.scheduler import Scheduler
+from cottention.engine.session_state import SessionState
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.engine.stepper import Stepper
+from cottention.engine.warm_starts import WarmStarts
 
 
 class Engine:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+from cottention.engine import ops
+from cottention.engine.positions import TokenPositions
 from torch import Tensor
-
-from engine import ops
-from engine.positions import TokenPositions
 
 
 class Features(NamedTuple):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ModelFolderError
+from cottention.engine.errors import ModelFolderError
 
 
 def read(path: Path) -> dict[str, Any]:

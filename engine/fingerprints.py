@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Self
 
-from engine.model_config import ModelConfig
-from engine.state_spec import StateSpec
-from engine.weights import weight_files
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.state_spec import StateSpec
+from cottention.engine.weights import weight_files
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
-from engine.outputs import Output
-from engine.params import SamplingParams
+from cottention.engine.outputs import Output
+from cottention.engine.params import SamplingParams
 
 
 class Stepping(Protocol):

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
+from cottention.engine.drawing import NO_WISH, Wish, as_tensor
+from cottention.engine.ops import PADDING_SLOT, check_slots
 from torch import Tensor
-
-from engine.drawing import NO_WISH, Wish, as_tensor
-from engine.ops import PADDING_SLOT, check_slots
 
 MAX_ROWS = 512
 """Above this a step's work hides its launches, and the logits of a graph are hundreds of MB."""

@@ -3,9 +3,9 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 
-from engine.counts import Counts
-from engine.params import SamplingParams
-from engine.tokenizer import Tokenizer
+from cottention.engine.counts import Counts
+from cottention.engine.params import SamplingParams
+from cottention.engine.tokenizer import Tokenizer
 
 
 class History:

@@ -8,14 +8,14 @@ import logging
 import threading
 from typing import cast
 
-from engine.ahead import Ahead, AheadOfStore
-from engine.errors import SessionMovedError, StoreFullError
-from engine.parked import Parked
-from engine.renewal import ContextPolicy
-from engine.session import Exported, Residence, Session, SessionCounts
-from engine.session_state import SessionState
-from engine.snapshot import SnapshotCodec
-from engine.store import Lease, Record, SessionStore
+from cottention.engine.ahead import Ahead, AheadOfStore
+from cottention.engine.errors import SessionMovedError, StoreFullError
+from cottention.engine.parked import Parked
+from cottention.engine.renewal import ContextPolicy
+from cottention.engine.session import Exported, Residence, Session, SessionCounts
+from cottention.engine.session_state import SessionState
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.engine.store import Lease, Record, SessionStore
 
 logger = logging.getLogger(__name__)
 

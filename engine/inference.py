@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from cottention.engine import ops
+from cottention.engine.feature_maps import FEATURE_MAPS, Mix
+from cottention.engine.model import Block, CottentionForCausalLM, split_heads
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.packed import PackedLayers
+from cottention.engine.positions import TokenPositions, token_positions
+from cottention.engine.recurrence import Recurrence
 from torch import Tensor, nn
-
-from engine import ops
-from engine.feature_maps import FEATURE_MAPS, Mix
-from engine.model import Block, CottentionForCausalLM, split_heads
-from engine.model_config import ModelConfig
-from engine.packed import PackedLayers
-from engine.positions import TokenPositions, token_positions
-from engine.recurrence import Recurrence
 
 Product = Callable[[Tensor], Tensor]
 """x [N, in] → [N, out]."""

@@ -6,13 +6,13 @@ Owns the order of the checks. Does not know queues, rows or steps; may be called
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.errors import ParameterError
-from engine.limits import Limits
-from engine.params import SamplingParams
-from engine.policies import Policies
-from engine.request import Request
-from engine.session_state import SessionState
-from engine.tokenizer import Tokenizer
+from cottention.engine.errors import ParameterError
+from cottention.engine.limits import Limits
+from cottention.engine.params import SamplingParams
+from cottention.engine.policies import Policies
+from cottention.engine.request import Request
+from cottention.engine.session_state import SessionState
+from cottention.engine.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 

@@ -4,12 +4,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from engine.config import EngineConfig
-from engine.errors import ParameterError
-from engine.params import SamplingParams
-from engine.session_state import SessionState
-from engine.state import StatePool
-from engine.tokenizer import Tokenizer
+from cottention.engine.config import EngineConfig
+from cottention.engine.errors import ParameterError
+from cottention.engine.params import SamplingParams
+from cottention.engine.session_state import SessionState
+from cottention.engine.state import StatePool
+from cottention.engine.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)

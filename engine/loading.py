@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from engine.config import EngineConfig
-from engine.errors import ConfigurationError, ModelFolderError
-from engine.feature_maps import FEATURE_MAPS
-from engine.inference import ServedModel
-from engine.model_config import ModelConfig
-from engine.model_folder import resolve_model
-from engine.runner import Runner
-from engine.sampler import Sampler
-from engine.state import StatePool
-from engine.state_spec import StateSpec
-from engine.tokenizer import Tokenizer
-from engine.weights import load_model
+from cottention.engine.config import EngineConfig
+from cottention.engine.errors import ConfigurationError, ModelFolderError
+from cottention.engine.feature_maps import FEATURE_MAPS
+from cottention.engine.inference import ServedModel
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.model_folder import resolve_model
+from cottention.engine.runner import Runner
+from cottention.engine.sampler import Sampler
+from cottention.engine.state import StatePool
+from cottention.engine.state_spec import StateSpec
+from cottention.engine.tokenizer import Tokenizer
+from cottention.engine.weights import load_model
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from engine.errors import SessionNotFoundError
+from cottention.engine.errors import SessionNotFoundError
 
 logger = logging.getLogger(__name__)
 

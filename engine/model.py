@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import cast
 
 import torch
+from cottention.engine import ops
+from cottention.engine.feature_maps import TRAINED_MAPS, Features
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.positions import TokenPositions, token_positions
 from torch import Tensor, nn
-
-from engine import ops
-from engine.feature_maps import TRAINED_MAPS, Features
-from engine.model_config import ModelConfig
-from engine.positions import TokenPositions, token_positions
 
 Attend = Callable[[int, Features], Tensor]
 """(layer, mapped q, k, v [..., N, H, ·]) → outputs [..., N, H, V]."""

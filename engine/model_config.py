@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from engine import fields
-from engine.errors import ModelFolderError
+from cottention.engine import fields
+from cottention.engine.errors import ModelFolderError
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def _check_kind(raw: dict[str, Any], where: str) -> None:
         raise ModelFolderError(
             f"{where}: model_type is {kind!r}; a causal Cottention model has model_type 'gptj'"
         )
-    from engine.feature_maps import TRAINED_MAPS
+    from cottention.engine.feature_maps import TRAINED_MAPS
 
     attention = raw.get("attention_type", "cottention")
     if not isinstance(attention, str) or attention not in TRAINED_MAPS:

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.errors import ModelFolderError
+from cottention.engine.errors import ModelFolderError
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "cottention-python-7m"
 

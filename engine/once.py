@@ -1,7 +1,7 @@
 """What a request tells once: with its choice 0. Knows no torch."""
 
-from engine.choice import Choice
-from engine.outputs import TokenLogprob
+from cottention.engine.choice import Choice
+from cottention.engine.outputs import TokenLogprob
 
 
 def num_cached_of(choice: Choice) -> int:

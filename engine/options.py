@@ -3,7 +3,7 @@
 from dataclasses import Field, field, fields
 from typing import Any, get_args
 
-from engine.errors import ConfigurationError
+from cottention.engine.errors import ConfigurationError
 
 
 def option(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Self
 
-from engine.errors import SnapshotError
+from cottention.engine.errors import SnapshotError
 
 
 @dataclass(frozen=True, slots=True)

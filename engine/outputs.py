@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
-from engine.errors import RequestFailedError
-from engine.prefix_cache import CacheStats
+from cottention.engine.errors import RequestFailedError
+from cottention.engine.prefix_cache import CacheStats
 
 if TYPE_CHECKING:  # its rows are tensors, and whoever reads outputs need not load torch
-    from engine.session_state import SessionState
+    from cottention.engine.session_state import SessionState
 
 
 class FinishReason(StrEnum):

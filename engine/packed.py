@@ -10,14 +10,13 @@ Letters: N tokens, C channels.
 from collections.abc import Iterable
 
 import torch
+from cottention.engine import ops
+from cottention.engine.feature_maps import FEATURE_MAPS
+from cottention.engine.model import Block, split_heads
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.positions import TokenPositions
+from cottention.engine.recurrence import Recurrence
 from torch import Tensor
-
-from engine import ops
-from engine.feature_maps import FEATURE_MAPS
-from engine.model import Block, split_heads
-from engine.model_config import ModelConfig
-from engine.positions import TokenPositions
-from engine.recurrence import Recurrence
 
 
 class PackedLayers:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from engine.errors import ParameterError
-from engine.renewal import ContextPolicy
+from cottention.engine.errors import ParameterError
+from cottention.engine.renewal import ContextPolicy
 
 GREEDY_BELOW = 1e-5
 """Temperatures under this are taken as 0: dividing by them would overflow."""

@@ -7,8 +7,8 @@ or leases, and is not safe to share between threads: who owns it locks.
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from engine.capacity import COUNT_BYTES, ID_BYTES
-from engine.session_state import SessionState
+from cottention.engine.capacity import COUNT_BYTES, ID_BYTES
+from cottention.engine.session_state import SessionState
 
 
 @dataclass(slots=True)

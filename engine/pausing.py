@@ -7,13 +7,12 @@ read goes on: nothing of it is unread.
 
 import time
 
+from cottention.engine import ops
+from cottention.engine.choice import Choice
+from cottention.engine.request import Request
+from cottention.engine.scheduler import Scheduler
+from cottention.engine.state import StatePool
 from torch import Tensor
-
-from engine import ops
-from engine.choice import Choice
-from engine.request import Request
-from engine.scheduler import Scheduler
-from engine.state import StatePool
 
 Rows = list[tuple[Tensor, ...]]
 """Of the row that a choice runs in, and of its spare where there is one."""

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from engine.choice import Choice
-from engine.prefix_cache import BLOCK
-from engine.reads import Read
-from engine.request import Request
+from cottention.engine.choice import Choice
+from cottention.engine.prefix_cache import BLOCK
+from cottention.engine.reads import Read
+from cottention.engine.request import Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from engine.errors import ParameterError
-from engine.model_config import ModelConfig
-from engine.params import SamplingParams
-from engine.renewal import ContextPolicy, Grid, grids
-from engine.session_state import SessionState
+from cottention.engine.errors import ParameterError
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.params import SamplingParams
+from cottention.engine.renewal import ContextPolicy, Grid, grids
+from cottention.engine.session_state import SessionState
 
 MAX_HELD = 2**40
 """Tokens of a sequence: a thousand a second for thirty years. Up to here float64 tells every

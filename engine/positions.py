@@ -10,10 +10,9 @@ import math
 from dataclasses import dataclass
 
 import torch
+from cottention.engine import ops
+from cottention.engine.model_config import ModelConfig
 from torch import Tensor
-
-from engine import ops
-from engine.model_config import ModelConfig
 
 ROTARY_BASE = 10_000.0
 

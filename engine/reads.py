@@ -7,7 +7,7 @@ last id, unless all of it is to be scored.
 from collections import deque
 from dataclasses import dataclass
 
-from engine.renewal import Grid
+from cottention.engine.renewal import Grid
 
 
 @dataclass(frozen=True, slots=True)

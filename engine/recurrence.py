@@ -6,10 +6,9 @@ are or what computes on them.
 
 from dataclasses import dataclass
 
+from cottention.engine import ops
+from cottention.engine.feature_maps import Features
 from torch import Tensor
-
-from engine import ops
-from engine.feature_maps import Features
 
 
 @dataclass(frozen=True, slots=True)

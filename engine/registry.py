@@ -8,18 +8,18 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from engine.choice import Choice
-from engine.errors import ParameterError
-from engine.once import num_cached_of, scores_of
-from engine.outputs import FinishReason, Output, TokenLogprob
-from engine.pausing import Pausing
-from engine.plan import Plan
-from engine.request import Request
-from engine.runner import Sample
-from engine.scheduler import Scheduler
-from engine.session_state import SessionState
-from engine.state import StatePool
-from engine.warm_starts import WarmStarts
+from cottention.engine.choice import Choice
+from cottention.engine.errors import ParameterError
+from cottention.engine.once import num_cached_of, scores_of
+from cottention.engine.outputs import FinishReason, Output, TokenLogprob
+from cottention.engine.pausing import Pausing
+from cottention.engine.plan import Plan
+from cottention.engine.request import Request
+from cottention.engine.runner import Sample
+from cottention.engine.scheduler import Scheduler
+from cottention.engine.session_state import SessionState
+from cottention.engine.state import StatePool
+from cottention.engine.warm_starts import WarmStarts
 
 
 class Registry:

@@ -9,16 +9,16 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from engine.choice import Choice
-from engine.detokenizer import Detokenizer
-from engine.history import History, spellings
-from engine.outputs import TokenLogprob
-from engine.params import SamplingParams
-from engine.prefix_cache import Prefix
-from engine.reads import Read, reads_of
-from engine.renewal import Exact, Grid
-from engine.session_state import SessionState
-from engine.tokenizer import Tokenizer
+from cottention.engine.choice import Choice
+from cottention.engine.detokenizer import Detokenizer
+from cottention.engine.history import History, spellings
+from cottention.engine.outputs import TokenLogprob
+from cottention.engine.params import SamplingParams
+from cottention.engine.prefix_cache import Prefix
+from cottention.engine.reads import Read, reads_of
+from cottention.engine.renewal import Exact, Grid
+from cottention.engine.session_state import SessionState
+from cottention.engine.tokenizer import Tokenizer
 
 
 @dataclass(slots=True, eq=False)

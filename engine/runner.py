@@ -4,21 +4,20 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from cottention.engine import ops
+from cottention.engine.captured import CapturedDecode
+from cottention.engine.choice import Choice
+from cottention.engine.graphs import Row
+from cottention.engine.inference import ServedModel
+from cottention.engine.outputs import TokenLogprob
+from cottention.engine.plan import Plan
+from cottention.engine.recurrence import Recurrence
+from cottention.engine.request import Request
+from cottention.engine.sampler import Draw, Drawn, Sampler, uniform
+from cottention.engine.scoring import score
+from cottention.engine.spares import prepare, share_prompts
+from cottention.engine.state import StatePool
 from torch import Tensor
-
-from engine import ops
-from engine.captured import CapturedDecode
-from engine.choice import Choice
-from engine.graphs import Row
-from engine.inference import ServedModel
-from engine.outputs import TokenLogprob
-from engine.plan import Plan
-from engine.recurrence import Recurrence
-from engine.request import Request
-from engine.sampler import Draw, Drawn, Sampler, uniform
-from engine.scoring import score
-from engine.spares import prepare, share_prompts
-from engine.state import StatePool
 
 
 class Segment(NamedTuple):

@@ -12,15 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
+from cottention.engine import ops
+from cottention.engine.adjust import Adjustment, adjust
+from cottention.engine.counts import Counts
+from cottention.engine.drawing import Wish, draw_each
+from cottention.engine.outputs import TokenLogprob
+from cottention.engine.params import SamplingParams
+from cottention.engine.scoring import score
 from torch import Tensor
-
-from engine import ops
-from engine.adjust import Adjustment, adjust
-from engine.counts import Counts
-from engine.drawing import Wish, draw_each
-from engine.outputs import TokenLogprob
-from engine.params import SamplingParams
-from engine.scoring import score
 
 _MASK = 2**64 - 1
 

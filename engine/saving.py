@@ -6,12 +6,12 @@ who may change a session.
 
 from contextlib import suppress
 
-from engine.ahead import Ahead
-from engine.holdings import Holdings
-from engine.losses import save_all
-from engine.session_state import SessionState
-from engine.snapshot import SnapshotCodec
-from engine.store import Lease, NewSession, Record, SessionStore
+from cottention.engine.ahead import Ahead
+from cottention.engine.holdings import Holdings
+from cottention.engine.losses import save_all
+from cottention.engine.session_state import SessionState
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.engine.store import Lease, NewSession, Record, SessionStore
 
 
 class Saving:

@@ -11,9 +11,9 @@ import bisect
 from collections import deque
 from collections.abc import MutableSequence
 
-from engine.choice import Choice
-from engine.plan import Ahead, Chunk, Plan, stop_of
-from engine.request import Request
+from cottention.engine.choice import Choice
+from cottention.engine.plan import Ahead, Chunk, Plan, stop_of
+from cottention.engine.request import Request
 
 _PROMPT_SHARE = 4
 """Prompts get at least a fourth of the budget, and the oldest a fourth of what prompts get."""

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import torch
+from cottention.engine.outputs import TokenLogprob
 from torch import Tensor
-
-from engine.outputs import TokenLogprob
 
 
 def score(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:

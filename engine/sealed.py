@@ -13,9 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from cottention.engine.errors import SnapshotError
 from torch import Tensor
-
-from engine.errors import SnapshotError
 
 MAGIC = b"COTTSESS"
 MAX_HEADER_BYTES = 16_384

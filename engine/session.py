@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from engine.renewal import ContextPolicy
-from engine.session_state import SessionState
-from engine.store.protocol import Lease
+from cottention.engine.renewal import ContextPolicy
+from cottention.engine.session_state import SessionState
+from cottention.engine.store.protocol import Lease
 
 Residence = Literal["resident", "parked", "stored"]
 """A turn runs; the state is in memory; it is on the disk alone."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Self
 
-from engine.errors import ContextPolicyError
-from engine.outbox import Outbox
-from engine.renewal import ContextPolicy
+from cottention.engine.errors import ContextPolicyError
+from cottention.engine.outbox import Outbox
+from cottention.engine.renewal import ContextPolicy
 
 if TYPE_CHECKING:  # who schedules sessions need not load torch
     from torch import Tensor

@@ -7,11 +7,11 @@ not know turns.
 from collections.abc import Callable
 from typing import TypeVar
 
-from engine.errors import SessionNotFoundError, SnapshotError
-from engine.holdings import Holdings
-from engine.outbox import Outbox
-from engine.session import Exported, Session, SessionCounts
-from engine.store import Record, SessionStore
+from cottention.engine.errors import SessionNotFoundError, SnapshotError
+from cottention.engine.holdings import Holdings
+from cottention.engine.outbox import Outbox
+from cottention.engine.session import Exported, Session, SessionCounts
+from cottention.engine.store import Record, SessionStore
 
 Found = TypeVar("Found")
 

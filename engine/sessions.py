@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
-from engine.errors import SessionError, SessionMovedError, StoreFullError
-from engine.holdings import Holdings
-from engine.outbox import Outbox
-from engine.saving import Saving
-from engine.session import Session, SessionCounts, Turn
-from engine.session_state import SessionState
-from engine.session_views import SessionViews
-from engine.snapshot import SnapshotCodec
-from engine.store import NewSession, Record, SessionStore
+from cottention.engine.errors import SessionError, SessionMovedError, StoreFullError
+from cottention.engine.holdings import Holdings
+from cottention.engine.outbox import Outbox
+from cottention.engine.saving import Saving
+from cottention.engine.session import Session, SessionCounts, Turn
+from cottention.engine.session_state import SessionState
+from cottention.engine.session_views import SessionViews
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.engine.store import NewSession, Record, SessionStore
 
 __all__ = ["Session", "SessionCounts", "Sessions", "Turn"]
 Metadata = Mapping[str, str]

@@ -15,13 +15,13 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import NamedTuple
 
-from engine import sealed
-from engine.errors import SnapshotError, SnapshotMismatchError
-from engine.fingerprints import Fingerprints
-from engine.outbox import Outbox
-from engine.renewal import ContextPolicy, Grid
-from engine.session_state import SessionState
-from engine.state_spec import StateSpec
+from cottention.engine import sealed
+from cottention.engine.errors import SnapshotError, SnapshotMismatchError
+from cottention.engine.fingerprints import Fingerprints
+from cottention.engine.outbox import Outbox
+from cottention.engine.renewal import ContextPolicy, Grid
+from cottention.engine.session_state import SessionState
+from cottention.engine.state_spec import StateSpec
 
 FORMAT_VERSION = 2
 MAX_NUMBER = 2**62  # of a header: Python writes out no number of any length

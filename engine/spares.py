@@ -3,8 +3,8 @@
 Owns when that happens. Does not know what is computed, nor who decided who runs.
 """
 
-from engine.plan import Plan
-from engine.state import StatePool
+from cottention.engine.plan import Plan
+from cottention.engine.state import StatePool
 
 
 def prepare(plan: Plan, pool: StatePool) -> None:

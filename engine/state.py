@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from cottention.engine.errors import OutOfMemoryError
+from cottention.engine.state_spec import STATE_BYTES_PER_ELEMENT, StateSpec
 from torch import Tensor
-
-from engine.errors import OutOfMemoryError
-from engine.state_spec import STATE_BYTES_PER_ELEMENT, StateSpec
 
 _HEADROOM = {"cpu": 64 * 2**20, "cuda": 2**30}
 """Bytes that must stay free beside the pool for the steps themselves; graphs keep theirs."""

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from engine.model_config import ModelConfig
+from cottention.engine.model_config import ModelConfig
 
 STATE_BYTES_PER_ELEMENT = 4
 """State is float32: facts of the papers' precision table."""
@@ -27,7 +27,7 @@ class StateSpec:
     @classmethod
     def of(cls, config: ModelConfig, *, has_spare: bool = False) -> Self:
         """The state that a model of this shape keeps; with a spare, a slot has room for two."""
-        from engine.feature_maps import FEATURE_MAPS
+        from cottention.engine.feature_maps import FEATURE_MAPS
 
         feature_map = FEATURE_MAPS[config.attention_type]
         return cls(

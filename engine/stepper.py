@@ -6,12 +6,12 @@ commands and no threads.
 
 import logging
 
-from engine.outputs import FinishReason, Output
-from engine.plan import Plan
-from engine.registry import Registry
-from engine.request import Request
-from engine.runner import Runner, Sample
-from engine.scheduler import Scheduler
+from cottention.engine.outputs import FinishReason, Output
+from cottention.engine.plan import Plan
+from cottention.engine.registry import Registry
+from cottention.engine.request import Request
+from cottention.engine.runner import Runner, Sample
+from cottention.engine.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 

@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from cottention.engine.errors import ModelFolderError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
-
-from engine.errors import ModelFolderError
 
 _PADDING = re.compile(r"<\|extratoken_\d+\|>")
 """GPT-J fills its vocabulary up to 50,400 with these: ids that no text ever has."""

@@ -7,11 +7,11 @@ there, nor who runs when. Requests without a scope are left alone.
 from collections import deque
 from dataclasses import replace
 
-from engine.choice import Choice
-from engine.plan import Chunk
-from engine.prefix_cache import BLOCK, PrefixCache
-from engine.request import Request
-from engine.state import StatePool
+from cottention.engine.choice import Choice
+from cottention.engine.plan import Chunk
+from cottention.engine.prefix_cache import BLOCK, PrefixCache
+from cottention.engine.request import Request
+from cottention.engine.state import StatePool
 
 
 class WarmStarts:

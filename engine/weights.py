@@ -12,13 +12,12 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from cottention.engine.errors import ModelFolderError
+from cottention.engine.feature_maps import TRAINED_MAPS
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
 from safetensors.torch import load_file
 from torch import Tensor
-
-from engine.errors import ModelFolderError
-from engine.feature_maps import TRAINED_MAPS
-from engine.model import CottentionForCausalLM
-from engine.model_config import ModelConfig
 
 Reader = Callable[[Path], dict[str, Tensor]]
 

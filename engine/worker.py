@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from engine.outputs import EngineStats, FinishReason, Output
-from engine.params import SamplingParams
+from cottention.engine.outputs import EngineStats, FinishReason, Output
+from cottention.engine.params import SamplingParams
 
 if TYPE_CHECKING:  # a worker drives an engine; it does not load one
-    from engine.engine import Engine
-    from engine.session_state import SessionState
+    from cottention.engine.engine import Engine
+    from cottention.engine.session_state import SessionState
 
 Deliver = Callable[[list[Output]], None]
 

@@ -1,6 +1,6 @@
-"""`python -m server` is `cottention`."""
+"""`python -m cottention.server` is `cottention`."""
 
-from server.cli import run
+from cottention.server.cli import run
 
 if __name__ == "__main__":
     run()

@@ -8,13 +8,12 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from cottention.server.errors import RETRY_AFTER_SECONDS, ApiError, too_many
+from cottention.server.key_limits import KeyLimits
+from cottention.server.orders import Order
+from cottention.server.reading import Reading
+from cottention.server.records import Record, record_of
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-from server.errors import RETRY_AFTER_SECONDS, ApiError, too_many
-from server.key_limits import KeyLimits
-from server.orders import Order
-from server.reading import Reading
-from server.records import Record, record_of
 
 LIMIT_CODE = "rate_limit_exceeded"
 

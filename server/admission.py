@@ -10,8 +10,8 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from server.errors import RETRY_AFTER_SECONDS, too_many
-from server.settings import ServerConfig
+from cottention.server.errors import RETRY_AFTER_SECONDS, too_many
+from cottention.server.settings import ServerConfig
 
 HORIZON_SECONDS = 30.0
 """Rates are those of about the last so many seconds in which anybody waited."""

@@ -8,20 +8,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from cottention.server.accounts import note
+from cottention.server.body import announced_bytes, parse_object, read_body, shown
+from cottention.server.checking import Body, checked
+from cottention.server.context import Context
+from cottention.server.errors import ApiError
+from cottention.server.orders import Order
+from cottention.server.request_ids import request_id_of
+from cottention.server.settings import ServerConfig
+from cottention.server.streaming import Events, EventStream, closing, usage_of
+from cottention.server.telling import Kind, told_whole, whole_pieces
+from cottention.server.turn_answers import TurnAnswer
+from cottention.server.turns import asked_by, owner_of
 from fastapi import Request, Response
-
-from server.accounts import note
-from server.body import announced_bytes, parse_object, read_body, shown
-from server.checking import Body, checked
-from server.context import Context
-from server.errors import ApiError
-from server.orders import Order
-from server.request_ids import request_id_of
-from server.settings import ServerConfig
-from server.streaming import Events, EventStream, closing, usage_of
-from server.telling import Kind, told_whole, whole_pieces
-from server.turn_answers import TurnAnswer
-from server.turns import asked_by, owner_of
 
 QUICK_BODY_BYTES = 16 * 1024
 """Longer bodies are parsed and tokenised in a thread; shorter ones would only wait for it."""

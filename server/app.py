@@ -9,10 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
-
-from server import (
+from cottention.server import (
     capacity,
     chat,
     completions,
@@ -22,27 +19,29 @@ from server import (
     status,
     tokens,
 )
-from server.accounts import Account, Accounts
-from server.bridge import Bridge
-from server.chat_schemas import ChatRequest
-from server.context import Context, session_bytes
-from server.handlers import add_error_handlers
-from server.journal import Journal
-from server.key_files import NAME_LENGTH, ApiKey
-from server.key_limits import KeyLimits
-from server.keys import Keys, asks_for_key, owner_by
-from server.metrics import make_registry
-from server.openapi import publish
-from server.request_ids import HEADER, RequestIds
-from server.schemas import CompletionRequest
-from server.session_schemas import AppendRequest, ForkRequest, SessionRequest
-from server.settings import ServerConfig
-from server.templates import ChatTemplate
-from server.turns import Turns
-from server.version import package_version
+from cottention.server.accounts import Account, Accounts
+from cottention.server.bridge import Bridge
+from cottention.server.chat_schemas import ChatRequest
+from cottention.server.context import Context, session_bytes
+from cottention.server.handlers import add_error_handlers
+from cottention.server.journal import Journal
+from cottention.server.key_files import NAME_LENGTH, ApiKey
+from cottention.server.key_limits import KeyLimits
+from cottention.server.keys import Keys, asks_for_key, owner_by
+from cottention.server.metrics import make_registry
+from cottention.server.openapi import publish
+from cottention.server.request_ids import HEADER, RequestIds
+from cottention.server.schemas import CompletionRequest
+from cottention.server.session_schemas import AppendRequest, ForkRequest, SessionRequest
+from cottention.server.settings import ServerConfig
+from cottention.server.templates import ChatTemplate
+from cottention.server.turns import Turns
+from cottention.server.version import package_version
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.sessions import Sessions
+    from cottention.engine.sessions import Sessions
 
 ROUTERS = (
     completions.router,

@@ -6,8 +6,8 @@ Owns the ranking. Knows no endpoint.
 from collections.abc import Mapping
 from dataclasses import replace
 
-from server.orders import Order
-from server.reading import Piece, Tokens
+from cottention.server.orders import Order
+from cottention.server.reading import Piece, Tokens
 
 
 def best_choices(pieces: Mapping[int, Piece], order: Order) -> dict[int, Piece]:

@@ -9,9 +9,8 @@ import json
 from collections import Counter
 from typing import Any
 
+from cottention.server.errors import ApiError, invalid
 from starlette.requests import Request
-
-from server.errors import ApiError, invalid
 
 MIN_BYTES_PER_SECOND = 10_000
 PLAIN = "identity"

@@ -14,17 +14,17 @@ from collections.abc import Callable, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from engine.errors import EngineStoppedError
-from engine.outputs import EngineStats, Output
-from server.admission import Line
-from server.orders import QUICK_IDS, Order
-from server.reading import Reading
-from server.routes import Routes
-from server.timings import Timings
+from cottention.engine.errors import EngineStoppedError
+from cottention.engine.outputs import EngineStats, Output
+from cottention.server.admission import Line
+from cottention.server.orders import QUICK_IDS, Order
+from cottention.server.reading import Reading
+from cottention.server.routes import Routes
+from cottention.server.timings import Timings
 
 if TYPE_CHECKING:  # the engine brings torch with it, which the server does not know
-    from engine.engine import Engine
-    from engine.worker import EngineWorker
+    from cottention.engine.engine import Engine
+    from cottention.engine.worker import EngineWorker
 
 logger = logging.getLogger("cottention")
 

@@ -2,12 +2,11 @@
 
 import asyncio
 
+from cottention.server.answers import Shape
+from cottention.server.context import ContextDep
+from cottention.server.openapi import refusals
+from cottention.server.session_answers import Capacity
 from fastapi import APIRouter
-
-from server.answers import Shape
-from server.context import ContextDep
-from server.openapi import refusals
-from server.session_answers import Capacity
 
 router = APIRouter()
 

@@ -8,25 +8,24 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cottention.engine.errors import ParameterError
+from cottention.engine.params import MAX_STOP_STRINGS, SamplingParams
+from cottention.server.answering import answer, check_model, read_order
+from cottention.server.answers import ChatCompletion
+from cottention.server.body import is_text
+from cottention.server.chat_schemas import ChatRequest, chat_request
+from cottention.server.choices import ChatChoices
+from cottention.server.context import Context, ContextDep
+from cottention.server.continuing import Continuation, render_after
+from cottention.server.errors import invalid
+from cottention.server.openapi import described, refusals
+from cottention.server.orders import Details, Order, cut_prompt, order_of, read_text
+from cottention.server.telling import Kind
+from cottention.server.templates import ChatTemplate, ChatTemplateError, Message
 from fastapi import APIRouter, Request, Response
 
-from engine.errors import ParameterError
-from engine.params import MAX_STOP_STRINGS, SamplingParams
-from server.answering import answer, check_model, read_order
-from server.answers import ChatCompletion
-from server.body import is_text
-from server.chat_schemas import ChatRequest, chat_request
-from server.choices import ChatChoices
-from server.context import Context, ContextDep
-from server.continuing import Continuation, render_after
-from server.errors import invalid
-from server.openapi import described, refusals
-from server.orders import Details, Order, cut_prompt, order_of, read_text
-from server.telling import Kind
-from server.templates import ChatTemplate, ChatTemplateError, Message
-
 if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
+    from cottention.engine.tokenizer import Tokenizer
 
 router = APIRouter()
 

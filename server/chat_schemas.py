@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+from cottention.server.body import shown
+from cottention.server.checking import checked
+from cottention.server.errors import invalid
+from cottention.server.fields import check_text, told, wrong_type
+from cottention.server.neutral import CHAT, Neutral, is_neutral
+from cottention.server.sampling import BOOLEAN, SamplingBody, ranged
+from cottention.server.session_schemas import check_turn
 from pydantic import BaseModel, Field, PlainValidator
-
-from server.body import shown
-from server.checking import checked
-from server.errors import invalid
-from server.fields import check_text, told, wrong_type
-from server.neutral import CHAT, Neutral, is_neutral
-from server.sampling import BOOLEAN, SamplingBody, ranged
-from server.session_schemas import check_turn
 
 TEXT_NAMES = ("role", "content", "name")
 

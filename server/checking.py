@@ -7,12 +7,11 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
+from cottention.server.body import shown
+from cottention.server.errors import ApiError, invalid
+from cottention.server.neutral import REASONS, Neutral, is_neutral
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
-
-from server.body import shown
-from server.errors import ApiError, invalid
-from server.neutral import REASONS, Neutral, is_neutral
 
 
 class Body(BaseModel):

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import TYPE_CHECKING
 
-from engine.outputs import TokenLogprob
-from server.logprobs import (
+from cottention.engine.outputs import TokenLogprob
+from cottention.server.logprobs import (
     Offsets,
     Shape,
     TokenNames,
@@ -19,11 +19,11 @@ from server.logprobs import (
     completion_logprobs,
     prompt_logprobs,
 )
-from server.orders import Order
-from server.reading import Piece, Tokens
+from cottention.server.orders import Order
+from cottention.server.reading import Piece, Tokens
 
 if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
+    from cottention.engine.tokenizer import Tokenizer
 
 
 compact = json.JSONEncoder(separators=(",", ":")).encode

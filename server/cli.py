@@ -10,14 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
-from engine.config import EngineConfig
-from engine.errors import ConfigurationError, CottentionError
-from server import commands
-from server.flags import OneLineParser, add_flags, read_flags, variable_of
-from server.logs import set_up
-from server.settings import GenerateConfig, ServerConfig
-from server.variables import warn_of_unknown
-from server.version import package_version
+from cottention.engine.config import EngineConfig
+from cottention.engine.errors import ConfigurationError, CottentionError
+from cottention.server import commands
+from cottention.server.flags import OneLineParser, add_flags, read_flags, variable_of
+from cottention.server.logs import set_up
+from cottention.server.settings import GenerateConfig, ServerConfig
+from cottention.server.variables import warn_of_unknown
+from cottention.server.version import package_version
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2

@@ -10,37 +10,37 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig
-from engine.errors import ConfigurationError, CottentionError
-from engine.model_config import ModelConfig
-from engine.model_folder import resolve_model
-from engine.outputs import FinishReason
-from engine.params import SamplingParams
-from engine.policies import MAX_HELD
-from engine.renewal import ContextPolicy
-from server.logs import FIELDS, LogFormat
-from server.settings import GenerateConfig, ServerConfig
+from cottention.engine.config import EngineConfig
+from cottention.engine.errors import ConfigurationError, CottentionError
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.model_folder import resolve_model
+from cottention.engine.outputs import FinishReason
+from cottention.engine.params import SamplingParams
+from cottention.engine.policies import MAX_HELD
+from cottention.engine.renewal import ContextPolicy
+from cottention.server.logs import FIELDS, LogFormat
+from cottention.server.settings import GenerateConfig, ServerConfig
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
+    from cottention.engine.engine import Engine
 
 logger = logging.getLogger("cottention")
 
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until told to stop. A model comes last: it takes seconds to load in vain."""
-    from server.lifecycle import bind_socket, run_server, url_of
+    from cottention.server.lifecycle import bind_socket, run_server, url_of
 
     with bind_socket(config.host, config.port) as sock:
-        from engine.engine import Engine
-        from engine.worker import EngineWorker
-        from server.admission import Line
-        from server.app import create_app
-        from server.bridge import Bridge
-        from server.keeping import check_folder, kept_sessions, where_kept
-        from server.key_files import api_keys
-        from server.reach import warn_of_strangers, who_reaches
-        from server.templates import find_template
+        from cottention.engine.engine import Engine
+        from cottention.engine.worker import EngineWorker
+        from cottention.server.admission import Line
+        from cottention.server.app import create_app
+        from cottention.server.bridge import Bridge
+        from cottention.server.keeping import check_folder, kept_sessions, where_kept
+        from cottention.server.key_files import api_keys
+        from cottention.server.reach import warn_of_strangers, who_reaches
+        from cottention.server.templates import find_template
 
         keys = api_keys(config)
         check_folder(config)
@@ -60,7 +60,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
 
 def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -> int:
     """Continue `prompt`, or standard input where it is "-", on standard output."""
-    from engine.engine import Engine
+    from cottention.engine.engine import Engine
 
     text = _standard_input() if prompt == "-" else prompt
     params = SamplingParams(
@@ -85,7 +85,7 @@ def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -
 
 def info(model: str | None, engine_config: EngineConfig) -> int:
     """Print what a model is and what its sessions cost, without allocating a pool for them."""
-    from engine.engine import Engine
+    from cottention.engine.engine import Engine
 
     engine = Engine(model, replace(engine_config, max_slots=1, state_memory=None))
     for name, value in _facts(engine, engine_config.num_slots(engine.spec)):
@@ -95,9 +95,9 @@ def info(model: str | None, engine_config: EngineConfig) -> int:
 
 def build() -> int:
     """Compile the ops, and those for CUDA where torch can use them or COTTENTION_CUDA=1 asks."""
-    from engine.ops import build_cuda
-    from engine.ops.build import BuildError
-    from engine.ops.build import build as build_ops
+    from cottention.engine.ops import build_cuda
+    from cottention.engine.ops.build import BuildError
+    from cottention.engine.ops.build import build as build_ops
 
     try:
         print(build_ops())
@@ -158,7 +158,7 @@ def _attention(shape: ModelConfig) -> str:
 
 def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:
     """What a session takes, served as it is where no setting says otherwise."""
-    from server.context import session_bytes
+    from cottention.server.context import session_bytes
 
     config = ServerConfig()
     cost, is_in_slot = session_bytes(engine, config), engine.spec.itemised_bytes().keys()
@@ -179,7 +179,7 @@ def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:
 
 
 def _on_what(engine: "Engine") -> str:
-    from engine.ops import backend
+    from cottention.engine.ops import backend
 
     return f"{engine.dtype} on {engine.device}, {backend()} ops"
 

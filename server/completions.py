@@ -6,21 +6,20 @@ Owns the order of the checks. The answer is `answering.py`'s.
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cottention.server.answering import answer, check_model, read_order
+from cottention.server.answers import Completion
+from cottention.server.choices import CompletionChoices
+from cottention.server.context import Context, ContextDep
+from cottention.server.key_limits import least
+from cottention.server.openapi import described, refusals
+from cottention.server.orders import Details, Order, cut_prompt, order_of, read_text, text_of
+from cottention.server.schemas import CompletionRequest, completion_request
+from cottention.server.telling import Kind
 from fastapi import APIRouter, Request, Response
 
-from server.answering import answer, check_model, read_order
-from server.answers import Completion
-from server.choices import CompletionChoices
-from server.context import Context, ContextDep
-from server.key_limits import least
-from server.openapi import described, refusals
-from server.orders import Details, Order, cut_prompt, order_of, read_text, text_of
-from server.schemas import CompletionRequest, completion_request
-from server.telling import Kind
-
 if TYPE_CHECKING:
-    from engine.params import SamplingParams
-    from engine.tokenizer import Tokenizer
+    from cottention.engine.params import SamplingParams
+    from cottention.engine.tokenizer import Tokenizer
 
 router = APIRouter()
 

@@ -3,20 +3,19 @@
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
+from cottention.engine.capacity import SessionBytes
+from cottention.server.accounts import limits_of
+from cottention.server.bridge import Bridge
+from cottention.server.key_limits import KeyLimits, least
+from cottention.server.settings import ServerConfig
+from cottention.server.templates import ChatTemplate
+from cottention.server.turns import Turns
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 
-from engine.capacity import SessionBytes
-from server.accounts import limits_of
-from server.bridge import Bridge
-from server.key_limits import KeyLimits, least
-from server.settings import ServerConfig
-from server.templates import ChatTemplate
-from server.turns import Turns
-
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.engine import Engine
-    from engine.sessions import Sessions
+    from cottention.engine.engine import Engine
+    from cottention.engine.sessions import Sessions
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-from server.templates import TURNS, ChatTemplate, ChatTemplateError, Message
+from cottention.server.templates import TURNS, ChatTemplate, ChatTemplateError, Message
 
 if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
+    from cottention.engine.tokenizer import Tokenizer
 
 
 MAX_SEAM = 1024

@@ -8,9 +8,7 @@ import json
 import logging
 import math
 
-from fastapi import Response
-
-from engine.errors import (
+from cottention.engine.errors import (
     ContextPolicyError,
     NothingToRewindError,
     SessionBusyError,
@@ -20,6 +18,7 @@ from engine.errors import (
     SnapshotError,
     StoreFullError,
 )
+from fastapi import Response
 
 logger = logging.getLogger("cottention")
 

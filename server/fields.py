@@ -5,11 +5,10 @@ Owns how each is read and what is wrong with it. Does not know which field has w
 
 from typing import Annotated, Any
 
+from cottention.server.body import is_text, shown
+from cottention.server.request_ids import HARMLESS
 from pydantic import Field, PlainValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
-
-from server.body import is_text, shown
-from server.request_ids import HARMLESS
 
 Prompt = str | list[int]
 

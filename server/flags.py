@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, fields
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
-from engine.errors import ConfigurationError
+from cottention.engine.errors import ConfigurationError
 
 Config = TypeVar("Config")
 

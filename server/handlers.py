@@ -9,22 +9,21 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.routing import compile_path
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from engine.errors import (
+from cottention.engine.errors import (
     EngineStoppedError,
     ParameterError,
     SessionError,
     SnapshotError,
     SnapshotMismatchError,
 )
-from server.errors import ApiError, damaged, invalid, of_session, unavailable
-from server.reading import ReadingClosed
+from cottention.server.errors import ApiError, damaged, invalid, of_session, unavailable
+from cottention.server.reading import ReadingClosed
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import compile_path
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("cottention")
 

@@ -8,10 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from cottention.server.logs import FIELDS
+from cottention.server.records import Record, record_of
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from server.logs import FIELDS
-from server.records import Record, record_of
 
 logger = logging.getLogger("cottention.requests")
 

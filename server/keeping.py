@@ -11,12 +11,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
 
-from engine.errors import ConfigurationError
-from server.settings import ServerConfig
+from cottention.engine.errors import ConfigurationError
+from cottention.server.settings import ServerConfig
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
-    from engine.sessions import Sessions
+    from cottention.engine.engine import Engine
+    from cottention.engine.sessions import Sessions
 
 logger = logging.getLogger("cottention")
 
@@ -26,9 +26,9 @@ PREFIX = "cottention-sessions-"
 @contextlib.contextmanager
 def kept_sessions(engine: "Engine", config: ServerConfig) -> Iterator["Sessions"]:
     """All sessions; closed at the end. Raises ConfigurationError."""
-    from engine.sessions import LEASE_SECONDS, Sessions
-    from engine.store import SqliteStore
-    from engine.upkeep import upkeep
+    from cottention.engine.sessions import LEASE_SECONDS, Sessions
+    from cottention.engine.store import SqliteStore
+    from cottention.engine.upkeep import upkeep
 
     with contextlib.ExitStack() as stack:
         is_durable = config.session_dir is not None
@@ -47,7 +47,7 @@ def kept_sessions(engine: "Engine", config: ServerConfig) -> Iterator["Sessions"
 
 def check_folder(config: ServerConfig) -> None:
     """Raise the ConfigurationError of a folder that cannot be, before a model is loaded in vain."""
-    from engine.store import disk
+    from cottention.engine.store import disk
 
     if config.session_dir is not None:
         disk.check_folder(Path(_given(config)))
@@ -62,7 +62,7 @@ def where_kept(config: ServerConfig) -> str:
 
 def _temporary() -> TemporaryDirectory[str]:
     """A folder that goes with the server; those of servers that were killed go now."""
-    from engine.store.leftovers import remove_leftovers
+    from cottention.engine.store.leftovers import remove_leftovers
 
     if removed := remove_leftovers(Path(gettempdir()), PREFIX):
         logger.info("removed the sessions of %d server(s) that were killed", len(removed))

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigurationError
-from server.body import parse_object
-from server.errors import ApiError
-from server.key_limits import KeyLimits
-from server.settings import ServerConfig
+from cottention.engine.errors import ConfigurationError
+from cottention.server.body import parse_object
+from cottention.server.errors import ApiError
+from cottention.server.key_limits import KeyLimits
+from cottention.server.settings import ServerConfig
 
 NAME_LENGTH = 8
 """Digits of a key's digest that stand for it in the log, where it has no name of its own."""

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from engine.errors import ConfigurationError
-from server.errors import invalid
-from server.orders import Order
-from server.settings import ServerConfig
+from cottention.engine.errors import ConfigurationError
+from cottention.server.errors import invalid
+from cottention.server.orders import Order
+from cottention.server.settings import ServerConfig
 
 FLAGS = "key_"
 """What the names of the settings that hold for every key begin with."""

@@ -8,11 +8,10 @@ import hashlib
 import hmac
 from collections.abc import Collection
 
+from cottention.server.errors import ApiError
+from cottention.server.settings import ServerConfig
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-from server.errors import ApiError
-from server.settings import ServerConfig
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 METRICS_PATH = "/metrics"

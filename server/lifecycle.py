@@ -15,12 +15,11 @@ from functools import partial
 from typing import Any, cast
 
 import uvicorn
+from cottention.engine.errors import ConfigurationError
+from cottention.server.bridge import Bridge
+from cottention.server.protocol import BoundedProtocol
+from cottention.server.settings import ServerConfig
 from fastapi import FastAPI
-
-from engine.errors import ConfigurationError
-from server.bridge import Bridge
-from server.protocol import BoundedProtocol
-from server.settings import ServerConfig
 
 logger = logging.getLogger("cottention")
 

@@ -9,12 +9,11 @@ import contextlib
 from collections.abc import AsyncIterator, Iterable, Iterator
 from secrets import token_hex
 
+from cottention.engine.outbox import Filling, Outbox
+from cottention.server.errors import ApiError
+from cottention.server.streaming import KEEP_ALIVE, SSE_HEADERS, Events, body_of, until_gone
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-
-from engine.outbox import Filling, Outbox
-from server.errors import ApiError
-from server.streaming import KEEP_ALIVE, SSE_HEADERS, Events, body_of, until_gone
 
 EVENT_END = "\n\n"
 

@@ -7,10 +7,10 @@ import codecs
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.outputs import TokenLogprob
+from cottention.engine.outputs import TokenLogprob
 
 if TYPE_CHECKING:
-    from engine.tokenizer import Tokenizer
+    from cottention.engine.tokenizer import Tokenizer
 
 LEAST = -9999.0
 """JSON has no infinity; vLLM writes this instead."""

@@ -6,6 +6,10 @@ Owns names and help texts; buckets are `timings.py`'s. Figures are taken when th
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from cottention.engine.capacity import SessionBytes
+from cottention.engine.outputs import EngineStats, FinishReason
+from cottention.server.bridge import Bridge
+from cottention.server.timings import Histogram, Timings
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -15,13 +19,8 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from engine.capacity import SessionBytes
-from engine.outputs import EngineStats, FinishReason
-from server.bridge import Bridge
-from server.timings import Histogram, Timings
-
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.session import SessionCounts
+    from cottention.engine.session import SessionCounts
 
 GAUGES = {
     "num_requests_running": ("num_running", "Requests in the running batch."),

@@ -12,15 +12,15 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from engine.outbox import Outbox
-from engine.outputs import FinishReason
-from server.reading import Piece
-from server.sampling import OnCancel
+from cottention.engine.outbox import Outbox
+from cottention.engine.outputs import FinishReason
+from cottention.server.reading import Piece
+from cottention.server.sampling import OnCancel
 
 if TYPE_CHECKING:  # they bring torch with them, which the server does not know
-    from engine.session import Session, Turn
-    from engine.session_state import SessionState
-    from engine.sessions import Sessions
+    from cottention.engine.session import Session, Turn
+    from cottention.engine.session_state import SessionState
+    from cottention.engine.sessions import Sessions
 
 logger = logging.getLogger("cottention")
 

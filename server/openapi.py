@@ -7,11 +7,10 @@ endpoint shares. Does not know which endpoints there are.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cottention.server.answers import ErrorBody
+from cottention.server.checking import Body
+from cottention.server.neutral import ANY, Neutral
 from fastapi import FastAPI
-
-from server.answers import ErrorBody
-from server.checking import Body
-from server.neutral import ANY, Neutral
 
 Schema = dict[str, Any]
 Answers = dict[int | str, Schema]

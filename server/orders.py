@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from engine.params import SamplingParams
-from server.continuing import Continuation
-from server.errors import invalid
-from server.sampling import OnCancel, OnConflict, OnDisconnect, SamplingBody, StreamOptions
+from cottention.engine.params import SamplingParams
+from cottention.server.continuing import Continuation
+from cottention.server.errors import invalid
+from cottention.server.sampling import (
+    OnCancel,
+    OnConflict,
+    OnDisconnect,
+    SamplingBody,
+    StreamOptions,
+)
 
 if TYPE_CHECKING:
-    from engine.session_state import SessionState
-    from engine.tokenizer import Tokenizer
+    from cottention.engine.session_state import SessionState
+    from cottention.engine.tokenizer import Tokenizer
 
 
 QUICK_IDS = 16 * 1024

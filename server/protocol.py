@@ -9,15 +9,14 @@ import asyncio
 import logging
 from typing import Any
 
+from cottention.server.errors import ApiError
+from cottention.server.unchunked import Unchunked
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
     RequestResponseCycle,
 )
-
-from server.errors import ApiError
-from server.unchunked import Unchunked
 
 logger = logging.getLogger("cottention")
 

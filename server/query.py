@@ -2,12 +2,11 @@
 
 from typing import Any
 
+from cottention.server.body import shown
+from cottention.server.errors import invalid
+from cottention.server.fields import told
 from fastapi import Depends, Request
 from pydantic import ValidationError, ValidatorFunctionWrapHandler, WrapValidator
-
-from server.body import shown
-from server.errors import invalid
-from server.fields import told
 
 
 def query_of(*names: str) -> Any:

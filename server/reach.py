@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import socket
 
-from server.settings import ServerConfig
+from cottention.server.settings import ServerConfig
 
 logger = logging.getLogger("cottention")
 

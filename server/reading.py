@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from engine.outputs import FinishReason, Output, TokenLogprob
-from server.unread import size_of
+from cottention.engine.outputs import FinishReason, Output, TokenLogprob
+from cottention.server.unread import size_of
 
 if TYPE_CHECKING:  # its rows are tensors, which the server does not know
-    from engine.session_state import SessionState
+    from cottention.engine.session_state import SessionState
 
 
 class ReadingClosed(Exception):

@@ -8,9 +8,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from cottention.server.reading import Reading
 from starlette.types import Scope
-
-from server.reading import Reading
 
 LEFT = "client_left"
 """How a request ended whose client did not wait for its end."""

@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from engine.outputs import FinishReason, Output
-from server.admission import Line
-from server.orders import Order
-from server.reading import Reading
-from server.timings import Timings
+from cottention.engine.outputs import FinishReason, Output
+from cottention.server.admission import Line
+from cottention.server.orders import Order
+from cottention.server.reading import Reading
+from cottention.server.timings import Timings
 
 logger = logging.getLogger("cottention")
 

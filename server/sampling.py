@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
+from cottention.engine.params import SamplingParams
+from cottention.engine.renewal import ContextPolicy
+from cottention.server.checking import Body
+from cottention.server.errors import invalid
+from cottention.server.fields import BIASES, Biases, ListedStrings, Name, Strings, Text, TokenIds
+from cottention.server.neutral import STREAM_OPTIONS, Neutral
 from pydantic import Field
-
-from engine.params import SamplingParams
-from engine.renewal import ContextPolicy
-from server.checking import Body
-from server.errors import invalid
-from server.fields import BIASES, Biases, ListedStrings, Name, Strings, Text, TokenIds
-from server.neutral import STREAM_OPTIONS, Neutral
 
 MAX_CHOICES = 128
 """Most continuations of one request: its prompts times n, or times best_of."""

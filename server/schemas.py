@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from cottention.engine.params import SamplingParams
+from cottention.server.checking import checked
+from cottention.server.errors import invalid
+from cottention.server.fields import PROMPTS, Prompts
+from cottention.server.neutral import COMPLETION, Neutral
+from cottention.server.sampling import BOOLEAN, MAX_CHOICES, SamplingBody, ranged
+from cottention.server.session_schemas import check_turn
 from pydantic import Field
-
-from engine.params import SamplingParams
-from server.checking import checked
-from server.errors import invalid
-from server.fields import PROMPTS, Prompts
-from server.neutral import COMPLETION, Neutral
-from server.sampling import BOOLEAN, MAX_CHOICES, SamplingBody, ranged
-from server.session_schemas import check_turn
 
 
 class CompletionRequest(SamplingBody):

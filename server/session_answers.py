@@ -6,14 +6,13 @@ Owns names and shapes, for answers and for the published description. Knows no e
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from cottention.engine.renewal import ContextPolicy
+from cottention.server.answers import Shape
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from engine.renewal import ContextPolicy
-from server.answers import Shape
-
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.session import Session
+    from cottention.engine.session import Session
 
 
 class SessionObject(BaseModel):

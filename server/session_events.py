@@ -8,14 +8,13 @@ import asyncio
 import re
 from typing import Annotated, NamedTuple
 
+from cottention.server.context import ContextDep
+from cottention.server.errors import invalid
+from cottention.server.live_events import LiveAnswer, gone, with_ids
+from cottention.server.openapi import EVENTS, refusals
+from cottention.server.streaming import SSE_HEADERS
+from cottention.server.turns import owner_of
 from fastapi import APIRouter, Header, Request, Response
-
-from server.context import ContextDep
-from server.errors import invalid
-from server.live_events import LiveAnswer, gone, with_ids
-from server.openapi import EVENTS, refusals
-from server.streaming import SSE_HEADERS
-from server.turns import owner_of
 
 router = APIRouter()
 

@@ -4,14 +4,13 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+from cottention.engine.renewal import ContextPolicy
+from cottention.server.body import is_text, shown
+from cottention.server.checking import Body, checked
+from cottention.server.errors import invalid
+from cottention.server.fields import Prompt, check_text, told, wrong_type
+from cottention.server.sampling import CONFLICT, POLICY, OnConflict, SamplingBody, ranged
 from pydantic import Field, PlainValidator
-
-from engine.renewal import ContextPolicy
-from server.body import is_text, shown
-from server.checking import Body, checked
-from server.errors import invalid
-from server.fields import Prompt, check_text, told, wrong_type
-from server.sampling import CONFLICT, POLICY, OnConflict, SamplingBody, ranged
 
 MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
 MAX_TTL_SECONDS = 10 * 365 * 86_400

@@ -8,35 +8,40 @@ import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Request, Response
-from pydantic import Field
-
-from engine.errors import SessionMovedError
-from engine.renewal import ContextPolicy
-from server.accounts import note
-from server.answering import deadline_of, read_body_with, read_nothing
-from server.answers import Shape
-from server.checking import checked
-from server.context import Context, ContextDep
-from server.openapi import NOTHING, described, refusals
-from server.orders import Order, TurnTerms, in_session, reading_order
-from server.query import must_be, query_of
-from server.request_ids import request_id_of
-from server.session_answers import DeletedSession, SessionList, SessionObject, told, told_all
-from server.session_schemas import (
+from cottention.engine.errors import SessionMovedError
+from cottention.engine.renewal import ContextPolicy
+from cottention.server.accounts import note
+from cottention.server.answering import deadline_of, read_body_with, read_nothing
+from cottention.server.answers import Shape
+from cottention.server.checking import checked
+from cottention.server.context import Context, ContextDep
+from cottention.server.openapi import NOTHING, described, refusals
+from cottention.server.orders import Order, TurnTerms, in_session, reading_order
+from cottention.server.query import must_be, query_of
+from cottention.server.request_ids import request_id_of
+from cottention.server.session_answers import (
+    DeletedSession,
+    SessionList,
+    SessionObject,
+    told,
+    told_all,
+)
+from cottention.server.session_schemas import (
     AppendRequest,
     ForkRequest,
     SessionRequest,
     fork_request,
     session_request,
 )
-from server.streaming import closing
-from server.telling import whole_pieces
-from server.turns import Asker, asked_by
+from cottention.server.streaming import closing
+from cottention.server.telling import whole_pieces
+from cottention.server.turns import Asker, asked_by
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
 if TYPE_CHECKING:  # they bring torch with them, which the server does not know
-    from engine.session import Session
-    from engine.session_state import SessionState
+    from cottention.engine.session import Session
+    from cottention.engine.session_state import SessionState
 
 router = APIRouter()
 

@@ -6,9 +6,9 @@ Declares; `flags.py` makes flags, variables and help of it. Knows no HTTP.
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.errors import ConfigurationError
-from engine.options import check_options, option
-from server.logs import LogFormat
+from cottention.engine.errors import ConfigurationError
+from cottention.engine.options import check_options, option
+from cottention.server.logs import LogFormat
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 WithoutKey = Literal["warn", "allow"]

@@ -7,17 +7,16 @@ import asyncio
 import json
 from typing import Annotated, Any
 
+from cottention.engine.errors import SnapshotError, SnapshotMismatchError
+from cottention.server.body import read_body
+from cottention.server.context import ContextDep
+from cottention.server.errors import ApiError, invalid
+from cottention.server.openapi import Schema, refusals
+from cottention.server.query import must_be, query_of
+from cottention.server.session_answers import SessionObject, etag_of, told
+from cottention.server.session_schemas import METADATA, TTL, KeptBody, kept_body
+from cottention.server.turns import asked_by
 from fastapi import APIRouter, Request, Response
-
-from engine.errors import SnapshotError, SnapshotMismatchError
-from server.body import read_body
-from server.context import ContextDep
-from server.errors import ApiError, invalid
-from server.openapi import Schema, refusals
-from server.query import must_be, query_of
-from server.session_answers import SessionObject, etag_of, told
-from server.session_schemas import METADATA, TTL, KeptBody, kept_body
-from server.turns import asked_by
 
 router = APIRouter()
 

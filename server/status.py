@@ -2,16 +2,15 @@
 
 import asyncio
 
+from cottention.server.answering import check_model
+from cottention.server.answers import Model, ModelList, Shape, Status, Version
+from cottention.server.bridge import Phase
+from cottention.server.context import Context, ContextDep
+from cottention.server.errors import unavailable
+from cottention.server.openapi import refusals
+from cottention.server.version import package_version
 from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-
-from server.answering import check_model
-from server.answers import Model, ModelList, Shape, Status, Version
-from server.bridge import Phase
-from server.context import Context, ContextDep
-from server.errors import unavailable
-from server.openapi import refusals
-from server.version import package_version
 
 router = APIRouter()
 

@@ -9,15 +9,14 @@ import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from cottention.engine.outputs import FinishReason
+from cottention.server.answers import Shape
+from cottention.server.choices import Choices, compact
+from cottention.server.errors import ApiError, engine_failed
+from cottention.server.orders import Order
+from cottention.server.reading import Piece, Reading, ReadingClosed
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
-
-from engine.outputs import FinishReason
-from server.answers import Shape
-from server.choices import Choices, compact
-from server.errors import ApiError, engine_failed
-from server.orders import Order
-from server.reading import Piece, Reading, ReadingClosed
 
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"

@@ -8,17 +8,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from cottention.engine.outputs import FinishReason
+from cottention.server.answers import Shape
+from cottention.server.best import best_choices
+from cottention.server.bridge import Phase
+from cottention.server.choices import Choices
+from cottention.server.errors import engine_failed, expired, unavailable
+from cottention.server.orders import QUICK_IDS, Order
+from cottention.server.reading import Piece, Reading
+from cottention.server.streaming import Heading
 from fastapi.responses import JSONResponse
-
-from engine.outputs import FinishReason
-from server.answers import Shape
-from server.best import best_choices
-from server.bridge import Phase
-from server.choices import Choices
-from server.errors import engine_failed, expired, unavailable
-from server.orders import QUICK_IDS, Order
-from server.reading import Piece, Reading
-from server.streaming import Heading
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from cottention.engine.errors import ConfigurationError
+from cottention.server.watchdog import OvertimeError, at_most
 from jinja2 import Template, TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from engine.errors import ConfigurationError
-from server.watchdog import OvertimeError, at_most
 
 MAX_SECONDS = 2.0
 MAX_CHARACTERS = 64 * 1024**2

@@ -3,21 +3,20 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from cottention.server.answering import check_model, read_body_with
+from cottention.server.answers import Detokenized, Shape, Tokenized
+from cottention.server.chat import NEVER_QUICK, render, template_of
+from cottention.server.chat_schemas import MESSAGES, Messages
+from cottention.server.checking import Body, checked
+from cottention.server.context import Context, ContextDep
+from cottention.server.fields import Text, TokenIds
+from cottention.server.neutral import TOKENIZE, Neutral
+from cottention.server.openapi import described
+from cottention.server.orders import read_text, text_of
+from cottention.server.sampling import BOOLEAN, IDS
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
-
-from server.answering import check_model, read_body_with
-from server.answers import Detokenized, Shape, Tokenized
-from server.chat import NEVER_QUICK, render, template_of
-from server.chat_schemas import MESSAGES, Messages
-from server.checking import Body, checked
-from server.context import Context, ContextDep
-from server.fields import Text, TokenIds
-from server.neutral import TOKENIZE, Neutral
-from server.openapi import described
-from server.orders import read_text, text_of
-from server.sampling import BOOLEAN, IDS
 
 router = APIRouter()
 

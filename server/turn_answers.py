@@ -10,25 +10,24 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cottention.server.accounts import note
+from cottention.server.context import Context
+from cottention.server.errors import expired
+from cottention.server.live_events import LiveAnswer, LiveEvents
+from cottention.server.open_turn import OpenTurn
+from cottention.server.orders import Order, TurnTerms, in_session
+from cottention.server.reading import Piece, Reading
+from cottention.server.records import Record, record_of
+from cottention.server.session_answers import etag_of, shape_in_answer
+from cottention.server.streaming import Events, EventStream, closing, usage_of
+from cottention.server.telling import Kind, told_whole, whole_pieces
+from cottention.server.turn_events import TurnEvents
+from cottention.server.turns import Asker, until_done
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from server.accounts import note
-from server.context import Context
-from server.errors import expired
-from server.live_events import LiveAnswer, LiveEvents
-from server.open_turn import OpenTurn
-from server.orders import Order, TurnTerms, in_session
-from server.reading import Piece, Reading
-from server.records import Record, record_of
-from server.session_answers import etag_of, shape_in_answer
-from server.streaming import Events, EventStream, closing, usage_of
-from server.telling import Kind, told_whole, whole_pieces
-from server.turn_events import TurnEvents
-from server.turns import Asker, until_done
-
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.session import Session
+    from cottention.engine.session import Session
 
 
 class TurnAnswer(Response):

@@ -7,18 +7,18 @@ know where the events go.
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from engine.errors import SessionError
-from engine.outbox import Outbox
-from engine.outputs import FinishReason
-from server.choices import compact
-from server.errors import ApiError, engine_failed, of_session
-from server.open_turn import OpenTurn
-from server.reading import Piece, Reading
-from server.session_answers import shape_in_answer
-from server.streaming import KEEP_ALIVE, Events
+from cottention.engine.errors import SessionError
+from cottention.engine.outbox import Outbox
+from cottention.engine.outputs import FinishReason
+from cottention.server.choices import compact
+from cottention.server.errors import ApiError, engine_failed, of_session
+from cottention.server.open_turn import OpenTurn
+from cottention.server.reading import Piece, Reading
+from cottention.server.session_answers import shape_in_answer
+from cottention.server.streaming import KEEP_ALIVE, Events
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.session import Session
+    from cottention.engine.session import Session
 
 KeepText = Callable[[str], Outbox]
 """What is kept of a turn that ends with this text."""

@@ -14,21 +14,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from cottention.engine.errors import SessionBusyError
+from cottention.server.errors import ApiError
+from cottention.server.live_events import LiveEvents
+from cottention.server.open_turn import OpenTurn
+from cottention.server.orders import TurnTerms
+from cottention.server.reading import ReadingClosed
+from cottention.server.sampling import OnConflict
+from cottention.server.streaming import until_gone
 from fastapi import Request
 from starlette.types import Receive
 
-from engine.errors import SessionBusyError
-from server.errors import ApiError
-from server.live_events import LiveEvents
-from server.open_turn import OpenTurn
-from server.orders import TurnTerms
-from server.reading import ReadingClosed
-from server.sampling import OnConflict
-from server.streaming import until_gone
-
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from engine.session import Turn
-    from engine.sessions import Sessions
+    from cottention.engine.session import Turn
+    from cottention.engine.sessions import Sessions
 
 Key = tuple[str, str]
 Line = deque[asyncio.Event]

@@ -1,6 +1,6 @@
 """What an output takes while nobody reads it. Does not know who should."""
 
-from engine.outputs import Output
+from cottention.engine.outputs import Output
 
 ID_BYTES = 8
 LOGPROB_BYTES = 128

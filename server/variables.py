@@ -8,9 +8,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 
-from engine.config import EngineConfig
-from server.flags import VARIABLE_PREFIX, variable_of
-from server.settings import GenerateConfig, ServerConfig
+from cottention.engine.config import EngineConfig
+from cottention.server.flags import VARIABLE_PREFIX, variable_of
+from cottention.server.settings import GenerateConfig, ServerConfig
 
 logger = logging.getLogger("cottention")
 

@@ -57,13 +57,15 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     refused = {
         module
         for module, owners in packages_distributions().items()
-        if not there & {_normal(owner) for owner in owners} and not (ROOT / module).is_dir()
+        if not there & {_normal(owner) for owner in owners}
+        and not (ROOT / module).is_dir()
+        and module != "cottention"
     }
     assert {"fastapi", "pydantic", "rich", "huggingface_hub"} <= refused
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text(REFUSE.format(refused=refused))
     return os.environ | {
-        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT, ROOT / "namespace"))),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "COTTENTION_OPS": "reference",
     }

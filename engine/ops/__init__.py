@@ -10,16 +10,15 @@ model, no session and no position in a conversation.
 from collections.abc import Collection
 
 import torch
+from cottention.engine.ops import checks, cuda, ragged, reference
+from cottention.engine.ops.build import BuildError
+from cottention.engine.ops.checks import kernel_has_width
+from cottention.engine.ops.fused import can_draw, can_mix, cottention_layers, cottention_mix, draw
+from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
+from cottention.engine.ops.loader import Backend, announce_reference, backend
+from cottention.engine.ops.reference import NO_PLACE, PADDING_SLOT, rotate
+from cottention.engine.ops.segments import Segments, check_slots
 from torch import Tensor
-
-from engine.ops import checks, cuda, ragged, reference
-from engine.ops.build import BuildError
-from engine.ops.checks import kernel_has_width
-from engine.ops.fused import can_draw, can_mix, cottention_layers, cottention_mix, draw
-from engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
-from engine.ops.loader import Backend, announce_reference, backend
-from engine.ops.reference import NO_PLACE, PADDING_SLOT, rotate
-from engine.ops.segments import Segments, check_slots
 
 __all__ = [
     "NO_PLACE",

@@ -22,8 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-import engine
+from cottention import engine
 
 PREBUILT_DIR = Path(__file__).parent / "_prebuilt"
 KERNEL_SOURCE = "kernels.cpp"

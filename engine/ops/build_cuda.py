@@ -10,8 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-
-from engine.ops.build import (
+from cottention.engine.ops.build import (
     BuildError,
     build_dir,
     build_library,

@@ -5,9 +5,8 @@ Owns the form that training differentiates through and that prefill on CUDA is m
 """
 
 import torch
+from cottention.engine.ops.reference import DENOMINATOR_FLOOR
 from torch import Tensor
-
-from engine.ops.reference import DENOMINATOR_FLOOR
 
 
 def chunked(

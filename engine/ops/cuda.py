@@ -7,10 +7,9 @@ import functools
 import threading
 
 import torch
-
-from engine.ops.build import BuildError
-from engine.ops.build_cuda import build_cuda, find_cuda, is_wanted
-from engine.ops.loader import announce_reference, backend, must_compile
+from cottention.engine.ops.build import BuildError
+from cottention.engine.ops.build_cuda import build_cuda, find_cuda, is_wanted
+from cottention.engine.ops.loader import announce_reference, backend, must_compile
 
 _lock = threading.Lock()
 

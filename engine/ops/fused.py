@@ -6,11 +6,10 @@ Letters: R rows, N tokens, C channels, H heads, D head width, L layers, S slots,
 from collections.abc import Sequence
 
 import torch
+from cottention.engine.ops import cuda
+from cottention.engine.ops.checks import kernel_has_width
+from cottention.engine.ops.loader import backend
 from torch import Tensor
-
-from engine.ops import cuda
-from engine.ops.checks import kernel_has_width
-from engine.ops.loader import backend
 
 
 def cottention_mix(

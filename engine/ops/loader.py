@@ -10,9 +10,8 @@ import threading
 from typing import Literal
 
 import torch
-
-from engine.ops.build import BuildError, build, find
-from engine.ops.fakes import FAKES
+from cottention.engine.ops.build import BuildError, build, find
+from cottention.engine.ops.fakes import FAKES
 
 Backend = Literal["compiled", "reference"]
 CHOICE_VARIABLE = "COTTENTION_OPS"

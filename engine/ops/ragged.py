@@ -8,12 +8,11 @@ Letters: those of `segments.py`, and H heads, K key width, V value width, S slot
 """
 
 import torch
+from cottention.engine.ops import reference
+from cottention.engine.ops.chunked import read_chunks
+from cottention.engine.ops.reference import DENOMINATOR_FLOOR
+from cottention.engine.ops.segments import Chunks, Segments
 from torch import Tensor
-
-from engine.ops import reference
-from engine.ops.chunked import read_chunks
-from engine.ops.reference import DENOMINATOR_FLOOR
-from engine.ops.segments import Chunks, Segments
 
 
 def advance_by_kernel(

@@ -13,9 +13,8 @@ from itertools import accumulate, pairwise
 from typing import Self
 
 import torch
+from cottention.engine.ops.reference import PADDING_SLOT
 from torch import Tensor
-
-from engine.ops.reference import PADDING_SLOT
 
 CHUNK_TOKENS = 64
 

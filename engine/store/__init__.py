@@ -3,7 +3,7 @@
 Owns the room's few public names. Does not know models, tensors or HTTP.
 """
 
-from engine.store.protocol import Lease, NewSession, Record, SessionStore, StoreCounts
-from engine.store.sqlite_store import SqliteStore
+from cottention.engine.store.protocol import Lease, NewSession, Record, SessionStore, StoreCounts
+from cottention.engine.store.sqlite_store import SqliteStore
 
 __all__ = ["Lease", "NewSession", "Record", "SessionStore", "SqliteStore", "StoreCounts"]

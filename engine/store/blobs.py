@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from engine.errors import SnapshotError
-from engine.store.disk import sync_folder
+from cottention.engine.errors import SnapshotError
+from cottention.engine.store.disk import sync_folder
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 

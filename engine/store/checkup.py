@@ -7,8 +7,8 @@ refers to. Does not know how any of them came to be.
 import logging
 import sqlite3
 
-from engine.store.blobs import Blobs
-from engine.store.index import Index
+from cottention.engine.store.blobs import Blobs
+from cottention.engine.store.index import Index
 
 logger = logging.getLogger(__name__)
 

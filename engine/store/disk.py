@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine.errors import ConfigurationError, StoreFullError
+from cottention.engine.errors import ConfigurationError, StoreFullError
 
 LOCK = "lock"
 TEMPORARY = ", temporary"

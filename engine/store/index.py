@@ -12,8 +12,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from engine.errors import ConfigurationError
-from engine.store.disk import means_full, sync_folder
+from cottention.engine.errors import ConfigurationError
+from cottention.engine.store.disk import means_full, sync_folder
 
 logger = logging.getLogger(__name__)
 

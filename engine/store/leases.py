@@ -3,9 +3,9 @@
 Owns the SQL of who may write. Does not know transactions, files or what is written.
 """
 
-from engine.errors import SessionBusyError, SessionMovedError
-from engine.store import rows
-from engine.store.protocol import Lease
+from cottention.engine.errors import SessionBusyError, SessionMovedError
+from cottention.engine.store import rows
+from cottention.engine.store.protocol import Lease
 
 IS_HELD = "id = :id AND fence = :fence AND lease_until IS NOT NULL"
 

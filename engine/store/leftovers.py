@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from engine.store.disk import LOCK, TEMPORARY
+from cottention.engine.store.disk import LOCK, TEMPORARY
 
 TAKEN = re.compile(rf"pid \d+{TEMPORARY}\n".encode())
 

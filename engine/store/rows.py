@@ -8,13 +8,13 @@ import sqlite3
 from collections.abc import Iterable
 from secrets import token_hex
 
-from engine.errors import (
+from cottention.engine.errors import (
     NothingToRewindError,
     SessionBusyError,
     SessionNotFoundError,
     SnapshotError,
 )
-from engine.store.protocol import NewSession, Record, Records
+from cottention.engine.store.protocol import NewSession, Record, Records
 
 Db = sqlite3.Connection
 State = tuple[str, int, int, str]  # digest, position, nbytes, context_policy

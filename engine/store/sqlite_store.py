@@ -14,12 +14,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from engine.store import leases, rows
-from engine.store.blobs import Blobs, Staged
-from engine.store.checkup import check_up
-from engine.store.disk import TEMPORARY, take_folder, told_as_full, told_as_unusable
-from engine.store.index import Index, set_damaged_aside
-from engine.store.protocol import Ids, Lease, NewSession, Record, Records, SessionStore, StoreCounts
+from cottention.engine.store import leases, rows
+from cottention.engine.store.blobs import Blobs, Staged
+from cottention.engine.store.checkup import check_up
+from cottention.engine.store.disk import TEMPORARY, take_folder, told_as_full, told_as_unusable
+from cottention.engine.store.index import Index, set_damaged_aside
+from cottention.engine.store.protocol import (
+    Ids,
+    Lease,
+    NewSession,
+    Record,
+    Records,
+    SessionStore,
+    StoreCounts,
+)
 
 INDEX, STATES = "index.sqlite", "states"
 

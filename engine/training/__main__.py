@@ -1,24 +1,23 @@
-"""`python -m engine.training`: text in, model folder out."""
+"""`python -m cottention.engine.training`: text in, model folder out."""
 
 import sys
 from collections.abc import Sequence
 
 import torch
-
-from engine.errors import CottentionError
-from engine.training.bpe import train_tokenizer
-from engine.training.card import card_of
-from engine.training.corpus import read_corpus, standard_library, without_tables
-from engine.training.data import token_stream
-from engine.training.export import write_folder, write_json
-from engine.training.facts import facts_of
-from engine.training.loop import Run
-from engine.training.memory import keep_freed_memory
-from engine.training.progress import PlainProgress, open_progress
-from engine.training.rounding import round_best
-from engine.training.samples import PROMPTS, greedy_text
-from engine.training.score import HeldOut, score
-from engine.training.settings import TrainingSettings, parse
+from cottention.engine.errors import CottentionError
+from cottention.engine.training.bpe import train_tokenizer
+from cottention.engine.training.card import card_of
+from cottention.engine.training.corpus import read_corpus, standard_library, without_tables
+from cottention.engine.training.data import token_stream
+from cottention.engine.training.export import write_folder, write_json
+from cottention.engine.training.facts import facts_of
+from cottention.engine.training.loop import Run
+from cottention.engine.training.memory import keep_freed_memory
+from cottention.engine.training.progress import PlainProgress, open_progress
+from cottention.engine.training.rounding import round_best
+from cottention.engine.training.samples import PROMPTS, greedy_text
+from cottention.engine.training.score import HeldOut, score
+from cottention.engine.training.settings import TrainingSettings, parse
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cottention.engine.errors import ConfigurationError
 from torch import Tensor
-
-from engine.errors import ConfigurationError
 
 LATEST = "latest.pt"
 BEST = "best.pt"

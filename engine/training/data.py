@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from cottention.engine.errors import ConfigurationError
+from cottention.engine.training.bpe import end_of_text_id
+from cottention.engine.training.corpus import SourceFile
 from tokenizers import Tokenizer
 from torch import Tensor
-
-from engine.errors import ConfigurationError
-from engine.training.bpe import end_of_text_id
-from engine.training.corpus import SourceFile
 
 NO_TARGET = -100
 """The target of a place behind a text's end: it is not scored."""

@@ -8,12 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.training.bpe import END_OF_TEXT, end_of_text_id
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-
-from engine.model_config import ModelConfig
-from engine.training.bpe import END_OF_TEXT, end_of_text_id
 
 
 def write_folder(

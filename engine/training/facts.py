@@ -13,12 +13,11 @@ from typing import Any
 
 import tokenizers
 import torch
-
-from engine.training.corpus import Corpus, SourceFile
-from engine.training.loop import Outcome
-from engine.training.rounding import Rounded
-from engine.training.score import Score
-from engine.training.settings import TrainingSettings
+from cottention.engine.training.corpus import Corpus, SourceFile
+from cottention.engine.training.loop import Outcome
+from cottention.engine.training.rounding import Rounded
+from cottention.engine.training.score import Score
+from cottention.engine.training.settings import TrainingSettings
 
 
 def facts_of(
@@ -31,7 +30,7 @@ def facts_of(
 ) -> dict[str, Any]:
     """Everything that is told of a run, under the names of training.json."""
     return {
-        "command": shlex.join(["python", "-m", "engine.training", *arguments]),
+        "command": shlex.join(["python", "-m", "cottention.engine.training", *arguments]),
         "began_with": _beginning(settings.begin_with),
         "corpus": _corpus_facts(settings, corpus),
         "model": {

@@ -8,14 +8,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from cottention.engine.feature_maps import FEATURE_MAPS, Features
+from cottention.engine.model import Attend, CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.ops.chunked import chunked
+from cottention.engine.training.data import NO_TARGET, Windows
+from cottention.engine.weights import load_model
 from torch import Tensor, nn
-
-from engine.feature_maps import FEATURE_MAPS, Features
-from engine.model import Attend, CottentionForCausalLM
-from engine.model_config import ModelConfig
-from engine.ops.chunked import chunked
-from engine.training.data import NO_TARGET, Windows
-from engine.weights import load_model
 
 INITIAL_DEVIATION = 0.02
 

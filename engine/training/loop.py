@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cottention.engine.training import checkpoint
+from cottention.engine.training.data import Windows, batches_per_epoch, epoch_batch
+from cottention.engine.training.forward import add_dropout, first_model, mean_loss
+from cottention.engine.training.optimize import Optimizers, rate_factor
+from cottention.engine.training.progress import PlainProgress, Standing
+from cottention.engine.training.score import HeldOut, score
+from cottention.engine.training.settings import TrainingSettings
 from torch import Tensor
-
-from engine.training import checkpoint
-from engine.training.data import Windows, batches_per_epoch, epoch_batch
-from engine.training.forward import add_dropout, first_model, mean_loss
-from engine.training.optimize import Optimizers, rate_factor
-from engine.training.progress import PlainProgress, Standing
-from engine.training.score import HeldOut, score
-from engine.training.settings import TrainingSettings
 
 LOSS_MEMORY = 0.98
 RATE_MEMORY = 0.9

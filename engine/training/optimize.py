@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from cottention.engine.model import CottentionForCausalLM
 from torch import nn
-
-from engine.model import CottentionForCausalLM
 
 WARMUP_STEPS = 100
 STABLE_UNTIL = 0.3

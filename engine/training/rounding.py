@@ -7,11 +7,10 @@ rounded and then computed in float32.
 from typing import NamedTuple
 
 import torch
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.training.score import HeldOut, Score, score
 from torch import Tensor
-
-from engine.model import CottentionForCausalLM
-from engine.model_config import ModelConfig
-from engine.training.score import HeldOut, Score, score
 
 HALF_WIDTHS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

@@ -4,11 +4,10 @@ Owns the simplest of decoders: the last window of the text again for every token
 """
 
 import torch
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.training.bpe import end_of_text_id
+from cottention.engine.training.forward import logits_of
 from tokenizers import Tokenizer
-
-from engine.model import CottentionForCausalLM
-from engine.training.bpe import end_of_text_id
-from engine.training.forward import logits_of
 
 PROMPTS = (
     "def __init__(self, ",

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.training.corpus import SourceFile
+from cottention.engine.training.data import NO_TARGET, Windows, held_out_windows, padded_batches
+from cottention.engine.training.forward import logits_of, nats
 from tokenizers import Tokenizer
 from torch import Tensor
-
-from engine.model import CottentionForCausalLM
-from engine.training.corpus import SourceFile
-from engine.training.data import NO_TARGET, Windows, held_out_windows, padded_batches
-from engine.training.forward import logits_of, nats
 
 FIRST_BORDER = 128
 

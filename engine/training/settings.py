@@ -9,8 +9,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from engine.feature_maps import TRAINED_MAPS
-from engine.model_config import ModelConfig
+from cottention.engine.feature_maps import TRAINED_MAPS
+from cottention.engine.model_config import ModelConfig
 
 SHIPPED_MODEL = Path("engine/models/cottention-python-7m")
 
@@ -90,7 +90,7 @@ class TrainingSettings:
 def parse(arguments: Sequence[str]) -> TrainingSettings:
     """Settings from command line arguments; argparse ends the program on wrong ones."""
     parser = argparse.ArgumentParser(
-        prog="python -m engine.training",
+        prog="python -m cottention.engine.training",
         description="Train a small Cottention model on Python source text.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -51,7 +51,7 @@ class Served(NamedTuple):
 def serving(*flags: str) -> Iterator[Served]:
     """A server process; it may not die before its time."""
     settings = ["--port", "0", "--max-slots", "32", "--chat-template", "plain", "--api-key", KEY]
-    command = [SERVER_PYTHON, "-m", "server", "serve", str(MODEL), *settings, *flags]
+    command = [SERVER_PYTHON, "-m", "cottention.server", "serve", str(MODEL), *settings, *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
         try:
             assert popen.stdout

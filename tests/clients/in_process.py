@@ -9,7 +9,7 @@ import json
 import sys
 from typing import Any
 
-from engine import Engine, EngineConfig, Output, SamplingParams
+from cottention.engine import Engine, EngineConfig, Output, SamplingParams
 
 
 def main() -> None:

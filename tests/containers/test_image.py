@@ -57,7 +57,7 @@ def test_what_it_declares(image: str) -> None:
 def test_the_compiled_ops_are_found_without_a_compiler(image: str) -> None:
     assert image
     code = (
-        "import shutil; from engine.ops import backend;"
+        "import shutil; from cottention.engine.ops import backend;"
         "print(backend(), *map(shutil.which, ('c++', 'g++', 'gcc', 'cc', 'nvcc', 'pip')))"
     )
     ours = python(code).split()
@@ -68,7 +68,7 @@ def test_its_library_has_every_instruction_set(image: str) -> None:
     """By the namespaces in its symbols; which of them runs is chosen where it is loaded."""
     assert image
     code = (
-        "from engine.ops import build;"
+        "from cottention.engine.ops import build;"
         "library = build.find(); print(library); raw = library.read_bytes();"
         "print([f'{len(isa)}{isa}'.encode() in raw for isa in build.KERNEL_FLAGS])"
     )

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cottention.engine.choice import Choice
+from cottention.engine.feature_maps import FEATURE_MAPS
+from cottention.engine.params import SamplingParams
+from cottention.engine.request import Request
+from cottention.engine.runner import Result, Sample
+from cottention.engine.sampler import Drawn
+from cottention.engine.session_state import SessionState
+from cottention.engine.state_spec import StateSpec
+from cottention.engine.tokenizer import Tokenizer
+from cottention.engine.weights import read_weights
 from safetensors.torch import save_file
-
-from engine.choice import Choice
-from engine.feature_maps import FEATURE_MAPS
-from engine.params import SamplingParams
-from engine.request import Request
-from engine.runner import Result, Sample
-from engine.sampler import Drawn
-from engine.session_state import SessionState
-from engine.state_spec import StateSpec
-from engine.tokenizer import Tokenizer
-from engine.weights import read_weights
 
 _FOLDER = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 

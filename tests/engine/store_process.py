@@ -8,8 +8,8 @@ import resource
 import sys
 from pathlib import Path
 
-from engine.errors import StoreFullError
-from engine.store import NewSession, SqliteStore
+from cottention.engine.errors import StoreFullError
+from cottention.engine.store import NewSession, SqliteStore
 
 NUM_SESSIONS = 4
 

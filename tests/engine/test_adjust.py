@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-
-from engine.adjust import Adjustment, adjust
-from engine.counts import Counts
-from engine.params import SamplingParams
+from cottention.engine.adjust import Adjustment, adjust
+from cottention.engine.counts import Counts
+from cottention.engine.params import SamplingParams
 
 VOCABULARY = 30
 

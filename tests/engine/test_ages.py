@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from cottention.engine import Engine, FinishReason, SamplingParams
+from cottention.engine.errors import ParameterError
+from cottention.engine.policies import MAX_HELD
+from cottention.engine.renewal import ContextPolicy
+from cottention.engine.session_state import SessionState
 
-from engine import Engine, FinishReason, SamplingParams
-from engine.errors import ParameterError
-from engine.policies import MAX_HELD
-from engine.renewal import ContextPolicy
-from engine.session_state import SessionState
 from tests.engine.making import state_of
 
 TURN = SamplingParams(max_tokens=8, ignore_eos=True, seed=1)

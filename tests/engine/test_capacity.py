@@ -4,15 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from engine.capacity import SessionBytes
-from engine.fingerprints import Fingerprints
-from engine.outbox import Outbox
-from engine.parked import Parked
-from engine.renewal import grids
-from engine.session_state import SessionState
-from engine.snapshot import SnapshotCodec
-from engine.state_spec import StateSpec
+from cottention.engine.capacity import SessionBytes
+from cottention.engine.fingerprints import Fingerprints
+from cottention.engine.outbox import Outbox
+from cottention.engine.parked import Parked
+from cottention.engine.renewal import grids
+from cottention.engine.session_state import SessionState
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.engine.state_spec import StateSpec
 
 NUM_IDS, WINDOW, OUTBOX = 500, 64, 3000
 CONFIG = " ".join(f"{'n' * 12}{n}={10**6}" for n in range(14))

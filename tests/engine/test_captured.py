@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from cottention.engine.captured import CapturedDecode
+from cottention.engine.counts import Counts
+from cottention.engine.graphs import Row
+from cottention.engine.params import SamplingParams
+from cottention.engine.sampler import Draw, Sampler
 from torch import Tensor
-
-from engine.captured import CapturedDecode
-from engine.counts import Counts
-from engine.graphs import Row
-from engine.params import SamplingParams
-from engine.sampler import Draw, Sampler
 
 VOCABULARY = 40
 GREEDY = {"temperature": 0}

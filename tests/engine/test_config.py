@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from engine.config import DEFAULT_SLOTS, EngineConfig
-from engine.errors import ConfigurationError, ModelFolderError
-from engine.model_config import ModelConfig
-from engine.state_spec import StateSpec
+from cottention.engine.config import DEFAULT_SLOTS, EngineConfig
+from cottention.engine.errors import ConfigurationError, ModelFolderError
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.state_spec import StateSpec
 
 RAW: dict[str, Any] = {
     "model_type": "gptj",

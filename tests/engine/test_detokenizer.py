@@ -1,10 +1,9 @@
 """Text as it grows: what comes out does not depend on how it was cut into tokens."""
 
 import pytest
+from cottention.engine.detokenizer import Detokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from engine.detokenizer import Detokenizer
 
 PIECES = st.lists(st.binary(max_size=5), max_size=12)
 """Any bytes in any tokens: most are no UTF-8."""

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from cottention.engine.drawing import NO_WISH, Way, Wish, as_tensor, draw_ids
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-from engine.drawing import NO_WISH, Way, Wish, as_tensor, draw_ids
 
 VOCABULARY = 50
 WISHES: list[dict[str, Any]] = [

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.feature_maps import Features
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.renewal import KEPT_PART
+from cottention.engine.training.forward import logits_of, new_model
+from cottention.engine.training.settings import TrainingSettings
 from torch import Tensor
 
 from benchmarks import endless
 from benchmarks.held_out import LongText, load
-from engine import Engine, EngineConfig, SamplingParams
-from engine.feature_maps import Features
-from engine.model import CottentionForCausalLM
-from engine.renewal import KEPT_PART
-from engine.training.forward import logits_of, new_model
-from engine.training.settings import TrainingSettings
 from tests.engine.making import attention_folder
 from tests.engine.windows import folder_of
 
@@ -79,7 +79,7 @@ def test_renewed_is_what_the_engine_makes_of_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Over several windows, read at once or drawn one by one; W and R the same."""
-    monkeypatch.setattr("engine.renewal.KEPT_PART", part)
+    monkeypatch.setattr("cottention.engine.renewal.KEPT_PART", part)
     folder = folder_for(attention)
     engine = Engine(folder, EngineConfig(max_slots=2, context_policy="renew", dtype="float32"))
     window, kept = engine.policies.window, engine.policies.window // part

@@ -8,14 +8,14 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import cottention.engine as library
 import pytest
 import torch
+from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
+from cottention.engine.errors import EngineStoppedError, ParameterError, RequestFailedError
+from cottention.engine.plan import Plan
+from cottention.engine.runner import Result, Sample
 
-import engine as library
-from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
-from engine.errors import EngineStoppedError, ParameterError, RequestFailedError
-from engine.plan import Plan
-from engine.runner import Result, Sample
 from tests.engine.making import drew
 
 LONG = SamplingParams(max_tokens=10_000, ignore_eos=True, seed=1)
@@ -638,7 +638,7 @@ def test_threads_are_set_and_reach_torch(gptj_folder: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_cuda_where_there_is_none(gptj_folder: Path) -> None:
-    from engine.errors import ConfigurationError
+    from cottention.engine.errors import ConfigurationError
 
     with pytest.raises(ConfigurationError, match="torch sees no CUDA device; give --device cpu"):
         Engine(gptj_folder, EngineConfig(device="cuda"))
@@ -656,8 +656,8 @@ def test_exported_names() -> None:
 def test_reading_settings_does_not_load_torch() -> None:
     code = (
         "import sys\n"
-        "from engine import EngineConfig, FinishReason, Output, SamplingParams, StateSpec\n"
-        "from engine import EngineStats, ModelConfig\n"
+        "from cottention.engine import EngineConfig, FinishReason, Output, SamplingParams\n"
+        "from cottention.engine import EngineStats, ModelConfig, StateSpec\n"
         "EngineConfig(max_slots=2); SamplingParams()\n"
         "loaded = {'torch', 'tokenizers', 'safetensors', 'huggingface_hub'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cottention.engine.feature_maps import FEATURE_MAPS, Features
+from cottention.engine.model import Attention
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.ops import recurrent_step, reference
+from cottention.engine.ops.chunked import chunked
+from cottention.engine.positions import token_positions
 from safetensors.torch import load_file
 from torch import Tensor
-
-from engine.feature_maps import FEATURE_MAPS, Features
-from engine.model import Attention
-from engine.model_config import ModelConfig
-from engine.ops import recurrent_step, reference
-from engine.ops.chunked import chunked
-from engine.positions import token_positions
 
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 2e-5)]
 Attend = Callable[[Features], Tensor]

@@ -4,18 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from cottention.engine.feature_maps import Features
+from cottention.engine.inference import ServedModel
+from cottention.engine.model import Attend, CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.ops import Segments, recurrent_step, reference
+from cottention.engine.ops.chunked import chunked
+from cottention.engine.recurrence import Recurrence
+from cottention.engine.state_spec import StateSpec
+from cottention.engine.weights import load_model
 from safetensors.torch import load_file
 from torch import Tensor
-
-from engine.feature_maps import Features
-from engine.inference import ServedModel
-from engine.model import Attend, CottentionForCausalLM
-from engine.model_config import ModelConfig
-from engine.ops import Segments, recurrent_step, reference
-from engine.ops.chunked import chunked
-from engine.recurrence import Recurrence
-from engine.state_spec import StateSpec
-from engine.weights import load_model
 
 
 class Case:

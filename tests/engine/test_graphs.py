@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.captured import CapturedDecode
+from cottention.engine.graphs import MAX_ROWS, DecodeGraphs, Row
+from cottention.engine.runner import Runner
 from torch import Tensor
-
-from engine import Engine, EngineConfig, SamplingParams
-from engine.captured import CapturedDecode
-from engine.graphs import MAX_ROWS, DecodeGraphs, Row
-from engine.runner import Runner
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11], [12]]

@@ -4,9 +4,8 @@ import logging
 import sqlite3
 
 import pytest
-
-from engine.errors import SessionNotFoundError, StoreFullError
-from engine.losses import save_all
+from cottention.engine.errors import SessionNotFoundError, StoreFullError
+from cottention.engine.losses import save_all
 
 
 def told_of(

@@ -3,8 +3,7 @@
 import gc
 
 import psutil
-
-from engine import Engine, SamplingParams
+from cottention.engine import Engine, SamplingParams
 
 MIB = 2**20
 

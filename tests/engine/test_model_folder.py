@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from engine import Engine
-from engine.errors import ModelFolderError
-from engine.model_folder import DEFAULT_MODEL, HUB_FILES, resolve_model
+from cottention.engine import Engine
+from cottention.engine.errors import ModelFolderError
+from cottention.engine.model_folder import DEFAULT_MODEL, HUB_FILES, resolve_model
 
 
 def test_none_is_the_model_that_ships() -> None:

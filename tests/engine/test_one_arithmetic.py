@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.plan import Plan
+from cottention.engine.runner import Result
 from torch import Tensor
-
-from engine import Engine, EngineConfig, SamplingParams
-from engine.plan import Plan
-from engine.runner import Result
 
 pytestmark = pytest.mark.every_attention
 

@@ -9,10 +9,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cottention.engine.ops import reference
+from cottention.engine.ops.cuda import is_ready
 from torch import Tensor
 
-from engine.ops import reference
-from engine.ops.cuda import is_ready
 from tests.engine.cuda_on_host import step_on_host
 from tests.engine.step_cases import Case, far_pools, make
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from engine.ops import BuildError, build_cuda
+from cottention.engine.ops import BuildError, build_cuda
 
 ROOT = Path(__file__).parents[2]
 OURS = ("COTTENTION_OPS", "COTTENTION_CUDA")
 LOAD = """
 import torch
-from engine.ops import build_cuda, cuda
+from cottention.engine.ops import build_cuda, cuda
 from tests.engine import step_cases, test_ops_mix
 build_cuda.build_cuda()
 print(cuda.is_ready(), cuda.is_ready())
@@ -77,8 +76,8 @@ def test_nobody_builds_them_for_a_torch_without_cuda(monkeypatch: pytest.MonkeyP
 def test_without_nvcc_torch_runs_and_says_so_once(tmp_path: Path) -> None:
     changes = {"COTTENTION_CUDA": "1", "COTTENTION_CACHE": str(tmp_path)}
     raising = (
-        "from engine.ops import build_cuda, cuda\n"
-        "from engine.ops.build import BuildError\n"
+        "from cottention.engine.ops import build_cuda, cuda\n"
+        "from cottention.engine.ops.build import BuildError\n"
         "def missing(): raise BuildError('no nvcc here')\n"
         "build_cuda.nvcc = missing\n"
         "cuda.find_cuda = lambda: None\n"

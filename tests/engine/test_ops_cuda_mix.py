@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cottention.engine import ops
+from cottention.engine.ops import reference
+from cottention.engine.ops.cuda import is_ready
 from torch import Tensor
 
-from engine import ops
-from engine.ops import reference
-from engine.ops.cuda import is_ready
 from tests.engine.cuda_on_host import mix_on_host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

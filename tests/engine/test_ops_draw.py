@@ -5,10 +5,9 @@ import random
 
 import pytest
 import torch
+from cottention.engine import ops
+from cottention.engine.drawing import NO_WISH, Way, Wish, as_tensor, draw_each, draw_ids
 from torch import Tensor
-
-from engine import ops
-from engine.drawing import NO_WISH, Way, Wish, as_tensor, draw_each, draw_ids
 
 pytestmark = pytest.mark.skipif(ops.backend() != "compiled", reason="no compiled ops")
 JUST_BELOW_1 = math.nextafter(1.0, 0.0)

@@ -5,11 +5,10 @@ from decimal import Decimal, localcontext
 
 import pytest
 import torch
+from cottention.engine import ops
+from cottention.engine.ops import reference
+from cottention.engine.policies import MAX_HELD
 from torch import Tensor
-
-from engine import ops
-from engine.ops import reference
-from engine.policies import MAX_HELD
 
 
 def _features(width: int, rotary: int, tokens: int = 7, heads: int = 3) -> tuple[Tensor, ...]:

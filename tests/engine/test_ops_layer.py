@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
-from engine import ops
-from engine.ops import reference
+from cottention.engine import ops
+from cottention.engine.ops import reference
 
 SHAPES = [(60, 257), (256, 64), (1, 1), (129, 130), (1000, 100), (515, 65)]
 

@@ -4,9 +4,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cottention.engine import ops
 from torch import Tensor
-
-from engine import ops
 
 WIDTH, HEADS, INNER, LAYERS = 16, 3, 37, 3
 CHANNELS = HEADS * WIDTH

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
-from engine import ops
-from engine.ops.linear import linear_in_tiles
+from cottention.engine import ops
+from cottention.engine.ops.linear import linear_in_tiles
 
 SHAPES = [(60, 257), (256, 64), (1, 1), (129, 130), (300, 63), (1000, 100)]
 

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from engine.ops import BuildError, backend
-from engine.ops.build import build, find, library_name
+from cottention.engine.ops import BuildError, backend
+from cottention.engine.ops.build import build, find, library_name
 
 ROOT = Path(__file__).parents[2]
-SAY_BACKEND = "from engine import ops; print(ops.backend(), ops.backend())"
+SAY_BACKEND = "from cottention.engine import ops; print(ops.backend(), ops.backend())"
 COMPARE = """
 import torch
-from engine import ops
-from engine.ops import reference
+from cottention.engine import ops
+from cottention.engine.ops import reference
 torch.manual_seed(0)
 def close(got, want): torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-5)
 x, w = torch.randn(13, 72), torch.randn(100, 72) / 9
@@ -124,7 +123,7 @@ def test_a_user_without_a_home_has_what_was_built_ahead(
     monkeypatch.setattr("os.path.expanduser", lambda path: path)
     with pytest.raises(BuildError, match="set COTTENTION_CACHE"):
         build()
-    monkeypatch.setattr("engine.ops.build.PREBUILT_DIR", tmp_path)
+    monkeypatch.setattr("cottention.engine.ops.build.PREBUILT_DIR", tmp_path)
     assert find() is None
     (tmp_path / library_name()).write_bytes(b"")
     assert find() == tmp_path / library_name()
@@ -147,6 +146,6 @@ def test_what_was_built_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     folder.mkdir(parents=True)
     (folder / library_name()).write_bytes(b"")
     assert find() == folder / library_name()
-    monkeypatch.setattr("engine.ops.build.PREBUILT_DIR", tmp_path)
+    monkeypatch.setattr("cottention.engine.ops.build.PREBUILT_DIR", tmp_path)
     (tmp_path / library_name()).write_bytes(b"")
     assert find() == tmp_path / library_name()

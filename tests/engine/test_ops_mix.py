@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cottention.engine import ops
+from cottention.engine.ops import reference
 from torch import Tensor
-
-from engine import ops
-from engine.ops import reference
 
 INNER = 37
 

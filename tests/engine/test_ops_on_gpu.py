@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cottention.engine import ops
+from cottention.engine.graphs import CudaCapture
+from cottention.engine.ops import Segments, cuda, reference
 from torch import Tensor
 
-from engine import ops
-from engine.graphs import CudaCapture
-from engine.ops import Segments, cuda, reference
 from tests.engine.step_cases import Case, far_pools, make
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

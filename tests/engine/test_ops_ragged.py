@@ -5,9 +5,9 @@ What runs here on the CPU is what runs on CUDA; where there is a device, it runs
 
 import pytest
 import torch
+from cottention.engine.ops import ragged, reference
+from cottention.engine.ops.segments import CHUNK_TOKENS, Segments
 
-from engine.ops import ragged, reference
-from engine.ops.segments import CHUNK_TOKENS, Segments
 from tests.engine.step_cases import Case, make
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

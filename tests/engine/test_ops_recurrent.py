@@ -4,9 +4,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from cottention.engine import ops
+from cottention.engine.ops import reference
 
-from engine import ops
-from engine.ops import reference
 from tests.engine.step_cases import Case, far_pools, make
 
 VALUE_WIDTHS = [8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from cottention.engine import ops
 from torch import Tensor
 
-from engine import ops
 from tests.engine.step_cases import make
 
 

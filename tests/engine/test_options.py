@@ -3,9 +3,8 @@
 from typing import Any
 
 import pytest
-
-from engine.config import EngineConfig
-from engine.errors import ConfigurationError
+from cottention.engine.config import EngineConfig
+from cottention.engine.errors import ConfigurationError
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 """An outbox keeps the newest events, as many as there is room for, and knows their numbers."""
 
+from cottention.engine.outbox import Filling, Outbox
 from hypothesis import given
 from hypothesis import strategies as st
-
-from engine.outbox import Filling, Outbox
 
 TURN = "0123456789abcdef"
 EVENTS = st.lists(st.binary(min_size=1, max_size=9), max_size=30)

@@ -2,18 +2,17 @@
 
 import pytest
 import torch
+from cottention.engine import ops
+from cottention.engine.feature_maps import FEATURE_MAPS, Features
+from cottention.engine.inference import ServedModel
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.ops import reference
+from cottention.engine.packed import PackedLayers
+from cottention.engine.recurrence import Recurrence
+from cottention.engine.state import StatePool
+from cottention.engine.state_spec import StateSpec
 from torch import Tensor
-
-from engine import ops
-from engine.feature_maps import FEATURE_MAPS, Features
-from engine.inference import ServedModel
-from engine.model import CottentionForCausalLM
-from engine.model_config import ModelConfig
-from engine.ops import reference
-from engine.packed import PackedLayers
-from engine.recurrence import Recurrence
-from engine.state import StatePool
-from engine.state_spec import StateSpec
 
 
 def _config(head_dim: int = 16, attention: str = "cottention") -> ModelConfig:

@@ -4,9 +4,14 @@ import math
 from typing import Any
 
 import pytest
-
-from engine.errors import ParameterError
-from engine.params import GREEDY_BELOW, MAX_SEED, MAX_STOP_LENGTH, MAX_TOP_K, SamplingParams
+from cottention.engine.errors import ParameterError
+from cottention.engine.params import (
+    GREEDY_BELOW,
+    MAX_SEED,
+    MAX_STOP_LENGTH,
+    MAX_TOP_K,
+    SamplingParams,
+)
 
 
 @pytest.mark.parametrize(

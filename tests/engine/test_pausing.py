@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 
-from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from tests.engine.test_engine import LONG, check_all_ended, collect, ids_of
 
 pytestmark = pytest.mark.every_attention

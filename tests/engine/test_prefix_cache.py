@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
-from engine.prefix_cache import BLOCK, Prefix, PrefixCache
+from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
+from cottention.engine.prefix_cache import BLOCK, Prefix, PrefixCache
 
 pytestmark = pytest.mark.every_attention
 

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from cottention.engine import Engine, SamplingParams
+from cottention.engine.errors import ContextPolicyError, ParameterError
+from cottention.engine.reads import reads_of
+from cottention.engine.renewal import Exact, Renewed, grids
+from cottention.engine.session_state import SessionState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import Engine, SamplingParams
-from engine.errors import ContextPolicyError, ParameterError
-from engine.reads import reads_of
-from engine.renewal import Exact, Renewed, grids
-from engine.session_state import SessionState
 from tests.engine.test_graphs import captured_on_cpu
 from tests.engine.windows import (
     PARAMS,

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from cottention.engine.params import MAX_SEED, SamplingParams
+from cottention.engine.sampler import Draw, Sampler, uniform
 from torch import Tensor
-
-from engine.params import MAX_SEED, SamplingParams
-from engine.sampler import Draw, Sampler, uniform
 
 VOCABULARY = 24
 SAMPLEABLE = [i for i in range(VOCABULARY) if i not in (3, 23)]

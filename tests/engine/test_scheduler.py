@@ -4,15 +4,15 @@ import random
 from collections import Counter
 
 import pytest
+from cottention.engine.choice import Choice
+from cottention.engine.detokenizer import Detokenizer
+from cottention.engine.outputs import FinishReason
+from cottention.engine.params import SamplingParams
+from cottention.engine.plan import Plan
+from cottention.engine.renewal import Renewed
+from cottention.engine.request import Request
+from cottention.engine.scheduler import PATIENCE, Scheduler
 
-from engine.choice import Choice
-from engine.detokenizer import Detokenizer
-from engine.outputs import FinishReason
-from engine.params import SamplingParams
-from engine.plan import Plan
-from engine.renewal import Renewed
-from engine.request import Request
-from engine.scheduler import PATIENCE, Scheduler
 from tests.engine.making import make_request, small_tokenizer
 
 

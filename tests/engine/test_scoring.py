@@ -1,8 +1,7 @@
 """Log-probabilities and ranks of given ids, by hand."""
 
 import torch
-
-from engine.scoring import score
+from cottention.engine.scoring import score
 
 
 def test_a_rank_counts_what_is_likelier_in_the_top_and_beyond_it() -> None:

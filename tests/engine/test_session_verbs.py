@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from engine.errors import (
+from cottention.engine.errors import (
     NothingToRewindError,
     SessionBusyError,
     SessionMovedError,
@@ -15,14 +14,15 @@ from engine.errors import (
     SnapshotError,
     StoreFullError,
 )
-from engine.fingerprints import Fingerprints
-from engine.outbox import Outbox
-from engine.renewal import grids
-from engine.session import Exported
-from engine.session_state import SessionState
-from engine.sessions import LEASE_SECONDS, Session, Sessions
-from engine.snapshot import SnapshotCodec
-from engine.store import Lease, Record, SqliteStore
+from cottention.engine.fingerprints import Fingerprints
+from cottention.engine.outbox import Outbox
+from cottention.engine.renewal import grids
+from cottention.engine.session import Exported
+from cottention.engine.session_state import SessionState
+from cottention.engine.sessions import LEASE_SECONDS, Session, Sessions
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.engine.store import Lease, Record, SqliteStore
+
 from tests.engine.making import small_spec, state_of
 
 pytestmark = pytest.mark.every_attention
@@ -292,7 +292,7 @@ def test_an_expired_session_leaves_memory(sessions: SmallSessions) -> None:
 def test_what_is_past_its_time_is_deleted_in_portions(
     sessions: SmallSessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.sessions.MAX_EXPIRED_AT_ONCE", 2)
+    monkeypatch.setattr("cottention.engine.sessions.MAX_EXPIRED_AT_ONCE", 2)
     for n in range(5):
         sessions.open("a", sessions.state(n + 1), {}, 1e-9)
     kept = make(sessions, 9)

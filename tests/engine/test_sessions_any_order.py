@@ -10,6 +10,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from cottention.engine import Engine, Output, SamplingParams
+from cottention.engine.renewal import ContextPolicy
+from cottention.engine.session_state import SessionState
+from cottention.engine.sessions import Sessions
+from cottention.engine.store import SqliteStore
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,11 +26,6 @@ from hypothesis.stateful import (
     rule,
 )
 
-from engine import Engine, Output, SamplingParams
-from engine.renewal import ContextPolicy
-from engine.session_state import SessionState
-from engine.sessions import Sessions
-from engine.store import SqliteStore
 from tests.engine.windows import engine_of
 
 OWNER = "somebody"

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from cottention.engine.errors import NothingToRewindError, SessionBusyError, SessionNotFoundError
+from cottention.engine.feature_maps import FEATURE_MAPS
+from cottention.engine.fingerprints import Fingerprints
+from cottention.engine.renewal import grids
+from cottention.engine.session import Session
+from cottention.engine.session_state import SessionState
+from cottention.engine.sessions import Sessions
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.engine.state_spec import StateSpec
+from cottention.engine.store import SqliteStore
 
-from engine.errors import NothingToRewindError, SessionBusyError, SessionNotFoundError
-from engine.feature_maps import FEATURE_MAPS
-from engine.fingerprints import Fingerprints
-from engine.renewal import grids
-from engine.session import Session
-from engine.session_state import SessionState
-from engine.sessions import Sessions
-from engine.snapshot import SnapshotCodec
-from engine.state_spec import StateSpec
-from engine.store import SqliteStore
 from tests.engine.making import small_spec, state_of
 
 WINDOW = 8

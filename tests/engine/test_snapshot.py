@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from cottention.engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
+from cottention.engine.feature_maps import FEATURE_MAPS
+from cottention.engine.fingerprints import Fingerprints
+from cottention.engine.outbox import Outbox
+from cottention.engine.renewal import grids
+from cottention.engine.session_state import SessionState
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.engine.state_spec import StateSpec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
-from engine.feature_maps import FEATURE_MAPS
-from engine.fingerprints import Fingerprints
-from engine.outbox import Outbox
-from engine.renewal import grids
-from engine.session_state import SessionState
-from engine.snapshot import SnapshotCodec
-from engine.state_spec import StateSpec
 from tests.engine.making import attention_folder, small_spec
 
 SPECS = {

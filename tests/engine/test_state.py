@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-
-import engine.state
-from engine import ops
-from engine.errors import OutOfMemoryError
-from engine.recurrence import Recurrence
-from engine.state import StatePool, available_memory
-from engine.state_spec import StateSpec
+from cottention.engine import ops
+from cottention.engine import state as state_module
+from cottention.engine.errors import OutOfMemoryError
+from cottention.engine.recurrence import Recurrence
+from cottention.engine.state import StatePool, available_memory
+from cottention.engine.state_spec import StateSpec
 
 SPECS = [
     StateSpec(layers=2, heads=3, value_width=8, key_width=16, has_denominator=denominator)
@@ -84,7 +83,7 @@ def test_a_layer_is_a_view(pool: StatePool) -> None:
 
 def test_too_large_a_pool_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     size = SPECS[0].bytes_per_slot
-    monkeypatch.setattr(engine.state, "available_memory", lambda _: 64 * 2**20 + 3 * size + 1)
+    monkeypatch.setattr(state_module, "available_memory", lambda _: 64 * 2**20 + 3 * size + 1)
     StatePool(SPECS[0], 3, "cpu")
     with pytest.raises(OutOfMemoryError) as caught:
         StatePool(SPECS[0], 4, "cpu")
@@ -94,7 +93,7 @@ def test_too_large_a_pool_is_refused_with_figures(monkeypatch: pytest.MonkeyPatc
 
 
 def test_where_not_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.state, "available_memory", lambda _: 0)
+    monkeypatch.setattr(state_module, "available_memory", lambda _: 0)
     with pytest.raises(OutOfMemoryError, match="only 0 are available: free memory"):
         StatePool(SPECS[0], 1, "cpu")
 
@@ -120,27 +119,27 @@ VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 def test_a_container_allows_its_limit_less_what_cannot_be_dropped(tmp_path: Path) -> None:
     write_group(tmp_path, VERSION_2, "8000", used=5000, cached=4000)
-    assert engine.state._container_memory(tmp_path) == 7000
+    assert state_module._container_memory(tmp_path) == 7000
 
 
 def test_a_container_of_version_1(tmp_path: Path) -> None:
     write_group(tmp_path / "memory", VERSION_1, "8000", used=5000, cached=0)
-    assert engine.state._container_memory(tmp_path) == 3000
+    assert state_module._container_memory(tmp_path) == 3000
 
 
 @pytest.mark.parametrize("limit", ["max", "", "9223372036854771712"])
 def test_a_container_without_limit(tmp_path: Path, limit: str) -> None:
     write_group(tmp_path, VERSION_2, limit, used=5000, cached=100)
-    assert engine.state._container_memory(tmp_path) > 2**62
+    assert state_module._container_memory(tmp_path) > 2**62
 
 
 def test_no_container(tmp_path: Path) -> None:
-    assert engine.state._container_memory(tmp_path / "none") > 2**62
+    assert state_module._container_memory(tmp_path / "none") > 2**62
 
 
 def test_available_memory_is_the_smaller_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < available_memory("cpu") < 2**50
-    monkeypatch.setattr(engine.state, "_container_memory", lambda: 12345)
+    monkeypatch.setattr(state_module, "_container_memory", lambda: 12345)
     assert available_memory("cpu") == 12345
 
 
@@ -157,7 +156,7 @@ def test_available_memory_of_a_gpu() -> None:
 
 def test_what_torch_cannot_allocate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that /proc and the control groups do not show, such as `ulimit -v`."""
-    monkeypatch.setattr("engine.state.available_memory", lambda _: 2**62)
+    monkeypatch.setattr("cottention.engine.state.available_memory", lambda _: 2**62)
     spec = StateSpec(1, 1, 8, 8, has_denominator=False)
     with pytest.raises(OutOfMemoryError, match="could not be allocated: give a smaller"):
         StatePool(spec, 2**45, "cpu")

@@ -9,15 +9,14 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-
-from engine.errors import (
+from cottention.engine.errors import (
     NothingToRewindError,
     SessionBusyError,
     SessionMovedError,
     SessionNotFoundError,
     SnapshotError,
 )
-from engine.store import Lease, NewSession, Record, SqliteStore, StoreCounts
+from cottention.engine.store import Lease, NewSession, Record, SqliteStore, StoreCounts
 
 
 @dataclass

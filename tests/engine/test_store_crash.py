@@ -14,9 +14,9 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from cottention.engine.errors import ConfigurationError, SnapshotError, StoreFullError
+from cottention.engine.store import NewSession, Record, SqliteStore
 
-from engine.errors import ConfigurationError, SnapshotError, StoreFullError
-from engine.store import NewSession, Record, SqliteStore
 from tests.engine.store_process import content
 
 ROOT = Path(__file__).parents[2]
@@ -362,7 +362,7 @@ def test_a_commit_that_fails_keeps_the_old_head(
 def test_an_index_that_is_locked_is_not_taken_for_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.store.index.MAX_WAIT", 0.1)
+    monkeypatch.setattr("cottention.engine.store.index.MAX_WAIT", 0.1)
     store = SqliteStore(tmp_path)
     record = make(store, b"kept")
     store.close()

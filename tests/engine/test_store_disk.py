@@ -3,9 +3,8 @@
 from pathlib import Path
 
 import pytest
-
-from engine.errors import ConfigurationError
-from engine.store.disk import check_folder, take_folder
+from cottention.engine.errors import ConfigurationError
+from cottention.engine.store.disk import check_folder, take_folder
 
 
 def test_what_is_in_a_folder_stays(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-
-from engine.store import SqliteStore
-from engine.store.leftovers import remove_leftovers
+from cottention.engine.store import SqliteStore
+from cottention.engine.store.leftovers import remove_leftovers
 
 PREFIX = "sessions-"
 
@@ -37,7 +36,8 @@ def test_the_dead_go_and_the_living_stay(tmp_path: Path) -> None:
 
 def test_a_killed_process(tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from engine.store import SqliteStore;"
+        "import os, signal, sys; from pathlib import Path;"
+        "from cottention.engine.store import SqliteStore;"
         "store = SqliteStore(Path(sys.argv[1]), durable=False); print('held', flush=True);"
         "sys.stdin.read()"
     )

@@ -7,6 +7,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from cottention.engine.errors import NothingToRewindError, SessionBusyError, SessionMovedError
+from cottention.engine.store import Lease, NewSession, SqliteStore
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -17,9 +19,6 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-
-from engine.errors import NothingToRewindError, SessionBusyError, SessionMovedError
-from engine.store import Lease, NewSession, SqliteStore
 
 SNAPSHOTS = st.binary(min_size=1, max_size=2)  # few: equal bytes are frequent
 

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.errors import ModelFolderError, ParameterError
+from cottention.engine.history import spellings
+from cottention.engine.loading import load
+from cottention.engine.tokenizer import Tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import processors
-
-from engine import Engine, EngineConfig, SamplingParams
-from engine.errors import ModelFolderError, ParameterError
-from engine.history import spellings
-from engine.loading import load
-from engine.tokenizer import Tokenizer
 
 TEXTS = ["def __init__(self, ", "", "   \n\t", "naïve café 東京 😀", "a<|endoftext|>b", "\x00\x7f"]
 

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from cottention.engine import ops
+from cottention.engine.inference import ServedModel
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.ops import Segments
+from cottention.engine.recurrence import Recurrence
+from cottention.engine.state import StatePool
+from cottention.engine.state_spec import StateSpec
+from cottention.engine.weights import load_model
 from torch import Tensor
-
-from engine import ops
-from engine.inference import ServedModel
-from engine.model_config import ModelConfig
-from engine.ops import Segments
-from engine.recurrence import Recurrence
-from engine.state import StatePool
-from engine.state_spec import StateSpec
-from engine.weights import load_model
 
 pytestmark = pytest.mark.every_attention
 

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from cottention.engine import Engine, SamplingParams
+from cottention.engine.errors import ConfigurationError, ModelFolderError
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.tokenizer import Tokenizer
+from cottention.engine.training.__main__ import train
+from cottention.engine.training.progress import BarProgress, PlainProgress, Standing, open_progress
+from cottention.engine.training.settings import TrainingSettings, parse
+from cottention.engine.weights import load_model, read_weights
 from safetensors import safe_open
 from torch import Tensor
-
-from engine import Engine, SamplingParams
-from engine.errors import ConfigurationError, ModelFolderError
-from engine.model import CottentionForCausalLM
-from engine.model_config import ModelConfig
-from engine.tokenizer import Tokenizer
-from engine.training.__main__ import train
-from engine.training.progress import BarProgress, PlainProgress, Standing, open_progress
-from engine.training.settings import TrainingSettings, parse
-from engine.weights import load_model, read_weights
 
 SOURCE = "class Counter{n}:\n    def __init__(self, start={n}):\n        self.start = start\n\n"
 
@@ -120,7 +119,7 @@ def test_the_card_and_the_facts_tell_the_same_and_name_no_path(
     train(settings, ["--steps", "12"], Listener())
     facts = json.loads((settings.output / "training.json").read_text(encoding="utf-8"))
     card = (settings.output / "README.md").read_text(encoding="utf-8")
-    assert facts["command"] == "python -m engine.training --steps 12"
+    assert facts["command"] == "python -m cottention.engine.training --steps 12"
     assert facts["training"]["tokens"] == 12 * 64
     for told in (facts["command"], facts["corpus"]["sha256"], facts["training"]["machine"]):
         assert told in card
@@ -215,7 +214,8 @@ def test_progress_is_lines_or_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_command_says_in_a_line_what_is_wrong(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "engine.training", "--corpus", str(tmp_path), "--threads", "1"],
+        [sys.executable, "-m", "cottention.engine.training",
+         "--corpus", str(tmp_path), "--threads", "1"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1

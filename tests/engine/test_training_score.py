@@ -5,19 +5,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from cottention.engine import ops
+from cottention.engine.feature_maps import FEATURE_MAPS, Features
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.ops import reference
+from cottention.engine.training.bpe import train_tokenizer
+from cottention.engine.training.corpus import SourceFile
+from cottention.engine.training.forward import add_dropout, logits_of, new_model
+from cottention.engine.training.optimize import Optimizers, rate_factor
+from cottention.engine.training.rounding import round_best
+from cottention.engine.training.score import HeldOut, position_ranges, score, summarise
+from cottention.engine.training.settings import TrainingSettings
 from torch import Tensor
-
-from engine import ops
-from engine.feature_maps import FEATURE_MAPS, Features
-from engine.model import CottentionForCausalLM
-from engine.ops import reference
-from engine.training.bpe import train_tokenizer
-from engine.training.corpus import SourceFile
-from engine.training.forward import add_dropout, logits_of, new_model
-from engine.training.optimize import Optimizers, rate_factor
-from engine.training.rounding import round_best
-from engine.training.score import HeldOut, position_ranges, score, summarise
-from engine.training.settings import TrainingSettings
 
 SMALL = TrainingSettings(context=16, layers=2, width=16, heads=2, vocab_size=300)
 

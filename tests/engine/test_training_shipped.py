@@ -4,12 +4,11 @@ import ast
 import json
 
 import torch
-
-from engine import Engine, EngineConfig, SamplingParams
-from engine.model_config import ModelConfig
-from engine.model_folder import DEFAULT_MODEL
-from engine.tokenizer import Tokenizer
-from engine.weights import load_model
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.model_folder import DEFAULT_MODEL
+from cottention.engine.tokenizer import Tokenizer
+from cottention.engine.weights import load_model
 
 LARGEST_BYTES = 16_000_000
 

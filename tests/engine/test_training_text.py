@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-
-from engine.errors import ConfigurationError
-from engine.training.bpe import END_OF_TEXT, end_of_text_id, train_tokenizer
-from engine.training.corpus import SourceFile, is_held_out, read_corpus
-from engine.training.data import (
+from cottention.engine.errors import ConfigurationError
+from cottention.engine.training.bpe import END_OF_TEXT, end_of_text_id, train_tokenizer
+from cottention.engine.training.corpus import SourceFile, is_held_out, read_corpus
+from cottention.engine.training.data import (
     NO_TARGET,
     batches_per_epoch,
     cut,
@@ -19,6 +17,7 @@ from engine.training.data import (
     padded_batches,
     token_stream,
 )
+from tokenizers import Tokenizer
 
 
 @pytest.fixture(scope="module")

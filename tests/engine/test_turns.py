@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-
-from engine import Engine, FinishReason, Output, SamplingParams
-from engine.errors import ParameterError
-from engine.session_state import SessionState
+from cottention.engine import Engine, FinishReason, Output, SamplingParams
+from cottention.engine.errors import ParameterError
+from cottention.engine.session_state import SessionState
 
 pytestmark = pytest.mark.every_attention
 

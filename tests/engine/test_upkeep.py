@@ -4,8 +4,7 @@ import threading
 import time
 
 import pytest
-
-from engine import upkeep
+from cottention.engine import upkeep
 
 
 def test_it_goes_on_until_nothing_is_left_and_then_now_and_then() -> None:

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from cottention.engine.errors import ModelFolderError
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.weights import load_model, read_weights
 from safetensors.torch import save_file
 from torch import Tensor
-
-from engine.errors import ModelFolderError
-from engine.model_config import ModelConfig
-from engine.weights import load_model, read_weights
 
 Save = Callable[[dict[str, Tensor], Path], None]
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-
-from engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
-from engine.errors import ParameterError, RequestFailedError
-from engine.ops import reference
-from engine.weights import load_model
+from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
+from cottention.engine.errors import ParameterError, RequestFailedError
+from cottention.engine.ops import reference
+from cottention.engine.weights import load_model
 
 PROMPT = [5, 17, 120, 17, 9, 33]
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from engine import Engine, EngineConfig, Output, SamplingParams
-from engine.outputs import TokenLogprob
-from engine.renewal import Grid
-from engine.session_state import SessionState
-from engine.weights import read_weights
+from cottention.engine import Engine, EngineConfig, Output, SamplingParams
+from cottention.engine.outputs import TokenLogprob
+from cottention.engine.renewal import Grid
+from cottention.engine.session_state import SessionState
+from cottention.engine.weights import read_weights
 
 _MODEL = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 _HOLD = tempfile.TemporaryDirectory(prefix="cottention-windows-")

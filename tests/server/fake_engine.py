@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
-from engine.errors import EngineStoppedError, ParameterError
-from engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
-from engine.params import SamplingParams
-from engine.policies import Policies
-from engine.renewal import grids
-from engine.session_state import SessionState
+from cottention.engine.errors import EngineStoppedError, ParameterError
+from cottention.engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
+from cottention.engine.params import SamplingParams
+from cottention.engine.policies import Policies
+from cottention.engine.renewal import grids
+from cottention.engine.session_state import SessionState
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 

@@ -7,14 +7,15 @@ import sys
 from functools import partial
 from typing import Any, cast
 
-from engine.engine import Engine
-from engine.worker import EngineWorker
-from server.admission import Line
-from server.app import create_app
-from server.bridge import Bridge
-from server.key_files import api_keys
-from server.lifecycle import bind_socket, run_server, url_of
-from server.settings import ServerConfig
+from cottention.engine.engine import Engine
+from cottention.engine.worker import EngineWorker
+from cottention.server.admission import Line
+from cottention.server.app import create_app
+from cottention.server.bridge import Bridge
+from cottention.server.key_files import api_keys
+from cottention.server.lifecycle import bind_socket, run_server, url_of
+from cottention.server.settings import ServerConfig
+
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-from engine.errors import (
+from cottention.engine.errors import (
     NothingToRewindError,
     SessionBusyError,
     SessionMovedError,
@@ -20,9 +20,9 @@ from engine.errors import (
     SnapshotMismatchError,
     StoreFullError,
 )
-from engine.outbox import Outbox
-from engine.renewal import grids
-from engine.session_state import SessionState
+from cottention.engine.outbox import Outbox
+from cottention.engine.renewal import grids
+from cottention.engine.session_state import SessionState
 
 
 @dataclass(frozen=True)

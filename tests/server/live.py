@@ -11,15 +11,15 @@ from typing import Any
 
 import httpx
 import uvicorn
+from cottention.engine.worker import EngineWorker
+from cottention.server.admission import Line
+from cottention.server.app import create_app
+from cottention.server.bridge import Bridge
+from cottention.server.key_files import api_keys
+from cottention.server.lifecycle import bind_socket, bounded, url_of
+from cottention.server.settings import ServerConfig
+from cottention.server.templates import ChatTemplate
 
-from engine.worker import EngineWorker
-from server.admission import Line
-from server.app import create_app
-from server.bridge import Bridge
-from server.key_files import api_keys
-from server.lifecycle import bind_socket, bounded, url_of
-from server.settings import ServerConfig
-from server.templates import ChatTemplate
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
 

@@ -19,7 +19,7 @@ def served(
 
     stderr: as subprocess has it; ours unless given.
     """
-    command = [sys.executable, "-m", "server", "serve", str(model), "--port", "0"]
+    command = [sys.executable, "-m", "cottention.server", "serve", str(model), "--port", "0"]
     command += [*flags, *(() if folder is None else ("--session-dir", str(folder)))]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True

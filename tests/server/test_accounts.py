@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine.errors import ConfigurationError
+from cottention.server.accounts import Account
+from cottention.server.errors import ApiError
+from cottention.server.key_files import api_keys
+from cottention.server.key_limits import KeyLimits
+from cottention.server.settings import ServerConfig
+from cottention.server.templates import find_template
 
-from engine.errors import ConfigurationError
-from server.accounts import Account
-from server.errors import ApiError
-from server.key_files import api_keys
-from server.key_limits import KeyLimits
-from server.settings import ServerConfig
-from server.templates import find_template
 from tests.server.live import eventually, serving
 from tests.server.test_admission import Clock
 from tests.server.test_journal import leave_early

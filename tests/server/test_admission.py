@@ -4,9 +4,9 @@ import json
 import time
 
 import pytest
+from cottention.server.admission import MAX_RETRY_SECONDS, Line
+from cottention.server.errors import RETRY_AFTER_SECONDS, ApiError
 
-from server.admission import MAX_RETRY_SECONDS, Line
-from server.errors import RETRY_AFTER_SECONDS, ApiError
 from tests.server.live import Live, eventually, serving
 
 

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from cottention.server.chat_schemas import ChatRequest
+from cottention.server.checking import Body
+from cottention.server.neutral import ANY
+from cottention.server.schemas import CompletionRequest
 
-from server.chat_schemas import ChatRequest
-from server.checking import Body
-from server.neutral import ANY
-from server.schemas import CompletionRequest
 from tests.server.live import Live
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")

@@ -6,13 +6,13 @@ from typing import Any
 
 import httpx
 import pytest
+from cottention.server.body import parse_object
+from cottention.server.errors import ApiError
+from cottention.server.sampling import MAX_CHOICES
+from cottention.server.schemas import CompletionRequest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server.body import parse_object
-from server.errors import ApiError
-from server.sampling import MAX_CHOICES
-from server.schemas import CompletionRequest
 from tests.server.live import Live
 
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [

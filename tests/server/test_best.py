@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from engine.outputs import Output, TokenLogprob
-from engine.params import SamplingParams
-from server.best import best_choices
-from server.orders import Details, Order
-from server.reading import Piece, Tokens
-from server.sampling import StreamOptions
+from cottention.engine.outputs import Output, TokenLogprob
+from cottention.engine.params import SamplingParams
+from cottention.server.best import best_choices
+from cottention.server.orders import Details, Order
+from cottention.server.reading import Piece, Tokens
+from cottention.server.sampling import StreamOptions
 
 ORDER = Order(
     prompts=[[1]],

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from cottention.engine.errors import EngineStoppedError
+from cottention.engine.outputs import FinishReason, Output
+from cottention.engine.params import SamplingParams
+from cottention.server.admission import Line
+from cottention.server.bridge import Bridge
+from cottention.server.orders import QUICK_IDS, Details, Order
+from cottention.server.reading import Reading, ReadingClosed
+from cottention.server.sampling import StreamOptions
 
-from engine.errors import EngineStoppedError
-from engine.outputs import FinishReason, Output
-from engine.params import SamplingParams
-from server.admission import Line
-from server.bridge import Bridge
-from server.orders import QUICK_IDS, Details, Order
-from server.reading import Reading, ReadingClosed
-from server.sampling import StreamOptions
 from tests.server.fake_engine import FakeEngine
 
 

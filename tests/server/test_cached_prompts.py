@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine.config import EngineConfig
+from cottention.engine.engine import Engine
 
-from engine.config import EngineConfig
-from engine.engine import Engine
 from tests.server.live import Live, serving
 
 PROMPT = list(range(20, 180))

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.server.templates import ChatTemplate, find_template
 
-from server.templates import ChatTemplate, find_template
 from tests.server.live import Live, serving
 from tests.server.test_bad_input import refused
 

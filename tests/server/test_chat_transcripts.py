@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cottention.engine.config import EngineConfig
+from cottention.engine.engine import Engine
+from cottention.server.keeping import kept_sessions
+from cottention.server.settings import ServerConfig
+from cottention.server.templates import ChatTemplate, find_template
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from server.keeping import kept_sessions
-from server.settings import ServerConfig
-from server.templates import ChatTemplate, find_template
 from tests.server.live import Live, serving
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine.config import EngineConfig
+from cottention.engine.engine import Engine
+from cottention.server.keeping import kept_sessions
+from cottention.server.settings import ServerConfig
+from cottention.server.templates import find_template
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from server.keeping import kept_sessions
-from server.settings import ServerConfig
-from server.templates import find_template
 from tests.server.live import Live, serving
 
 BOS = "<|endoftext|>"

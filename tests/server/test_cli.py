@@ -12,10 +12,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cottention.engine.ops import build, build_cuda
+from cottention.server import cli
+from cottention.server.lifecycle import bind_socket
 
-from engine.ops import build, build_cuda
-from server import cli
-from server.lifecycle import bind_socket
 from tests.engine.making import attention_folder
 
 ROOT = Path(__file__).parents[2]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(*arguments: object, stdin: str = "") -> "subprocess.CompletedProcess[str]":
     """`cottention ARGUMENTS` in a process of its own."""
-    command = [sys.executable, "-m", "server", *map(str, arguments)]
+    command = [sys.executable, "-m", "cottention.server", *map(str, arguments)]
     return subprocess.run(
         command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=100, check=False
     )
@@ -232,7 +232,7 @@ def test_generate_refuses_input_that_is_no_text(
 
 def test_an_interrupt_ends_generate_quietly() -> None:
     """Greedy text of the shipped model repeats itself: it does not end before it is interrupted."""
-    command = [sys.executable, "-m", "server", "generate", "def __init__(self, "]
+    command = [sys.executable, "-m", "cottention.server", "generate", "def __init__(self, "]
     with subprocess.Popen(
         [*command, "--max-tokens", "900000", "--temperature", "0"],
         cwd=ROOT,
@@ -254,7 +254,7 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
     variables = os.environ | {"COTTENTION_PORT": "0", "COTTENTION_MODEL": str(folder)}
     variables["COTTENTION_MAX_SLOT"] = "5"
     with subprocess.Popen(
-        [sys.executable, "-m", "server", "serve", "--max-slots", "4"],
+        [sys.executable, "-m", "cottention.server", "serve", "--max-slots", "4"],
         cwd=ROOT,
         env=variables,
         stdout=subprocess.PIPE,

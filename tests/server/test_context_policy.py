@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine.renewal import grids
+from cottention.server.keeping import kept_sessions
+from cottention.server.settings import ServerConfig
+from cottention.server.templates import find_template
 
-from engine.renewal import grids
-from server.keeping import kept_sessions
-from server.settings import ServerConfig
-from server.templates import find_template
 from tests.engine.windows import engine_of
 from tests.server.live import Live, serving
 

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
+from cottention.server.orders import QUICK_IDS
 
-from server.orders import QUICK_IDS
 from tests.server.live import Live
 
 Choice = dict[str, Any]

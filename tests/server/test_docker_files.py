@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
+from cottention.engine.config import EngineConfig
+from cottention.engine.ops import BuildError, build_cuda
+from cottention.server.flags import variable_of
+from cottention.server.lifecycle import FINAL_EVENT_SECONDS
+from cottention.server.settings import ServerConfig
 
-from engine.config import EngineConfig
-from engine.ops import BuildError, build_cuda
-from server.flags import variable_of
-from server.lifecycle import FINAL_EVENT_SECONDS
-from server.settings import ServerConfig
 from tests.server.exported import exported_names
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ def test_the_cuda_image_s_build_step_runs() -> None:
     except BuildError as error:
         pytest.skip(str(error))
     command = ["env", *(f"{name}={value}" for name, value in variables.items())]
-    command += [sys.executable, "-m", "server", "build"]
+    command += [sys.executable, "-m", "cottention.server", "build"]
     environment = os.environ | {"COTTENTION_CACHE": str(ROOT / "build" / "cuda-image")}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine import Engine, SamplingParams
+from cottention.engine.feature_maps import FEATURE_MAPS
+from cottention.engine.session_state import SessionState
+from cottention.server.keeping import kept_sessions
+from cottention.server.settings import ServerConfig
 
-from engine import Engine, SamplingParams
-from engine.feature_maps import FEATURE_MAPS
-from engine.session_state import SessionState
-from server.keeping import kept_sessions
-from server.settings import ServerConfig
 from tests.engine.windows import engine_of
 from tests.server.live import Live, serving
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import pytest
 import torch
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.errors import SnapshotError
+from cottention.engine.runner import Sample
+from cottention.engine.sessions import Sessions
+from cottention.engine.store import SqliteStore
+from cottention.server.keeping import kept_sessions
+from cottention.server.settings import ServerConfig
 from torch import Tensor
 
-from engine import Engine, EngineConfig, SamplingParams
-from engine.errors import SnapshotError
-from engine.runner import Sample
-from engine.sessions import Sessions
-from engine.store import SqliteStore
-from server.keeping import kept_sessions
-from server.settings import ServerConfig
 from tests.server.live import Live, serving
 
 NUM_FAULTS = int(os.environ.get("COTTENTION_FAULTS", "150"))

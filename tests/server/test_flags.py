@@ -4,12 +4,11 @@ from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import pytest
-
-from engine.config import EngineConfig
-from engine.errors import ConfigurationError
-from engine.options import option
-from server.flags import OneLineParser, add_flags, flag_of, read_flags, variable_of
-from server.settings import GenerateConfig, ServerConfig
+from cottention.engine.config import EngineConfig
+from cottention.engine.errors import ConfigurationError
+from cottention.engine.options import option
+from cottention.server.flags import OneLineParser, add_flags, flag_of, read_flags, variable_of
+from cottention.server.settings import GenerateConfig, ServerConfig
 
 Config = TypeVar("Config")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from cottention.server.protocol import LINGER_SECONDS, MAX_AHEAD, MAX_HEAD_BYTES
+from cottention.server.templates import find_template
+from cottention.server.watchdog import OvertimeError, at_most
 
-from server.protocol import LINGER_SECONDS, MAX_AHEAD, MAX_HEAD_BYTES
-from server.templates import find_template
-from server.watchdog import OvertimeError, at_most
 from tests.server.live import Live, eventually, serving
 from tests.server.test_slow_clients import ALPHABET, read_to_the_end, text_of
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import httpx
 import pytest
+from cottention.server.logs import FIELDS, JsonLines, Lines
 
-from server.logs import FIELDS, JsonLines, Lines
 from tests.server.live import Live, eventually, serving
 from tests.server.test_keys import bearer
 
@@ -180,7 +180,7 @@ STARTS = ("model", "memory", "sessions", "reach", "ready")
 
 
 def test_a_server_that_is_asked_for_json_says_nothing_else(gptj_folder: Path) -> None:
-    command = [sys.executable, "-m", "server", "serve", str(gptj_folder), "--port", "0"]
+    command = [sys.executable, "-m", "cottention.server", "serve", str(gptj_folder), "--port", "0"]
     with subprocess.Popen(
         [*command, "--log-format", "json", "--max-slots", "2", "--host", "0.0.0.0"],
         cwd=ROOT,
@@ -207,7 +207,8 @@ def test_a_server_that_is_asked_for_json_says_nothing_else(gptj_folder: Path) ->
 
 def test_what_libraries_warn_of_is_in_the_log() -> None:
     script = (
-        "import server.logs, warnings; server.logs.set_up('info', 'json'); warnings.warn('old')"
+        "import warnings; from cottention.server.logs import set_up;"
+        "set_up('info', 'json'); warnings.warn('old')"
     )
     command = [sys.executable, "-c", script]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from cottention.engine.engine import Engine
+from cottention.engine.errors import ConfigurationError, SessionBusyError
+from cottention.engine.fingerprints import Fingerprints
+from cottention.engine.renewal import grids
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.engine.state_spec import StateSpec
+from cottention.server.keeping import kept_sessions, where_kept
+from cottention.server.settings import ServerConfig
 
-from engine.engine import Engine
-from engine.errors import ConfigurationError, SessionBusyError
-from engine.fingerprints import Fingerprints
-from engine.renewal import grids
-from engine.snapshot import SnapshotCodec
-from engine.state_spec import StateSpec
-from server.keeping import kept_sessions, where_kept
-from server.settings import ServerConfig
 from tests.server.fake_engine import FakeEngine
 from tests.server.live import Live, eventually, serving
 from tests.server.sse import read_told
@@ -137,7 +137,7 @@ def test_sessions_are_tended_while_the_server_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is past its time goes without being asked for, and a long turn keeps its lease."""
-    monkeypatch.setattr("engine.sessions.LEASE_SECONDS", 0.3)
+    monkeypatch.setattr("cottention.engine.sessions.LEASE_SECONDS", 0.3)
     with keeping(tmp_path) as live:
         session_id = live.opened("x")
         live.engine.step_seconds = 0.02

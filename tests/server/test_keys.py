@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine.errors import ConfigurationError
+from cottention.server.key_files import api_keys
+from cottention.server.lifecycle import bind_socket
+from cottention.server.reach import warn_of_strangers, who_reaches
+from cottention.server.settings import ServerConfig
 
-from engine.errors import ConfigurationError
-from server.key_files import api_keys
-from server.lifecycle import bind_socket
-from server.reach import warn_of_strangers, who_reaches
-from server.settings import ServerConfig
 from tests.server.live import serving
 from tests.server.test_bad_input import refused
 

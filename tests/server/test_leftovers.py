@@ -4,8 +4,8 @@ import signal
 from pathlib import Path
 
 import pytest
+from cottention.server.keeping import PREFIX
 
-from server.keeping import PREFIX
 from tests.server.process import served
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cottention.engine.errors import ConfigurationError
+from cottention.server.lifecycle import bind_socket, url_of
 
-from engine.errors import ConfigurationError
-from server.lifecycle import bind_socket, url_of
 from tests.server.live import eventually
 
 ROOT = Path(__file__).parents[2]

@@ -5,9 +5,9 @@ import re
 from typing import Any
 
 import pytest
+from cottention.server.app import BODIES
+from cottention.server.checking import Body
 
-from server.app import BODIES
-from server.checking import Body
 from tests.server.live import Live
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from cottention.engine import StateSpec
+from cottention.engine.config import DEFAULT_SLOTS
+from cottention.engine.fingerprints import Fingerprints
+from cottention.engine.renewal import grids
+from cottention.engine.session_state import SessionState
+from cottention.engine.snapshot import SnapshotCodec
+from cottention.server.settings import ServerConfig
 
-from engine import StateSpec
-from engine.config import DEFAULT_SLOTS
-from engine.fingerprints import Fingerprints
-from engine.renewal import grids
-from engine.session_state import SessionState
-from engine.snapshot import SnapshotCodec
-from server.settings import ServerConfig
 from tests.server.exported import exported_families
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")

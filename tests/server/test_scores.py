@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from cottention.engine.config import EngineConfig
+from cottention.engine.engine import Engine
+from cottention.engine.feature_maps import Features
+from cottention.engine.model import CottentionForCausalLM
+from cottention.engine.model_config import ModelConfig
+from cottention.engine.ops import reference
+from cottention.engine.weights import load_model
 from torch import Tensor
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.feature_maps import Features
-from engine.model import CottentionForCausalLM
-from engine.model_config import ModelConfig
-from engine.ops import reference
-from engine.weights import load_model
 from tests.server.live import Live, serving
 
 MAX_BATCH = 64

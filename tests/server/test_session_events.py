@@ -7,9 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from cottention.engine.errors import SessionMovedError, SnapshotMismatchError
+from cottention.server.templates import find_template
 
-from engine.errors import SessionMovedError, SnapshotMismatchError
-from server.templates import find_template
 from tests.server.live import Live, eventually, serving
 from tests.server.sse import Told, read_events, read_told, text_of
 from tests.server.test_session_turns import is_free

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine.errors import SnapshotError
+from cottention.engine.session_state import SessionState
+from cottention.server.orders import TurnTerms
+from cottention.server.templates import find_template
+from cottention.server.turns import Asker, Turns
 
-from engine.errors import SnapshotError
-from engine.session_state import SessionState
-from server.orders import TurnTerms
-from server.templates import find_template
-from server.turns import Asker, Turns
 from tests.server.fake_sessions import FakeSessions
 from tests.server.live import Live, eventually, serving
 

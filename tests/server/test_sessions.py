@@ -3,15 +3,15 @@
 from typing import Any, cast
 
 import pytest
+from cottention.engine import Engine
+from cottention.engine.capacity import ID_BYTES
+from cottention.engine.errors import SessionMovedError
+from cottention.engine.policies import Policies
+from cottention.engine.renewal import grids
+from cottention.server.context import session_bytes
+from cottention.server.open_turn import num_delivered
+from cottention.server.settings import ServerConfig
 
-from engine import Engine
-from engine.capacity import ID_BYTES
-from engine.errors import SessionMovedError
-from engine.policies import Policies
-from engine.renewal import grids
-from server.context import session_bytes
-from server.open_turn import num_delivered
-from server.settings import ServerConfig
 from tests.server.fake_engine import FakeEngine, FakeTokenizer
 from tests.server.fake_sessions import FULL, FakeSessions
 from tests.server.live import Live, eventually, serving

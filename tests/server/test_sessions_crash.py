@@ -18,9 +18,9 @@ from typing import Any
 
 import httpx
 import pytest
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.session_state import SessionState
 
-from engine import Engine, EngineConfig, SamplingParams
-from engine.session_state import SessionState
 from tests.engine.making import ATTENTIONS, attention_folder
 from tests.server.process import served
 from tests.server.sse import read_told, text_of

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine.config import EngineConfig
+from cottention.engine.engine import Engine
+from cottention.engine.params import SamplingParams
+from cottention.engine.policies import MAX_HELD
+from cottention.engine.session_state import SessionState
+from cottention.server.keeping import kept_sessions
+from cottention.server.settings import ServerConfig
 
-from engine.config import EngineConfig
-from engine.engine import Engine
-from engine.params import SamplingParams
-from engine.policies import MAX_HELD
-from engine.session_state import SessionState
-from server.keeping import kept_sessions
-from server.settings import ServerConfig
 from tests.engine.making import ATTENTIONS, attention_folder
 from tests.server.live import Live, eventually, serving
 

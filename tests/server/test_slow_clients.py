@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.server.keeping import kept_sessions
+from cottention.server.settings import ServerConfig
 
-from engine import Engine, EngineConfig, SamplingParams
-from server.keeping import kept_sessions
-from server.settings import ServerConfig
 from tests.server.live import Live, eventually, serving
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"

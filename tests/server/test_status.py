@@ -5,8 +5,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cottention.server.timings import Timings
 
-from server.timings import Timings
 from tests.server.live import Live, eventually, serving
 
 

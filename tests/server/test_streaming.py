@@ -3,14 +3,15 @@
 import json
 from typing import cast
 
-from engine.outputs import FinishReason, Output
-from engine.params import SamplingParams
-from engine.tokenizer import Tokenizer
-from server.choices import CompletionChoices
-from server.orders import Details, Order
-from server.reading import Piece
-from server.sampling import StreamOptions
-from server.streaming import Events, Heading
+from cottention.engine.outputs import FinishReason, Output
+from cottention.engine.params import SamplingParams
+from cottention.engine.tokenizer import Tokenizer
+from cottention.server.choices import CompletionChoices
+from cottention.server.orders import Details, Order
+from cottention.server.reading import Piece
+from cottention.server.sampling import StreamOptions
+from cottention.server.streaming import Events, Heading
+
 from tests.server.fake_engine import FakeTokenizer
 from tests.server.live import Live, eventually, serving
 

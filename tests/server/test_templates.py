@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from engine.errors import ConfigurationError
-from server import cli, templates
-from server.continuing import render_after
-from server.templates import ChatTemplate, ChatTemplateError, find_template
+from cottention.engine.errors import ConfigurationError
+from cottention.server import cli, templates
+from cottention.server.continuing import render_after
+from cottention.server.templates import ChatTemplate, ChatTemplateError, find_template
 
 MESSAGES = [{"role": "user", "content": "hi <b>"}]
 

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cottention.server.templates import find_template
+from cottention.server.version import package_version
 
-from server.templates import find_template
-from server.version import package_version
 from tests.server.live import Live, serving
 from tests.server.test_bad_input import refused
 

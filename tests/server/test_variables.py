@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-from server.variables import KNOWN, warn_of_unknown
+from cottention.server.variables import KNOWN, warn_of_unknown
 
 ROOT = Path(__file__).parents[2]
 READ = re.compile(r"""["'](COTTENTION_[A-Z_]+)["']""")
