@@ -2,9 +2,9 @@
 
 Give the folders that `python -m cottention.engine.training --attention KIND` wrote. Bits per byte
 are those of all held-out code, character tables left out, in windows side by side, weights as
-stored, float32. Training speed is that of steps by turns from fresh weights, so that whatever else the machine
-does falls on all kinds. Memory is computed, as `StateSpec` and a float32 cache of keys and values have
-it.
+stored, float32. Training speed is that of steps by turns from fresh weights, so that whatever else
+the machine does falls on all kinds. Memory is computed, as `StateSpec` and a float32 cache of keys
+and values have it.
 """
 
 import statistics
