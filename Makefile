@@ -28,7 +28,8 @@ test: setup ## Run all tests with the coverage gate
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
 # Not those that build libraries of their own. What is compiled here takes longer than a test may.
-OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/test_ops_*.py)) tests/engine/test_packed.py
+OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \
+  tests/engine/models/test_packed.py
 
 asan: setup ## Run the op tests under AddressSanitizer (GCC), CUDA's on the host among them
 	COTTENTION_OPS=compiled COTTENTION_CACHE=build/asan \
@@ -53,13 +54,13 @@ $(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt
 	@touch $@
 
 crash: setup ## Kill the server two hundred times under load, and look for what is lost
-	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/test_sessions_crash.py::test_kill_9_loses_nothing_answered
+	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/sessions/test_crash.py::test_kill_9_loses_nothing_answered
 
 faults: setup ## Inject a thousand faults under load, and look who fails
 	COTTENTION_FAULTS=1000 $(BIN)/python -m pytest -s --show-capture=no tests/server/test_faults.py
 
 stops: setup ## Stop the server fifty times under load, and look who is cut
-	COTTENTION_STOP_ROUNDS=50 $(BIN)/python -m pytest -s tests/server/test_stopping.py
+	COTTENTION_STOP_ROUNDS=50 $(BIN)/python -m pytest -s tests/server/cli/test_stopping.py
 
 docker-test: setup ## Build the CPU image and run the compose service for real (root; skips where it cannot)
 	PYTHON=$(BIN)/python tests/containers/run $(abspath $(BIN))/python -m pytest -c tests/containers/pytest.ini tests/containers $(ARGS)
@@ -75,7 +76,7 @@ check: setup ## Lint, formatting, types; what docker/ holds, and that no secret 
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
 	$(BIN)/python tests/containers/check.py
-	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^(tests/|engine/models/)'
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^(tests/|engine/pretrained/)'
 
 bench: setup ## Run all benchmarks (ARGS="--quick")
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

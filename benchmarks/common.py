@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cottention.engine import ops
 
 from benchmarks.devices import DEVICES, Device
+from cottention.engine import ops
 
 Report = dict[str, Any]
 

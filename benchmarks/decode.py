@@ -12,19 +12,18 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
-from cottention.engine import ops
-from cottention.engine.feature_maps import Features
-from cottention.engine.inference import ServedModel
-from cottention.engine.model_config import ModelConfig
-from cottention.engine.ops import reference
-from cottention.engine.recurrence import Recurrence
-from cottention.engine.state import StatePool
-from cottention.engine.state_spec import StateSpec
 
 from benchmarks import softmax
 from benchmarks.common import Report, run_on_device, show
 from benchmarks.devices import Cpu, Device, Work, seconds, speed
 from benchmarks.shapes import SHAPES, random_model
+from cottention.engine import ops
+from cottention.engine.models.attention import Features, Recurrence
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.inference import ServedModel
+from cottention.engine.ops import reference
+from cottention.engine.state.pool import StatePool
+from cottention.engine.state.spec import StateSpec
 
 BATCHES = {"cpu": (1, 8, 64), "cuda": (1, 8, 64, 512)}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from cottention.engine.graphs import CudaCapture
 from torch import Tensor
+
+from cottention.engine.execution.cuda_graphs import CudaCapture
 
 Work = Callable[[], object]
 

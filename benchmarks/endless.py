@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from cottention.engine.feature_maps import FEATURE_MAPS, Features
-from cottention.engine.model import Attend, CottentionForCausalLM
-from cottention.engine.model_config import ModelConfig
-from cottention.engine.ops.chunked import chunked
-from cottention.engine.state_spec import StateSpec
-from cottention.engine.training.forward import attend_from_zero
 from torch import Tensor, nn
 
 from benchmarks.held_out import LongText
+from cottention.engine.models.attention import FEATURE_MAPS, Features
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj import Attend, CottentionForCausalLM
+from cottention.engine.ops.varlen import chunked
+from cottention.engine.state.spec import StateSpec
+from cottention.engine.training.forward import attend_from_zero
 
 BORDERS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 KEPT_PART = 8

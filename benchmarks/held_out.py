@@ -5,14 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cottention.engine.model import CottentionForCausalLM
-from cottention.engine.model_config import ModelConfig
-from cottention.engine.training.corpus import read_corpus, standard_library, without_tables
-from cottention.engine.training.data import token_stream
-from cottention.engine.training.score import token_lengths
-from cottention.engine.weights import load_model
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from cottention.engine.models.checkpoint import load_model
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.training.data import (
+    read_corpus,
+    standard_library,
+    token_stream,
+    without_tables,
+)
+from cottention.engine.training.evaluate import token_lengths
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import matplotlib as mpl
 import psutil
-from cottention.engine import Engine, EngineConfig, ModelConfig, SamplingParams
 from matplotlib import pyplot
 
 from benchmarks.common import Report, run, show
+from cottention.engine import Engine, EngineConfig, ModelConfig, SamplingParams
 
 FIRST = 1_000
 PLOT = Path("build") / "memory.png"

@@ -8,9 +8,8 @@ else the machine does falls on both.
 import statistics
 import time
 
-from cottention.engine import Engine, EngineConfig, SamplingParams
-
 from benchmarks.common import Report, run, show
+from cottention.engine import Engine, EngineConfig, SamplingParams
 
 READ = 100, 50_000
 SET = 1_000, 1_000_000

@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.renewal import ContextPolicy, Renewed
 
 from benchmarks.common import Report, percentile, run, show
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.state.context_window import ContextPolicy, RenewalSchedule
 
 PARAMS = SamplingParams(max_tokens=100_000, temperature=0, ignore_eos=True)
 PASSES = 2
@@ -41,7 +41,7 @@ def measure(quick: bool) -> Report:
         torch.set_num_threads(threads)
 
 
-def _measured(grid: Renewed, quick: bool) -> Report:
+def _measured(grid: RenewalSchedule, quick: bool) -> Report:
     num_steps = 32 if quick else grid.kept
     speeds, pauses = [], []
     for name, renewed, others in (("64 together", 64, 0), ("1 beside 63", 1, 63), ("1", 1, 0)):
@@ -55,11 +55,11 @@ def _measured(grid: Renewed, quick: bool) -> Report:
     return {"renewal": speeds, "renewal_pauses": pauses}
 
 
-def _checked() -> Renewed:
+def _checked() -> RenewalSchedule:
     """The grid. Refuses to measure where a token is drawn from anything but its own context."""
     engines = {policy: _engine(policy, 4) for policy in ("renew", "exact")}
-    grid = engines["renew"].policies.grids["renew"]
-    assert isinstance(grid, Renewed)
+    grid = engines["renew"].policies.context_schedules["renew"]
+    assert isinstance(grid, RenewalSchedule)
     prompt = _ids(grid.window - 2)
     said = _told(engines["renew"], prompt, 4)
     ids = prompt + [token_id for token_id, _ in said]
@@ -125,7 +125,7 @@ def _halves(times: Times) -> tuple[Times, Times]:
     )
 
 
-def _speed(name: str, streams: int, grid: Renewed, before: Times, growing: Times) -> Report:
+def _speed(name: str, streams: int, grid: RenewalSchedule, before: Times, growing: Times) -> Report:
     """Of R steps in every W − R the spare rows take part."""
     exact = statistics.median(before.exact + growing.exact)
     alone, both = statistics.median(before.renew), statistics.median(growing.renew)

@@ -14,15 +14,15 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from cottention.engine import ModelConfig
-from cottention.engine.model_folder import DEFAULT_MODEL
-from cottention.engine.state_spec import StateSpec
 from matplotlib import pyplot
 
 from benchmarks import endless
 from benchmarks.common import machine, show, write_json
 from benchmarks.held_out import LongText, load
 from benchmarks.memory import kv_cache_bytes
+from cottention.engine import ModelConfig
+from cottention.engine.models.checkpoint import DEFAULT_MODEL
+from cottention.engine.state.spec import StateSpec
 
 DOCS = Path("docs")
 FIGURES = DOCS / "endless.json"

@@ -8,9 +8,8 @@ import statistics
 import time
 from typing import Any
 
-from cottention.engine import Engine, EngineConfig, SamplingParams
-
 from benchmarks.common import Report, run, show
+from cottention.engine import Engine, EngineConfig, SamplingParams
 
 GREEDY = "greedy"
 WISHES: dict[str, dict[str, Any]] = {

@@ -19,9 +19,9 @@ from urllib.request import Request, urlopen
 
 import psutil
 import uvloop
-from cottention.engine import Engine, EngineConfig, SamplingParams
 
 from benchmarks.common import Report, percentile, run, show
+from cottention.engine import Engine, EngineConfig, SamplingParams
 
 STREAMS = (1, 8, 64)
 PROMPT = "def __init__(self, "

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.session_state import SessionState
-from cottention.engine.sessions import Sessions
-from cottention.engine.store import SqliteStore
 
 from benchmarks.common import Report, percentile, run, show
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.sessions.manager import SessionManager
+from cottention.engine.sessions.store import SqliteStore
+from cottention.engine.state.session_state import SessionState
 
 OWNER = "bench"
 TURN = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
@@ -44,10 +44,10 @@ def measure(quick: bool) -> Report:
 
 
 @contextmanager
-def sessions_in(engine: Engine, memory_bytes: int) -> Iterator[Sessions]:
+def sessions_in(engine: Engine, memory_bytes: int) -> Iterator[SessionManager]:
     """Durable sessions in a folder that is removed afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        sessions = Sessions(
+        sessions = SessionManager(
             SqliteStore(Path(folder)),
             engine.session_codec(),
             memory_bytes=memory_bytes,
@@ -109,7 +109,7 @@ def _waking(engine: Engine, rounds: int) -> list[Report]:
         with sessions_in(engine, memory) as sessions:
             opened = sessions.open(OWNER, state, {}, None)
 
-            def wake(sessions: Sessions = sessions, name: str = opened.id) -> None:
+            def wake(sessions: SessionManager = sessions, name: str = opened.id) -> None:
                 taken = sessions.begin(OWNER, name)
                 engine.pool.write(0, taken.state.rows)
                 sessions.abandon(taken)
@@ -157,13 +157,13 @@ def _many(engine: Engine, num_open: int, num_continued: int) -> list[Report]:
     ]
 
 
-def _open_one(sessions: Sessions, base: SessionState, number: int) -> str:
+def _open_one(sessions: SessionManager, base: SessionState, number: int) -> str:
     """A session whose row is its own, so that no two share bytes on the disk."""
     rows = tuple(row + number for row in base.rows)
     return sessions.open(OWNER, replace(base, rows=rows), {"number": str(number)}, None).id
 
 
-def _continue(engine: Engine, sessions: Sessions, names: list[str], number: int) -> None:
+def _continue(engine: Engine, sessions: SessionManager, names: list[str], number: int) -> None:
     taken = sessions.begin(OWNER, names[number])
     assert taken.session.metadata == {"number": str(number)}
     sessions.commit(taken, turn(engine, taken.state, PROMPT[:4]))

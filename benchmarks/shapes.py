@@ -1,8 +1,9 @@
 """The shapes that are measured, and models of random weights in them."""
 
 import torch
-from cottention.engine.model import CottentionForCausalLM
-from cottention.engine.model_config import ModelConfig
+
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj import CottentionForCausalLM
 
 _PUBLISHED = {"vocab_size": 50_400, "n_layer": 20, "n_head": 16, "rotary_dim": 64}
 SHAPES = {

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import psutil
 import uvloop
-from cottention.engine import Engine, EngineConfig, SamplingParams
 
 from benchmarks.common import Report, machine, parser, percentile, show, write_json
 from benchmarks.serving import port_of
 from benchmarks.soak_clients import Body, Client, Heard, bodies
+from cottention.engine import Engine, EngineConfig, SamplingParams
 
 SLOTS = 16
 QUEUE = 32

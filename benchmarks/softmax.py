@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cottention.engine.model_config import ModelConfig
+
+from cottention.engine.models.config import ModelConfig
 
 SPARE = 64
 """Tokens that a stream may decode beyond its context."""

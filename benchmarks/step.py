@@ -12,16 +12,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from cottention.engine import ops
-from cottention.engine.model_config import ModelConfig
-from cottention.engine.ops import reference
-from cottention.engine.state import available_memory
-from cottention.engine.state_spec import StateSpec
 from torch import Tensor
 
 from benchmarks.common import Report, run_on_device, show
 from benchmarks.devices import Cpu, Device, medians
 from benchmarks.shapes import SHAPES
+from cottention.engine import ops
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.ops import reference
+from cottention.engine.state.pool import available_memory
+from cottention.engine.state.spec import StateSpec
 
 BATCHES = (1, 8, 64, 512)
 MOST_MEMORY = 0.7

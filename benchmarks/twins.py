@@ -13,21 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from cottention.engine.feature_maps import FEATURE_MAPS, TRAINED_MAPS
-from cottention.engine.model import CottentionForCausalLM
-from cottention.engine.model_config import ModelConfig
-from cottention.engine.state_spec import StateSpec
-from cottention.engine.training.corpus import read_corpus, standard_library, without_tables
-from cottention.engine.training.data import Windows
-from cottention.engine.training.forward import add_dropout, mean_loss, new_model
-from cottention.engine.training.optimize import Optimizers
-from cottention.engine.training.score import HeldOut, score
-from cottention.engine.training.settings import TrainingSettings
 from tokenizers import Tokenizer
 
 from benchmarks.common import Report, machine, parser, show, write_json
 from benchmarks.held_out import load
 from benchmarks.memory import kv_cache_bytes
+from cottention.engine.models.attention import FEATURE_MAPS, TRAINED_MAPS
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.state.spec import StateSpec
+from cottention.engine.training.data import Windows, read_corpus, standard_library, without_tables
+from cottention.engine.training.evaluate import HeldOut, score
+from cottention.engine.training.forward import add_dropout, mean_loss, new_model
+from cottention.engine.training.settings import TrainingSettings
+from cottention.engine.training.trainer import Optimizers
 
 SETTINGS = TrainingSettings(context=512, batch_tokens=4096)
 AGES = (1_000, 8_000, 64_000, 1_000_000)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cottention.engine.config import EngineConfig
     from cottention.engine.engine import Engine
-    from cottention.engine.model_config import ModelConfig
+    from cottention.engine.models.config import ModelConfig
     from cottention.engine.outputs import EngineStats, FinishReason, Output
-    from cottention.engine.params import SamplingParams
-    from cottention.engine.state_spec import StateSpec
+    from cottention.engine.sampling_params import SamplingParams
+    from cottention.engine.state.spec import StateSpec
 
 __all__ = [
     "Engine",
@@ -31,10 +31,10 @@ _HOMES = {
     "EngineConfig": "cottention.engine.config",
     "EngineStats": "cottention.engine.outputs",
     "FinishReason": "cottention.engine.outputs",
-    "ModelConfig": "cottention.engine.model_config",
+    "ModelConfig": "cottention.engine.models.config",
     "Output": "cottention.engine.outputs",
-    "SamplingParams": "cottention.engine.params",
-    "StateSpec": "cottention.engine.state_spec",
+    "SamplingParams": "cottention.engine.sampling_params",
+    "StateSpec": "cottention.engine.state.spec",
 }
 
 # How often a thread of torch's pool looks for work before it sleeps. The pool's own measure is

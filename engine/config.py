@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.options import check_options, option
-from cottention.engine.renewal import ContextPolicy
-from cottention.engine.state_spec import StateSpec
+from cottention.engine.settings import check_options, option
+from cottention.engine.state.context_window import ContextPolicy
+from cottention.engine.state.spec import StateSpec
 
 DEFAULT_SLOTS = 64
 

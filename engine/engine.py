@@ -2,32 +2,45 @@
 
 Owns the way in: commands from any thread. A step is `stepper.py`'s. Knows no asyncio and no HTTP:
 `submit`, `cancel` and `stats` may be called from any thread, `step` and `close` from one.
+
+One step of the engine, and its faults.
+
+Owns the order of a step and that a fault ends the requests it touches and nobody else's. Knows no
+commands and no threads.
+
+Generating in the caller's own thread: step, and give each follower what is its own.
+
+Owns the inboxes of those who follow requests without an engine thread. Does not know what a step
+is.
 """
 
+import logging
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import EngineStoppedError
-from cottention.engine.fingerprints import Fingerprints
-from cottention.engine.following import Followers
-from cottention.engine.intake import Intake, Prompt
-from cottention.engine.limits import Limits
-from cottention.engine.loading import load
+from cottention.engine.execution.loading import load
+from cottention.engine.execution.model_runner import ModelRunner, Sample
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
-from cottention.engine.params import SamplingParams
-from cottention.engine.pausing import Pausing
-from cottention.engine.policies import Policies
-from cottention.engine.prefix_cache import PrefixCache
-from cottention.engine.registry import Registry
-from cottention.engine.scheduler import Scheduler
-from cottention.engine.session_state import SessionState
-from cottention.engine.snapshot import SnapshotCodec
-from cottention.engine.stepper import Stepper
-from cottention.engine.warm_starts import WarmStarts
+from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.batch import Batch
+from cottention.engine.scheduling.context_policy import ContextPolicies
+from cottention.engine.scheduling.preemption import Preemption
+from cottention.engine.scheduling.prefix_reuse import PrefixReuse
+from cottention.engine.scheduling.request import Request
+from cottention.engine.scheduling.request_manager import RequestManager
+from cottention.engine.scheduling.scheduler import Scheduler
+from cottention.engine.scheduling.validation import Prompt, RequestLimits, RequestValidator
+from cottention.engine.sessions.fingerprint import Fingerprint
+from cottention.engine.sessions.snapshot import SnapshotCodec
+from cottention.engine.state.prefix_cache import PrefixCache
+from cottention.engine.state.session_state import SessionState
 
 
 class Engine:
@@ -47,17 +60,17 @@ class Engine:
         beside = self.config.prompt_tokens_beside(self.device)
         self._scheduler = Scheduler(self.config.max_batch_tokens, beside)
         self._cache = PrefixCache(self.config.prefix_cache_bytes)
-        self.policies = Policies.of(self.model_config, self.config.context_policy)
+        self.policies = ContextPolicies.of(self.model_config, self.config.context_policy)
         window = self.policies.window
         max_paused = self.config.num_paused(self.pool.num_slots)
-        self._pausing = Pausing(self._scheduler, self.pool, max_paused)
-        warm = WarmStarts(self.pool, self._cache)
-        self._registry = Registry(self._scheduler, self.pool, self._pausing, warm, window)
+        self._pausing = Preemption(self._scheduler, self.pool, max_paused)
+        warm = PrefixReuse(self.pool, self._cache)
+        self._registry = RequestManager(self._scheduler, self.pool, self._pausing, warm, window)
         self._runner = loaded.runner
         self._stepper = Stepper(self._scheduler, self._registry, self._runner)
-        limits = Limits.of(self.tokenizer, self.pool, self.config)
+        limits = RequestLimits.of(self.tokenizer, self.pool, self.config)
         ends = self.model_config.reachable_ends
-        self._intake = Intake(self.tokenizer, ends, limits, self.policies)
+        self._intake = RequestValidator(self.tokenizer, ends, limits, self.policies)
         self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._is_closed = False
@@ -125,9 +138,11 @@ class Engine:
 
     def session_codec(self) -> SnapshotCodec:
         """Sessions of this model to bytes and back; reads the model's files to know them."""
-        fingerprints = Fingerprints.of(self._folder, self.spec, self.dtype)
+        fingerprints = Fingerprint.of(self._folder, self.spec, self.dtype)
         num_ids, window = self.tokenizer.num_ids, self.policies.window
-        return SnapshotCodec(fingerprints, self.spec, num_ids, self.policies.grids, window)
+        return SnapshotCodec(
+            fingerprints, self.spec, num_ids, self.policies.context_schedules, window
+        )
 
     def stats(self) -> EngineStats:
         """Figures of this moment."""
@@ -180,4 +195,105 @@ class Engine:
         outputs: list[Output] = []
         while not self._commands.empty():
             outputs += self._commands.get()()
+        return outputs
+
+
+_log = logging.getLogger(__name__)
+
+UNDRAWN = "no token could be drawn: every one is forbidden, or the model's logits are not finite"
+
+
+class Stepper:
+    """num_steps: that succeeded. num_undrawn: choices without a token that could be drawn."""
+
+    def __init__(self, scheduler: Scheduler, registry: RequestManager, runner: ModelRunner) -> None:
+        self._scheduler = scheduler
+        self._registry = registry
+        self._runner = runner
+        self.num_steps = self.num_faults = self.num_undrawn = 0
+
+    def step(self) -> list[Output]:
+        """Schedule, run, postprocess: at most one output for each choice."""
+        self._registry.admit()
+        plan = self._scheduler.schedule()
+        return self._advance(plan) if plan else []
+
+    def _advance(self, plan: Batch) -> list[Output]:
+        """Run a plan; a fault ends the plan's requests."""
+        try:
+            result = self._runner.run(plan)
+        except Exception as error:
+            _log.exception("a step failed; its %d requests end with an error", len(plan.requests))
+            return [out for request in plan.requests for out in self._fault(request, error)]
+        self.num_steps += 1
+        outputs = self._registry.move_on(plan, result.scores)
+        for sample in result.samples:
+            outputs += self._accept(sample)
+        self.num_undrawn += len(result.undrawn)
+        failed = dict.fromkeys(choice.request for choice in result.undrawn)
+        return outputs + [out for request in failed for out in self._fail(request, UNDRAWN)]
+
+    def _accept(self, sample: Sample) -> list[Output]:
+        """What an id means for its choice; a fault ends its request."""
+        if sample.choice.finish_reason:  # by a fault of another choice of its request
+            return []
+        try:
+            return [self._registry.accept(sample)]
+        except Exception as error:
+            _log.exception("an id could not be told; its request ends with an error")
+            return self._fault(sample.choice.request, error)
+
+    def _fault(self, request: Request, error: Exception) -> list[Output]:
+        self.num_faults += 1
+        return self._fail(request, f"the engine failed on this request ({type(error).__name__})")
+
+    def _fail(self, request: Request, what: str) -> list[Output]:
+        return self._registry.end(request, FinishReason.ERROR, what)
+
+
+class Stepping(Protocol):
+    """What a follower asks of an engine."""
+
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str
+    ) -> str: ...
+    def cancel(self, request_id: str) -> None: ...
+    def step(self) -> list[Output]: ...
+    def settle(self) -> None: ...
+
+
+class Followers:
+    """Several may follow in turn: what a step brings for another waits in its inbox."""
+
+    def __init__(self, engine: Stepping) -> None:
+        self._engine = engine
+        self._inboxes: dict[str, deque[Output]] = {}
+
+    def follow(
+        self, prompts: Mapping[str, Sequence[int]], params: SamplingParams
+    ) -> Iterator[Output]:
+        """Outputs of prompts under these ids, stepping in this thread; leaving early cancels."""
+        inbox: deque[Output] = deque()
+        self._inboxes |= dict.fromkeys(prompts, inbox)
+        try:
+            for request_id, prompt_ids in prompts.items():
+                self._engine.submit(prompt_ids, params, request_id=request_id)
+            num_unfinished = len(prompts) * params.n
+            while num_unfinished:
+                self._engine.step()
+                while inbox:  # also what others' steps bring while this one's reader is away
+                    output = inbox.popleft()
+                    num_unfinished -= output.finish_reason is not None
+                    yield output
+        finally:
+            for request_id in prompts:
+                del self._inboxes[request_id]
+                self._engine.cancel(request_id)
+            self._engine.settle()
+
+    def post(self, outputs: list[Output]) -> list[Output]:
+        """Put each output into the inbox of whoever follows its request."""
+        for output in outputs:
+            if output.request_id in self._inboxes:
+                self._inboxes[output.request_id].append(output)
         return outputs

@@ -6,10 +6,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Self
 
 from cottention.engine.errors import RequestFailedError
-from cottention.engine.prefix_cache import CacheStats
+from cottention.engine.state.prefix_cache import CacheStats
 
 if TYPE_CHECKING:  # its rows are tensors, and whoever reads outputs need not load torch
-    from cottention.engine.session_state import SessionState
+    from cottention.engine.state.session_state import SessionState
 
 
 class FinishReason(StrEnum):

@@ -10,11 +10,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cottention.engine.outputs import EngineStats, FinishReason, Output
-from cottention.engine.params import SamplingParams
+from cottention.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # a worker drives an engine; it does not load one
     from cottention.engine.engine import Engine
-    from cottention.engine.session_state import SessionState
+    from cottention.engine.state.session_state import SessionState
 
 Deliver = Callable[[list[Output]], None]
 

@@ -75,10 +75,10 @@ def test_what_it_runs_needs_nothing_else(bare: dict[str, str]) -> None:
     """The modules that it names are imported, its tests collected, a table is drawn."""
     script = SCRIPT.read_text(encoding="utf-8")
     benchmarks = re.findall(r"-m (benchmarks\.\w+)", script)
-    tests = re.search(r"tests=\(([\w\s]+)\)", script)
+    tests = re.search(r"tests=\(([\w/\s]+)\)", script)
     assert benchmarks
     assert tests is not None
-    files = [f"tests/engine/test_{name}.py" for name in tests[1].split()]
+    files = [f"tests/engine/{name}.py" for name in tests[1].split()]
     options = ["-c", "/dev/null", "--rootdir=.", "--collect-only", "-q", "-p", "no:cacheprovider"]
     code = f"""
 import sys, pytest, {", ".join(benchmarks)}

@@ -96,11 +96,11 @@ def test_there_are_rooms() -> None:
     assert {
         "cottention.engine.engine",
         "cottention.engine.ops",
-        "cottention.server.app",
+        "cottention.server.api.app",
     } <= modules().keys()
-    assert any(item.module == "torch" for item in imports("cottention.engine.sampler"))
-    assert Import("cottention.engine.feature_maps", 0, False)._replace(line=0) in [
-        item._replace(line=0) for item in imports("cottention.engine.state_spec")
+    assert any(item.module == "torch" for item in imports("cottention.engine.sampling.sampler"))
+    assert Import("cottention.engine.models.attention", 0, False)._replace(line=0) in [
+        item._replace(line=0) for item in imports("cottention.engine.state.spec")
     ]
 
 
@@ -159,8 +159,8 @@ def test_rooms_without_torch(name: str) -> None:
             {
                 "torch",
                 "cottention.engine.ops",
-                "cottention.engine.model",
-                "cottention.engine.state",
+                "cottention.engine.models.gptj",
+                "cottention.engine.state.pool",
             },
         )
         == []

@@ -10,15 +10,16 @@ model, no session and no position in a conversation.
 from collections.abc import Collection
 
 import torch
-from cottention.engine.ops import checks, cuda, ragged, reference
+from torch import Tensor
+
+from cottention.engine.ops import checks, loader, reference, varlen
 from cottention.engine.ops.build import BuildError
 from cottention.engine.ops.checks import kernel_has_width
 from cottention.engine.ops.fused import can_draw, can_mix, cottention_layers, cottention_mix, draw
 from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
 from cottention.engine.ops.loader import Backend, announce_reference, backend
 from cottention.engine.ops.reference import NO_PLACE, PADDING_SLOT, rotate
-from cottention.engine.ops.segments import Segments, check_slots
-from torch import Tensor
+from cottention.engine.ops.varlen import Segments, check_slots
 
 __all__ = [
     "NO_PLACE",
@@ -87,15 +88,15 @@ def recurrent_segments(
         return recurrent_step(q, k, v, state, z, segments.slots, segments.offsets)
     checks.check_one_device(q, k, v, state, z, segments.slots, segments.offsets)
     if _on_cuda_with_ops(q) and _kernel_takes(q.shape[-1], v.shape[-1]):
-        return ragged.advance_by_kernel(q, k, v, state, z, segments)
-    return ragged.advance_by_torch(q, k, v, state, z, segments)
+        return varlen.advance_by_kernel(q, k, v, state, z, segments)
+    return varlen.advance_by_torch(q, k, v, state, z, segments)
 
 
 def max_stepped(device: str, key: int, value: int) -> int | None:
     """Longest segment to be moved token by token where keys and values are so wide; None: any."""
     if device == "cpu":
         return None
-    return MAX_STEPPED if cuda.is_ready() and kernel_has_width(key, value) else 0
+    return MAX_STEPPED if loader.is_cuda_ready() and kernel_has_width(key, value) else 0
 
 
 def rotary_table(
@@ -167,7 +168,7 @@ def _compiled_takes(
 
 
 def _on_cuda_with_ops(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype in checks.HALF_OR_SINGLE and cuda.is_ready()
+    return x.device.type == "cuda" and x.dtype in checks.HALF_OR_SINGLE and loader.is_cuda_ready()
 
 
 def _kernel_takes(key: int, value: int) -> bool:

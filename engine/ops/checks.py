@@ -6,8 +6,9 @@ of the compiled one.
 """
 
 import torch
-from cottention.engine.ops.reference import PADDING_SLOT
 from torch import Tensor
+
+from cottention.engine.ops.reference import PADDING_SLOT
 
 MAX_KEY_WIDTH = 512
 MAX_VALUE_WIDTH = 256

@@ -6,10 +6,11 @@ Letters: R rows, N tokens, C channels, H heads, D head width, L layers, S slots,
 from collections.abc import Sequence
 
 import torch
-from cottention.engine.ops import cuda
+from torch import Tensor
+
+from cottention.engine.ops import loader
 from cottention.engine.ops.checks import kernel_has_width
 from cottention.engine.ops.loader import backend
-from torch import Tensor
 
 
 def cottention_mix(
@@ -37,7 +38,7 @@ def cottention_mix(
 
 def can_mix(device: str, width: int) -> bool:
     """Whether `cottention_mix` takes heads of this width on a device other than the CPU."""
-    return device != "cpu" and kernel_has_width(width, width) and cuda.is_ready()
+    return device != "cpu" and kernel_has_width(width, width) and loader.is_cuda_ready()
 
 
 def cottention_layers(

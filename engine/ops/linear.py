@@ -6,8 +6,9 @@ Knows no model.
 
 import torch
 import torch.nn.functional as F
-from cottention.engine.ops.loader import backend
 from torch import Tensor, nn
+
+from cottention.engine.ops.loader import backend
 
 TILE_ROWS = 32
 

@@ -1,6 +1,10 @@
 """Loads the compiled ops once per process, or says once why the torch reference runs instead.
 
 Owns the choice between the two. Knows no arithmetic.
+
+Loads the CUDA ops once per process, or says once why torch's own operations run instead.
+
+Owns that choice. Knows no arithmetic. Whoever passes a tensor on a GPU asks `is_cuda_ready`.
 """
 
 import functools
@@ -10,7 +14,15 @@ import threading
 from typing import Literal
 
 import torch
-from cottention.engine.ops.build import BuildError, build, find
+
+from cottention.engine.ops.build import (
+    BuildError,
+    build,
+    build_cuda,
+    find,
+    find_cuda,
+    is_cuda_wanted,
+)
 from cottention.engine.ops.fakes import FAKES
 
 Backend = Literal["compiled", "reference"]
@@ -61,3 +73,29 @@ def _load() -> None:
 def announce_reference(reason: str) -> None:
     """Say once per reason that the torch reference runs where the compiled ops were expected."""
     _logger.warning("the torch reference runs: %s", reason)
+
+
+_cuda_lock = threading.Lock()
+
+
+def is_cuda_ready() -> bool:
+    """Whether the CUDA ops are registered; the first call finds, builds and loads them.
+
+    COTTENTION_OPS=compiled makes a failure an error (BuildError), =reference skips the attempt.
+    """
+    with _cuda_lock:
+        return _load_cuda()
+
+
+@functools.cache
+def _load_cuda() -> bool:
+    if not is_cuda_wanted() or backend() == "reference":
+        return False
+    try:
+        torch.ops.load_library(find_cuda() or build_cuda())
+    except (OSError, BuildError) as error:
+        if must_compile():
+            raise BuildError(f"the CUDA ops: {error}") from error
+        announce_reference(f"no CUDA ops: {error}")
+        return False
+    return True

@@ -4,20 +4,26 @@ import sys
 from collections.abc import Sequence
 
 import torch
+
 from cottention.engine.errors import CottentionError
-from cottention.engine.training.bpe import train_tokenizer
-from cottention.engine.training.card import card_of
-from cottention.engine.training.corpus import read_corpus, standard_library, without_tables
-from cottention.engine.training.data import token_stream
-from cottention.engine.training.export import write_folder, write_json
-from cottention.engine.training.facts import facts_of
-from cottention.engine.training.loop import Run
-from cottention.engine.training.memory import keep_freed_memory
+from cottention.engine.training.data import (
+    read_corpus,
+    standard_library,
+    token_stream,
+    train_tokenizer,
+    without_tables,
+)
+from cottention.engine.training.evaluate import PROMPTS, HeldOut, greedy_text, score
+from cottention.engine.training.export import (
+    card_of,
+    facts_of,
+    round_best,
+    write_folder,
+    write_json,
+)
 from cottention.engine.training.progress import PlainProgress, open_progress
-from cottention.engine.training.rounding import round_best
-from cottention.engine.training.samples import PROMPTS, greedy_text
-from cottention.engine.training.score import HeldOut, score
 from cottention.engine.training.settings import TrainingSettings, parse
+from cottention.engine.training.trainer import Run, keep_freed_memory
 
 
 def main(arguments: Sequence[str]) -> int:

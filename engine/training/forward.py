@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from cottention.engine.feature_maps import FEATURE_MAPS, Features
-from cottention.engine.model import Attend, CottentionForCausalLM
-from cottention.engine.model_config import ModelConfig
-from cottention.engine.ops.chunked import chunked
-from cottention.engine.training.data import NO_TARGET, Windows
-from cottention.engine.weights import load_model
 from torch import Tensor, nn
+
+from cottention.engine.models.attention import FEATURE_MAPS, Features
+from cottention.engine.models.checkpoint import load_model
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj import Attend, CottentionForCausalLM
+from cottention.engine.ops.varlen import chunked
+from cottention.engine.training.data import NO_TARGET, Windows
 
 INITIAL_DEVIATION = 0.02
 

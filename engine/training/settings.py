@@ -9,10 +9,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from cottention.engine.feature_maps import TRAINED_MAPS
-from cottention.engine.model_config import ModelConfig
+from cottention.engine.models.attention import TRAINED_MAPS
+from cottention.engine.models.config import ModelConfig
 
-SHIPPED_MODEL = Path("engine/models/cottention-python-7m")
+SHIPPED_MODEL = Path("engine/pretrained/cottention-python-7m")
 
 
 def flag(default: Any, help: str, choices: Collection[str] | None = None) -> Any:

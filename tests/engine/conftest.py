@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cottention.engine import Engine, EngineConfig
 
+from cottention.engine import Engine, EngineConfig
 from tests.engine.making import ATTENTIONS, attention_folder
 
 

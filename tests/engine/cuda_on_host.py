@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from cottention.engine.ops.build import BuildError, compiler
 from torch import Tensor
 
+from cottention.engine.ops.build import BuildError, compiler
 from tests.engine.step_cases import Case
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cottention.engine.choice import Choice
-from cottention.engine.feature_maps import FEATURE_MAPS
-from cottention.engine.params import SamplingParams
-from cottention.engine.request import Request
-from cottention.engine.runner import Result, Sample
-from cottention.engine.sampler import Drawn
-from cottention.engine.session_state import SessionState
-from cottention.engine.state_spec import StateSpec
-from cottention.engine.tokenizer import Tokenizer
-from cottention.engine.weights import read_weights
 from safetensors.torch import save_file
+
+from cottention.engine.execution.model_runner import Result, Sample
+from cottention.engine.models.attention import FEATURE_MAPS
+from cottention.engine.models.checkpoint import read_weights
+from cottention.engine.sampling.sampler import Drawn
+from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.request import Choice, Request
+from cottention.engine.state.session_state import SessionState
+from cottention.engine.state.spec import StateSpec
+from cottention.engine.text.tokenizer import Tokenizer
 
 _FOLDER = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 

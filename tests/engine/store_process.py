@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from cottention.engine.errors import StoreFullError
-from cottention.engine.store import NewSession, SqliteStore
+from cottention.engine.sessions.store import NewSession, SqliteStore
 
 NUM_SESSIONS = 4
 

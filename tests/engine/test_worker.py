@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from cottention.engine.errors import EngineStoppedError
-from cottention.engine.scheduler import Scheduler
+from cottention.engine.scheduling.scheduler import Scheduler
 from cottention.engine.worker import EngineWorker
-
 from tests.engine.making import make_request
 
 PATIENCE = 30.0

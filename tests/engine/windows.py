@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from cottention.engine import Engine, EngineConfig, Output, SamplingParams
+from cottention.engine.models.checkpoint import read_weights
 from cottention.engine.outputs import TokenLogprob
-from cottention.engine.renewal import Grid
-from cottention.engine.session_state import SessionState
-from cottention.engine.weights import read_weights
+from cottention.engine.state.context_window import ContextSchedule
+from cottention.engine.state.session_state import SessionState
 
 _MODEL = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 _HOLD = tempfile.TemporaryDirectory(prefix="cottention-windows-")
@@ -83,7 +84,7 @@ def turn(
 
 
 def rivals_by_definition(
-    grid: Grid,
+    grid: ContextSchedule,
     ids: Sequence[int],
     indices: Sequence[int],
     window: int = 64,

@@ -18,10 +18,10 @@ from typing import ClassVar, NamedTuple
 
 from cottention.engine.errors import EngineStoppedError, ParameterError
 from cottention.engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
-from cottention.engine.params import SamplingParams
-from cottention.engine.policies import Policies
-from cottention.engine.renewal import grids
-from cottention.engine.session_state import SessionState
+from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.context_policy import ContextPolicies
+from cottention.engine.state.context_window import context_schedules
+from cottention.engine.state.session_state import SessionState
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
@@ -97,7 +97,7 @@ class FakeEngine:
         self.tokenizer = FakeTokenizer()
         self.model_config = FakeModelConfig()
         self.config = FakeEngineConfig()
-        self.policies = Policies("renew", 512, None, grids(512))
+        self.policies = ContextPolicies("renew", 512, None, context_schedules(512))
         self.spec = FakeSpec()
         self.seen: list[Running] = []
         self.num_slots = num_slots

@@ -9,13 +9,12 @@ from typing import Any, cast
 
 from cottention.engine.engine import Engine
 from cottention.engine.worker import EngineWorker
-from cottention.server.admission import Line
-from cottention.server.app import create_app
-from cottention.server.bridge import Bridge
-from cottention.server.key_files import api_keys
-from cottention.server.lifecycle import bind_socket, run_server, url_of
-from cottention.server.settings import ServerConfig
-
+from cottention.server.api.app import create_app
+from cottention.server.cli.serve import bind_socket, run_server, url_of
+from cottention.server.config import ServerConfig
+from cottention.server.generation.admission import AdmissionQueue
+from cottention.server.generation.async_engine import AsyncEngine
+from cottention.server.limits.api_keys import api_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
 
@@ -23,8 +22,8 @@ from tests.server.fake_sessions import FakeSessions
 def main() -> int:
     engine = cast(Engine, FakeEngine(step_seconds=float(sys.argv[1])))
     config = ServerConfig(port=0, drain_seconds=float(sys.argv[2]))
-    bridge = Bridge(
-        engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
+    bridge = AsyncEngine(
+        engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes
     )
     sock = bind_socket(config.host, config.port)
     url = url_of(sock)

@@ -20,9 +20,9 @@ from cottention.engine.errors import (
     SnapshotMismatchError,
     StoreFullError,
 )
-from cottention.engine.outbox import Outbox
-from cottention.engine.renewal import grids
-from cottention.engine.session_state import SessionState
+from cottention.engine.state.context_window import context_schedules
+from cottention.engine.state.event_log import EventLog
+from cottention.engine.state.session_state import SessionState
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,9 @@ class FakeSession:
 
     @property
     def context_start(self) -> int:
-        return grids(512)[self.states[-1].context_policy].start(max(self.position - 1, 0))
+        return context_schedules(512)[self.states[-1].context_policy].start(
+            max(self.position - 1, 0)
+        )
 
     @property
     def num_checkpoints(self) -> int:
@@ -148,7 +150,7 @@ class FakeSessions:
         self.kept[session_id] = new
         return new
 
-    def outbox(self, owner: str, session_id: str) -> Outbox:
+    def outbox(self, owner: str, session_id: str) -> EventLog:
         return self.find(owner, session_id).states[-1].outbox
 
     def export(self, owner: str, session_id: str) -> tuple[FakeSession, bytes]:

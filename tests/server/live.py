@@ -11,15 +11,15 @@ from typing import Any
 
 import httpx
 import uvicorn
-from cottention.engine.worker import EngineWorker
-from cottention.server.admission import Line
-from cottention.server.app import create_app
-from cottention.server.bridge import Bridge
-from cottention.server.key_files import api_keys
-from cottention.server.lifecycle import bind_socket, bounded, url_of
-from cottention.server.settings import ServerConfig
-from cottention.server.templates import ChatTemplate
 
+from cottention.engine.worker import EngineWorker
+from cottention.server.api.app import create_app
+from cottention.server.cli.serve import bind_socket, bounded, url_of
+from cottention.server.config import ServerConfig
+from cottention.server.generation.admission import AdmissionQueue
+from cottention.server.generation.async_engine import AsyncEngine
+from cottention.server.generation.chat_template import ChatTemplate
+from cottention.server.limits.api_keys import api_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
 
@@ -30,7 +30,7 @@ class Live:
     def __init__(
         self,
         engine: Any,
-        bridge: Bridge,
+        bridge: AsyncEngine,
         sessions: Any,
         turns: Any,
         url: str,
@@ -108,8 +108,8 @@ def serving(
     """A live server; at its end nothing may be left running."""
     engine = engine or FakeEngine()
     config = ServerConfig(port=0, **settings)
-    bridge = Bridge(
-        engine, partial(EngineWorker, engine), Line.of(config), config.stream_buffer_bytes
+    bridge = AsyncEngine(
+        engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes
     )
     sessions = sessions or FakeSessions()
     app = create_app(bridge, config, api_keys(config), sessions, template)

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
-from cottention.engine.config import EngineConfig
-from cottention.engine.ops import BuildError, build_cuda
-from cottention.server.flags import variable_of
-from cottention.server.lifecycle import FINAL_EVENT_SECONDS
-from cottention.server.settings import ServerConfig
 
+from cottention.engine.config import EngineConfig
+from cottention.engine.ops import BuildError, build
+from cottention.server.cli.options import variable_of
+from cottention.server.cli.serve import FINAL_EVENT_SECONDS
+from cottention.server.config import ServerConfig
 from tests.server.exported import exported_names
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_the_cuda_image_s_build_step_runs() -> None:
     variables = cuda_build_step()
     assert variables == {"COTTENTION_CUDA": "1"}
     try:
-        build_cuda.nvcc()
+        build.nvcc()
     except BuildError as error:
         pytest.skip(str(error))
     command = ["env", *(f"{name}={value}" for name, value in variables.items())]
@@ -129,8 +129,8 @@ def test_the_cuda_image_s_build_step_runs() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "/cottention-cuda-" in done.stdout
-    assert "compute_80,code=sm_80" in build_cuda.DEVICE_FLAGS
-    assert "code=[sm_90,compute_90]" in build_cuda.DEVICE_FLAGS
+    assert "compute_80,code=sm_80" in build.DEVICE_FLAGS
+    assert "code=[sm_90,compute_90]" in build.DEVICE_FLAGS
 
 
 def test_rules_and_dashboard_name_only_what_is_exported() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cottention.engine.config import EngineConfig
 from cottention.engine.engine import Engine
 from cottention.engine.outputs import FinishReason
-from cottention.engine.params import SamplingParams
-
+from cottention.engine.sampling_params import SamplingParams
 from tests.server.live import Live, eventually, serving
 
 NUM_CLIENTS = 64

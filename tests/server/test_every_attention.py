@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cottention.engine import Engine, SamplingParams
-from cottention.engine.feature_maps import FEATURE_MAPS
-from cottention.engine.session_state import SessionState
-from cottention.server.keeping import kept_sessions
-from cottention.server.settings import ServerConfig
 
+from cottention.engine import Engine, SamplingParams
+from cottention.engine.models.attention import FEATURE_MAPS
+from cottention.engine.state.session_state import SessionState
+from cottention.server.config import ServerConfig
+from cottention.server.sessions.storage import kept_sessions
 from tests.engine.windows import engine_of
 from tests.server.live import Live, serving
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import pytest
 import torch
-from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.errors import SnapshotError
-from cottention.engine.runner import Sample
-from cottention.engine.sessions import Sessions
-from cottention.engine.store import SqliteStore
-from cottention.server.keeping import kept_sessions
-from cottention.server.settings import ServerConfig
 from torch import Tensor
 
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.errors import SnapshotError
+from cottention.engine.execution.model_runner import Sample
+from cottention.engine.sessions.manager import SessionManager
+from cottention.engine.sessions.store import SqliteStore
+from cottention.server.config import ServerConfig
+from cottention.server.sessions.storage import kept_sessions
 from tests.server.live import Live, serving
 
 NUM_FAULTS = int(os.environ.get("COTTENTION_FAULTS", "150"))
@@ -74,7 +74,7 @@ class Saboteur:
 
     def sabotage(self, patch: pytest.MonkeyPatch) -> None:
         engine: Engine = self._live.engine
-        sessions: Sessions = self._live.sessions
+        sessions: SessionManager = self._live.sessions
         store, runner = sessions._store, engine._runner
         assert isinstance(store, SqliteStore)
         patch.setattr(runner, "run", self._noting(runner.run))

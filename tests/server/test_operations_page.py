@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cottention.engine import StateSpec
 from cottention.engine.config import DEFAULT_SLOTS
-from cottention.engine.fingerprints import Fingerprints
-from cottention.engine.renewal import grids
-from cottention.engine.session_state import SessionState
-from cottention.engine.snapshot import SnapshotCodec
-from cottention.server.settings import ServerConfig
-
+from cottention.engine.sessions.fingerprint import Fingerprint
+from cottention.engine.sessions.snapshot import SnapshotCodec
+from cottention.engine.state.context_window import context_schedules
+from cottention.engine.state.session_state import SessionState
+from cottention.server.config import ServerConfig
 from tests.server.exported import exported_families
 
 PAGE = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
@@ -65,8 +65,8 @@ def test_its_formulas(has_denominator: bool) -> None:
         recent=tuple(range(900)),
         counts=dict.fromkeys(range(500), 1),
     )
-    prints = Fingerprints("a" * 64, "b" * 64, "c" * 200, "d" * 100)
-    codec = SnapshotCodec(prints, spec, 1000, grids(900), 900)
+    prints = Fingerprint("a" * 64, "b" * 64, "c" * 200, "d" * 100)
+    codec = SnapshotCodec(prints, spec, 1000, context_schedules(900), 900)
     beyond = len(codec.encode(state)) - (spec.bytes_per_slot + 4 * (900 + 3) + 8 * 500)
     assert 0 < beyond < 2000
 

@@ -1,0 +1,220 @@
+"""Weights between a Hugging Face folder and the model's modules.
+
+Owns the file formats (`model.safetensors`, `pytorch_model.bin`, and sharded indices of either) and
+the check that a checkpoint has exactly the model's keys and shapes. Executes nothing that a file
+brings: a `.bin` is read with `weights_only=True`, other pickles are never opened.
+
+From what a user calls a model to a folder on disk. Knows nothing of what is inside it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cottention.engine.errors import ModelFolderError
+from cottention.engine.models.attention import TRAINED_MAPS
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj import CottentionForCausalLM
+
+Reader = Callable[[Path], dict[str, Tensor]]
+
+
+def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> CottentionForCausalLM:
+    """The model of `folder` on the CPU in `dtype` (norm_const float32). Raises ModelFolderError."""
+    with torch.device("meta"):
+        model = CottentionForCausalLM(config)
+    weights = read_weights(folder)
+    check_weights(weights, model, folder)
+    for name, weight in weights.items():
+        weights[name] = weight.to(torch.float32 if name.endswith("norm_const") else dtype)
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of `folder`, from whichever format it has. Raises ModelFolderError."""
+    found = _found(folder)
+    weights: dict[str, Tensor] = {}
+    for path in found.files:
+        weights |= _read_file(path, found.read)
+    return weights
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that `read_weights` reads, an index first. Raises ModelFolderError."""
+    found = _found(folder)
+    return found.files if found.index is None else [found.index, *found.files]
+
+
+def check_weights(weights: dict[str, Tensor], model: CottentionForCausalLM, folder: Path) -> None:
+    """Keys and shapes are those of `model`, no more and no less. Raises ModelFolderError."""
+    expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+    faults = [
+        *_listed("missing", expected.keys() - weights.keys()),
+        *_listed("unexpected", weights.keys() - expected.keys()),
+        *_listed("of another shape", _misshapen(weights, expected)),
+    ]
+    if faults:
+        hint = _hint(weights, model.config.attention_type)
+        raise ModelFolderError(
+            f"the weights in {folder} are not those of its config.json: {'; '.join(faults)}{hint}"
+        )
+
+
+def _hint(weights: dict[str, Tensor], said: str) -> str:
+    """What config.json should say, where weights of another kind of attention lie beside it."""
+    has_norm_const = any(name.endswith("norm_const") for name in weights)
+    if has_norm_const == TRAINED_MAPS[said].has_norm_const:
+        return ""
+    alike = [kind for kind, made in TRAINED_MAPS.items() if made.has_norm_const == has_norm_const]
+    like = " or ".join(repr(kind) for kind in sorted(alike))
+    what = "with norm_const" if has_norm_const else "without norm_const"
+    return (
+        f". config.json has attention_type {said!r}, and weights {what} look like those of {like}:"
+        " give attention_type what they were trained with"
+    )
+
+
+def _misshapen(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    for name in expected.keys() & weights.keys():
+        found = tuple(weights[name].shape)
+        if found != expected[name]:
+            yield f"{name} {list(found)} instead of {list(expected[name])}"
+
+
+def _listed(what: str, names: object, most: int = 8) -> Iterator[str]:
+    """One phrase that names up to `most` of the faulty keys, or none."""
+    found = sorted(names)  # type: ignore[call-overload]
+    if found:
+        more = f" and {len(found) - most} more" if len(found) > most else ""
+        yield f"{what}: {', '.join(found[:most])}{more}"
+
+
+def _read_file(path: Path, read: Reader) -> dict[str, Tensor]:
+    try:
+        weights = read(path)
+    except UnpicklingError as error:  # its text recommends to load the file unsafely
+        raise ModelFolderError(
+            f"{path} is damaged or holds more than tensors, which is never loaded: fetch it again,"
+            " or convert it to model.safetensors where you trust it"
+        ) from error
+    except Exception as error:  # on damaged bytes the readers raise whatever they trip over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelFolderError(
+            f"{path} is damaged or is no weights file ({reason}): fetch it again"
+        ) from error
+    if not isinstance(weights, dict) or not all(map(_is_named_tensor, weights.items())):
+        raise ModelFolderError(f"{path} does not hold a table of named tensors")
+    return weights
+
+
+def _is_named_tensor(item: tuple[object, object]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Files of weights, the index that names them if one does, and how each is read."""
+
+    read: Reader
+    files: list[Path]
+    index: Path | None = None
+
+
+def _found(folder: Path) -> _Found:
+    """Of the first format that is there: one file before many."""
+    for name, read in _FORMATS.items():
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return _Found(read, [folder / name])
+        if index.is_file():
+            return _Found(read, _shards(folder, index), index)
+    names = " or ".join(f"{name} (or {name}.index.json)" for name in _FORMATS)
+    raise ModelFolderError(f"{folder} has no weights: it needs {names}")
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    """The shards that an index names; they must lie beside it."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted({Path(name) for name in names})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelFolderError(f"{index} is not a weights index: {error!r}") from error
+    suffix = Path(index.name.removesuffix(".index.json")).suffix
+    for shard in shards:
+        if shard.name != str(shard) or shard.suffix != suffix or not (folder / shard).is_file():
+            raise ModelFolderError(
+                f"{index} names {shard}, which is not a {suffix} file beside it: fetch it again"
+            )
+    return [folder / shard for shard in shards]
+
+
+def _read_bin(path: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return weights
+
+
+_FORMATS: dict[str, Reader] = {"model.safetensors": load_file, "pytorch_model.bin": _read_bin}
+
+
+DEFAULT_MODEL = Path(__file__).parents[1] / "pretrained" / "cottention-python-7m"
+
+HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors", "pytorch_model*.bin"]
+"""What is fetched of a Hugging Face repository: never its pickles of configurations."""
+
+
+class NamedFolder(NamedTuple):
+    """A model's public name and where its files are."""
+
+    name: str
+    folder: Path
+
+
+def resolve_model(model: str | Path | None) -> NamedFolder:
+    """A folder as it is, a Hugging Face id fetched, None as the model that ships in the package.
+
+    Raises ModelFolderError that says what to do.
+    """
+    if model is None:
+        return NamedFolder(DEFAULT_MODEL.name, DEFAULT_MODEL)
+    folder = Path(os.path.expanduser(model))  # of os.path: it never raises on what is no path
+    if os.path.isdir(folder):
+        return NamedFolder(folder.resolve().name, folder)
+    if os.path.exists(folder):
+        raise ModelFolderError(f"{model} is a file: give the model's folder")
+    if not _looks_like_hub_id(str(model)):
+        raise ModelFolderError(
+            f"{model} does not exist: give a model folder or a Hugging Face id such as owner/name"
+        )
+    return NamedFolder(str(model), _fetch(str(model)))
+
+
+def _looks_like_hub_id(model: str) -> bool:
+    """owner/name, and not a path."""
+    parts = model.split("/")
+    return len(parts) == 2 and all(parts) and not model.startswith((".", "~"))
+
+
+def _fetch(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
+    except HFValidationError as error:
+        raise ModelFolderError(f"{repo_id} is not a folder and not a Hugging Face id") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelFolderError(
+            f"{repo_id} is no folder here, is not in the cache and could not be fetched"
+            f" from Hugging Face ({type(error).__name__})."
+            f" Download config.json, tokenizer files and weights of {repo_id} into a folder"
+            " on a machine with access, and give that folder instead"
+        ) from error

@@ -1,0 +1,216 @@
+"""The model as it is served: each layer two matrix products with the recurrence between them.
+
+Owns the way from ids to logits and the choice of who computes the layers: `packed.py` where there
+are compiled ops for it, torch elsewhere. Computes what `model.py` defines; does not know where
+state lives, who the tokens belong to or what becomes of the logits.
+
+Letters: N tokens, R rows, C channels.
+
+The layers on a CPU with compiled ops: packed weights, activations in float32, buffers that stay.
+
+Owns the packed weights and the buffers between a block's parts (norm, first product, all that is
+between, second product added to the residual), which are one op for all blocks where the feature
+map has such an op, and an op each where it has none. Does not know embeddings or logits.
+
+Letters: N tokens, C channels.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cottention.engine import ops
+from cottention.engine.models.attention import (
+    FEATURE_MAPS,
+    Mix,
+    Recurrence,
+    TokenPositions,
+    token_positions,
+)
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj import Block, CottentionForCausalLM, split_heads
+
+Product = Callable[[Tensor], Tensor]
+"""x [N, in] → [N, out]."""
+
+
+class Layers(Protocol):
+    """All blocks of a model, in order."""
+
+    def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
+        """x [N, C] after the last block; the batch's rows of every layer move on."""
+        ...
+
+
+class ServedModel:
+    """A `CottentionForCausalLM` rearranged for inference.
+
+    Takes the weights of what it is given, one block at a time, and leaves it without them.
+    """
+
+    def __init__(self, model: CottentionForCausalLM, device: str) -> None:
+        self.config: ModelConfig = model.config
+        # a copy: the original may be a view of a whole file, which would stay mapped
+        self._embedding = model.transformer.wte.weight.to(device, copy=True)
+        del model.transformer.wte
+        weight = model.lm_head.weight
+        self._is_packed = device == "cpu" and ops.can_pack(weight)
+        kind = PackedLayers if self._is_packed else TorchLayers
+        self._layers: Layers = kind(self.config, device, model.take_blocks())
+        self._last_norm = self._norm(model.transformer.ln_f.to(device))
+        self._head = product(weight, model.lm_head.bias, device)
+        del model.lm_head
+
+    def hidden(self, ids: Tensor, positions: Tensor, recurrence: Recurrence) -> Tensor:
+        """ids and positions int64 [N] → hidden states [N, C] before the last norm."""
+        x = nn.functional.embedding(ids, self._embedding)
+        x = x.float() if self._is_packed else x
+        return self._layers(x, token_positions(self.config, positions, x.dtype), recurrence)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, C] → logits float32 [R, vocab_size]."""
+        return self._head(self._last_norm(hidden)).float()
+
+    def _norm(self, norm: nn.LayerNorm) -> Product:
+        return ops.FixedOrderNorm(norm.weight, norm.bias, norm.eps) if self._is_packed else norm
+
+
+@dataclass(frozen=True, slots=True)
+class TorchLayer:
+    """One block: its norm, both stacked products and σ(m) float64 [H]."""
+
+    norm: nn.LayerNorm
+    project_in: Product
+    sigma: Tensor
+    project_out: Product
+
+
+class TorchLayers:
+    """The layers in torch's own operations, on any device and in any type.
+
+    Where CUDA has an op for all that is between the products, it takes what is not cut into chunks.
+    """
+
+    def __init__(self, config: ModelConfig, device: str, blocks: Iterable[Block]) -> None:
+        self._config = config
+        self._layers = [_torch_layer(block, device) for block in blocks]
+        fits = ops.can_mix(device, config.head_dim)
+        self._mix: Mix | None = FEATURE_MAPS[config.attention_type].mix if fits else None
+
+    def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
+        is_one = self._mix is not None and recurrence.segments.chunks is None
+        between = self._in_one if is_one else self._in_torch
+        for index, layer in enumerate(self._layers):
+            joined = layer.project_in(layer.norm(x))
+            x = x + layer.project_out(between(index, joined, at, recurrence))
+        return x
+
+    def _in_torch(
+        self, index: int, joined: Tensor, at: TokenPositions, recurrence: Recurrence
+    ) -> Tensor:
+        """First product [N, 3C + inner] → what the second takes, [N, C + inner]."""
+        features, up = split_heads(self._config, joined, self._layers[index].sigma, at)
+        mixed = recurrence(index, features).flatten(-2).to(up.dtype)
+        return torch.cat([mixed, ops.gelu_new(up)], dim=-1)
+
+    def _in_one(
+        self, index: int, joined: Tensor, at: TokenPositions, recurrence: Recurrence
+    ) -> Tensor:
+        """The same by the compiled op."""
+        assert self._mix is not None
+        out = joined.new_empty(len(joined), joined.shape[1] - 2 * self._config.n_embd)
+        state, _ = recurrence.layer(index)
+        rows, sigma = recurrence.segments, self._layers[index].sigma
+        self._mix(joined, at.index, sigma, at.cos, at.sin, state, rows.slots, rows.offsets, out)
+        return out
+
+
+def _torch_layer(block: Block, device: str) -> TorchLayer:
+    return TorchLayer(
+        norm=block.ln_1.to(device),
+        project_in=product(*block.stacked_in(), device),
+        sigma=block.attn.sigma().to(device),
+        project_out=product(*block.stacked_out(), device),
+    )
+
+
+def product(weight: Tensor, bias: Tensor, device: str) -> Product:
+    """x Wᵀ + bias on `device`. In float32 on a CPU, a row's bits do not depend on its company."""
+    weight, bias = weight.to(device), bias.to(device)
+    if device == "cpu" and (weight.dtype == torch.float32 or ops.can_pack(weight)):
+        return ops.FixedOrderLinear(weight, bias)
+    return lambda x: nn.functional.linear(x, weight, bias)
+
+
+class PackedLayers:
+    """All blocks of a model; a row's bits do not depend on the rows beside it."""
+
+    def __init__(self, config: ModelConfig, _device: str, blocks: Iterable[Block]) -> None:
+        self._layers = [PackedLayer(config, index, block) for index, block in enumerate(blocks)]
+        self._weights = [weight for layer in self._layers for weight in layer.weights()]
+        self._epsilon = config.layer_norm_epsilon
+        fits = ops.kernel_has_width(config.head_dim, config.head_dim)
+        self._in_one = FEATURE_MAPS[config.attention_type].layers if fits else None
+        width, inner = config.n_embd, config.n_inner
+        self._buffers = [torch.empty(0, n) for n in (width, 3 * width + inner, width + inner)]
+
+    def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
+        """x float32 [N, C] after the last block, changed in place."""
+        buffers = self._rows(x.shape[0])
+        if self._in_one is None:
+            for layer in self._layers:
+                layer.add_to(x, at, recurrence, *buffers)
+            return x
+        places = at.index, at.cos, at.sin
+        rows = recurrence.state, recurrence.segments.slots, recurrence.segments.offsets
+        self._in_one(x, self._weights, self._epsilon, *places, *rows, *buffers)
+        return x
+
+    def _rows(self, num_tokens: int) -> list[Tensor]:
+        """Buffers [N, ·], kept from step to step; they grow to the largest batch that came."""
+        if num_tokens > len(self._buffers[0]):
+            self._buffers = [torch.empty(num_tokens, x.shape[1]) for x in self._buffers]
+        return [buffer[:num_tokens] for buffer in self._buffers]
+
+
+class PackedLayer:
+    """One block."""
+
+    def __init__(self, config: ModelConfig, index: int, block: Block) -> None:
+        self._config = config
+        self._index = index
+        self._norm = ops.FixedOrderNorm(block.ln_1.weight, block.ln_1.bias, block.ln_1.eps)
+        self._project_in = ops.FixedOrderLinear(*block.stacked_in())
+        self._project_out = ops.FixedOrderLinear(*block.stacked_out())
+        self._sigma = block.attn.sigma()
+
+    def weights(self) -> Iterable[Tensor]:
+        """In the order of `ops.cottention_layers`."""
+        first, second = self._project_in, self._project_out
+        assert first.bias is not None
+        assert second.bias is not None
+        yield from (self._norm.weight, self._norm.bias, first.weight, first.bias)
+        yield from (self._sigma, second.weight, second.bias)
+
+    def add_to(
+        self,
+        x: Tensor,
+        at: TokenPositions,
+        recurrence: Recurrence,
+        normed: Tensor,
+        joined: Tensor,
+        mixed: Tensor,
+    ) -> None:
+        """Add to x [N, C] what attention and MLP make of it.
+
+        normed [N, C], joined [N, 3C + inner] and mixed [N, C + inner] are overwritten.
+        """
+        self._norm.into(x, normed)
+        self._project_in.into(normed, joined)
+        features, up = split_heads(self._config, joined, self._sigma, at)
+        out = recurrence(self._index, features).flatten(-2)
+        torch.cat([out, ops.gelu_new(up)], dim=-1, out=mixed)
+        self._project_out.add_to(mixed, x)

@@ -1,0 +1,153 @@
+"""How a request wants its tokens chosen. Validated once, here; knows nothing of HTTP."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from cottention.engine.errors import ParameterError
+from cottention.engine.state.context_window import ContextPolicy
+
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are taken as 0: dividing by them would overflow."""
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256
+MAX_SEED = 2**63 - 1
+MAX_TOP_K = 2**31 - 1
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_BAD_WORDS = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Sampling parameters of one request, under the names of OpenAI's and vLLM's APIs.
+
+    max_tokens: most ids generated for each choice; 0 only reads, and may score, the prompt.
+    temperature: 0 is greedy; from 0, finite.
+    top_p: in (0, 1]; 1 is off. top_k: from 1; 0 and −1 are off. min_p: in [0, 1]; 0 is off.
+    seed: any int64; None draws a fresh one.
+    stop: up to 16 non-empty strings; text ends before the first that appears.
+    n: choices per prompt, from 1.
+    ignore_eos: go on past the model's end-of-text token.
+    presence_penalty, frequency_penalty: −2 to 2, taken from the logits of ids generated before,
+    once or as often as they came. repetition_penalty: above 0; divides positive logits of ids in
+    prompt and text, multiplies negative ones.
+    logit_bias: id → −100 to 100, added to its logit.
+    min_tokens: so many ids come before an end-of-text or stop id, or a stop string, may end it.
+    stop_token_ids: ids that end the text as the model's own end does.
+    include_stop_str_in_output: whether what stopped the text belongs to it.
+    skip_special_tokens: leave special tokens out of the text.
+    allowed_token_ids: the only ones that may be drawn. bad_words: texts that may not be completed.
+    context_policy: "renew" or "exact", how a long past is remembered; None: as the session or the
+    engine has it.
+    logprobs, prompt_logprobs: 0 to 20 likeliest alternatives to report beside each id; None: none.
+
+    Raises ParameterError naming the field and what it allows.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    context_policy: ContextPolicy | None = None
+
+    def __post_init__(self) -> None:
+        _check_whole("max_tokens", self.max_tokens, 0, None)
+        _check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_whole("n", self.n, 1, None)
+        _check_whole("top_k", self.top_k, -1, MAX_TOP_K)
+        _check_number("temperature", self.temperature, 0.0, math.inf)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise ParameterError(name, f"{name} must be greater than 0; it is 0")
+        if self.seed is not None:
+            _check_whole("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        _check_strings("stop", self.stop, MAX_STOP_STRINGS)
+        _check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
+        _check_biases(self.logit_bias)
+        _check_policy(self.context_policy)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether ids that came before change what comes next."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+        )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely id is always taken."""
+        return self.temperature < GREEDY_BELOW
+
+
+def _check_whole(name: str, value: Any, low: int, high: int | None) -> None:
+    allowed = f"a whole number from {low}" + ("" if high is None else f" to {high}")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ParameterError(name, f"{name} must be {allowed}; it is {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ParameterError(name, f"{name} must be {allowed}; it is {value}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    allowed = f"a finite number from {low:g}" + ("" if high == math.inf else f" to {high:g}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise ParameterError(name, f"{name} must be {allowed}; it is {value!r}")
+    if not low <= value <= min(high, sys.float_info.max):  # false for NaN, exact for any int
+        raise ParameterError(name, f"{name} must be {allowed}; it is {value}")
+
+
+def _check_strings(name: str, strings: Sequence[str], most: int) -> None:
+    if len(strings) > most:
+        raise ParameterError(name, f"{name} takes at most {most} strings; it has {len(strings)}")
+    for text in strings:
+        if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
+            raise ParameterError(
+                name, f"each string of {name} must have 1 to {MAX_STOP_LENGTH} characters"
+            )
+
+
+def _check_policy(policy: str | None) -> None:
+    if policy is not None and policy not in get_args(ContextPolicy):
+        allowed = " or ".join(f'"{each}"' for each in get_args(ContextPolicy))
+        raise ParameterError(
+            "context_policy", f"context_policy must be {allowed}; it is {policy!r}"
+        )
+
+
+def _check_biases(logit_bias: Mapping[int, float]) -> None:
+    if len(logit_bias) > MAX_BIASES:
+        raise ParameterError(
+            "logit_bias", f"logit_bias takes at most {MAX_BIASES} ids; it has {len(logit_bias)}"
+        )
+    for bias in logit_bias.values():
+        _check_number("logit_bias", bias, -100.0, 100.0)

@@ -1,0 +1,60 @@
+"""What a session takes, item by item and place by place: known before there is one.
+
+Owns the sum. Knows no torch, and nothing of sessions that there are.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+from cottention.engine.state.spec import StateSpec
+
+ID_BYTES, COUNT_BYTES = 40, 120
+"""About what CPython takes for an int in a tuple, and for two in a dictionary."""
+
+STORED_ID_BYTES, STORED_COUNT_BYTES = 4, 8
+HEADER_BYTES = 2048
+"""Of a snapshot beside its rows and lists: checksum, fingerprints, sizes; at most."""
+
+GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class SessionBytes:
+    """Bytes of one session, whatever its age; what depends on its text is the most it can be.
+
+    items: by what they hold. places: of one session in the pool, in memory, on the disk.
+    """
+
+    items: dict[str, int]
+    places: dict[str, int]
+
+    @classmethod
+    def of(
+        cls, spec: StateSpec, *, num_ids: int, window: int, max_checkpoints: int, max_outbox: int
+    ) -> Self:
+        """num_ids: of the tokenizer. window: ids that are kept. max_outbox: bytes of events."""
+        slot = spec.itemised_bytes()
+        rows = slot["state"] + slot["denominator"]
+        num_kept = window + 1  # and the one that the next turn feeds first
+        counts, ids = num_ids * COUNT_BYTES, num_kept * ID_BYTES
+        lists = num_kept * STORED_ID_BYTES + num_ids * STORED_COUNT_BYTES
+        snapshot = rows + lists + max_outbox + HEADER_BYTES
+        items = {
+            **slot,
+            "logits": 0,
+            "counts": counts,
+            "ids": ids,
+            "outbox": max_outbox,
+            "turn_copy": rows,
+            "checkpoints": max_checkpoints * snapshot,
+        }
+        places = {
+            "resident": spec.bytes_per_slot,
+            "parked": rows + counts + ids + max_outbox,
+            "stored": (1 + max_checkpoints) * snapshot,
+        }
+        return cls(items, places)
+
+    def per_gb(self) -> dict[str, int]:
+        """How many fit into 10⁹ bytes of each place, at least."""
+        return {place: GB // nbytes for place, nbytes in self.places.items()}

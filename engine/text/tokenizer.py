@@ -1,0 +1,152 @@
+"""Text to ids, and ids to bytes.
+
+Owns the byte-level BPE tokenizer of a model folder: `tokenizer.json`, or the older `vocab.json`,
+`merges.txt` and `added_tokens.json`. Knows nothing of streams: bytes of ids that are only part of
+a character are for `detokenizer.py` to hold back.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from cottention.engine.errors import ModelFolderError
+
+_PADDING = re.compile(r"<\|extratoken_\d+\|>")
+"""GPT-J fills its vocabulary up to 50,400 with these: ids that no text ever has."""
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer and the bytes of each of its ids."""
+
+    def __init__(self, backend: Backend, where: str) -> None:
+        decoder = json.loads(backend.to_str())["decoder"] or {}
+        if decoder.get("type") != "ByteLevel":
+            raise ModelFolderError(
+                f"{where}: the tokenizer's decoder is {decoder.get('type')}; only byte-level BPE"
+                " (decoder ByteLevel) is supported"
+            )
+        backend.no_truncation()  # a folder's habits in training must not cut a prompt
+        backend.no_padding()
+        self._backend = backend
+        self._before, self._after = _frame(backend)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.num_ids = max(vocabulary.values()) + 1
+        self.token_bytes = _token_bytes(backend, vocabulary, self.num_ids)
+        self.written_bytes = _with_specials(backend, self.token_bytes)
+        self.sampleable_ids = sorted(
+            token_id for token, token_id in vocabulary.items() if not _PADDING.fullmatch(token)
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """Read the tokenizer of a model folder. Raises ModelFolderError."""
+        try:
+            if (folder / "tokenizer.json").is_file():
+                return cls(Backend.from_file(str(folder / "tokenizer.json")), str(folder))
+            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                return cls(_from_vocab_and_merges(folder), str(folder))
+        except ModelFolderError:
+            raise
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise ModelFolderError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        raise ModelFolderError(
+            f"{folder} has no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt"
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone; special tokens written out in it become their ids.
+
+        Others run meanwhile: the library's `encode` would hold Python's lock, for seconds where a
+        text is long.
+        """
+        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def framed(self, ids: list[int]) -> list[int]:
+        """Ids of a text as its tokenizer begins and ends one: GPT-J's adds nothing."""
+        return [*self._before, *ids, *self._after] if self._before or self._after else ids
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one id by itself, special tokens written out."""
+        return self.written_bytes[token_id].decode("utf-8", errors="replace")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens left out, incomplete characters as U+FFFD."""
+        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def _frame(backend: Backend) -> tuple[list[int], list[int]]:
+    """Special ids that the folder's post-processor puts before and after every text."""
+    encoding = backend.encode("a")
+    is_text = [not added for added in encoding.special_tokens_mask]
+    if True not in is_text:  # all of them come before a text that has no ids
+        return encoding.ids, []
+    start, stop = is_text.index(True), len(is_text) - is_text[::-1].index(True)
+    return encoding.ids[:start], encoding.ids[stop:]
+
+
+def _token_bytes(backend: Backend, vocabulary: dict[str, int], num_ids: int) -> list[bytes]:
+    """Bytes that each id stands for; none for special tokens and for numbers without a token."""
+    table = [b""] * num_ids
+    added = backend.get_added_tokens_decoder()
+    for token, token_id in vocabulary.items():
+        if token_id not in added:
+            table[token_id] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+        elif not added[token_id].special:
+            table[token_id] = token.encode()
+    return table
+
+
+def _with_specials(backend: Backend, token_bytes: list[bytes]) -> list[bytes]:
+    """The same table with special tokens written out."""
+    table = list(token_bytes)
+    for token_id, added in backend.get_added_tokens_decoder().items():
+        table[token_id] = added.content.encode()
+    return table
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes printable Latin-1 bytes as themselves and the others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + place): byte for place, byte in enumerate(others)
+    }
+
+
+_BYTE_OF_CHARACTER = _byte_alphabet()
+
+
+def _from_vocab_and_merges(folder: Path) -> Backend:
+    """The three older files; added tokens must continue the vocabulary's numbers."""
+    backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    added = _json(folder / "added_tokens.json")
+    for token, token_id in sorted(added.items(), key=lambda item: item[1]):
+        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+        if backend.token_to_id(token) != token_id:
+            raise ModelFolderError(
+                f"{folder}/added_tokens.json gives {token!r} the id {token_id}; the next free id"
+                f" is {backend.token_to_id(token)}"
+            )
+    backend.add_special_tokens(_named_specials(_json(folder / "tokenizer_config.json")))
+    return backend
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where the file is absent."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def _named_specials(config: dict[str, Any]) -> list[AddedToken]:
+    """Tokens that tokenizer_config.json names as begin, end, unknown or padding."""
+    named = (config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad"))
+    contents = [token["content"] if isinstance(token, dict) else token for token in named]
+    unique = dict.fromkeys(token for token in contents if token)
+    return [AddedToken(token, special=True, normalized=False) for token in unique]

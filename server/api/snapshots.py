@@ -1,0 +1,78 @@
+"""/v1/sessions/ID/snapshot and /v1/sessions/import: a session as bytes, from here to elsewhere.
+
+Owns how they travel. What is in them is the engine's.
+"""
+
+import asyncio
+import json
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+
+from cottention.engine.errors import SnapshotError, SnapshotMismatchError
+from cottention.server.api.dependencies import ContextDep
+from cottention.server.api.openapi import Schema, refusals
+from cottention.server.api.query_params import must_be, query_of
+from cottention.server.http.body import read_body
+from cottention.server.http.errors import ApiError, invalid
+from cottention.server.schemas.session_responses import SessionObject, etag_of, told
+from cottention.server.schemas.sessions import METADATA, TTL, KeptBody, kept_body
+from cottention.server.sessions.turn_queue import asked_by
+
+router = APIRouter()
+
+OCTETS = "application/octet-stream"
+BINARY: Schema = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
+
+
+@router.get(
+    "/v1/sessions/{session_id}/snapshot",
+    response_class=Response,
+    responses=refusals(400, 401, 404, 500) | {200: {"content": BINARY}},
+)
+async def get_snapshot(session_id: str, request: Request, context: ContextDep) -> Response:
+    """All of a session, as it is between its turns."""
+    owner, sessions = asked_by(request).owner, context.sessions
+    session, raw = await asyncio.to_thread(sessions.export, owner, session_id)
+    return Response(raw, media_type=OCTETS, headers={"ETag": etag_of(session)})
+
+
+@router.post(
+    "/v1/sessions/import",
+    response_model=SessionObject,
+    responses=refusals(400, 401, 409, 413, 415, 500, 503, 507),
+    dependencies=[query_of("metadata", "ttl_seconds")],
+    openapi_extra={"requestBody": {"required": True, "content": BINARY}},
+)
+async def import_session(
+    request: Request,
+    context: ContextDep,
+    metadata: str | None = None,
+    ttl_seconds: Annotated[float | None, must_be("ttl_seconds", TTL)] = None,
+) -> Response:
+    """A new session that is what another was; `metadata` is a JSON object.
+
+    Raises ParameterError for one of which no turn could run here.
+    """
+    context.bridge.check_accepting()
+    config = context.config
+    owner, kept = asked_by(request).owner, _kept(metadata, ttl_seconds)
+    raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
+    put_in, check = context.sessions.import_, context.bridge.engine.policies.check_goes_on
+    how = kept.metadata, kept.ttl_seconds, check
+    try:
+        return told(await asyncio.to_thread(put_in, owner, raw, *how))
+    except SnapshotMismatchError as error:
+        raise ApiError(409, str(error), code="snapshot_mismatch") from None
+    except SnapshotError as error:
+        raise ApiError(400, str(error), code="bad_snapshot") from None
+
+
+def _kept(metadata: str | None, ttl_seconds: float | None) -> KeptBody:
+    given: dict[str, Any] = {"ttl_seconds": ttl_seconds}
+    if metadata is not None:
+        try:
+            given["metadata"] = json.loads(metadata)
+        except (ValueError, RecursionError):
+            raise invalid("metadata", f"metadata must be {METADATA}, as JSON") from None
+    return kept_body(given)

@@ -1,0 +1,97 @@
+"""What the server says of itself: its model, whether it lives and takes work, its figures.
+
+GET /v1/capacity: what a session costs, and how many fit. Figures are of the moment.
+"""
+
+import asyncio
+
+from fastapi import APIRouter, Response
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from cottention.server.api.dependencies import Context, ContextDep
+from cottention.server.api.generate import check_model
+from cottention.server.api.openapi import refusals
+from cottention.server.generation.async_engine import Phase
+from cottention.server.http.errors import unavailable
+from cottention.server.schemas.responses import JsonObject, Model, ModelList, Status, Version
+from cottention.server.schemas.session_responses import Capacity
+from cottention.server.version import package_version
+
+router = APIRouter()
+
+
+@router.get("/v1/models", response_model=ModelList, responses=refusals(401))
+async def list_models(context: ContextDep) -> JsonObject:
+    """The one model, as a list."""
+    return {"object": "list", "data": [_model(context)]}
+
+
+@router.get("/v1/models/{model_id:path}", response_model=Model, responses=refusals(401, 404))
+async def get_model(model_id: str, context: ContextDep) -> JsonObject:
+    """The one model, by its id."""
+    check_model(model_id, context)
+    return _model(context)
+
+
+@router.get("/version", response_model=Version, responses=refusals(401))
+async def version() -> JsonObject:
+    """The distribution's version."""
+    return {"version": package_version()}
+
+
+@router.get("/health", response_model=Status, responses=refusals(503))
+async def health(context: ContextDep) -> JsonObject:
+    """200 while the engine's thread lives, draining or not."""
+    if context.bridge.phase is Phase.FAILED or not context.bridge.is_alive:
+        raise unavailable(Phase.FAILED)
+    return {"status": "alive"}
+
+
+@router.get("/ready", response_model=Status, responses=refusals(503))
+async def ready(context: ContextDep) -> JsonObject:
+    """200 while new work is taken."""
+    context.bridge.check_accepting()
+    return {"status": "ready"}
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses=refusals(401) | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+)
+async def metrics(context: ContextDep) -> Response:
+    """Figures in Prometheus' text format."""
+    text = await asyncio.to_thread(generate_latest, context.registry)  # it asks the store
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _model(context: Context) -> JsonObject:
+    return {
+        "id": context.model_name,
+        "object": "model",
+        "created": context.bridge.created,
+        "owned_by": "cottention",
+        "max_model_len": context.trained_length,
+    }
+
+
+@router.get("/v1/capacity", response_model=Capacity, responses=refusals(401))
+async def capacity(context: ContextDep) -> JsonObject:
+    """What the pool, the memory and the disk hold."""
+    stats, cost = context.bridge.stats(), context.session_bytes
+    sizes = await asyncio.to_thread(context.sessions.sizes)
+    return {
+        "object": "capacity",
+        "bytes_per_session": cost.items,
+        "bytes_per_place": cost.places,
+        "sessions_per_gb": cost.per_gb(),
+        "slots": stats.num_slots,
+        "free_slots": stats.num_free_slots,
+        "paused_states": stats.num_paused_states,
+        "max_paused_states": stats.max_paused_states,
+        "resident": sizes.num_resident,
+        "parked": sizes.num_parked,
+        "stored": sizes.num_stored,
+        "parked_bytes": sizes.parked_bytes,
+        "stored_bytes": sizes.stored_bytes,
+    }

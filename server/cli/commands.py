@@ -1,0 +1,191 @@
+"""What each command does, given its settings. Knows no flags.
+
+Everything heavy is imported inside: torch takes seconds, and --help should not.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from cottention.engine.config import EngineConfig
+from cottention.engine.errors import ConfigurationError, CottentionError
+from cottention.engine.models.checkpoint import resolve_model
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.outputs import FinishReason
+from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.context_policy import MAX_HELD
+from cottention.engine.state.context_window import ContextPolicy
+from cottention.server.config import GenerateConfig, ServerConfig
+from cottention.server.log_config import FIELDS, LogFormat
+
+if TYPE_CHECKING:
+    from cottention.engine.engine import Engine
+
+logger = logging.getLogger("cottention")
+
+
+def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Serve until told to stop. A model comes last: it takes seconds to load in vain."""
+    from cottention.server.cli.serve import bind_socket, run_server, url_of
+
+    with bind_socket(config.host, config.port) as sock:
+        from cottention.engine.engine import Engine
+        from cottention.engine.worker import EngineWorker
+        from cottention.server.api.app import create_app
+        from cottention.server.cli.serve import warn_of_strangers, who_reaches
+        from cottention.server.generation.admission import AdmissionQueue
+        from cottention.server.generation.async_engine import AsyncEngine
+        from cottention.server.generation.chat_template import find_template
+        from cottention.server.limits.api_keys import api_keys
+        from cottention.server.sessions.storage import check_folder, kept_sessions, where_kept
+
+        keys = api_keys(config)
+        check_folder(config)
+        template = find_template(config.chat_template, resolve_model(model).folder)
+        engine = Engine(model, engine_config)
+        bridge = AsyncEngine(
+            engine,
+            partial(EngineWorker, engine),
+            AdmissionQueue.of(config),
+            config.stream_buffer_bytes,
+        )
+        with kept_sessions(engine, config) as sessions:
+            app = create_app(bridge, config, keys, sessions, template)
+            warn_of_strangers(sock, config)
+            told = {"sessions": where_kept(config), "reach": who_reaches(sock, config)}
+            told["ready"] = url_of(sock)
+            announce = partial(_announce, engine, told, config.log_format)
+            return run_server(app, bridge, config, sock, announce)
+
+
+def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -> int:
+    """Continue `prompt`, or standard input where it is "-", on standard output."""
+    from cottention.engine.engine import Engine
+
+    text = _standard_input() if prompt == "-" else prompt
+    params = SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        seed=config.seed,
+        stop=config.stop,
+    )
+    engine = Engine(config.model, engine_config)
+    status = 0
+    for output in engine.stream(text, params):
+        print(output.text, end="", flush=True)
+        if output.finish_reason is FinishReason.ERROR:
+            print(f"cottention generate: {output.error}", file=sys.stderr)
+            status = 1
+    print()
+    return status
+
+
+def info(model: str | None, engine_config: EngineConfig) -> int:
+    """Print what a model is and what its sessions cost, without allocating a pool for them."""
+    from cottention.engine.engine import Engine
+
+    engine = Engine(model, replace(engine_config, max_slots=1, state_memory=None))
+    for name, value in _facts(engine, engine_config.num_slots(engine.spec)):
+        print(f"{name:<18} {value}")
+    return 0
+
+
+def build() -> int:
+    """Compile the ops, and those for CUDA where torch can use them or COTTENTION_CUDA=1 asks."""
+    from cottention.engine.ops.build import BuildError, build_cuda, is_cuda_wanted
+    from cottention.engine.ops.build import build as build_ops
+
+    try:
+        print(build_ops())
+        if is_cuda_wanted():
+            print(build_cuda())
+    except BuildError as error:
+        raise CottentionError(str(error)) from None
+    return 0
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
+
+
+def _announce(engine: "Engine", told: dict[str, str], form: LogFormat) -> None:
+    """What is served, and where: on standard output, or in a log that machines read."""
+    stats = engine.stats()
+    engine_s = {
+        "model": f"{engine.name}, {_on_what(engine)}",
+        "memory": _pool(stats.num_slots, stats.bytes_per_slot),
+    }
+    if form == "json":
+        logger.info("serving", extra={FIELDS: engine_s | told})
+        return
+    for name, value in (engine_s | told).items():
+        print(f"{name:<8} {value}")
+    sys.stdout.flush()
+
+
+def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
+    shape, size_of_one = engine.model_config, engine.spec.bytes_per_slot
+    yield "model", engine.name
+    yield "parameters", f"{engine.num_parameters:,}"
+    yield "runs on", _on_what(engine)
+    yield "attention", _attention(shape)
+    yield "shape", f"{shape.n_layer} layers of {shape.n_head} heads of {shape.head_dim}"
+    yield "bytes per session", f"{size_of_one:,}, whatever its length"
+    yield from _costs(engine)
+    yield "pool when served", _pool(num_slots, size_of_one)
+    yield "trained length", f"{shape.n_positions:,} tokens"
+    yield "past it", PAST[engine.policies.default]
+    yield "position limit", f"{MAX_HELD:,} tokens"
+
+
+PAST: dict[ContextPolicy, str] = {
+    "renew": "states are renewed: the text stays good, and the oldest is forgotten",
+    "exact": "the text gets worse, not the memory",
+}
+
+
+def _attention(shape: ModelConfig) -> str:
+    longest = shape.max_exact_length
+    return shape.attention_type if longest is None else f"{shape.attention_type}, M = {longest:,}"
+
+
+def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:
+    """What a session takes, served as it is where no setting says otherwise."""
+    from cottention.server.api.dependencies import session_bytes
+
+    config = ServerConfig()
+    cost, is_in_slot = session_bytes(engine, config), engine.spec.itemised_bytes().keys()
+    where = {
+        "logits": ": computed again from the last token",
+        "counts": " of memory, at most",
+        "ids": " of memory",
+        "outbox": " of memory, at most",
+        "turn_copy": " of memory, while a turn runs",
+        "checkpoints": f" on the disk, for {config.session_checkpoints} turns, at most",
+    }
+    for what, size in cost.items.items():
+        yield f"  {what}", f"{size:,} bytes{'' if what in is_in_slot else where[what]}"
+    num = cost.per_gb()
+    yield "sessions per GB", f"{num['resident']:,}"
+    yield "  parked", f"{num['parked']:,} of memory, at least"
+    yield "  stored", f"{num['stored']:,} on the disk, at least"
+
+
+def _on_what(engine: "Engine") -> str:
+    from cottention.engine.ops import backend
+
+    return f"{engine.dtype} on {engine.device}, {backend()} ops"
+
+
+def _pool(num_slots: int, bytes_per_slot: int) -> str:
+    in_all = num_slots * bytes_per_slot / 2**20
+    return f"{num_slots} slots of {bytes_per_slot:,} bytes, {in_all:,.1f} MiB in all"

@@ -1,0 +1,152 @@
+"""Kinds of value that a body may hold: prompts, strings, ids, biases.
+
+Owns how each is read and what is wrong with it. Does not know which field has which kind.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator, ValidationInfo
+from pydantic_core import PydanticCustomError
+
+from cottention.server.http.body import is_text, shown
+from cottention.server.http.request_id import HARMLESS
+
+Prompt = str | list[int]
+
+PROMPTS = "text, a list of texts, a list of token ids, or a list of lists of token ids"
+BIASES = "an object of token ids, as strings, with a number from -100 to 100 each"
+MAX_ID_DIGITS = 10
+PATTERN = f"^{HARMLESS.pattern}$"
+
+
+def told(message: str) -> PydanticCustomError:
+    """An error whose message is what the client reads."""
+    return PydanticCustomError("told", "{message}", {"message": message})
+
+
+def wrong_type() -> PydanticCustomError:
+    """An error that is answered with the field's own description."""
+    return PydanticCustomError("wrong_type", "wrong type")
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise where `text` is not Unicode."""
+    if not is_text(text):
+        raise told(f"{name} has a lone surrogate, which is no character")
+
+
+def _text(value: Any, info: ValidationInfo) -> str:
+    if not isinstance(value, str):
+        raise wrong_type()
+    check_text(str(info.field_name), value)
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not HARMLESS.fullmatch(value):
+        raise wrong_type()
+    return value
+
+
+def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
+    """One prompt or several, as text or as ids → a list of prompts.
+
+    A session may go on without a new prompt, which is one of no ids.
+    """
+    if value in ("", []) and info.data.get("session_id") is not None:
+        return [[]]
+    match value:
+        case str() | [int(), *_]:
+            prompts = [value]
+        case list():
+            prompts = value
+        case _:
+            raise wrong_type()
+    if not prompts or "" in prompts or [] in prompts:
+        raise told("prompt must not be empty")
+    if not (all(isinstance(each, str) for each in prompts) or all(map(_is_ids, prompts))):
+        raise told(f"prompt must be {PROMPTS}; {odd_one(value)}")
+    for each in prompts:
+        if isinstance(each, str):
+            check_text("prompt", each)
+    return prompts
+
+
+def odd_one(items: list[Any]) -> str:
+    """Where a list that should be of texts, of ids or of lists of ids is not, and what is there.
+
+    It should be of what it begins with.
+    """
+    kind = type(items[0]) if type(items[0]) in (str, int, list) else None
+    for place, each in enumerate(items):
+        if type(each) is not kind:
+            return f"at index {place} is {shown(each)}"
+    inside = ((i, j, each) for i, ids in enumerate(items) for j, each in enumerate(ids))
+    return next(
+        f"at index {j} of the list at index {i} is {shown(each)}"
+        for i, j, each in inside
+        if type(each) is not int
+    )
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int for each in value)
+
+
+def _strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    """One string or a list of them."""
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(each, str) for each in strings):
+        raise wrong_type()
+    for each in strings:
+        check_text(str(info.field_name), each)
+    return tuple(strings)
+
+
+def _listed_strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise wrong_type()
+    return _strings(value, info)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    if not _is_ids(value):
+        raise wrong_type()
+    return tuple(value)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """JSON's keys are strings; each must be an id as it is usually written."""
+    if not isinstance(value, dict):
+        raise wrong_type()
+    for key, bias in value.items():
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)):
+            raise told(f"logit_bias must be {BIASES}; that of {shown(key)} is {shown(bias)}")
+        if not _is_id(key):
+            raise told(f"logit_bias must be {BIASES}; {shown(key)} is no token id")
+    return {int(key): bias for key, bias in value.items()}
+
+
+def _is_id(key: str) -> bool:
+    is_digits = key.isascii() and key.isdecimal() and len(key) <= MAX_ID_DIGITS
+    return is_digits and str(int(key)) == key
+
+
+Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
+Name = Annotated[
+    str, PlainValidator(_name, json_schema_input_type=Annotated[str, Field(pattern=PATTERN)])
+]
+Prompts = Annotated[
+    list[Prompt],
+    PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
+Strings = Annotated[
+    tuple[str, ...], PlainValidator(_strings, json_schema_input_type=str | list[str])
+]
+ListedStrings = Annotated[
+    tuple[str, ...], PlainValidator(_listed_strings, json_schema_input_type=list[str])
+]
+TokenIds = Annotated[tuple[int, ...], PlainValidator(_token_ids, json_schema_input_type=list[int])]
+Biases = Annotated[
+    dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float])
+]

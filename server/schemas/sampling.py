@@ -1,0 +1,130 @@
+"""What completions and chats have in common: how tokens are chosen and what is told of them.
+
+Owns names, types and the words that say what is allowed; ranges are the engine's
+(`SamplingParams`). Does not know prompts or messages.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.state.context_window import ContextPolicy
+from cottention.server.http.errors import invalid
+from cottention.server.schemas.base import Body
+from cottention.server.schemas.field_types import (
+    BIASES,
+    Biases,
+    ListedStrings,
+    Name,
+    Strings,
+    Text,
+    TokenIds,
+)
+from cottention.server.schemas.unsupported import STREAM_OPTIONS, Neutral
+
+MAX_CHOICES = 128
+"""Most continuations of one request: its prompts times n, or times best_of."""
+
+MAX_PRIORITY = 2**63 - 1
+
+BOOLEAN = "true or false"
+PRIORITY = "a whole number of 64 bits"
+NAME = "up to 128 letters, digits, ., _, : and -"
+IDS = "a list of token ids"
+SESSION = "a string, an id from /v1/sessions"
+CONFLICT = '"error" or "wait"'
+TIMEOUT = "a number of seconds greater than 0"
+POLICY = '"renew" or "exact"'
+CUT = "a whole number from 1, or -1 for the model's trained length"
+
+
+OnConflict = Literal["error", "wait"]
+OnCancel = Literal["keep", "rollback"]
+OnDisconnect = Literal["cancel", "continue"]
+
+
+def ranged(default: Any, description: str, low: float, high: float | None = None) -> Any:
+    """A field whose range the published schema shows; the engine is what checks it."""
+    bounds: dict[str, Any] = {"minimum": low} | ({} if high is None else {"maximum": high})
+    return Field(default, description=description, json_schema_extra=bounds)
+
+
+class StreamOptions(Body):
+    """What a stream tells beside its text."""
+
+    neutral: ClassVar[Neutral] = STREAM_OPTIONS
+
+    include_usage: bool = Field(False, description=BOOLEAN)
+    continuous_usage_stats: bool = Field(False, description=BOOLEAN)
+
+
+class SamplingBody(Body):
+    """Fields of both kinds of request."""
+
+    nested: ClassVar[Mapping[str, type[Body]]] = {"stream_options": StreamOptions}
+
+    model: Text | None = Field(None, description="a string, an id from /v1/models")
+    temperature: float = ranged(1.0, "a finite number from 0", 0)
+    top_p: float = ranged(1.0, "a number greater than 0 and at most 1", 0, 1)
+    top_k: int = ranged(0, "a whole number from 1, or 0 or -1 for all tokens", -1, 2**31 - 1)
+    min_p: float = ranged(0.0, "a number from 0 to 1", 0, 1)
+    seed: int | None = ranged(None, "a whole number of 64 bits", -(2**63), 2**63 - 1)
+    n: int = ranged(1, "a whole number from 1", 1, MAX_CHOICES)
+    stop: Strings = Field((), description="a string or a list of up to 16 strings")
+    stop_token_ids: TokenIds = Field((), description=IDS)
+    include_stop_str_in_output: bool = Field(False, description=BOOLEAN)
+    min_tokens: int = ranged(0, "a whole number from 0 to max_tokens", 0)
+    ignore_eos: bool = Field(False, description=BOOLEAN)
+    presence_penalty: float = ranged(0.0, "a number from -2 to 2", -2, 2)
+    frequency_penalty: float = ranged(0.0, "a number from -2 to 2", -2, 2)
+    repetition_penalty: float = ranged(1.0, "a finite number greater than 0", 0)
+    logit_bias: Biases = Field({}, description=BIASES)
+    allowed_token_ids: TokenIds | None = Field(None, description=IDS)
+    bad_words: ListedStrings = Field((), description="a list of strings")
+    skip_special_tokens: bool = Field(True, description=BOOLEAN)
+    context_policy: ContextPolicy | None = Field(None, description=POLICY)
+    truncate_prompt_tokens: int | None = ranged(None, CUT, -1)
+    truncation_side: Literal["left", "right"] = Field("left", description='"left" or "right"')
+    prompt_logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)
+    return_token_ids: bool = Field(False, description=BOOLEAN)
+    return_tokens_as_token_ids: bool = Field(False, description=BOOLEAN)
+    stream: bool = Field(False, description=BOOLEAN)
+    stream_options: StreamOptions | None = Field(None, description="an object")
+    priority: int = ranged(0, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
+    timeout: float | None = ranged(None, TIMEOUT, 0)
+    cache_salt: Text | None = Field(None, description="a string")
+    request_id: Name | None = Field(None, description=NAME)
+    session_id: Text | None = Field(None, description=SESSION)
+    on_conflict: OnConflict = Field("error", description=CONFLICT)
+    on_cancel: OnCancel = Field("keep", description='"keep" or "rollback"')
+    on_disconnect: OnDisconnect = Field("cancel", description='"cancel" or "continue"')
+
+    def engine_params(self, **more: Any) -> SamplingParams:
+        """The engine's parameters: those of the same names, and `more`. Raises ParameterError."""
+        given = {name: getattr(self, name) for name in _SHARED}
+        return SamplingParams(**given | more)
+
+    def check_together(self, num_choices: int, blame: str) -> None:
+        """What one field allows another. Raises ApiError; `blame` may be why choices are many."""
+        if num_choices > MAX_CHOICES:
+            message = f"prompts times n must be at most {MAX_CHOICES}; it is {num_choices}"
+            raise invalid(blame, message)
+        if self.stream_options and not self.stream:
+            raise invalid("stream_options", "stream_options is only allowed where stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("prompt_logprobs", "prompt_logprobs is not told in a stream")
+        cut = self.truncate_prompt_tokens
+        if cut is not None and (cut < -1 or cut == 0):
+            message = f"truncate_prompt_tokens must be {CUT}; it is {cut}"
+            raise invalid("truncate_prompt_tokens", message)
+        if self.timeout is not None and not 0 < self.timeout < math.inf:  # false for NaN
+            raise invalid("timeout", f"timeout must be {TIMEOUT}; it is {self.timeout}")
+        if abs(self.priority) > MAX_PRIORITY:
+            raise invalid("priority", f"priority must be {PRIORITY}; it is {self.priority}")
+
+
+_SHARED = [item.name for item in fields(SamplingParams) if item.name in SamplingBody.model_fields]

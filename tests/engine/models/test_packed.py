@@ -1,0 +1,95 @@
+"""The packed layers: fused or not, equal bits; weights not kept twice; buffers that stay."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cottention.engine import ops
+from cottention.engine.models.attention import FEATURE_MAPS, Features, Recurrence
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.inference import PackedLayers, ServedModel
+from cottention.engine.ops import reference
+from cottention.engine.state.pool import StatePool
+from cottention.engine.state.spec import StateSpec
+
+
+def _config(head_dim: int = 16, attention: str = "cottention") -> ModelConfig:
+    return ModelConfig(
+        90, 3 * head_dim, 2, 3, 64, rotary_dim=8, n_inner=70, attention_type=attention
+    )
+
+
+def _model(config: ModelConfig) -> CottentionForCausalLM:
+    torch.manual_seed(0)
+    return CottentionForCausalLM(config).requires_grad_(False)
+
+
+def _recurrence(config: ModelConfig, lengths: list[int]) -> Recurrence:
+    pool = StatePool(StateSpec.of(config), len(lengths), "cpu")
+    slots = torch.arange(len(lengths), dtype=torch.int32)
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    return Recurrence(pool.state, pool.z, ops.Segments(slots, ends))
+
+
+def _logits(served: ServedModel, lengths: list[int]) -> Tensor:
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    with torch.inference_mode():
+        recurrence = _recurrence(served.config, lengths)
+        return served.logits(served.hidden(positions * 7 % 90, positions, recurrence))
+
+
+def _exact(config: ModelConfig, length: int) -> Tensor:
+    is_divided = StateSpec.of(config).has_denominator
+
+    def attend(_: int, features: Features) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in features)
+        return reference.parallel(q, k, v, denominator=is_divided).transpose(0, 1)
+
+    positions = torch.arange(length)
+    with torch.inference_mode():
+        out: Tensor = _model(config).double()(positions * 7 % 90, positions, attend)
+    return out
+
+
+@pytest.mark.parametrize("head_dim", [16, 20])
+@pytest.mark.parametrize("attention", FEATURE_MAPS)
+def test_close_to_float64_with_and_without_a_kernel_for_the_width(
+    attention: str, head_dim: int
+) -> None:
+    config = _config(head_dim, attention)
+    logits = _logits(ServedModel(_model(config), "cpu"), [11])
+    torch.testing.assert_close(logits.double(), _exact(config, 11), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_mixer_the_bits_are_the_same() -> None:
+    fused, apart = (ServedModel(_model(_config()), "cpu") for _ in range(2))
+    assert isinstance(apart._layers, PackedLayers)
+    assert apart._layers._in_one is not None
+    apart._layers._in_one = None
+    assert torch.equal(_logits(fused, [1, 9, 40]), _logits(apart, [1, 9, 40]))
+
+
+def test_bfloat16_is_close_and_a_row_has_equal_bits_in_any_company() -> None:
+    served = ServedModel(_model(_config()).bfloat16(), "cpu")
+    logits = _logits(served, [11])
+    exact = _exact(_config(), 11)
+    assert float((logits - exact).abs().max() / exact.std()) < 0.05
+    assert torch.equal(_logits(served, [3, 11, 60])[3:14], logits)
+
+
+def test_the_model_is_left_without_its_weights() -> None:
+    model = _model(_config())
+    ServedModel(model, "cpu")
+    assert sum(x.numel() for x in model.parameters()) == 2 * 48  # the last norm
+
+
+def test_buffers_grow_to_the_largest_batch_and_stay() -> None:
+    served = ServedModel(_model(_config()), "cpu")
+    assert isinstance(served._layers, PackedLayers)
+    _logits(served, [5])
+    _logits(served, [64])
+    buffers = served._layers._buffers
+    _logits(served, [7])
+    assert served._layers._buffers is buffers
+    assert [len(x) for x in buffers] == [64] * 3

@@ -1,0 +1,178 @@
+"""recurrent_step on CUDA against float64; where there is no GPU, its threads emulated on the host.
+
+Both run the same functions of csrc/cuda/recurrent.cuh; only the shuffle, the barrier and the launch
+are the GPU's own.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from cottention.engine.ops import reference
+from cottention.engine.ops.loader import is_cuda_ready
+from tests.engine.cuda_on_host import step_on_host
+from tests.engine.step_cases import Case, far_pools, make
+
+VALUE_WIDTHS = [8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256]
+KEY_WIDTHS = [8, 16, 24, 40, 64, 72, 128, 136, 256, 264, 512]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
+
+Step = Callable[[Case], Tensor]
+
+
+def on_cuda(x: Tensor) -> Tensor:
+    """A copy with the strides and the offset of the original, all its storage copied."""
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).cuda()
+    return whole.as_strided(x.size(), x.stride(), x.storage_offset())
+
+
+def step_on_cuda(case: Case) -> Tensor:
+    """The op on copies on the GPU; the pools come back to where they were."""
+    there = Case(*(None if x is None else on_cuda(x) for x in case))
+    poison = [torch.full(case.v.shape, float("nan"), dtype=case.v.dtype).cuda() for _ in range(4)]
+    del poison
+    out: Tensor = torch.ops.cottention.recurrent_step(*there)
+    case.state.copy_(there.state)
+    if case.z is not None and there.z is not None:
+        case.z.copy_(there.z)
+    return out.cpu()
+
+
+@pytest.fixture(params=["host", "cuda"])
+def step(request: pytest.FixtureRequest) -> Step:
+    if request.param == "host":
+        return step_on_host
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert is_cuda_ready(), "the CUDA ops must build where there is a device"
+    return step_on_cuda
+
+
+def rounded(case: Case, dtype: torch.dtype) -> Case:
+    """q, k and v in `dtype`, still slices of something wider."""
+    stacked = [torch.cat([x, x], dim=1).to(dtype)[:, : x.shape[1]] for x in case[:3]]
+    return case._replace(q=stacked[0], k=stacked[1], v=stacked[2])
+
+
+def assert_parity(step: Step, case: Case) -> None:
+    exact = case.to(torch.float64)
+    expected = reference.recurrent_step(*exact)
+    untouched = torch.ones(len(case.state), dtype=torch.bool)
+    untouched[case.slots[case.slots >= 0].long()] = False
+    before = case.to(torch.float32)
+    out = step(case)
+    assert out.dtype == case.v.dtype
+    scale = expected.abs().amax().clamp_min(1e-3) if expected.numel() else torch.tensor(1.0)
+    assert ((out.double() - expected).abs() <= ROUNDING[out.dtype] * scale).all()
+    torch.testing.assert_close(case.state.double(), exact.state, rtol=1e-6, atol=1e-5)
+    assert torch.equal(case.state[untouched], before.state[untouched])
+    if case.z is not None and exact.z is not None and before.z is not None:
+        torch.testing.assert_close(case.z.double(), exact.z, rtol=1e-6, atol=1e-5)
+        assert torch.equal(case.z[untouched], before.z[untouched])
+
+
+@pytest.mark.parametrize("denominator", [False, True])
+@pytest.mark.parametrize("value", VALUE_WIDTHS)
+def test_value_widths(step: Step, value: int, denominator: bool) -> None:
+    assert_parity(step, make([1, 1, 1], [5, 0, 3], 64, value, denominator=denominator))
+
+
+@pytest.mark.parametrize("denominator", [False, True])
+@pytest.mark.parametrize("key", KEY_WIDTHS)
+def test_key_widths(step: Step, key: int, denominator: bool) -> None:
+    assert_parity(step, make([2, 0, 5], [1, 2, 0], key, 40, denominator=denominator))
+
+
+@pytest.mark.parametrize("denominator", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("key", "value"), [(64, 64), (128, 128), (24, 40), (72, 8), (512, 256)])
+def test_types(step: Step, key: int, value: int, dtype: torch.dtype, denominator: bool) -> None:
+    case = make([1, 3, 2], [7, -1, 4], key, value, denominator=denominator, pool_size=9)
+    assert_parity(step, rounded(case, dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 63])
+def test_decode_on_permuted_slots_with_padding(step: Step, tokens: int) -> None:
+    order = torch.randperm(70, generator=torch.Generator().manual_seed(1))[:tokens]
+    slots = order.tolist()
+    slots[tokens // 2] = -1
+    assert_parity(step, make([1] * tokens, slots)._replace(offsets=None))
+
+
+@pytest.mark.parametrize("slot", [-1, -7, 70, 2**31 - 1])
+@pytest.mark.parametrize("denominator", [False, True])
+def test_rows_that_are_not_there_yield_zeros(step: Step, slot: int, denominator: bool) -> None:
+    case = make([3, 2], [slot, 4], denominator=denominator)
+    before = case.to(torch.float32)
+    out = step(case)
+    assert torch.equal(out[:3], torch.zeros_like(out[:3]))
+    assert not out[3:].isnan().any()
+    others = [i for i in range(70) if i != 4]
+    assert torch.equal(case.state[others], before.state[others])
+    if case.z is not None and before.z is not None:
+        assert torch.equal(case.z[others], before.z[others])
+
+
+def test_offsets_that_leave_the_batch_are_cut(step: Step) -> None:
+    case = make([2, 3], [1, 0])
+    wild = case._replace(offsets=torch.tensor([-4, 2, 900], dtype=torch.int32))
+    expected = case.to(torch.float32)
+    assert torch.equal(step(wild), step(expected))
+    assert torch.equal(case.state, expected.state)
+
+
+def test_no_tokens(step: Step) -> None:
+    assert step(make([], [])).shape == (0, 2, 64)
+
+
+def test_denominator_is_held_above_its_floor(step: Step) -> None:
+    case = make([1], [0], 8, 8, denominator=True)
+    assert case.z is not None
+    case.z.zero_()
+    out = step(case._replace(k=-case.k))
+    expected = (case.state[:1] @ case.q.unsqueeze(-1)).squeeze(-1) / 1e-6
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1.0)
+
+
+@pytest.mark.parametrize("denominator", [False, True])
+@pytest.mark.parametrize(("key", "value"), [(64, 64), (24, 40), (128, 256), (264, 8)])
+def test_a_segment_has_equal_bits_however_it_is_cut(
+    step: Step, key: int, value: int, denominator: bool
+) -> None:
+    whole = make([12, 1], [2, 3], key, value, denominator=denominator)
+    parts = whole.to(torch.float32)
+    expected = step(whole)
+    for start, stop in pairwise([0, 5, 5, 6, 12, 13]):
+        q, k, v = (x[start:stop] for x in parts[:3])
+        slots = parts.slots[: 1 if stop <= 12 else 2][-1:]
+        offsets = None if stop - start == 1 else torch.tensor([0, stop - start], dtype=torch.int32)
+        out = step(Case(q, k, v, parts.state, parts.z, slots, offsets))
+        assert torch.equal(out, expected[start:stop])
+    assert torch.equal(parts.state, whole.state)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("key", [48, 136, 264])
+def test_a_query_at_any_address(step: Step, key: int, dtype: torch.dtype) -> None:
+    """Reading four elements at once and one at a time gives equal bits."""
+    even = rounded(make([1, 4], [3, 1], key, 16), dtype)
+    stacked = torch.cat([*(x.flatten(1) for x in even[:3]), torch.zeros(5, 3).to(dtype)], dim=1)
+    parts = stacked[:, :-3].split([2 * key, 2 * key, 32], dim=1)
+    odd = Case(*(x.unflatten(1, (2, -1)) for x in parts), even.state.clone(), *even[4:])
+    assert odd.q.stride(0) % 4
+    assert torch.equal(step(odd), step(even))
+    assert torch.equal(odd.state, even.state)
+
+
+def test_a_row_beyond_two_to_the_31st_element() -> None:
+    """On the host; on a GPU, see test_ops_on_gpu.py."""
+    near, far = far_pools()
+    case = make([1], [0], 512, 256, heads=16)
+    expected = step_on_host(case._replace(state=near))
+    slots = torch.tensor([len(far) - 1], dtype=torch.int32)
+    assert torch.equal(step_on_host(case._replace(state=far, slots=slots)), expected)
+    assert torch.equal(far[-1], near[0])

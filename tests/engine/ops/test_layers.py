@@ -1,0 +1,98 @@
+"""cottention_layers: the four ops of each block in turn, to the bit."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from cottention.engine import ops
+
+WIDTH, HEADS, INNER, LAYERS = 16, 3, 37, 3
+CHANNELS = HEADS * WIDTH
+EPSILON = 1e-5
+
+
+class Case(NamedTuple):
+    """Arguments of the op, in its order."""
+
+    x: Tensor
+    weights: list[Tensor]
+    epsilon: float
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    state: Tensor
+    slots: Tensor
+    offsets: Tensor | None
+    normed: Tensor
+    joined: Tensor
+    mixed: Tensor
+
+
+def _block(dtype: torch.dtype) -> list[Tensor]:
+    first = torch.randn(3 * CHANNELS + INNER, CHANNELS).to(dtype) / CHANNELS**0.5
+    second = torch.randn(CHANNELS, CHANNELS + INNER).to(dtype) / CHANNELS**0.5
+    pack = torch.ops.cottention.pack_weight
+    norm = [torch.randn(CHANNELS), torch.randn(CHANNELS)]
+    sigma = torch.rand(HEADS, dtype=torch.float64)
+    first_bias, second_bias = torch.randn(len(first)), torch.randn(len(second))
+    return [*norm, pack(first), first_bias, sigma, pack(second), second_bias]
+
+
+def _case(dtype: torch.dtype, poison: float) -> Case:
+    """Two segments of unlike length on a full pool; what is to be overwritten is poisoned."""
+    assert ops.backend() == "compiled"
+    torch.manual_seed(0)
+    tokens = 6
+    positions = torch.tensor([0, 1, 2, 3, 4, 900])
+    weights = [weight for _ in range(LAYERS) for weight in _block(dtype)]
+    table = ops.rotary_table(positions, 8, 1e4, torch.float32)
+    state = torch.randn(5, LAYERS, HEADS, WIDTH, WIDTH)
+    slots = torch.tensor([3, 1], dtype=torch.int32), torch.tensor([0, 5, 6], dtype=torch.int32)
+    widths = CHANNELS, 3 * CHANNELS + INNER, CHANNELS + INNER
+    buffers = [torch.full((tokens, width), poison) for width in widths]
+    x = torch.randn(tokens, CHANNELS)
+    return Case(x, weights, EPSILON, positions, *table, state, *slots, *buffers)
+
+
+def _one_after_the_other(case: Case) -> None:
+    compiled = torch.ops.cottention
+    for layer in range(LAYERS):
+        scale, shift, first, first_bias, sigma, second, second_bias = case.weights[7 * layer :][:7]
+        compiled.layer_norm(case.x, scale, shift, case.epsilon, case.normed)
+        compiled.linear_out(case.normed, first, first_bias, case.joined)
+        places, rows = (case.cos, case.sin), (case.state[:, layer], case.slots, case.offsets)
+        compiled.cottention_mix(case.joined, case.positions, sigma, *places, *rows, case.mixed)
+        compiled.linear_add(case.mixed, second, second_bias, case.x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_its_ops_one_after_the_other(dtype: torch.dtype) -> None:
+    together, apart = _case(dtype, float("nan")), _case(dtype, float("nan"))
+    ops.cottention_layers(*together)
+    _one_after_the_other(apart)
+    assert together.x.isfinite().all()
+    assert torch.equal(together.x, apart.x)
+    assert torch.equal(together.state, apart.state)
+    assert torch.equal(together.state[[0, 2, 4]], _case(dtype, 0).state[[0, 2, 4]])
+
+
+def test_opcheck() -> None:
+    case = _case(torch.float32, 0.0)
+    torch.library.opcheck(torch.ops.cottention.cottention_layers.default, case)
+
+
+def test_too_few_weights_are_refused_before_memory_is_touched() -> None:
+    case = _case(torch.float32, 0.0)
+    before = case.x.clone(), case.state.clone()
+    with pytest.raises(RuntimeError, match="weights has 20 tensors for 3 layers of 7"):
+        ops.cottention_layers(*case._replace(weights=case.weights[1:]))
+    assert torch.equal(case.x, before[0])
+    assert torch.equal(case.state, before[1])
+
+
+def test_a_pool_of_one_layer_without_its_dimension_is_refused() -> None:
+    case = _case(torch.float32, 0.0)
+    with pytest.raises(RuntimeError, match="state must have 5 dimensions"):
+        ops.cottention_layers(*case._replace(state=case.state[:, 0]))

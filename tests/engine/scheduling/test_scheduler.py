@@ -1,0 +1,363 @@
+"""Who runs in a step: a budget, an order, and nobody left out."""
+
+import random
+from collections import Counter
+
+import pytest
+
+from cottention.engine.outputs import FinishReason
+from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.batch import Batch
+from cottention.engine.scheduling.request import Choice, Request
+from cottention.engine.scheduling.scheduler import PATIENCE, Scheduler
+from cottention.engine.state.context_window import RenewalSchedule
+from cottention.engine.text.detokenizer import Detokenizer
+from tests.engine.making import make_request, small_tokenizer
+
+
+def request(length: int = 1, n: int = 1, max_tokens: int = 16, name: str = "r") -> Request:
+    params = SamplingParams(n=n, max_tokens=max_tokens)
+    made = make_request(name, [0] * length, params)
+    assert all(isinstance(choice.detokenizer, Detokenizer) for choice in made.choices)
+    return made
+
+
+def cost(plan: Batch) -> int:
+    return (
+        len(plan.decode) + len(plan.ahead) + sum(chunk.stop - chunk.start for chunk in plan.prefill)
+    )
+
+
+def run(scheduler: Scheduler, plan: Batch) -> list[Choice]:
+    """What the registry does after a step; gives the choices that got a token."""
+    grown = list(plan.decode)
+    for chunk in plan.prefill:
+        chunk.request.has_read(chunk.stop)
+        if chunk.is_last:
+            scheduler.start_choices(chunk.request)
+            grown += chunk.request.choices
+    for choice in grown:
+        choice.num_generated += 1
+    return grown
+
+
+def running(scheduler: Scheduler, number: int) -> list[Request]:
+    """Requests whose prompts have been read."""
+    made = [request(name=f"running {i}") for i in range(number)]
+    for each in made:
+        scheduler.add(each)
+    scheduler.admit(number)
+    while any(each.num_read == 0 for each in made):
+        run(scheduler, scheduler.schedule())
+    return made
+
+
+def test_nothing_to_do() -> None:
+    scheduler = Scheduler(8)
+    assert not scheduler.has_work()
+    assert not scheduler.schedule()
+    assert scheduler.admit(4) == []
+
+
+def test_a_long_prompt_is_read_in_chunks_of_the_budget() -> None:
+    scheduler = Scheduler(8)
+    scheduler.add(request(length=20))
+    scheduler.admit(1)
+    spans = []
+    while scheduler.num_running and len(spans) < 3:
+        plan = scheduler.schedule()
+        spans += [(chunk.start, chunk.stop, chunk.is_last) for chunk in plan.prefill]
+        run(scheduler, plan)
+    assert spans == [(0, 8, False), (8, 16, False), (16, 20, True)]
+
+
+def test_a_prompt_of_exactly_the_budget() -> None:
+    scheduler = Scheduler(8)
+    scheduler.add(request(length=8))
+    scheduler.admit(1)
+    assert scheduler.schedule().prefill[0].is_last
+
+
+def test_prompts_share_a_step_in_order_of_arrival() -> None:
+    scheduler = Scheduler(8)
+    lengths = [3, 4, 5]
+    made = [request(length, name=str(length)) for length in lengths]
+    for each in made:
+        scheduler.add(each)
+    scheduler.admit(3)
+    plan = scheduler.schedule()
+    assert [(chunk.request, chunk.stop) for chunk in plan.prefill] == [
+        (made[0], 3),
+        (made[1], 4),
+        (made[2], 1),
+    ]
+
+
+def test_running_choices_come_first_and_prompts_get_their_share() -> None:
+    scheduler = Scheduler(8)
+    running(scheduler, 20)
+    scheduler.add(request(length=100))
+    scheduler.admit(1)
+    plan = scheduler.schedule()
+    assert len(plan.decode) == 6
+    assert cost(plan) == 8
+
+
+def test_without_prompts_running_choices_take_the_whole_budget() -> None:
+    scheduler = Scheduler(8)
+    running(scheduler, 20)
+    assert len(scheduler.schedule().decode) == 8
+
+
+def test_few_running_choices_leave_the_rest_to_prompts() -> None:
+    scheduler = Scheduler(8)
+    running(scheduler, 2)
+    scheduler.add(request(length=100))
+    scheduler.admit(1)
+    plan = scheduler.schedule()
+    assert (len(plan.decode), plan.prefill[0].stop) == (2, 6)
+
+
+def test_more_running_than_budget_take_turns() -> None:
+    """Of 20 choices with 8 places, each gets 40 of 100 steps."""
+    scheduler = Scheduler(8)
+    running(scheduler, 20)
+    turns = Counter(choice for _ in range(100) for choice in scheduler.schedule().decode)
+    assert set(turns.values()) == {40}
+    assert len(turns) == 20
+
+
+def test_admission_is_first_come_first_served() -> None:
+    """A request that needs every slot is not overtaken by smaller ones behind it."""
+    scheduler = Scheduler(8)
+    first, wide, small = request(name="first"), request(n=4, name="wide"), request(name="small")
+    for each in (first, wide, small):
+        scheduler.add(each)
+    assert scheduler.admit(4) == [first]
+    assert scheduler.admit(3) == []
+    assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)
+    assert scheduler.admit(4) == [wide]
+    assert scheduler.admit(1) == [small]
+
+
+def test_choices_start_once_the_prompt_is_read() -> None:
+    scheduler = Scheduler(8)
+    made = request(length=9, n=3)
+    scheduler.add(made)
+    scheduler.admit(3)
+    run(scheduler, scheduler.schedule())
+    assert scheduler.schedule().decode == []
+    run(scheduler, scheduler.schedule())
+    assert scheduler.schedule().decode == made.choices
+    assert scheduler.num_running == 1
+
+
+@pytest.mark.parametrize("stage", ["waiting", "reading", "running"])
+def test_a_request_is_removed_from_wherever_it_is(stage: str) -> None:
+    scheduler = Scheduler(8)
+    made, other = request(length=9, n=2), request(name="other")
+    scheduler.add(made)
+    if stage != "waiting":
+        scheduler.admit(2)
+        run(scheduler, scheduler.schedule())
+    if stage == "running":
+        run(scheduler, scheduler.schedule())
+    scheduler.add(other)
+    scheduler.remove_request(made)
+    assert (scheduler.num_running, scheduler.num_waiting) == (0, 1)
+    scheduler.remove_request(other)
+    scheduler.remove_request(other)
+    assert not scheduler.has_work()
+
+
+def test_a_plan_names_each_request_once() -> None:
+    scheduler = Scheduler(8)
+    made = request(n=3)
+    scheduler.add(made)
+    scheduler.admit(3)
+    run(scheduler, scheduler.schedule())
+    assert scheduler.schedule().requests == [made]
+
+
+def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
+    """It is read in the step after its arrival; the long one goes on with its share."""
+    scheduler = Scheduler(64)
+    running(scheduler, 4)
+    long = request(length=100_000, name="long")
+    scheduler.add(long)
+    scheduler.admit(1)
+    run(scheduler, scheduler.schedule())
+    short = [request(length=6, name=f"short {i}") for i in range(2)]
+    for each in short:
+        scheduler.add(each)
+    scheduler.admit(2)
+    plan = scheduler.schedule()
+    assert [chunk.request for chunk in plan.prefill] == [*short, long]
+    assert all(chunk.is_last for chunk in plan.prefill[:2])
+    assert plan.prefill[2].stop - plan.prefill[2].start == 16 // 4
+
+
+def test_the_oldest_prompt_has_its_share_however_many_shorter_ones_come() -> None:
+    scheduler = Scheduler(64)
+    long = request(length=1000, name="long")
+    scheduler.add(long)
+    scheduler.admit(1)
+    for step in range(60):
+        scheduler.add(request(length=60, name=str(step)))
+        scheduler.admit(1)
+        run(scheduler, scheduler.schedule())
+        assert long.num_read >= min(1000, 4 * (step + 1))
+
+
+@pytest.mark.parametrize(
+    ("num_running", "max_beside", "expected"),
+    [(0, 3, 64), (4, None, 16), (24, None, 24), (4, 3, 3)],
+)
+def test_prompts_hold_up_those_that_run_by_so_much(
+    num_running: int, max_beside: int | None, expected: int
+) -> None:
+    scheduler = Scheduler(64, max_beside)
+    running(scheduler, num_running)
+    scheduler.add(request(length=1000))
+    scheduler.admit(1)
+    plan = scheduler.schedule()
+    assert len(plan.decode) == num_running
+    assert plan.prefill[0].stop == expected
+
+
+def test_lower_numbers_go_first_but_nobody_is_overtaken_for_ever() -> None:
+    scheduler = Scheduler(8)
+    patient = request(name="patient")
+    patient.priority = 1
+    scheduler.add(patient)
+    order = []
+    for number in range(PATIENCE + 5):
+        scheduler.add(request(name=str(number)))
+        order += scheduler.admit(1)
+    assert order.index(patient) == PATIENCE
+    again = request(name="again")
+    scheduler.add_again(again)
+    assert scheduler.admit(1) == [again]
+
+
+class Simulation:
+    """Random arrivals, lengths, priorities, pauses and cancels, without a model.
+
+    Every step keeps the budget, and waits are bounded: whoever waits is overtaken by no more than
+    PATIENCE others beside those that were there before; the oldest prompt that is read gets a
+    fourth of what prompts get; whoever runs gets a token at least every so many steps.
+    """
+
+    num_slots = 12
+
+    def __init__(self, budget: int, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.budget = budget
+        self.scheduler = Scheduler(budget)
+        self.num_free = self.num_slots
+        self.num_admitted = self.step = 0
+        self.admitted_by: dict[Request, int] = {}
+        self.last_turn: dict[Choice, int] = {}
+        self.paused: list[Request] = []
+
+    def arrives(self, number: int) -> None:
+        length = self.chance.choice([1, 5, 40, 400] if number % 50 else [4000])
+        wide, said = self.chance.choice([1, 1, 3]), self.chance.randrange(1, 20)
+        made = request(length, wide, said, str(number))
+        made.priority = self.chance.choice([0, 0, 0, -1, 1])
+        self.scheduler.add(made)
+        self.waits(made)
+
+    def waits(self, made: Request) -> None:
+        older = self.scheduler.num_waiting
+        self.admitted_by[made] = self.num_admitted + PATIENCE + older
+
+    def admit(self) -> None:
+        for admitted in self.scheduler.admit(self.num_free):
+            self.num_admitted += 1
+            assert self.num_admitted <= self.admitted_by.pop(admitted)
+            self.num_free -= len(admitted.unfinished)
+            if admitted.num_read:  # it had paused
+                self.scheduler.start_choices(admitted)
+                self.last_turn |= dict.fromkeys(admitted.unfinished, self.step)
+
+    def advance(self) -> None:
+        self.step += 1
+        oldest = next(iter(self.scheduler._reading), None)
+        plan = self.scheduler.schedule()
+        assert cost(plan) <= self.budget
+        assert len(set(plan.decode)) == len(plan.decode)
+        assert len(plan.requests) == len({c.request for c in plan.decode}) + len(plan.prefill)
+        if oldest is not None:
+            self.check_share(oldest, plan)
+        for choice in run(self.scheduler, plan):
+            self.last_turn[choice] = self.step
+            if choice.num_generated == choice.request.params.max_tokens:
+                self.end(choice)
+        reserved = max(1, self.budget // 4)
+        patience = -(-self.num_slots // (self.budget - reserved)) + 1
+        assert all(self.step - turn <= patience for turn in self.last_turn.values())
+
+    def check_share(self, oldest: Request, plan: Batch) -> None:
+        num_decode = len(plan.decode)
+        prompts = min(self.budget - num_decode, max(16, num_decode) if num_decode else self.budget)
+        (chunk,) = (chunk for chunk in plan.prefill if chunk.request is oldest)
+        assert chunk.is_last or chunk.stop - chunk.start >= max(1, prompts // 4)
+
+    def end(self, choice: Choice) -> None:
+        choice.finish_reason = FinishReason.LENGTH
+        self.scheduler.remove_choice(choice)
+        del self.last_turn[choice]
+        self.num_free += 1
+
+    def meddle(self) -> None:
+        """One that runs is cancelled, or pauses, or goes on."""
+        running = [choice.request for choice in self.scheduler._running]
+        kind = self.chance.random()
+        if running and kind < 0.02:
+            made = self.chance.choice(running)
+            self.scheduler.remove_request(made)
+            self.num_free += len(made.unfinished)
+            for choice in made.unfinished:
+                del self.last_turn[choice]
+            if kind < 0.01:
+                self.paused.append(made)
+        elif self.paused and kind < 0.1:
+            made = self.paused.pop()
+            self.scheduler.add_again(made)
+            self.waits(made)
+
+
+@pytest.mark.parametrize(("budget", "num_arrivals"), [(2, 40), (3, 60), (16, 300), (64, 10_000)])
+def test_nobody_starves(budget: int, num_arrivals: int) -> None:
+    simulation = Simulation(budget, seed=budget)
+    num_arrived = 0
+    while num_arrived < num_arrivals or simulation.scheduler.has_work() or simulation.paused:
+        assert simulation.step < 200_000
+        while num_arrived < num_arrivals and simulation.chance.random() < 0.3:
+            simulation.arrives(num_arrived)
+            num_arrived += 1
+        simulation.meddle()
+        simulation.admit()
+        simulation.advance()
+    assert simulation.num_free == simulation.num_slots
+    assert simulation.admitted_by == {}
+
+
+def test_a_choice_with_a_spare_row_costs_two() -> None:
+    params = SamplingParams(max_tokens=100)
+    scheduler = Scheduler(5)
+    for place in range(4):
+        made = Request.new(
+            str(place), [0], params, small_tokenizer(), (), grid=RenewalSchedule(4, 2)
+        )
+        scheduler.add(made)
+    scheduler.admit(4)
+    run(scheduler, scheduler.schedule())
+    for _ in range(40):
+        plan = scheduler.schedule()
+        assert len(plan.decode) + len(plan.ahead) <= 5
+        assert [c for c, _ in plan.ahead] == [c for c in plan.decode if c.ahead is not None]
+        for choice in plan.decode:
+            choice.position += 1
+    assert min(choice.position for choice in scheduler._running) >= 20

@@ -1,0 +1,176 @@
+"""Any sequence of changes against the same in plain dictionaries, over restarts."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
+)
+
+from cottention.engine.errors import NothingToRewindError, SessionBusyError, SessionMovedError
+from cottention.engine.sessions.store import Lease, NewSession, SqliteStore
+
+SNAPSHOTS = st.binary(min_size=1, max_size=2)  # few: equal bytes are frequent
+
+
+@dataclass
+class Twin:
+    """What a session should be; its snapshots, the head last."""
+
+    snapshots: list[bytes]
+    version: int = 1
+    lease: Lease | None = None
+    fence: int = 0
+    was_interrupted: bool = False
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Sessions made, changed, forked, rewound and deleted."""
+
+    sessions = Bundle("sessions")
+    leases = Bundle("leases")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.store = SqliteStore(self.folder, durable=False)
+        self.twins: dict[str, Twin] = {}
+        self.num_restarts = 0
+
+    def teardown(self) -> None:
+        self.store.close()
+        shutil.rmtree(self.folder)
+
+    @rule(target=sessions, raw=SNAPSHOTS)
+    def make(self, raw: bytes) -> str:
+        [record] = self.store.create([NewSession("a", len(raw), snapshot=raw)])
+        self.twins[record.id] = Twin([raw])
+        return record.id
+
+    @rule(target=sessions, session_id=sessions)
+    def fork(self, session_id: str) -> str:
+        source = self.store.record(session_id)
+        new = NewSession("a", source.position, head=source.head, checkpoints=source.checkpoints)
+        [record] = self.store.create([new])
+        self.twins[record.id] = Twin([*self.twins[session_id].snapshots])
+        return record.id
+
+    @rule(target=leases, session_id=sessions, ttl=st.sampled_from([0.0, 1000.0]))
+    def acquire(self, session_id: str, ttl: float) -> Lease:
+        """A ttl of nothing is a holder that will be taken over."""
+        twin = self.twins[session_id]
+        if twin.lease is not None:
+            with pytest.raises(SessionBusyError):
+                self.store.acquire(session_id, ttl)
+            return twin.lease
+        lease = self.store.acquire(session_id, ttl)
+        assert lease.fence > twin.fence
+        assert lease.version == twin.version
+        twin.fence = lease.fence
+        twin.lease = lease if ttl else None
+        return lease
+
+    def is_current(self, lease: Lease) -> bool:
+        twin = self.twins.get(lease.session_id)
+        return twin is not None and twin.lease == lease
+
+    def is_old(self, lease: Lease) -> bool:
+        """Surely no right: its session is gone, or a later lease was given."""
+        twin = self.twins.get(lease.session_id)
+        return twin is None or twin.fence > lease.fence
+
+    @rule(lease=leases, raw=SNAPSHOTS, keep=st.integers(0, 2), behind=st.integers(0, 1))
+    def put(self, lease: Lease, raw: bytes, keep: int, behind: int) -> None:
+        if self.is_current(lease):
+            twin = self.twins[lease.session_id]
+            if behind:
+                with pytest.raises(SessionMovedError):
+                    self.store.put(lease, twin.version - 1, raw, len(raw), keep)
+                return
+            self.store.put(lease, twin.version, raw, len(raw), keep)
+            twin.snapshots = [*twin.snapshots, raw][-keep - 1 :]
+            twin.version += 1
+            twin.was_interrupted = False
+        elif self.is_old(lease):
+            twin = self.twins.get(lease.session_id, Twin([]))
+            with pytest.raises(SessionMovedError):
+                self.store.put(lease, twin.version, raw, len(raw), keep)
+
+    @rule(lease=leases)
+    def rewind(self, lease: Lease) -> None:
+        if not self.is_current(lease):
+            return
+        twin = self.twins[lease.session_id]
+        if len(twin.snapshots) == 1:
+            with pytest.raises(NothingToRewindError):
+                self.store.rewind(lease, twin.version)
+            return
+        self.store.rewind(lease, twin.version)
+        twin.snapshots.pop()
+        twin.version += 1
+
+    @rule(lease=consumes(leases))
+    def release(self, lease: Lease) -> None:
+        self.store.release(lease)
+        if self.is_current(lease):
+            self.twins[lease.session_id].lease = None
+
+    @rule(session_id=consumes(sessions))
+    def delete(self, session_id: str) -> None:
+        if self.twins[session_id].lease is not None:
+            with pytest.raises(SessionBusyError):
+                self.store.delete(session_id)
+            self.store.release(self.twins[session_id].lease)
+        self.store.delete(session_id)
+        del self.twins[session_id]
+
+    @precondition(lambda self: self.num_restarts < 2)  # they take most of the time
+    @rule()
+    def restart(self) -> None:
+        self.num_restarts += 1
+        self.store.close()
+        self.store = SqliteStore(self.folder, durable=False)
+        for session_id, twin in self.twins.items():
+            twin.was_interrupted = self.store.record(session_id).was_interrupted
+            if twin.lease is not None:
+                assert twin.was_interrupted or twin.lease.version < twin.version
+                twin.fence += 1
+                twin.lease = None
+
+    @invariant()
+    def agrees(self) -> None:
+        kept: set[bytes] = set()
+        for session_id, twin in self.twins.items():
+            record = self.store.record(session_id)
+            digests = [sha256(raw).hexdigest() for raw in twin.snapshots]
+            assert [*record.checkpoints, record.head] == digests
+            assert [self.store.get(digest) for digest in digests] == twin.snapshots
+            assert record.version == twin.version
+            assert record.position == record.nbytes == len(twin.snapshots[-1])
+            assert record.was_interrupted == twin.was_interrupted
+            kept.update(twin.snapshots)
+        counts = self.store.counts()
+        assert (counts.num_sessions, counts.blob_bytes) == (
+            len(self.twins),
+            sum(map(len, kept)),
+        )
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)

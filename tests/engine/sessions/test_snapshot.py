@@ -1,0 +1,394 @@
+"""A snapshot holds a state to the bit, and bytes that are none end as one kind of error."""
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cottention.engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
+from cottention.engine.models.attention import FEATURE_MAPS
+from cottention.engine.sessions.fingerprint import Fingerprint
+from cottention.engine.sessions.snapshot import SnapshotCodec
+from cottention.engine.state.context_window import context_schedules
+from cottention.engine.state.event_log import EventLog
+from cottention.engine.state.session_state import SessionState
+from cottention.engine.state.spec import StateSpec
+from tests.engine.making import attention_folder, small_spec
+
+SPECS = {
+    kind: replace(small_spec(kind, 3), key_width=made.key_width(3) + 1)  # no shape is its transpose
+    for kind, made in FEATURE_MAPS.items()
+}
+SPEC = SPECS["cottention"]
+PRINTS = Fingerprint("aa" * 32, "bb" * 32, "rotary_dim=4", "layers=1")
+NUM_IDS = 100
+WINDOW = 3
+BODY_AT = 40
+CODECS = {
+    kind: SnapshotCodec(PRINTS, spec, NUM_IDS, context_schedules(WINDOW), WINDOW)
+    for kind, spec in SPECS.items()
+}
+CODEC = CODECS["cottention"]
+KINDS = st.sampled_from(list(FEATURE_MAPS))
+
+Header = dict[str, Any]
+
+
+def rows(spec: StateSpec) -> tuple[torch.Tensor, ...]:
+    made = [torch.randn(spec.state_shape, generator=torch.Generator().manual_seed(1))]
+    if spec.has_denominator:
+        made.append(made[0][:, :, 0].clone())
+    return tuple(made)
+
+
+TOLD = EventLog("0123456789abcdef", 3, (b"data: a\n\n", b"data: \xe2\x82\xac\n\n"))
+FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0}, b"\xe2\x82", TOLD)
+FULLS = {kind: replace(FULL, rows=rows(spec)) for kind, spec in SPECS.items()}
+RAWS = {kind: CODECS[kind].encode(state) for kind, state in FULLS.items()}
+
+
+def sealed(body: bytes) -> bytes:
+    return b"COTTSESS" + hashlib.sha256(body).digest() + body
+
+
+def with_header(raw: bytes, text: bytes) -> bytes:
+    """The same data behind another header, and a checksum that agrees."""
+    (size,) = struct.unpack_from("<Q", raw, BODY_AT)
+    return sealed(struct.pack("<Q", len(text)) + text + raw[BODY_AT + 8 + size :])
+
+
+def header_of(raw: bytes) -> Header:
+    (size,) = struct.unpack_from("<Q", raw, BODY_AT)
+    found: Header = json.loads(raw[BODY_AT + 8 : BODY_AT + 8 + size])
+    return found
+
+
+def spelled(header: Header) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def same(a: SessionState, b: SessionState) -> bool:
+    return (
+        len(a.rows) == len(b.rows)
+        and all(map(torch.equal, a.rows, b.rows))
+        and replace(a, rows=()).__repr__() == replace(b, rows=(), counts=dict(a.counts)).__repr__()
+        and dict(a.counts) == dict(b.counts)
+    )
+
+
+@pytest.mark.every_attention
+@pytest.mark.parametrize(
+    "state",
+    [
+        SessionState(),
+        SessionState(pending=(1,), recent=(1,), counts={1: 0}),
+        FULL,
+        replace(FULL, position=2**62),
+        replace(FULL, context_policy="exact"),
+        replace(FULL, outbox=EventLog()),
+        replace(FULL, outbox=EventLog("f" * 16, 2**62)),
+    ],
+)
+def test_there_and_back(state: SessionState, attention: str) -> None:
+    codec = CODECS[attention]
+    if state.rows:
+        state = replace(state, rows=FULLS[attention].rows)
+    raw = codec.encode(state)
+    assert same(codec.decode(raw), state)
+    assert codec.encode(codec.decode(raw)) == raw
+
+
+def test_equal_states_have_equal_bytes() -> None:
+    turned = replace(FULL, counts={5: 0, 99: 3}, rows=tuple(row.clone() for row in FULL.rows))
+    assert CODEC.encode(turned) == CODEC.encode(FULL)
+
+
+def test_rows_that_are_a_view_of_a_pool() -> None:
+    pool = torch.randn(3, *SPEC.state_shape).transpose(0, 1)
+    state = replace(FULL, rows=(pool.transpose(0, 1)[1],))
+    assert torch.equal(CODEC.decode(CODEC.encode(state)).rows[0], state.rows[0])
+
+
+def test_restored_rows_can_be_written() -> None:
+    raw = CODEC.encode(FULL)
+    CODEC.decode(raw).rows[0].zero_()
+    assert CODEC.encode(CODEC.decode(raw)) == raw
+
+
+def test_inside_is_a_safetensors_file() -> None:
+    tensors = safetensors.torch.load(CODEC.encode(FULL)[BODY_AT:])
+    assert torch.equal(tensors["row.0"], FULL.rows[0])
+    assert tensors["pending"].tolist() == [5, 99]
+    assert tensors["undecoded"].dtype == torch.uint8
+
+
+def test_a_mismatch_names_all_that_differs() -> None:
+    prints = Fingerprint("cc", "dd", "rotary_dim=8", "layers=2")
+    other = SnapshotCodec(prints, SPEC, NUM_IDS, context_schedules(WINDOW), WINDOW)
+    with pytest.raises(SnapshotMismatchError) as caught:
+        other.decode(CODEC.encode(FULL))
+    words = ("weights", "tokenizer", "config", "layout", "layers=1", "layers=2", "cc", "aa" * 32)
+    for word in (*words, "rotary_dim=4", "rotary_dim=8"):
+        assert word in str(caught.value)
+    assert "format" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("format", "1"), ("context_policy", "renew")])
+def test_another_format_is_a_mismatch(name: str, value: str) -> None:
+    raw = CODEC.encode(FULL)
+    header = header_of(raw)
+    header["__metadata__"][name] = value
+    with pytest.raises(SnapshotMismatchError, match=name):
+        CODEC.decode(with_header(raw, spelled(header)))
+
+
+def test_rows_on_another_grid_are_a_mismatch() -> None:
+    other = SnapshotCodec(PRINTS, SPEC, NUM_IDS, context_schedules(2 * WINDOW + 2), WINDOW)
+    with pytest.raises(SnapshotMismatchError, match=r"context_policy .*'renew 2/8'.*'renew 1/3'"):
+        other.decode(CODEC.encode(FULL))
+    exact = replace(FULL, context_policy="exact")
+    assert same(other.decode(CODEC.encode(exact)), exact)
+
+
+@pytest.mark.parametrize("recent", [(), (5, 99), (0, 0, 5, 99)])
+def test_recent_ids_are_those_of_a_window(recent: tuple[int, ...]) -> None:
+    with pytest.raises(SnapshotError, match="recent ids"):
+        CODEC.decode(CODEC.encode(replace(FULL, recent=recent)))
+
+
+@pytest.mark.every_attention
+def test_cut_anywhere(attention: str) -> None:
+    codec, raw = CODECS[attention], RAWS[attention]
+    for size in range(len(raw)):
+        with pytest.raises(SnapshotError):
+            codec.decode(raw[:size])
+        if size >= BODY_AT:
+            with pytest.raises(SnapshotError):
+                codec.decode(sealed(raw[BODY_AT:size]))
+    with pytest.raises(SnapshotError):
+        codec.decode(raw + b"\0")
+    with pytest.raises(SnapshotError):
+        codec.decode(sealed(raw[BODY_AT:] + b"\0"))
+
+
+@given(kind=KINDS, at=st.integers(0), flip=st.integers(1, 255))
+def test_a_flipped_byte(kind: str, at: int, flip: int) -> None:
+    raw = bytearray(RAWS[kind])
+    raw[at % len(raw)] ^= flip
+    with pytest.raises(SnapshotError):
+        CODECS[kind].decode(bytes(raw))
+
+
+@given(kind=KINDS, at=st.integers(0), flip=st.integers(1, 255))
+def test_a_flipped_byte_under_a_checksum_that_agrees(kind: str, at: int, flip: int) -> None:
+    """It is refused, or it is another state that is spelled as it was."""
+    body = bytearray(RAWS[kind][BODY_AT:])
+    body[at % len(body)] ^= flip
+    raw = sealed(bytes(body))
+    try:
+        state = CODECS[kind].decode(raw)
+    except SnapshotError:
+        return
+    assert CODECS[kind].encode(state) == raw
+
+
+@given(kind=KINDS, body=st.binary(max_size=200))
+def test_any_bytes(kind: str, body: bytes) -> None:
+    for raw in (body, sealed(body), with_header(RAWS[kind], body)):
+        with pytest.raises(SnapshotError):
+            CODECS[kind].decode(raw)
+
+
+def put(*path: str | int) -> Callable[[Header, Any], None]:
+    def change(header: Header, value: Any) -> None:
+        inner: Any = header
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = value
+
+    return change
+
+
+LIES = [
+    *(
+        (put("row.0", "shape"), x)
+        for x in ([1], [1, 2, 4, 3], [-1, -2, 3, 4], [2**62] * 4, 7, None)
+    ),
+    *(
+        (put(name, "shape"), [n])
+        for name in ("pending", "counts", "event_sizes")
+        for n in (-1, 0, 3, 2**62, 1e300, 9 * 10**4299)
+    ),
+    *((put("pending", "shape"), x) for x in ([], [2, 1], [2.0], ["2"], [True], {}, [None])),
+    *((put(name, "dtype"), x) for name in ("row.0", "pending") for x in ("F64", "I64", 4)),
+    *((put("recent", "data_offsets"), x) for x in ([0, 12], [0, 2**63], [-1, 1], [])),
+    *(
+        (put("__metadata__", "position"), x)
+        for x in ("-1", "1e3", str(2**62 + 1), "٣", "07", 7, "")
+    ),
+    *((put("__metadata__", "turn"), x) for x in ("", "0123456789ABCDEF", "0" * 17, 7)),
+    *((put("__metadata__", "first_event"), x) for x in ("-1", str(2**62 + 1), "03", 3)),
+    (put("__metadata__", "more"), "x"),
+    (put("__metadata__"), []),
+    (put("__metadata__"), None),
+    (put("row.1"), {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
+    (put("row.2"), {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}),
+    (put("more"), {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}),
+    (put("counts"), []),
+]
+
+
+@pytest.mark.every_attention
+@pytest.mark.parametrize(("change", "value"), LIES)
+def test_a_header_that_lies(
+    attention: str, change: Callable[[Header, Any], None], value: Any
+) -> None:
+    raw = RAWS[attention]
+    header = header_of(raw)
+    change(header, value)
+    with pytest.raises(SnapshotError):
+        CODECS[attention].decode(with_header(raw, spelled(header)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind, raw in RAWS.items() for name in header_of(raw)]
+)
+def test_a_tensor_that_is_missing(kind: str, name: str) -> None:
+    header = header_of(RAWS[kind])
+    del header[name]
+    with pytest.raises(SnapshotError):
+        CODECS[kind].decode(with_header(RAWS[kind], spelled(header)))
+
+
+def test_another_kind_has_other_rows() -> None:
+    """Where the fingerprints agree, as they never do, the shapes still tell."""
+    for here, codec in CODECS.items():
+        for there in FEATURE_MAPS.keys() - {here}:
+            with pytest.raises(SnapshotError):
+                codec.decode(RAWS[there])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"null",
+        b"[" * 16_000,
+        b'{"a":' * 3_000,
+        b"9" * 16_000,
+        b'{"__metadata__":{"format":"\\ud800"}}',
+        b"\xff\xfe",
+        b" " * 20_000,
+        spelled(header_of(CODEC.encode(FULL))).replace(b'{"dtype', b'{"dtype":"F32","dtype', 1),
+        spelled(header_of(CODEC.encode(FULL))) + b" " * 8,
+        spelled(header_of(CODEC.encode(FULL))).replace(b":", b": "),
+    ],
+)
+def test_a_hostile_text(text: bytes) -> None:
+    with pytest.raises(SnapshotError):
+        CODEC.decode(with_header(CODEC.encode(FULL), text))
+
+
+def test_a_length_beyond_the_file() -> None:
+    with pytest.raises(SnapshotError):
+        CODEC.decode(sealed(struct.pack("<Q", 2**64 - 1) + b"{}"))
+
+
+NAN = torch.full(SPEC.state_shape, float("nan"))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        replace(FULL, pending=(NUM_IDS,)),
+        replace(FULL, pending=(-1,)),
+        replace(FULL, recent=(2**31 - 1,)),
+        replace(FULL, counts={NUM_IDS: 1}),
+        replace(FULL, counts={1: -1}),
+        replace(FULL, rows=(NAN,)),
+        replace(FULL, rows=(-NAN.nan_to_num(1).div(0),)),
+        replace(FULL, rows=()),
+    ],
+)
+def test_values_that_no_session_has(state: SessionState) -> None:
+    with pytest.raises(SnapshotError):
+        CODEC.decode(CODEC.encode(state))
+
+
+@pytest.mark.parametrize("sizes", [(8, 13), (0, 20), (-1, 21), (9, 12), (2**31 - 1, 2**31 - 1)])
+def test_events_of_other_sizes(sizes: tuple[int, int]) -> None:
+    """Sizes that add up are another way to cut the same bytes; all others are refused."""
+    raw = CODEC.encode(FULL)
+    right = struct.pack("<2i", *(len(event) for event in TOLD.events))
+    body = raw[BODY_AT:].replace(right, struct.pack("<2i", *sizes))
+    if sum(sizes) == TOLD.nbytes and min(sizes) > 0:
+        assert CODEC.encode(CODEC.decode(sealed(body))) == sealed(body)
+        return
+    with pytest.raises(SnapshotError, match="sizes"):
+        CODEC.decode(sealed(body))
+
+
+def test_counts_out_of_order() -> None:
+    raw = CODEC.encode(replace(FULL, counts={1: 1, 2: 1}))
+    ids = struct.pack("<2i", 1, 2)
+    for wrong in ((2, 1), (1, 1)):
+        body = raw[BODY_AT:].replace(ids, struct.pack("<2i", *wrong))
+        with pytest.raises(SnapshotError, match="order"):
+            CODEC.decode(sealed(body))
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_fingerprints_follow_cosformers_fixed_length(tmp_path: Path) -> None:
+    """It is in no weight, and a state means nothing under another."""
+    changed = tmp_path / "changed"
+    shutil.copytree(attention_folder("cosformer"), changed)
+    first = Fingerprint.of(changed, SPEC, "float32")
+    change_config(changed, cosformer_max_length=64)
+    second = Fingerprint.of(changed, SPEC, "float32")
+    assert replace(second, config="") == replace(first, config="")
+    assert "cosformer_max_length=64" in second.config != first.config
+
+
+def test_fingerprints_follow_the_files(folder: Path) -> None:
+    first = Fingerprint.of(folder, SPEC, "float32")
+    assert first == Fingerprint.of(folder, SPEC, "float32")
+    assert "V=3 K=4" in first.layout
+    assert Fingerprint.of(folder, SPEC, "bfloat16").layout != first.layout
+    assert "rotary_dim=" in first.config
+    change_config(folder, layer_norm_epsilon=1e-6, eos_token_id=7)
+    assert "layer_norm_epsilon=1e-06" in Fingerprint.of(folder, SPEC, "float32").config
+    change_config(folder, layer_norm_epsilon=1e-5)
+    assert Fingerprint.of(folder, SPEC, "float32") == first, "where a text ends is no arithmetic"
+    weights = next(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"})
+    weights.write_bytes(weights.read_bytes() + b"x")
+    second = Fingerprint.of(folder, SPEC, "float32")
+    assert second.weights != first.weights
+    assert second.tokenizer == first.tokenizer
+    tokenizer = folder / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + " ")
+    assert Fingerprint.of(folder, SPEC, "float32").tokenizer != first.tokenizer
+    weights.unlink()
+    with pytest.raises(ModelFolderError):
+        Fingerprint.of(folder, SPEC, "float32")
+
+
+def test_an_id_that_was_generated_more_often_than_a_count_tells() -> None:
+    state = CODEC.decode(CODEC.encode(replace(FULL, counts={1: 2**31 - 2})))
+    counts = state.extended([], [1, 1, 1], WINDOW).counts
+    assert counts == {1: 2**31 - 1}
+    assert CODEC.decode(CODEC.encode(replace(FULL, counts=counts))).counts == counts

@@ -1,0 +1,40 @@
+"""A long stream costs what a short one costs. Token 50,000 is for `make bench`."""
+
+import gc
+
+import psutil
+
+from cottention.engine import Engine, SamplingParams
+
+MIB = 2**20
+
+
+def resident() -> int:
+    gc.collect()
+    return int(psutil.Process().memory_info().rss)
+
+
+def test_resident_memory_is_flat(engine: Engine) -> None:
+    """Token 500 to token 5,000 of one stream, far past the model's 64 positions."""
+    pool = engine.pool.nbytes
+    assert pool == engine.spec.bytes_per_slot * 4
+    params = SamplingParams(max_tokens=5000, ignore_eos=True, seed=0, stop=("never to be seen",))
+    after: list[int] = []
+    for number, _ in enumerate(engine.stream("a", params), start=1):
+        if number % 500 == 0:
+            after.append(resident())
+    assert len(after) == 10
+    assert max(after) - after[0] <= 2 * MIB
+    assert engine.pool.nbytes == pool
+
+
+def test_many_requests_leave_nothing_behind(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=2, n=4, ignore_eos=True)
+    prompt = engine.tokenizer.encode("a prompt of some words")
+    for _ in range(10):
+        engine.generate([prompt], params)
+    before = resident()
+    for _ in range(50):
+        engine.generate([prompt], params)
+    assert resident() - before <= 2 * MIB
+    assert not engine._registry._requests

@@ -1,0 +1,186 @@
+"""POST /v1/chat/completions: the template's prompt, OpenAI's forms, what ends an answer."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cottention.server.generation.chat_template import ChatTemplate, find_template
+from tests.server.http.test_bad_input import refused
+from tests.server.live import Live, serving
+
+SAY = "say:{{ messages[-1].content }}{{ tail }}"
+
+
+def template(tmp_path: Path, source: str = SAY) -> ChatTemplate:
+    (tmp_path / "chat_template.jinja").write_text(source)
+    found = find_template(None, tmp_path)
+    assert found
+    return found
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """A server whose model says what the user said."""
+    with serving(template=template(tmp_path_factory.mktemp("model"))) as live:
+        yield live
+
+
+def chunks(live: Live, *said: str, **body: Any) -> list[Any]:
+    response = live.chat(*said, stream=True, **body)
+    assert response.status_code == 200, response.text
+    *blocks, done, last = response.text.split("\n\n")
+    assert (done, last) == ("data: [DONE]", "")
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+def test_a_whole_answer_has_openai_s_form(live: Live) -> None:
+    answer = live.chat("one").json()
+    assert answer.pop("id").startswith("chatcmpl-")
+    assert isinstance(answer.pop("created"), int)
+    assert answer == {
+        "object": "chat.completion",
+        "model": "fake",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "one", "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+                "context_start": 0,
+            }
+        ],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+    }
+
+
+@pytest.mark.parametrize("details", [{}, {"logprobs": True, "return_token_ids": True}])
+def test_a_stream_tells_the_role_first_and_then_the_same(live: Live, details: Any) -> None:
+    told = dict.fromkeys(range(2), "")
+    begun: set[int] = set()
+    for chunk in chunks(live, "one", n=2, **details):
+        assert chunk["object"] == "chat.completion.chunk"
+        (choice,) = chunk["choices"]
+        index, delta = choice["index"], choice["delta"]
+        assert delta.get("role") == (None if index in begun else "assistant")
+        begun.add(index)
+        told[index] += delta.get("content", "")
+    whole = live.chat("one", n=2, **details).json()["choices"]
+    assert told == {choice["index"]: choice["message"]["content"] for choice in whole}
+
+
+def test_logprobs_have_openai_s_shape(live: Live) -> None:
+    (choice,) = live.chat("é", logprobs=True, top_logprobs=1).json()["choices"]
+    (entry,) = choice["logprobs"]["content"]
+    assert entry == {
+        "token": "\ufffd",
+        "logprob": -2.33,
+        "bytes": [0xE9],
+        "top_logprobs": [{"token": "\x00", "logprob": 0.0, "bytes": [0]}],
+    }
+    streamed = [chunk["choices"][0]["logprobs"] for chunk in chunks(live, "ab", logprobs=True)]
+    assert streamed[0] is None
+    tokens = [entry["token"] for told in streamed[1:] for entry in told["content"]]
+    assert tokens == ["a", "b"]
+
+
+def test_ids_and_the_prompt_s_logprobs(live: Live) -> None:
+    answer = live.chat("a", return_token_ids=True, prompt_logprobs=0).json()
+    assert answer["prompt_token_ids"] == list(b"say:a")
+    assert answer["choices"][0]["token_ids"] == [97]
+    assert [*answer["prompt_logprobs"][-1]] == ["97"]
+    first, *_ = chunks(live, "a", return_token_ids=True)
+    assert first["prompt_token_ids"] == list(b"say:a")
+
+
+def test_an_answer_without_a_limit_ends_at_the_default(tmp_path: Path) -> None:
+    with serving(template=template(tmp_path, "x"), default_max_tokens=7) as live:
+        assert live.chat("x", ignore_eos=True).json()["usage"]["completion_tokens"] == 7
+        for limit in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
+            assert live.chat("x", **limit).json()["usage"]["completion_tokens"] == 2
+
+
+def test_parts_of_text_and_null_fields_are_taken(live: Live) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    past = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "audio": None}
+    body = {"messages": [past, {"role": "user", "content": parts, "name": "me"}]}
+    answer = live.client.post("/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["message"]["content"] == "a\nb"
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool", "ipython"])
+def test_which_roles_there_are_is_the_template_s(tmp_path: Path, role: str) -> None:
+    with serving(template=template(tmp_path, "say:{{ messages[0].role }}")) as live:
+        body = {"messages": [{"role": role, "content": "x"}]}
+        answer = live.client.post("/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["message"]["content"] == role
+
+
+def test_variables_of_a_request_reach_the_template(live: Live) -> None:
+    variables = {"tail": "!", "messages": [], "self": 1, "add_generation_prompt": 3}
+    answer = live.chat("one", chat_template_kwargs=variables).json()
+    assert answer["choices"][0]["message"]["content"] == "one!"
+
+
+def test_neutral_values_are_accepted(live: Live) -> None:
+    neutral = {"tools": [], "tool_choice": "none", "store": False, "metadata": {"a": "b"}}
+    assert live.chat("one", **neutral, user="me", modalities=["text"]).status_code == 200
+
+
+MESSAGE = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"messages": None}, "messages", "required"),
+        ({"messages": []}, "messages", "empty"),
+        ({"messages": "x"}, "messages", "list of objects"),
+        ({"messages": ["x"]}, "messages", "messages[0] must be an object"),
+        ({"messages": [{"role": "user"}]}, "messages", "messages[0].content is required; it must"),
+        ({"messages": [MESSAGE, {"content": "x"}]}, "messages", "messages[1].role is required; it"),
+        ({"messages": [MESSAGE | {"role": None}]}, "messages", "messages[0].role is required; it"),
+        ({"messages": [MESSAGE | {"role": 1}]}, "messages", "role must be a string; it is 1"),
+        ({"messages": [MESSAGE | {"tool_call_id": "1"}]}, "messages", "tool_call_id is not suppor"),
+        ({"messages": [MESSAGE | {"extra": 1}]}, "messages", 'no field "extra"'),
+        ({"messages": [MESSAGE | {"tool_calls": [1]}]}, "messages", "tool_calls is not supported"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "type"),
+        ({"messages": [MESSAGE | {"content": "\ud800"}]}, "messages", "lone surrogate"),
+        ({"chat_template_kwargs": {"tail": "\ud800"}}, "chat_template_kwargs", "lone surrogate"),
+        ({"tools": [{}]}, "tools", "no tool calls"),
+        ({"functions": [{}]}, "functions", "no tool calls"),
+        ({"chat_template": "x"}, "chat_template", "--chat-template"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
+        ({"logprobs": 1}, "logprobs", "true or false"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "from 0"),
+        ({"max_completion_tokens": 10**7}, "max_completion_tokens", "at most 1000000"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+        ({"max_tokens": 0}, "max_tokens", "from 1"),
+        ({"n": 129}, "n", "at most 128"),
+        ({"prompt": "x"}, "prompt", "no field"),
+        ({"model": "gpt-9"}, "model", "no model"),
+    ],
+    ids=repr,
+)
+def test_bad_fields_are_named(live: Live, fields: Any, param: str, says: str) -> None:
+    raw = json.dumps({"messages": [MESSAGE]} | fields)
+    response = live.client.post("/v1/chat/completions", content=raw)
+    error = refused(response, 404 if param == "model" else 400)
+    assert error["param"] == param
+    assert says in error["message"]
+
+
+def test_a_model_without_a_template_says_how_to_give_one(shared: Live) -> None:
+    error = refused(shared.chat("hello"))
+    assert "--chat-template" in error["message"]
+
+
+def test_what_a_template_refuses_is_a_400(tmp_path: Path) -> None:
+    source = "{{ raise_exception('roles must alternate') }}"
+    with serving(template=template(tmp_path, source)) as live:
+        assert "roles must alternate" in refused(live.chat("x"))["message"]

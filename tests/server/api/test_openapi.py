@@ -1,0 +1,56 @@
+"""/openapi.json is true: references lead somewhere; fields and statuses are those there are."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from cottention.server.api.app import BODIES
+from cottention.server.schemas.base import Body
+from tests.server.live import Live
+
+
+@pytest.fixture(scope="module")
+def description(shared: Live) -> Any:
+    return shared.client.get("/openapi.json").json()
+
+
+def test_every_reference_leads_somewhere(description: Any) -> None:
+    names = set(re.findall(r'"\$ref": "([^"]*)"', json.dumps(description)))
+    assert names
+    for name in names:
+        found = description
+        for part in name.removeprefix("#/").split("/"):
+            found = found[part]
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_every_field_is_published(description: Any, body: type[Body]) -> None:
+    schema = description["components"]["schemas"][body.__name__]
+    assert schema["properties"].keys() == body.model_fields.keys() | body.neutral.keys()
+    assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_no_field_is_both_built_and_neutral(body: type[Body]) -> None:
+    assert not body.neutral.keys() & body.model_fields.keys()
+
+
+def test_every_error_has_the_one_form(description: Any) -> None:
+    for path, operations in description["paths"].items():
+        for method, operation in operations.items():
+            statuses = operation["responses"].keys()
+            assert "422" not in statuses
+            for status in statuses - {"200", "204"}:
+                (content,) = operation["responses"][status]["content"].items()
+                assert content == (
+                    "application/json",
+                    {"schema": {"$ref": "#/components/schemas/ErrorBody"}},
+                ), (path, method, status)
+
+
+def test_streams_are_published_beside_whole_answers(description: Any) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        content = description["paths"][path]["post"]["responses"]["200"]["content"]
+        assert content.keys() == {"application/json", "text/event-stream"}

@@ -1,0 +1,287 @@
+"""The command: its pages, its mistakes in one line, and each word against a real small model."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from cottention.engine.ops import build
+from cottention.server.cli import main as cli
+from cottention.server.cli.serve import bind_socket
+from tests.engine.making import attention_folder
+
+ROOT = Path(__file__).parents[3]
+
+
+def run(*arguments: object, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    """`cottention ARGUMENTS` in a process of its own."""
+    command = [sys.executable, "-m", "cottention.server", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Status and message of a command that fails, in this process; the message is one line."""
+    try:
+        status = cli.main([str(each) for each in arguments])
+    except SystemExit as error:
+        status = int(error.code or 0)
+    told = capsys.readouterr()
+    assert told.err.count("\n") == 1, told.err
+    assert told.out == ""
+    return status, told.err
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    code = "import sys, cottention.server.cli.main as c\ntry: c.main(['serve', '--help'])\n"
+    code += "finally: print(sorted({'torch', 'fastapi', 'pydantic'} & set(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.endswith("[]\n")
+    assert "--max-slots" in found.stdout
+    assert "--drain-seconds" in found.stdout
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("cottention ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "required: COMMAND"),
+        (("sever",), "choose from"),
+        (("serve", "--prot", "9"), "there is no --prot; did you mean --port? see cottention serve"),
+        (("serve", "--port", "many"), "--port must be a whole number"),
+        (("serve", "--max-slots", "1", "--state-memory", "1G"), "not both"),
+        (("generate", "x", "--top-p", "2"), "top_p must be"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], says: str
+) -> None:
+    status, told = fails(capsys, *arguments)
+    assert status == 2 or "top_p" in told
+    assert says in told
+
+
+def test_a_folder_that_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, told = fails(capsys, "info", tmp_path)
+    assert status == 1
+    assert str(tmp_path) in told
+
+
+def test_a_folder_that_is_not_there_is_one_line_from_the_process_too(tmp_path: Path) -> None:
+    done = run("serve", tmp_path / "nowhere", "--port", 0)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_port_in_use_is_told_before_the_model_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with bind_socket("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        status, told = fails(capsys, "serve", tmp_path / "nowhere", "--port", port)
+    assert status == 2
+    assert (
+        f"127.0.0.1:{port}: Address already in use; choose another with --host and --port" in told
+    )
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--session-dir", "sessions: a part of its path is a file; give --session-dir a folder"),
+        ("--api-key-file", "sessions cannot be read: "),
+    ],
+)
+def test_a_path_that_cannot_be_is_told_before_the_model_is_read(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str, says: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    wrong = tmp_path / "file" / "sessions"
+    status, told = fails(capsys, "serve", tmp_path / "nowhere", "--port", 0, flag, wrong)
+    assert status == 2
+    assert says in told
+
+
+@pytest.mark.parametrize("inside", ["new", "some/new"])
+def test_a_start_that_fails_leaves_no_new_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, inside: str
+) -> None:
+    (tmp_path / "some").mkdir()
+    flags = ("--port", 0, "--session-dir", tmp_path / inside / "deeper")
+    status, told = fails(capsys, "serve", tmp_path / "nowhere", *flags)
+    assert status == 1
+    assert "nowhere" in told
+    assert [*tmp_path.rglob("*")] == [tmp_path / "some"]
+
+
+def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder: Path) -> None:
+    assert cli.main(["info", str(gptj_folder), "--max-slots", "2"]) == 0
+    facts = dict(line.rsplit("  ", 1) for line in capsys.readouterr().out.splitlines())
+    told = {name.strip(): value.strip() for name, value in facts.items()}
+    assert told["model"] == "cottention-gptj"
+    assert told["parameters"] == "124,104"
+    assert told["bytes per session"].startswith("16,384")
+    assert told["pool when served"] == "2 slots of 16,384 bytes, 0.0 MiB in all"
+    assert told["sessions per GB"] == f"{10**9 // 16384:,}"
+    assert told["state"] == told["spare"] == "8,192 bytes"
+    assert {"denominator", "past it", "trained length", "runs on"} <= told.keys()
+    assert told["attention"] == "cottention"
+    assert told["logits"].startswith("0 bytes: computed again")
+    assert told["turn_copy"].startswith("8,192 bytes of memory")
+    assert {"counts", "ids", "outbox", "checkpoints", "parked", "stored"} <= told.keys()
+
+
+def test_info_of_a_cosformer_names_its_fixed_length(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(attention_folder("cosformer")), "--max-slots", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "cosformer, M = 20,000" in told
+    assert re.search(r"denominator +1,024 bytes", told)
+
+
+def test_a_file_keeps_no_sessions(
+    capsys: pytest.CaptureFixture[str], gptj_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    flags = ("--port", 0, "--session-dir", tmp_path / "file")
+    status, told = fails(capsys, "serve", gptj_folder, *flags)
+    assert status == 2
+    assert told == (
+        f"cottention serve: {tmp_path / 'file'} cannot hold sessions: it is a file; give"
+        " --session-dir a folder that this process may write to, or the name of a new one\n"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["serve", "info"])
+def test_a_softmax_model_is_not_served(
+    capsys: pytest.CaptureFixture[str], gptj_folder: Path, tmp_path: Path, command: str
+) -> None:
+    folder = tmp_path / "softmax"
+    shutil.copytree(gptj_folder, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["attention_type"] = "softmax"
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    status, told = fails(capsys, command, folder)
+    assert status == 1
+    assert "for training and benchmarks only" in told
+
+
+def test_build_says_what_it_built_or_what_it_lacks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "build", lambda: Path("/somewhere/ops.so"))
+    monkeypatch.setattr(build, "build_cuda", lambda: Path("/somewhere/cuda.so"))
+    for wanted, printed in (
+        ("0", "/somewhere/ops.so\n"),
+        ("1", "/somewhere/ops.so\n/somewhere/cuda.so\n"),
+    ):
+        monkeypatch.setenv("COTTENTION_CUDA", wanted)
+        assert cli.main(["build"]) == 0
+        assert capsys.readouterr().out == printed
+
+    def without_compiler() -> Path:
+        raise build.BuildError("there is no C++ compiler:\ninstall g++")
+
+    monkeypatch.setattr(build, "build", without_compiler)
+    assert fails(capsys, "build") == (
+        1,
+        "cottention build: there is no C++ compiler: install g++\n",
+    )
+
+
+def test_generate_reads_standard_input_and_repeats_itself(
+    capsys: pytest.CaptureFixture[str], gptj_folder: Path
+) -> None:
+    flags = ["--model", str(gptj_folder), "--max-tokens", "12", "--seed", "5", "--max-slots", "1"]
+    first = run("generate", "-", *flags, stdin="def f(")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.endswith("\n")
+    assert len(first.stdout) > 5
+    assert cli.main(["generate", "def f(", *flags]) == 0
+    assert capsys.readouterr().out == first.stdout
+
+
+def test_generate_refuses_input_that_is_no_text(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "raw").write_bytes(b"\xff")
+    with (tmp_path / "raw").open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        status, told = fails(capsys, "generate")
+    assert status == 2
+    assert "not UTF-8" in told
+
+
+def test_an_interrupt_ends_generate_quietly() -> None:
+    """Greedy text of the shipped model repeats itself: it does not end before it is interrupted."""
+    command = [sys.executable, "-m", "cottention.server", "generate", "def __init__(self, "]
+    with subprocess.Popen(
+        [*command, "--max-tokens", "900000", "--temperature", "0"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as popen:
+        assert popen.stdout
+        assert popen.stderr
+        assert popen.stdout.read(1)
+        popen.send_signal(signal.SIGINT)
+        popen.stdout.read()
+        assert popen.stderr.read() == b""
+        assert popen.wait(20) == 130
+
+
+def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
+    """The whole way: variables, a model folder's name, the printed URL, a stream, SIGTERM."""
+    folder = shutil.copytree(gptj_folder, tmp_path / "tiny")
+    variables = os.environ | {"COTTENTION_PORT": "0", "COTTENTION_MODEL": str(folder)}
+    variables["COTTENTION_MAX_SLOT"] = "5"
+    with subprocess.Popen(
+        [sys.executable, "-m", "cottention.server", "serve", "--max-slots", "4"],
+        cwd=ROOT,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as popen:
+        try:
+            assert popen.stdout
+            assert popen.stderr
+            model, memory, kept, reach, ready = (popen.stdout.readline() for _ in range(5))
+            assert "tiny, float32 on cpu" in model
+            assert "4 slots of 16,384 bytes" in memory
+            assert "until the server ends" in kept
+            assert "this machine alone" in reach
+            assert ready.startswith("ready    http://127.0.0.1:")
+            url = ready.split()[-1]
+            body = {"prompt": "def f(", "max_tokens": 5, "model": "tiny", "seed": 1}
+            whole = httpx.post(f"{url}/v1/completions", json=body, timeout=20).json()
+            assert whole["usage"]["completion_tokens"] <= 5
+            streamed = httpx.post(f"{url}/v1/completions", json=body | {"stream": True}, timeout=20)
+            assert streamed.text.endswith("data: [DONE]\n\n")
+            time.sleep(0.05)
+            popen.send_signal(signal.SIGTERM)
+            assert popen.wait(20) == 0
+            unknown, *requests, stop = popen.stderr.read().splitlines()
+            assert unknown.endswith("COTTENTION_MAX_SLOTS?")
+            assert [" INFO request id=" in line for line in requests] == [True, True]
+            assert stop.endswith("stopping: what runs has 30 s to end")
+        finally:
+            popen.kill()

@@ -1,0 +1,142 @@
+"""Who may ask: keys, what is open without, requests' ids, pages in browsers, the warning."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cottention.engine.errors import ConfigurationError
+from cottention.server.cli.serve import bind_socket, warn_of_strangers, who_reaches
+from cottention.server.config import ServerConfig
+from cottention.server.limits.api_keys import api_keys
+from tests.server.http.test_bad_input import refused
+from tests.server.live import serving
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_each_key_opens_and_nothing_else_does(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("# ours\nthird \n\n")
+    keys: dict[str, Any] = {"api_key": ("one", "two"), "api_key_file": str(tmp_path / "keys")}
+    with serving(**keys) as live:
+        for key in ("one", "two", "third"):
+            assert live.client.get("/v1/models", headers=bearer(key)).status_code == 200
+        for headers in ({}, bearer("on"), bearer("one two"), {"Authorization": "Basic one"}):
+            response = live.client.get("/v1/models", headers=headers)
+            error = refused(response, 401)
+            assert error["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert "x-request-id" in response.headers
+        for path in ("/tokenize", "/v1/completions", "/v1/nowhere"):
+            refused(live.client.post(path, json={"prompt": "x"}), 401)
+        for path in ("/health", "/ready", "/metrics"):
+            assert live.client.get(path).status_code == 200
+        for path in ("/version", "/openapi.json"):
+            assert live.client.get(path).status_code == 401
+            assert live.client.get(path, headers=bearer("one")).status_code == 200
+
+
+def test_a_refused_body_is_not_read() -> None:
+    with serving(api_key=("one",), max_body_bytes=10) as live:
+        refused(live.complete(prompt="x" * 1000), 401)
+
+
+def test_figures_may_have_a_key_of_their_own() -> None:
+    with serving(api_key=("one",), metrics_key="two") as live:
+        assert live.client.get("/metrics").status_code == 401
+        assert live.client.get("/metrics", headers=bearer("one")).status_code == 401
+        assert live.client.get("/metrics", headers=bearer("two")).status_code == 200
+        assert live.client.get("/v1/models", headers=bearer("two")).status_code == 401
+
+
+def test_without_keys_any_key_is_taken() -> None:
+    with serving() as live:
+        assert live.client.get("/v1/models", headers=bearer("x")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"api_key": (" one",)},
+        {"api_key": ("é",)},
+        {"api_key_file": "/nowhere/keys"},
+    ],
+)
+def test_keys_that_cannot_be_sent_are_refused_at_the_start(config: Any) -> None:
+    with pytest.raises(ConfigurationError):
+        api_keys(ServerConfig(**config))
+
+
+def test_an_empty_file_of_keys_opens_nothing(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("\n# none\n")
+    with pytest.raises(ConfigurationError, match="no key"):
+        api_keys(ServerConfig(api_key_file=str(tmp_path / "keys")))
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, 'a"b', "a\tb"])
+def test_a_harmful_id_is_replaced(given: str) -> None:
+    with serving() as live:
+        response = live.client.get("/health", headers={"X-Request-Id": given})
+        assert len(response.headers["x-request-id"]) == 32
+        other = live.client.get("/health", headers={"X-Request-Id": given})
+        assert other.headers["x-request-id"] != response.headers["x-request-id"]
+
+
+def test_pages_are_answered_where_their_origin_is_named() -> None:
+    asking = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
+    with serving() as live:
+        assert (
+            "access-control-allow-origin" not in live.client.get("/health", headers=asking).headers
+        )
+    with serving(cors_origin=("https://chat.example",), api_key=("one",)) as live:
+        preflight = live.client.options("/v1/completions", headers=asking)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://chat.example"
+        answer = live.client.get("/v1/models", headers=asking)
+        assert answer.status_code == 401
+        assert answer.headers["access-control-allow-origin"] == "https://chat.example"
+        other = live.client.get("/health", headers={"Origin": "https://other.example"})
+        assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    ("host", "settings", "warns", "reached"),
+    [
+        (
+            "127.0.0.1",
+            {},
+            False,
+            "this machine alone; no API key is asked for; --host 0.0.0.0 opens it,"
+            " --api-key-file FILE sets keys",
+        ),
+        (
+            "127.0.0.1",
+            {"api_key_file": "keys"},
+            False,
+            "this machine alone; an API key is asked for; --host 0.0.0.0 opens it",
+        ),
+        ("0.0.0.0", {}, True, "open to whoever gets to this port; no API key is asked for"),
+        (
+            "0.0.0.0",
+            {"api_key": ("one",)},
+            False,
+            "open to whoever gets to this port; an API key is asked for",
+        ),
+        (
+            "0.0.0.0",
+            {"without_key": "allow"},
+            False,
+            "open to whoever gets to this port; no API key is asked for",
+        ),
+    ],
+)
+def test_who_gets_to_the_port_is_told_and_warned_of(
+    host: str, settings: Any, warns: bool, reached: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = ServerConfig(**settings)
+    with bind_socket(host, 0) as sock:
+        warn_of_strangers(sock, config)
+        assert who_reaches(sock, config) == reached
+    assert ("--api-key" in caplog.text) is warns

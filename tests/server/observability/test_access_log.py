@@ -1,0 +1,215 @@
+"""The log: one line for each request, in two forms, and no text of a prompt unless it is wanted."""
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cottention.server.log_config import FIELDS, JsonLines, Lines
+from tests.server.limits.test_api_keys import bearer
+from tests.server.live import Live, eventually, serving
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Any:
+    """What is told of each request so far."""
+    caplog.set_level(logging.INFO, "cottention.requests")
+    return lambda: [getattr(r, FIELDS) for r in caplog.records if r.name == "cottention.requests"]
+
+
+def only(lines: Any) -> dict[str, Any]:
+    eventually(lines)
+    (line,) = lines()
+    return dict(line)
+
+
+def test_a_request_is_one_line(lines: Any) -> None:
+    with serving() as live:
+        answer = live.client.post(
+            "/v1/completions",
+            json={"prompt": ["abc", "de"], "n": 2, "max_tokens": 3},
+            headers={"X-Request-Id": "mine"},
+        )
+        assert answer.status_code == 200
+        told = only(lines)
+    seconds, started, first = (
+        told.pop(name) for name in ("seconds", "started_after", "first_token_after")
+    )
+    assert 0 <= started <= first <= seconds < 10
+    assert told == {
+        "id": "mine",
+        "key": "",
+        "method": "POST",
+        "path": "/v1/completions",
+        "status": 200,
+        "prompt_tokens": 5,
+        "cached_tokens": 0,
+        "completion_tokens": 12,
+        "ended": "length",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "ended"),
+    [
+        ({"prompt": "x", "max_tokens": -1}, 400, None),
+        ({"prompt": "fail", "max_tokens": 5}, 500, "error"),
+        ({"prompt": ["say:ab", "x"], "max_tokens": 5}, 200, "stop,length"),
+        ({"prompt": "x", "max_tokens": 5, "stream": True}, 200, "length"),
+    ],
+)
+def test_how_it_ended(lines: Any, body: dict[str, Any], status: int, ended: str | None) -> None:
+    with serving() as live:
+        live.complete(**body)
+        told = only(lines)
+        assert (told["status"], told.get("ended")) == (status, ended)
+
+
+def test_a_client_that_leaves_has_a_line_too(lines: Any) -> None:
+    with serving() as live:
+        live.engine.step_seconds = 0.01
+        with live.connect(prompt="x", max_tokens=100_000, stream=True):
+            eventually(lambda: live.engine.num_generated > 3)
+        told = only(lines)
+        assert (told["status"], told["ended"]) == (200, "client_left")
+        assert told["completion_tokens"] > 3
+
+
+def leave_early(live: Live, **body: Any) -> None:
+    """A client of a turn that goes on leaves after a few tokens; the engine waits from then on."""
+    live.engine.step_seconds = 0.02
+    body |= {"session_id": live.opened("x"), "on_disconnect": "continue"}
+    with live.connect(**body):
+        eventually(lambda: live.engine.num_generated > 3)
+        live.engine.may_step.clear()
+    eventually(lambda: not live.server.server_state.tasks)
+
+
+@pytest.mark.parametrize(("stream", "status"), [(True, 200), (False, 499)])
+def test_a_turn_that_goes_on_has_its_line_when_it_ends(
+    lines: Any, stream: bool, status: int
+) -> None:
+    with serving() as live:
+        leave_early(live, prompt="y", max_tokens=100, stream=stream)
+        assert [line["path"] for line in lines()] == ["/v1/sessions"], "it still runs"
+        live.engine.step_seconds = 0.0
+        live.engine.may_step.set()
+        eventually(lambda: len(lines()) == 2)
+        told = lines()[-1]
+        assert (told["status"], told["ended"], told["completion_tokens"]) == (status, "length", 100)
+        assert told["seconds"] > told["first_token_after"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_turn_that_goes_on_and_is_stopped_with_the_server(lines: Any, stream: bool) -> None:
+    with serving() as live:
+        leave_early(live, prompt="y", max_tokens=100_000, stream=stream)
+        live.engine.may_step.set()
+    assert lines()[-1]["ended"] == "cancelled"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_turn_that_goes_on_with_its_client_has_one_line(lines: Any, stream: bool) -> None:
+    with serving() as live:
+        body = {"prompt": "y", "session_id": live.opened("x"), "max_tokens": 3, "stream": stream}
+        live.client.post("/v1/completions", json=body | {"on_disconnect": "continue"})
+        eventually(lambda: len(lines()) == 2)
+        assert (lines()[-1]["status"], lines()[-1]["ended"]) == (200, "length")
+    assert len(lines()) == 2
+
+
+def test_a_turn_and_a_refused_key_have_lines(lines: Any, tmp_path: Path) -> None:
+    keys = {"alice": {"key": "one"}}
+    (tmp_path / "keys.json").write_text(json.dumps(keys))
+    with serving(api_key_file=str(tmp_path / "keys.json"), api_key=("two",)) as live:
+        for key in ("one", "two", "three"):
+            live.client.post("/v1/sessions", json={"prompt": "abc"}, headers=bearer(key))
+        eventually(lambda: len(lines()) == 3)
+        named = [(line["key"], line["status"], line.get("prompt_tokens")) for line in lines()]
+        assert named == [("alice", 200, 3), ("3fc4ccfe", 200, 3), ("", 401, None)]
+
+
+def test_probes_have_none(lines: Any, shared: Live) -> None:
+    for path in ("/health", "/ready", "/metrics", "/v1/models"):
+        shared.client.get(path)
+    assert lines() == []
+
+
+@pytest.mark.parametrize(("number", "expected"), [(0, None), (4, "abcé"), (100, "abcédef")])
+def test_a_prompt_is_told_as_far_as_wanted(lines: Any, number: int, expected: str | None) -> None:
+    with serving(log_prompt_characters=number) as live:
+        live.complete(prompt="abcédef")
+        assert only(lines).get("prompt") == expected
+
+
+def record(message: str, **fields: Any) -> logging.LogRecord:
+    made = logging.LogRecord("x", logging.INFO, "", 1, message, None, None)
+    setattr(made, FIELDS, fields)
+    return made
+
+
+def test_a_line_for_people_is_one_line() -> None:
+    line = Lines().format(record("request", id="mine", path="/v1", seconds=0.5, prompt='a\nb "c"'))
+    assert line.endswith(' INFO request id=mine path="/v1" seconds=0.5 prompt="a\\nb \\"c\\""')
+    assert "\n" not in line
+    assert Lines().format(logging.makeLogRecord({"msg": "plain"})).endswith(" plain")
+
+
+def test_a_line_for_machines_is_an_object() -> None:
+    told = json.loads(JsonLines().format(record("request", id="mine", path=Path("/x"))))
+    assert told.pop("time") > 0
+    assert told == {"level": "info", "message": "request", "id": "mine", "path": "/x"}
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        made = logging.makeLogRecord({"msg": "oh", "exc_info": sys.exc_info()})
+    line = JsonLines().format(made)
+    assert "\n" not in line
+    assert "ValueError: broken" in json.loads(line)["exception"]
+
+
+STARTS = ("model", "memory", "sessions", "reach", "ready")
+
+
+def test_a_server_that_is_asked_for_json_says_nothing_else(gptj_folder: Path) -> None:
+    command = [sys.executable, "-m", "cottention.server", "serve", str(gptj_folder), "--port", "0"]
+    with subprocess.Popen(
+        [*command, "--log-format", "json", "--max-slots", "2", "--host", "0.0.0.0"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as popen:
+        assert popen.stderr
+        first = iter(popen.stderr.readline, "")
+        logged = [json.loads(next(first)), json.loads(next(first))]
+        url = logged[1]["ready"]
+        httpx.post(f"{url}/v1/completions", json={"prompt": "secret", "max_tokens": 3}, timeout=30)
+        popen.send_signal(signal.SIGTERM)
+        printed, errors = popen.communicate(timeout=30)
+    assert (popen.returncode, printed) == (0, "")
+    logged += [json.loads(line) for line in errors.splitlines()]
+    assert "--without-key" in logged[0]["message"]
+    assert logged[1]["message"] == "serving"
+    assert logged[1].keys() == {"time", "level", "message", *STARTS}
+    (request,) = (line for line in logged if line["message"] == "request")
+    assert request["completion_tokens"] == 3
+    assert "secret" not in errors
+
+
+def test_what_libraries_warn_of_is_in_the_log() -> None:
+    script = (
+        "import warnings; from cottention.server.log_config import set_up;"
+        "set_up('info', 'json'); warnings.warn('old')"
+    )
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "old" in json.loads(found.stderr)["message"]
