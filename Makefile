@@ -72,6 +72,7 @@ check: setup ## Lint, formatting, types; what docker/ holds, and that no secret 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cuda
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.held_out import LongText
-from cottention.engine.models.attention import FEATURE_MAPS, Features
+from cottention.engine.models.attention import Features
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.gptj import Attend, CottentionForCausalLM
 from cottention.engine.ops.varlen import chunked
@@ -144,7 +145,7 @@ class _Carried:
     def __init__(self, config: ModelConfig) -> None:
         spec = StateSpec.of(config)
         self._state = torch.zeros(1, *spec.state_shape)
-        has_denominator = FEATURE_MAPS[config.attention_type].has_denominator
+        has_denominator = ATTENTION_KINDS[config.attention_type].has_denominator
         self._z = torch.zeros(1, *spec.denominator_shape) if has_denominator else None
 
     def __call__(self, layer: int, features: Features) -> Tensor:

@@ -21,7 +21,7 @@ from benchmarks.common import machine, show, write_json
 from benchmarks.held_out import LongText, load
 from benchmarks.memory import kv_cache_bytes
 from cottention.engine import ModelConfig
-from cottention.engine.models.checkpoint import DEFAULT_MODEL
+from cottention.engine.models.model_folder import DEFAULT_MODEL
 from cottention.engine.state.spec import StateSpec
 
 DOCS = Path("docs")

@@ -26,10 +26,10 @@ from typing import Protocol
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import EngineStoppedError
 from cottention.engine.execution.loading import load
-from cottention.engine.execution.model_runner import ModelRunner, Sample
+from cottention.engine.execution.model_runner import ModelRunner
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
-from cottention.engine.scheduling.batch import Batch
+from cottention.engine.scheduling.batch import Batch, Sample
 from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.scheduling.preemption import Preemption
 from cottention.engine.scheduling.prefix_reuse import PrefixReuse

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from cottention.engine.errors import RequestFailedError
 from cottention.engine.state.prefix_cache import CacheStats
@@ -35,6 +35,13 @@ class TokenLogprob:
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...]
+
+
+class SampledToken(NamedTuple):
+    """An id, and how likely the model held it where that was asked for."""
+
+    token_id: int
+    logprob: TokenLogprob | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.ops import PADDING_SLOT, check_slots
-from cottention.engine.sampling.sampler import Draw, Drawn, Sampler, as_drawn
+from cottention.engine.outputs import SampledToken
+from cottention.engine.sampling.sampler import Draw, Sampler, as_sampled_token
 from cottention.engine.sampling.topk_topp import (
     GREEDY_ROW,
     SamplingMode,
@@ -217,7 +218,7 @@ class CapturedDecode:
             graphs.warm_up()
         self._likeliest.warm_up()
 
-    def run(self, rows: Sequence[Row], draws: Sequence[Draw]) -> list[Drawn | None]:
+    def run(self, rows: Sequence[Row], draws: Sequence[Draw]) -> list[SampledToken | None]:
         """An id for each of the first rows, as many as there are draws.
 
         Raises ValueError for a slot that is out of range or named twice.
@@ -230,7 +231,7 @@ class CapturedDecode:
             ids = self._likeliest.run(rows).ids
         else:
             ids = self._by_chance[way].run(rows, [draw.wish for draw in draws])
-        return [as_drawn(token_id) for token_id in ids[: len(draws)].tolist()]
+        return [as_sampled_token(token_id) for token_id in ids[: len(draws)].tolist()]
 
     def _likeliest_ids(
         self, ids: Tensor, positions: Tensor, slots: Tensor, _wishes: Tensor

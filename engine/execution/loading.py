@@ -11,10 +11,11 @@ import torch
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, ModelFolderError
 from cottention.engine.execution.model_runner import ModelRunner
-from cottention.engine.models.attention import FEATURE_MAPS
-from cottention.engine.models.checkpoint import load_model, resolve_model
+from cottention.engine.models.attention_kinds import RECURRENT_KINDS
+from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.inference import ServedModel
+from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.sampling.sampler import Sampler
 from cottention.engine.state.pool import StatePool
 from cottention.engine.state.spec import StateSpec
@@ -65,8 +66,8 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
 
 
 def _check_served(model_config: ModelConfig, folder: Path) -> None:
-    kind, known = model_config.attention_type, ", ".join(sorted(FEATURE_MAPS))
-    if kind not in FEATURE_MAPS:
+    kind, known = model_config.attention_type, ", ".join(sorted(RECURRENT_KINDS))
+    if kind not in RECURRENT_KINDS:
         raise ModelFolderError(
             f"{folder}: attention_type {kind!r} is for training and benchmarks only: it has no"
             f" state of fixed size to serve from. Served are: {known}"

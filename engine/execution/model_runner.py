@@ -15,10 +15,10 @@ from cottention.engine import ops
 from cottention.engine.execution.cuda_graphs import CapturedDecode, Row
 from cottention.engine.models.attention import Recurrence
 from cottention.engine.models.inference import ServedModel
-from cottention.engine.outputs import TokenLogprob
+from cottention.engine.outputs import SampledToken, TokenLogprob
 from cottention.engine.sampling.logprobs import score
-from cottention.engine.sampling.sampler import Draw, Drawn, Sampler, uniform
-from cottention.engine.scheduling.batch import Batch
+from cottention.engine.sampling.sampler import Draw, Sampler, uniform
+from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.pool import StatePool
 
@@ -39,21 +39,6 @@ class Wanted(NamedTuple):
     token_index: int
 
 
-class Sample(NamedTuple):
-    """An id drawn for a choice."""
-
-    choice: Choice
-    drawn: Drawn
-
-
-class Result(NamedTuple):
-    """What a step brought: ids, choices for which none could be drawn, scores of prompts' ids."""
-
-    samples: list[Sample]
-    undrawn: list[Choice]
-    scores: dict[Request, list[TokenLogprob]]
-
-
 class ModelRunner:
     """Runs one plan at a time on the pool's rows; on CUDA, a plan of decode alone in a graph."""
 
@@ -68,7 +53,7 @@ class ModelRunner:
             self._captured = CapturedDecode(self._decode, sampler, pool.num_rows, device)
 
     @torch.inference_mode()
-    def run(self, plan: Batch) -> Result:
+    def run(self, plan: Batch) -> BatchResult:
         """Advance every state of the plan; draw an id for each choice whose context is complete."""
         prepare(plan, self._pool)
         segments = _segments(plan)
@@ -79,7 +64,7 @@ class ModelRunner:
         scores = self._scores(hidden, plan)
         wanted = _wanted(plan)
         if not wanted:
-            return Result([], [], scores)
+            return BatchResult([], [], scores)
         logits = self._model.logits(hidden[[place.row for place in wanted]])
         drawn = self._sampler.sample(logits, [_draw(place) for place in wanted])
         return _result(wanted, drawn, scores)
@@ -130,7 +115,9 @@ class ModelRunner:
         return torch.tensor(values, device=self._device)
 
 
-def _run_captured(plan: Batch, segments: Sequence[Segment], captured: CapturedDecode) -> Result:
+def _run_captured(
+    plan: Batch, segments: Sequence[Segment], captured: CapturedDecode
+) -> BatchResult:
     """One id for each choice."""
     wanted = _wanted(plan)
     rows = [Row(one.ids[0], one.position, one.row) for one in segments]
@@ -172,12 +159,12 @@ def _wanted(plan: Batch) -> list[Wanted]:
 
 def _result(
     wanted: Sequence[Wanted],
-    drawn: Sequence[Drawn | None],
+    drawn: Sequence[SampledToken | None],
     scores: dict[Request, list[TokenLogprob]],
-) -> Result:
+) -> BatchResult:
     pairs = [(place.choice, one) for place, one in zip(wanted, drawn, strict=True)]
     samples = [Sample(choice, one) for choice, one in pairs if one is not None]
-    return Result(samples, [choice for choice, one in pairs if one is None], scores)
+    return BatchResult(samples, [choice for choice, one in pairs if one is None], scores)
 
 
 def _draw(place: Wanted) -> Draw:

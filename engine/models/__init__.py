@@ -1,1 +1,1 @@
-""""""
+"""Model families: from a model folder to logits."""

@@ -130,20 +130,6 @@ class FeatureMap(Protocol):
         """Map, recurrence and gelu as one op of equal bits; None where nobody wrote one."""
         ...
 
-    @property
-    def has_denominator(self) -> bool:
-        """Whether outputs are divided by the sum of their scores."""
-        ...
-
-    @property
-    def has_norm_const(self) -> bool:
-        """Whether a model learns m, one scalar per head, and σ(m) means something."""
-        ...
-
-    def key_width(self, head_dim: int) -> int:
-        """Width K of the mapped queries and keys for heads of `head_dim`."""
-        ...
-
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor, /
     ) -> Features:
@@ -159,13 +145,8 @@ class Cottention:
     N(x) = x / max(‖x‖₂, 1e-12). There is no denominator and no 1/√d.
     """
 
-    has_denominator: bool = False
-    has_norm_const: bool = True
     mix: Mix | None = ops.cottention_mix
     layers: AllLayers | None = ops.cottention_layers
-
-    def key_width(self, head_dim: int) -> int:
-        return head_dim
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor
@@ -183,13 +164,8 @@ class CosFormer:
     add to their tokens.
     """
 
-    has_denominator: bool = True
-    has_norm_const: bool = False
     mix: Mix | None = None
     layers: AllLayers | None = None
-
-    def key_width(self, head_dim: int) -> int:
-        return 2 * head_dim
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, _sigma: Tensor
@@ -208,13 +184,8 @@ class Linear:
     Rotary comes before φ, as it comes before Cottention's N: scores stay positive.
     """
 
-    has_denominator: bool = True
-    has_norm_const: bool = False
     mix: Mix | None = None
     layers: AllLayers | None = None
-
-    def key_width(self, head_dim: int) -> int:
-        return head_dim
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, _sigma: Tensor
@@ -227,13 +198,8 @@ class Linear:
 class Softmax:
     """Queries and keys as softmax takes them: rotated. It has no recurrent form."""
 
-    has_denominator: bool = False
-    has_norm_const: bool = False
     mix: Mix | None = None
     layers: AllLayers | None = None
-
-    def key_width(self, head_dim: int) -> int:
-        return head_dim
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, _sigma: Tensor

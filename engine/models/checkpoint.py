@@ -3,24 +3,20 @@
 Owns the file formats (`model.safetensors`, `pytorch_model.bin`, and sharded indices of either) and
 the check that a checkpoint has exactly the model's keys and shapes. Executes nothing that a file
 brings: a `.bin` is read with `weights_only=True`, other pickles are never opened.
-
-From what a user calls a model to a folder on disk. Knows nothing of what is inside it.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.attention import TRAINED_MAPS
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.gptj import CottentionForCausalLM
 
@@ -72,9 +68,11 @@ def check_weights(weights: dict[str, Tensor], model: CottentionForCausalLM, fold
 def _hint(weights: dict[str, Tensor], said: str) -> str:
     """What config.json should say, where weights of another kind of attention lie beside it."""
     has_norm_const = any(name.endswith("norm_const") for name in weights)
-    if has_norm_const == TRAINED_MAPS[said].has_norm_const:
+    if has_norm_const == ATTENTION_KINDS[said].has_norm_const:
         return ""
-    alike = [kind for kind, made in TRAINED_MAPS.items() if made.has_norm_const == has_norm_const]
+    alike = [
+        kind for kind, made in ATTENTION_KINDS.items() if made.has_norm_const == has_norm_const
+    ]
     like = " or ".join(repr(kind) for kind in sorted(alike))
     what = "with norm_const" if has_norm_const else "without norm_const"
     return (
@@ -163,58 +161,3 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
 
 
 _FORMATS: dict[str, Reader] = {"model.safetensors": load_file, "pytorch_model.bin": _read_bin}
-
-
-DEFAULT_MODEL = Path(__file__).parents[1] / "pretrained" / "cottention-python-7m"
-
-HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors", "pytorch_model*.bin"]
-"""What is fetched of a Hugging Face repository: never its pickles of configurations."""
-
-
-class NamedFolder(NamedTuple):
-    """A model's public name and where its files are."""
-
-    name: str
-    folder: Path
-
-
-def resolve_model(model: str | Path | None) -> NamedFolder:
-    """A folder as it is, a Hugging Face id fetched, None as the model that ships in the package.
-
-    Raises ModelFolderError that says what to do.
-    """
-    if model is None:
-        return NamedFolder(DEFAULT_MODEL.name, DEFAULT_MODEL)
-    folder = Path(os.path.expanduser(model))  # of os.path: it never raises on what is no path
-    if os.path.isdir(folder):
-        return NamedFolder(folder.resolve().name, folder)
-    if os.path.exists(folder):
-        raise ModelFolderError(f"{model} is a file: give the model's folder")
-    if not _looks_like_hub_id(str(model)):
-        raise ModelFolderError(
-            f"{model} does not exist: give a model folder or a Hugging Face id such as owner/name"
-        )
-    return NamedFolder(str(model), _fetch(str(model)))
-
-
-def _looks_like_hub_id(model: str) -> bool:
-    """owner/name, and not a path."""
-    parts = model.split("/")
-    return len(parts) == 2 and all(parts) and not model.startswith((".", "~"))
-
-
-def _fetch(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
-    except HFValidationError as error:
-        raise ModelFolderError(f"{repo_id} is not a folder and not a Hugging Face id") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelFolderError(
-            f"{repo_id} is no folder here, is not in the cache and could not be fetched"
-            f" from Hugging Face ({type(error).__name__})."
-            f" Download config.json, tokenizer files and weights of {repo_id} into a folder"
-            " on a machine with access, and give that folder instead"
-        ) from error

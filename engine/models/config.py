@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cottention.engine.errors import ModelFolderError
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +95,9 @@ def _check_kind(raw: dict[str, Any], where: str) -> None:
         raise ModelFolderError(
             f"{where}: model_type is {kind!r}; a causal Cottention model has model_type 'gptj'"
         )
-    from cottention.engine.models.attention import TRAINED_MAPS
-
     attention = raw.get("attention_type", "cottention")
-    if not isinstance(attention, str) or attention not in TRAINED_MAPS:
-        known = ", ".join(sorted(TRAINED_MAPS))
+    if not isinstance(attention, str) or attention not in ATTENTION_KINDS:
+        known = ", ".join(sorted(ATTENTION_KINDS))
         raise ModelFolderError(f"{where}: attention_type {attention!r} is not one of: {known}")
     for name, allowed in (("activation_function", "gelu_new"), ("tie_word_embeddings", False)):
         if raw.get(name, allowed) != allowed:

@@ -22,6 +22,7 @@ from cottention.engine.models.attention import (
     TokenPositions,
     token_positions,
 )
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.config import ModelConfig
 
 Attend = Callable[[int, Features], Tensor]
@@ -40,7 +41,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width, bias=bias)
         self._num_heads = config.n_head
         self.norm_const: nn.Parameter | None = None
-        if TRAINED_MAPS[config.attention_type].has_norm_const:
+        if ATTENTION_KINDS[config.attention_type].has_norm_const:
             self.norm_const = nn.Parameter(torch.full((1, config.n_head, 1, 1), 0.5))
 
     def sigma(self) -> Tensor:

@@ -28,8 +28,6 @@ from pathlib import Path
 
 import torch
 
-from cottention import engine
-
 PREBUILT_DIR = Path(__file__).parent / "_prebuilt"
 KERNEL_SOURCE = "kernels.cpp"
 _AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl"
@@ -113,7 +111,7 @@ def digest(how: str, sources: Iterable[Path]) -> str:
 
 def source_dir() -> Path:
     """The C++ sources, which lie beside the engine in a checkout and in an installation alike."""
-    folder = Path(engine.__file__).parents[1] / "csrc"
+    folder = Path(__file__).parents[2] / "csrc"
     if not (folder / KERNEL_SOURCE).exists():
         raise BuildError(f"no sources in {folder}")
     return folder

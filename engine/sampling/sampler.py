@@ -9,13 +9,12 @@ Letters: R rows, N vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.outputs import TokenLogprob
+from cottention.engine.outputs import SampledToken, TokenLogprob
 from cottention.engine.sampling.logits_processors import Adjustment, adjust
 from cottention.engine.sampling.logprobs import score
 from cottention.engine.sampling.token_history import TokenCounts
@@ -55,16 +54,9 @@ class Draw:
         return SamplingRow(self.uniform, temperature, params.min_p, params.top_k, params.top_p)
 
 
-class Drawn(NamedTuple):
-    """An id, and how likely the model held it where that was asked for."""
-
-    token_id: int
-    logprob: TokenLogprob | None
-
-
-def as_drawn(token_id: int, logprob: TokenLogprob | None = None) -> Drawn | None:
+def as_sampled_token(token_id: int, logprob: TokenLogprob | None = None) -> SampledToken | None:
     """None where no id could be drawn."""
-    return None if token_id == ops.NO_PLACE else Drawn(token_id, logprob)
+    return None if token_id == ops.NO_PLACE else SampledToken(token_id, logprob)
 
 
 def uniform(seed: int, choice: int, token_index: int) -> float:
@@ -93,7 +85,7 @@ class Sampler:
         never[torch.tensor(sampleable_ids)] = False
         self._never = never.nonzero().flatten().to(device)
 
-    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[Drawn | None]:
+    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken | None]:
         """One id for each row of logits float32 [R, N]; those of forbidden ids are overwritten.
 
         None where a row's logits are not finite, or all its ids are forbidden.
@@ -102,7 +94,7 @@ class Sampler:
         wishes = [draw.wish for draw in draws]
         ids: list[int] = draw_each(allowed, ops.likeliest(allowed), wishes).tolist()
         logprobs = _logprobs(logits, ids, draws)
-        return [as_drawn(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
+        return [as_sampled_token(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
 
     def possible(self, logits: Tensor) -> Tensor:
         """A copy of logits [R, N] with −∞ for ids that the tokenizer does not have."""

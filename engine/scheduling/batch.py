@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from cottention.engine.outputs import SampledToken, TokenLogprob
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.context_window import PrefillSpan
 from cottention.engine.state.prefix_cache import BLOCK
@@ -52,6 +53,21 @@ class Batch:
         """Everyone with work in this step, once."""
         everyone = [choice.request for choice in self.decode]
         return list(dict.fromkeys(everyone + [chunk.request for chunk in self.prefill]))
+
+
+class Sample(NamedTuple):
+    """An id drawn for a choice."""
+
+    choice: Choice
+    drawn: SampledToken
+
+
+class BatchResult(NamedTuple):
+    """What a step brought: ids, choices for which none could be drawn, scores of prompts' ids."""
+
+    samples: list[Sample]
+    undrawn: list[Choice]
+    scores: dict[Request, list[TokenLogprob]]
 
 
 def stop_of(request: Request, most: int) -> int:

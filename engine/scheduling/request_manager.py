@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from cottention.engine.errors import ParameterError
-from cottention.engine.execution.model_runner import Sample
 from cottention.engine.outputs import FinishReason, Output, TokenLogprob
-from cottention.engine.scheduling.batch import Batch
+from cottention.engine.scheduling.batch import Batch, Sample
 from cottention.engine.scheduling.preemption import Preemption
 from cottention.engine.scheduling.prefix_reuse import PrefixReuse
 from cottention.engine.scheduling.request import Choice, Request, num_cached_of, scores_of

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.config import ModelConfig
 
 STATE_BYTES_PER_ELEMENT = 4
@@ -27,15 +28,13 @@ class StateSpec:
     @classmethod
     def of(cls, config: ModelConfig, *, has_spare: bool = False) -> Self:
         """The state that a model of this shape keeps; with a spare, a slot has room for two."""
-        from cottention.engine.models.attention import FEATURE_MAPS
-
-        feature_map = FEATURE_MAPS[config.attention_type]
+        kind = ATTENTION_KINDS[config.attention_type]
         return cls(
             layers=config.n_layer,
             heads=config.n_head,
             value_width=config.head_dim,
-            key_width=feature_map.key_width(config.head_dim),
-            has_denominator=feature_map.has_denominator,
+            key_width=kind.key_width(config.head_dim),
+            has_denominator=kind.has_denominator,
             has_spare=has_spare,
         )
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cottention.engine.models.attention import FEATURE_MAPS, Features
+from cottention.engine.models.attention import Features
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.gptj import Attend, CottentionForCausalLM
@@ -48,7 +49,7 @@ def attend_from_zero(config: ModelConfig, dtype: torch.dtype) -> Attend:
     """
     if config.attention_type == "softmax":
         return functools.partial(_attend_softmax, dtype)
-    has_denominator = FEATURE_MAPS[config.attention_type].has_denominator
+    has_denominator = ATTENTION_KINDS[config.attention_type].has_denominator
 
     def attend(_layer: int, features: Features) -> Tensor:
         q, k, v = (x.transpose(1, 2).to(dtype) for x in features)

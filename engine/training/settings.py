@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from cottention.engine.models.attention import TRAINED_MAPS
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.config import ModelConfig
 
 SHIPPED_MODEL = Path("engine/pretrained/cottention-python-7m")
@@ -40,7 +40,7 @@ class TrainingSettings:
     attention: str = flag(
         "cottention",
         "kind of attention; softmax is there to be compared with and cannot be served",
-        choices=TRAINED_MAPS,
+        choices=ATTENTION_KINDS,
     )
     rotary_dim: int | None = flag(None, "channels of a head that rotary turns (default: all)")
     layers: int = flag(6, "blocks")

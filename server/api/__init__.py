@@ -1,1 +1,1 @@
-""""""
+"""The HTTP endpoints and the application that holds them."""

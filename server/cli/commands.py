@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, CottentionError
-from cottention.engine.models.checkpoint import resolve_model
 from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.outputs import FinishReason
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.context_policy import MAX_HELD

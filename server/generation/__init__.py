@@ -1,1 +1,1 @@
-""""""
+"""From a validated request to a streamed response."""

@@ -1,1 +1,1 @@
-""""""
+"""The access log and the metrics."""

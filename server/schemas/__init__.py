@@ -1,1 +1,1 @@
-""""""
+"""Bodies of requests and of responses, as pydantic models."""

@@ -1,1 +1,1 @@
-""""""
+"""Turns of sessions: their queue, their life, their events."""

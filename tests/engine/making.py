@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from cottention.engine.execution.model_runner import Result, Sample
-from cottention.engine.models.attention import FEATURE_MAPS
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.checkpoint import read_weights
-from cottention.engine.sampling.sampler import Drawn
+from cottention.engine.outputs import SampledToken
 from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.batch import BatchResult, Sample
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.state.spec import StateSpec
@@ -72,7 +72,7 @@ def _biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def small_spec(kind: str, width: int = 8) -> StateSpec:
     """States of one layer and two heads of this width, as attention of this kind has them."""
-    made = FEATURE_MAPS[kind]
+    made = ATTENTION_KINDS[kind]
     return StateSpec(1, 2, width, made.key_width(width), has_denominator=made.has_denominator)
 
 
@@ -88,6 +88,6 @@ def make_request(name: str, prompt_ids: list[int], params: SamplingParams) -> Re
     return Request.new(name, prompt_ids, params, small_tokenizer(), ())
 
 
-def drew(ids: dict[Choice, int]) -> Result:
+def drew(ids: dict[Choice, int]) -> BatchResult:
     """A step in which each choice drew this id."""
-    return Result([Sample(choice, Drawn(i, None)) for choice, i in ids.items()], [], {})
+    return BatchResult([Sample(choice, SampledToken(i, None)) for choice, i in ids.items()], [], {})

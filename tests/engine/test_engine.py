@@ -14,8 +14,7 @@ import torch
 import cottention.engine as library
 from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from cottention.engine.errors import EngineStoppedError, ParameterError, RequestFailedError
-from cottention.engine.execution.model_runner import Result, Sample
-from cottention.engine.scheduling.batch import Batch
+from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
 from tests.engine.making import drew
 
 LONG = SamplingParams(max_tokens=10_000, ignore_eos=True, seed=1)
@@ -60,7 +59,7 @@ def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> list[i
     """Make the model say `text` whatever it is asked, one id a step; gives the ids."""
     ids = engine.tokenizer.encode(text)
 
-    def run(plan: Batch) -> Result:
+    def run(plan: Batch) -> BatchResult:
         read = [chunk.request for chunk in plan.prefill if chunk.is_last]
         choices = plan.decode + [choice for request in read for choice in request.choices]
         return drew({choice: ids[choice.num_generated % len(ids)] for choice in choices})
@@ -246,7 +245,7 @@ def test_choices_end_one_by_one(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     end = engine.model_config.eos_token_ids[0]
     other = engine.tokenizer.encode("a")[0]
 
-    def run(plan: Batch) -> Result:
+    def run(plan: Batch) -> BatchResult:
         read = [chunk.request for chunk in plan.prefill if chunk.is_last]
         choices = plan.decode + [choice for request in read for choice in request.choices]
         last = {c: 2 if c.request.id == "one" else c.index for c in choices}

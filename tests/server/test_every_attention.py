@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cottention.engine import Engine, SamplingParams
-from cottention.engine.models.attention import FEATURE_MAPS
+from cottention.engine.models.attention_kinds import RECURRENT_KINDS
 from cottention.engine.state.session_state import SessionState
 from cottention.server.config import ServerConfig
 from cottention.server.sessions.storage import kept_sessions
@@ -22,7 +22,7 @@ from tests.server.live import Live, serving
 
 WINDOW = 16
 TURN: dict[str, Any] = {"ignore_eos": True, "seed": 5}
-each_kind = pytest.mark.parametrize("attention", FEATURE_MAPS)
+each_kind = pytest.mark.parametrize("attention", RECURRENT_KINDS)
 
 
 @contextlib.contextmanager
@@ -125,7 +125,7 @@ def test_a_snapshot_of_another_kind_is_refused(attention: str, tmp_path: Path) -
     """Of models with the same weights, but for what belongs to their kinds."""
     with keeping(attention, tmp_path / "here") as live:
         raw = snapshot(live, Twin(live.opened("abc")))
-    other = next(kind for kind in FEATURE_MAPS if kind != attention)
+    other = next(kind for kind in RECURRENT_KINDS if kind != attention)
     with keeping(other, tmp_path / "there") as live:
         answer = live.client.post("/v1/sessions/import", content=raw)
         assert answer.status_code == 409

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.errors import SnapshotError
-from cottention.engine.execution.model_runner import Sample
+from cottention.engine.scheduling.batch import Sample
 from cottention.engine.sessions.manager import SessionManager
 from cottention.engine.sessions.store import SqliteStore
 from cottention.server.config import ServerConfig

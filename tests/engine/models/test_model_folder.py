@@ -7,7 +7,7 @@ import pytest
 
 from cottention.engine import Engine
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.checkpoint import DEFAULT_MODEL, HUB_FILES, resolve_model
+from cottention.engine.models.model_folder import DEFAULT_MODEL, HUB_FILES, resolve_model
 
 
 def test_none_is_the_model_that_ships() -> None:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.execution.model_runner import Result
-from cottention.engine.scheduling.batch import Batch
+from cottention.engine.scheduling.batch import Batch, BatchResult
 
 pytestmark = pytest.mark.every_attention
 
@@ -43,8 +42,8 @@ class Recorded:
 
         return kept
 
-    def _record(self, run: Callable[[Batch], Result]) -> Callable[[Batch], Result]:
-        def recorded(plan: Batch) -> Result:
+    def _record(self, run: Callable[[Batch], BatchResult]) -> Callable[[Batch], BatchResult]:
+        def recorded(plan: Batch) -> BatchResult:
             result = run(plan)
             for row, (choice, drawn) in enumerate(result.samples):
                 self.logits[choice.request.id].append(self._last[row])

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cottention.engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
-from cottention.engine.models.attention import FEATURE_MAPS
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
@@ -26,8 +26,9 @@ from cottention.engine.state.spec import StateSpec
 from tests.engine.making import attention_folder, small_spec
 
 SPECS = {
-    kind: replace(small_spec(kind, 3), key_width=made.key_width(3) + 1)  # no shape is its transpose
-    for kind, made in FEATURE_MAPS.items()
+    # no shape is its transpose
+    kind: replace(small_spec(kind, 3), key_width=ATTENTION_KINDS[kind].key_width(3) + 1)
+    for kind in RECURRENT_KINDS
 }
 SPEC = SPECS["cottention"]
 PRINTS = Fingerprint("aa" * 32, "bb" * 32, "rotary_dim=4", "layers=1")
@@ -39,7 +40,7 @@ CODECS = {
     for kind, spec in SPECS.items()
 }
 CODEC = CODECS["cottention"]
-KINDS = st.sampled_from(list(FEATURE_MAPS))
+KINDS = st.sampled_from(RECURRENT_KINDS)
 
 Header = dict[str, Any]
 
@@ -274,7 +275,7 @@ def test_a_tensor_that_is_missing(kind: str, name: str) -> None:
 def test_another_kind_has_other_rows() -> None:
     """Where the fingerprints agree, as they never do, the shapes still tell."""
     for here, codec in CODECS.items():
-        for there in FEATURE_MAPS.keys() - {here}:
+        for there in set(RECURRENT_KINDS) - {here}:
             with pytest.raises(SnapshotError):
                 codec.decode(RAWS[there])
 

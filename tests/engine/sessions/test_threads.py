@@ -1,4 +1,5 @@
-"""Eight threads on one `SessionManager`, over SQLite: in the end every session is what somebody made it.
+"""Eight threads on one `SessionManager`, over SQLite: in the end every session is what it was made.
+
 
 A value is named by a number of its own, its count of tokens, so that what a session holds at a
 version can be held against what the threads noted of that version: versions order what happened.
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from cottention.engine.errors import NothingToRewindError, SessionBusyError, SessionNotFoundError
-from cottention.engine.models.attention import FEATURE_MAPS
+from cottention.engine.models.attention_kinds import RECURRENT_KINDS
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.manager import SessionManager
 from cottention.engine.sessions.snapshot import SnapshotCodec
@@ -161,7 +162,7 @@ def all_at_once(sessions: SessionManager, values: Values, seed: int) -> Noted:
     return noted
 
 
-@pytest.mark.parametrize(("seed", "attention"), [*enumerate(FEATURE_MAPS)])
+@pytest.mark.parametrize(("seed", "attention"), [*enumerate(RECURRENT_KINDS)])
 def test_threads_on_one_store(tmp_path: Path, seed: int, attention: str) -> None:
     store, values = SqliteStore(tmp_path, durable=False), Values(small_spec(attention))
     budget = 6 * values.state(1).nbytes

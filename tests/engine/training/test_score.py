@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.models.attention import FEATURE_MAPS, Features
+from cottention.engine.models.attention import Features
+from cottention.engine.models.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
 from cottention.engine.models.gptj import CottentionForCausalLM
 from cottention.engine.ops import reference
 from cottention.engine.training.data import SourceFile, train_tokenizer
@@ -34,9 +35,9 @@ def held_out() -> HeldOut:
     return HeldOut.of(tokenizer, files, SMALL.context)
 
 
-@pytest.mark.parametrize("attention", FEATURE_MAPS)
+@pytest.mark.parametrize("attention", RECURRENT_KINDS)
 def test_the_chunked_form_is_the_parallel_one(attention: str) -> None:
-    is_divided = FEATURE_MAPS[attention].has_denominator
+    is_divided = ATTENTION_KINDS[attention].has_denominator
 
     def attend(_layer: int, features: Features) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in features)

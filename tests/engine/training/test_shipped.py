@@ -6,8 +6,9 @@ import json
 import torch
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.models.checkpoint import DEFAULT_MODEL, load_model
+from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.model_folder import DEFAULT_MODEL
 from cottention.engine.text.tokenizer import Tokenizer
 
 LARGEST_BYTES = 16_000_000
