@@ -70,39 +70,39 @@ BODIES = (
 
 
 def create_app(
-    bridge: AsyncEngine,
+    engine: AsyncEngine,
     config: ServerConfig,
     keys: Sequence[ApiKey],
     kept: "SessionManager",
     template: ChatTemplate | None = None,
 ) -> FastAPI:
-    """An application that serves the bridge's engine from its start-up to its shutdown.
+    """An application that serves the engine's engine from its start-up to its shutdown.
 
     keys: those of which a client must send one, if there are any.
     kept: the sessions, which are whose they were when it ends.
     """
     turns = TurnQueue(kept)
-    app = _new_app(bridge, turns)
-    name = config.served_model_name or bridge.engine.name
-    cost = session_bytes(bridge.engine, config)
-    registry = make_registry(bridge, kept.sizes, cost, name)
-    app.state.context = Context(bridge, config, registry, kept, turns, template)
+    app = _new_app(engine, turns)
+    name = config.served_model_name or engine.engine.name
+    cost = session_bytes(engine.engine, config)
+    registry = make_registry(engine, kept.sizes, cost, name)
+    app.state.context = Context(engine, config, registry, kept, turns, template)
     for router in ROUTERS:
         app.include_router(router)
     publish(app, BODIES, lambda path: asks_for_key(path, config))
     add_error_handlers(app)
-    _add_middleware(app, keys, config, bridge)
+    _add_middleware(app, keys, config, engine)
     return app
 
 
-def _new_app(bridge: AsyncEngine, turns: TurnQueue) -> FastAPI:
+def _new_app(engine: AsyncEngine, turns: TurnQueue) -> FastAPI:
     """Without endpoints: its life is the engine's, and ends when no turn is left to be kept."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        bridge.start()
+        engine.start()
         yield
-        await asyncio.to_thread(bridge.stop)
+        await asyncio.to_thread(engine.stop)
         await turns.wait_settled()
 
     # The interactive pages would be fetched from elsewhere; /openapi.json is all there is here.
@@ -124,7 +124,7 @@ def _accounts(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, KeyUsag
 
 
 def _add_middleware(
-    app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig, bridge: AsyncEngine
+    app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig, engine: AsyncEngine
 ) -> None:
     """From the innermost to the outermost: a refused key is seen by pages and has an id, too."""
     accounts = _accounts(keys, config)
@@ -140,7 +140,7 @@ def _add_middleware(
             allow_headers=["*"],
             expose_headers=[HEADER, "Retry-After", "ETag"],
         )
-    table = bridge.engine.tokenizer.written_bytes
+    table = engine.engine.tokenizer.written_bytes
     app.add_middleware(
         AccessLogMiddleware, num_characters=config.log_prompt_characters, table=table
     )

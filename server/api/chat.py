@@ -1,11 +1,6 @@
-"""POST /v1/chat/completions: from messages to an order.
-
-Owns the order of the checks, and what ends an answer that its client does not limit. The prompt is
-`templates.py`'s, the answer `answering.py`'s.
-"""
+"""POST /v1/chat/completions."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from cottention.engine.errors import ParameterError
 from cottention.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import answer, check_model, read_order
+from cottention.server.api.generate import check_model, generate
 from cottention.server.api.openapi import described, refusals
 from cottention.server.generation.chat_template import (
     ChatContinuation,
@@ -24,11 +19,10 @@ from cottention.server.generation.chat_template import (
 )
 from cottention.server.generation.choice_format import ChatFormatter
 from cottention.server.generation.request import (
-    GenerationRequest,
     OutputOptions,
-    cut_prompt,
-    order_of,
-    read_text,
+    ParsedRequest,
+    encode_text,
+    truncate_prompt,
 )
 from cottention.server.generation.responses import EndpointFormat
 from cottention.server.http.body import is_text
@@ -43,8 +37,8 @@ router = APIRouter()
 
 CHAT = EndpointFormat("chatcmpl", "chat.completion", "chat.completion.chunk", ChatFormatter)
 
-NEVER_QUICK = 0
-"""A template is a program of somebody else's: it runs beside the loop, however short the body."""
+ALWAYS_IN_THREAD = 0
+"""As `max_inline_bytes`: templates are code of the model's author, and never run on the loop."""
 
 NO_TEMPLATE = (
     "this model has no chat template: start the server with --chat-template FILE, or with"
@@ -65,43 +59,38 @@ EXAMPLES = (
     **described(ChatRequest, examples=EXAMPLES, streams=True, more=refusals(409, 412)),
 )
 async def create_chat_completion(request: Request, context: ContextDep) -> Response:
-    """Answer the last of some messages, whole or as a stream of events."""
-    order = await read_order(request, context, read_chat, max_quick=NEVER_QUICK)
-    return await answer(request, context, order, CHAT)
+    """Answer the last of some messages; the response is whole or a stream of events."""
+    return await generate(request, context, parse_chat, CHAT, ALWAYS_IN_THREAD)
 
 
-def read_chat(body: dict[str, Any], context: Context) -> GenerationRequest:
-    """Check, render and tokenise. Raises ApiError."""
-    request = chat_request(body)
-    check_model(request.model, context)
+def parse_chat(fields: dict[str, Any], context: Context) -> ParsedRequest:
+    """Validate a body, render its messages and tokenize the prompt. Raises ApiError."""
+    body = chat_request(fields)
+    check_model(body.model, context)
     template = template_of(context)
-    params = _params(request, context, template.stop)
-    text = render(
-        template, request.messages, request.add_generation_prompt, request.chat_template_kwargs
-    )
-    tokenizer = context.bridge.engine.tokenizer
-    ids = read_text(text, tokenizer, is_framed=request.add_special_tokens)
-    prompt = cut_prompt(ids, request, context.trained_length)
-    order = order_of(request, params, _details(request), [prompt])
-    if order.turn is None:
-        return order
-    return replace(order, continuation=_continuation(request, template, text, tokenizer))
+    params = _params(body, context, template.stop)
+    text = render(template, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
+    tokenizer = context.tokenizer
+    ids = encode_text(text, tokenizer, add_special_tokens=body.add_special_tokens)
+    prompts = [truncate_prompt(ids, body, context.trained_length)]
+    continuation = None
+    if body.session_id is not None:
+        continuation = _continuation(body, template, text, tokenizer)
+    return ParsedRequest(body, params, _output_options(body), prompts, continuation=continuation)
 
 
 def _continuation(
-    request: ChatRequest, template: ChatTemplate, text: str, tokenizer: "Tokenizer"
+    body: ChatRequest, template: ChatTemplate, text: str, tokenizer: "Tokenizer"
 ) -> ChatContinuation:
-    """What is read in a session that holds something; `text` is what would begin one.
+    """The prompt of a turn in a session that is not empty; `text` is that in an empty session.
 
     Raises ApiError.
     """
-    variables = request.chat_template_kwargs | {
-        "add_generation_prompt": request.add_generation_prompt
-    }
-    found = render_after(template, request.messages, variables)
+    variables = body.chat_template_kwargs | {"add_generation_prompt": body.add_generation_prompt}
+    found = render_after(template, body.messages, variables)
     later, seam = (text.removeprefix(template.opening), "") if found is None else found
     return ChatContinuation(
-        tokenizer.encode(_checked(later)), seam, template.ends, request.add_special_tokens
+        tokenizer.encode(_checked(later)), seam, template.ends, body.add_special_tokens
     )
 
 
@@ -136,18 +125,18 @@ def _checked(text: str) -> str:
     return text
 
 
-def _params(request: ChatRequest, context: Context, stop: tuple[str, ...]) -> SamplingParams:
+def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> SamplingParams:
     """Ends where the client says, else after the server's default."""
-    name, limit = request.limit
+    name, limit = body.limit
     most = context.max_tokens
     default = min(context.config.default_max_tokens, most)
     if limit is not None and limit > most:
         raise invalid(name, f"{name} must be at most {most}; it is {limit}")
     try:
-        return request.engine_params(
+        return body.engine_params(
             max_tokens=default if limit is None else limit,
-            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            stop=(*request.stop, *stop) if len(request.stop) < MAX_STOP_STRINGS else request.stop,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            stop=(*body.stop, *stop) if len(body.stop) < MAX_STOP_STRINGS else body.stop,
         )
     except ParameterError as error:
         names = {"max_tokens": name, "logprobs": "top_logprobs"}
@@ -155,10 +144,10 @@ def _params(request: ChatRequest, context: Context, stop: tuple[str, ...]) -> Sa
         raise invalid(param, str(error).replace(error.param, param)) from None
 
 
-def _details(request: ChatRequest) -> OutputOptions:
+def _output_options(body: ChatRequest) -> OutputOptions:
     return OutputOptions(
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        prompt_logprobs=request.prompt_logprobs,
-        token_ids=request.return_token_ids,
-        tokens_as_ids=request.return_tokens_as_token_ids,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        prompt_logprobs=body.prompt_logprobs,
+        token_ids=body.return_token_ids,
+        tokens_as_ids=body.return_tokens_as_token_ids,
     )

@@ -1,7 +1,4 @@
-"""POST /v1/completions: from a body to an order.
-
-Owns the order of the checks. The answer is `answering.py`'s.
-"""
+"""POST /v1/completions."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,16 +6,15 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import answer, check_model, read_order
+from cottention.server.api.generate import check_model, generate
 from cottention.server.api.openapi import described, refusals
 from cottention.server.generation.choice_format import CompletionFormatter
 from cottention.server.generation.request import (
-    GenerationRequest,
     OutputOptions,
-    cut_prompt,
-    order_of,
-    read_text,
-    text_of,
+    ParsedRequest,
+    decode_ids,
+    encode_text,
+    truncate_prompt,
 )
 from cottention.server.generation.responses import EndpointFormat
 from cottention.server.limits.key_limits import least
@@ -46,57 +42,59 @@ EXAMPLES = (
     **described(CompletionRequest, examples=EXAMPLES, streams=True, more=refusals(409, 412)),
 )
 async def create_completion(request: Request, context: ContextDep) -> Response:
-    """Continue one prompt or several, whole or as a stream of events."""
-    order = await read_order(request, context, read_completion)
-    return await answer(request, context, order, COMPLETION)
+    """Continue one prompt or several; the response is whole or a stream of events."""
+    return await generate(request, context, parse_completion, COMPLETION)
 
 
-def read_completion(body: dict[str, Any], context: Context) -> GenerationRequest:
-    """Check and tokenise. Raises ApiError, ParameterError."""
-    request = completion_request(body)
-    check_model(request.model, context)
-    params = _params(request, context)
-    tokenizer = context.bridge.engine.tokenizer
-    length = context.trained_length
-    prompts = [cut_prompt(ids, request, length) for ids in _ids(request, tokenizer)]
-    echoes = _echoes(request, prompts, tokenizer) if request.echo else ()
-    order = order_of(request, params, _details(request), prompts, echoes)
-    is_text = isinstance(request.prompt[0], str)
-    return replace(order, frames_first=is_text and request.frames is None)
+def parse_completion(fields: dict[str, Any], context: Context) -> ParsedRequest:
+    """Validate a body and tokenize its prompts. Raises ApiError, ParameterError."""
+    body = completion_request(fields)
+    check_model(body.model, context)
+    params = _params(body, context)
+    tokenizer, length = context.tokenizer, context.trained_length
+    prompts = [truncate_prompt(ids, body, length) for ids in _token_ids(body, tokenizer)]
+    return ParsedRequest(
+        body,
+        params,
+        _output_options(body),
+        prompts,
+        echoes=_echoes(body, prompts, tokenizer) if body.echo else (),
+        frames_first=body.frames is None and isinstance(body.prompt[0], str),
+    )
 
 
-def _params(request: CompletionRequest, context: Context) -> "SamplingParams":
-    """As asked; the default of max_tokens is no more than this key may have."""
-    params = request.sampling_params()
-    if "max_tokens" in request.model_fields_set:
+def _params(body: CompletionRequest, context: Context) -> "SamplingParams":
+    """The engine's parameters; the default of max_tokens is at most what the key may have."""
+    params = body.sampling_params()
+    if "max_tokens" in body.model_fields_set:
         return params
     return replace(params, max_tokens=least(params.max_tokens, context.limits.max_tokens))
 
 
-def _ids(request: CompletionRequest, tokenizer: "Tokenizer") -> list[list[int]]:
-    is_framed = bool(request.frames)
+def _token_ids(body: CompletionRequest, tokenizer: "Tokenizer") -> list[list[int]]:
+    add_special_tokens = bool(body.frames)
     return [
-        read_text(each, tokenizer, is_framed=is_framed) if isinstance(each, str) else each
-        for each in request.prompt
+        encode_text(each, tokenizer, add_special_tokens=add_special_tokens)
+        if isinstance(each, str)
+        else each
+        for each in body.prompt
     ]
 
 
-def _details(request: CompletionRequest) -> OutputOptions:
+def _output_options(body: CompletionRequest) -> OutputOptions:
     return OutputOptions(
-        echo=request.echo,
-        logprobs=request.logprobs,
-        prompt_logprobs=request.prompt_logprobs,
-        token_ids=request.return_token_ids,
-        tokens_as_ids=request.return_tokens_as_token_ids,
+        echo=body.echo,
+        logprobs=body.logprobs,
+        prompt_logprobs=body.prompt_logprobs,
+        token_ids=body.return_token_ids,
+        tokens_as_ids=body.return_tokens_as_token_ids,
     )
 
 
-def _echoes(
-    request: CompletionRequest, prompts: list[list[int]], tokenizer: "Tokenizer"
-) -> list[str]:
-    """Each prompt's text as it was sent, or that of its ids where it was cut or sent as ids."""
-    is_whole = request.truncate_prompt_tokens is None
+def _echoes(body: CompletionRequest, prompts: list[list[int]], tokenizer: "Tokenizer") -> list[str]:
+    """The text of each prompt: as sent, or decoded if it was sent as ids or truncated."""
+    is_whole = body.truncate_prompt_tokens is None
     return [
-        given if isinstance(given, str) and is_whole else text_of(ids, tokenizer, "prompt")
-        for given, ids in zip(request.prompt, prompts, strict=True)
+        given if isinstance(given, str) and is_whole else decode_ids(ids, tokenizer, "prompt")
+        for given, ids in zip(body.prompt, prompts, strict=True)
     ]

@@ -14,16 +14,18 @@ from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import limits_of
 from cottention.server.sessions.turn_queue import TurnQueue
 
-if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.engine import Engine
+    from cottention.engine.scheduling.context_policy import ContextPolicies
     from cottention.engine.sessions.manager import SessionManager
+    from cottention.engine.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
     """One per application, but for the limits, which are of the request's key."""
 
-    bridge: AsyncEngine
+    engine: AsyncEngine
     config: ServerConfig
     registry: CollectorRegistry
     sessions: "SessionManager"
@@ -32,9 +34,19 @@ class Context:
     limits: KeyLimits = KeyLimits()
 
     @property
+    def tokenizer(self) -> "Tokenizer":
+        """The model's tokenizer."""
+        return self.engine.engine.tokenizer
+
+    @property
+    def policies(self) -> "ContextPolicies":
+        """The context policies that the engine supports."""
+        return self.engine.engine.policies
+
+    @property
     def model_name(self) -> str:
         """The id of the served model."""
-        return self.config.served_model_name or self.bridge.engine.name
+        return self.config.served_model_name or self.engine.engine.name
 
     @property
     def max_body_bytes(self) -> int:
@@ -44,17 +56,17 @@ class Context:
     @property
     def max_tokens(self) -> int:
         """Most that this request may ask for."""
-        return least(self.bridge.engine.config.max_tokens_limit, self.limits.max_tokens)
+        return least(self.engine.engine.config.max_tokens_limit, self.limits.max_tokens)
 
     @property
     def session_bytes(self) -> SessionBytes:
         """What one session takes here."""
-        return session_bytes(self.bridge.engine, self.config)
+        return session_bytes(self.engine.engine, self.config)
 
     @property
     def trained_length(self) -> int:
         """Tokens that the model was trained to follow; it limits nothing here."""
-        return self.bridge.engine.model_config.n_positions
+        return self.engine.engine.model_config.n_positions
 
 
 def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:

@@ -1,11 +1,7 @@
-"""From an order to an answer, whole or streamed, whichever endpoint it came to.
-
-Owns which way an answer goes. Does not know what a body may hold.
-"""
+"""From an HTTP request to its response, whole or streamed, for every endpoint that generates."""
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
@@ -13,9 +9,19 @@ from fastapi import Request, Response
 from cottention.server.api.dependencies import Context
 from cottention.server.api.turn_response import TurnResponse
 from cottention.server.config import ServerConfig
-from cottention.server.generation.request import GenerationRequest
-from cottention.server.generation.responses import EndpointFormat, told_whole, whole_pieces
-from cottention.server.generation.sse import Events, EventStream, closing, usage_of
+from cottention.server.generation.request import ParsedRequest
+from cottention.server.generation.responses import (
+    EndpointFormat,
+    collect_outputs,
+    format_response,
+)
+from cottention.server.generation.sse import (
+    EventFormatter,
+    EventStreamResponse,
+    GenerationEvents,
+    close_on_disconnect,
+    usage_of,
+)
 from cottention.server.http.body import announced_bytes, parse_object, read_body, shown
 from cottention.server.http.errors import ApiError
 from cottention.server.http.request_id import request_id_of
@@ -23,91 +29,121 @@ from cottention.server.limits.rate_limit import note
 from cottention.server.schemas.base import Body, checked
 from cottention.server.sessions.turn_queue import asked_by, owner_of
 
-QUICK_BODY_BYTES = 16 * 1024
-"""Longer bodies are parsed and tokenised in a thread; shorter ones would only wait for it."""
+MAX_INLINE_BYTES = 16 * 1024
+"""Longer bodies are parsed and tokenized in a thread, to keep the event loop responsive."""
 
 
-Found = TypeVar("Found")
-RequestReader = Callable[[dict[str, Any], Context], Found]
+Parsed = TypeVar("Parsed")
+Parser = Callable[[dict[str, Any], Context], Parsed]
 
 
-async def read_order(
+async def generate(
     request: Request,
     context: Context,
-    read: RequestReader[GenerationRequest],
-    max_quick: int = QUICK_BODY_BYTES,
-) -> GenerationRequest:
-    """The order in a request's body, whose time begins when all of that has come."""
-    bridge = context.bridge
-    bridge.check_accepting()
-    bridge.line.check(1, bridge.line.estimate(announced_bytes(request)))
+    parse: Parser[ParsedRequest],
+    endpoint: EndpointFormat,
+    max_inline_bytes: int = MAX_INLINE_BYTES,
+) -> Response:
+    """Read and parse a body, generate, and respond.
+
+    Raises ParameterError, EngineStoppedError, ApiError.
+    """
+    parsed, arrived_at = await _read_request(request, context, parse, max_inline_bytes)
+    deadline = deadline_of(arrived_at, context.config, parsed.body.timeout)
+    name = f"{endpoint.id_prefix}-{parsed.body.request_id or request_id_of(request)}"
+    if parsed.turn is not None:
+        return TurnResponse(context, parsed, endpoint, name, asked_by(request), deadline)
+    return await _respond(request, context, parsed, endpoint, name, deadline)
+
+
+async def _read_request(
+    request: Request, context: Context, parse: Parser[ParsedRequest], max_inline_bytes: int
+) -> tuple[ParsedRequest, float]:
+    """The parsed body, and the event loop time at which all of it had arrived."""
+    engine = context.engine
+    engine.check_accepting()
+    queue = engine.admission_queue
+    queue.check(1, queue.estimate_tokens(announced_bytes(request)))
     raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
-    began = asyncio.get_running_loop().time()
-    with bridge.line.reading(len(raw)):
-        order = await _read(raw, context, read, max_quick)
-    bridge.line.learn(len(raw), order.num_prompt)
-    context.limits.check(order)
-    return replace(order, deadline=deadline_of(order, context.config, began))
+    arrived_at = asyncio.get_running_loop().time()
+    with queue.tokenizing(len(raw)):
+        parsed = await _parse(raw, context, parse, max_inline_bytes)
+    queue.learn(len(raw), parsed.num_prompt_tokens)
+    context.limits.check(parsed)
+    return parsed, arrived_at
 
 
-async def read_body_with(
+async def _respond(
     request: Request,
     context: Context,
-    read: RequestReader[Found],
-    max_quick: int = QUICK_BODY_BYTES,
-) -> Found:
-    """What `read` finds in a request's body; those of more bytes are read beside the loop."""
+    parsed: ParsedRequest,
+    endpoint: EndpointFormat,
+    name: str,
+    deadline: float | None,
+) -> Response:
+    """Generate without a session, and respond."""
+    generation_request = parsed.build()
+    is_stream = generation_request.is_stream
+    header = endpoint.header(name, context.model_name, is_stream=is_stream)
+    choices = endpoint.choices(generation_request, context.tokenizer)
+    scope = f"{owner_of(request)}\n{parsed.body.cache_salt or ''}"
+    stream = await context.engine.generate(
+        name, generation_request, deadline=deadline, cache_scope=scope
+    )
+    note(request.scope, generation_request, stream)
+    if is_stream:
+        formatter = EventFormatter(header, choices, generation_request)
+        events = GenerationEvents(stream, formatter)
+        return EventStreamResponse(events, context.config.keep_alive_seconds)
+    async with close_on_disconnect(stream, request.receive):
+        deltas = await collect_outputs(stream)
+        usage = usage_of(
+            generation_request.num_prompt_tokens, stream.num_generated, stream.num_cached
+        )
+        return await format_response(deltas, header, choices, generation_request, usage, {})
+
+
+async def read_parsed(
+    request: Request,
+    context: Context,
+    parse: Parser[Parsed],
+    max_inline_bytes: int = MAX_INLINE_BYTES,
+) -> Parsed:
+    """The body as `parse` returns it; bodies above `max_inline_bytes` are parsed in a thread."""
     raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
-    return await _read(raw, context, read, max_quick)
+    return await _parse(raw, context, parse, max_inline_bytes)
 
 
-async def read_nothing(request: Request, context: Context) -> None:
-    """For a verb that takes no field: the body is empty, or an object that says nothing."""
+async def read_empty(request: Request, context: Context) -> None:
+    """For an endpoint without fields: the body must be empty or an object without fields."""
     if raw := await read_body(request, context.max_body_bytes, context.config.receive_seconds):
         checked(Body, parse_object(raw))
 
 
-async def _read(raw: bytes, context: Context, read: RequestReader[Found], max_quick: int) -> Found:
-    if len(raw) <= max_quick:
-        return read(parse_object(raw), context)
-    return await asyncio.to_thread(lambda: read(parse_object(raw), context))
+async def _parse(
+    raw: bytes, context: Context, parse: Parser[Parsed], max_inline_bytes: int
+) -> Parsed:
+    if len(raw) <= max_inline_bytes:
+        return parse(parse_object(raw), context)
+    return await asyncio.to_thread(lambda: parse(parse_object(raw), context))
 
 
-async def answer(
-    request: Request, context: Context, order: GenerationRequest, kind: EndpointFormat
-) -> Response:
-    """Have an order carried out. Raises ParameterError, EngineStoppedError, ApiError."""
-    name = f"{kind.prefix}-{order.request_id or request_id_of(request)}"
-    if order.turn is not None:
-        return TurnResponse(context, order, kind, name, asked_by(request))
-    heading = kind.heading(name, order, context.model_name)
-    choices = kind.choices(order, context.bridge.engine.tokenizer)
-    scope = f"{owner_of(request)}\n{order.cache_scope}"
-    reading = await context.bridge.open(name, replace(order, cache_scope=scope))
-    note(request.scope, order, reading)
-    if order.is_stream:
-        events = Events(heading, choices, order)
-        return EventStream(reading, events, context.config.keep_alive_seconds)
-    async with closing(reading, request.receive):
-        pieces = await whole_pieces(reading)
-        usage = usage_of(order.num_prompt, reading.num_generated, reading.num_cached)
-        return await told_whole(pieces, heading, choices, order, usage, {})
+def deadline_of(
+    arrived_at: float, config: ServerConfig, timeout: float | None = None
+) -> float | None:
+    """When a request ends that arrived then, by the shorter of its own timeout and the server's."""
+    limits = (timeout, config.max_request_seconds)
+    seconds = min((each for each in limits if each is not None), default=None)
+    return None if seconds is None else arrived_at + seconds
 
 
-def deadline_of(order: GenerationRequest, config: ServerConfig, began: float) -> float | None:
-    """Of the request's own timeout and the server's, by the event loop's clock as `began` is."""
-    given = (order.timeout, config.max_request_seconds)
-    seconds = min((each for each in given if each is not None), default=None)
-    return None if seconds is None else began + seconds
+def check_model(requested: str | None, context: Context) -> None:
+    """Raise ApiError 404 unless the requested model is the served one, or none."""
+    if requested not in (None, context.model_name):
+        raise unknown_model(requested, context.model_name)
 
 
-def check_model(asked: str | None, context: Context) -> None:
-    """Raise the 404 for a model that is not here."""
-    if asked not in (None, context.model_name):
-        raise unknown_model(asked, context.model_name)
-
-
-def unknown_model(asked: str | None, served: str) -> ApiError:
-    """What a client is told that asks for another model."""
-    message = f"there is no model {shown(asked)}; this server's model is {shown(served)}"
+def unknown_model(requested: str | None, served: str) -> ApiError:
+    """The ApiError 404 for a model that is not served."""
+    message = f"there is no model {shown(requested)}; this server's model is {shown(served)}"
     return ApiError(404, message, param="model", code="model_not_found")

@@ -12,9 +12,9 @@ from fastapi import APIRouter, Header, Request, Response
 
 from cottention.server.api.dependencies import ContextDep
 from cottention.server.api.openapi import EVENTS, refusals
-from cottention.server.generation.sse import SSE_HEADERS
+from cottention.server.generation.sse import SSE_HEADERS, EventStreamResponse
 from cottention.server.http.errors import invalid
-from cottention.server.sessions.live_events import LiveEventResponse, gone, with_ids
+from cottention.server.sessions.live_events import LiveEventFollower, gone, with_ids
 from cottention.server.sessions.turn_queue import owner_of
 
 router = APIRouter()
@@ -48,7 +48,8 @@ async def follow_events(
         number = _next(last, live.turn, live.first, live.stop)
         if live.has_ended and number == live.stop:
             return Response(status_code=204)
-        return LiveEventResponse(live, number, context.config.keep_alive_seconds)
+        follower = LiveEventFollower(live, number)
+        return EventStreamResponse(follower, context.config.keep_alive_seconds)
     kept = await asyncio.to_thread(context.sessions.outbox, owner, session_id)
     number = _next(last, kept.turn, kept.first, kept.first + len(kept.events))
     missed = kept.events[number - kept.first :]

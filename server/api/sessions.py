@@ -1,30 +1,19 @@
-"""/v1/sessions: open, list, look at, continue without an answer, fork, rewind, delete.
-
-Owns the order of the checks. What a session is belongs to the engine's `Sessions`, whose turn it is
-to `turns.py`; bytes on the wire are `snapshots.py`'s.
-"""
+"""/v1/sessions: create, list, get, append to, fork, rewind and delete sessions."""
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from cottention.engine.errors import SessionMovedError
-from cottention.engine.state.context_window import ContextPolicy
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import deadline_of, read_body_with, read_nothing
+from cottention.server.api.generate import deadline_of, read_empty, read_parsed
 from cottention.server.api.openapi import NOTHING, described, refusals
 from cottention.server.api.query_params import must_be, query_of
-from cottention.server.generation.request import (
-    GenerationRequest,
-    TurnOptions,
-    in_session,
-    reading_order,
-)
-from cottention.server.generation.responses import whole_pieces
-from cottention.server.generation.sse import closing
+from cottention.server.generation.request import TurnOptions, prefill_request, turn_prompt
+from cottention.server.generation.responses import collect_outputs
+from cottention.server.generation.sse import close_on_disconnect
 from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import note
 from cottention.server.schemas.base import checked
@@ -45,7 +34,7 @@ from cottention.server.schemas.sessions import (
 )
 from cottention.server.sessions.turn_queue import Caller, asked_by
 
-if TYPE_CHECKING:  # they bring torch with them, which the server does not know
+if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.sessions.types import Session
     from cottention.engine.state.session_state import SessionState
 
@@ -63,16 +52,16 @@ MOVES = refusals(409, 412, 507)
     **described(SessionRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
 )
 async def open_session(request: Request, context: ContextDep) -> Response:
-    """A new session, which has read the prompt if there is one."""
-    context.bridge.check_accepting()
+    """A new session, which holds the prompt if there is one."""
+    context.engine.check_accepting()
     owner = asked_by(request).owner
-    asked = await read_body_with(request, context, lambda body, _: session_request(body))
-    state = _nothing(asked.context_policy, context)
-    if asked.prompt:
-        order = await _order(asked.prompt, context)
-        state = await _read_in(request, context, order, state)
-    put_in, seconds = context.sessions.open, asked.ttl_seconds
-    return told(await asyncio.to_thread(put_in, owner, state, asked.metadata, seconds))
+    body = await read_parsed(request, context, lambda fields, _: session_request(fields))
+    state = context.policies.new_session(body.context_policy)
+    if body.prompt:
+        ids, is_text = await _encode(body.prompt, context), isinstance(body.prompt, str)
+        state = await _prefill(request, context, ids, state, frames_first=is_text)
+    create = context.sessions.open
+    return told(await asyncio.to_thread(create, owner, state, body.metadata, body.ttl_seconds))
 
 
 @router.get(
@@ -87,7 +76,7 @@ async def list_sessions(
     limit: Annotated[int, Field(ge=1, le=MAX_PAGE), must_be("limit", LIMIT)] = 20,
     after: str | None = None,
 ) -> Response:
-    """One's own sessions, the newest first."""
+    """The caller's sessions, newest first."""
     owner = asked_by(request).owner
     return told_all(*await asyncio.to_thread(context.sessions.page, owner, after, limit))
 
@@ -105,12 +94,12 @@ async def get_session(session_id: str, request: Request, context: ContextDep) ->
     responses=REFUSALS | refusals(409, 412, 413, 415),
 )
 async def delete_session(session_id: str, request: Request, context: ContextDep) -> JsonObject:
-    """Forget a session, unless a turn runs."""
-    asker = asked_by(request)
-    await read_nothing(request, context)
-    async with context.turns.alone(asker.owner, session_id, "error", request.receive):
-        await _as_expected(asker, session_id, context)
-        await asyncio.to_thread(context.sessions.delete, asker.owner, session_id)
+    """Delete a session, unless a turn is running."""
+    caller = asked_by(request)
+    await read_empty(request, context)
+    async with context.turns.alone(caller.owner, session_id, "error", request.receive):
+        await _find_at_position(caller, session_id, context)
+        await asyncio.to_thread(context.sessions.delete, caller.owner, session_id)
     return {"id": session_id, "object": "session", "deleted": True}
 
 
@@ -120,17 +109,17 @@ async def delete_session(session_id: str, request: Request, context: ContextDep)
     **described(AppendRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
 )
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
-    """A turn that reads and says nothing; no turn where there is nothing to read."""
-    context.bridge.check_accepting()
-    asker = asked_by(request)
-    body = await read_body_with(request, context, lambda body, _: checked(AppendRequest, body))
+    """Add a prompt to a session without generating; an empty prompt changes nothing."""
+    context.engine.check_accepting()
+    caller = asked_by(request)
+    body = await read_parsed(request, context, lambda fields, _: checked(AppendRequest, fields))
     if not body.prompt:
-        async with context.turns.alone(asker.owner, session_id, body.on_conflict, request.receive):
-            return told(await _as_expected(asker, session_id, context))
-    order = await _order(body.prompt, context)
-    terms = TurnOptions(session_id, body.on_conflict, "rollback")
-    async with context.turns.turn(asker, terms, request.receive) as turn:
-        state = await _read_in(request, context, order, turn.state)
+        async with context.turns.alone(caller.owner, session_id, body.on_conflict, request.receive):
+            return told(await _find_at_position(caller, session_id, context))
+    ids, is_text = await _encode(body.prompt, context), isinstance(body.prompt, str)
+    options = TurnOptions(session_id, body.on_conflict, "rollback")
+    async with context.turns.turn(caller, options, request.receive) as turn:
+        state = await _prefill(request, context, ids, turn.state, frames_first=is_text)
         return told(await turn.commit(state))
 
 
@@ -140,13 +129,13 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
     **described(ForkRequest, examples=[{"n": 2}], more=MOVES),
 )
 async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
-    """Sessions that go on from here by themselves; they share nothing that changes."""
-    context.bridge.check_accepting()
-    asker = asked_by(request)
-    body = await read_body_with(request, context, lambda body, _: fork_request(body))
-    fork, position = context.sessions.fork, asker.expected_position
-    async with context.turns.alone(asker.owner, session_id, body.on_conflict, request.receive):
-        forks = await asyncio.to_thread(fork, asker.owner, session_id, body.n, position)
+    """Copies of a session that are independent of it and of each other."""
+    context.engine.check_accepting()
+    caller = asked_by(request)
+    body = await read_parsed(request, context, lambda fields, _: fork_request(fields))
+    fork, position = context.sessions.fork, caller.expected_position
+    async with context.turns.alone(caller.owner, session_id, body.on_conflict, request.receive):
+        forks = await asyncio.to_thread(fork, caller.owner, session_id, body.n, position)
     return told_all(forks, has_more=False)
 
 
@@ -157,49 +146,50 @@ async def fork_session(session_id: str, request: Request, context: ContextDep) -
     openapi_extra={"requestBody": NOTHING},
 )
 async def rewind_session(session_id: str, request: Request, context: ContextDep) -> Response:
-    """Back to where the last turn began."""
-    asker = asked_by(request)
-    await read_nothing(request, context)
-    async with context.turns.alone(asker.owner, session_id, "error", request.receive):
-        rewind, position = context.sessions.rewind, asker.expected_position
-        return told(await asyncio.to_thread(rewind, asker.owner, session_id, position))
+    """Restore a session to its state before the last turn."""
+    caller = asked_by(request)
+    await read_empty(request, context)
+    async with context.turns.alone(caller.owner, session_id, "error", request.receive):
+        rewind, position = context.sessions.rewind, caller.expected_position
+        return told(await asyncio.to_thread(rewind, caller.owner, session_id, position))
 
 
-async def _order(prompt: str | list[int], context: Context) -> GenerationRequest:
-    """A prompt that is read and not answered; nothing is added to one that says nothing."""
+async def _encode(prompt: str | list[int], context: Context) -> list[int]:
+    """Token ids of a prompt."""
     if isinstance(prompt, list):
-        return reading_order(prompt)
-    if not prompt:
-        return reading_order([])
-    with context.bridge.line.reading(len(prompt)):
-        ids = await asyncio.to_thread(context.bridge.engine.tokenizer.encode, prompt)
-    return replace(reading_order(ids), frames_first=True)
+        return prompt
+    with context.engine.admission_queue.tokenizing(len(prompt)):
+        return await asyncio.to_thread(context.tokenizer.encode, prompt)
 
 
-async def _read_in(
-    request: Request, context: Context, order: GenerationRequest, start: "SessionState"
+async def _prefill(
+    request: Request,
+    context: Context,
+    prompt_ids: list[int],
+    start: "SessionState",
+    *,
+    frames_first: bool,
 ) -> "SessionState":
-    """The session after a prompt. Raises ParameterError, EngineStoppedError, ApiError."""
-    now = asyncio.get_running_loop().time()
-    order = replace(in_session(order, start, context.bridge.engine.tokenizer), start=start)
-    order = replace(order, deadline=deadline_of(order, context.config, now))
-    reading = await context.bridge.open(f"session-{request_id_of(request)}", order)
-    note(request.scope, order, reading)
-    async with closing(reading, request.receive):
-        state = (await whole_pieces(reading))[0].state
-    assert state is not None, "nothing was to be said, and so nothing can have been cut"
+    """The session `start` with a prompt added; `frames_first` is ParsedRequest's.
+
+    Raises ParameterError, EngineStoppedError, ApiError.
+    """
+    deadline = deadline_of(asyncio.get_running_loop().time(), context.config)
+    prompt_ids = turn_prompt(prompt_ids, start, context.tokenizer, frames_first=frames_first)
+    generation_request = prefill_request(prompt_ids)
+    name = f"session-{request_id_of(request)}"
+    stream = await context.engine.generate(name, generation_request, start=start, deadline=deadline)
+    note(request.scope, generation_request, stream)
+    async with close_on_disconnect(stream, request.receive):
+        state = (await collect_outputs(stream))[0].state
+    assert state is not None, "a prefill generates no text that could be cut"
     return state
 
 
-async def _as_expected(asker: Caller, session_id: str, context: Context) -> "Session":
-    """The session. Raises SessionMovedError where it is not at the position that was asked for."""
-    found = await asyncio.to_thread(context.sessions.find, asker.owner, session_id)
-    expected = asker.expected_position
+async def _find_at_position(caller: Caller, session_id: str, context: Context) -> "Session":
+    """The session. Raises SessionMovedError unless it is at the caller's expected position."""
+    found = await asyncio.to_thread(context.sessions.find, caller.owner, session_id)
+    expected = caller.expected_position
     if expected not in (None, found.position):
         raise SessionMovedError(f"the session is at position {found.position}, not at {expected}")
     return found
-
-
-def _nothing(policy: ContextPolicy | None, context: Context) -> "SessionState":
-    """A session that holds no token, under a policy that the engine has. Raises ParameterError."""
-    return context.bridge.engine.policies.new_session(policy)

@@ -54,11 +54,11 @@ async def import_session(
 
     Raises ParameterError for one of which no turn could run here.
     """
-    context.bridge.check_accepting()
+    context.engine.check_accepting()
     config = context.config
     owner, kept = asked_by(request).owner, _kept(metadata, ttl_seconds)
     raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
-    put_in, check = context.sessions.import_, context.bridge.engine.policies.check_goes_on
+    put_in, check = context.sessions.import_, context.policies.check_goes_on
     how = kept.metadata, kept.ttl_seconds, check
     try:
         return told(await asyncio.to_thread(put_in, owner, raw, *how))

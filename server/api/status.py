@@ -42,7 +42,7 @@ async def version() -> JsonObject:
 @router.get("/health", response_model=Status, responses=refusals(503))
 async def health(context: ContextDep) -> JsonObject:
     """200 while the engine's thread lives, draining or not."""
-    if context.bridge.phase is Phase.FAILED or not context.bridge.is_alive:
+    if context.engine.phase is Phase.FAILED or not context.engine.is_alive:
         raise unavailable(Phase.FAILED)
     return {"status": "alive"}
 
@@ -50,7 +50,7 @@ async def health(context: ContextDep) -> JsonObject:
 @router.get("/ready", response_model=Status, responses=refusals(503))
 async def ready(context: ContextDep) -> JsonObject:
     """200 while new work is taken."""
-    context.bridge.check_accepting()
+    context.engine.check_accepting()
     return {"status": "ready"}
 
 
@@ -69,7 +69,7 @@ def _model(context: Context) -> JsonObject:
     return {
         "id": context.model_name,
         "object": "model",
-        "created": context.bridge.created,
+        "created": context.engine.created,
         "owned_by": "cottention",
         "max_model_len": context.trained_length,
     }
@@ -78,7 +78,7 @@ def _model(context: Context) -> JsonObject:
 @router.get("/v1/capacity", response_model=Capacity, responses=refusals(401))
 async def capacity(context: ContextDep) -> JsonObject:
     """What the pool, the memory and the disk hold."""
-    stats, cost = context.bridge.stats(), context.session_bytes
+    stats, cost = context.engine.stats(), context.session_bytes
     sizes = await asyncio.to_thread(context.sessions.sizes)
     return {
         "object": "capacity",

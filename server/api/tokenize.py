@@ -7,11 +7,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from cottention.server.api.chat import NEVER_QUICK, render, template_of
+from cottention.server.api.chat import ALWAYS_IN_THREAD, render, template_of
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import check_model, read_body_with
+from cottention.server.api.generate import check_model, read_parsed
 from cottention.server.api.openapi import described
-from cottention.server.generation.request import read_text, text_of
+from cottention.server.generation.request import decode_ids, encode_text
 from cottention.server.schemas.base import Body, checked
 from cottention.server.schemas.chat import MESSAGES, Messages
 from cottention.server.schemas.field_types import Text, TokenIds
@@ -60,7 +60,7 @@ class DetokenizeRequest(Body):
 )
 async def tokenize(request: Request, context: ContextDep) -> Response:
     """Ids of a text, or of what the chat template makes of messages."""
-    return JSONResponse(await read_body_with(request, context, _tokenized, NEVER_QUICK))
+    return JSONResponse(await read_parsed(request, context, _tokenized, ALWAYS_IN_THREAD))
 
 
 @router.post(
@@ -70,26 +70,26 @@ async def tokenize(request: Request, context: ContextDep) -> Response:
 )
 async def detokenize(request: Request, context: ContextDep) -> Response:
     """Text of ids, special tokens written out."""
-    return JSONResponse(await read_body_with(request, context, _detokenized))
+    return JSONResponse(await read_parsed(request, context, _detokenized))
 
 
 def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
-    tokenizer = context.bridge.engine.tokenizer
+    tokenizer = context.tokenizer
     if body.get("messages") is not None:
         chat = checked(TokenizeChatRequest, body)
         check_model(chat.model, context)
         more, opens = chat.chat_template_kwargs, chat.add_generation_prompt
         text = render(template_of(context), chat.messages, opens, more)
-        ids = read_text(text, tokenizer, is_framed=chat.add_special_tokens)
+        ids = encode_text(text, tokenizer, add_special_tokens=chat.add_special_tokens)
         return _counted(ids, chat.return_token_strs, context)
     request = checked(TokenizeRequest, body)
     check_model(request.model, context)
-    ids = read_text(request.prompt, tokenizer, is_framed=request.add_special_tokens)
+    ids = encode_text(request.prompt, tokenizer, add_special_tokens=request.add_special_tokens)
     return _counted(ids, request.return_token_strs, context)
 
 
 def _counted(ids: list[int], with_names: bool, context: Context) -> JsonObject:
-    tokenizer, length = context.bridge.engine.tokenizer, context.trained_length
+    tokenizer, length = context.tokenizer, context.trained_length
     names = [tokenizer.token_text(each) for each in ids] if with_names else None
     return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": names}
 
@@ -97,4 +97,4 @@ def _counted(ids: list[int], with_names: bool, context: Context) -> JsonObject:
 def _detokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
     request = checked(DetokenizeRequest, body)
     check_model(request.model, context)
-    return {"prompt": text_of(list(request.tokens), context.bridge.engine.tokenizer, "tokens")}
+    return {"prompt": decode_ids(list(request.tokens), context.tokenizer, "tokens")}

@@ -1,13 +1,12 @@
-"""The answer to a request that is a session's turn: all of it happens while it is sent.
+"""The response to a request that is a turn of a session.
 
-Owns whether the turn ends with its client or goes on, and that a session keeps of a cut turn what
-was written to the socket. Knows nothing of bodies.
+The turn begins, runs and ends while the response is sent, so that a session keeps of an interrupted
+turn what was written to the socket. With `on_disconnect` "continue" it runs in a task of its own.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -15,141 +14,155 @@ from starlette.types import Receive, Scope, Send
 
 from cottention.server.api.dependencies import Context
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
-from cottention.server.generation.request import GenerationRequest, TurnOptions, in_session
-from cottention.server.generation.responses import EndpointFormat, told_whole, whole_pieces
-from cottention.server.generation.sse import Events, EventStream, closing, usage_of
+from cottention.server.generation.request import GenerationRequest, ParsedRequest
+from cottention.server.generation.responses import (
+    EndpointFormat,
+    collect_outputs,
+    format_response,
+)
+from cottention.server.generation.sse import (
+    EventFormatter,
+    EventStreamResponse,
+    close_on_disconnect,
+    usage_of,
+)
 from cottention.server.http.errors import expired
 from cottention.server.limits.rate_limit import note
 from cottention.server.observability.access_log import RequestRecord, request_record
 from cottention.server.schemas.session_responses import etag_of, shape_in_answer
-from cottention.server.sessions.live_events import LiveEventResponse, LiveEvents
+from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents
 from cottention.server.sessions.turn import RunningTurn
 from cottention.server.sessions.turn_events import TurnEvents
 from cottention.server.sessions.turn_queue import Caller, until_done
 
-if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+if TYPE_CHECKING:  # it imports torch, which the server must not load
     from cottention.engine.sessions.types import Session
 
 
 class TurnResponse(Response):
-    """Begins the turn, runs it, tells it whole or as events, and ends it."""
+    """Begins the turn, runs it, sends its output whole or as events, and ends it."""
 
     def __init__(
         self,
         context: Context,
-        order: GenerationRequest,
-        kind: EndpointFormat,
+        parsed: ParsedRequest,
+        endpoint: EndpointFormat,
         name: str,
-        asker: Caller,
+        caller: Caller,
+        deadline: float | None,
     ) -> None:
+        """name: the response's id. deadline: by the event loop's clock."""
         self.background = None
         self._context = context
-        self._order = order
-        self._kind = kind
+        self._parsed = parsed
+        self._endpoint = endpoint
         self._name = name
-        self._asker = asker
+        self._caller = caller
+        self._deadline = deadline
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; what is raised before the first byte becomes an error's answer."""
-        context, terms = self._context, self._order.turn
-        assert isinstance(terms, TurnOptions)
-        policies = context.bridge.engine.policies
+        """Answer one request; an exception before the first byte becomes an error response."""
+        context, options = self._context, self._parsed.turn
+        assert options is not None
         async with AsyncExitStack() as stack:
-            begun = context.turns.turn(self._asker, terms, receive)
-            turn = await _in_time(stack.enter_async_context(begun), self._order.deadline)
-            start = policies.settled(turn.state, self._order.params)
-            tokenizer = context.bridge.engine.tokenizer
-            self._order = in_session(self._order, start, tokenizer)
-            order = replace(self._order, start=start)
-            skips = order.params.skip_special_tokens
-            table = tokenizer.token_bytes if skips else tokenizer.written_bytes
-            turn.reads(start, order.prompts[0], table, policies.window)
-            reading = await context.bridge.open(self._name, order)
-            note(scope, order, reading)
-            stack.callback(reading.close)
-            if terms.on_disconnect == "continue":
-                work = reading, turn, stack.pop_all()
-                answer = await self._continued(*work, request_record(scope), receive)
-            elif order.is_stream:
-                told = TurnEvents(reading, self._events(), turn)
-                answer = TurnStream(reading, told, context.config.keep_alive_seconds)
+            turns = context.turns.turn(self._caller, options, receive)
+            turn = await _begun_by(self._deadline, stack.enter_async_context(turns))
+            request, stream = await self._generate(turn)
+            note(scope, request, stream)
+            stack.callback(stream.close)
+            if options.on_disconnect == "continue":
+                response = await self._continued(
+                    request, stream, turn, stack.pop_all(), request_record(scope), receive
+                )
+            elif request.is_stream:
+                events = TurnEvents(stream, self._formatter(request), turn)
+                response = EventStreamResponse(events, context.config.keep_alive_seconds)
             else:
-                answer = await self._whole(reading, turn, receive)
-            await answer(scope, receive, send)
+                response = await self._whole(request, stream, turn, receive)
+            await response(scope, receive, send)
 
-    async def _whole(self, reading: OutputStream, turn: RunningTurn, receive: Receive) -> Response:
-        """A client that left before the end has nothing of the turn, and the session neither."""
-        async with closing(reading, receive):
-            pieces = await whole_pieces(reading)
-            session = await turn.finish(pieces[0])
-            return await self._told(pieces[0], reading.num_generated, session)
+    async def _generate(self, turn: RunningTurn) -> tuple[GenerationRequest, OutputStream]:
+        """Build the turn's request from its session's state, and submit it."""
+        context = self._context
+        policies, tokenizer = context.policies, context.tokenizer
+        start = policies.settled(turn.state, self._parsed.params)
+        request = self._parsed.build_turn(start, tokenizer)
+        skips = request.params.skip_special_tokens
+        table = tokenizer.token_bytes if skips else tokenizer.written_bytes
+        turn.reads(start, request.prompts[0], table, policies.window)
+        stream = await context.engine.generate(
+            self._name, request, start=start, deadline=self._deadline
+        )
+        return request, stream
+
+    async def _whole(
+        self, request: GenerationRequest, stream: OutputStream, turn: RunningTurn, receive: Receive
+    ) -> Response:
+        """If the client disconnects before the end, nothing of the turn is kept."""
+        async with close_on_disconnect(stream, receive):
+            deltas = await collect_outputs(stream)
+            session = await turn.finish(deltas[0])
+            return await self._formatted(request, deltas[0], stream.num_generated, session)
 
     async def _continued(
         self,
-        reading: OutputStream,
+        request: GenerationRequest,
+        stream: OutputStream,
         turn: RunningTurn,
         stack: AsyncExitStack,
         record: RequestRecord,
         receive: Receive,
     ) -> Response:
-        """The turn goes on by itself, and ends with what is in `stack`; its client may look on."""
-        context, is_whole = self._context, not self._order.is_stream
+        """Run the turn in a task of its own, which closes `stack`; the client may follow it."""
+        context, is_whole = self._context, not request.is_stream
         live = LiveEvents(context.config.session_outbox)
-        told = TurnEvents(reading, self._events(), turn, live.kept, gathers=is_whole)
-        key = (self._asker.owner, turn.session_id)
-        record.going_on = going = context.turns.go_on(key, live, _tell(told, live, stack))
+        events = TurnEvents(stream, self._formatter(request), turn, live.kept, gathers=is_whole)
+        key = (self._caller.owner, turn.session_id)
+        record.going_on = task = context.turns.go_on(key, live, _run(events, live, stack))
         if not is_whole:
-            return LiveEventResponse(live, 0, context.config.keep_alive_seconds)
-        await until_done(going, receive)
-        if told.error is not None:
-            raise told.error
-        assert told.session is not None
-        return await self._told(told.whole, reading.num_generated, told.session)
+            follower = LiveEventFollower(live, 0)
+            return EventStreamResponse(follower, context.config.keep_alive_seconds)
+        await until_done(task, receive)
+        if events.error is not None:
+            raise events.error
+        assert events.session is not None
+        return await self._formatted(request, events.whole, stream.num_generated, events.session)
 
-    async def _told(self, piece: OutputDelta, num_generated: int, session: "Session") -> Response:
-        """The whole answer."""
-        order, kind, context = self._order, self._kind, self._context
-        heading = kind.heading(self._name, order, context.model_name)
-        choices = kind.choices(order, context.bridge.engine.tokenizer)
-        usage = usage_of(order.num_prompt, num_generated)
-        more = {"session": shape_in_answer(session)}
-        told = await told_whole({0: piece}, heading, choices, order, usage, more)
-        told.headers["ETag"] = etag_of(session)
-        return told
+    async def _formatted(
+        self, request: GenerationRequest, delta: OutputDelta, num_generated: int, session: "Session"
+    ) -> Response:
+        """The whole response."""
+        endpoint, context = self._endpoint, self._context
+        header = endpoint.header(self._name, context.model_name, is_stream=request.is_stream)
+        choices = endpoint.choices(request, context.tokenizer)
+        usage = usage_of(request.num_prompt_tokens, num_generated)
+        extra = {"session": shape_in_answer(session)}
+        response = await format_response({0: delta}, header, choices, request, usage, extra)
+        response.headers["ETag"] = etag_of(session)
+        return response
 
-    def _events(self) -> Events:
-        order, kind = replace(self._order, is_stream=True), self._kind
-        heading = kind.heading(self._name, order, self._context.model_name)
-        return Events(heading, kind.choices(order, self._context.bridge.engine.tokenizer), order)
+    def _formatter(self, request: GenerationRequest) -> EventFormatter:
+        endpoint, context = self._endpoint, self._context
+        header = endpoint.header(self._name, context.model_name, is_stream=True)
+        return EventFormatter(header, endpoint.choices(request, context.tokenizer), request)
 
 
-async def _in_time(begins: Awaitable[RunningTurn], deadline: float | None) -> RunningTurn:
-    """The turn, if it begins by then. Raises ApiError 504."""
+async def _begun_by(deadline: float | None, begin: Awaitable[RunningTurn]) -> RunningTurn:
+    """The turn, if it begins before the deadline. Raises ApiError 504."""
     try:
         async with asyncio.timeout_at(deadline):
-            return await begins
+            return await begin
     except TimeoutError:
         raise expired() from None
 
 
-class TurnStream(EventStream):
-    """Sends a turn as events; it ends with its client."""
-
-    def __init__(self, reading: OutputStream, told: TurnEvents, keep_alive: float) -> None:
-        super().__init__(reading, told.events, keep_alive)
-        self._told = told
-
-    def _texts(self) -> AsyncIterator[str]:
-        return self._told.texts(self._keep_alive)
-
-
-async def _tell(told: TurnEvents, live: LiveEvents, stack: AsyncExitStack) -> None:
-    """All events of a turn, to whoever follows; then its session is free."""
+async def _run(events: TurnEvents, live: LiveEvents, stack: AsyncExitStack) -> None:
+    """Run a turn to its end and pass its events to `live`; then close `stack`."""
     try:
         async with stack:
-            async for text in told.texts():
+            async for text in events.texts():
                 live.add(text)
-                if told.has_ended:  # at once: nobody is to wait for more
+                if events.has_ended:  # followers need not wait until the stack is closed
                     live.end()
     finally:
         live.end()

@@ -102,16 +102,16 @@ class AdmissionQueue:
             self._token_rate.add(0.0, num_tokens)
 
     @contextlib.contextmanager
-    def reading(self, num_bytes: int) -> Iterator[None]:
+    def tokenizing(self, num_bytes: int) -> Iterator[None]:
         """Keep the place of a body while it is tokenised. Raises ApiError 429."""
-        num_tokens = self.estimate(num_bytes)
+        num_tokens = self.estimate_tokens(num_bytes)
         self.enter(1, num_tokens)
         try:
             yield
         finally:
             self.leave(1, num_tokens)
 
-    def estimate(self, num_bytes: int) -> int:
+    def estimate_tokens(self, num_bytes: int) -> int:
         """Tokens of a body of so many bytes, by those that came before."""
         return math.ceil(num_bytes * self._tokens / self._bytes)
 

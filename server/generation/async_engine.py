@@ -1,8 +1,8 @@
-"""Between the event loop and the engine's thread.
+"""The engine as the event loop sees it: `generate`, `stats`, drain and shutdown.
 
-Owns whether new work is taken, and the one post per step from the engine's thread to the loop; who
-gets what of it is `routes.py`'s. Everything here but `_deliver` and `_on_death` runs on the loop.
-Knows no HTTP.
+The engine steps in a thread of its own. The outputs of each step are posted to the event loop once
+and dispatched there. Everything runs on the event loop except `_deliver` and `_on_death`, which the
+engine's thread calls, and `_submit`, which may run in a thread.
 """
 
 import asyncio
@@ -20,10 +20,11 @@ from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.dispatch import OutputDispatcher
 from cottention.server.generation.latency import LatencyStats
 from cottention.server.generation.output_stream import OutputStream
-from cottention.server.generation.request import QUICK_IDS, GenerationRequest
+from cottention.server.generation.request import MAX_INLINE_TOKENS, GenerationRequest
 
-if TYPE_CHECKING:  # the engine brings torch with it, which the server does not know
+if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.engine import Engine
+    from cottention.engine.state.session_state import SessionState
     from cottention.engine.worker import EngineWorker
 
 logger = logging.getLogger("cottention")
@@ -33,7 +34,7 @@ OnDeath = Callable[[BaseException], None]
 
 
 class Phase(StrEnum):
-    """The server's life; each value is how a client is told that it is so."""
+    """Phase of the server's life; the values are used in error messages."""
 
     STARTING = "the server is starting"
     READY = "the server is ready"
@@ -42,28 +43,28 @@ class Phase(StrEnum):
 
 
 class AsyncEngine:
-    """Submits for readers, and hands each reader its pieces."""
+    """Submits generation requests to the engine's thread and streams their outputs."""
 
     def __init__(
         self,
         engine: "Engine",
         make_worker: Callable[[Deliver, OnDeath], "EngineWorker"],
-        line: AdmissionQueue,
-        max_unread: int,
+        admission_queue: AdmissionQueue,
+        max_unread_bytes: int,
     ) -> None:
-        """max_unread: bytes of a stream that wait for its reader before it pauses."""
+        """max_unread_bytes: unread output of a stream at which its generation pauses."""
         self.engine = engine
-        self.line = line
-        self._max_unread = max_unread
+        self.admission_queue = admission_queue
+        self._max_unread_bytes = max_unread_bytes
         self.phase = Phase.STARTING
         self.created = int(time.time())
         self.failed = asyncio.Event()
         self._worker = make_worker(self._deliver, self._on_death)
-        self._routes = OutputDispatcher(self._worker, line, time.monotonic)
-        self._numbers = itertools.count()
+        self._dispatcher = OutputDispatcher(self._worker, admission_queue, time.monotonic)
+        self._counter = itertools.count()
 
     def start(self) -> None:
-        """Start the engine's thread; its outputs come to the running event loop."""
+        """Start the engine's thread; its outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._worker.start()
         self.phase = Phase.READY
@@ -74,86 +75,116 @@ class AsyncEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine's thread lives."""
+        """Whether the engine's thread is alive."""
         return self._worker.is_alive
 
     @property
-    def timings(self) -> LatencyStats:
-        """How long things took."""
-        return self._routes.timings
+    def latency(self) -> LatencyStats:
+        """Latency histograms of all requests."""
+        return self._dispatcher.latency
+
+    @property
+    def streams(self) -> list[OutputStream]:
+        """Streams that are not closed."""
+        return self._dispatcher.streams
 
     def stats(self) -> EngineStats:
-        """The engine's figures."""
+        """The engine's statistics at this moment."""
         return self._worker.stats()
 
     def check_accepting(self) -> None:
-        """Raise EngineStoppedError unless new work is taken."""
+        """Raise EngineStoppedError unless new requests are accepted."""
         if self.phase is not Phase.READY:
             raise EngineStoppedError(f"{self.phase}; it takes no new requests")
 
-    async def open(self, name: str, order: GenerationRequest) -> OutputStream:
-        """Submit every prompt; choice c of prompt p is number p × params.n + c of the reading.
+    async def generate(
+        self,
+        name: str,
+        request: GenerationRequest,
+        *,
+        start: "SessionState | None" = None,
+        deadline: float | None = None,
+        cache_scope: str | None = None,
+    ) -> OutputStream:
+        """Submit every prompt; choice c of prompt p is number p * params.n + c of the stream.
 
-        `name` is for the log; it need not be unique.
+        name: for the log; it need not be unique.
+        start: the session that the prompt continues; its next state comes with the last output.
+        deadline: event loop time at which the request ends with what it has.
+        cache_scope: prompts share cached prefixes within one scope; None: no prefix caching.
 
-        Raises ParameterError, EngineStoppedError, ApiError; then nothing is left running.
+        Raises ParameterError, EngineStoppedError, ApiError (queue full); then nothing is left
+        running.
         """
         self.check_accepting()
-        name = f"{name}-{next(self._numbers)}"
-        parts = [f"{name}-{place}" for place in range(len(order.prompts))]
-        reading = self._routes.open(parts, order, self._max_unread)
+        name = f"{name}-{next(self._counter)}"
+        request_ids = [f"{name}-{place}" for place in range(len(request.prompts))]
+        stream = self._dispatcher.open_stream(
+            request_ids,
+            request,
+            keeps_token_ids=start is not None or request.needs_token_ids,
+            max_unread_bytes=self._max_unread_bytes if request.is_stream else None,
+            deadline=deadline,
+        )
         try:
-            if order.num_prompt > QUICK_IDS:
-                await asyncio.to_thread(self._submit, reading, parts, order)
+            if request.num_prompt_tokens > MAX_INLINE_TOKENS:
+                await asyncio.to_thread(
+                    self._submit, stream, request_ids, request, start, cache_scope
+                )
             else:
-                self._submit(reading, parts, order)
+                self._submit(stream, request_ids, request, start, cache_scope)
         except BaseException:
-            reading.close()
+            stream.close()
             raise
-        return reading
+        return stream
 
     def _submit(
-        self, reading: OutputStream, parts: Sequence[str], order: GenerationRequest
+        self,
+        stream: OutputStream,
+        request_ids: Sequence[str],
+        request: GenerationRequest,
+        start: "SessionState | None",
+        cache_scope: str | None,
     ) -> None:
-        """In any thread: a reader may leave meanwhile, and then its last prompts are not wanted."""
-        for part, prompt_ids in zip(parts, order.prompts, strict=True):
+        """In any thread. The stream may be closed meanwhile; then its prompts are cancelled."""
+        for request_id, prompt_ids in zip(request_ids, request.prompts, strict=True):
             self._worker.submit(
                 prompt_ids,
-                order.params,
-                request_id=part,
-                priority=order.priority,
-                start=order.start,
-                cache_scope=order.cache_scope,
+                request.params,
+                request_id=request_id,
+                priority=request.priority,
+                start=start,
+                cache_scope=cache_scope,
             )
-            if reading.is_closed:
-                self._worker.cancel(part)
+            if stream.is_closed:
+                self._worker.cancel(request_id)
 
     def drain(self) -> None:
-        """Refuse new work from now on; what runs goes on."""
+        """Refuse new requests from now on; running ones continue."""
         if self.phase is not Phase.FAILED:
             self.phase = Phase.DRAINING
 
     def cancel_all(self) -> None:
-        """Cancel whatever runs; every reader gets its final pieces."""
-        self._routes.cancel_all()
+        """Cancel all running requests; their streams get the final outputs."""
+        self._dispatcher.cancel_all()
 
     async def wait_idle(self) -> None:
-        """Return when every reading is closed."""
-        await self._routes.wait_idle()
+        """Return when every stream is closed."""
+        await self._dispatcher.wait_idle()
 
     def _deliver(self, outputs: list[Output]) -> None:
-        """In the engine's thread: post a whole step at once."""
-        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody reads any more
-            self._loop.call_soon_threadsafe(self._routes.dispatch, outputs, time.monotonic())
+        """Called by the engine's thread: post the outputs of a step to the event loop."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed and has no readers
+            self._loop.call_soon_threadsafe(self._dispatcher.dispatch, outputs, time.monotonic())
 
     def _on_death(self, error: BaseException) -> None:
-        """In the engine's thread, as its last act."""
+        """Called by the engine's thread just before it ends with an error."""
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._fail, error)
 
     def _fail(self, error: BaseException) -> None:
         logger.critical("the engine's thread died", exc_info=error)
         self.phase = Phase.FAILED
-        for reading in self._routes.readings:
-            reading.fail()
+        for stream in self._dispatcher.streams:
+            stream.fail()
         self.failed.set()

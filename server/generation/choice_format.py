@@ -1,11 +1,6 @@
-"""How a choice is told: by a completion, and by a chat; whole, and as one chunk of a stream.
+"""Formats choices for completions and chats: whole, or as chunks of a stream.
 
-Owns the names in a choice's object and what its first chunk says beside text. Framing is
-`streaming.py`'s, log-probabilities are `logprobs.py`'s.
-
-How log-probabilities look in answers: OpenAI's two shapes and vLLM's for prompts.
-
-Owns the shapes, names of tokens, and where each token begins in the text. Knows no requests.
+Log-probabilities have OpenAI's two shapes, and vLLM's shape for prompts.
 """
 
 import codecs
@@ -13,11 +8,12 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cottention.engine.outputs import TokenLogprob
 from cottention.server.generation.output_stream import OutputDelta, TokenDeltas
 from cottention.server.generation.request import GenerationRequest
+from cottention.server.schemas.responses import JsonObject
 
 if TYPE_CHECKING:
     from cottention.engine.text.tokenizer import Tokenizer
@@ -25,8 +21,6 @@ if TYPE_CHECKING:
 
 LEAST = -9999.0
 """JSON has no infinity; vLLM writes this instead."""
-
-JsonObject = dict[str, Any]
 
 
 class TokenNames:
@@ -133,22 +127,22 @@ compact = json.JSONEncoder(separators=(",", ":")).encode
 class ChoiceFormatter(ABC):
     """Tells the choices of one request; each is told whole once, or in chunks from the first."""
 
-    def __init__(self, order: GenerationRequest, tokenizer: "Tokenizer") -> None:
-        self._order = order
-        self._details = order.details
-        self._is_text_alone = order.details.is_text_alone
-        self._names = TokenNames(tokenizer, order.details.tokens_as_ids)
+    def __init__(self, request: GenerationRequest, tokenizer: "Tokenizer") -> None:
+        self._request = request
+        self._output = request.output
+        self._is_text_only = request.output.is_text_only
+        self._names = TokenNames(tokenizer, request.output.tokens_as_ids)
         self._begun: set[int] = set()
 
     @abstractmethod
-    def whole(self, index: int, piece: OutputDelta) -> JsonObject:
+    def whole(self, index: int, delta: OutputDelta) -> JsonObject:
         """The object of a choice that has ended."""
 
     @abstractmethod
-    def chunks(self, index: int, piece: OutputDelta) -> Iterator[str]:
+    def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
         """What chunks say of a choice: JSON fields from "choices" on, without their braces."""
 
-    def beside(self, pieces: Mapping[int, OutputDelta]) -> JsonObject:  # noqa: ARG002
+    def top_level_fields(self, deltas: Mapping[int, OutputDelta]) -> JsonObject:  # noqa: ARG002
         """Fields of the whole answer beside its choices."""
         return {}
 
@@ -159,71 +153,66 @@ class ChoiceFormatter(ABC):
         return is_new
 
     def _prompt_of(self, index: int) -> int:
-        return index // self._order.num_choices
+        return index // self._request.num_choices
 
 
 class CompletionFormatter(ChoiceFormatter):
     """Choices of POST /v1/completions."""
 
-    def __init__(self, order: GenerationRequest, tokenizer: "Tokenizer") -> None:
-        super().__init__(order, tokenizer)
-        skips = order.params.skip_special_tokens
+    def __init__(self, request: GenerationRequest, tokenizer: "Tokenizer") -> None:
+        super().__init__(request, tokenizer)
+        skips = request.params.skip_special_tokens
         self._prompt_table = tokenizer.written_bytes
         self._table = tokenizer.token_bytes if skips else tokenizer.written_bytes
         self._offsets: dict[int, Offsets] = {}
         self._scores: dict[int, Sequence[TokenLogprob | None]] = {}
 
-    def chunks(self, index: int, piece: OutputDelta) -> Iterator[str]:
+    def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
         """One chunk, in the quick way where it has nothing but text."""
-        if not self._is_text_alone:
-            yield f'"choices":[{compact(self.whole(index, piece))}]'
+        if not self._is_text_only:
+            yield f'"choices":[{compact(self.whole(index, delta))}]'
             return
         yield (
-            f'"choices":[{{"index":{index},"text":{quoted(piece.text)},"logprobs":null,'
-            f'"finish_reason":{ending(piece)}}}]'
+            f'"choices":[{{"index":{index},"text":{quoted(delta.text)},"logprobs":null,'
+            f'"finish_reason":{ending(delta)}}}]'
         )
 
-    def whole(self, index: int, piece: OutputDelta) -> JsonObject:
+    def whole(self, index: int, delta: OutputDelta) -> JsonObject:
         """The object of a choice, or of what came of it; the first has the prompt's part, too."""
-        tokens, place, details = (
-            piece.tokens or TokenDeltas(),
-            self._prompt_of(index),
-            self._details,
-        )
+        tokens = delta.tokens or TokenDeltas()
+        place, output = self._prompt_of(index), self._output
         begins = self._begins(index)
         if tokens.prompt_logprobs:
             self._scores[place] = tokens.prompt_logprobs
         choice: JsonObject = {
             "index": index,
-            "text": self._order.echoes[place] + piece.text if begins else piece.text,
-            "logprobs": None if details.logprobs is None else self._logprobs(index, tokens, begins),
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-            "context_start": piece.context_start if piece.finish_reason else None,
+            "text": self._request.echoes[place] + delta.text if begins else delta.text,
+            "logprobs": None if output.logprobs is None else self._logprobs(index, tokens, begins),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+            "context_start": delta.context_start if delta.finish_reason else None,
         }
-        if details.prompt_logprobs is not None:
+        if output.prompt_logprobs is not None:
             scores = self._scores.get(place, ())
-            choice["prompt_logprobs"] = prompt_logprobs(
-                scores, self._names, details.prompt_logprobs
-            )
-        if details.token_ids:
-            choice["prompt_token_ids"] = self._order.prompts[place] if begins else None
+            choice["prompt_logprobs"] = prompt_logprobs(scores, self._names, output.prompt_logprobs)
+        if output.token_ids:
+            choice["prompt_token_ids"] = self._request.prompts[place] if begins else None
             choice["token_ids"] = tokens.ids
         return choice
 
     def _logprobs(self, index: int, tokens: TokenDeltas, begins: bool) -> JsonObject:
         """Of these tokens, after the prompt's where it is echoed."""
-        num_top = self._details.logprobs or 0
+        num_top = self._output.logprobs or 0
         place = self._prompt_of(index)
         if begins:
-            self._offsets[index] = Offsets(self._table, len(self._order.echoes[place]))
+            self._offsets[index] = Offsets(self._table, len(self._request.echoes[place]))
         new = completion_logprobs(
             tokens.logprobs, tokens.ids, self._offsets[index], self._names, num_top
         )
-        if not begins or not self._details.echo:
+        if not begins or not self._output.echo:
             return new
         offsets = Offsets(self._prompt_table, 0)
-        scores, ids = self._scores.get(place, ()), self._order.prompts[place]
+        scores, ids = self._scores.get(place, ()), self._request.prompts[place]
         echo = completion_logprobs(scores, ids[: len(scores)], offsets, self._names, num_top)
         return {name: echo[name] + new[name] for name in new}
 
@@ -231,64 +220,64 @@ class CompletionFormatter(ChoiceFormatter):
 class ChatFormatter(ChoiceFormatter):
     """Choices of POST /v1/chat/completions."""
 
-    def chunks(self, index: int, piece: OutputDelta) -> Iterator[str]:
+    def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
         """The role in a chunk of its own, then text, in the quick way where that is all."""
         head = f'"choices":[{{"index":{index},"delta":{{'
         if self._begins(index):
             role = (
                 f'{head}"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]'
             )
-            ids = self._order.prompts[0] if self._details.token_ids else None
+            ids = self._request.prompts[0] if self._output.token_ids else None
             yield role + (f',"prompt_token_ids":{compact(ids)}' if ids else "")
-        text = f'"content":{quoted(piece.text)}' if piece.text else ""
-        if self._is_text_alone:
-            yield f'{head}{text}}},"logprobs":null,"finish_reason":{ending(piece)}}}]'
+        text = f'"content":{quoted(delta.text)}' if delta.text else ""
+        if self._is_text_only:
+            yield f'{head}{text}}},"logprobs":null,"finish_reason":{ending(delta)}}}]'
             return
         yield (
-            f'{head}{text}}},"logprobs":{compact(self._logprobs(piece))},'
-            f'"finish_reason":{ending(piece)}{self._ids(piece)}}}]'
+            f'{head}{text}}},"logprobs":{compact(self._logprobs(delta))},'
+            f'"finish_reason":{ending(delta)}{self._ids(delta)}}}]'
         )
 
-    def whole(self, index: int, piece: OutputDelta) -> JsonObject:
+    def whole(self, index: int, delta: OutputDelta) -> JsonObject:
         """The object of a choice that has ended."""
         choice: JsonObject = {
             "index": index,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
-            "logprobs": self._logprobs(piece),
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
-            "context_start": piece.context_start if piece.finish_reason else None,
+            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "logprobs": self._logprobs(delta),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+            "context_start": delta.context_start if delta.finish_reason else None,
         }
-        if piece.tokens and self._details.token_ids:
-            choice["token_ids"] = piece.tokens.ids
+        if delta.tokens and self._output.token_ids:
+            choice["token_ids"] = delta.tokens.ids
         return choice
 
-    def beside(self, pieces: Mapping[int, OutputDelta]) -> JsonObject:
+    def top_level_fields(self, deltas: Mapping[int, OutputDelta]) -> JsonObject:
         """The prompt's ids and log-probabilities, where they are wanted."""
         found: JsonObject = {}
-        if self._details.token_ids:
-            found["prompt_token_ids"] = self._order.prompts[0]
-        if (num_top := self._details.prompt_logprobs) is not None:
-            tokens = pieces[0].tokens or TokenDeltas()
+        if self._output.token_ids:
+            found["prompt_token_ids"] = self._request.prompts[0]
+        if (num_top := self._output.prompt_logprobs) is not None:
+            tokens = deltas[0].tokens or TokenDeltas()
             found["prompt_logprobs"] = prompt_logprobs(tokens.prompt_logprobs, self._names, num_top)
         return found
 
-    def _logprobs(self, piece: OutputDelta) -> JsonObject | None:
-        if piece.tokens is None or self._details.logprobs is None:
+    def _logprobs(self, delta: OutputDelta) -> JsonObject | None:
+        if delta.tokens is None or self._output.logprobs is None:
             return None
-        return chat_logprobs(piece.tokens.logprobs, self._names)
+        return chat_logprobs(delta.tokens.logprobs, self._names)
 
-    def _ids(self, piece: OutputDelta) -> str:
-        if piece.tokens is None or not self._details.token_ids:
+    def _ids(self, delta: OutputDelta) -> str:
+        if delta.tokens is None or not self._output.token_ids:
             return ""
-        return f',"token_ids":{compact(piece.tokens.ids)}'
+        return f',"token_ids":{compact(delta.tokens.ids)}'
 
 
-def ending(piece: OutputDelta) -> str:
+def ending(delta: OutputDelta) -> str:
     """JSON after "finish_reason"; a choice that goes on has nothing else."""
-    if piece.finish_reason is None:
+    if delta.finish_reason is None:
         return "null"
     return (
-        f'"{piece.finish_reason}","stop_reason":{json.dumps(piece.stop_reason)},'
-        f'"context_start":{piece.context_start}'
+        f'"{delta.finish_reason}","stop_reason":{json.dumps(delta.stop_reason)},'
+        f'"context_start":{delta.context_start}'
     )

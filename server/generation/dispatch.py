@@ -1,7 +1,8 @@
-"""Which reading gets which output, and what each prompt's way through the engine took.
+"""Dispatches the engine's outputs to streams, and measures the latency of each prompt.
 
-Owns the prompts that are alive, that they leave the line and pause or end when they should, and
-what is timed of them. Lives on the event loop; knows no HTTP.
+The dispatcher knows every prompt in progress: it takes it out of the admission queue at its first
+output, pauses it while its stream is full, and cancels it when its deadline passes or its stream
+is closed. It runs on the event loop.
 """
 
 import asyncio
@@ -20,11 +21,11 @@ from cottention.server.generation.request import GenerationRequest
 logger = logging.getLogger("cottention")
 
 SERVED = (None, FinishReason.STOP, FinishReason.LENGTH)
-"""How a prompt's first output ends it, where the prompt has been read."""
+"""Finish reasons of a first output whose prompt has been prefilled."""
 
 
-class Control(Protocol):
-    """What can be done to a request of the engine."""
+class EngineControl(Protocol):
+    """Operations on a submitted engine request."""
 
     def cancel(self, request_id: str, reason: FinishReason = ...) -> None: ...
     def pause(self, request_id: str) -> None: ...
@@ -32,145 +33,166 @@ class Control(Protocol):
 
 
 @dataclass(slots=True)
-class Route:
-    """One prompt: whose it is, the number of its first choice there, and when what happened.
+class PromptState:
+    """A prompt in progress. Times are in seconds, by the dispatcher's clock.
 
-    last: when each choice had its last token.
+    first_choice: number of its first choice in the stream.
+    last_token_at: time of the latest token of each choice.
     """
 
-    reading: OutputStream
-    first: int
-    num_prompt: int
+    stream: OutputStream
+    first_choice: int
+    num_prompt_tokens: int
     num_unfinished: int
-    began: float
-    waits: bool = True
+    arrived_at: float
+    is_queued: bool = True
     num_generated: int = 0
-    first_token: float | None = None
-    started: float | None = None
-    last: dict[int, float] = field(default_factory=dict)
+    first_token_at: float | None = None
+    started_at: float | None = None
+    last_token_at: dict[int, float] = field(default_factory=dict)
 
 
 class OutputDispatcher:
-    """Those of one engine."""
+    """Streams and prompts in progress of one engine."""
 
-    def __init__(self, control: Control, line: AdmissionQueue, clock: Callable[[], float]) -> None:
-        """clock: the one by which outputs are timed."""
-        self.timings = LatencyStats()
+    def __init__(
+        self, control: EngineControl, admission_queue: AdmissionQueue, clock: Callable[[], float]
+    ) -> None:
+        """clock: the one that the times given to `dispatch` come from."""
+        self.latency = LatencyStats()
         self._control = control
-        self._line = line
+        self._admission_queue = admission_queue
         self._clock = clock
-        self._parts: dict[OutputStream, Sequence[str]] = {}
-        self._routes: dict[str, Route] = {}
+        self._streams: dict[OutputStream, Sequence[str]] = {}
+        self._prompts: dict[str, PromptState] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
-    def readings(self) -> list[OutputStream]:
-        """Those that are not closed."""
-        return list(self._parts)
+    def streams(self) -> list[OutputStream]:
+        """Streams that are not closed."""
+        return list(self._streams)
 
-    def open(self, parts: Sequence[str], order: GenerationRequest, max_unread: int) -> OutputStream:
-        """A reading of these prompts, which are in the line from now on. Raises ApiError."""
-        self._line.enter(len(parts), order.num_prompt)
-        n = order.params.n
-        reading = OutputStream(
-            len(parts) * n,
-            self._close,
-            self._go_on,
-            keeps_tokens=order.needs_tokens,
-            max_unread=max_unread if order.is_stream else None,
+    @property
+    def num_prompts(self) -> int:
+        """Prompts whose stream is not closed."""
+        return len(self._prompts)
+
+    def open_stream(
+        self,
+        request_ids: Sequence[str],
+        request: GenerationRequest,
+        *,
+        keeps_token_ids: bool,
+        max_unread_bytes: int | None,
+        deadline: float | None,
+    ) -> OutputStream:
+        """Put a request's prompts into the admission queue, and open the stream of their outputs.
+
+        request_ids: the engine's ids of the prompts. max_unread_bytes: None for no limit.
+        deadline: by the event loop's clock. Raises ApiError (queue full).
+        """
+        self._admission_queue.enter(len(request_ids), request.num_prompt_tokens)
+        n = request.params.n
+        stream = OutputStream(
+            len(request_ids) * n,
+            self._on_close,
+            self._on_take,
+            keeps_token_ids=keeps_token_ids,
+            max_unread_bytes=max_unread_bytes,
         )
-        self._parts[reading] = parts
+        self._streams[stream] = request_ids
         self._idle.clear()
         now = self._clock()
-        for place, part in enumerate(parts):
-            num_prompt = len(order.prompts[place])
-            self._routes[part] = Route(reading, place * n, num_prompt, n, now)
-        if order.deadline is not None:
-            loop = asyncio.get_running_loop()
-            reading.timer = loop.call_at(order.deadline, self._expire, reading)
-        return reading
+        for place, request_id in enumerate(request_ids):
+            num_tokens = len(request.prompts[place])
+            self._prompts[request_id] = PromptState(stream, place * n, num_tokens, n, now)
+        if deadline is not None:
+            stream.timer = asyncio.get_running_loop().call_at(deadline, self._on_deadline, stream)
+        return stream
 
     def cancel_all(self) -> None:
-        """Cancel whatever runs; every reader gets its final pieces."""
-        for part in self._routes:
-            self._control.cancel(part)
+        """Cancel all prompts; their streams get the final outputs."""
+        for request_id in self._prompts:
+            self._control.cancel(request_id)
 
     async def wait_idle(self) -> None:
-        """Return when every reading is closed."""
+        """Return when every stream is closed."""
         await self._idle.wait()
 
     def dispatch(self, outputs: Sequence[Output], now: float) -> None:
-        """Hand on a step's outputs; `now` is when it ended."""
+        """Pass a step's outputs to their streams; `now` is when the step ended."""
         gaps: Counter[float] = Counter()
         for output in outputs:
             if output.finish_reason is FinishReason.ERROR:
                 logger.error("request %s failed: %s", output.request_id, output.error)
-            if route := self._routes.get(output.request_id):
-                self._note(route, output, now, gaps)
-                self._hand_on(route, output)
-        self.timings.note_gaps(gaps)
+            if prompt := self._prompts.get(output.request_id):
+                self._measure(prompt, output, now, gaps)
+                self._deliver(prompt, output)
+        self.latency.observe_gaps(gaps)
 
-    def _note(self, route: Route, output: Output, now: float, gaps: Counter[float]) -> None:
-        """What the output tells of its prompt's way."""
-        if route.waits:
-            route.waits = False
+    def _measure(
+        self, prompt: PromptState, output: Output, now: float, gaps: Counter[float]
+    ) -> None:
+        """Update the prompt's times; `gaps` counts tokens by the seconds since the one before."""
+        if prompt.is_queued:
+            prompt.is_queued = False
             was_served = output.finish_reason in SERVED
-            self._line.leave(1, route.num_prompt, was_served=was_served)
+            self._admission_queue.leave(1, prompt.num_prompt_tokens, was_served=was_served)
         if output.token_ids:
-            route.num_generated += len(output.token_ids)
-            before = route.last.get(output.choice)
-            route.last[output.choice] = now
+            prompt.num_generated += len(output.token_ids)
+            before = prompt.last_token_at.get(output.choice)
+            prompt.last_token_at[output.choice] = now
             if before is not None:
                 gaps[now - before] += len(output.token_ids)
-            elif route.first_token is None:
-                route.first_token = now
-                route.reading.first_token = route.reading.first_token or now
-                self.timings.first_token.observe(now - route.began)
-        if route.started is None:
-            route.started = output.started
-            route.reading.started = route.reading.started or output.started
+            elif prompt.first_token_at is None:
+                prompt.first_token_at = now
+                prompt.stream.first_token = prompt.stream.first_token or now
+                self.latency.first_token.observe(now - prompt.arrived_at)
+        if prompt.started_at is None:
+            prompt.started_at = output.started
+            prompt.stream.started = prompt.stream.started or output.started
 
-    def _hand_on(self, route: Route, output: Output) -> None:
-        reading, part = route.reading, output.request_id
-        reading.deliver(route.first + output.choice, output)
+    def _deliver(self, prompt: PromptState, output: Output) -> None:
+        stream, request_id = prompt.stream, output.request_id
+        stream.deliver(prompt.first_choice + output.choice, output)
         if output.finish_reason is not None:
-            route.num_unfinished -= 1
-            if route.num_unfinished == 0:
-                self._tell_timings(route)
-        elif reading.is_full and part not in reading.paused:
-            reading.paused.add(part)
-            self._control.pause(part)
+            prompt.num_unfinished -= 1
+            if prompt.num_unfinished == 0:
+                self._observe_end(prompt)
+        elif stream.is_full and request_id not in stream.paused:
+            stream.paused.add(request_id)
+            self._control.pause(request_id)
 
-    def _tell_timings(self, route: Route) -> None:
-        self.timings.note_end(
-            num_prompt=route.num_prompt,
-            num_generated=route.num_generated,
-            began=route.began,
-            started=route.started,
-            first_token=route.first_token,
-            ended=self._clock(),
+    def _observe_end(self, prompt: PromptState) -> None:
+        self.latency.observe_end(
+            num_prompt_tokens=prompt.num_prompt_tokens,
+            num_generated=prompt.num_generated,
+            arrived_at=prompt.arrived_at,
+            started_at=prompt.started_at,
+            first_token_at=prompt.first_token_at,
+            ended_at=self._clock(),
         )
 
-    def _go_on(self, reading: OutputStream) -> None:
-        """It has been read."""
-        for part in reading.paused:
-            self._control.resume(part)
-        reading.paused.clear()
+    def _on_take(self, stream: OutputStream) -> None:
+        """The stream has been read: its paused prompts resume."""
+        for request_id in stream.paused:
+            self._control.resume(request_id)
+        stream.paused.clear()
 
-    def _expire(self, reading: OutputStream) -> None:
-        """What has not ended by now ends with what it has."""
-        for part in self._parts[reading]:
-            self._control.cancel(part, FinishReason.TIMEOUT)
+    def _on_deadline(self, stream: OutputStream) -> None:
+        """Unfinished choices end with what they have."""
+        for request_id in self._streams[stream]:
+            self._control.cancel(request_id, FinishReason.TIMEOUT)
 
-    def _close(self, reading: OutputStream) -> None:
-        if reading.timer is not None:
-            reading.timer.cancel()
-        for part in self._parts.pop(reading):
-            route = self._routes.pop(part)
-            if route.waits:
-                self._line.leave(1, route.num_prompt)
-            if not reading.is_finished:
-                self._control.cancel(part)
-        if not self._parts:
+    def _on_close(self, stream: OutputStream) -> None:
+        if stream.timer is not None:
+            stream.timer.cancel()
+        for request_id in self._streams.pop(stream):
+            prompt = self._prompts.pop(request_id)
+            if prompt.is_queued:
+                self._admission_queue.leave(1, prompt.num_prompt_tokens)
+            if not stream.is_finished:
+                self._control.cancel(request_id)
+        if not self._streams:
             self._idle.set()

@@ -56,30 +56,30 @@ class LatencyStats:
     prompt_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
     generated_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
 
-    def note_gaps(self, gaps: Mapping[float, int]) -> None:
+    def observe_gaps(self, gaps: Mapping[float, int]) -> None:
         """Seconds since each choice's token before, and of how many choices: once a step."""
         for seconds, times in gaps.items():
             self.between_tokens.observe(seconds, times)
 
-    def note_end(
+    def observe_end(
         self,
         *,
-        num_prompt: int,
+        num_prompt_tokens: int,
         num_generated: int,
-        began: float,
-        started: float | None,
-        first_token: float | None,
-        ended: float,
+        arrived_at: float,
+        started_at: float | None,
+        first_token_at: float | None,
+        ended_at: float,
     ) -> None:
         """A prompt has ended: when it came, had its slots, had its first token, and was over."""
-        self.whole.observe(ended - began)
-        self.prompt_tokens.observe(num_prompt)
+        self.whole.observe(ended_at - arrived_at)
+        self.prompt_tokens.observe(num_prompt_tokens)
         self.generated_tokens.observe(num_generated)
-        if started is not None:
-            self.queue.observe(started - began)
-        if first_token is not None:
-            self.decode.observe(ended - first_token)
-            if started is not None:
-                self.prefill.observe(first_token - started)
+        if started_at is not None:
+            self.queue.observe(started_at - arrived_at)
+        if first_token_at is not None:
+            self.decode.observe(ended_at - first_token_at)
+            if started_at is not None:
+                self.prefill.observe(first_token_at - started_at)
             if num_generated > 1:
-                self.per_token.observe((ended - first_token) / (num_generated - 1))
+                self.per_token.observe((ended_at - first_token_at) / (num_generated - 1))

@@ -1,9 +1,7 @@
-"""What one HTTP request reads of the engine: the unread pieces of all its choices.
+"""The stream of outputs of one HTTP request: `deliver` puts engine outputs in, `take` reads them.
 
-Owns the merging of what a reader has not read yet, so that a slow one costs its text and nothing
-per token. Lives on the event loop alone; knows no HTTP and no engine.
-
-What an output takes while nobody reads it. Does not know who should.
+Unread outputs of a choice are merged into one `OutputDelta`, so that a slow reader costs the memory
+of its unread text, not an object per token. A stream runs on the event loop.
 """
 
 import asyncio
@@ -19,25 +17,25 @@ if TYPE_CHECKING:
 
 
 class OutputStreamClosed(Exception):
-    """The reader went away, or was sent away; there is nothing left to read."""
+    """The stream was closed by its reader or by the server; there is nothing left to read."""
 
 
 @dataclass(slots=True)
 class TokenDeltas:
-    """Unread ids of one choice, and how likely they were where that was asked for."""
+    """Unread token ids of one choice, with log-probabilities where requested."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: Sequence[TokenLogprob | None] = ()
 
     def add(self, output: Output) -> None:
-        """Append one step's ids."""
+        """Append the tokens of one step."""
         self.ids += output.token_ids
         self.logprobs += output.logprobs
         self.prompt_logprobs = output.prompt_logprobs or self.prompt_logprobs
 
     def merge(self, later: "TokenDeltas") -> None:
-        """Append what was read later."""
+        """Append the tokens of a later delta."""
         self.ids += later.ids
         self.logprobs += later.logprobs
         self.prompt_logprobs = later.prompt_logprobs or self.prompt_logprobs
@@ -45,10 +43,11 @@ class TokenDeltas:
 
 @dataclass(slots=True)
 class OutputDelta:
-    """Unread text of one choice, merged from however many steps it took; its ids where wanted.
+    """Unread output of one choice, merged from any number of steps.
 
-    state: of a session after its turn, where that has ended by itself.
-    context_start: index of the oldest token that is remembered.
+    tokens: None where only text is needed.
+    state: of the session after its turn, if the turn has ended by itself.
+    context_start: index of the oldest token that the model's state still covers.
     """
 
     tokens: TokenDeltas | None = None
@@ -60,11 +59,11 @@ class OutputDelta:
 
     @property
     def text(self) -> str:
-        """All of it."""
+        """The merged text."""
         return self._text.getvalue()
 
     def add(self, output: Output) -> None:
-        """Append one step's output; a choice ends once."""
+        """Append the output of one step; the first finish reason is kept."""
         self._text.write(output.text)
         if self.tokens is not None:
             self.tokens.add(output)
@@ -75,7 +74,7 @@ class OutputDelta:
             self.context_start = output.context_start
 
     def merge(self, later: "OutputDelta") -> None:
-        """Append what was read later of the same choice."""
+        """Append a later delta of the same choice."""
         self._text.write(later.text)
         if later.tokens is not None:
             self.tokens = self.tokens or TokenDeltas()
@@ -85,7 +84,7 @@ class OutputDelta:
 
 
 class OutputStream:
-    """The pieces of `num_choices` choices, from first to last; `close` when done, in any case."""
+    """Outputs of `num_choices` choices. Whoever opens a stream must `close` it."""
 
     def __init__(
         self,
@@ -93,13 +92,16 @@ class OutputStream:
         on_close: Callable[["OutputStream"], None],
         on_take: Callable[["OutputStream"], None],
         *,
-        keeps_tokens: bool = False,
-        max_unread: int | None = None,
+        keeps_token_ids: bool = False,
+        max_unread_bytes: int | None = None,
     ) -> None:
-        """max_unread: bytes after which it is full and those in `paused` wait; None: never."""
-        self._keeps_tokens = keeps_tokens
-        self._max_unread = max_unread
-        self._num_unread = 0
+        """max_unread_bytes: the stream `is_full` above it; None: never.
+
+        The dispatcher keeps the ids of its prompts that wait for a reader in `paused`.
+        """
+        self._keeps_token_ids = keeps_token_ids
+        self._max_unread_bytes = max_unread_bytes
+        self._num_unread_bytes = 0
         self.paused: set[str] = set()
         self._unread: dict[int, OutputDelta] = {}
         self._unfinished = set(range(num_choices))
@@ -116,12 +118,12 @@ class OutputStream:
 
     @property
     def has_more(self) -> bool:
-        """Whether anything is unread or still to come."""
+        """Whether there is unread or future output."""
         return bool(self._unread or self._unfinished)
 
     @property
     def is_closed(self) -> bool:
-        """Whether nobody reads any more."""
+        """Whether `close` was called."""
         return self._closed
 
     @property
@@ -131,50 +133,52 @@ class OutputStream:
 
     @property
     def is_full(self) -> bool:
-        """Whether the reader is so far behind that no more should come."""
-        return self._max_unread is not None and self._num_unread > self._max_unread
+        """Whether there is so much unread output that generation should pause."""
+        return (
+            self._max_unread_bytes is not None and self._num_unread_bytes > self._max_unread_bytes
+        )
 
     def deliver(self, choice: int, output: Output) -> None:
-        """Take one output of the engine for the choice of this number."""
+        """Add an engine output to the choice of this number."""
         self.num_generated += len(output.token_ids)
         self.num_cached += output.num_cached
-        if output.text or output.finish_reason or self._keeps_tokens:
+        if output.text or output.finish_reason or self._keeps_token_ids:
             self._add(choice, output)
 
     def fail(self) -> None:
-        """End every unfinished choice with an error: the engine is gone."""
+        """End every unfinished choice with FinishReason.ERROR: the engine has stopped."""
         for choice in sorted(self._unfinished):
             self._add(choice, Output("", choice, "", (), FinishReason.ERROR))
 
     async def take(self, idle_seconds: float | None = None) -> dict[int, OutputDelta]:
-        """All unread pieces by choice, waiting for the first; empty after `idle_seconds` of none.
+        """All unread output by choice; waits for the first. Empty after `idle_seconds` of none.
 
-        Raises ReadingClosed.
+        Raises OutputStreamClosed.
         """
         if not self._changed.is_set():
-            await self._arrives(idle_seconds)
+            await self._wait_changed(idle_seconds)
         if self._closed:
             raise OutputStreamClosed
         self._changed.clear()
         unread, self._unread = self._unread, {}
-        self._num_unread = 0
+        self._num_unread_bytes = 0
         self._on_take(self)
         return unread
 
     async def wait_ended(self) -> None:
-        """Return when every choice has ended, one has failed, or the reading is closed."""
+        """Return when every choice has ended, one has failed, or the stream is closed."""
         await self._ended.wait()
 
     def close(self) -> None:
-        """Stop reading; what has not ended is cancelled. May be called again."""
+        """Stop reading and cancel what has not ended. Idempotent."""
         if not self._closed:
             self._closed = True
             self._changed.set()
             self._ended.set()
             self._on_close(self)
 
-    async def _arrives(self, idle_seconds: float | None) -> None:
-        """Return at the first change, or as if there had been one; asyncio.timeout costs more."""
+    async def _wait_changed(self, idle_seconds: float | None) -> None:
+        """Wait for a change, for at most `idle_seconds`; cheaper than asyncio.timeout."""
         if idle_seconds is None:
             await self._changed.wait()
             return
@@ -185,14 +189,14 @@ class OutputStream:
             timer.cancel()
 
     def _add(self, choice: int, output: Output) -> None:
-        piece = self._unread.get(choice)
-        if piece is None:
-            piece = self._unread[choice] = OutputDelta(
-                TokenDeltas() if self._keeps_tokens else None
+        delta = self._unread.get(choice)
+        if delta is None:
+            delta = self._unread[choice] = OutputDelta(
+                TokenDeltas() if self._keeps_token_ids else None
             )
-        piece.add(output)
-        if self._max_unread is not None:
-            self._num_unread += size_of(output)
+        delta.add(output)
+        if self._max_unread_bytes is not None:
+            self._num_unread_bytes += approximate_bytes(output)
         if output.finish_reason:
             self._unfinished.discard(choice)
             self.reasons.append(output.finish_reason)
@@ -205,8 +209,8 @@ ID_BYTES = 8
 LOGPROB_BYTES = 128
 
 
-def size_of(output: Output) -> int:
-    """Bytes, about."""
+def approximate_bytes(output: Output) -> int:
+    """Approximate memory of an unread output, in bytes."""
     text = output.text
     size = len(text) if text.isascii() else len(text.encode("utf-8", errors="replace"))
     if output.logprobs:

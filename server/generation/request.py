@@ -1,10 +1,13 @@
-"""A checked request, ready for the engine: ids, parameters, and what its answer is to tell.
+"""Generation requests: what the engine and the response formatters get.
 
-Owns truncation and the text of ids. Does not know how answers look.
+`ParsedRequest` is a validated body with tokenized prompts. `ParsedRequest.build` makes a
+`GenerationRequest` of it; for a session's turn `build_turn` does, once the session's state is
+known, because the prompt depends on it. What belongs to one call (deadline, cache scope, session
+state) is an argument of `AsyncEngine.generate`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cottention.engine.sampling_params import SamplingParams
@@ -23,17 +26,19 @@ if TYPE_CHECKING:
     from cottention.engine.text.tokenizer import Tokenizer
 
 
-QUICK_IDS = 16 * 1024
-"""More ids than these are gone through in a thread; fewer would only wait for it."""
+MAX_INLINE_TOKENS = 16 * 1024
+"""Longer token lists are processed in a thread, to keep the event loop responsive."""
+
+DEFAULT_STREAM_OPTIONS = StreamOptions.model_validate({})
 
 
 @dataclass(frozen=True, slots=True)
 class OutputOptions:
-    """What an answer tells beside its text.
+    """What a response contains besides its text.
 
-    echo: each prompt before its text. logprobs: how many alternatives beside each id; None: none.
-    prompt_logprobs: the same of the prompt. token_ids: of prompt and text.
-    tokens_as_ids: name tokens by their numbers.
+    echo: each prompt before its text. logprobs: number of alternatives per generated token, None
+    for no log-probabilities. prompt_logprobs: the same for prompts. token_ids: of prompt and text.
+    tokens_as_ids: tokens are named `token_id:N` in log-probabilities.
     """
 
     echo: bool = False
@@ -43,14 +48,14 @@ class OutputOptions:
     tokens_as_ids: bool = False
 
     @property
-    def is_text_alone(self) -> bool:
-        """Whether an answer is nothing but text."""
+    def is_text_only(self) -> bool:
+        """Whether a response has text and nothing else."""
         return self == OutputOptions(tokens_as_ids=self.tokens_as_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class TurnOptions:
-    """Which session an order continues, whom it gives way to, what cuts it and what that leaves."""
+    """The session that a turn continues, and what happens on conflict, cancellation, disconnect."""
 
     session_id: str
     on_conflict: OnConflict = "error"
@@ -60,128 +65,133 @@ class TurnOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """Prompts, how each is continued, and how the answer is told.
+    """Prompts, how to sample their continuations, and what the response contains.
 
-    echoes: the text of each prompt, where it is to be told.
-    num_stop: stop strings that the client sent.
-    num_choices: told for each prompt; the best of params.n, or all of them.
-    cache_scope: whose prompts may share what was read of them; each other scope is apart.
-    turn: of a session, where it is one; start: the session before it, once that is known.
-    frames_first: if that holds nothing, the prompt is to be framed.
-    continuation: what the prompt is instead, if that holds something.
-    timeout: seconds that it may take; deadline: when they are over, by the event loop's clock.
+    prompts: token ids of each prompt. echoes: the text of each prompt, empty unless echoed.
+    num_choices: returned for each prompt: all `params.n` of them, or the best.
     """
 
     prompts: list[list[int]]
-    echoes: list[str]
     params: SamplingParams
-    details: OutputOptions
-    num_choices: int
-    is_stream: bool
-    stream_options: StreamOptions
-    priority: int
-    request_id: str | None
-    num_stop: int = 0
-    cache_scope: str = ""
-    turn: TurnOptions | None = None
-    start: "SessionState | None" = None
-    frames_first: bool = False
-    continuation: ChatContinuation | None = None
-    timeout: float | None = None
-    deadline: float | None = None
+    output: OutputOptions
+    echoes: list[str]
+    num_choices: int = 1
+    is_stream: bool = False
+    stream_options: StreamOptions = DEFAULT_STREAM_OPTIONS
+    priority: int = 0
 
     @property
-    def needs_tokens(self) -> bool:
-        """Whether ids are told, judged or kept, or text alone."""
-        if self.start is not None or self.params.logprobs is not None:
-            return True
-        return not self.details.is_text_alone
+    def needs_token_ids(self) -> bool:
+        """Whether the response, or the choice of the best, needs more than text."""
+        return self.params.logprobs is not None or not self.output.is_text_only
 
     @property
-    def tells_long_prompt(self) -> bool:
-        """Whether wording the answer takes long enough to be done beside the event loop."""
-        return self.num_prompt > QUICK_IDS and not self.details.is_text_alone
+    def is_slow_to_format(self) -> bool:
+        """Whether the response repeats prompts too long to be formatted on the event loop."""
+        return self.num_prompt_tokens > MAX_INLINE_TOKENS and not self.output.is_text_only
 
     @property
-    def num_prompt(self) -> int:
-        """Ids of all prompts."""
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts."""
         return sum(map(len, self.prompts))
 
 
-def order_of(
-    body: SamplingBody,
-    params: SamplingParams,
-    details: OutputOptions,
-    prompts: list[list[int]],
-    echoes: Sequence[str] = (),
-) -> GenerationRequest:
-    """The order that a checked body amounts to."""
-    return GenerationRequest(
-        prompts=prompts,
-        echoes=list(echoes) or [""] * len(prompts),
-        params=params,
-        details=details,
-        num_choices=body.n,
-        is_stream=body.stream,
-        stream_options=body.stream_options or StreamOptions.model_validate({}),
-        priority=body.priority,
-        request_id=body.request_id,
-        cache_scope=body.cache_salt or "",
-        num_stop=len(body.stop),
-        turn=_turn_of(body),
-        timeout=body.timeout,
-    )
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A validated body, its sampling parameters and its tokenized prompts.
+
+    echoes: the text of each prompt, if prompts are echoed.
+    frames_first: the prompt of a turn gets the tokenizer's special tokens if its session is empty.
+    continuation: the prompt of a turn if its session is not empty; None: the same as if it were.
+    """
+
+    body: SamplingBody
+    params: SamplingParams
+    output: OutputOptions
+    prompts: list[list[int]]
+    echoes: Sequence[str] = ()
+    frames_first: bool = False
+    continuation: ChatContinuation | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all prompts, as if they followed nothing."""
+        return sum(map(len, self.prompts))
+
+    @property
+    def turn(self) -> TurnOptions | None:
+        """Of a session's turn; None without a session."""
+        body = self.body
+        if body.session_id is None:
+            return None
+        return TurnOptions(body.session_id, body.on_conflict, body.on_cancel, body.on_disconnect)
+
+    def build(self) -> GenerationRequest:
+        """The request, without a session."""
+        return self._build(self.prompts)
+
+    def build_turn(self, start: "SessionState", tokenizer: "Tokenizer") -> GenerationRequest:
+        """The request of a turn that continues `start`."""
+        (first,) = self.prompts
+        prompt = turn_prompt(
+            first,
+            start,
+            tokenizer,
+            frames_first=self.frames_first,
+            continuation=self.continuation,
+        )
+        return self._build([prompt])
+
+    def _build(self, prompts: list[list[int]]) -> GenerationRequest:
+        body = self.body
+        return GenerationRequest(
+            prompts,
+            self.params,
+            self.output,
+            list(self.echoes) or [""] * len(prompts),
+            num_choices=body.n,
+            is_stream=body.stream,
+            stream_options=body.stream_options or DEFAULT_STREAM_OPTIONS,
+            priority=body.priority,
+        )
 
 
-def reading_order(prompt_ids: list[int]) -> GenerationRequest:
-    """A prompt that a session reads and nothing answers."""
-    return GenerationRequest(
-        prompts=[prompt_ids],
-        echoes=[""],
-        params=SamplingParams(max_tokens=0),
-        details=OutputOptions(),
-        num_choices=1,
-        is_stream=False,
-        stream_options=StreamOptions.model_validate({}),
-        priority=0,
-        request_id=None,
-    )
+def prefill_request(prompt_ids: list[int]) -> GenerationRequest:
+    """A prompt that is added to a session without generating anything."""
+    return GenerationRequest([prompt_ids], SamplingParams(max_tokens=0), OutputOptions(), [""])
 
 
-def _turn_of(body: SamplingBody) -> TurnOptions | None:
-    if body.session_id is None:
-        return None
-    return TurnOptions(body.session_id, body.on_conflict, body.on_cancel, body.on_disconnect)
+def turn_prompt(
+    prompt_ids: list[int],
+    start: "SessionState",
+    tokenizer: "Tokenizer",
+    *,
+    frames_first: bool = False,
+    continuation: ChatContinuation | None = None,
+) -> list[int]:
+    """Token ids that a turn adds to the session `start`; the parameters are ParsedRequest's."""
+    if not start.num_tokens:
+        return tokenizer.framed(prompt_ids) if frames_first else prompt_ids
+    return prompt_ids if continuation is None else continuation.after(start.past, tokenizer)
 
 
-def read_text(text: str, tokenizer: "Tokenizer", *, is_framed: bool) -> list[int]:
-    """Ids of a text, with or without the special ones that its tokenizer adds."""
+def encode_text(text: str, tokenizer: "Tokenizer", *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text, with or without the special tokens that its tokenizer adds."""
     ids = tokenizer.encode(text)
-    return tokenizer.framed(ids) if is_framed else ids
+    return tokenizer.framed(ids) if add_special_tokens else ids
 
 
-def in_session(
-    order: GenerationRequest, start: "SessionState", tokenizer: "Tokenizer"
-) -> GenerationRequest:
-    """The order of a turn: what begins a text begins its session, and none of its later turns."""
-    if start.num_tokens and order.continuation is not None:
-        return replace(order, prompts=[order.continuation.after(start.past, tokenizer)])
-    if start.num_tokens or not order.frames_first:
-        return order
-    return replace(order, prompts=[tokenizer.framed(ids) for ids in order.prompts])
-
-
-def cut_prompt(ids: list[int], body: SamplingBody, trained_length: int) -> list[int]:
-    """A prompt truncated as the body asks."""
-    if body.truncate_prompt_tokens is None:
-        return ids
-    length = trained_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
-    return ids[-length:] if body.truncation_side == "left" else ids[:length]
-
-
-def text_of(ids: list[int], tokenizer: "Tokenizer", param: str) -> str:
-    """Text of ids, special tokens written out. Raises ApiError for an id that there is not."""
+def decode_ids(ids: list[int], tokenizer: "Tokenizer", param: str) -> str:
+    """The text of token ids, special tokens included. Raises ApiError for an unknown id."""
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.num_ids:
         raise invalid(param, f"{param} ids must be from 0 to {tokenizer.num_ids - 1}")
     written = tokenizer.written_bytes
     return b"".join(written[each] for each in ids).decode("utf-8", errors="replace")
+
+
+def truncate_prompt(ids: list[int], body: SamplingBody, trained_length: int) -> list[int]:
+    """A prompt truncated to `truncate_prompt_tokens`; -1 stands for `trained_length`."""
+    if body.truncate_prompt_tokens is None:
+        return ids
+    length = trained_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+    return ids[-length:] if body.truncation_side == "left" else ids[:length]

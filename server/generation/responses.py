@@ -1,11 +1,4 @@
-"""An answer's heading, and how a whole one is worded.
-
-Owns the order of its parts. Does not know what a body may hold nor whose turn it is.
-
-The best of several choices: those whose tokens the model held likeliest on average.
-
-Owns the ranking. Knows no endpoint.
-"""
+"""Responses that are sent whole: waiting for the outputs, the best of several choices, the JSON."""
 
 import asyncio
 import time
@@ -18,87 +11,97 @@ from cottention.engine.outputs import FinishReason
 from cottention.server.generation.async_engine import Phase
 from cottention.server.generation.choice_format import ChoiceFormatter
 from cottention.server.generation.output_stream import OutputDelta, OutputStream, TokenDeltas
-from cottention.server.generation.request import QUICK_IDS, GenerationRequest
-from cottention.server.generation.sse import Heading
+from cottention.server.generation.request import MAX_INLINE_TOKENS, GenerationRequest
+from cottention.server.generation.sse import ResponseHeader
 from cottention.server.http.errors import engine_failed, expired, unavailable
 from cottention.server.schemas.responses import JsonObject
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointFormat:
-    """What sets an endpoint's answers apart."""
+    """How an endpoint formats its responses.
 
-    prefix: str
+    id_prefix: of a response's id. whole, chunk: the `object` field of a whole response and of a
+    chunk.
+    """
+
+    id_prefix: str
     whole: str
     chunk: str
     choices: type[ChoiceFormatter]
 
-    def heading(self, name: str, order: GenerationRequest, model_name: str) -> Heading:
-        """What each part of an answer to this order begins with."""
-        kind = self.chunk if order.is_stream else self.whole
-        return Heading(name, kind, int(time.time()), model_name)
+    def header(self, name: str, model_name: str, *, is_stream: bool) -> ResponseHeader:
+        """The first fields of a response, or of each of its chunks."""
+        object_name = self.chunk if is_stream else self.whole
+        return ResponseHeader(name, object_name, int(time.time()), model_name)
 
 
-async def whole_pieces(reading: OutputStream) -> dict[int, OutputDelta]:
-    """Wait for the end, which is the first time a whole answer is read.
+async def collect_outputs(stream: OutputStream) -> dict[int, OutputDelta]:
+    """Wait until all choices have ended. The stream must not have been read before.
 
-    Raises ReadingClosed, ApiError.
+    Raises OutputStreamClosed; ApiError if the engine failed, or if the request timed out or was
+    cancelled by shutdown before the first token.
     """
-    await reading.wait_ended()
-    pieces = await reading.take()
-    reasons = {piece.finish_reason for piece in pieces.values()}
+    await stream.wait_ended()
+    deltas = await stream.take()
+    reasons = {delta.finish_reason for delta in deltas.values()}
     if FinishReason.ERROR in reasons:
         raise engine_failed()
-    if not reading.num_generated:
+    if not stream.num_generated:
         if FinishReason.TIMEOUT in reasons:
             raise expired()
         if FinishReason.CANCELLED in reasons:
             raise unavailable(Phase.DRAINING)
-    return pieces
+    return deltas
 
 
-async def told_whole(
-    pieces: Mapping[int, OutputDelta],
-    heading: Heading,
+async def format_response(
+    deltas: Mapping[int, OutputDelta],
+    header: ResponseHeader,
     choices: ChoiceFormatter,
-    order: GenerationRequest,
+    request: GenerationRequest,
     usage: JsonObject,
-    more: JsonObject,
+    extra: JsonObject,
 ) -> JSONResponse:
-    """The whole answer, and `more` beside its choices."""
+    """The whole response; `extra` holds more of its top-level fields."""
 
-    def worded() -> JSONResponse:
-        best = best_choices(pieces, order)
-        told = [choices.whole(index, piece) for index, piece in best.items()]
-        beside = choices.beside(best) | more
-        return JSONResponse(asdict(heading) | {"choices": told, "usage": usage} | beside)
+    def format_now() -> JSONResponse:
+        best = best_choices(deltas, request)
+        formatted = [choices.whole(index, delta) for index, delta in best.items()]
+        more = choices.top_level_fields(best) | extra
+        return JSONResponse(asdict(header) | {"choices": formatted, "usage": usage} | more)
 
-    return await asyncio.to_thread(worded) if usage["total_tokens"] > QUICK_IDS else worded()
+    if usage["total_tokens"] > MAX_INLINE_TOKENS:
+        return await asyncio.to_thread(format_now)
+    return format_now()
 
 
 def best_choices(
-    pieces: Mapping[int, OutputDelta], order: GenerationRequest
+    deltas: Mapping[int, OutputDelta], request: GenerationRequest
 ) -> dict[int, OutputDelta]:
-    """The `num_choices` best of each prompt, best first, numbered anew; all of them as they are."""
-    tried, kept = order.params.n, order.num_choices
-    if tried == kept:
-        return dict(sorted(pieces.items()))
+    """The `num_choices` best choices of each prompt, by mean log-probability, numbered anew.
+
+    Without `best_of` all choices, as they are.
+    """
+    num_tried, num_kept = request.params.n, request.num_choices
+    if num_tried == num_kept:
+        return dict(sorted(deltas.items()))
     found: dict[int, OutputDelta] = {}
-    for place in range(len(order.prompts)):
-        group = [pieces[place * tried + choice] for choice in range(tried)]
-        best = sorted(group, key=mean_logprob, reverse=True)[:kept]
-        best[0] = _with_prompt_of(group[0], best[0])
-        found |= {place * kept + rank: piece for rank, piece in enumerate(best)}
+    for place in range(len(request.prompts)):
+        group = [deltas[place * num_tried + choice] for choice in range(num_tried)]
+        best = sorted(group, key=mean_logprob, reverse=True)[:num_kept]
+        best[0] = _with_prompt_logprobs(best[0], group[0])
+        found |= {place * num_kept + rank: delta for rank, delta in enumerate(best)}
     return found
 
 
-def mean_logprob(piece: OutputDelta) -> float:
-    """Of its ids; an empty choice is worse than any other."""
-    entries = piece.tokens.logprobs if piece.tokens else []
+def mean_logprob(delta: OutputDelta) -> float:
+    """Mean log-probability of its tokens; minus infinity without any."""
+    entries = delta.tokens.logprobs if delta.tokens else []
     return sum(each.logprob for each in entries) / len(entries) if entries else float("-inf")
 
 
-def _with_prompt_of(first: OutputDelta, piece: OutputDelta) -> OutputDelta:
-    """The engine tells a prompt's log-probabilities with its first choice alone."""
+def _with_prompt_logprobs(delta: OutputDelta, first: OutputDelta) -> OutputDelta:
+    """The engine returns a prompt's log-probabilities with the prompt's first choice only."""
     prompt = (first.tokens or TokenDeltas()).prompt_logprobs
-    return replace(piece, tokens=replace(piece.tokens or TokenDeltas(), prompt_logprobs=prompt))
+    return replace(delta, tokens=replace(delta.tokens or TokenDeltas(), prompt_logprobs=prompt))

@@ -1,13 +1,14 @@
-"""Server-sent events of an answer: their exact bytes, and the response that sends them.
+"""Server-sent events: `EventFormatter` makes a response's events, `EventStreamResponse` sends them.
 
-Owns the framing and what happens when the reader leaves. An event is a prefix made once per
-request, what a choice has to tell, and a suffix. Does not know the engine.
+Every event stream of the server is an `EventStreamResponse` of an `EventSource`: a response to a
+request (`GenerationEvents`), a session's turn, or the events of a turn that another request began.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,13 +21,13 @@ from cottention.server.http.errors import ApiError, engine_failed
 from cottention.server.schemas.responses import JsonObject
 
 DONE = "data: [DONE]\n\n"
-KEEP_ALIVE = ": keep-alive\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass(frozen=True, slots=True)
-class Heading:
-    """What every chunk of an answer, and the whole one, begins with."""
+class ResponseHeader:
+    """Fields with which a response, and every chunk of a stream, begins."""
 
     id: str
     object: str
@@ -34,128 +35,157 @@ class Heading:
     model: str
 
 
-class Events:
-    """The events of one streamed answer."""
+class EventFormatter:
+    """Formats the events of one streamed response.
+
+    An event is a prefix made once per request, a chunk of a choice, and a suffix.
+    """
 
     def __init__(
-        self, heading: Heading, choices: ChoiceFormatter, order: GenerationRequest
+        self, header: ResponseHeader, choices: ChoiceFormatter, request: GenerationRequest
     ) -> None:
-        self._head = f"data: {compact(asdict(heading))[:-1]},"
+        self._head = f"data: {compact(asdict(header))[:-1]},"
         self._choices = choices
-        self._num_prompt = order.num_prompt
-        self._is_long = order.tells_long_prompt
-        self._options = order.stream_options
+        self._num_prompt_tokens = request.num_prompt_tokens
+        self._is_slow = request.is_slow_to_format
+        self._options = request.stream_options
 
-    def pieces(self, pieces: Mapping[int, OutputDelta], num_generated: int) -> str:
-        """One event per choice that has something to tell, or two where it begins."""
-        return self.framed(self._chunks(pieces), num_generated)
+    async def chunks(self, deltas: Mapping[int, OutputDelta]) -> list[str]:
+        """The chunk of each delta, and one more for a choice that begins. Call once per delta."""
+        if self._is_slow:
+            return await asyncio.to_thread(self._chunks, deltas)
+        return self._chunks(deltas)
 
-    async def worded(self, pieces: Mapping[int, OutputDelta], num_generated: int) -> str:
-        """As `pieces`; beside the loop where a long prompt is told."""
-        return self.framed(await self.chunks(pieces), num_generated)
-
-    async def chunks(self, pieces: Mapping[int, OutputDelta]) -> list[str]:
-        """What each event tells; to be asked once for a piece."""
-        if self._is_long:
-            return await asyncio.to_thread(self._chunks, pieces)
-        return self._chunks(pieces)
-
-    def framed(self, chunks: Sequence[str], num_generated: int, beside: str = "") -> str:
-        """Events of chunks. beside: further fields of each, from their comma on."""
-        head, tail = self._head, beside + self._tail(num_generated)
+    def frame(self, chunks: Sequence[str], num_generated: int, extra: str = "") -> str:
+        """Events of chunks. extra: more fields for each, as JSON that begins with a comma."""
+        head, tail = self._head, extra + self._tail(num_generated)
         return "".join([f"{head}{chunk}{tail}" for chunk in chunks])
 
-    def _chunks(self, pieces: Mapping[int, OutputDelta]) -> list[str]:
-        return [
-            chunk for index, piece in pieces.items() for chunk in self._choices.chunks(index, piece)
-        ]
-
-    def _tail(self, num_generated: int) -> str:
-        if self._options.continuous_usage_stats:
-            return f',"usage":{compact(usage_of(self._num_prompt, num_generated))}}}\n\n'
-        return ',"usage":null}\n\n' if self._options.include_usage else "}\n\n"
-
-    def last(self, num_generated: int, num_cached: int = 0) -> str:
-        """What follows the last piece."""
+    def end(self, num_generated: int, num_cached: int = 0) -> str:
+        """The events that end a complete stream."""
         if not self._options.include_usage:
             return DONE
-        usage = compact(usage_of(self._num_prompt, num_generated, num_cached))
+        usage = compact(usage_of(self._num_prompt_tokens, num_generated, num_cached))
         return f'{self._head}"choices":[],"usage":{usage}}}\n\n{DONE}'
 
     @staticmethod
     def error(error: ApiError) -> str:
-        """The event that ends a stream which could not be finished."""
+        """The event that ends a stream after an error."""
         return f"data: {error.body}\n\n"
 
+    def _chunks(self, deltas: Mapping[int, OutputDelta]) -> list[str]:
+        return [
+            chunk for index, delta in deltas.items() for chunk in self._choices.chunks(index, delta)
+        ]
 
-class EventStream(Response):
-    """Sends a reading as events; a reader that leaves, at any point, closes it."""
+    def _tail(self, num_generated: int) -> str:
+        if self._options.continuous_usage_stats:
+            return f',"usage":{compact(usage_of(self._num_prompt_tokens, num_generated))}}}\n\n'
+        return ',"usage":null}\n\n' if self._options.include_usage else "}\n\n"
+
+
+class Closable(Protocol):
+    """Work for a client that can be ended at any time."""
+
+    def close(self) -> None: ...
+
+
+class EventSource(Closable, Protocol):
+    """Where an event stream's bytes come from."""
+
+    def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
+        """Unsent events, one or more at a time; no bytes after `idle_seconds` without any.
+
+        Asking for the next ones means that the previous ones were sent. After `close` it ends or
+        raises OutputStreamClosed.
+        """
+        ...
+
+
+class EventStreamResponse(Response):
+    """Sends a source's events, and comments while there are none; a disconnect closes the source.
+
+    `send` waits while the client does not read; what comes meanwhile is merged by the source.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, reading: OutputStream, events: Events, keep_alive: float) -> None:
+    def __init__(self, source: EventSource, keep_alive_seconds: float) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers(SSE_HEADERS)
-        self._reading = reading
-        self._events = events
-        self._keep_alive = keep_alive
+        self._source = source
+        self._keep_alive_seconds = keep_alive_seconds
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        async with closing(self._reading, receive):
-            # Cancelled is a stream that nobody reads while the server stops: no fault to log.
+        async with close_on_disconnect(self._source, receive):
+            # Shutdown cancels streams whose clients do not read; that is no error to log.
             with contextlib.suppress(OutputStreamClosed, asyncio.CancelledError):
                 await send(start)
-                async for text in self._texts():
-                    await send(body_of(text.encode(), more_body=True))
-                await send(body_of(b"", more_body=False))
+                async for events in self._source.events(self._keep_alive_seconds):
+                    await send(body_message(events or KEEP_ALIVE, more_body=True))
+                await send(body_message(b"", more_body=False))
 
-    async def _texts(self) -> AsyncIterator[str]:
-        reading, events = self._reading, self._events
-        while reading.has_more:
-            pieces = await reading.take(self._keep_alive)
-            yield await events.worded(pieces, reading.num_generated) or KEEP_ALIVE
-            if any(piece.finish_reason is FinishReason.ERROR for piece in pieces.values()):
-                yield events.error(engine_failed())
+
+class GenerationEvents:
+    """The events of a request without a session."""
+
+    def __init__(self, stream: OutputStream, formatter: EventFormatter) -> None:
+        self._stream = stream
+        self._formatter = formatter
+
+    async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
+        """As EventSource.events."""
+        stream, formatter = self._stream, self._formatter
+        while stream.has_more:
+            deltas = await stream.take(idle_seconds)
+            chunks = await formatter.chunks(deltas)
+            yield formatter.frame(chunks, stream.num_generated).encode()
+            if any(delta.finish_reason is FinishReason.ERROR for delta in deltas.values()):
+                yield formatter.error(engine_failed()).encode()
                 return
-        yield events.last(reading.num_generated, reading.num_cached)
+        yield formatter.end(stream.num_generated, stream.num_cached).encode()
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        self._stream.close()
 
 
 @contextlib.asynccontextmanager
-async def closing(reading: OutputStream, receive: Receive) -> AsyncIterator[None]:
-    """Close the reading at the end, or as soon as the client leaves."""
-    watcher = asyncio.create_task(_close_when_gone(reading, receive))
+async def close_on_disconnect(work: Closable, receive: Receive) -> AsyncIterator[None]:
+    """Close `work` at the end of the block, or as soon as the client disconnects."""
+
+    async def watch() -> None:
+        # Closed in the same event loop step: what is sent after a disconnect is not delivered.
+        await wait_disconnected(receive)
+        work.close()
+
+    watcher = asyncio.create_task(watch())
     try:
         yield
     finally:
         watcher.cancel()
-        reading.close()
+        work.close()
 
 
-def usage_of(num_prompt: int, num_generated: int, num_cached: int = 0) -> JsonObject:
-    """The `usage` object of an answer; `num_cached` of the prompt's ids were not read again."""
-    usage: JsonObject = {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_generated,
-        "total_tokens": num_prompt + num_generated,
-    }
-    return usage | ({"prompt_tokens_details": {"cached_tokens": num_cached}} if num_cached else {})
-
-
-async def _close_when_gone(reading: OutputStream, receive: Receive) -> None:
-    """Not a step of the loop later: what was being sent by then was not delivered."""
-    await until_gone(receive)
-    reading.close()
-
-
-async def until_gone(receive: Receive) -> None:
-    """Return when the client has left."""
+async def wait_disconnected(receive: Receive) -> None:
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-def body_of(raw: bytes, *, more_body: bool) -> dict[str, object]:
-    """A part of an answer's body, as the server below takes it."""
+def usage_of(num_prompt_tokens: int, num_generated: int, num_cached: int = 0) -> JsonObject:
+    """The `usage` object; `num_cached` prompt tokens were restored from the prefix cache."""
+    usage: JsonObject = {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt_tokens + num_generated,
+    }
+    return usage | ({"prompt_tokens_details": {"cached_tokens": num_cached}} if num_cached else {})
+
+
+def body_message(raw: bytes, *, more_body: bool) -> dict[str, object]:
+    """An ASGI message with a part of a response's body."""
     return {"type": "http.response.body", "body": raw, "more_body": more_body}

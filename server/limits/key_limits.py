@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from cottention.engine.errors import ConfigurationError
 from cottention.server.config import ServerConfig
-from cottention.server.generation.request import GenerationRequest
+from cottention.server.generation.request import ParsedRequest
 from cottention.server.http.errors import invalid
 
 FLAGS = "key_"
@@ -45,12 +45,12 @@ class KeyLimits:
                 raise ConfigurationError(f"{where}: {name} must be a whole number from 1, or null")
         return replace(self, **given)
 
-    def check(self, order: GenerationRequest) -> None:
-        """Raise ApiError 400 for an order that asks for more than one of this key may."""
-        tries = "n" if order.params.n == order.num_choices else "best_of"
-        _check("max_tokens", order.params.max_tokens, self.max_tokens)
-        _check(tries, order.params.n, self.max_n)
-        _check("stop", order.num_stop, self.max_stop)
+    def check(self, request: ParsedRequest) -> None:
+        """Raise ApiError 400 for a request that asks for more than one of this key may."""
+        tries = "n" if request.params.n == request.body.n else "best_of"
+        _check("max_tokens", request.params.max_tokens, self.max_tokens)
+        _check(tries, request.params.n, self.max_n)
+        _check("stop", len(request.body.stop), self.max_stop)
 
 
 def least(server: int, own: int | None) -> int:

@@ -110,4 +110,4 @@ def note(scope: Scope, order: GenerationRequest, reading: OutputStream) -> None:
     request_record(scope).add(order.prompts, reading)
     account: KeyUsage | None = scope["state"].get("account")
     if account is not None:
-        account.charge(order.num_prompt)
+        account.charge(order.num_prompt_tokens)

@@ -115,9 +115,9 @@ class EngineCollector(Collector):
         yield from self._gauges(CACHE_GAUGES, stats.prefix_cache)
         yield from self._counters(CACHE_COUNTERS, stats.prefix_cache)
         yield from self._counters(COUNTERS, stats)
-        yield from self._gauges(LINE_GAUGES, bridge.line)
-        yield from self._counters(LINE_COUNTERS, bridge.line)
-        yield from self._histograms(bridge.timings)
+        yield from self._gauges(LINE_GAUGES, bridge.admission_queue)
+        yield from self._counters(LINE_COUNTERS, bridge.admission_queue)
+        yield from self._histograms(bridge.latency)
         yield self._finished(stats)
 
     def _gauges(self, names: Mapping[str, tuple[str, str]], figures: Any) -> Iterator[Metric]:

@@ -5,15 +5,11 @@ is kept of them after the turn is the engine's `EventLog`.
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from secrets import token_hex
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
 from cottention.engine.state.event_log import EventBuffer, EventLog
-from cottention.server.generation.sse import KEEP_ALIVE, SSE_HEADERS, Events, body_of, until_gone
+from cottention.server.generation.sse import EventFormatter
 from cottention.server.http.errors import ApiError
 
 EVENT_END = "\n\n"
@@ -74,68 +70,56 @@ class LiveEvents:
         """The event of this number and those after it, as they are sent."""
         return with_ids(self.turn, number, self._filling.since(number))
 
-    @contextlib.contextmanager
-    def following(self, follower: asyncio.Event) -> Iterator[None]:
-        """Within the block the follower is set at every change."""
+    def add_follower(self, follower: asyncio.Event) -> None:
+        """Set the follower at every change, until `remove_follower`."""
         self._followers.add(follower)
-        try:
-            yield
-        finally:
-            self._followers.remove(follower)
+
+    def remove_follower(self, follower: asyncio.Event) -> None:
+        """The opposite of `add_follower`. Idempotent."""
+        self._followers.discard(follower)
 
     def _wake(self) -> None:
         for follower in self._followers:
             follower.set()
 
 
-class LiveEventResponse(Response):
-    """Sends a running turn's events from a number on; whoever leaves is not missed."""
+class LiveEventFollower:
+    """The events of a running turn from a number on; following has no effect on the turn."""
 
-    media_type = "text/event-stream"
-
-    def __init__(self, live: LiveEvents, number: int, keep_alive: float) -> None:
-        self.status_code = 200
-        self.background = None
-        self.init_headers(SSE_HEADERS)
+    def __init__(self, live: LiveEvents, number: int) -> None:
         self._live = live
         self._number = number
-        self._keep_alive = keep_alive
         self._changed = asyncio.Event()
+        self._is_closed = False
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        watcher = asyncio.create_task(until_gone(receive))
-        watcher.add_done_callback(lambda _: self._changed.set())
-        try:
-            with self._live.following(self._changed), contextlib.suppress(asyncio.CancelledError):
-                await send(start)
-                async for raw in self._told(watcher):
-                    await send(body_of(raw, more_body=True))
-                await send(body_of(b"", more_body=False))
-        finally:
-            watcher.cancel()
-
-    async def _told(self, watcher: "asyncio.Task[None]") -> AsyncIterator[bytes]:
+    async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
+        """As EventSource.events; ends with an error if the next event is no longer kept."""
         live = self._live
-        while not watcher.done():
+        live.add_follower(self._changed)
+        while not self._is_closed:
             self._changed.clear()
             if self._number < live.first:
                 error = gone("this client fell behind by more events than the server keeps")
-                yield Events.error(error).encode()
+                yield EventFormatter.error(error).encode()
                 return
             if missed := live.since(self._number):
                 self._number = live.stop
                 yield missed
             elif live.has_ended:
                 return
-            elif not await self._changes():
-                yield KEEP_ALIVE.encode()
+            elif not await self._wait_changed(idle_seconds):
+                yield b""
 
-    async def _changes(self) -> bool:
-        """Whether there was a change before the time for a comment."""
+    def close(self) -> None:
+        """Stop following."""
+        self._is_closed = True
+        self._live.remove_follower(self._changed)
+        self._changed.set()
+
+    async def _wait_changed(self, idle_seconds: float) -> bool:
+        """Whether there was a change within `idle_seconds`."""
         try:
-            async with asyncio.timeout(self._keep_alive):
+            async with asyncio.timeout(idle_seconds):
                 await self._changed.wait()
         except TimeoutError:
             return False

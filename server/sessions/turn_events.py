@@ -12,7 +12,7 @@ from cottention.engine.outputs import FinishReason
 from cottention.engine.state.event_log import EventLog
 from cottention.server.generation.choice_format import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
-from cottention.server.generation.sse import KEEP_ALIVE, Events
+from cottention.server.generation.sse import EventFormatter
 from cottention.server.http.errors import ApiError, engine_failed, of_session
 from cottention.server.schemas.session_responses import shape_in_answer
 from cottention.server.sessions.turn import RunningTurn
@@ -38,14 +38,14 @@ class TurnEvents:
     def __init__(
         self,
         reading: OutputStream,
-        events: Events,
+        formatter: EventFormatter,
         turn: RunningTurn,
         keep: KeepText = keep_no_text,
         *,
         gathers: bool = False,
     ) -> None:
         self._reading = reading
-        self.events = events
+        self._formatter = formatter
         self._turn = turn
         self._keep = keep
         self._gathers = gathers
@@ -58,14 +58,23 @@ class TurnEvents:
         """Whether the text that was told last was the end."""
         return self.session is not None or self.error is not None
 
+    async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
+        """As EventSource.events."""
+        async for text in self.texts(idle_seconds):
+            yield text.encode()
+
+    def close(self) -> None:
+        """Cancel the turn if it has not ended."""
+        self._reading.close()
+
     async def texts(self, idle_seconds: float | None = None) -> AsyncIterator[str]:
-        """Events, and a comment after `idle_seconds` of none; each is delivered when it returns."""
+        """Events, and "" after `idle_seconds` of none; each is delivered when it returns."""
         reading, turn = self._reading, self._turn
         while True:
             pieces = await reading.take(idle_seconds)
-            chunks = await self.events.chunks(pieces)
+            chunks = await self._formatter.chunks(pieces)
             if not pieces:
-                yield KEEP_ALIVE
+                yield ""
                 continue
             [piece] = pieces.values()
             if self._gathers:
@@ -83,19 +92,19 @@ class TurnEvents:
 
         def told(session: "Session") -> str:
             beside = f',"session":{compact(shape_in_answer(session))}'
-            end = self.events.error(failed) if failed else self._last()
+            end = self._formatter.error(failed) if failed else self._last()
             return self._framed(chunks, beside) + end
 
         try:
             self.session = await self._turn.finish(piece, lambda session: self._keep(told(session)))
         except SessionError as error:
             self.error = of_session(error)
-            return self.events.error(self.error)
+            return self._formatter.error(self.error)
         self.error = failed
         return told(self.session)
 
     def _framed(self, chunks: Sequence[str], beside: str = "") -> str:
-        return self.events.framed(chunks, self._reading.num_generated, beside)
+        return self._formatter.frame(chunks, self._reading.num_generated, beside)
 
     def _last(self) -> str:
-        return self.events.last(self._reading.num_generated)
+        return self._formatter.end(self._reading.num_generated)

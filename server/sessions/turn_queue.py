@@ -20,7 +20,7 @@ from starlette.types import Receive
 from cottention.engine.errors import SessionBusyError
 from cottention.server.generation.output_stream import OutputStreamClosed
 from cottention.server.generation.request import TurnOptions
-from cottention.server.generation.sse import until_gone
+from cottention.server.generation.sse import wait_disconnected
 from cottention.server.http.errors import ApiError
 from cottention.server.schemas.sampling import OnConflict
 from cottention.server.sessions.live_events import LiveEvents
@@ -183,7 +183,7 @@ async def until_done(task: asyncio.Task[Any], receive: Receive) -> None:
 
     ReadingClosed where the client leaves first.
     """
-    leaving = asyncio.create_task(until_gone(receive))
+    leaving = asyncio.create_task(wait_disconnected(receive))
     try:
         await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
         if not task.done():

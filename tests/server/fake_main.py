@@ -22,14 +22,14 @@ from tests.server.fake_sessions import FakeSessions
 def main() -> int:
     engine = cast(Engine, FakeEngine(step_seconds=float(sys.argv[1])))
     config = ServerConfig(port=0, drain_seconds=float(sys.argv[2]))
-    bridge = AsyncEngine(
+    async_engine = AsyncEngine(
         engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes
     )
     sock = bind_socket(config.host, config.port)
     url = url_of(sock)
     sessions: Any = FakeSessions()
-    app = create_app(bridge, config, api_keys(config), sessions)
-    return run_server(app, bridge, config, sock, lambda: print(url, flush=True))
+    app = create_app(async_engine, config, api_keys(config), sessions)
+    return run_server(app, async_engine, config, sock, lambda: print(url, flush=True))
 
 
 if __name__ == "__main__":

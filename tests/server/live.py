@@ -30,7 +30,7 @@ class Live:
     def __init__(
         self,
         engine: Any,
-        bridge: AsyncEngine,
+        async_engine: AsyncEngine,
         sessions: Any,
         turns: Any,
         url: str,
@@ -41,7 +41,7 @@ class Live:
         self.engine = engine
         self.sessions = sessions
         self.turns: Any = turns
-        self.bridge = bridge
+        self.async_engine = async_engine
         self.url = url
         self.client = client
 
@@ -81,7 +81,7 @@ class Live:
 
     def loop_call(self, work: Callable[[], None]) -> None:
         """Have something done on the server's event loop."""
-        self.bridge._loop.call_soon_threadsafe(work)
+        self.async_engine._loop.call_soon_threadsafe(work)
 
     def connect(self, **body: Any) -> socket.socket:
         """Send a request by hand and leave the answer unread."""
@@ -108,11 +108,11 @@ def serving(
     """A live server; at its end nothing may be left running."""
     engine = engine or FakeEngine()
     config = ServerConfig(port=0, **settings)
-    bridge = AsyncEngine(
+    async_engine = AsyncEngine(
         engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes
     )
     sessions = sessions or FakeSessions()
-    app = create_app(bridge, config, api_keys(config), sessions, template)
+    app = create_app(async_engine, config, api_keys(config), sessions, template)
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)
@@ -123,7 +123,7 @@ def serving(
     thread.start()
     try:
         with httpx.Client(base_url=url, timeout=20) as client:
-            yield Live(engine, bridge, sessions, app.state.context.turns, url, client, server)
+            yield Live(engine, async_engine, sessions, app.state.context.turns, url, client, server)
     finally:
         if isinstance(engine, FakeEngine):  # a test that failed may have left it waiting
             engine.may_step.set()

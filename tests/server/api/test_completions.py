@@ -86,7 +86,7 @@ def test_a_failing_request_is_a_500_that_says_no_internals(shared: Live) -> None
 
 def test_an_unexpected_exception_is_a_500_that_says_no_internals() -> None:
     with serving() as live:
-        live.bridge.engine.tokenizer.encode = lambda _: 1 / 0
+        live.async_engine.engine.tokenizer.encode = lambda _: 1 / 0
         response = live.complete(prompt="x")
         assert response.status_code == 500
         assert response.json()["error"]["type"] == "server_error"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cottention.server.generation.request import QUICK_IDS
+from cottention.server.generation.request import MAX_INLINE_TOKENS
 from tests.server.live import Live
 
 Choice = dict[str, Any]
@@ -181,7 +181,7 @@ def test_an_answer_carries_the_request_s_id(shared: Live) -> None:
 
 
 def test_a_long_prompt_is_told_beside_the_loop(shared: Live) -> None:
-    body = {"prompt": [97] * (QUICK_IDS + 1), "max_tokens": 1, "echo": True, "logprobs": 0}
+    body = {"prompt": [97] * (MAX_INLINE_TOKENS + 1), "max_tokens": 1, "echo": True, "logprobs": 0}
     (choice,) = whole(shared, **body)
-    assert len(choice["logprobs"]["tokens"]) == QUICK_IDS + 2
+    assert len(choice["logprobs"]["tokens"]) == MAX_INLINE_TOKENS + 2
     assert joined(shared, **body) == [choice]

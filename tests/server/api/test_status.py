@@ -78,7 +78,7 @@ def test_a_step_s_tokens_are_timed_at_once() -> None:
     """However many streams there are: one value with its number."""
     timings, seen = LatencyStats(), []
     timings.between_tokens.observe = lambda value, times: seen.append((value, times))  # type: ignore[method-assign]
-    timings.note_gaps(Counter({0.5: 63, 1.0: 1}))
+    timings.observe_gaps(Counter({0.5: 63, 1.0: 1}))
     assert seen == [(0.5, 63), (1.0, 1)]
 
 
@@ -109,7 +109,7 @@ def test_alive_and_ready(shared: Live) -> None:
 def test_draining_is_alive_and_not_ready() -> None:
     with serving() as live:
         name = live.opened()
-        live.bridge.drain()
+        live.async_engine.drain()
         assert live.client.get("/health").status_code == 200
         posts = [
             live.client.post(f"/v1/sessions{path}", json=body)
@@ -131,7 +131,7 @@ def test_what_a_stop_ends_before_anything_was_said_may_be_sent_again(path: str) 
         live.engine.may_step.clear()
         answer = pool.submit(live.client.post, path, json={"prompt": "x"})
         eventually(lambda: live.engine.running)
-        live.loop_call(live.bridge.cancel_all)
+        live.loop_call(live.async_engine.cancel_all)
         live.engine.may_step.set()
         assert answer.result().status_code == 503
         assert int(answer.result().headers["retry-after"]) > 0
@@ -155,7 +155,7 @@ def test_a_dead_engine_ends_streams_with_an_error_and_health_with_503() -> None:
         assert "told to die" not in response.text
         assert live.client.get("/ready").status_code == 503
         assert live.complete(prompt="x").status_code == 503
-        live.bridge.drain()
+        live.async_engine.drain()
         assert live.client.get("/health").status_code == 503
 
 

@@ -80,10 +80,10 @@ def test_what_left_unserved_and_time_without_a_line_are_no_rate() -> None:
 
 def test_bytes_per_token_are_those_of_the_bodies_that_came() -> None:
     line = AdmissionQueue(1, 1, Clock())
-    assert line.estimate(4_000) == 1_000
+    assert line.estimate_tokens(4_000) == 1_000
     line.learn(1_996_000, 999_000)
     line.learn(4_000_000, 2_000_000)
-    assert line.estimate(2_000) == 1_000
+    assert line.estimate_tokens(2_000) == 1_000
 
 
 def test_a_full_line_refuses_before_the_body_is_tokenised() -> None:
@@ -131,7 +131,10 @@ def test_many_prompts_in_one_body_are_counted_before_they_are_handed_in() -> Non
 
 
 def line_of(live: Live) -> tuple[int, int]:
-    return live.bridge.line.num_requests, live.bridge.line.num_tokens
+    return (
+        live.async_engine.admission_queue.num_requests,
+        live.async_engine.admission_queue.num_tokens,
+    )
 
 
 def test_whoever_has_a_token_leaves_and_whoever_goes_does_too() -> None:

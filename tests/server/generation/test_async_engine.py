@@ -1,4 +1,4 @@
-"""Readings and the bridge by themselves: one post per step, merging, closing."""
+"""Output streams and the AsyncEngine by themselves: one post per step, merging, closing."""
 
 import asyncio
 import threading
@@ -13,8 +13,7 @@ from cottention.engine.sampling_params import SamplingParams
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.output_stream import OutputStream, OutputStreamClosed
-from cottention.server.generation.request import QUICK_IDS, GenerationRequest, OutputOptions
-from cottention.server.schemas.sampling import StreamOptions
+from cottention.server.generation.request import MAX_INLINE_TOKENS, GenerationRequest, OutputOptions
 from tests.server.fake_engine import FakeEngine
 
 
@@ -32,77 +31,67 @@ class HandWorker:
         pass
 
     def submit(self, _: Any, __: Any, *, request_id: str, **more: Any) -> None:
-        assert more == {"priority": 3, "start": None, "cache_scope": ""}
+        assert more == {"priority": 3, "start": None, "cache_scope": None}
         self.submitted.append(request_id)
 
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 
 
-def bridge() -> AsyncEngine:
+def engine() -> AsyncEngine:
     made = AsyncEngine(FakeEngine(), HandWorker, AdmissionQueue(8, 10**6), 100)  # type: ignore[arg-type]
     made.start()
     return made
 
 
-def order(*prompts: list[int]) -> GenerationRequest:
-    return GenerationRequest(
-        prompts=list(prompts),
-        echoes=[],
-        params=SamplingParams(),
-        details=OutputOptions(),
-        num_choices=1,
-        is_stream=False,
-        stream_options=StreamOptions.model_validate({}),
-        priority=3,
-        request_id=None,
-    )
+def request(*prompts: list[int]) -> GenerationRequest:
+    return GenerationRequest(list(prompts), SamplingParams(), OutputOptions(), [], priority=3)
 
 
-def test_unread_outputs_are_one_piece_per_choice() -> None:
+def test_unread_outputs_are_one_delta_per_choice() -> None:
     async def run() -> None:
-        reading = OutputStream(2, print, print)
+        stream = OutputStream(2, print, print)
         for step in range(1000):
-            reading.deliver(step % 2, Output("r", 0, "ab"[step % 2], (1,)))
-        reading.deliver(1, Output("r", 0, "!", (2, 3), FinishReason.STOP))
-        pieces = await reading.take()
-        assert {n: (p.text, p.finish_reason) for n, p in pieces.items()} == {
+            stream.deliver(step % 2, Output("r", 0, "ab"[step % 2], (1,)))
+        stream.deliver(1, Output("r", 0, "!", (2, 3), FinishReason.STOP))
+        deltas = await stream.take()
+        assert {n: (p.text, p.finish_reason) for n, p in deltas.items()} == {
             0: ("a" * 500, None),
             1: ("b" * 500 + "!", FinishReason.STOP),
         }
-        assert reading.num_generated == 1002
-        assert reading.has_more
-        assert await reading.take(idle_seconds=0.001) == {}
+        assert stream.num_generated == 1002
+        assert stream.has_more
+        assert await stream.take(idle_seconds=0.001) == {}
 
     asyncio.run(run())
 
 
 def test_a_step_is_posted_once_however_many_it_feeds() -> None:
     async def run() -> None:
-        made = bridge()
+        made = engine()
         worker: Any = made._worker
-        readings = [await made.open("r", order([1], [2])) for _ in range(3)]
+        streams = [await made.generate("r", request([1], [2])) for _ in range(3)]
         posts: list[object] = []
         post = made._loop.call_soon_threadsafe
         made._loop.call_soon_threadsafe = lambda *a: (posts.append(a), post(*a))  # type: ignore
         worker.deliver([Output(part, 0, part, (1,)) for part in [*worker.submitted, "unknown"]])
         assert len(posts) == 1
-        for n, reading in enumerate(readings):
-            pieces = await reading.take()
-            assert [piece.text for piece in pieces.values()] == [f"r-{n}-0", f"r-{n}-1"]
+        for n, stream in enumerate(streams):
+            deltas = await stream.take()
+            assert [delta.text for delta in deltas.values()] == [f"r-{n}-0", f"r-{n}-1"]
 
     asyncio.run(run())
 
 
 def test_closing_cancels_once_and_wakes_whoever_waits() -> None:
     async def run() -> None:
-        made = bridge()
+        made = engine()
         worker: Any = made._worker
-        reading = await made.open("r", order([1], [2]))
-        waiting = asyncio.create_task(reading.take())
+        stream = await made.generate("r", request([1], [2]))
+        waiting = asyncio.create_task(stream.take())
         await asyncio.sleep(0)
-        reading.close()
-        reading.close()
+        stream.close()
+        stream.close()
         with pytest.raises(OutputStreamClosed):
             await waiting
         assert worker.cancelled == ["r-0-0", "r-0-1"]
@@ -111,15 +100,15 @@ def test_closing_cancels_once_and_wakes_whoever_waits() -> None:
     asyncio.run(run())
 
 
-def test_a_finished_reading_cancels_nothing() -> None:
+def test_a_finished_stream_cancels_nothing() -> None:
     async def run() -> None:
-        made = bridge()
+        made = engine()
         worker: Any = made._worker
-        reading = await made.open("r", order([1]))
+        stream = await made.generate("r", request([1]))
         worker.deliver([Output("r-0-0", 0, "x", (1,), FinishReason.STOP)])
-        await reading.take()
-        assert not reading.has_more
-        reading.close()
+        await stream.take()
+        assert not stream.has_more
+        stream.close()
         assert worker.cancelled == []
 
     asyncio.run(run())
@@ -129,18 +118,18 @@ def test_nothing_is_taken_before_the_start_or_while_draining() -> None:
     async def run() -> None:
         made = AsyncEngine(FakeEngine(), HandWorker, AdmissionQueue(8, 10**6), 100)  # type: ignore[arg-type]
         with pytest.raises(EngineStoppedError, match="starting"):
-            await made.open("r", order([1]))
+            await made.generate("r", request([1]))
         made.start()
         made.drain()
         with pytest.raises(EngineStoppedError, match="shutting down"):
-            await made.open("r", order([1]))
+            await made.generate("r", request([1]))
 
     asyncio.run(run())
 
 
 def test_outputs_after_the_loop_has_closed_are_dropped() -> None:
     async def run() -> AsyncEngine:
-        return bridge()
+        return engine()
 
     made: Any = asyncio.run(run())
     made._worker.deliver([Output("r", 0, "x", (1,))])
@@ -149,7 +138,7 @@ def test_outputs_after_the_loop_has_closed_are_dropped() -> None:
 
 def test_long_prompts_are_handed_in_beside_the_loop() -> None:
     async def run() -> None:
-        made = bridge()
+        made = engine()
         worker: Any = made._worker
         submit, threads = worker.submit, []
 
@@ -158,8 +147,8 @@ def test_long_prompts_are_handed_in_beside_the_loop() -> None:
             submit(*given, **named)
 
         worker.submit = submitting
-        await made.open("r", order([1] * QUICK_IDS))
-        await made.open("r", order([1] * QUICK_IDS, [1]))
+        await made.generate("r", request([1] * MAX_INLINE_TOKENS))
+        await made.generate("r", request([1] * MAX_INLINE_TOKENS, [1]))
         assert [each is threading.main_thread() for each in threads] == [True, False, False]
 
     asyncio.run(run())
@@ -167,7 +156,7 @@ def test_long_prompts_are_handed_in_beside_the_loop() -> None:
 
 def test_who_leaves_while_prompts_are_handed_in_leaves_nothing_behind() -> None:
     async def run() -> None:
-        made = bridge()
+        made = engine()
         worker: Any = made._worker
         submit, may_go = worker.submit, threading.Event()
 
@@ -176,7 +165,7 @@ def test_who_leaves_while_prompts_are_handed_in_leaves_nothing_behind() -> None:
             submit(*given, **named)
 
         worker.submit = submitting
-        opening = asyncio.create_task(made.open("r", order([1] * QUICK_IDS, [2])))
+        opening = asyncio.create_task(made.generate("r", request([1] * MAX_INLINE_TOKENS, [2])))
         await asyncio.sleep(0.01)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):

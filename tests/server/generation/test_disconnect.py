@@ -12,7 +12,9 @@ def left_promptly(live: Live, num_requests: int) -> None:
     eventually(lambda: len(live.engine.cancelled) == num_requests)
     assert all(each.ended_at - each.asked_at <= 1 for each in live.engine.cancelled)
     assert live.engine.stats().num_free_slots == live.engine.num_slots
-    eventually(lambda: not live.bridge._routes._parts and not live.bridge._routes._routes)
+    eventually(
+        lambda: not live.async_engine.streams and not live.async_engine._dispatcher.num_prompts
+    )
 
 
 @pytest.mark.parametrize("stream", [False, True])

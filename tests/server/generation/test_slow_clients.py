@@ -45,8 +45,8 @@ def test_a_stream_pauses_while_nobody_reads_and_goes_on_when_somebody_does() -> 
             generated = live.engine.num_generated
             time.sleep(0.2)
             assert live.engine.num_generated == generated < num_tokens
-            (reading,) = live.bridge._routes.readings
-            assert reading._num_unread < 2 * 100_000
+            (stream,) = live.async_engine.streams
+            assert stream._num_unread_bytes < 2 * 100_000
             assert live.complete(prompt="x", max_tokens=500).status_code == 200
             chunks = read_to_the_end(sock)
         assert text_of(chunks) == "".join(ALPHABET[n % 26] * 10_000 for n in range(num_tokens))
@@ -59,8 +59,8 @@ def test_log_probabilities_count_as_what_waits() -> None:
         body = {"prompt": "x", "stream": True, "max_tokens": 100_000, "logprobs": 20}
         with live.connect(**body):
             eventually(lambda: paused(live), 20)
-            (reading,) = live.bridge._routes.readings
-            assert len(reading._unread[0].text) < 50
+            (stream,) = live.async_engine.streams
+            assert len(stream._unread[0].text) < 50
 
 
 def test_each_prompt_of_a_request_pauses() -> None:
@@ -194,7 +194,7 @@ def test_one_that_is_gone_without_a_word_is_noticed_by_the_comments() -> None:
             pytest.skip("only root can make a socket vanish")
         finally:
             sock.close()
-        eventually(lambda: not live.bridge._routes.readings)
+        eventually(lambda: not live.async_engine.streams)
         live.engine.may_step.set()
         eventually(lambda: not live.engine.running)
 

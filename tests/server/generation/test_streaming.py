@@ -1,5 +1,6 @@
 """Streamed completions: exact bytes, interleaving, usage, what an error or an idle stream sends."""
 
+import asyncio
 import json
 from typing import cast
 
@@ -9,66 +10,69 @@ from cottention.engine.text.tokenizer import Tokenizer
 from cottention.server.generation.choice_format import CompletionFormatter
 from cottention.server.generation.output_stream import OutputDelta
 from cottention.server.generation.request import GenerationRequest, OutputOptions
-from cottention.server.generation.sse import Events, Heading
+from cottention.server.generation.sse import EventFormatter, ResponseHeader
 from cottention.server.schemas.sampling import StreamOptions
 from tests.server.fake_engine import FakeTokenizer
 from tests.server.live import Live, eventually, serving
 
-HEADING = Heading("cmpl-1", "text_completion", 7, "m")
+HEADER = ResponseHeader("cmpl-1", "text_completion", 7, "m")
 HEAD = '"id":"cmpl-1","object":"text_completion","created":7,"model":"m"'
 
 
-def piece(text: str, reason: FinishReason | None = None) -> OutputDelta:
+def delta(text: str, reason: FinishReason | None = None) -> OutputDelta:
     made = OutputDelta()
     made.add(Output("r", 0, text, (), reason))
     return made
 
 
-def events(heading: Heading = HEADING, **options: bool) -> Events:
-    order = GenerationRequest(
-        prompts=[[1]],
-        echoes=[""],
-        params=SamplingParams(n=2),
-        details=OutputOptions(),
+def formatter(header: ResponseHeader = HEADER, **options: bool) -> EventFormatter:
+    request = GenerationRequest(
+        [[1]],
+        SamplingParams(n=2),
+        OutputOptions(),
+        [""],
         num_choices=2,
         is_stream=True,
         stream_options=StreamOptions.model_validate(options),
-        priority=0,
-        request_id=None,
     )
-    return Events(heading, CompletionFormatter(order, cast(Tokenizer, FakeTokenizer())), order)
+    choices = CompletionFormatter(request, cast(Tokenizer, FakeTokenizer()))
+    return EventFormatter(header, choices, request)
+
+
+def events(made: EventFormatter, deltas: dict[int, OutputDelta], num_generated: int) -> str:
+    return made.frame(asyncio.run(made.chunks(deltas)), num_generated)
 
 
 def test_an_event_s_bytes() -> None:
-    assert events().pieces({0: piece('a"\u2028é\n')}, 1) == (
+    assert events(formatter(), {0: delta('a"\u2028é\n')}, 1) == (
         f'data: {{{HEAD},"choices":[{{"index":0,"text":"a\\"\\u2028\\u00e9\\n","logprobs":null,'
         '"finish_reason":null}]}\n\n'
     )
-    assert events().last(1) == "data: [DONE]\n\n"
+    assert formatter().end(1) == "data: [DONE]\n\n"
 
 
 def test_an_event_s_bytes_beside_usage() -> None:
-    made = events(include_usage=True)
-    assert made.pieces({1: piece("", FinishReason.LENGTH)}, 1) == (
+    made = formatter(include_usage=True)
+    assert events(made, {1: delta("", FinishReason.LENGTH)}, 1) == (
         f'data: {{{HEAD},"choices":[{{"index":1,"text":"","logprobs":null,'
         '"finish_reason":"length","stop_reason":null,"context_start":0}],"usage":null}\n\n'
     )
     usage = '{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}'
-    assert made.last(2) == f'data: {{{HEAD},"choices":[],"usage":{usage}}}\n\ndata: [DONE]\n\n'
+    assert made.end(2) == f'data: {{{HEAD},"choices":[],"usage":{usage}}}\n\ndata: [DONE]\n\n'
 
 
 def test_usage_beside_every_event() -> None:
-    made = events(continuous_usage_stats=True)
+    made = formatter(continuous_usage_stats=True)
     usage = '{"prompt_tokens":1,"completion_tokens":5,"total_tokens":6}'
-    assert made.pieces({1: piece("x")}, 5).endswith(
+    assert events(made, {1: delta("x")}, 5).endswith(
         f'"finish_reason":null}}],"usage":{usage}}}\n\n'
     )
-    assert made.last(5) == "data: [DONE]\n\n"
+    assert made.end(5) == "data: [DONE]\n\n"
 
 
 def test_a_model_name_is_escaped_in_every_event() -> None:
-    made = events(Heading("i", "o", 1, 'a"\n'))
-    assert json.loads(made.pieces({0: piece("x")}, 1)[6:])["model"] == 'a"\n'
+    made = formatter(ResponseHeader("i", "o", 1, 'a"\n'))
+    assert json.loads(events(made, {0: delta("x")}, 1)[6:])["model"] == 'a"\n'
 
 
 def test_a_stream_s_headers_and_end(shared: Live) -> None:

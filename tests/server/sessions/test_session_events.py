@@ -297,7 +297,7 @@ def test_a_full_disk_is_told_in_what_is_kept(live: Live) -> None:
 def test_a_server_that_stops_ends_a_turn_that_goes_on(live: Live) -> None:
     session_id = live.opened("x")
     begun = left_after(live, 3, **going_on(session_id, num=1_000_000))
-    live.loop_call(live.bridge.cancel_all)
+    live.loop_call(live.async_engine.cancel_all)
     eventually(lambda: live.sessions.ends == ["commit"])
     told = begun + missed(live, session_id, begun[-1].id)
     assert told[-2].json["choices"][0]["finish_reason"] == "cancelled"
@@ -312,9 +312,9 @@ def test_a_server_drains_until_the_turn_has_ended() -> None:
         live.engine.step_seconds = SECONDS
         session_id = live.opened("x")
         left_after(live, 1, **going_on(session_id, num=50))
-        live.loop_call(live.bridge.drain)
-        assert not live.bridge._routes._idle.is_set()
-        eventually(live.bridge._routes._idle.is_set)
+        live.loop_call(live.async_engine.drain)
+        assert not live.async_engine._dispatcher._idle.is_set()
+        eventually(live.async_engine._dispatcher._idle.is_set)
         eventually(lambda: live.sessions.ends == ["commit"])
         assert len(live.text_of(session_id)) == 52
 

@@ -122,7 +122,7 @@ def test_a_turn_of_which_nothing_was_sent_was_none(stream: bool) -> None:
             live.engine.may_step.clear()
         with live.connect(**ENDLESS, session_id=session_id, stream=stream):
             eventually(lambda: live.engine.running)
-        eventually(lambda: not live.bridge._routes.readings)  # the server has seen that it left
+        eventually(lambda: not live.async_engine.streams)  # the server has seen that it left
         live.engine.may_step.set()
         eventually(lambda: live.sessions.ends == ["abandon"])
         assert live.text_of(session_id) == "x"
@@ -218,7 +218,7 @@ def test_a_server_that_stops_keeps_what_it_tells(stream: bool) -> None:
         with ThreadPoolExecutor() as pool:
             answer = pool.submit(lambda: live.complete(**body))
             eventually(lambda: live.engine.num_generated > 5)
-            live.loop_call(live.bridge.cancel_all)
+            live.loop_call(live.async_engine.cancel_all)
             text = answer.result().text
         assert "cancelled" in text
         assert f'"id":"{session_id}"' in text
