@@ -1,8 +1,4 @@
-"""The FastAPI application.
-
-Owns which endpoints there are, what stands before them, and the start and end of the engine's
-thread. Knows no signals.
-"""
+"""The FastAPI application: endpoints, middleware, and the start and end of the engine's thread."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -22,8 +18,8 @@ from cottention.server.api import (
     tokenize,
 )
 from cottention.server.api.dependencies import Context, session_bytes
-from cottention.server.api.exception_handlers import add_error_handlers
-from cottention.server.api.openapi import publish
+from cottention.server.api.exception_handlers import add_exception_handlers
+from cottention.server.api.openapi import install_openapi
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate
@@ -45,7 +41,7 @@ from cottention.server.schemas.sessions import AppendRequest, ForkRequest, Sessi
 from cottention.server.sessions.turn_queue import TurnQueue
 from cottention.server.version import package_version
 
-if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+if TYPE_CHECKING:  # it imports torch, which the server must not load
     from cottention.engine.sessions.manager import SessionManager
 
 ROUTERS = (
@@ -73,30 +69,30 @@ def create_app(
     engine: AsyncEngine,
     config: ServerConfig,
     keys: Sequence[ApiKey],
-    kept: "SessionManager",
+    sessions: "SessionManager",
     template: ChatTemplate | None = None,
 ) -> FastAPI:
-    """An application that serves the engine's engine from its start-up to its shutdown.
+    """An application that serves an engine, which it starts and stops.
 
-    keys: those of which a client must send one, if there are any.
-    kept: the sessions, which are whose they were when it ends.
+    keys: accepted API keys; without any no key is required.
+    sessions: the session manager, which the caller closes after the application's shutdown.
     """
-    turns = TurnQueue(kept)
+    turns = TurnQueue(sessions)
     app = _new_app(engine, turns)
     name = config.served_model_name or engine.engine.name
     cost = session_bytes(engine.engine, config)
-    registry = make_registry(engine, kept.sizes, cost, name)
-    app.state.context = Context(engine, config, registry, kept, turns, template)
+    registry = make_registry(engine, sessions.sizes, cost, name)
+    app.state.context = Context(engine, config, registry, sessions, turns, template)
     for router in ROUTERS:
         app.include_router(router)
-    publish(app, BODIES, lambda path: asks_for_key(path, config))
-    add_error_handlers(app)
+    install_openapi(app, BODIES, lambda path: asks_for_key(path, config))
+    add_exception_handlers(app)
     _add_middleware(app, keys, config, engine)
     return app
 
 
 def _new_app(engine: AsyncEngine, turns: TurnQueue) -> FastAPI:
-    """Without endpoints: its life is the engine's, and ends when no turn is left to be kept."""
+    """An application without endpoints; its shutdown waits until every turn has been stored."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -105,7 +101,7 @@ def _new_app(engine: AsyncEngine, turns: TurnQueue) -> FastAPI:
         await asyncio.to_thread(engine.stop)
         await turns.wait_settled()
 
-    # The interactive pages would be fetched from elsewhere; /openapi.json is all there is here.
+    # The interactive pages load scripts from elsewhere; only /openapi.json is served.
     return FastAPI(
         title="cottention-server",
         version=package_version(),
@@ -115,8 +111,8 @@ def _new_app(engine: AsyncEngine, turns: TurnQueue) -> FastAPI:
     )
 
 
-def _accounts(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, KeyUsage]:
-    """By owner; without keys, the one of everybody."""
+def _usage_by_owner(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, KeyUsage]:
+    """Usage by owner; without keys there is one for all clients."""
     if not keys:
         return {"": KeyUsage("", KeyLimits.of(config))}
     owners = [(owner_by(key.secret), key) for key in keys]
@@ -126,8 +122,8 @@ def _accounts(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, KeyUsag
 def _add_middleware(
     app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig, engine: AsyncEngine
 ) -> None:
-    """From the innermost to the outermost: a refused key is seen by pages and has an id, too."""
-    accounts = _accounts(keys, config)
+    """From the innermost to the outermost: a 401 has CORS headers and a request id as well."""
+    accounts = _usage_by_owner(keys, config)
     app.add_middleware(RateLimitMiddleware, accounts=accounts)
     app.add_middleware(
         ApiKeyMiddleware, owners=list(accounts) if keys else [], metrics_key=config.metrics_key

@@ -9,7 +9,7 @@ from cottention.engine.errors import ParameterError
 from cottention.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, generate
-from cottention.server.api.openapi import described, refusals
+from cottention.server.api.openapi import error_responses, request_docs
 from cottention.server.generation.chat_template import (
     ChatContinuation,
     ChatTemplate,
@@ -56,7 +56,7 @@ EXAMPLES = (
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    **described(ChatRequest, examples=EXAMPLES, streams=True, more=refusals(409, 412)),
+    **request_docs(ChatRequest, examples=EXAMPLES, streams=True, more=error_responses(409, 412)),
 )
 async def create_chat_completion(request: Request, context: ContextDep) -> Response:
     """Answer the last of some messages; the response is whole or a stream of events."""
@@ -90,12 +90,12 @@ def _continuation(
     found = render_after(template, body.messages, variables)
     later, seam = (text.removeprefix(template.opening), "") if found is None else found
     return ChatContinuation(
-        tokenizer.encode(_checked(later)), seam, template.ends, body.add_special_tokens
+        tokenizer.encode(_checked(later)), seam, template.end_texts, body.add_special_tokens
     )
 
 
 def template_of(context: Context) -> ChatTemplate:
-    """The server's template. Raises ApiError where there is none."""
+    """The server's template. Raises ApiError if it has none."""
     if context.template is None:
         raise invalid("messages", NO_TEMPLATE)
     return context.template
@@ -105,28 +105,28 @@ def render(
     template: ChatTemplate,
     messages: Sequence[Message],
     add_generation_prompt: bool,
-    more: dict[str, Any],
+    kwargs: dict[str, Any],
 ) -> str:
-    """The prompt of a chat. Raises ApiError."""
-    variables = more | {"add_generation_prompt": add_generation_prompt}
+    """The text of a chat's prompt. Raises ApiError."""
+    variables = kwargs | {"add_generation_prompt": add_generation_prompt}
     try:
         text = template.render(messages, variables)
     except ChatTemplateError as error:
         raise invalid("messages", str(error)) from None
     if not text:
-        raise invalid("messages", "the chat template makes nothing of these messages")
+        raise invalid("messages", "the chat template renders these messages as an empty prompt")
     return _checked(text)
 
 
 def _checked(text: str) -> str:
     if not is_text(text):
-        message = "chat_template_kwargs has a lone surrogate, which is no character"
+        message = "chat_template_kwargs has a lone surrogate, which is not a character"
         raise invalid("chat_template_kwargs", message)
     return text
 
 
 def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> SamplingParams:
-    """Ends where the client says, else after the server's default."""
+    """The engine's parameters; without a limit of the client the server's default holds."""
     name, limit = body.limit
     most = context.max_tokens
     default = min(context.config.default_max_tokens, most)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, generate
-from cottention.server.api.openapi import described, refusals
+from cottention.server.api.openapi import error_responses, request_docs
 from cottention.server.generation.choice_format import CompletionFormatter
 from cottention.server.generation.request import (
     OutputOptions,
@@ -39,7 +39,9 @@ EXAMPLES = (
 @router.post(
     "/v1/completions",
     response_model=Completion,
-    **described(CompletionRequest, examples=EXAMPLES, streams=True, more=refusals(409, 412)),
+    **request_docs(
+        CompletionRequest, examples=EXAMPLES, streams=True, more=error_responses(409, 412)
+    ),
 )
 async def create_completion(request: Request, context: ContextDep) -> Response:
     """Continue one prompt or several; the response is whole or a stream of events."""
@@ -59,7 +61,7 @@ def parse_completion(fields: dict[str, Any], context: Context) -> ParsedRequest:
         _output_options(body),
         prompts,
         echoes=_echoes(body, prompts, tokenizer) if body.echo else (),
-        frames_first=body.frames is None and isinstance(body.prompt[0], str),
+        frames_first=body.adds_special_tokens is None and isinstance(body.prompt[0], str),
     )
 
 
@@ -72,7 +74,7 @@ def _params(body: CompletionRequest, context: Context) -> "SamplingParams":
 
 
 def _token_ids(body: CompletionRequest, tokenizer: "Tokenizer") -> list[list[int]]:
-    add_special_tokens = bool(body.frames)
+    add_special_tokens = bool(body.adds_special_tokens)
     return [
         encode_text(each, tokenizer, add_special_tokens=add_special_tokens)
         if isinstance(each, str)

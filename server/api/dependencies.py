@@ -1,4 +1,4 @@
-"""What every endpoint is given: the bridge to the engine, settings, figures, sessions, template."""
+"""The context that endpoints depend on: engine, settings, sessions, metrics, key limits."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # these import torch, which the server must not load
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """One per application, but for the limits, which are of the request's key."""
+    """Shared by all requests of an application, except `limits`, which are those of the key."""
 
     engine: AsyncEngine
     config: ServerConfig
@@ -50,27 +50,27 @@ class Context:
 
     @property
     def max_body_bytes(self) -> int:
-        """Of this request."""
+        """Maximum length of this request's body."""
         return least(self.config.max_body_bytes, self.limits.max_body_bytes)
 
     @property
     def max_tokens(self) -> int:
-        """Most that this request may ask for."""
+        """Maximum `max_tokens` of this request."""
         return least(self.engine.engine.config.max_tokens_limit, self.limits.max_tokens)
 
     @property
     def session_bytes(self) -> SessionBytes:
-        """What one session takes here."""
+        """The memory and disk space of one session."""
         return session_bytes(self.engine.engine, self.config)
 
     @property
     def trained_length(self) -> int:
-        """Tokens that the model was trained to follow; it limits nothing here."""
+        """Context length that the model was trained on, in tokens; it is not a limit."""
         return self.engine.engine.model_config.n_positions
 
 
 def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
-    """What one session of this engine takes under these settings."""
+    """The memory and disk space of one session of this engine with these settings."""
     return SessionBytes.of(
         engine.spec,
         num_ids=engine.tokenizer.num_ids,

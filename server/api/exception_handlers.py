@@ -1,8 +1,4 @@
-"""Which exception becomes which answer.
-
-Owns the handlers, and that nothing leaves the server in another form. Knows no engine beyond its
-errors.
-"""
+"""Exceptions to error responses: every error leaves the server as `{"error": {...}}`."""
 
 import logging
 from collections.abc import Mapping
@@ -29,30 +25,30 @@ from cottention.server.http.errors import ApiError, damaged, invalid, of_session
 logger = logging.getLogger("cottention")
 
 CLIENT_CLOSED_REQUEST = 499
-"""What proxies log for a client that left; it is never sent to anyone."""
+"""What proxies log for a client that disconnected; it is never sent."""
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Answer every exception that leaves an endpoint in the one form."""
-    kinds = (ApiError, ParameterError, EngineStoppedError, SessionError, SnapshotError)
-    for kind in (*kinds, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _answer)
-    app.add_exception_handler(ClientDisconnect, _nobody_there)
-    app.add_exception_handler(OutputStreamClosed, _nobody_there)
+def add_exception_handlers(app: FastAPI) -> None:
+    """Turn every exception that leaves an endpoint into an error response."""
+    own = (ApiError, ParameterError, EngineStoppedError, SessionError, SnapshotError)
+    for exception in (*own, HTTPException, RequestValidationError):
+        app.add_exception_handler(exception, _respond)
+    app.add_exception_handler(ClientDisconnect, _client_left)
+    app.add_exception_handler(OutputStreamClosed, _client_left)
     app.add_middleware(InternalErrorMiddleware)
 
 
 class InternalErrorMiddleware:
-    """Middleware that answers what no handler knows with a 500, and tells the log alone why.
+    """Middleware that turns any other exception into a 500; only the log has the reason.
 
-    The framework's own would raise it again, upon which uvicorn closes the connection.
+    Starlette's own raises the exception again, and uvicorn then closes the connection.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on one request."""
+        """Handle one request."""
         has_started = False
 
         async def sending(message: Message) -> None:
@@ -71,12 +67,12 @@ class InternalErrorMiddleware:
             await error.response()(scope, receive, send)
 
 
-async def _answer(request: Request, error: Exception) -> Response:
+async def _respond(request: Request, error: Exception) -> Response:
     return _as_api_error(request, error).response()
 
 
-async def _nobody_there(request: Request, _: Exception) -> Response:
-    logger.debug("%s %s: the client left", request.method, request.url.path)
+async def _client_left(request: Request, _: Exception) -> Response:
+    logger.debug("%s %s: the client disconnected", request.method, request.url.path)
     return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
@@ -90,7 +86,7 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
             return unavailable(str(error))
         case SessionError():
             return of_session(error)
-        case SnapshotMismatchError():  # stored by a server of another model
+        case SnapshotMismatchError():  # stored by a server with another model
             return ApiError(409, str(error), param="session_id", code="snapshot_mismatch")
         case SnapshotError():
             return damaged(error)
@@ -102,24 +98,22 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
 
 
 def _of_route(request: Request, error: HTTPException) -> ApiError:
-    """What the framework itself refuses: a path or a method that is not there."""
+    """The framework's own errors: an unknown path or method."""
     path, phrase = request.url.path, HTTPStatus(error.status_code).phrase
     messages = {
-        404: f"there is nothing at {path}; see /openapi.json for what there is",
-        405: f"{path} does not take {request.method}",
+        404: f"there is no {path}; see /openapi.json for the endpoints",
+        405: f"{path} does not allow {request.method}",
     }
     message, headers = messages.get(error.status_code, phrase), dict(error.headers or {})
-    described = request.app.openapi()["paths"]
-    if error.status_code == 405 and (methods := _methods_at(path, described)):
+    paths = request.app.openapi()["paths"]
+    if error.status_code == 405 and (methods := _methods_at(path, paths)):
         headers["Allow"] = ", ".join(methods)
     return ApiError(error.status_code, message, headers=headers)
 
 
-def _methods_at(path: str, described: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What a path takes, of all its routes; the framework tells of the first one alone."""
-    here = (
-        [path]
-        if path in described
-        else [template for template in described if compile_path(template)[0].match(path)]
-    )
-    return sorted({method.upper() for template in here for method in described[template]})
+def _methods_at(path: str, paths: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The methods of all routes of a path; the framework reports only those of the first."""
+    templates = [path]
+    if path not in paths:
+        templates = [each for each in paths if compile_path(each)[0].match(path)]
+    return sorted({method.upper() for each in templates for method in paths[each]})

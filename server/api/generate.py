@@ -26,7 +26,7 @@ from cottention.server.http.body import announced_bytes, parse_object, read_body
 from cottention.server.http.errors import ApiError
 from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import note
-from cottention.server.schemas.base import Body, checked
+from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.sessions.turn_queue import asked_by, owner_of
 
 MAX_INLINE_BYTES = 16 * 1024
@@ -68,7 +68,7 @@ async def _read_request(
     arrived_at = asyncio.get_running_loop().time()
     with queue.tokenizing(len(raw)):
         parsed = await _parse(raw, context, parse, max_inline_bytes)
-    queue.learn(len(raw), parsed.num_prompt_tokens)
+    queue.record_tokens(len(raw), parsed.num_prompt_tokens)
     context.limits.check(parsed)
     return parsed, arrived_at
 
@@ -85,7 +85,7 @@ async def _respond(
     generation_request = parsed.build()
     is_stream = generation_request.is_stream
     header = endpoint.header(name, context.model_name, is_stream=is_stream)
-    choices = endpoint.choices(generation_request, context.tokenizer)
+    choices = endpoint.formatter(generation_request, context.tokenizer)
     scope = f"{owner_of(request)}\n{parsed.body.cache_salt or ''}"
     stream = await context.engine.generate(
         name, generation_request, deadline=deadline, cache_scope=scope
@@ -117,7 +117,7 @@ async def read_parsed(
 async def read_empty(request: Request, context: Context) -> None:
     """For an endpoint without fields: the body must be empty or an object without fields."""
     if raw := await read_body(request, context.max_body_bytes, context.config.receive_seconds):
-        checked(Body, parse_object(raw))
+        validate(RequestModel, parse_object(raw))
 
 
 async def _parse(

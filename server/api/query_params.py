@@ -1,4 +1,4 @@
-"""What a route's query may have; anything else is refused in the words that a body's field has."""
+"""Query parameters: unknown ones and invalid values are refused as in request bodies."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from pydantic import ValidationError, ValidatorFunctionWrapHandler, WrapValidato
 
 from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
-from cottention.server.schemas.field_types import told
+from cottention.server.schemas.field_types import field_error
 
 
 def query_of(*names: str) -> Any:
-    """For the `dependencies` of a route that takes these; an ApiError 400 for any other."""
+    """A dependency of a route that takes these query parameters; any other is an ApiError 400."""
 
     async def check(request: Request) -> None:
         for name in request.query_params:
@@ -22,12 +22,12 @@ def query_of(*names: str) -> Any:
 
 
 def must_be(name: str, allowed: str) -> WrapValidator:
-    """For the type of a parameter: a value that is none says what is `allowed`."""
+    """A validator of a query parameter, whose error message says what is `allowed`."""
 
     def read(given: Any, parse: ValidatorFunctionWrapHandler) -> Any:
         try:
             return parse(given)
         except ValidationError:
-            raise told(f"{name} must be {allowed}; it is {shown(given)}") from None
+            raise field_error(f"{name} must be {allowed}; it is {shown(given)}") from None
 
     return WrapValidator(read)

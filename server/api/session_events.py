@@ -1,7 +1,6 @@
-"""/v1/sessions/ID/events: what a turn told that goes on, or went on, without its client.
+"""GET /v1/sessions/ID/events: the events of a turn that runs, or ran, without its client.
 
-Owns what Last-Event-ID may be and from where it goes on. Events of a turn that runs are followed to
-its end; those of one that has ended are what the session keeps of it.
+While the turn runs its events are followed to its end; afterwards the session keeps the last ones.
 """
 
 import asyncio
@@ -11,7 +10,7 @@ from typing import Annotated, NamedTuple
 from fastapi import APIRouter, Header, Request, Response
 
 from cottention.server.api.dependencies import ContextDep
-from cottention.server.api.openapi import EVENTS, refusals
+from cottention.server.api.openapi import EVENTS, error_responses
 from cottention.server.generation.sse import SSE_HEADERS, EventStreamResponse
 from cottention.server.http.errors import invalid
 from cottention.server.sessions.live_events import LiveEventFollower, gone, with_ids
@@ -20,11 +19,11 @@ from cottention.server.sessions.turn_queue import owner_of
 router = APIRouter()
 
 EVENT_ID = re.compile(r"([0-9a-f]{16})-(\d{1,18})")
-NOTHING = {"description": "Nothing was missed, and nothing more will come."}
+NO_EVENTS = {"description": "There are no later events, and none will come."}
 
 
 class EventId(NamedTuple):
-    """An event's turn, and its number in it."""
+    """The turn of an event, and the event's number in the turn."""
 
     turn: str
     number: int
@@ -33,7 +32,8 @@ class EventId(NamedTuple):
 @router.get(
     "/v1/sessions/{session_id}/events",
     response_class=Response,
-    responses=refusals(400, 401, 404, 409, 410, 500) | {200: {"content": EVENTS}, 204: NOTHING},
+    responses=error_responses(400, 401, 404, 409, 410, 500)
+    | {200: {"content": EVENTS}, 204: NO_EVENTS},
 )
 async def follow_events(
     session_id: str,
@@ -41,7 +41,7 @@ async def follow_events(
     context: ContextDep,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """What came after an event of the session's last turn, or all that is kept of the turn."""
+    """Events of the session's last turn: those after Last-Event-ID, or all that are kept."""
     owner, last = owner_of(request), _event_id(last_event_id)
     live = context.turns.live(owner, session_id)
     if live is not None and (last is None or last.turn == live.turn):
@@ -69,13 +69,13 @@ def _event_id(text: str | None) -> EventId | None:
 
 
 def _next(last: EventId | None, turn: str, first: int, stop: int) -> int:
-    """The number of the event to go on with, first <= number <= stop. Raises ApiError."""
+    """The number of the next event to send, first <= number <= stop. Raises ApiError."""
     if last is None:
         return first
     if last.turn != turn:
-        raise gone("that event is not of the turn whose events the session keeps")
+        raise gone("that event is of another turn than the one whose events are kept")
     if last.number >= stop:
-        raise invalid("Last-Event-ID", "no event of that id has been sent")
+        raise invalid("Last-Event-ID", "no event with that id has been sent")
     if last.number + 1 < first:
-        raise gone(f"events are kept from {turn}-{first} on; some that were missed have gone")
+        raise gone(f"events are only kept from {turn}-{first} on; some that were missed are gone")
     return last.number + 1

@@ -9,21 +9,21 @@ from pydantic import Field
 from cottention.engine.errors import SessionMovedError
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import deadline_of, read_empty, read_parsed
-from cottention.server.api.openapi import NOTHING, described, refusals
+from cottention.server.api.openapi import EMPTY_BODY, error_responses, request_docs
 from cottention.server.api.query_params import must_be, query_of
 from cottention.server.generation.request import TurnOptions, prefill_request, turn_prompt
 from cottention.server.generation.responses import collect_outputs
 from cottention.server.generation.sse import close_on_disconnect
 from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import note
-from cottention.server.schemas.base import checked
+from cottention.server.schemas.base import validate
 from cottention.server.schemas.responses import JsonObject
 from cottention.server.schemas.session_responses import (
     DeletedSession,
     SessionList,
     SessionObject,
-    told,
-    told_all,
+    session_list_response,
+    session_response,
 )
 from cottention.server.schemas.sessions import (
     AppendRequest,
@@ -42,14 +42,14 @@ router = APIRouter()
 
 MAX_PAGE = 100
 LIMIT = f"a whole number from 1 to {MAX_PAGE}"
-REFUSALS = refusals(400, 401, 404, 500)
-MOVES = refusals(409, 412, 507)
+ERRORS = error_responses(400, 401, 404, 500)
+TURN_ERRORS = error_responses(409, 412, 507)
 
 
 @router.post(
     "/v1/sessions",
     response_model=SessionObject,
-    **described(SessionRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
+    **request_docs(SessionRequest, examples=[{"prompt": "def f(x):"}], more=TURN_ERRORS),
 )
 async def open_session(request: Request, context: ContextDep) -> Response:
     """A new session, which holds the prompt if there is one."""
@@ -61,13 +61,15 @@ async def open_session(request: Request, context: ContextDep) -> Response:
         ids, is_text = await _encode(body.prompt, context), isinstance(body.prompt, str)
         state = await _prefill(request, context, ids, state, frames_first=is_text)
     create = context.sessions.open
-    return told(await asyncio.to_thread(create, owner, state, body.metadata, body.ttl_seconds))
+    return session_response(
+        await asyncio.to_thread(create, owner, state, body.metadata, body.ttl_seconds)
+    )
 
 
 @router.get(
     "/v1/sessions",
     response_model=SessionList,
-    responses=REFUSALS,
+    responses=ERRORS,
     dependencies=[query_of("limit", "after")],
 )
 async def list_sessions(
@@ -78,20 +80,22 @@ async def list_sessions(
 ) -> Response:
     """The caller's sessions, newest first."""
     owner = asked_by(request).owner
-    return told_all(*await asyncio.to_thread(context.sessions.page, owner, after, limit))
+    return session_list_response(
+        *await asyncio.to_thread(context.sessions.page, owner, after, limit)
+    )
 
 
-@router.get("/v1/sessions/{session_id}", response_model=SessionObject, responses=REFUSALS)
+@router.get("/v1/sessions/{session_id}", response_model=SessionObject, responses=ERRORS)
 async def get_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """One session."""
     owner = asked_by(request).owner
-    return told(await asyncio.to_thread(context.sessions.find, owner, session_id))
+    return session_response(await asyncio.to_thread(context.sessions.find, owner, session_id))
 
 
 @router.delete(
     "/v1/sessions/{session_id}",
     response_model=DeletedSession,
-    responses=REFUSALS | refusals(409, 412, 413, 415),
+    responses=ERRORS | error_responses(409, 412, 413, 415),
 )
 async def delete_session(session_id: str, request: Request, context: ContextDep) -> JsonObject:
     """Delete a session, unless a turn is running."""
@@ -106,27 +110,27 @@ async def delete_session(session_id: str, request: Request, context: ContextDep)
 @router.post(
     "/v1/sessions/{session_id}/append",
     response_model=SessionObject,
-    **described(AppendRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
+    **request_docs(AppendRequest, examples=[{"prompt": "def f(x):"}], more=TURN_ERRORS),
 )
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Add a prompt to a session without generating; an empty prompt changes nothing."""
     context.engine.check_accepting()
     caller = asked_by(request)
-    body = await read_parsed(request, context, lambda fields, _: checked(AppendRequest, fields))
+    body = await read_parsed(request, context, lambda fields, _: validate(AppendRequest, fields))
     if not body.prompt:
         async with context.turns.alone(caller.owner, session_id, body.on_conflict, request.receive):
-            return told(await _find_at_position(caller, session_id, context))
+            return session_response(await _find_at_position(caller, session_id, context))
     ids, is_text = await _encode(body.prompt, context), isinstance(body.prompt, str)
     options = TurnOptions(session_id, body.on_conflict, "rollback")
     async with context.turns.turn(caller, options, request.receive) as turn:
         state = await _prefill(request, context, ids, turn.state, frames_first=is_text)
-        return told(await turn.commit(state))
+        return session_response(await turn.commit(state))
 
 
 @router.post(
     "/v1/sessions/{session_id}/fork",
     response_model=SessionList,
-    **described(ForkRequest, examples=[{"n": 2}], more=MOVES),
+    **request_docs(ForkRequest, examples=[{"n": 2}], more=TURN_ERRORS),
 )
 async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Copies of a session that are independent of it and of each other."""
@@ -136,14 +140,14 @@ async def fork_session(session_id: str, request: Request, context: ContextDep) -
     fork, position = context.sessions.fork, caller.expected_position
     async with context.turns.alone(caller.owner, session_id, body.on_conflict, request.receive):
         forks = await asyncio.to_thread(fork, caller.owner, session_id, body.n, position)
-    return told_all(forks, has_more=False)
+    return session_list_response(forks, has_more=False)
 
 
 @router.post(
     "/v1/sessions/{session_id}/rewind",
     response_model=SessionObject,
-    responses=REFUSALS | MOVES | refusals(413, 415),
-    openapi_extra={"requestBody": NOTHING},
+    responses=ERRORS | TURN_ERRORS | error_responses(413, 415),
+    openapi_extra={"requestBody": EMPTY_BODY},
 )
 async def rewind_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Restore a session to its state before the last turn."""
@@ -151,7 +155,7 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
     await read_empty(request, context)
     async with context.turns.alone(caller.owner, session_id, "error", request.receive):
         rewind, position = context.sessions.rewind, caller.expected_position
-        return told(await asyncio.to_thread(rewind, caller.owner, session_id, position))
+        return session_response(await asyncio.to_thread(rewind, caller.owner, session_id, position))
 
 
 async def _encode(prompt: str | list[int], context: Context) -> list[int]:

@@ -1,7 +1,4 @@
-"""/v1/sessions/ID/snapshot and /v1/sessions/import: a session as bytes, from here to elsewhere.
-
-Owns how they travel. What is in them is the engine's.
-"""
+"""GET /v1/sessions/ID/snapshot and POST /v1/sessions/import."""
 
 import asyncio
 import json
@@ -11,12 +8,12 @@ from fastapi import APIRouter, Request, Response
 
 from cottention.engine.errors import SnapshotError, SnapshotMismatchError
 from cottention.server.api.dependencies import ContextDep
-from cottention.server.api.openapi import Schema, refusals
+from cottention.server.api.openapi import Schema, error_responses
 from cottention.server.api.query_params import must_be, query_of
 from cottention.server.http.body import read_body
 from cottention.server.http.errors import ApiError, invalid
-from cottention.server.schemas.session_responses import SessionObject, etag_of, told
-from cottention.server.schemas.sessions import METADATA, TTL, KeptBody, kept_body
+from cottention.server.schemas.session_responses import SessionObject, etag_of, session_response
+from cottention.server.schemas.sessions import METADATA, TTL, SessionOptions, session_options
 from cottention.server.sessions.turn_queue import asked_by
 
 router = APIRouter()
@@ -28,10 +25,10 @@ BINARY: Schema = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
 @router.get(
     "/v1/sessions/{session_id}/snapshot",
     response_class=Response,
-    responses=refusals(400, 401, 404, 500) | {200: {"content": BINARY}},
+    responses=error_responses(400, 401, 404, 500) | {200: {"content": BINARY}},
 )
 async def get_snapshot(session_id: str, request: Request, context: ContextDep) -> Response:
-    """All of a session, as it is between its turns."""
+    """A session as one file, as it is between turns."""
     owner, sessions = asked_by(request).owner, context.sessions
     session, raw = await asyncio.to_thread(sessions.export, owner, session_id)
     return Response(raw, media_type=OCTETS, headers={"ETag": etag_of(session)})
@@ -40,7 +37,7 @@ async def get_snapshot(session_id: str, request: Request, context: ContextDep) -
 @router.post(
     "/v1/sessions/import",
     response_model=SessionObject,
-    responses=refusals(400, 401, 409, 413, 415, 500, 503, 507),
+    responses=error_responses(400, 401, 409, 413, 415, 500, 503, 507),
     dependencies=[query_of("metadata", "ttl_seconds")],
     openapi_extra={"requestBody": {"required": True, "content": BINARY}},
 )
@@ -50,29 +47,31 @@ async def import_session(
     metadata: str | None = None,
     ttl_seconds: Annotated[float | None, must_be("ttl_seconds", TTL)] = None,
 ) -> Response:
-    """A new session that is what another was; `metadata` is a JSON object.
+    """Create a session from a snapshot; `metadata` is a JSON object.
 
-    Raises ParameterError for one of which no turn could run here.
+    Raises ParameterError if no turn of the session could run on this server.
     """
     context.engine.check_accepting()
     config = context.config
-    owner, kept = asked_by(request).owner, _kept(metadata, ttl_seconds)
+    owner, options = asked_by(request).owner, _options(metadata, ttl_seconds)
     raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
-    put_in, check = context.sessions.import_, context.policies.check_goes_on
-    how = kept.metadata, kept.ttl_seconds, check
+    check = context.policies.check_goes_on
     try:
-        return told(await asyncio.to_thread(put_in, owner, raw, *how))
+        session = await asyncio.to_thread(
+            context.sessions.import_, owner, raw, options.metadata, options.ttl_seconds, check
+        )
+        return session_response(session)
     except SnapshotMismatchError as error:
         raise ApiError(409, str(error), code="snapshot_mismatch") from None
     except SnapshotError as error:
         raise ApiError(400, str(error), code="bad_snapshot") from None
 
 
-def _kept(metadata: str | None, ttl_seconds: float | None) -> KeptBody:
+def _options(metadata: str | None, ttl_seconds: float | None) -> SessionOptions:
     given: dict[str, Any] = {"ttl_seconds": ttl_seconds}
     if metadata is not None:
         try:
             given["metadata"] = json.loads(metadata)
         except (ValueError, RecursionError):
             raise invalid("metadata", f"metadata must be {METADATA}, as JSON") from None
-    return kept_body(given)
+    return session_options(given)

@@ -1,7 +1,4 @@
-"""What the server says of itself: its model, whether it lives and takes work, its figures.
-
-GET /v1/capacity: what a session costs, and how many fit. Figures are of the moment.
-"""
+"""/health, /ready, /metrics, /version, /v1/models and /v1/capacity."""
 
 import asyncio
 
@@ -10,7 +7,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model
-from cottention.server.api.openapi import refusals
+from cottention.server.api.openapi import error_responses
 from cottention.server.generation.async_engine import Phase
 from cottention.server.http.errors import unavailable
 from cottention.server.schemas.responses import JsonObject, Model, ModelList, Status, Version
@@ -20,36 +17,36 @@ from cottention.server.version import package_version
 router = APIRouter()
 
 
-@router.get("/v1/models", response_model=ModelList, responses=refusals(401))
+@router.get("/v1/models", response_model=ModelList, responses=error_responses(401))
 async def list_models(context: ContextDep) -> JsonObject:
-    """The one model, as a list."""
+    """The served model, as a list."""
     return {"object": "list", "data": [_model(context)]}
 
 
-@router.get("/v1/models/{model_id:path}", response_model=Model, responses=refusals(401, 404))
+@router.get("/v1/models/{model_id:path}", response_model=Model, responses=error_responses(401, 404))
 async def get_model(model_id: str, context: ContextDep) -> JsonObject:
-    """The one model, by its id."""
+    """The served model, by its id."""
     check_model(model_id, context)
     return _model(context)
 
 
-@router.get("/version", response_model=Version, responses=refusals(401))
+@router.get("/version", response_model=Version, responses=error_responses(401))
 async def version() -> JsonObject:
-    """The distribution's version."""
+    """The version of the server."""
     return {"version": package_version()}
 
 
-@router.get("/health", response_model=Status, responses=refusals(503))
+@router.get("/health", response_model=Status, responses=error_responses(503))
 async def health(context: ContextDep) -> JsonObject:
-    """200 while the engine's thread lives, draining or not."""
+    """200 while the engine's thread is alive, also while the server is shutting down."""
     if context.engine.phase is Phase.FAILED or not context.engine.is_alive:
         raise unavailable(Phase.FAILED)
     return {"status": "alive"}
 
 
-@router.get("/ready", response_model=Status, responses=refusals(503))
+@router.get("/ready", response_model=Status, responses=error_responses(503))
 async def ready(context: ContextDep) -> JsonObject:
-    """200 while new work is taken."""
+    """200 while new requests are accepted."""
     context.engine.check_accepting()
     return {"status": "ready"}
 
@@ -57,11 +54,12 @@ async def ready(context: ContextDep) -> JsonObject:
 @router.get(
     "/metrics",
     response_class=Response,
-    responses=refusals(401) | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    responses=error_responses(401)
+    | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
 )
 async def metrics(context: ContextDep) -> Response:
-    """Figures in Prometheus' text format."""
-    text = await asyncio.to_thread(generate_latest, context.registry)  # it asks the store
+    """Metrics in Prometheus' text format."""
+    text = await asyncio.to_thread(generate_latest, context.registry)  # queries the store
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -75,9 +73,9 @@ def _model(context: Context) -> JsonObject:
     }
 
 
-@router.get("/v1/capacity", response_model=Capacity, responses=refusals(401))
+@router.get("/v1/capacity", response_model=Capacity, responses=error_responses(401))
 async def capacity(context: ContextDep) -> JsonObject:
-    """What the pool, the memory and the disk hold."""
+    """The memory that a session takes, and what pool, memory and disk hold."""
     stats, cost = context.engine.stats(), context.session_bytes
     sizes = await asyncio.to_thread(context.sessions.sizes)
     return {

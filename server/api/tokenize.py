@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, in vLLM's shapes. Knows no engine beyond its tokenizer."""
+"""POST /tokenize and /detokenize, in vLLM's shapes."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -10,33 +10,33 @@ from pydantic import Field
 from cottention.server.api.chat import ALWAYS_IN_THREAD, render, template_of
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, read_parsed
-from cottention.server.api.openapi import described
+from cottention.server.api.openapi import request_docs
 from cottention.server.generation.request import decode_ids, encode_text
-from cottention.server.schemas.base import Body, checked
+from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.schemas.chat import MESSAGES, Messages
 from cottention.server.schemas.field_types import Text, TokenIds
 from cottention.server.schemas.responses import Detokenized, JsonObject, Tokenized
 from cottention.server.schemas.sampling import BOOLEAN, IDS
-from cottention.server.schemas.unsupported import TOKENIZE, Neutral
+from cottention.server.schemas.unsupported import TOKENIZE, NeutralValues
 
 router = APIRouter()
 
 MODEL = "a string, an id from /v1/models"
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestModel):
     """Body of POST /tokenize for a text."""
 
     model: Text | None = Field(None, description=MODEL)
-    prompt: Text = Field(description="a string, or messages must be there")
+    prompt: Text = Field(description="a string, unless there are messages")
     add_special_tokens: bool = Field(True, description=BOOLEAN)
     return_token_strs: bool = Field(False, description=BOOLEAN)
 
 
-class TokenizeChatRequest(Body):
+class TokenizeChatRequest(RequestModel):
     """Body of POST /tokenize for a chat."""
 
-    neutral: ClassVar[Neutral] = TOKENIZE
+    neutral: ClassVar[NeutralValues] = TOKENIZE
 
     model: Text | None = Field(None, description=MODEL)
     messages: Messages = Field(description=MESSAGES)
@@ -46,7 +46,7 @@ class TokenizeChatRequest(Body):
     return_token_strs: bool = Field(False, description=BOOLEAN)
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestModel):
     """Body of POST /detokenize."""
 
     model: Text | None = Field(None, description=MODEL)
@@ -56,45 +56,49 @@ class DetokenizeRequest(Body):
 @router.post(
     "/tokenize",
     response_model=Tokenized,
-    **described(TokenizeRequest, TokenizeChatRequest, examples=[{"prompt": "def f(x):"}]),
+    **request_docs(TokenizeRequest, TokenizeChatRequest, examples=[{"prompt": "def f(x):"}]),
 )
 async def tokenize(request: Request, context: ContextDep) -> Response:
-    """Ids of a text, or of what the chat template makes of messages."""
+    """Token ids of a text, or of messages rendered by the chat template."""
     return JSONResponse(await read_parsed(request, context, _tokenized, ALWAYS_IN_THREAD))
 
 
 @router.post(
     "/detokenize",
     response_model=Detokenized,
-    **described(DetokenizeRequest, examples=[{"tokens": [70, 71]}]),
+    **request_docs(DetokenizeRequest, examples=[{"tokens": [70, 71]}]),
 )
 async def detokenize(request: Request, context: ContextDep) -> Response:
-    """Text of ids, special tokens written out."""
+    """The text of token ids, special tokens included."""
     return JSONResponse(await read_parsed(request, context, _detokenized))
 
 
 def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
     tokenizer = context.tokenizer
     if body.get("messages") is not None:
-        chat = checked(TokenizeChatRequest, body)
+        chat = validate(TokenizeChatRequest, body)
         check_model(chat.model, context)
-        more, opens = chat.chat_template_kwargs, chat.add_generation_prompt
-        text = render(template_of(context), chat.messages, opens, more)
+        text = render(
+            template_of(context),
+            chat.messages,
+            chat.add_generation_prompt,
+            chat.chat_template_kwargs,
+        )
         ids = encode_text(text, tokenizer, add_special_tokens=chat.add_special_tokens)
-        return _counted(ids, chat.return_token_strs, context)
-    request = checked(TokenizeRequest, body)
+        return _response(ids, chat.return_token_strs, context)
+    request = validate(TokenizeRequest, body)
     check_model(request.model, context)
     ids = encode_text(request.prompt, tokenizer, add_special_tokens=request.add_special_tokens)
-    return _counted(ids, request.return_token_strs, context)
+    return _response(ids, request.return_token_strs, context)
 
 
-def _counted(ids: list[int], with_names: bool, context: Context) -> JsonObject:
+def _response(ids: list[int], with_strings: bool, context: Context) -> JsonObject:
     tokenizer, length = context.tokenizer, context.trained_length
-    names = [tokenizer.token_text(each) for each in ids] if with_names else None
-    return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": names}
+    strings = [tokenizer.token_text(each) for each in ids] if with_strings else None
+    return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": strings}
 
 
 def _detokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
-    request = checked(DetokenizeRequest, body)
+    request = validate(DetokenizeRequest, body)
     check_model(request.model, context)
     return {"prompt": decode_ids(list(request.tokens), context.tokenizer, "tokens")}

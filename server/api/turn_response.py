@@ -29,7 +29,7 @@ from cottention.server.generation.sse import (
 from cottention.server.http.errors import expired
 from cottention.server.limits.rate_limit import note
 from cottention.server.observability.access_log import RequestRecord, request_record
-from cottention.server.schemas.session_responses import etag_of, shape_in_answer
+from cottention.server.schemas.session_responses import etag_of, session_summary
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents
 from cottention.server.sessions.turn import RunningTurn
 from cottention.server.sessions.turn_events import TurnEvents
@@ -134,9 +134,9 @@ class TurnResponse(Response):
         """The whole response."""
         endpoint, context = self._endpoint, self._context
         header = endpoint.header(self._name, context.model_name, is_stream=request.is_stream)
-        choices = endpoint.choices(request, context.tokenizer)
+        choices = endpoint.formatter(request, context.tokenizer)
         usage = usage_of(request.num_prompt_tokens, num_generated)
-        extra = {"session": shape_in_answer(session)}
+        extra = {"session": session_summary(session)}
         response = await format_response({0: delta}, header, choices, request, usage, extra)
         response.headers["ETag"] = etag_of(session)
         return response
@@ -144,7 +144,7 @@ class TurnResponse(Response):
     def _formatter(self, request: GenerationRequest) -> EventFormatter:
         endpoint, context = self._endpoint, self._context
         header = endpoint.header(self._name, context.model_name, is_stream=True)
-        return EventFormatter(header, endpoint.choices(request, context.tokenizer), request)
+        return EventFormatter(header, endpoint.formatter(request, context.tokenizer), request)
 
 
 async def _begun_by(deadline: float | None, begin: Awaitable[RunningTurn]) -> RunningTurn:

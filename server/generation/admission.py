@@ -1,8 +1,8 @@
-"""What may wait for its first token, and when to come again.
+"""The admission queue: bounds on prompts without a first token, and `Retry-After` when it is full.
 
-Owns the bounds on prompts and on their tokens, the rate at which both leave the line, and how many
-bytes of a body make a token, so that a full line refuses before anything is tokenised. Lives on the
-event loop; knows no engine and no endpoint.
+A full queue refuses a request before its body is tokenized: its tokens are estimated from the
+body's length. `Retry-After` follows from the rate at which prompts leave the queue. The queue runs
+on the event loop.
 """
 
 import contextlib
@@ -14,29 +14,30 @@ from cottention.server.config import ServerConfig
 from cottention.server.http.errors import RETRY_AFTER_SECONDS, too_many
 
 HORIZON_SECONDS = 30.0
-"""Rates are those of about the last so many seconds in which anybody waited."""
+"""Time constant of the rates, in seconds during which the queue was not empty."""
 
 MAX_RETRY_SECONDS = 60.0
-FIRST_GUESS = (4_000.0, 1_000.0)
-"""Bytes and tokens that are taken for measured before any body has come."""
+INITIAL_BYTES, INITIAL_TOKENS = 4_000.0, 1_000.0
+"""The initial estimate of bytes per token, as if a body with these had been measured."""
 
-REMEMBERED_TOKENS = 1_000_000
+MAX_MEASURED_TOKENS = 1_000_000
+"""Measurements are halved at this many tokens, so that recent bodies count more."""
 
 
 class Rate:
-    """What leaves the line per second in which it is not empty."""
+    """How much leaves the queue per second in which it is not empty, exponentially averaged."""
 
     def __init__(self) -> None:
         self._seconds = self._amount = 0.0
 
     def add(self, seconds: float, amount: float) -> None:
-        """So much has left in so many seconds more."""
+        """Account for `amount` that left the queue in the last `seconds`."""
         keep = math.exp(-seconds / HORIZON_SECONDS)
         self._seconds = self._seconds * keep + seconds
         self._amount = self._amount * keep + amount
 
     def seconds_for(self, amount: float) -> float:
-        """How long so much will take to leave; a guess where nothing has left yet."""
+        """Expected seconds until `amount` has left; RETRY_AFTER_SECONDS if nothing ever has."""
         if amount <= 0:
             return 0.0
         if not self._amount:
@@ -45,7 +46,7 @@ class Rate:
 
 
 class AdmissionQueue:
-    """Prompts from their arrival to their first token."""
+    """Prompts without a first token, bounded by their number and their tokens."""
 
     def __init__(
         self,
@@ -58,42 +59,44 @@ class AdmissionQueue:
         self._clock = clock
         self._changed_at = clock()
         self._request_rate, self._token_rate = Rate(), Rate()
-        self._bytes, self._tokens = FIRST_GUESS
+        self._bytes, self._tokens = INITIAL_BYTES, INITIAL_TOKENS
         self.num_requests = self.num_tokens = self.num_refused = 0
 
     @classmethod
     def of(cls, config: ServerConfig) -> "AdmissionQueue":
-        """The one that a server's settings ask for."""
+        """A queue with the bounds of the server's settings."""
         return cls(config.max_queued_requests, config.max_queued_tokens)
 
     def check(self, num_requests: int, num_tokens: int) -> None:
-        """Raise ApiError 429 unless so much more may wait.
+        """Raise ApiError 429 unless the queue has room.
 
-        Whatever is alone may, however long it is: it would find no better time.
+        An empty queue accepts a request of any length, as it would never have more room.
         """
-        too_many_requests = self.num_requests + num_requests - self._max_requests
-        too_many_tokens = self.num_tokens + num_tokens - self._max_tokens
-        if self.num_requests == 0 or (too_many_requests <= 0 and too_many_tokens <= 0):
+        excess_requests = self.num_requests + num_requests - self._max_requests
+        excess_tokens = self.num_tokens + num_tokens - self._max_tokens
+        if self.num_requests == 0 or (excess_requests <= 0 and excess_tokens <= 0):
             return
         self._pass_time()
         self.num_refused += 1
         seconds = max(
-            self._request_rate.seconds_for(too_many_requests),
-            self._token_rate.seconds_for(too_many_tokens),
+            self._request_rate.seconds_for(excess_requests),
+            self._token_rate.seconds_for(excess_tokens),
         )
-        waiting = f"{self.num_requests} prompts of {self.num_tokens} tokens wait"
-        message = f"the server is at its limit: {waiting}; try again later"
+        message = (
+            f"the admission queue is full: {self.num_requests} prompts with {self.num_tokens}"
+            " tokens are waiting; try again later"
+        )
         raise too_many(message, min(seconds, MAX_RETRY_SECONDS), "queue_full")
 
     def enter(self, num_requests: int, num_tokens: int) -> None:
-        """Begin to wait. Raises ApiError 429."""
+        """Add prompts to the queue. Raises ApiError 429."""
         self.check(num_requests, num_tokens)
         self._pass_time()
         self.num_requests += num_requests
         self.num_tokens += num_tokens
 
     def leave(self, num_requests: int, num_tokens: int, *, was_served: bool = False) -> None:
-        """Wait no more; the rates are of those that were served."""
+        """Remove prompts from the queue; those that were served determine its rates."""
         self._pass_time()
         self.num_requests -= num_requests
         self.num_tokens -= num_tokens
@@ -103,7 +106,7 @@ class AdmissionQueue:
 
     @contextlib.contextmanager
     def tokenizing(self, num_bytes: int) -> Iterator[None]:
-        """Keep the place of a body while it is tokenised. Raises ApiError 429."""
+        """Hold the place of a body while it is tokenized. Raises ApiError 429."""
         num_tokens = self.estimate_tokens(num_bytes)
         self.enter(1, num_tokens)
         try:
@@ -112,14 +115,14 @@ class AdmissionQueue:
             self.leave(1, num_tokens)
 
     def estimate_tokens(self, num_bytes: int) -> int:
-        """Tokens of a body of so many bytes, by those that came before."""
+        """Estimated tokens of a body of `num_bytes`, from earlier bodies."""
         return math.ceil(num_bytes * self._tokens / self._bytes)
 
-    def learn(self, num_bytes: int, num_tokens: int) -> None:
-        """A body of so many bytes had so many tokens."""
+    def record_tokens(self, num_bytes: int, num_tokens: int) -> None:
+        """Refine the estimate: a body of `num_bytes` had `num_tokens`."""
         self._bytes += num_bytes
         self._tokens += num_tokens
-        if self._tokens > REMEMBERED_TOKENS:
+        if self._tokens > MAX_MEASURED_TOKENS:
             self._bytes, self._tokens = self._bytes / 2, self._tokens / 2
 
     def _pass_time(self) -> None:

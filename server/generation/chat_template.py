@@ -1,16 +1,9 @@
-"""Chat templates: from a list of messages to the text of a prompt.
+"""Chat templates: from messages to the text of a prompt, and to that of a session's later turn.
 
-Owns where templates are found, the sandbox they run in, and the bounds on what they make. Knows
-transformers' habits, for which published templates are written; knows no HTTP.
-
-How a chat goes on in a session: what its template writes after an assistant's message.
-
-Owns how that is found, and what of it is not read again, since the session ends with it.
-
-Somebody else's Python that must end: an exception is raised in its thread when its time is over.
-
-Owns the timer and that it cannot strike after the end. Does not help against a single call of C
-that takes long.
+Templates are found in the model folder, by name or as a file, and rendered in Jinja's sandbox as
+transformers does, within a time limit. A turn of a session renders only its new messages:
+`render_after` finds what a template writes after an assistant's message, and `ChatContinuation`
+leaves out what the session already ends with.
 """
 
 import contextlib
@@ -47,29 +40,30 @@ PLAIN = """\
 {% endfor %}
 {%- if add_generation_prompt %}Assistant:{% endif -%}
 """
-"""For models that were trained on text alone: "User: ...", "Assistant: ..."."""
+"""For models that were trained on plain text: "User: ...", "Assistant: ..."."""
 
-BUILT_IN: Mapping[str, tuple[str, tuple[str, ...]]] = {"plain": (PLAIN, ("\nUser:",))}
-"""Templates that come with the server by name, each with what ends the assistant's turn."""
+BUILT_IN_TEMPLATES: Mapping[str, tuple[str, tuple[str, ...]]] = {"plain": (PLAIN, ("\nUser:",))}
+"""Built-in templates by name, each with the stop strings of the assistant's messages."""
 
 Message = Mapping[str, Any]
 
-TURNS: Sequence[Message] = [
+PROBE_MESSAGES: Sequence[Message] = [
     {"role": role, "content": "?"} for role in ("user", "assistant", "user")
 ]
-"""What a template is tried with."""
+"""A conversation with which templates are tried out."""
 
 
 class ChatTemplateError(Exception):
-    """A template does not take these messages, or takes too long over them."""
+    """A template rejects these messages, or exceeds the limits on time or size."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
     """A compiled template.
 
-    stop: strings that end an answer, beside the client's own. variables: the special tokens.
-    opening: the token that begins a conversation and no later turn of it; may be empty.
+    stop: stop strings, in addition to the client's own.
+    variables: the special tokens, by name.
+    opening: the token at the beginning of a conversation, unless every turn has it; else empty.
     """
 
     template: Template
@@ -78,33 +72,38 @@ class ChatTemplate:
     opening: str = ""
 
     @property
-    def ends(self) -> tuple[str, ...]:
-        """Texts that may end an answer, and that a session holds then."""
+    def end_texts(self) -> tuple[str, ...]:
+        """Texts with which a response may end, and that its session then holds."""
         token = self.variables.get("eos_token")
         return (*self.stop, token) if token else self.stop
 
-    def render(self, messages: Sequence[Message], more: Mapping[str, Any]) -> str:
-        """The prompt, with `more` variables. Raises ChatTemplateError."""
-        given = {**self.variables, **more, "messages": messages}
+    def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """The prompt, rendered with more variables. Raises ChatTemplateError."""
+        given = {**self.variables, **variables, "messages": messages}
         text = io.StringIO()
         try:
-            with at_most(MAX_SECONDS):
+            with time_limit(MAX_SECONDS):
                 for part in self.template.generate(given):
                     text.write(part)
                     if text.tell() > MAX_CHARACTERS:
-                        raise OvertimeError
-        except OvertimeError:
-            message = "the chat template makes too much of these messages"
+                        raise ChatTemplateError(
+                            f"the chat template renders these messages to more than"
+                            f" {MAX_CHARACTERS} characters"
+                        )
+        except TimeLimitExceeded:
+            message = f"the chat template takes more than {MAX_SECONDS} seconds for these messages"
             raise ChatTemplateError(message) from None
-        except Exception as error:  # whatever these messages make of its expressions
-            raise ChatTemplateError(f"the chat template refuses these messages: {error}") from None
+        except ChatTemplateError:
+            raise
+        except Exception as error:  # expressions of the template may raise anything
+            raise ChatTemplateError(f"the chat template rejects these messages: {error}") from None
         return text.getvalue()
 
 
 def find_template(choice: str | None, folder: Path) -> ChatTemplate | None:
-    """The chosen template, else the model folder's own, else none.
+    """The chosen template, else the model folder's own, else None.
 
-    `choice` is the name of a template in the folder, of one that comes with the server, or a file.
+    choice: the name of a template in the folder or of a built-in one, or a file.
     Raises ConfigurationError.
     """
     config = _read_json(folder / "tokenizer_config.json")
@@ -123,8 +122,8 @@ def _opening(template: ChatTemplate) -> str:
     if not token:
         return ""
     try:
-        past, longer = (template.render(TURNS[:num], {}) for num in (2, 3))
-    except ChatTemplateError:  # it takes no such conversation
+        past, longer = (template.render(PROBE_MESSAGES[:num], {}) for num in (2, 3))
+    except ChatTemplateError:  # the template rejects such a conversation
         return token
     return "" if longer.startswith(past + token) else token
 
@@ -134,18 +133,18 @@ def _chosen(choice: str | None, own: Mapping[str, str]) -> tuple[str | None, tup
         return own.get("default"), ()
     if choice in own:
         return own[choice], ()
-    if choice in BUILT_IN:
-        return BUILT_IN[choice]
+    if choice in BUILT_IN_TEMPLATES:
+        return BUILT_IN_TEMPLATES[choice]
     try:
         return Path(choice).read_text(encoding="utf-8"), ()
     except (OSError, ValueError):
-        names = ", ".join([*own, *BUILT_IN])
-        message = f"--chat-template {choice} is neither a file of text nor one of: {names}"
+        names = ", ".join([*own, *BUILT_IN_TEMPLATES])
+        message = f"--chat-template {choice} is neither a text file nor one of: {names}"
         raise ConfigurationError(message) from None
 
 
 def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Of chat_template.jinja, else tokenizer_config.json: one, or a list of named ones."""
+    """The folder's templates by name: from chat_template.jinja, else from tokenizer_config.json."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return {"default": file.read_text(encoding="utf-8")}
@@ -158,7 +157,7 @@ def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and its like, which tokenizer_config.json has as text or as an object."""
+    """`bos_token` and similar, which tokenizer_config.json has as text or as an object."""
     found = {}
     for name, value in config.items():
         text = value.get("content") if isinstance(value, dict) else value
@@ -170,7 +169,7 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # the tokenizer is what complains about a file it needs
+    except (OSError, ValueError):  # loading the tokenizer reports files that it needs
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -185,11 +184,13 @@ def _compiled(source: str, where: str) -> Template:
     try:
         return environment.from_string(source)
     except TemplateError as error:
-        raise ConfigurationError(f"the chat template of {where} is no Jinja: {error}") from None
+        raise ConfigurationError(
+            f"the chat template of {where} is not valid Jinja: {error}"
+        ) from None
 
 
 def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
-    """Not Jinja's own, which escapes for HTML."""
+    """Jinja's own filter would escape for HTML."""
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
@@ -201,47 +202,50 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
+# Continuing a session
+
 MAX_SEAM = 1024
-"""Characters in which the end of an answer is looked for: a client's variables may be in them."""
+"""Characters of a seam that are compared; client variables may make it arbitrarily long."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatContinuation:
-    """The prompt of a turn, if its session holds something.
+    """The prompt of a turn in a session that is not empty.
 
-    seam: the beginning of the text of `ids` that is the template's own, before any message.
-    stops: texts that end an answer; a session may hold one that was drawn.
-    is_framed: whether the tokenizer's special ids are put around it.
+    ids: what the template writes after an assistant's message, the new messages included.
+    seam: the beginning of its text that the template writes before the first new message.
+    end_texts: texts with which a response may end; the session may already hold one.
+    add_special_tokens: whether the tokenizer's special tokens are added around the prompt.
     """
 
     ids: list[int]
     seam: str = ""
-    stops: tuple[str, ...] = ()
-    is_framed: bool = False
+    end_texts: tuple[str, ...] = ()
+    add_special_tokens: bool = False
 
     def after(self, past: Sequence[int], tokenizer: "Tokenizer") -> list[int]:
-        """What is to be read after these ids: of the seam, no id twice."""
+        """The prompt after a session that ends with `past`, without what `past` has of the seam."""
         seam, written = self.seam[:MAX_SEAM].encode(), tokenizer.written_bytes
         head = [written[each] for each in self.ids[: len(seam)]]
         tail = b"".join(written[each] for each in past[-len(seam) :]) if seam else b""
-        stops = [each.encode() for each in self.stops if tail.endswith(each.encode())]
-        ids = self.ids[_num_said(seam, head, tail, stops) :]
-        return tokenizer.framed(ids) if self.is_framed else ids
+        stops = [each.encode() for each in self.end_texts if tail.endswith(each.encode())]
+        ids = self.ids[_num_present(seam, head, tail, stops) :]
+        return tokenizer.framed(ids) if self.add_special_tokens else ids
 
 
 def render_after(
-    template: ChatTemplate, messages: Sequence[Message], more: Mapping[str, Any]
+    template: ChatTemplate, messages: Sequence[Message], variables: Mapping[str, Any]
 ) -> tuple[str, str] | None:
-    """What follows an assistant's message, and its beginning before the first of `messages`.
+    """What a template writes after an assistant's message, and the seam with which that begins.
 
-    more: other variables. None where the template does not take `messages` there.
+    None if the template rejects `messages` at that place.
     """
     mark = f"mark{secrets.token_hex(8)}"
-    past = [TURNS[0], {"role": "assistant", "content": mark}]
+    past = [PROBE_MESSAGES[0], {"role": "assistant", "content": mark}]
     marked = [*past, {**messages[0], "content": mark}]
     try:
-        texts = template.render([*past, *messages], more).split(mark)
-        seams = template.render(marked, more).split(mark)
+        texts = template.render([*past, *messages], variables).split(mark)
+        seams = template.render(marked, variables).split(mark)
     except ChatTemplateError:
         return None
     if (len(texts), len(seams)) != (2, 3) or not texts[1]:
@@ -250,36 +254,44 @@ def render_after(
     return text, seam if text.startswith(seam) else ""
 
 
-def _num_said(seam: bytes, head: Sequence[bytes], tail: bytes, stops: Sequence[bytes]) -> int:
-    """How many ids of `head` the text `tail` ends with.
+def _num_present(seam: bytes, head: Sequence[bytes], tail: bytes, stops: Sequence[bytes]) -> int:
+    """How many ids of `head` the session, which ends with the text `tail`, already holds.
 
-    As many as possible; else to the first end of an answer, before which a template may want space
-    that the model did not draw. Ids are never split: a special one would become letters.
+    As many as possible; else those up to the first end of a response, before which a template may
+    write white space that the model did not generate. Ids are never split, because a part of a
+    special token is ordinary text.
     """
     ends = list(accumulate(map(len, head)))
     begins = [seam[:end] for end in ends if end <= len(seam)]
-    said = [place for place, begin in enumerate(begins, 1) if tail.endswith(begin)]
+    present = [place for place, begin in enumerate(begins, 1) if tail.endswith(begin)]
     ended = (place for place, begin in enumerate(begins, 1) if begin.endswith(tuple(stops)))
-    return said[-1] if said else next(ended, 0)
+    return present[-1] if present else next(ended, 0)
 
 
-class OvertimeError(BaseException):
-    """The time is over; no `except Exception` of the code in question swallows it."""
+# Time limit
+
+
+class TimeLimitExceeded(BaseException):
+    """The time is over. A BaseException, so that the template's code cannot catch it."""
 
 
 @contextlib.contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raises OvertimeError in the block, wherever it is by then."""
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeLimitExceeded in the block once its time is over.
+
+    The exception is raised in the block's thread between two bytecodes, so that a single long call
+    of C code is not interrupted.
+    """
     thread = ctypes.c_ulong(threading.get_ident())
     lock, is_over = threading.Lock(), False
 
-    def strike() -> None:
+    def interrupt() -> None:
         with lock:
             if not is_over:
-                error = ctypes.py_object(OvertimeError)
+                error = ctypes.py_object(TimeLimitExceeded)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, error)
 
-    timer = threading.Timer(seconds, strike)
+    timer = threading.Timer(seconds, interrupt)
     timer.daemon = True
     timer.start()
     try:
@@ -288,4 +300,4 @@ def at_most(seconds: float) -> Iterator[None]:
         timer.cancel()
         with lock:
             is_over = True
-        time.sleep(0)  # what was struck with is raised here at the latest
+        time.sleep(0)  # a pending exception is raised here at the latest

@@ -19,38 +19,41 @@ if TYPE_CHECKING:
     from cottention.engine.text.tokenizer import Tokenizer
 
 
-LEAST = -9999.0
-"""JSON has no infinity; vLLM writes this instead."""
+MIN_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not have, as in vLLM."""
 
 
 class TokenNames:
-    """What a token is called in an answer: its text, or its number where that is wanted."""
+    """How tokens are named in log-probabilities: by text, or as `token_id:N`."""
 
     def __init__(self, tokenizer: "Tokenizer", by_number: bool) -> None:
         self._tokenizer = tokenizer
         self._by_number = by_number
 
     def name(self, token_id: int) -> str:
-        """The token by itself; bytes that are no character are U+FFFD."""
+        """The token decoded by itself; incomplete characters become U+FFFD."""
         if self._by_number:
             return f"token_id:{token_id}"
         return self._tokenizer.token_text(token_id)
 
     def bytes(self, token_id: int) -> list[int]:
-        """Its exact bytes."""
+        """The token's bytes."""
         return list(self._tokenizer.written_bytes[token_id])
 
 
-class Offsets:
-    """Where tokens begin in a text, in characters; one that begins within a character is there."""
+class TextOffsets:
+    """Character offsets of consecutive tokens in a text.
+
+    A token that begins within a character has the offset of that character.
+    """
 
     def __init__(self, table: Sequence[bytes], start: int) -> None:
         self._table = table
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._count = start
 
-    def pass_over(self, token_id: int) -> int:
-        """The next token's offset."""
+    def next(self, token_id: int) -> int:
+        """The offset of the next token, which is `token_id`."""
         offset = self._count
         self._count += len(self._decoder.decode(self._table[token_id]))
         return offset
@@ -59,16 +62,16 @@ class Offsets:
 def completion_logprobs(
     entries: Sequence[TokenLogprob | None],
     ids: Sequence[int],
-    offsets: Offsets,
+    offsets: TextOffsets,
     names: TokenNames,
     num_top: int,
 ) -> JsonObject:
-    """OpenAI's shape for completions; the first token of a prompt has no logprob."""
+    """OpenAI's shape for completions; the entry of a prompt's first token is None."""
     return {
         "tokens": [names.name(each) for each in ids],
         "token_logprobs": [None if each is None else finite(each.logprob) for each in entries],
         "top_logprobs": [None if each is None else _top(each, names, num_top) for each in entries],
-        "text_offset": [offsets.pass_over(each) for each in ids],
+        "text_offset": [offsets.next(each) for each in ids],
     }
 
 
@@ -89,17 +92,17 @@ def chat_logprobs(entries: Sequence[TokenLogprob], names: TokenNames) -> JsonObj
 def prompt_logprobs(
     entries: Sequence[TokenLogprob | None], names: TokenNames, num_top: int
 ) -> list[JsonObject | None]:
-    """vLLM's shape for prompts: the token itself and the likeliest, each with its rank."""
+    """vLLM's shape for prompts: the token itself and the most likely ones, with their ranks."""
     return [None if each is None else _ranked(each, names, num_top) for each in entries]
 
 
 def finite(logprob: float) -> float:
-    """A number that JSON has."""
-    return max(LEAST, logprob)
+    """A log-probability as a number that JSON can represent."""
+    return max(MIN_LOGPROB, logprob)
 
 
 def _top(entry: TokenLogprob, names: TokenNames, num_top: int) -> dict[str, float]:
-    """The likeliest and the token itself; of two that look the same the likelier is told."""
+    """The most likely tokens and the token itself; of equal names the more likely is kept."""
     found: dict[str, float] = {}
     for token_id, logprob in (*entry.top[:num_top], (entry.token_id, entry.logprob)):
         found.setdefault(names.name(token_id), finite(logprob))
@@ -107,25 +110,25 @@ def _top(entry: TokenLogprob, names: TokenNames, num_top: int) -> dict[str, floa
 
 
 def _ranked(entry: TokenLogprob, names: TokenNames, num_top: int) -> JsonObject:
-    likeliest = entry.top[:num_top]
-    ranks = {token_id: place for place, (token_id, _) in enumerate(likeliest, start=1)}
-    told = dict(((entry.token_id, entry.logprob), *likeliest))
+    top = entry.top[:num_top]
+    ranks = {token_id: place for place, (token_id, _) in enumerate(top, start=1)}
+    logprobs = dict(((entry.token_id, entry.logprob), *top))
     return {
         str(token_id): {
             "logprob": finite(logprob),
             "rank": ranks.get(token_id, entry.rank),
             "decoded_token": names.name(token_id),
         }
-        for token_id, logprob in told.items()
+        for token_id, logprob in logprobs.items()
     }
 
 
 compact = json.JSONEncoder(separators=(",", ":")).encode
-"""JSON in ASCII, since some clients take U+2028 and its like for the end of a line."""
+"""Encodes JSON in ASCII: some clients take U+2028 and similar characters for a line end."""
 
 
 class ChoiceFormatter(ABC):
-    """Tells the choices of one request; each is told whole once, or in chunks from the first."""
+    """Formats the choices of one request, each of them whole or as consecutive chunks."""
 
     def __init__(self, request: GenerationRequest, tokenizer: "Tokenizer") -> None:
         self._request = request
@@ -136,18 +139,18 @@ class ChoiceFormatter(ABC):
 
     @abstractmethod
     def whole(self, index: int, delta: OutputDelta) -> JsonObject:
-        """The object of a choice that has ended."""
+        """The JSON object of a choice that has ended."""
 
     @abstractmethod
     def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
-        """What chunks say of a choice: JSON fields from "choices" on, without their braces."""
+        """Chunks with a choice's delta: JSON fields from "choices" on, without braces."""
 
     def top_level_fields(self, deltas: Mapping[int, OutputDelta]) -> JsonObject:  # noqa: ARG002
-        """Fields of the whole answer beside its choices."""
+        """More top-level fields of a whole response."""
         return {}
 
-    def _begins(self, index: int) -> bool:
-        """Whether this choice has not been told of before."""
+    def _begin(self, index: int) -> bool:
+        """Whether this is the first call for the choice."""
         is_new = index not in self._begun
         self._begun.add(index)
         return is_new
@@ -164,24 +167,24 @@ class CompletionFormatter(ChoiceFormatter):
         skips = request.params.skip_special_tokens
         self._prompt_table = tokenizer.written_bytes
         self._table = tokenizer.token_bytes if skips else tokenizer.written_bytes
-        self._offsets: dict[int, Offsets] = {}
+        self._offsets: dict[int, TextOffsets] = {}
         self._scores: dict[int, Sequence[TokenLogprob | None]] = {}
 
     def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
-        """One chunk, in the quick way where it has nothing but text."""
+        """One chunk; text alone has a fast path."""
         if not self._is_text_only:
             yield f'"choices":[{compact(self.whole(index, delta))}]'
             return
         yield (
             f'"choices":[{{"index":{index},"text":{quoted(delta.text)},"logprobs":null,'
-            f'"finish_reason":{ending(delta)}}}]'
+            f'"finish_reason":{finish_fields(delta)}}}]'
         )
 
     def whole(self, index: int, delta: OutputDelta) -> JsonObject:
-        """The object of a choice, or of what came of it; the first has the prompt's part, too."""
+        """The JSON object of a choice or its delta; the first one includes the echoed prompt."""
         tokens = delta.tokens or TokenDeltas()
         place, output = self._prompt_of(index), self._output
-        begins = self._begins(index)
+        begins = self._begin(index)
         if tokens.prompt_logprobs:
             self._scores[place] = tokens.prompt_logprobs
         choice: JsonObject = {
@@ -201,17 +204,17 @@ class CompletionFormatter(ChoiceFormatter):
         return choice
 
     def _logprobs(self, index: int, tokens: TokenDeltas, begins: bool) -> JsonObject:
-        """Of these tokens, after the prompt's where it is echoed."""
+        """Of these tokens, after those of the prompt if it is echoed."""
         num_top = self._output.logprobs or 0
         place = self._prompt_of(index)
         if begins:
-            self._offsets[index] = Offsets(self._table, len(self._request.echoes[place]))
+            self._offsets[index] = TextOffsets(self._table, len(self._request.echoes[place]))
         new = completion_logprobs(
             tokens.logprobs, tokens.ids, self._offsets[index], self._names, num_top
         )
         if not begins or not self._output.echo:
             return new
-        offsets = Offsets(self._prompt_table, 0)
+        offsets = TextOffsets(self._prompt_table, 0)
         scores, ids = self._scores.get(place, ()), self._request.prompts[place]
         echo = completion_logprobs(scores, ids[: len(scores)], offsets, self._names, num_top)
         return {name: echo[name] + new[name] for name in new}
@@ -221,9 +224,9 @@ class ChatFormatter(ChoiceFormatter):
     """Choices of POST /v1/chat/completions."""
 
     def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
-        """The role in a chunk of its own, then text, in the quick way where that is all."""
+        """The role in a chunk of its own, then the delta; text alone has a fast path."""
         head = f'"choices":[{{"index":{index},"delta":{{'
-        if self._begins(index):
+        if self._begin(index):
             role = (
                 f'{head}"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]'
             )
@@ -231,15 +234,15 @@ class ChatFormatter(ChoiceFormatter):
             yield role + (f',"prompt_token_ids":{compact(ids)}' if ids else "")
         text = f'"content":{quoted(delta.text)}' if delta.text else ""
         if self._is_text_only:
-            yield f'{head}{text}}},"logprobs":null,"finish_reason":{ending(delta)}}}]'
+            yield f'{head}{text}}},"logprobs":null,"finish_reason":{finish_fields(delta)}}}]'
             return
         yield (
             f'{head}{text}}},"logprobs":{compact(self._logprobs(delta))},'
-            f'"finish_reason":{ending(delta)}{self._ids(delta)}}}]'
+            f'"finish_reason":{finish_fields(delta)}{self._ids(delta)}}}]'
         )
 
     def whole(self, index: int, delta: OutputDelta) -> JsonObject:
-        """The object of a choice that has ended."""
+        """The JSON object of a choice that has ended."""
         choice: JsonObject = {
             "index": index,
             "message": {"role": "assistant", "content": delta.text, "refusal": None},
@@ -253,7 +256,7 @@ class ChatFormatter(ChoiceFormatter):
         return choice
 
     def top_level_fields(self, deltas: Mapping[int, OutputDelta]) -> JsonObject:
-        """The prompt's ids and log-probabilities, where they are wanted."""
+        """The prompt's ids and log-probabilities, if requested."""
         found: JsonObject = {}
         if self._output.token_ids:
             found["prompt_token_ids"] = self._request.prompts[0]
@@ -273,8 +276,8 @@ class ChatFormatter(ChoiceFormatter):
         return f',"token_ids":{compact(delta.tokens.ids)}'
 
 
-def ending(delta: OutputDelta) -> str:
-    """JSON after "finish_reason"; a choice that goes on has nothing else."""
+def finish_fields(delta: OutputDelta) -> str:
+    """The JSON value of "finish_reason" and, if the choice has ended, the fields after it."""
     if delta.finish_reason is None:
         return "null"
     return (

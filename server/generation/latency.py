@@ -1,30 +1,27 @@
-"""How long things took, as histograms with the buckets of vLLM's dashboards.
-
-Owns the buckets and the counts. Does not know when anything happens, nor how it is published.
-"""
+"""Latency histograms of requests, with the buckets of vLLM's dashboards."""
 
 import bisect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-FIRST_TOKEN = (
+FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
 )
-BETWEEN_TOKENS = (
+INTER_TOKEN_BUCKETS = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
-WHOLE = (
+REQUEST_BUCKETS = (
     *(0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
     *(120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
-TOKENS = tuple(float(one * 10**power) for power in range(6) for one in (1, 2, 5))
+TOKEN_COUNT_BUCKETS = tuple(float(one * 10**power) for power in range(6) for one in (1, 2, 5))
 
 
 class Histogram:
-    """Counts by bucket; each value may come many times at once."""
+    """Counts of values by bucket."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -32,32 +29,32 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float, times: int = 1) -> None:
-        """Count a value."""
+        """Count a value that occurred `times` times."""
         self._counts[bisect.bisect_left(self._bounds, value)] += times
         self.total += value * times
 
     def buckets(self) -> list[tuple[str, float]]:
-        """Each upper bound as text, and how many were not above it."""
+        """Each upper bound as text, and the number of values up to it."""
         names = [*map(str, self._bounds), "+Inf"]
         return list(zip(names, itertools.accumulate(list(self._counts)), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class LatencyStats:
-    """Of all prompts that have ended, and of all tokens."""
+    """Histograms of all prompts that have ended, and of all tokens. Times are in seconds."""
 
-    first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN))
-    between_tokens: Histogram = field(default_factory=lambda: Histogram(BETWEEN_TOKENS))
-    per_token: Histogram = field(default_factory=lambda: Histogram(BETWEEN_TOKENS))
-    whole: Histogram = field(default_factory=lambda: Histogram(WHOLE))
-    queue: Histogram = field(default_factory=lambda: Histogram(WHOLE))
-    prefill: Histogram = field(default_factory=lambda: Histogram(WHOLE))
-    decode: Histogram = field(default_factory=lambda: Histogram(WHOLE))
-    prompt_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
-    generated_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
+    first_token: Histogram = field(default_factory=lambda: Histogram(FIRST_TOKEN_BUCKETS))
+    between_tokens: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_BUCKETS))
+    per_token: Histogram = field(default_factory=lambda: Histogram(INTER_TOKEN_BUCKETS))
+    whole: Histogram = field(default_factory=lambda: Histogram(REQUEST_BUCKETS))
+    queue: Histogram = field(default_factory=lambda: Histogram(REQUEST_BUCKETS))
+    prefill: Histogram = field(default_factory=lambda: Histogram(REQUEST_BUCKETS))
+    decode: Histogram = field(default_factory=lambda: Histogram(REQUEST_BUCKETS))
+    prompt_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_COUNT_BUCKETS))
+    generated_tokens: Histogram = field(default_factory=lambda: Histogram(TOKEN_COUNT_BUCKETS))
 
     def observe_gaps(self, gaps: Mapping[float, int]) -> None:
-        """Seconds since each choice's token before, and of how many choices: once a step."""
+        """Count inter-token latencies: the number of tokens by the seconds since the one before."""
         for seconds, times in gaps.items():
             self.between_tokens.observe(seconds, times)
 
@@ -71,7 +68,7 @@ class LatencyStats:
         first_token_at: float | None,
         ended_at: float,
     ) -> None:
-        """A prompt has ended: when it came, had its slots, had its first token, and was over."""
+        """Count a prompt that has ended; `started_at` is when it got its slots."""
         self.whole.observe(ended_at - arrived_at)
         self.prompt_tokens.observe(num_prompt_tokens)
         self.generated_tokens.observe(num_generated)

@@ -28,7 +28,7 @@ class EndpointFormat:
     id_prefix: str
     whole: str
     chunk: str
-    choices: type[ChoiceFormatter]
+    formatter: type[ChoiceFormatter]
 
     def header(self, name: str, model_name: str, *, is_stream: bool) -> ResponseHeader:
         """The first fields of a response, or of each of its chunks."""

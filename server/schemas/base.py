@@ -1,7 +1,4 @@
-"""From a JSON object to a request of some kind, or to the one sentence that says what to change.
-
-Owns the order of the checks and the words of a refusal. Does not know any endpoint.
-"""
+"""Validation of request bodies: a model, or an ApiError that says which field to change and how."""
 
 import json
 from collections.abc import Mapping
@@ -12,61 +9,62 @@ from pydantic_core import ErrorDetails
 
 from cottention.server.http.body import shown
 from cottention.server.http.errors import ApiError, invalid
-from cottention.server.schemas.unsupported import REASONS, Neutral, is_neutral
+from cottention.server.schemas.field_types import FIELD_ERROR
+from cottention.server.schemas.unsupported import REASONS, NeutralValues, is_neutral
 
 
-class Body(BaseModel):
-    """An object of a request. Every field's description completes the sentence "it must be".
+class RequestModel(BaseModel):
+    """Base of request bodies and their objects. A field's description completes "it must be ...".
 
-    neutral: fields that are not built, and their values that change nothing.
+    neutral: unsupported fields, and their values that have no effect.
     nested: fields that are objects of their own.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-    neutral: ClassVar[Neutral] = {}
-    nested: ClassVar[Mapping[str, type["Body"]]] = {}
+    neutral: ClassVar[NeutralValues] = {}
+    nested: ClassVar[Mapping[str, type["RequestModel"]]] = {}
 
 
-Request = TypeVar("Request", bound=Body)
+Model = TypeVar("Model", bound=RequestModel)
 
 
-def checked(kind: type[Request], body: Mapping[str, Any]) -> Request:
-    """A request of this kind; null counts as absent. Raises ApiError 400 naming the field."""
+def validate(model: type[Model], body: Mapping[str, Any]) -> Model:
+    """A body as its model; null counts as absent. Raises ApiError 400 naming the field."""
     try:
-        return kind.model_validate(_known(kind, body, ""))
+        return model.model_validate(_supported(model, body, ""))
     except ValidationError as error:
-        raise _as_api_error(kind, error.errors(include_url=False)[0]) from None
+        raise _as_api_error(model, error.errors(include_url=False)[0]) from None
 
 
-def _known(kind: type[Body], body: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The fields that are built, nulls left out; the others must change nothing."""
+def _supported(model: type[RequestModel], body: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The supported fields without nulls. Raises ApiError for others without a neutral value."""
     given = {name: value for name, value in body.items() if value is not None}
-    for name in given.keys() - kind.model_fields.keys():
-        if name not in kind.neutral:
+    for name in given.keys() - model.model_fields.keys():
+        if name not in model.neutral:
             raise invalid(prefix + name, f"there is no field {shown(prefix + name)}")
-        if not is_neutral(kind.neutral[name], given.pop(name)):
-            raise _not_built(prefix + name, kind.neutral[name])
-    for name, inner in kind.nested.items():
+        if not is_neutral(model.neutral[name], given.pop(name)):
+            raise _unsupported(prefix + name, model.neutral[name])
+    for name, inner in model.nested.items():
         if isinstance(given.get(name), dict):
-            given[name] = _known(inner, given[name], f"{prefix}{name}.")
+            given[name] = _supported(inner, given[name], f"{prefix}{name}.")
     return given
 
 
-def _not_built(name: str, neutral: tuple[Any, ...]) -> ApiError:
-    """What may be sent for a field that is not built, and why it is not."""
+def _unsupported(name: str, neutral: tuple[Any, ...]) -> ApiError:
+    """The error for an unsupported field: why, and which values are accepted."""
     why = f", since {REASONS[name]}" if name in REASONS else " yet"
-    only = "leave it out" + "".join(f" or send {json.dumps(value)}" for value in neutral)
-    return invalid(name, f"{name} is not supported{why}: {only}")
+    accepted = "leave it out" + "".join(f" or send {json.dumps(value)}" for value in neutral)
+    return invalid(name, f"{name} is not supported{why}: {accepted}")
 
 
-def _as_api_error(kind: type[Body], error: ErrorDetails) -> ApiError:
+def _as_api_error(model: type[RequestModel], error: ErrorDetails) -> ApiError:
     path = [str(each) for each in error["loc"]]
     param = ".".join(path)
-    if error["type"] == "told":
+    if error["type"] == FIELD_ERROR:
         return invalid(param, error["msg"])
     for name in path[:-1]:
-        kind = kind.nested[name]
-    allowed = kind.model_fields[path[-1]].description
+        model = model.nested[name]
+    allowed = model.model_fields[path[-1]].description
     if error["type"] == "missing":
         return invalid(param, f"{param} is required; it must be {allowed}")
     return invalid(param, f"{param} must be {allowed}; it is {shown(error['input'])}")

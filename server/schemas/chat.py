@@ -1,4 +1,4 @@
-"""What a chat request may hold. Knows neither templates nor answers."""
+"""The body of POST /v1/chat/completions."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -7,15 +7,15 @@ from pydantic import BaseModel, Field, PlainValidator
 
 from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
-from cottention.server.schemas.base import checked
-from cottention.server.schemas.field_types import check_text, told, wrong_type
+from cottention.server.schemas.base import validate
+from cottention.server.schemas.field_types import check_text, field_error, wrong_type
 from cottention.server.schemas.sampling import BOOLEAN, SamplingBody, ranged
 from cottention.server.schemas.sessions import check_turn
-from cottention.server.schemas.unsupported import CHAT, Neutral, is_neutral
+from cottention.server.schemas.unsupported import CHAT, NeutralValues, is_neutral
 
 TEXT_NAMES = ("role", "content", "name")
 
-NEUTRAL_IN_MESSAGES: Neutral = {
+NEUTRAL_IN_MESSAGES: NeutralValues = {
     "refusal": (None,),
     "annotations": (None, []),
     "audio": (None,),
@@ -25,18 +25,18 @@ NEUTRAL_IN_MESSAGES: Neutral = {
     "reasoning": (None,),
     "reasoning_content": (None,),
 }
-"""What clients send back of an assistant's message, where it is empty."""
+"""Fields of an assistant's message that clients send back, with values without effect."""
 
 
 class TextPart(BaseModel):
-    """One of several parts of a content."""
+    """A text part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class GivenMessage(BaseModel):
-    """As the published description shows it."""
+class ChatMessage(BaseModel):
+    """A message of a chat."""
 
     role: str
     content: str | list[TextPart]
@@ -44,30 +44,30 @@ class GivenMessage(BaseModel):
 
 
 def _messages(value: Any) -> list[dict[str, str]]:
-    """Messages whose contents are text: several parts are joined with newlines."""
+    """Messages with text contents; several parts are joined with newlines."""
     if not isinstance(value, list):
         raise wrong_type()
     if not value:
-        raise told("messages must not be empty")
+        raise field_error("messages must not be empty")
     return [_message(each, f"messages[{place}]") for place, each in enumerate(value)]
 
 
 def _message(value: Any, where: str) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise told(f"{where} must be an object; it is {shown(value)}")
+        raise field_error(f"{where} must be an object; it is {shown(value)}")
     for name in value.keys() - set(TEXT_NAMES):
         if name not in NEUTRAL_IN_MESSAGES:
-            raise told(f"{where} has no field {shown(name)}")
+            raise field_error(f"{where} has no field {shown(name)}")
         if not is_neutral(NEUTRAL_IN_MESSAGES[name], value[name]):
-            raise told(f"{where}.{name} is not supported yet: leave it out")
+            raise field_error(f"{where}.{name} is not supported yet: leave it out")
     found = {"role": value.get("role"), "content": _content(value.get("content"), where)}
     if value.get("name") is not None:
         found["name"] = value["name"]
     for name, text in found.items():
         if text is None:
-            raise told(f"{where}.{name} is required; it must be a string")
+            raise field_error(f"{where}.{name} is required; it must be a string")
         if not isinstance(text, str):
-            raise told(f"{where}.{name} must be a string; it is {shown(text)}")
+            raise field_error(f"{where}.{name} must be a string; it is {shown(text)}")
         check_text(f"{where}.{name}", text)
     return found
 
@@ -77,14 +77,14 @@ def _content(value: Any, where: str) -> Any:
         return value
     for place, part in enumerate(value):
         if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-            raise told(f'{where}.content[{place}] must be {{"type": "text", "text": ...}}')
+            raise field_error(f'{where}.content[{place}] must be {{"type": "text", "text": ...}}')
         if not isinstance(part["text"], str):
-            raise told(f"{where}.content[{place}].text must be a string")
+            raise field_error(f"{where}.content[{place}].text must be a string")
     return "\n".join(part["text"] for part in value)
 
 
 Messages = Annotated[
-    list[dict[str, str]], PlainValidator(_messages, json_schema_input_type=list[GivenMessage])
+    list[dict[str, str]], PlainValidator(_messages, json_schema_input_type=list[ChatMessage])
 ]
 
 MESSAGES = "a list of objects with role and content"
@@ -93,7 +93,7 @@ MESSAGES = "a list of objects with role and content"
 class ChatRequest(SamplingBody):
     """Body of POST /v1/chat/completions."""
 
-    neutral: ClassVar[Neutral] = CHAT
+    neutral: ClassVar[NeutralValues] = CHAT
 
     messages: Messages = Field(description=MESSAGES)
     max_tokens: int | None = ranged(None, "a whole number from 1", 1)
@@ -106,23 +106,23 @@ class ChatRequest(SamplingBody):
 
     @property
     def limit(self) -> tuple[str, int | None]:
-        """The name and value of what limits the answer."""
+        """The name and value of the field that limits the response."""
         if self.max_completion_tokens is not None:
             return "max_completion_tokens", self.max_completion_tokens
         return "max_tokens", self.max_tokens
 
 
 def chat_request(body: Mapping[str, Any]) -> ChatRequest:
-    """Check a body. Raises ApiError 400 naming the field."""
-    request = checked(ChatRequest, body)
+    """Validate a body. Raises ApiError 400 naming the field."""
+    request = validate(ChatRequest, body)
     request.check_together(request.n, "n")
     check_turn(request, num_prompts=1)
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
         raise invalid("max_tokens", "max_tokens and max_completion_tokens differ: give one of them")
-    if 0 in both:  # which a completion may say, to have its prompt scored
+    if 0 in both:  # valid for completions, to score a prompt
         name, _ = request.limit
         raise invalid(name, f"{name} must be a whole number from 1; it is 0")
     if request.top_logprobs is not None and not request.logprobs:
-        raise invalid("top_logprobs", "top_logprobs is only allowed where logprobs is true")
+        raise invalid("top_logprobs", "top_logprobs is only allowed if logprobs is true")
     return request

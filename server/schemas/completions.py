@@ -1,4 +1,4 @@
-"""What a completion request may hold. Does not know how it is answered."""
+"""The body of POST /v1/completions."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -7,17 +7,17 @@ from pydantic import Field
 
 from cottention.engine.sampling_params import SamplingParams
 from cottention.server.http.errors import invalid
-from cottention.server.schemas.base import checked
+from cottention.server.schemas.base import validate
 from cottention.server.schemas.field_types import PROMPTS, Prompts
 from cottention.server.schemas.sampling import BOOLEAN, MAX_CHOICES, SamplingBody, ranged
 from cottention.server.schemas.sessions import check_turn
-from cottention.server.schemas.unsupported import COMPLETION, Neutral
+from cottention.server.schemas.unsupported import COMPLETION, NeutralValues
 
 
 class CompletionRequest(SamplingBody):
     """Body of POST /v1/completions."""
 
-    neutral: ClassVar[Neutral] = COMPLETION
+    neutral: ClassVar[NeutralValues] = COMPLETION
 
     prompt: Prompts = Field(description=PROMPTS)
     max_tokens: int = ranged(16, "a whole number from 0", 0)
@@ -27,48 +27,48 @@ class CompletionRequest(SamplingBody):
     add_special_tokens: bool | None = Field(None, description=BOOLEAN)
 
     @property
-    def frames(self) -> bool | None:
-        """Whether its tokenizer adds special ids to a text; None: to a session's first."""
+    def adds_special_tokens(self) -> bool | None:
+        """Whether special tokens are added to texts; None: only to the first of a session."""
         if self.add_special_tokens is None and self.session_id is None:
             return True
         return self.add_special_tokens
 
     @property
     def num_tried(self) -> int:
-        """Choices generated for each prompt, of which the n best are told."""
+        """Choices generated for each prompt, of which the n best are returned."""
         return self.n if self.best_of is None else self.best_of
 
     def sampling_params(self) -> SamplingParams:
-        """The engine's parameters. Raises ParameterError."""
+        """The engine's sampling parameters. Raises ParameterError."""
         return self.engine_params(
             n=self.num_tried,
             max_tokens=self.max_tokens,
             logprobs=0 if self.logprobs is None and self.num_tried > self.n else self.logprobs,
-            prompt_logprobs=self._most_prompt_logprobs(),
+            prompt_logprobs=self._num_prompt_logprobs(),
         )
 
-    def _most_prompt_logprobs(self) -> int | None:
-        """An echoed prompt has log-probabilities where its text has."""
+    def _num_prompt_logprobs(self) -> int | None:
+        """An echoed prompt has log-probabilities if the generated text has."""
         wanted = (self.prompt_logprobs, self.logprobs if self.echo else None)
         return max((each for each in wanted if each is not None), default=None)
 
 
 def completion_request(body: Mapping[str, Any]) -> CompletionRequest:
-    """Check a body. Raises ApiError 400 naming the field."""
+    """Validate a body. Raises ApiError 400 naming the field."""
     if body.get("session_id") is not None and body.get("prompt") is None:
         body = {**body, "prompt": ""}
-    request = checked(CompletionRequest, body)
+    request = validate(CompletionRequest, body)
     check_turn(request, len(request.prompt))
     _check_best_of(request)
-    _check_worth(request)
-    many = "n" if request.best_of is None else "best_of"
-    blame = many if request.num_tried > MAX_CHOICES else "prompt"
-    request.check_together(len(request.prompt) * request.num_tried, blame)
+    _check_max_tokens(request)
+    choices = "n" if request.best_of is None else "best_of"
+    param = choices if request.num_tried > MAX_CHOICES else "prompt"
+    request.check_together(len(request.prompt) * request.num_tried, param)
     return request
 
 
-def _check_worth(request: CompletionRequest) -> None:
-    """Nothing is generated only where the prompt itself is asked for."""
+def _check_max_tokens(request: CompletionRequest) -> None:
+    """Generating nothing is only allowed if the response includes the prompt."""
     if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
         allowed = "a whole number from 1, or 0 with echo or prompt_logprobs, to score the prompt"
         raise invalid("max_tokens", f"max_tokens must be {allowed}; it is 0")
@@ -79,5 +79,5 @@ def _check_best_of(request: CompletionRequest) -> None:
         message = f"best_of must be at least n ({request.n}); it is {request.best_of}"
         raise invalid("best_of", message)
     if request.num_tried > request.n and request.stream:
-        message = "best_of greater than n is not possible in a stream, whose end tells the best"
+        message = "best_of greater than n is not possible in a stream"
         raise invalid("best_of", message)

@@ -1,7 +1,4 @@
-"""Kinds of value that a body may hold: prompts, strings, ids, biases.
-
-Owns how each is read and what is wrong with it. Does not know which field has which kind.
-"""
+"""Types of request fields: prompts, strings, token ids and biases, with validation messages."""
 
 from typing import Annotated, Any
 
@@ -19,20 +16,23 @@ MAX_ID_DIGITS = 10
 PATTERN = f"^{HARMLESS.pattern}$"
 
 
-def told(message: str) -> PydanticCustomError:
-    """An error whose message is what the client reads."""
-    return PydanticCustomError("told", "{message}", {"message": message})
+FIELD_ERROR = "field_error"
+
+
+def field_error(message: str) -> PydanticCustomError:
+    """An error whose message is sent to the client as it is."""
+    return PydanticCustomError(FIELD_ERROR, "{message}", {"message": message})
 
 
 def wrong_type() -> PydanticCustomError:
-    """An error that is answered with the field's own description."""
+    """An error whose message is made of the field's description."""
     return PydanticCustomError("wrong_type", "wrong type")
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise where `text` is not Unicode."""
+    """Raise unless `text` is valid Unicode."""
     if not is_text(text):
-        raise told(f"{name} has a lone surrogate, which is no character")
+        raise field_error(f"{name} has a lone surrogate, which is not a character")
 
 
 def _text(value: Any, info: ValidationInfo) -> str:
@@ -49,9 +49,9 @@ def _name(value: Any) -> str:
 
 
 def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
-    """One prompt or several, as text or as ids → a list of prompts.
+    """One prompt or several, as text or token ids, as a list of prompts.
 
-    A session may go on without a new prompt, which is one of no ids.
+    A turn of a session may have an empty prompt.
     """
     if value in ("", []) and info.data.get("session_id") is not None:
         return [[]]
@@ -63,23 +63,23 @@ def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
         case _:
             raise wrong_type()
     if not prompts or "" in prompts or [] in prompts:
-        raise told("prompt must not be empty")
+        raise field_error("prompt must not be empty")
     if not (all(isinstance(each, str) for each in prompts) or all(map(_is_ids, prompts))):
-        raise told(f"prompt must be {PROMPTS}; {odd_one(value)}")
+        raise field_error(f"prompt must be {PROMPTS}; {describe_mismatch(value)}")
     for each in prompts:
         if isinstance(each, str):
             check_text("prompt", each)
     return prompts
 
 
-def odd_one(items: list[Any]) -> str:
-    """Where a list that should be of texts, of ids or of lists of ids is not, and what is there.
+def describe_mismatch(items: list[Any]) -> str:
+    """Where a list of texts, of ids or of lists of ids has another element, and which.
 
-    It should be of what it begins with.
+    Its first element decides what the others should be.
     """
-    kind = type(items[0]) if type(items[0]) in (str, int, list) else None
+    expected = type(items[0]) if type(items[0]) in (str, int, list) else None
     for place, each in enumerate(items):
-        if type(each) is not kind:
+        if type(each) is not expected:
             return f"at index {place} is {shown(each)}"
     inside = ((i, j, each) for i, ids in enumerate(items) for j, each in enumerate(ids))
     return next(
@@ -116,14 +116,14 @@ def _token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _biases(value: Any) -> dict[int, float]:
-    """JSON's keys are strings; each must be an id as it is usually written."""
+    """JSON keys are strings; each must be a token id in decimal, without leading zeros."""
     if not isinstance(value, dict):
         raise wrong_type()
     for key, bias in value.items():
         if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-            raise told(f"logit_bias must be {BIASES}; that of {shown(key)} is {shown(bias)}")
+            raise field_error(f"logit_bias must be {BIASES}; that of {shown(key)} is {shown(bias)}")
         if not _is_id(key):
-            raise told(f"logit_bias must be {BIASES}; {shown(key)} is no token id")
+            raise field_error(f"logit_bias must be {BIASES}; {shown(key)} is not a token id")
     return {int(key): bias for key, bias in value.items()}
 
 

@@ -1,17 +1,16 @@
-"""What answers look like, for the published description; nothing is validated against it here.
-
-Owns the shapes of every body but those of requests. Knows no endpoint.
-"""
+"""Response bodies, for the OpenAPI description; responses are not validated against them."""
 
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
-FinishReason = Literal["stop", "length", "cancelled", "timeout", "unread", "error"]
+from cottention.engine.outputs import FinishReason
+
+JsonObject = dict[str, Any]
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, and the field to change where there is one."""
+    """What went wrong, and the field to change if there is one."""
 
     message: str
     type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
@@ -20,13 +19,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer other than success."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
-class TurnedSession(BaseModel):
-    """What a turn's answer tells of its session."""
+class SessionSummary(BaseModel):
+    """The session after a turn, in the turn's response."""
 
     id: str
     position: int
@@ -35,13 +34,13 @@ class TurnedSession(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    """Of prompts that began as an earlier one: tokens that were not read again. Told above 0."""
+    """Prompt tokens that were restored from the prefix cache; absent if there are none."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """Tokens of a whole request: every prompt once, every choice that was tried."""
+    """Tokens of a request: every prompt once, and every generated choice."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -50,7 +49,7 @@ class Usage(BaseModel):
 
 
 class RankedLogprob(BaseModel):
-    """vLLM's shape: a token at some place of a prompt."""
+    """A token of a prompt or an alternative to it, in vLLM's shape."""
 
     logprob: float
     rank: int
@@ -61,7 +60,7 @@ PromptLogprobs = list[dict[str, RankedLogprob] | None]
 
 
 class Logprobs(BaseModel):
-    """OpenAI's shape for completions."""
+    """Log-probabilities of a completion, in OpenAI's shape."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -70,7 +69,7 @@ class Logprobs(BaseModel):
 
 
 class Choice(BaseModel):
-    """One continuation."""
+    """One continuation of a prompt."""
 
     index: int
     text: str
@@ -84,7 +83,7 @@ class Choice(BaseModel):
 
 
 class Completion(BaseModel):
-    """Answer of POST /v1/completions when it does not stream."""
+    """Response of POST /v1/completions without stream."""
 
     id: str
     object: Literal["text_completion"]
@@ -92,11 +91,11 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
-    session: TurnedSession | None = None
+    session: SessionSummary | None = None
 
 
 class ChatToken(BaseModel):
-    """A token and its bytes."""
+    """A token with its log-probability and bytes."""
 
     token: str
     logprob: float
@@ -104,20 +103,20 @@ class ChatToken(BaseModel):
 
 
 class ChatTokenLogprobs(ChatToken):
-    """A drawn token beside the likeliest ones."""
+    """A generated token and the most likely alternatives."""
 
     top_logprobs: list[ChatToken]
 
 
 class ChatLogprobs(BaseModel):
-    """OpenAI's shape for chats."""
+    """Log-probabilities of a chat, in OpenAI's shape."""
 
     content: list[ChatTokenLogprobs]
     refusal: None
 
 
 class Message(BaseModel):
-    """What the model says."""
+    """The message that the model generated."""
 
     role: Literal["assistant"]
     content: str
@@ -125,7 +124,7 @@ class Message(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer of the model."""
+    """One response message."""
 
     index: int
     message: Message
@@ -137,7 +136,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Answer of POST /v1/chat/completions when it does not stream."""
+    """Response of POST /v1/chat/completions without stream."""
 
     id: str
     object: Literal["chat.completion"]
@@ -145,13 +144,13 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    session: TurnedSession | None = None
+    session: SessionSummary | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
 
 class Model(BaseModel):
-    """The served model; `max_model_len` is its trained length, which limits nothing here."""
+    """The served model; `max_model_len` is its trained length, which is not a limit."""
 
     id: str
     object: Literal["model"]
@@ -161,26 +160,26 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models, which are one."""
+    """The served models; there is one."""
 
     object: Literal["list"]
     data: list[Model]
 
 
 class Status(BaseModel):
-    """How the server is."""
+    """The state of the server."""
 
     status: Literal["alive", "ready"]
 
 
 class Version(BaseModel):
-    """Of the distribution."""
+    """The version of the server."""
 
     version: str
 
 
 class Tokenized(BaseModel):
-    """Ids of a text or a chat."""
+    """Token ids of a text or a chat."""
 
     count: int
     max_model_len: int
@@ -189,9 +188,6 @@ class Tokenized(BaseModel):
 
 
 class Detokenized(BaseModel):
-    """Text of ids."""
+    """The text of token ids."""
 
     prompt: str
-
-
-JsonObject = dict[str, Any]

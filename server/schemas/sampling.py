@@ -1,8 +1,4 @@
-"""What completions and chats have in common: how tokens are chosen and what is told of them.
-
-Owns names, types and the words that say what is allowed; ranges are the engine's
-(`SamplingParams`). Does not know prompts or messages.
-"""
+"""Fields that completions and chats share: sampling, streaming, sessions and scheduling."""
 
 import math
 from collections.abc import Mapping
@@ -14,7 +10,7 @@ from pydantic import Field
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.server.http.errors import invalid
-from cottention.server.schemas.base import Body
+from cottention.server.schemas.base import RequestModel
 from cottention.server.schemas.field_types import (
     BIASES,
     Biases,
@@ -24,10 +20,10 @@ from cottention.server.schemas.field_types import (
     Text,
     TokenIds,
 )
-from cottention.server.schemas.unsupported import STREAM_OPTIONS, Neutral
+from cottention.server.schemas.unsupported import STREAM_OPTIONS, NeutralValues
 
 MAX_CHOICES = 128
-"""Most continuations of one request: its prompts times n, or times best_of."""
+"""Maximum number of choices of one request: its prompts times n, or times best_of."""
 
 MAX_PRIORITY = 2**63 - 1
 
@@ -39,7 +35,7 @@ SESSION = "a string, an id from /v1/sessions"
 CONFLICT = '"error" or "wait"'
 TIMEOUT = "a number of seconds greater than 0"
 POLICY = '"renew" or "exact"'
-CUT = "a whole number from 1, or -1 for the model's trained length"
+TRUNCATION = "a whole number from 1, or -1 for the model's trained length"
 
 
 OnConflict = Literal["error", "wait"]
@@ -48,24 +44,24 @@ OnDisconnect = Literal["cancel", "continue"]
 
 
 def ranged(default: Any, description: str, low: float, high: float | None = None) -> Any:
-    """A field whose range the published schema shows; the engine is what checks it."""
+    """A field whose range is published in its schema; the engine checks it."""
     bounds: dict[str, Any] = {"minimum": low} | ({} if high is None else {"maximum": high})
     return Field(default, description=description, json_schema_extra=bounds)
 
 
-class StreamOptions(Body):
-    """What a stream tells beside its text."""
+class StreamOptions(RequestModel):
+    """Usage statistics in a stream."""
 
-    neutral: ClassVar[Neutral] = STREAM_OPTIONS
+    neutral: ClassVar[NeutralValues] = STREAM_OPTIONS
 
     include_usage: bool = Field(False, description=BOOLEAN)
     continuous_usage_stats: bool = Field(False, description=BOOLEAN)
 
 
-class SamplingBody(Body):
-    """Fields of both kinds of request."""
+class SamplingBody(RequestModel):
+    """Fields of completions and of chats."""
 
-    nested: ClassVar[Mapping[str, type[Body]]] = {"stream_options": StreamOptions}
+    nested: ClassVar[Mapping[str, type[RequestModel]]] = {"stream_options": StreamOptions}
 
     model: Text | None = Field(None, description="a string, an id from /v1/models")
     temperature: float = ranged(1.0, "a finite number from 0", 0)
@@ -87,7 +83,7 @@ class SamplingBody(Body):
     bad_words: ListedStrings = Field((), description="a list of strings")
     skip_special_tokens: bool = Field(True, description=BOOLEAN)
     context_policy: ContextPolicy | None = Field(None, description=POLICY)
-    truncate_prompt_tokens: int | None = ranged(None, CUT, -1)
+    truncate_prompt_tokens: int | None = ranged(None, TRUNCATION, -1)
     truncation_side: Literal["left", "right"] = Field("left", description='"left" or "right"')
     prompt_logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)
     return_token_ids: bool = Field(False, description=BOOLEAN)
@@ -104,22 +100,28 @@ class SamplingBody(Body):
     on_disconnect: OnDisconnect = Field("cancel", description='"cancel" or "continue"')
 
     def engine_params(self, **more: Any) -> SamplingParams:
-        """The engine's parameters: those of the same names, and `more`. Raises ParameterError."""
-        given = {name: getattr(self, name) for name in _SHARED}
+        """The engine's sampling parameters: the fields of the same names, and `more`.
+
+        Raises ParameterError.
+        """
+        given = {name: getattr(self, name) for name in _ENGINE_FIELDS}
         return SamplingParams(**given | more)
 
-    def check_together(self, num_choices: int, blame: str) -> None:
-        """What one field allows another. Raises ApiError; `blame` may be why choices are many."""
+    def check_together(self, num_choices: int, choices_param: str) -> None:
+        """Check fields that depend on each other. Raises ApiError.
+
+        choices_param: the field that is named if there are too many choices.
+        """
         if num_choices > MAX_CHOICES:
             message = f"prompts times n must be at most {MAX_CHOICES}; it is {num_choices}"
-            raise invalid(blame, message)
+            raise invalid(choices_param, message)
         if self.stream_options and not self.stream:
-            raise invalid("stream_options", "stream_options is only allowed where stream is true")
+            raise invalid("stream_options", "stream_options is only allowed if stream is true")
         if self.prompt_logprobs is not None and self.stream:
-            raise invalid("prompt_logprobs", "prompt_logprobs is not told in a stream")
-        cut = self.truncate_prompt_tokens
-        if cut is not None and (cut < -1 or cut == 0):
-            message = f"truncate_prompt_tokens must be {CUT}; it is {cut}"
+            raise invalid("prompt_logprobs", "prompt_logprobs is not supported in a stream")
+        length = self.truncate_prompt_tokens
+        if length is not None and (length < -1 or length == 0):
+            message = f"truncate_prompt_tokens must be {TRUNCATION}; it is {length}"
             raise invalid("truncate_prompt_tokens", message)
         if self.timeout is not None and not 0 < self.timeout < math.inf:  # false for NaN
             raise invalid("timeout", f"timeout must be {TIMEOUT}; it is {self.timeout}")
@@ -127,4 +129,6 @@ class SamplingBody(Body):
             raise invalid("priority", f"priority must be {PRIORITY}; it is {self.priority}")
 
 
-_SHARED = [item.name for item in fields(SamplingParams) if item.name in SamplingBody.model_fields]
+_ENGINE_FIELDS = [
+    item.name for item in fields(SamplingParams) if item.name in SamplingBody.model_fields
+]

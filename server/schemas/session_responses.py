@@ -1,7 +1,4 @@
-"""How sessions are told: their objects, lists, and the header with their position.
-
-Owns names and shapes, for answers and for the published description. Knows no endpoint.
-"""
+"""Responses about sessions: their objects, lists, the summary in a turn's response, the ETag."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -12,18 +9,18 @@ from pydantic import BaseModel
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.server.schemas.responses import JsonObject
 
-if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+if TYPE_CHECKING:  # it imports torch, which the server must not load
     from cottention.engine.sessions.types import Session
 
 
 class SessionObject(BaseModel):
-    """A session: `position` counts the tokens it holds, `bytes` is what it takes on the disk.
+    """A session.
 
-    context_start: index of the oldest of them that is remembered.
-
-    residence: resident while a turn runs, parked in memory, or stored on the disk alone.
-    checkpoints: how many turns it can be rewound. durable: whether its last turn is on the disk.
-    interrupted: a crash has cut a turn, and the session is as it was before that.
+    position: number of tokens that it holds. bytes: its size on disk.
+    context_start: index of the oldest token that the model still remembers.
+    residence: resident while a turn runs, parked in memory, or stored on disk only.
+    checkpoints: number of turns that can be rewound. durable: whether its last turn is on disk.
+    interrupted: a crash interrupted a turn, and the session is as it was before that turn.
     """
 
     id: str
@@ -43,7 +40,7 @@ class SessionObject(BaseModel):
 
 
 class SessionList(BaseModel):
-    """Some sessions, the newest first; `has_more` where `after` the last one there are others."""
+    """Sessions, newest first; `has_more` if there are others `after` the last one."""
 
     object: Literal["list"]
     data: list[SessionObject]
@@ -51,7 +48,7 @@ class SessionList(BaseModel):
 
 
 class DeletedSession(BaseModel):
-    """A session that is no more."""
+    """A deleted session."""
 
     id: str
     object: Literal["session"]
@@ -59,7 +56,7 @@ class DeletedSession(BaseModel):
 
 
 class Places(BaseModel):
-    """A figure for each place where a session may live."""
+    """A number for each place where a session may be kept."""
 
     resident: int
     parked: int
@@ -67,11 +64,11 @@ class Places(BaseModel):
 
 
 class Capacity(BaseModel):
-    """What a session costs, what there is, and where the sessions are.
+    """The memory that a session takes, the slots of the pool, and where the sessions are.
 
-    bytes_per_session: by what they hold. bytes_per_place: of one session, at most; what runs takes
-    a slot of the pool. sessions_per_gb: how many fit into 10⁹ bytes of each place, at least.
-    paused_states: on the host, of streams that wait for their readers.
+    bytes_per_session: by item. bytes_per_place: maximum bytes of one session; a running turn takes
+    a slot of the pool. sessions_per_gb: minimum number of sessions in 10⁹ bytes of each place.
+    paused_states: states of streams that wait for their readers, kept on the host.
     """
 
     object: Literal["capacity"]
@@ -89,24 +86,24 @@ class Capacity(BaseModel):
     stored_bytes: int
 
 
-def told(session: "Session") -> JSONResponse:
-    """One session, and its position as its ETag."""
-    return JSONResponse(shape_of(session), headers={"ETag": etag_of(session)})
+def session_response(session: "Session") -> JSONResponse:
+    """One session, with its position as ETag."""
+    return JSONResponse(session_object(session), headers={"ETag": etag_of(session)})
 
 
-def told_all(sessions: Sequence["Session"], has_more: bool) -> JSONResponse:
-    """Several sessions."""
-    data = [shape_of(session) for session in sessions]
+def session_list_response(sessions: Sequence["Session"], has_more: bool) -> JSONResponse:
+    """A list of sessions."""
+    data = [session_object(session) for session in sessions]
     return JSONResponse({"object": "list", "data": data, "has_more": has_more})
 
 
 def etag_of(session: "Session") -> str:
-    """What If-Match may name."""
+    """The value for If-Match."""
     return f'"{session.position}"'
 
 
-def shape_of(session: "Session") -> JsonObject:
-    """A session's object."""
+def session_object(session: "Session") -> JsonObject:
+    """The fields of SessionObject."""
     return {
         "id": session.id,
         "object": "session",
@@ -125,8 +122,8 @@ def shape_of(session: "Session") -> JsonObject:
     }
 
 
-def shape_in_answer(session: "Session") -> JsonObject:
-    """What a turn's answer tells of its session."""
+def session_summary(session: "Session") -> JsonObject:
+    """The fields of SessionSummary."""
     return {
         "id": session.id,
         "position": session.position,

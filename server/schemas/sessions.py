@@ -1,4 +1,4 @@
-"""What requests about sessions may hold, and what a turn of one cannot be. Knows no answers."""
+"""Bodies of requests about sessions, and the fields that a turn of a session cannot have."""
 
 import math
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from pydantic import Field, PlainValidator
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.server.http.body import is_text, shown
 from cottention.server.http.errors import invalid
-from cottention.server.schemas.base import Body, checked
-from cottention.server.schemas.field_types import Prompt, check_text, told, wrong_type
+from cottention.server.schemas.base import RequestModel, validate
+from cottention.server.schemas.field_types import Prompt, check_text, field_error, wrong_type
 from cottention.server.schemas.sampling import CONFLICT, POLICY, OnConflict, SamplingBody, ranged
 
 MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512
@@ -33,7 +33,7 @@ WITH_SESSION = {
     "prompt_logprobs": (None,),
     "truncate_prompt_tokens": (None,),
 }
-"""What a turn leaves alone: a session has one future, and its past is not read again."""
+"""Values that a turn may have: it has one choice, and the past is not processed again."""
 
 
 def _prompt(value: Any) -> Prompt:
@@ -44,17 +44,17 @@ def _prompt(value: Any) -> Prompt:
         raise wrong_type()
     for place, each in enumerate(value):
         if type(each) is not int:
-            raise told(f"prompt must be {PROMPT}; at index {place} is {shown(each)}")
+            raise field_error(f"prompt must be {PROMPT}; at index {place} is {shown(each)}")
     return value
 
 
 def _metadata(value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or len(value) > MAX_METADATA:
-        raise told(f"metadata must be {METADATA}")
+        raise field_error(f"metadata must be {METADATA}")
     for name, text in value.items():
         is_fit = isinstance(text, str) and len(name) <= MAX_KEY and len(text) <= MAX_VALUE
         if not (is_fit and is_text(name) and is_text(text)):
-            raise told(f"metadata must be {METADATA}; {shown(name)} is not")
+            raise field_error(f"metadata must be {METADATA}; {shown(name)} is not")
     return value
 
 
@@ -64,65 +64,65 @@ Metadata = Annotated[
 ]
 
 
-class KeptBody(Body):
-    """How a new session is kept."""
+class SessionOptions(RequestModel):
+    """Metadata and lifetime of a new session."""
 
     metadata: Metadata = Field({}, description=METADATA)
     ttl_seconds: float | None = ranged(None, TTL, 0, MAX_TTL_SECONDS)
 
 
-class SessionRequest(KeptBody):
+class SessionRequest(SessionOptions):
     """Body of POST /v1/sessions."""
 
     prompt: OnePrompt = Field("", description=PROMPT)
     context_policy: ContextPolicy | None = Field(None, description=POLICY)
 
 
-class AppendRequest(Body):
+class AppendRequest(RequestModel):
     """Body of POST /v1/sessions/ID/append."""
 
     prompt: OnePrompt = Field(description=PROMPT)
     on_conflict: OnConflict = Field("error", description=CONFLICT)
 
 
-class ForkRequest(Body):
+class ForkRequest(RequestModel):
     """Body of POST /v1/sessions/ID/fork."""
 
     n: int = ranged(1, FORKS, 1, MAX_FORKS)
     on_conflict: OnConflict = Field("error", description=CONFLICT)
 
 
-def kept_body(body: Mapping[str, Any]) -> KeptBody:
-    """Check how an imported session is to be kept. Raises ApiError 400 naming the field."""
-    request = checked(KeptBody, body)
+def session_options(body: Mapping[str, Any]) -> SessionOptions:
+    """Validate the options of an imported session. Raises ApiError 400 naming the field."""
+    request = validate(SessionOptions, body)
     _check_ttl(request.ttl_seconds)
     return request
 
 
 def session_request(body: Mapping[str, Any]) -> SessionRequest:
-    """Check a body. Raises ApiError 400 naming the field."""
-    request = checked(SessionRequest, body)
+    """Validate a body. Raises ApiError 400 naming the field."""
+    request = validate(SessionRequest, body)
     _check_ttl(request.ttl_seconds)
     return request
 
 
 def fork_request(body: Mapping[str, Any]) -> ForkRequest:
-    """Check a body. Raises ApiError 400 naming the field."""
-    request = checked(ForkRequest, body)
+    """Validate a body. Raises ApiError 400 naming the field."""
+    request = validate(ForkRequest, body)
     if not 1 <= request.n <= MAX_FORKS:
         raise invalid("n", f"n must be {FORKS}; it is {request.n}")
     return request
 
 
 def check_turn(request: SamplingBody, num_prompts: int) -> None:
-    """What a request may ask for with a session, and without one. Raises ApiError."""
+    """Check fields that are only allowed with a session, or only without. Raises ApiError."""
     if request.session_id is None:
         for name, neutral in WITHOUT_SESSION.items():
             if getattr(request, name) != neutral:
                 raise invalid(name, f"{name} is only allowed with session_id")
         return
     if num_prompts != 1:
-        raise invalid("prompt", f"prompt must be {PROMPT} with session_id; here are {num_prompts}")
+        raise invalid("prompt", f"prompt must be {PROMPT} with session_id; there are {num_prompts}")
     for name, allowed in WITH_SESSION.items():
         if getattr(request, name, allowed[0]) not in allowed:
             raise invalid(name, f"{name} is not possible with session_id: leave it out")

@@ -1,25 +1,26 @@
-"""Fields of OpenAI's and vLLM's requests that are not built.
+"""Unsupported fields of OpenAI's and vLLM's requests, and the values with which they are accepted.
 
-Owns which values of them change nothing and are therefore accepted, and why some stay unbuilt. A
-field moves from here to a schema when it is built.
+Such a neutral value has no effect, so that clients which always send it work. `REASONS` says why
+some fields will not be supported.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 ANY = object()
-"""Marks a field that changes nothing here, whatever its value."""
+"""Marks a field that has no effect here, whatever its value."""
 
-Neutral = Mapping[str, tuple[Any, ...]]
+NeutralValues = Mapping[str, tuple[Any, ...]]
+"""By field: the values that have no effect and are accepted."""
 
-SAMPLING: Neutral = {
+SAMPLING: NeutralValues = {
     # OpenAI
     "user": (ANY,),
     # vLLM: sampling
     "use_beam_search": (False,),
-    "length_penalty": (ANY,),  # of beams alone
+    "length_penalty": (ANY,),  # only used by beam search
     "early_stopping": (False,),
-    "spaces_between_special_tokens": (ANY,),  # byte-level BPE puts none there
+    "spaces_between_special_tokens": (ANY,),  # byte-level BPE adds none
     "logprob_token_ids": (),
     "logits_processors": ([],),
     "watermarking": (False,),
@@ -38,8 +39,8 @@ SAMPLING: Neutral = {
     "guided_grammar": (),
     "guided_decoding_backend": (),
     "guided_whitespace_pattern": (),
-    "return_token_offsets": (ANY,),  # of vLLM's render endpoints alone
-    "return_mm_kwargs": (ANY,),  # of inputs other than text
+    "return_token_offsets": (ANY,),  # only used by vLLM's render endpoints
+    "return_mm_kwargs": (ANY,),  # only used for inputs other than text
     "routed_experts_prompt_start": (0,),
     "kv_transfer_params": ({},),
     "ec_transfer_params": ({},),
@@ -47,9 +48,9 @@ SAMPLING: Neutral = {
     "stream_interval": (1,),
 }
 
-COMPLETION: Neutral = {**SAMPLING, "suffix": ("",), "prompt_embeds": ()}
+COMPLETION: NeutralValues = {**SAMPLING, "suffix": ("",), "prompt_embeds": ()}
 
-CHAT: Neutral = {
+CHAT: NeutralValues = {
     **SAMPLING,
     # OpenAI
     "audio": (),
@@ -58,7 +59,7 @@ CHAT: Neutral = {
     "metadata": (ANY,),  # nothing is stored
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (ANY,),  # of no tools
+    "parallel_tool_calls": (ANY,),  # there are no tools
     "prediction": (),
     "prompt_cache_key": (ANY,),
     "prompt_cache_options": (),
@@ -83,7 +84,7 @@ CHAT: Neutral = {
     "mm_processor_kwargs": ({},),
 }
 
-TOKENIZE: Neutral = {
+TOKENIZE: NeutralValues = {
     "chat_template": (),
     "continue_final_message": (False,),
     "media_io_kwargs": ({},),
@@ -91,24 +92,24 @@ TOKENIZE: Neutral = {
     "tools": ([],),
 }
 
-STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+STREAM_OPTIONS: NeutralValues = {"include_obfuscation": (False,)}
 
 REASONS: Mapping[str, str] = {
     "suffix": "the model only continues text",
-    "tools": "there are no tool calls here",
-    "functions": "there are no tool calls here",
-    "tool_choice": "there are no tool calls here",
-    "function_call": "there are no tool calls here",
+    "tools": "tool calls are not supported",
+    "functions": "tool calls are not supported",
+    "tool_choice": "tool calls are not supported",
+    "function_call": "tool calls are not supported",
     "chat_template": "the server's template is chosen with --chat-template",
     "use_beam_search": "a session has one state",
     "prompt_embeds": "prompts are text or token ids",
 }
-"""Why a field is not built, where "not yet" would not be true."""
+"""Why a field is not supported, where "not yet" would be wrong."""
 
 
-def is_neutral(allowed: tuple[Any, ...], value: Any) -> bool:
-    """Whether `value` is one of those that change nothing; true is not 1 and false is not 0."""
+def is_neutral(neutral: tuple[Any, ...], value: Any) -> bool:
+    """Whether `value` is one of those without effect; true is not 1 and false is not 0."""
     return any(
         each is ANY or (each == value and isinstance(each, bool) == isinstance(value, bool))
-        for each in allowed
+        for each in neutral
     )

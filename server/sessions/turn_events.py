@@ -14,7 +14,7 @@ from cottention.server.generation.choice_format import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.sse import EventFormatter
 from cottention.server.http.errors import ApiError, engine_failed, of_session
-from cottention.server.schemas.session_responses import shape_in_answer
+from cottention.server.schemas.session_responses import session_summary
 from cottention.server.sessions.turn import RunningTurn
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
@@ -91,7 +91,7 @@ class TurnEvents:
         failed = engine_failed() if piece.finish_reason is FinishReason.ERROR else None
 
         def told(session: "Session") -> str:
-            beside = f',"session":{compact(shape_in_answer(session))}'
+            beside = f',"session":{compact(session_summary(session))}'
             end = self._formatter.error(failed) if failed else self._last()
             return self._framed(chunks, beside) + end
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cottention.server.schemas.base import Body
+from cottention.server.schemas.base import RequestModel
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.unsupported import ANY
@@ -15,7 +15,7 @@ PAGE = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8
 ROW = re.compile(r"^\| `(\w+)` \| ([^|]*) \| ([^|]*) \| ([^|]+) \|$", re.MULTILINE)
 
 
-def standing(body: type[Body], name: str) -> str:
+def standing(body: type[RequestModel], name: str) -> str:
     """What becomes of a parameter, in the page's words."""
     if name in body.model_fields:
         return "supported"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cottention.server.api.app import BODIES
-from cottention.server.schemas.base import Body
+from cottention.server.schemas.base import RequestModel
 from tests.server.live import Live
 
 
@@ -26,14 +26,14 @@ def test_every_reference_leads_somewhere(description: Any) -> None:
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_every_field_is_published(description: Any, body: type[Body]) -> None:
+def test_every_field_is_published(description: Any, body: type[RequestModel]) -> None:
     schema = description["components"]["schemas"][body.__name__]
     assert schema["properties"].keys() == body.model_fields.keys() | body.neutral.keys()
     assert schema["additionalProperties"] is False
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_no_field_is_both_built_and_neutral(body: type[Body]) -> None:
+def test_no_field_is_both_built_and_neutral(body: type[RequestModel]) -> None:
     assert not body.neutral.keys() & body.model_fields.keys()
 
 

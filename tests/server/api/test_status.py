@@ -131,7 +131,9 @@ def test_what_a_stop_ends_before_anything_was_said_may_be_sent_again(path: str) 
         live.engine.may_step.clear()
         answer = pool.submit(live.client.post, path, json={"prompt": "x"})
         eventually(lambda: live.engine.running)
+        (running,) = live.engine.running.values()
         live.loop_call(live.async_engine.cancel_all)
+        eventually(lambda: running.cancelled_at is not None)
         live.engine.may_step.set()
         assert answer.result().status_code == 503
         assert int(answer.result().headers["retry-after"]) > 0

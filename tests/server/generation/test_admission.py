@@ -81,8 +81,8 @@ def test_what_left_unserved_and_time_without_a_line_are_no_rate() -> None:
 def test_bytes_per_token_are_those_of_the_bodies_that_came() -> None:
     line = AdmissionQueue(1, 1, Clock())
     assert line.estimate_tokens(4_000) == 1_000
-    line.learn(1_996_000, 999_000)
-    line.learn(4_000_000, 2_000_000)
+    line.record_tokens(1_996_000, 999_000)
+    line.record_tokens(4_000_000, 2_000_000)
     assert line.estimate_tokens(2_000) == 1_000
 
 

@@ -125,7 +125,7 @@ def test_a_choice_that_is_nothing(choice: str, says: str, tmp_path: Path) -> Non
 
 
 def test_what_is_no_jinja_is_told_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="no Jinja"):
+    with pytest.raises(ConfigurationError, match="not valid Jinja"):
         found("{% for %}", tmp_path)
 
 
@@ -172,4 +172,4 @@ def test_a_mistaken_choice_is_one_line_of_the_command(
     told = capsys.readouterr().err
     assert status == 2
     assert told.count("\n") == 1
-    assert "--chat-template nowhere is neither a file of text nor one of: plain" in told
+    assert "--chat-template nowhere is neither a text file nor one of: plain" in told
