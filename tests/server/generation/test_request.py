@@ -1,0 +1,62 @@
+"""How a body becomes a GenerationRequest, and how a turn's prompt depends on its session."""
+
+from typing import Any, cast
+
+from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.state.session_state import SessionState
+from cottention.engine.text.tokenizer import Tokenizer
+from cottention.server.generation.chat_template import ChatContinuation
+from cottention.server.generation.request import OutputOptions, ParsedRequest, turn_prompt
+from cottention.server.schemas.completions import completion_request
+from tests.server.fake_engine import FakeTokenizer
+
+EMPTY = SessionState()
+HELD = EMPTY.extended([1, 2], (), 512)
+
+
+def framing_tokenizer() -> Tokenizer:
+    tokenizer = FakeTokenizer()
+    tokenizer.before = (9,)
+    return cast(Tokenizer, tokenizer)
+
+
+def parsed(*prompts: list[int], **fields: Any) -> ParsedRequest:
+    body = completion_request({"prompt": list(prompts)} | fields)
+    return ParsedRequest(body, SamplingParams(n=body.num_tried), OutputOptions(), list(prompts))
+
+
+def test_a_request_has_what_its_body_says() -> None:
+    fields = {"n": 2, "best_of": 3, "priority": -4}
+    request = parsed([1, 2], [3], **fields).build()
+    assert request.prompts == [[1, 2], [3]]
+    assert request.echoes == ["", ""], "a formatter looks up one for each prompt"
+    assert (request.num_choices, request.params.n, request.priority) == (2, 3, -4)
+    assert not request.is_stream
+    assert request.num_prompt_tokens == 3
+    options = {"include_usage": True}
+    streamed = parsed([1], stream=True, stream_options=options).build()
+    assert streamed.is_stream
+    assert streamed.stream_options.include_usage
+
+
+def test_a_turn_s_request_has_the_prompt_of_its_session() -> None:
+    request = parsed([5], session_id="s", on_cancel="rollback")
+    assert request.turn is not None
+    assert (request.turn.session_id, request.turn.on_cancel) == ("s", "rollback")
+    assert parsed([5]).turn is None
+    tokenizer = framing_tokenizer()
+    assert request.build_turn(EMPTY, tokenizer).prompts == [[5]]
+    continuation = ChatContinuation([6, 7])
+    chat = ParsedRequest(
+        request.body, request.params, request.output, [[5]], continuation=continuation
+    )
+    assert chat.build_turn(EMPTY, tokenizer).prompts == [[5]]
+    assert chat.build_turn(HELD, tokenizer).prompts == [[6, 7]]
+    assert chat.prompts == [[5]], "a request may be built again"
+
+
+def test_special_tokens_begin_a_session_and_no_later_turn() -> None:
+    tokenizer = framing_tokenizer()
+    assert turn_prompt([5], EMPTY, tokenizer, frames_first=True) == [9, 5]
+    assert turn_prompt([5], HELD, tokenizer, frames_first=True) == [5]
+    assert turn_prompt([5], EMPTY, tokenizer) == [5]
