@@ -61,7 +61,8 @@ def parse_completion(fields: dict[str, Any], context: Context) -> ParsedRequest:
         _output_options(body),
         prompts,
         echoes=_echoes(body, prompts, tokenizer) if body.echo else (),
-        frames_first=body.adds_special_tokens is None and isinstance(body.prompt[0], str),
+        add_special_tokens_if_empty=body.adds_special_tokens is None
+        and isinstance(body.prompt[0], str),
     )
 
 

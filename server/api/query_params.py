@@ -10,7 +10,7 @@ from cottention.server.http.errors import invalid
 from cottention.server.schemas.field_types import field_error
 
 
-def query_of(*names: str) -> Any:
+def only_query_params(*names: str) -> Any:
     """A dependency of a route that takes these query parameters; any other is an ApiError 400."""
 
     async def check(request: Request) -> None:

@@ -10,7 +10,7 @@ from cottention.engine.errors import SessionMovedError
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import deadline_of, read_empty, read_parsed
 from cottention.server.api.openapi import EMPTY_BODY, error_responses, request_docs
-from cottention.server.api.query_params import must_be, query_of
+from cottention.server.api.query_params import must_be, only_query_params
 from cottention.server.generation.request import TurnOptions, prefill_request, turn_prompt
 from cottention.server.generation.responses import collect_outputs
 from cottention.server.generation.sse import close_on_disconnect
@@ -59,7 +59,7 @@ async def open_session(request: Request, context: ContextDep) -> Response:
     state = context.policies.new_session(body.context_policy)
     if body.prompt:
         ids, is_text = await _encode(body.prompt, context), isinstance(body.prompt, str)
-        state = await _prefill(request, context, ids, state, frames_first=is_text)
+        state = await _prefill(request, context, ids, state, add_special_tokens_if_empty=is_text)
     create = context.sessions.open
     return session_response(
         await asyncio.to_thread(create, owner, state, body.metadata, body.ttl_seconds)
@@ -70,7 +70,7 @@ async def open_session(request: Request, context: ContextDep) -> Response:
     "/v1/sessions",
     response_model=SessionList,
     responses=ERRORS,
-    dependencies=[query_of("limit", "after")],
+    dependencies=[only_query_params("limit", "after")],
 )
 async def list_sessions(
     request: Request,
@@ -123,7 +123,9 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
     ids, is_text = await _encode(body.prompt, context), isinstance(body.prompt, str)
     options = TurnOptions(session_id, body.on_conflict, "rollback")
     async with context.turns.turn(caller, options, request.receive) as turn:
-        state = await _prefill(request, context, ids, turn.state, frames_first=is_text)
+        state = await _prefill(
+            request, context, ids, turn.state, add_special_tokens_if_empty=is_text
+        )
         return session_response(await turn.commit(state))
 
 
@@ -172,14 +174,19 @@ async def _prefill(
     prompt_ids: list[int],
     start: "SessionState",
     *,
-    frames_first: bool,
+    add_special_tokens_if_empty: bool,
 ) -> "SessionState":
-    """The session `start` with a prompt added; `frames_first` is ParsedRequest's.
+    """The session `start` with a prompt added; `add_special_tokens_if_empty` is ParsedRequest's.
 
     Raises ParameterError, EngineStoppedError, ApiError.
     """
     deadline = deadline_of(asyncio.get_running_loop().time(), context.config)
-    prompt_ids = turn_prompt(prompt_ids, start, context.tokenizer, frames_first=frames_first)
+    prompt_ids = turn_prompt(
+        prompt_ids,
+        start,
+        context.tokenizer,
+        add_special_tokens_if_empty=add_special_tokens_if_empty,
+    )
     generation_request = prefill_request(prompt_ids)
     name = f"session-{request_id_of(request)}"
     stream = await context.engine.generate(name, generation_request, start=start, deadline=deadline)

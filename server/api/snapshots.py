@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from cottention.engine.errors import SnapshotError, SnapshotMismatchError
 from cottention.server.api.dependencies import ContextDep
 from cottention.server.api.openapi import Schema, error_responses
-from cottention.server.api.query_params import must_be, query_of
+from cottention.server.api.query_params import must_be, only_query_params
 from cottention.server.http.body import read_body
 from cottention.server.http.errors import ApiError, invalid
 from cottention.server.schemas.session_responses import SessionObject, etag_of, session_response
@@ -38,7 +38,7 @@ async def get_snapshot(session_id: str, request: Request, context: ContextDep) -
     "/v1/sessions/import",
     response_model=SessionObject,
     responses=error_responses(400, 401, 409, 413, 415, 500, 503, 507),
-    dependencies=[query_of("metadata", "ttl_seconds")],
+    dependencies=[only_query_params("metadata", "ttl_seconds")],
     openapi_extra={"requestBody": {"required": True, "content": BINARY}},
 )
 async def import_session(

@@ -101,7 +101,8 @@ class ParsedRequest:
     """A validated body, its sampling parameters and its tokenized prompts.
 
     echoes: the text of each prompt, if prompts are echoed.
-    frames_first: the prompt of a turn gets the tokenizer's special tokens if its session is empty.
+    add_special_tokens_if_empty: the tokenizer's special tokens are added to the prompt of a turn
+    if its session is empty.
     continuation: the prompt of a turn if its session is not empty; None: the same as if it were.
     """
 
@@ -110,7 +111,7 @@ class ParsedRequest:
     output: OutputOptions
     prompts: list[list[int]]
     echoes: Sequence[str] = ()
-    frames_first: bool = False
+    add_special_tokens_if_empty: bool = False
     continuation: ChatContinuation | None = None
 
     @property
@@ -137,7 +138,7 @@ class ParsedRequest:
             first,
             start,
             tokenizer,
-            frames_first=self.frames_first,
+            add_special_tokens_if_empty=self.add_special_tokens_if_empty,
             continuation=self.continuation,
         )
         return self._build([prompt])
@@ -166,12 +167,12 @@ def turn_prompt(
     start: "SessionState",
     tokenizer: "Tokenizer",
     *,
-    frames_first: bool = False,
+    add_special_tokens_if_empty: bool = False,
     continuation: ChatContinuation | None = None,
 ) -> list[int]:
     """Token ids that a turn adds to the session `start`; the parameters are ParsedRequest's."""
     if not start.num_tokens:
-        return tokenizer.framed(prompt_ids) if frames_first else prompt_ids
+        return tokenizer.framed(prompt_ids) if add_special_tokens_if_empty else prompt_ids
     return prompt_ids if continuation is None else continuation.after(start.past, tokenizer)
 
 

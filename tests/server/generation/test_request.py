@@ -57,6 +57,6 @@ def test_a_turn_s_request_has_the_prompt_of_its_session() -> None:
 
 def test_special_tokens_begin_a_session_and_no_later_turn() -> None:
     tokenizer = framing_tokenizer()
-    assert turn_prompt([5], EMPTY, tokenizer, frames_first=True) == [9, 5]
-    assert turn_prompt([5], HELD, tokenizer, frames_first=True) == [5]
+    assert turn_prompt([5], EMPTY, tokenizer, add_special_tokens_if_empty=True) == [9, 5]
+    assert turn_prompt([5], HELD, tokenizer, add_special_tokens_if_empty=True) == [5]
     assert turn_prompt([5], EMPTY, tokenizer) == [5]
