@@ -21,9 +21,10 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 and one line that says what to do."""
         flags = list(self._option_string_actions)
-        words = [word for word in message.split() if word.startswith("--")]
-        near = [difflib.get_close_matches(word.partition("=")[0], flags, 1) for word in words]
-        hint = f"did you mean {near[0][0]}? " if near and near[0] else ""
+        words = [word.partition("=")[0].rstrip(":") for word in message.split()]
+        unknown = [word for word in words if word.startswith("--") and word not in flags]
+        near = difflib.get_close_matches(unknown[0], flags, 1) if unknown else []
+        hint = f"did you mean {near[0]}? " if near else ""
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; {hint}see {self.prog} --help\n")
 
 

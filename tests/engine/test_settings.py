@@ -216,13 +216,21 @@ def test_help_has_every_flag_variable_default_and_unit() -> None:
         assert expected in text
 
 
-def test_a_wrong_flag_is_one_line_with_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        ("--cuont=9", "unrecognized arguments: --cuont=9; did you mean --count? see test --help"),
+        ("--weather", "unrecognized arguments: --weather; see test --help"),
+        ("--count", "argument --count: expected one argument; see test --help"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_with_the_closest_one(
+    capsys: pytest.CaptureFixture[str], argument: str, says: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        read("--cuont=9")
+        read(argument)
     assert caught.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "did you mean --count?" in said
+    assert capsys.readouterr().err == f"test: {says}\n"
 
 
 def test_flags_can_be_written_for_what_is_in_force(file: Path) -> None:
