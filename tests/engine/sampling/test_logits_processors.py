@@ -15,7 +15,7 @@ VOCABULARY = 30
 
 
 def defined(logits: list[float], one: LogitsAdjustment) -> list[float]:
-    """vLLM's order: what may not be drawn, bias, penalties."""
+    """vLLM's order: what must not be sampled, bias, penalties."""
     params = one.params
     allowed = range(VOCABULARY) if params.allowed_token_ids is None else params.allowed_token_ids
     adjusted = [
