@@ -22,7 +22,7 @@ from benchmarks.held_out import LongText, load
 from benchmarks.memory import kv_cache_bytes
 from cottention.engine import ModelConfig
 from cottention.engine.models.model_folder import DEFAULT_MODEL
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.models.registry import read_config
 
 DOCS = Path("docs")
 FIGURES = DOCS / "endless.json"
@@ -109,8 +109,8 @@ def _draw_memory(path: Path) -> None:
 
     The spare is the row in which the state after the next renewal grows.
     """
-    config = ModelConfig.from_folder(DEFAULT_MODEL)
-    state = StateSpec.of(config).bytes_per_slot / 2**20
+    config = read_config(DEFAULT_MODEL)
+    state = config.state_spec().bytes_per_slot / 2**20
     cache = [kv_cache_bytes(config, tokens) / 2**20 for tokens in MEMORY_AT]
     sliding = [min(each, kv_cache_bytes(config, config.window) / 2**20) for each in cache]
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")

@@ -40,11 +40,11 @@ class EngineConfig:
         " it the stream that has waited longest ends",
         minimum=0,
     )
-    context_policy: ContextPolicy = option(
-        "renew",
+    context_policy: Literal["auto", ContextPolicy] = option(
+        "auto",
         "what becomes of a past longer than the trained length: renew keeps the model good and"
         " forgets the oldest, for a second row of memory for each state; exact is the papers'"
-        " recurrence",
+        " recurrence; auto is the model family's default, which is renew for gptj",
     )
     max_batch_tokens: int = option(
         512, "most tokens that one step computes, over all sequences", minimum=2, unit="tokens"

@@ -60,7 +60,7 @@ class Engine:
         beside = self.config.prompt_tokens_beside(self.device)
         self._scheduler = Scheduler(self.config.max_batch_tokens, beside)
         self._cache = PrefixCache(self.config.prefix_cache_bytes)
-        self.policies = ContextPolicies.of(self.model_config, self.config.context_policy)
+        self.policies = ContextPolicies.of(self.model_config, loaded.context_policy)
         window = self.policies.window
         max_paused = self.config.num_paused(self.pool.num_slots)
         self._pausing = Preemption(self._scheduler, self.pool, max_paused)

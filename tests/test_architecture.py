@@ -20,8 +20,9 @@ MAX_MODULES = 18
 WITHOUT_TORCH = [
     "config",
     "errors",
-    "models.attention_kinds",
     "models.config",
+    "models.gptj.attention_kinds",
+    "models.registry",
     "outputs",
     "sampling_params",
     "scheduling.batch",

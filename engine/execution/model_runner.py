@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.execution.cuda_graphs import CapturedDecode, Row
-from cottention.engine.models.attention import Recurrence
-from cottention.engine.models.inference import ServedModel
+from cottention.engine.models.family import ServedModel
+from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.outputs import SampledToken, TokenLogprob
 from cottention.engine.sampling.logprobs import score
 from cottention.engine.sampling.sampler import Draw, Sampler, uniform
@@ -71,7 +71,7 @@ class ModelRunner:
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """One token of each slot, as captured: logits float32 [R, vocab_size]."""
-        recurrence = Recurrence(self._pool.state, self._pool.z, ops.Segments(slots))
+        recurrence = Recurrence(self._pool.tensors, ops.Segments(slots))
         return self._model.logits(self._model.hidden(ids, positions, recurrence))
 
     @torch.inference_mode()
@@ -94,7 +94,7 @@ class ModelRunner:
         lengths = [len(segment.ids) for segment in segments]
         most, limit = self._pool.num_rows, self._max_stepped
         made = ops.Segments.of(rows, lengths, most, self._device, max_stepped=limit)
-        return Recurrence(self._pool.state, self._pool.z, made)
+        return Recurrence(self._pool.tensors, made)
 
     def _scores(self, hidden: Tensor, plan: Batch) -> dict[Request, list[TokenLogprob]]:
         """How likely the model held the ids that follow those of each chunk that is scored."""

@@ -1,36 +1,44 @@
-"""Weights between a Hugging Face folder and the model's modules.
+"""Weights from the files of a Hugging Face folder into a model's modules.
 
-Owns the file formats (`model.safetensors`, `pytorch_model.bin`, and sharded indices of either) and
-the check that a checkpoint has exactly the model's keys and shapes. Executes nothing that a file
-brings: a `.bin` is read with `weights_only=True`, other pickles are never opened.
+Reads `model.safetensors`, `pytorch_model.bin` and sharded indices of either, and checks that they
+hold exactly the model's keys and shapes. Nothing that a file brings is executed: a `.bin` is read
+with `weights_only=True`, other pickles are never opened.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.registry import family_of
 
 Reader = Callable[[Path], dict[str, Tensor]]
 
 
-def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> CottentionForCausalLM:
-    """The model of `folder` on the CPU in `dtype` (norm_const float32). Raises ModelFolderError."""
+def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The model of `folder` on the CPU, with weights in `dtype` where its family has no other.
+
+    Raises ModelFolderError.
+    """
+    implementation = family_of(config).implementation()
     with torch.device("meta"):
-        model = CottentionForCausalLM(config)
+        model: nn.Module = implementation.build(config)
     weights = read_weights(folder)
-    check_weights(weights, model, folder)
+    faults = weight_faults(weights, model)
+    if faults:
+        hint = implementation.weights_hint(weights, config)
+        raise ModelFolderError(
+            f"the weights in {folder} are not those of its config.json: {'; '.join(faults)}{hint}"
+        )
     for name, weight in weights.items():
-        weights[name] = weight.to(torch.float32 if name.endswith("norm_const") else dtype)
+        weights[name] = weight.to(implementation.weight_dtype(name, dtype))
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False)
 
@@ -50,35 +58,14 @@ def weight_files(folder: Path) -> list[Path]:
     return found.files if found.index is None else [found.index, *found.files]
 
 
-def check_weights(weights: dict[str, Tensor], model: CottentionForCausalLM, folder: Path) -> None:
-    """Keys and shapes are those of `model`, no more and no less. Raises ModelFolderError."""
+def weight_faults(weights: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """How keys and shapes differ from those of `model`; empty where they are the same."""
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    faults = [
+    return [
         *_listed("missing", expected.keys() - weights.keys()),
         *_listed("unexpected", weights.keys() - expected.keys()),
         *_listed("of another shape", _misshapen(weights, expected)),
     ]
-    if faults:
-        hint = _hint(weights, model.config.attention_type)
-        raise ModelFolderError(
-            f"the weights in {folder} are not those of its config.json: {'; '.join(faults)}{hint}"
-        )
-
-
-def _hint(weights: dict[str, Tensor], said: str) -> str:
-    """What config.json should say, where weights of another kind of attention lie beside it."""
-    has_norm_const = any(name.endswith("norm_const") for name in weights)
-    if has_norm_const == ATTENTION_KINDS[said].has_norm_const:
-        return ""
-    alike = [
-        kind for kind, made in ATTENTION_KINDS.items() if made.has_norm_const == has_norm_const
-    ]
-    like = " or ".join(repr(kind) for kind in sorted(alike))
-    what = "with norm_const" if has_norm_const else "without norm_const"
-    return (
-        f". config.json has attention_type {said!r}, and weights {what} look like those of {like}:"
-        " give attention_type what they were trained with"
-    )
 
 
 def _misshapen(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
@@ -88,9 +75,9 @@ def _misshapen(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]])
             yield f"{name} {list(found)} instead of {list(expected[name])}"
 
 
-def _listed(what: str, names: object, most: int = 8) -> Iterator[str]:
+def _listed(what: str, names: Iterable[str], most: int = 8) -> Iterator[str]:
     """One phrase that names up to `most` of the faulty keys, or none."""
-    found = sorted(names)  # type: ignore[call-overload]
+    found = sorted(names)
     if found:
         more = f" and {len(found) - most} more" if len(found) > most else ""
         yield f"{what}: {', '.join(found[:most])}{more}"

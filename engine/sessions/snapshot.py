@@ -1,17 +1,10 @@
-"""A session as one self-contained binary, and back.
-
-Owns the format: a magic word, the sha256 of all that follows, a safetensors file. Does not know
-where snapshots are kept or sent.
-
-There is one spelling of every state. A reader takes no more from a header than the few numbers on
-which the spelling depends, spells the header that they make, and wants those very bytes: whatever
-else a header may claim, twice or nested or out of place, is refused without being understood.
-
-Bytes of a sealed safetensors file: its checksum, its header's text, its tensors' places.
-
-Owns how they are laid out and taken apart again. Does not know what is in them.
+"""A session's snapshot: one self-contained binary, written and read by `SnapshotCodec`.
 
     magic word | sha256 of all that follows | header's length, header | tensors without gaps
+
+What follows the checksum is a safetensors file. Every state has exactly one valid encoding. A
+reader takes from a header only the numbers that determine it, writes the header that they make, and
+requires those very bytes: whatever else a header contains is refused without being interpreted.
 """
 
 import ctypes
@@ -32,13 +25,14 @@ from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.state.context_window import ContextPolicy, ContextSchedule
 from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.state.spec import StateDType, StateSpec
 
 MAGIC = b"COTTSESS"
 MAX_HEADER_BYTES = 16_384
 
 _BODY_AT = len(MAGIC) + hashlib.sha256().digest_size
 _WIDTHS = {"F32": 4, "I32": 4, "U8": 1}
+_STATE_DTYPES: dict[StateDType, str] = {"float32": "F32"}
 
 
 class Entry(NamedTuple):
@@ -126,7 +120,9 @@ def floats_at(data: memoryview, entry: Entry) -> Tensor:
     return row
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Of the whole encoding. Snapshots of other versions are refused, older ones too."""
+
 MAX_NUMBER = 2**62  # of a header: Python writes out no number of any length
 
 _LISTS = {
@@ -180,14 +176,15 @@ class SnapshotCodec:
         self._policies = {grid.name: policy for policy, grid in grids.items()}
         self._window = window
         self._num_ids = num_ids
-        self._row_shapes: list[tuple[int, ...]] = [spec.state_shape]
-        if spec.has_denominator:
-            self._row_shapes.append(spec.denominator_shape)
-        self._expected = {"format": str(FORMAT_VERSION), **asdict(fingerprints)}
+        self._rows = [
+            (f"row.{tensor.name}", _STATE_DTYPES[tensor.dtype], tensor.shape)
+            for tensor in spec.tensors
+        ]
+        self._expected = asdict(fingerprints)
 
     def encode(self, state: SessionState) -> bytes:
         """One self-contained binary."""
-        assert not state.rows or [tuple(row.shape) for row in state.rows] == self._row_shapes
+        assert not state.rows or [row.shape for row in state.rows] == [at for *_, at in self._rows]
         counts = sorted(state.counts.items())
         lists: dict[str, Sequence[int]] = {
             "pending": state.pending,
@@ -239,9 +236,8 @@ class SnapshotCodec:
 
     def _entries(self, sizes: _Sizes) -> dict[str, Entry]:
         """Every tensor of the file, in the order of its bytes."""
-        shapes = self._row_shapes if sizes.has_rows else []
         tensors: list[tuple[str, str, tuple[int, ...]]] = [
-            *((f"row.{i}", "F32", shape) for i, shape in enumerate(shapes)),
+            *(self._rows if sizes.has_rows else []),
             *((name, dtype, (sizes.lengths[name],)) for name, dtype in _LISTS.items()),
         ]
         return placed(tensors)
@@ -249,7 +245,7 @@ class SnapshotCodec:
     def _header(self, sizes: _Sizes) -> bytes:
         """The one spelling of a header for these sizes."""
         metadata = {name: str(getattr(sizes, name)) for name in _NUMBERS}
-        metadata = self._expected | metadata
+        metadata = {"format": str(FORMAT_VERSION)} | self._expected | metadata
         return header_text(metadata, self._entries(sizes))
 
     def _sizes(self, header: bytes) -> _Sizes:
@@ -257,6 +253,7 @@ class SnapshotCodec:
         try:
             found = json.loads(header[8:])
             metadata = found["__metadata__"]
+            _check_format(str(metadata["format"]))
             policy = str(metadata["context_policy"])
             self._check_fit({name: str(metadata[name]) for name in self._expected}, policy)
             for name, spelling in _NUMBERS.items():
@@ -264,7 +261,7 @@ class SnapshotCodec:
                     raise ValueError(name)
             lengths = {name: int(found[name]["shape"][0]) for name in _LISTS}
             position, first_event = int(metadata["position"]), int(metadata["first_event"])
-            has_rows, turn = "row.0" in found, metadata["turn"]
+            has_rows, turn = self._rows[0][0] in found, metadata["turn"]
             sizes = _Sizes(position, policy, turn, first_event, has_rows, lengths)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise SnapshotError("the snapshot's header cannot be read") from error
@@ -299,3 +296,12 @@ class SnapshotCodec:
             raise SnapshotError("the snapshot has not the recent ids that its age asks for")
         if sizes.position and not sizes.has_rows:
             raise SnapshotError("the snapshot has a position and no rows")
+
+
+def _check_format(found: str) -> None:
+    if found != str(FORMAT_VERSION):
+        raise SnapshotMismatchError(
+            f"the snapshot has format {found[:100]!r}; this server reads format"
+            f" {str(FORMAT_VERSION)!r} only. Use it with the version of the server that wrote it,"
+            " or open a new session and send its text again"
+        )

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, CottentionError
-from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.outputs import FinishReason
 from cottention.engine.sampling_params import SamplingParams
@@ -133,16 +132,15 @@ def _announce(engine: "Engine", told: dict[str, str], form: LogFormat) -> None:
 
 
 def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
-    shape, size_of_one = engine.model_config, engine.spec.bytes_per_slot
+    config, size_of_one = engine.model_config, engine.spec.bytes_per_slot
     yield "model", engine.name
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
-    yield "attention", _attention(shape)
-    yield "shape", f"{shape.n_layer} layers of {shape.n_head} heads of {shape.head_dim}"
+    yield from config.description().items()
     yield "bytes per session", f"{size_of_one:,}, whatever its length"
     yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
-    yield "trained length", f"{shape.n_positions:,} tokens"
+    yield "trained length", f"{config.trained_length:,} tokens"
     yield "past it", PAST[engine.policies.default]
     yield "position limit", f"{MAX_HELD:,} tokens"
 
@@ -151,11 +149,6 @@ PAST: dict[ContextPolicy, str] = {
     "renew": "states are renewed: the text stays good, and the oldest is forgotten",
     "exact": "the text gets worse, not the memory",
 }
-
-
-def _attention(shape: ModelConfig) -> str:
-    longest = shape.max_exact_length
-    return shape.attention_type if longest is None else f"{shape.attention_type}, M = {longest:,}"
 
 
 def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:

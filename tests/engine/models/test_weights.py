@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.checkpoint import load_model, read_weights
-from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.registry import read_config
 
 Save = Callable[[dict[str, Tensor], Path], None]
 
@@ -54,7 +54,7 @@ def write_shards(weights: dict[str, Tensor], folder: Path, name: str, save: Save
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return load_model(folder, ModelConfig.from_folder(folder), dtype)
+    return load_model(folder, read_config(folder), dtype)
 
 
 def refusal(folder: Path) -> str:

@@ -1,18 +1,10 @@
-"""The model as it is served: each layer two matrix products with the recurrence between them.
+"""A GPT-J as it is served: in each layer two matrix products with the recurrence between them.
 
-Owns the way from ids to logits and the choice of who computes the layers: `packed.py` where there
-are compiled ops for it, torch elsewhere. Computes what `model.py` defines; does not know where
-state lives, who the tokens belong to or what becomes of the logits.
+`PackedLayers` has the layers on a CPU with compiled ops: packed weights, activations in float32,
+buffers that are kept from step to step. `TorchLayers` has them in torch's own operations, on any
+device and in any type. Both compute what `model.py` defines.
 
 Letters: N tokens, R rows, C channels.
-
-The layers on a CPU with compiled ops: packed weights, activations in float32, buffers that stay.
-
-Owns the packed weights and the buffers between a block's parts (norm, first product, all that is
-between, second product added to the residual), which are one op for all blocks where the feature
-map has such an op, and an op each where it has none. Does not know embeddings or logits.
-
-Letters: N tokens, C channels.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from cottention.engine import ops
-from cottention.engine.models.attention import (
+from cottention.engine.models.gptj.attention import (
     FEATURE_MAPS,
     Mix,
-    Recurrence,
     TokenPositions,
     token_positions,
 )
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import Block, CottentionForCausalLM, split_heads
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import Block, CottentionForCausalLM, split_heads
+from cottention.engine.models.recurrence import Recurrence
 
 Product = Callable[[Tensor], Tensor]
 """x [N, in] → [N, out]."""
@@ -45,14 +37,14 @@ class Layers(Protocol):
         ...
 
 
-class ServedModel:
+class ServedGPTJ:
     """A `CottentionForCausalLM` rearranged for inference.
 
     Takes the weights of what it is given, one block at a time, and leaves it without them.
     """
 
     def __init__(self, model: CottentionForCausalLM, device: str) -> None:
-        self.config: ModelConfig = model.config
+        self.config: GPTJConfig = model.config
         # a copy: the original may be a view of a whole file, which would stay mapped
         self._embedding = model.transformer.wte.weight.to(device, copy=True)
         del model.transformer.wte
@@ -94,7 +86,7 @@ class TorchLayers:
     Where CUDA has an op for all that is between the products, it takes what is not cut into chunks.
     """
 
-    def __init__(self, config: ModelConfig, device: str, blocks: Iterable[Block]) -> None:
+    def __init__(self, config: GPTJConfig, device: str, blocks: Iterable[Block]) -> None:
         self._config = config
         self._layers = [_torch_layer(block, device) for block in blocks]
         fits = ops.can_mix(device, config.head_dim)
@@ -148,7 +140,7 @@ def product(weight: Tensor, bias: Tensor, device: str) -> Product:
 class PackedLayers:
     """All blocks of a model; a row's bits do not depend on the rows beside it."""
 
-    def __init__(self, config: ModelConfig, _device: str, blocks: Iterable[Block]) -> None:
+    def __init__(self, config: GPTJConfig, _device: str, blocks: Iterable[Block]) -> None:
         self._layers = [PackedLayer(config, index, block) for index, block in enumerate(blocks)]
         self._weights = [weight for layer in self._layers for weight in layer.weights()]
         self._epsilon = config.layer_norm_epsilon
@@ -179,7 +171,7 @@ class PackedLayers:
 class PackedLayer:
     """One block."""
 
-    def __init__(self, config: ModelConfig, index: int, block: Block) -> None:
+    def __init__(self, config: GPTJConfig, index: int, block: Block) -> None:
         self._config = config
         self._index = index
         self._norm = ops.FixedOrderNorm(block.ln_1.weight, block.ln_1.bias, block.ln_1.eps)

@@ -1,32 +1,24 @@
-"""What a model makes of where its tokens stand: rotary angles, and cosFormer's half wave.
+"""Kinds of attention: what each does to queries, keys and values before the recurrence.
 
-Owns the tables that all layers of a step share. Knows no tensors of tokens and no state.
+A feature map takes q, k, v and the tokens' positions to what the recurrence is fed. Tables that
+depend on positions alone (rotary angles, cosFormer's half wave) are computed once a step for all
+layers. `attention_kinds.py` has the facts of each kind that need no torch.
 
-Letters: N tokens, M cosFormer's fixed length.
-
-Feature maps: what each kind of attention does to queries, keys and values before the recurrence.
-
-Owns the map (q, k, v, position) → (q′, k′, v′), the key width it leads to and whether the outputs
-are divided by a denominator. Knows nothing of state, slots or batches: what comes out is fed to
-`recurrent_step` and nothing else tells one kind of attention from another.
-
-Where the recurrences of one batch live.
-
-Owns the joining of a pool's rows with the slots and segments of a batch. Does not know whose they
-are or what computes on them.
+Letters: N tokens, H heads, D head width, K key width, V value width, M cosFormer's fixed length.
 """
 
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.recurrence import Features
 
 ROTARY_BASE = 10_000.0
 
@@ -46,7 +38,7 @@ class TokenPositions:
     wave: Tensor | None = None
 
 
-def token_positions(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> TokenPositions:
+def token_positions(config: GPTJConfig, positions: Tensor, dtype: torch.dtype) -> TokenPositions:
     """For int64 positions [N], counted from 0, in a model of `dtype`: tables float32 or wider.
 
     Raises IndexError on a CPU for a position that an attention with a fixed length does not have.
@@ -70,14 +62,6 @@ def half_wave(max_length: int, dtype: torch.dtype, device: torch.device) -> Tens
     pairs = [[math.sin(angle), math.cos(angle)] for angle in angles]
     with torch.inference_mode(False):  # it outlives the step that asks first, and may be trained on
         return torch.tensor(pairs, dtype=torch.float64).to(device, dtype)
-
-
-class Features(NamedTuple):
-    """Mapped queries and keys [..., N, H, K] and values [..., N, H, V]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
 
 
 class Mix(Protocol):
@@ -216,23 +200,3 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 
 TRAINED_MAPS: dict[str, FeatureMap] = {**FEATURE_MAPS, "softmax": Softmax()}
 """Those that are trained and measured: softmax stands beside them and is never served."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recurrence:
-    """An `Attend` on rows of a pool.
-
-    state [S, L, H, V, K] and z [S, L, H, K] or None: of all layers, changed in place.
-    """
-
-    state: Tensor
-    z: Tensor | None
-    segments: ops.Segments
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Views [S, H, V, K] and [S, H, K] or None of one layer."""
-        return self.state[:, index], None if self.z is None else self.z[:, index]
-
-    def __call__(self, index: int, features: Features) -> Tensor:
-        """Mapped q, k, v [N, H, ·] of layer `index` → outputs [N, H, V]; its rows move on."""
-        return ops.recurrent_segments(*features, *self.layer(index), self.segments)
