@@ -50,7 +50,7 @@ class FakeModelConfig:
 
 
 class FakeSpec:
-    bytes_per_slot = 1000
+    bytes_per_row, bytes_per_slot = 500, 1000
 
     def itemised_bytes(self) -> dict[str, int]:
         return {"state": 400, "denominator": 100, "spare": 500}
