@@ -76,7 +76,7 @@ def _misshapen(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]])
 
 
 def _listed(what: str, names: Iterable[str], most: int = 8) -> Iterator[str]:
-    """One phrase that names up to `most` of the faulty keys, or none."""
+    """One phrase that names up to `most` of the keys, or nothing if there are none."""
     found = sorted(names)
     if found:
         more = f" and {len(found) - most} more" if len(found) > most else ""
@@ -86,18 +86,18 @@ def _listed(what: str, names: Iterable[str], most: int = 8) -> Iterator[str]:
 def _read_file(path: Path, read: Reader) -> dict[str, Tensor]:
     try:
         weights = read(path)
-    except UnpicklingError as error:  # its text recommends to load the file unsafely
+    except UnpicklingError as error:  # its message recommends to load the file unsafely
         raise ModelFolderError(
-            f"{path} is damaged or holds more than tensors, which is never loaded: fetch it again,"
-            " or convert it to model.safetensors where you trust it"
+            f"{path} is damaged or contains objects other than tensors, which are never loaded:"
+            " download it again, or convert it to model.safetensors where you trust it"
         ) from error
-    except Exception as error:  # on damaged bytes the readers raise whatever they trip over
+    except Exception as error:  # for damaged files the readers raise exceptions of any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelFolderError(
-            f"{path} is damaged or is no weights file ({reason}): fetch it again"
+            f"{path} is damaged or is not a weights file ({reason}): download it again"
         ) from error
     if not isinstance(weights, dict) or not all(map(_is_named_tensor, weights.items())):
-        raise ModelFolderError(f"{path} does not hold a table of named tensors")
+        raise ModelFolderError(f"{path} does not contain a table of named tensors")
     return weights
 
 
@@ -107,7 +107,7 @@ def _is_named_tensor(item: tuple[object, object]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Files of weights, the index that names them if one does, and how each is read."""
+    """Weight files, their index if there is one, and the function that reads a file."""
 
     read: Reader
     files: list[Path]
@@ -115,7 +115,7 @@ class _Found:
 
 
 def _found(folder: Path) -> _Found:
-    """Of the first format that is there: one file before many."""
+    """The first format that the folder has: a single file before shards."""
     for name, read in _FORMATS.items():
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -127,7 +127,7 @@ def _found(folder: Path) -> _Found:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    """The shards that an index names; they must lie beside it."""
+    """The shards that an index names, which must be in the same folder."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         shards = sorted({Path(name) for name in names})
@@ -137,7 +137,8 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     for shard in shards:
         if shard.name != str(shard) or shard.suffix != suffix or not (folder / shard).is_file():
             raise ModelFolderError(
-                f"{index} names {shard}, which is not a {suffix} file beside it: fetch it again"
+                f"{index} names {shard}, which is not a {suffix} file in its folder: download it"
+                " again"
             )
     return [folder / shard for shard in shards]
 

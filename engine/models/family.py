@@ -27,7 +27,7 @@ class ServedModel(Protocol):
     """A model arranged for inference. Its state is in the pool, never in the model."""
 
     def hidden(self, ids: "Tensor", positions: "Tensor", recurrence: "Recurrence") -> "Tensor":
-        """ids and positions int64 [N] → hidden states [N, C]; the batch's rows move on."""
+        """ids and positions int64 [N] → hidden states [N, C]; the batch's rows are updated."""
         ...
 
     def logits(self, hidden: "Tensor") -> "Tensor":
@@ -59,7 +59,7 @@ class ModelFamily(Generic[ConfigT, ModelT]):
     """One family of models.
 
     config: reads a config.json, and knows the state and the arithmetic that follow from it.
-    context_policy: what becomes of a past longer than the trained length, unless a setting says.
+    context_policy: the default for models of this family.
     implementation: imports the family's torch modules.
     """
 

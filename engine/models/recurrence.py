@@ -1,4 +1,4 @@
-"""The recurrence of one batch: the pool's tensors, and which row each of the batch's tokens moves.
+"""The recurrence of one batch, on rows of the pool.
 
 Letters: N tokens, S rows of the pool, L layers, H heads, V value width, K key width.
 """
@@ -20,10 +20,10 @@ class Features(NamedTuple):
 
 
 class Recurrence:
-    """Moves the rows of one batch, in place.
+    """Updates the rows of one batch, in place.
 
-    tensors: the pool's, by name. state [S, L, H, V, K] and z [S, L, H, K] or None are those named
-    `state` and `denominator`; segments say which row each token belongs to.
+    tensors: the pool's, by name. state [S, L, H, V, K] and z [S, L, H, K] or None: those named
+    `state` and `denominator`. segments: which row each token belongs to.
     """
 
     __slots__ = ("segments", "state", "tensors", "z")
@@ -39,5 +39,5 @@ class Recurrence:
         return self.state[:, index], None if self.z is None else self.z[:, index]
 
     def __call__(self, index: int, features: Features) -> Tensor:
-        """Mapped q, k, v [N, H, ·] of layer `index` → outputs [N, H, V]; its rows move on."""
+        """Mapped q, k, v [N, H, ·] of layer `index` → outputs [N, H, V]; its rows are updated."""
         return ops.recurrent_segments(*features, *self.layer(index), self.segments)

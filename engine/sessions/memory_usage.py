@@ -9,7 +9,7 @@ from typing import Self
 from cottention.engine.state.spec import StateSpec
 
 ID_BYTES, COUNT_BYTES = 40, 120
-"""About what CPython takes for an int in a tuple, and for two in a dictionary."""
+"""Bytes that CPython takes, about, for an int in a tuple, and for two ints in a dictionary."""
 
 STORED_ID_BYTES, STORED_COUNT_BYTES = 4, 8
 HEADER_BYTES = 2048
@@ -36,7 +36,7 @@ class SessionBytes:
         """num_ids: of the tokenizer. window: ids that are kept. max_outbox: bytes of events."""
         slot = spec.itemised_bytes()
         rows = spec.bytes_per_row
-        num_kept = window + 1  # and the one that the next turn feeds first
+        num_kept = window + 1  # the last id waits outside the state, for the next turn
         counts, ids = num_ids * COUNT_BYTES, num_kept * ID_BYTES
         lists = num_kept * STORED_ID_BYTES + num_ids * STORED_COUNT_BYTES
         snapshot = rows + lists + max_outbox + HEADER_BYTES
@@ -57,5 +57,5 @@ class SessionBytes:
         return cls(items, places)
 
     def per_gb(self) -> dict[str, int]:
-        """How many fit into 10⁹ bytes of each place, at least."""
+        """Sessions that fit into 10⁹ bytes of each place, at least."""
         return {place: GB // nbytes for place, nbytes in self.places.items()}

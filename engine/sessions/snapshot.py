@@ -36,7 +36,7 @@ _STATE_DTYPES: dict[StateDType, str] = {"float32": "F32"}
 
 
 class Entry(NamedTuple):
-    """One tensor's place; bytes start..end behind the header."""
+    """One tensor: its bytes are start..end, counted from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 
 def seal(parts: Sequence[bytes]) -> bytes:
-    """A header and its tensors' bytes under a checksum."""
+    """Join a header and its tensors' bytes behind magic word and checksum."""
     checksum = hashlib.sha256()
     for part in parts:
         checksum.update(part)
@@ -53,20 +53,20 @@ def seal(parts: Sequence[bytes]) -> bytes:
 
 
 def unseal(raw: bytes) -> tuple[bytes, memoryview]:
-    """Header, its length in front, and the tensors' bytes. Raises SnapshotError."""
+    """Check and split: (header with its length in front, tensors' bytes). Raises SnapshotError."""
     if len(raw) < _BODY_AT + 8 or not raw.startswith(MAGIC):
-        raise SnapshotError("these bytes are not a session's snapshot")
+        raise SnapshotError("these bytes are not a session snapshot")
     body = memoryview(raw)[_BODY_AT:]
     if hashlib.sha256(body).digest() != raw[len(MAGIC) : _BODY_AT]:
-        raise SnapshotError("the snapshot is cut or damaged: its checksum does not agree")
+        raise SnapshotError("the snapshot is truncated or damaged: its checksum does not match")
     (size,) = struct.unpack_from("<Q", body)
     if size > min(MAX_HEADER_BYTES, len(body) - 8):
-        raise SnapshotError("the snapshot's header is longer than a header can be")
+        raise SnapshotError("the snapshot's header is too long")
     return bytes(body[: 8 + size]), body[8 + size :]
 
 
 def placed(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, Entry]:
-    """(name, dtype, shape) of each, one behind the other."""
+    """Entries of tensors (name, dtype, shape) that are laid out without gaps, in this order."""
     entries: dict[str, Entry] = {}
     end = 0
     for name, dtype, shape in tensors:
@@ -80,7 +80,7 @@ def placed(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> dict[str, Ent
 
 
 def header_text(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> bytes:
-    """The one spelling of a header, its length in front."""
+    """The only valid header of these, with its length in front."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, entry in entries.items():
         header[name] = {
@@ -94,36 +94,36 @@ def header_text(metadata: Mapping[str, str], entries: Mapping[str, Entry]) -> by
 
 
 def ints_to_bytes(dtype: str, values: Sequence[int]) -> bytes:
-    """A list of int32 or of bytes."""
+    """Encode a list of int32, or of bytes."""
     return bytes(values) if dtype == "U8" else struct.pack(f"<{len(values)}i", *values)
 
 
 def ints_at(data: memoryview, entry: Entry) -> Sequence[int]:
-    """What `ints_to_bytes` wrote; of bytes, bytes."""
+    """Decode what `ints_to_bytes` wrote; U8 as bytes."""
     part = data[entry.start : entry.end]
     return bytes(part) if entry.dtype == "U8" else struct.unpack(f"<{len(part) // 4}i", part)
 
 
 def floats_to_bytes(row: Tensor) -> bytes:
-    """A float32 tensor on the host. Not by numpy, which need not be there."""
+    """Encode a float32 tensor on the host, without numpy: the engine does not require it."""
     assert row.dtype == torch.float32
     row = row.detach().contiguous()
     return ctypes.string_at(row.data_ptr(), row.nbytes)
 
 
 def floats_at(data: memoryview, entry: Entry) -> Tensor:
-    """What `floats_to_bytes` wrote, in memory of its own. SnapshotError: NaN or infinite."""
+    """Decode what `floats_to_bytes` wrote, as a copy. Raises SnapshotError for NaN or infinity."""
     part = bytearray(data[entry.start : entry.end])
     row = torch.frombuffer(part, dtype=torch.float32).view(entry.shape)
     if not torch.stack(row.aminmax()).isfinite().all():
-        raise SnapshotError("the snapshot's rows are not all finite numbers")
+        raise SnapshotError("the snapshot's state has values that are not finite")
     return row
 
 
 FORMAT_VERSION = 3
 """Of the whole encoding. Snapshots of other versions are refused, older ones too."""
 
-MAX_NUMBER = 2**62  # of a header: Python writes out no number of any length
+MAX_NUMBER = 2**62  # in a header: Python limits the digits of the integers that it prints
 
 _LISTS = {
     "pending": "I32",
@@ -140,13 +140,13 @@ _NUMBERS = {
     "turn": "([0-9a-f]{16})?",
     "first_event": "[0-9]{1,19}",
 }
-"""What a header says in words, and how each may be spelled."""
+"""A header's metadata beside format and fingerprints, and the pattern of each value."""
 
 
 class _Sizes(NamedTuple):
     """All that a header depends on beside the model.
 
-    context_policy: name of the grid that the rows are on. lengths: elements of each of `_LISTS`.
+    context_policy: name of the state's ContextSchedule. lengths: elements of each of `_LISTS`.
     """
 
     position: int
@@ -158,10 +158,10 @@ class _Sizes(NamedTuple):
 
 
 class SnapshotCodec:
-    """States of one model to bytes and back, equal bytes for equal states.
+    """Encodes and decodes sessions of one model; equal states have equal bytes.
 
-    num_ids: ids of the tokenizer; a snapshot with others is refused. grids: by context policy.
-    window: how many of its last ids a session holds.
+    num_ids: ids of the tokenizer; a snapshot with others is refused. window: recent ids that a
+    session holds.
     """
 
     def __init__(
@@ -169,11 +169,11 @@ class SnapshotCodec:
         fingerprints: Fingerprint,
         spec: StateSpec,
         num_ids: int,
-        grids: Mapping[ContextPolicy, ContextSchedule],
+        context_schedules: Mapping[ContextPolicy, ContextSchedule],
         window: int,
     ) -> None:
-        self.context_schedules = grids
-        self._policies = {grid.name: policy for policy, grid in grids.items()}
+        self.context_schedules = context_schedules
+        self._policies = {each.name: policy for policy, each in context_schedules.items()}
         self._window = window
         self._num_ids = num_ids
         self._rows = [
@@ -183,7 +183,7 @@ class SnapshotCodec:
         self._expected = asdict(fingerprints)
 
     def encode(self, state: SessionState) -> bytes:
-        """One self-contained binary."""
+        """The snapshot of a session."""
         assert not state.rows or [row.shape for row in state.rows] == [at for *_, at in self._rows]
         counts = sorted(state.counts.items())
         lists: dict[str, Sequence[int]] = {
@@ -208,17 +208,18 @@ class SnapshotCodec:
         )
 
     def decode(self, raw: bytes) -> SessionState:
-        """The state of a snapshot; sizes are held against `raw` before they are used.
+        """The session of a snapshot; sizes are checked against `raw` before they are used.
 
-        SnapshotMismatchError: it is whole and of another model or format. SnapshotError: it is not.
+        Raises SnapshotMismatchError for a snapshot of another model or format, SnapshotError for
+        bytes that are damaged or no snapshot.
         """
         header, data = unseal(raw)
         sizes = self._sizes(header)
         entries = self._entries(sizes)
         if header != self._header(sizes):
-            raise SnapshotError("the snapshot's header is not one that this server writes")
+            raise SnapshotError("the snapshot's header has another form than this server writes")
         if len(data) != entries["events"].end:
-            raise SnapshotError("the snapshot's sizes are not those of its header")
+            raise SnapshotError("the snapshot's length differs from the sizes in its header")
         lists = {name: ints_at(data, entries[name]) for name in _LISTS}
         self._check(sizes, lists)
         events = lists["event_sizes"], bytes(lists["events"])
@@ -235,7 +236,7 @@ class SnapshotCodec:
         )
 
     def _entries(self, sizes: _Sizes) -> dict[str, Entry]:
-        """Every tensor of the file, in the order of its bytes."""
+        """All tensors of the file, in order."""
         tensors: list[tuple[str, str, tuple[int, ...]]] = [
             *(self._rows if sizes.has_rows else []),
             *((name, dtype, (sizes.lengths[name],)) for name, dtype in _LISTS.items()),
@@ -243,13 +244,13 @@ class SnapshotCodec:
         return placed(tensors)
 
     def _header(self, sizes: _Sizes) -> bytes:
-        """The one spelling of a header for these sizes."""
+        """The only valid header for these sizes."""
         metadata = {name: str(getattr(sizes, name)) for name in _NUMBERS}
         metadata = {"format": str(FORMAT_VERSION)} | self._expected | metadata
         return header_text(metadata, self._entries(sizes))
 
     def _sizes(self, header: bytes) -> _Sizes:
-        """The numbers that a header is spelled from. Raises both errors."""
+        """Parse a header. Raises SnapshotError and SnapshotMismatchError."""
         try:
             found = json.loads(header[8:])
             metadata = found["__metadata__"]
@@ -282,20 +283,22 @@ class SnapshotCodec:
             raise SnapshotMismatchError(f"the snapshot differs in {', '.join(faults)}")
 
     def _check(self, sizes: _Sizes, lists: Mapping[str, Sequence[int]]) -> None:
-        """Values that no session has, though the sizes are right."""
+        """Refuse values that no session can have. Raises SnapshotError."""
         ids, counts = lists["count_ids"], lists["counts"]
         all_ids = (*lists["pending"], *lists["recent"], *ids)
         if all_ids and not 0 <= min(all_ids) <= max(all_ids) < self._num_ids:
-            raise SnapshotError("the snapshot has ids that the tokenizer has not")
+            raise SnapshotError("the snapshot has ids that the tokenizer does not have")
         if len(ids) != len(counts) or any(a >= b for a, b in pairwise(ids)):
-            raise SnapshotError("the snapshot's counts are not one for each id, in order")
+            raise SnapshotError(
+                "the snapshot's counts are not one for each id, in increasing order"
+            )
         if counts and min(counts) < 0:
-            raise SnapshotError("the snapshot has counts below zero")
+            raise SnapshotError("the snapshot has negative counts")
         num_held = sizes.position + len(lists["pending"])
         if len(lists["recent"]) != min(num_held, self._window):
-            raise SnapshotError("the snapshot has not the recent ids that its age asks for")
+            raise SnapshotError("the snapshot's number of recent ids does not match its position")
         if sizes.position and not sizes.has_rows:
-            raise SnapshotError("the snapshot has a position and no rows")
+            raise SnapshotError("the snapshot has a position and no state")
 
 
 def _check_format(found: str) -> None:

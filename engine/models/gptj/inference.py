@@ -33,19 +33,19 @@ class Layers(Protocol):
     """All blocks of a model, in order."""
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
-        """x [N, C] after the last block; the batch's rows of every layer move on."""
+        """x [N, C] → x after the last block; the batch's rows of every layer are updated."""
         ...
 
 
 class ServedGPTJ:
-    """A `CottentionForCausalLM` rearranged for inference.
+    """A `CottentionForCausalLM` arranged for inference.
 
-    Takes the weights of what it is given, one block at a time, and leaves it without them.
+    The weights are moved out of the model block by block, so that they are in memory once.
     """
 
     def __init__(self, model: CottentionForCausalLM, device: str) -> None:
         self.config: GPTJConfig = model.config
-        # a copy: the original may be a view of a whole file, which would stay mapped
+        # a copy: the original may be a view of the weights file, which would remain mapped
         self._embedding = model.transformer.wte.weight.to(device, copy=True)
         del model.transformer.wte
         weight = model.lm_head.weight
@@ -83,7 +83,8 @@ class TorchLayer:
 class TorchLayers:
     """The layers in torch's own operations, on any device and in any type.
 
-    Where CUDA has an op for all that is between the products, it takes what is not cut into chunks.
+    On CUDA a compiled op, where there is one, computes all between the two products for batches
+    that are not prefilled in chunks.
     """
 
     def __init__(self, config: GPTJConfig, device: str, blocks: Iterable[Block]) -> None:
@@ -103,7 +104,7 @@ class TorchLayers:
     def _in_torch(
         self, index: int, joined: Tensor, at: TokenPositions, recurrence: Recurrence
     ) -> Tensor:
-        """First product [N, 3C + inner] → what the second takes, [N, C + inner]."""
+        """First product [N, 3C + inner] → input of the second, [N, C + inner]."""
         features, up = split_heads(self._config, joined, self._layers[index].sigma, at)
         mixed = recurrence(index, features).flatten(-2).to(up.dtype)
         return torch.cat([mixed, ops.gelu_new(up)], dim=-1)
@@ -130,7 +131,7 @@ def _torch_layer(block: Block, device: str) -> TorchLayer:
 
 
 def product(weight: Tensor, bias: Tensor, device: str) -> Product:
-    """x Wᵀ + bias on `device`. In float32 on a CPU, a row's bits do not depend on its company."""
+    """x Wᵀ + bias on `device`. In float32 on a CPU a row's bits do not depend on other rows."""
     weight, bias = weight.to(device), bias.to(device)
     if device == "cpu" and (weight.dtype == torch.float32 or ops.can_pack(weight)):
         return ops.FixedOrderLinear(weight, bias)
@@ -138,7 +139,7 @@ def product(weight: Tensor, bias: Tensor, device: str) -> Product:
 
 
 class PackedLayers:
-    """All blocks of a model; a row's bits do not depend on the rows beside it."""
+    """All blocks of a model on a CPU; a row's bits do not depend on other rows."""
 
     def __init__(self, config: GPTJConfig, _device: str, blocks: Iterable[Block]) -> None:
         self._layers = [PackedLayer(config, index, block) for index, block in enumerate(blocks)]
@@ -162,14 +163,14 @@ class PackedLayers:
         return x
 
     def _rows(self, num_tokens: int) -> list[Tensor]:
-        """Buffers [N, ·], kept from step to step; they grow to the largest batch that came."""
+        """Buffers [N, ·], kept from step to step; they grow to the largest batch so far."""
         if num_tokens > len(self._buffers[0]):
             self._buffers = [torch.empty(num_tokens, x.shape[1]) for x in self._buffers]
         return [buffer[:num_tokens] for buffer in self._buffers]
 
 
 class PackedLayer:
-    """One block."""
+    """One block, with packed weights."""
 
     def __init__(self, config: GPTJConfig, index: int, block: Block) -> None:
         self._config = config
@@ -196,7 +197,7 @@ class PackedLayer:
         joined: Tensor,
         mixed: Tensor,
     ) -> None:
-        """Add to x [N, C] what attention and MLP make of it.
+        """Add the output of attention and MLP to x [N, C], in place.
 
         normed [N, C], joined [N, 3C + inner] and mixed [N, C + inner] are overwritten.
         """

@@ -46,7 +46,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The two products around gelu_new."""
+    """The two linear layers around gelu_new."""
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
@@ -55,9 +55,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attn(ln_1(x)) + mlp(ln_1(x)), computed as two stacked products with the step between.
+    """x + attn(ln_1(x)) + mlp(ln_1(x)), as two stacked products with the recurrence between them.
 
-    The weights stay apart, under their published names; `stacked_in` and `stacked_out` join them.
+    The weights have their published names; `stacked_in` and `stacked_out` concatenate them.
     """
 
     def __init__(self, config: GPTJConfig) -> None:
@@ -115,14 +115,14 @@ class CottentionForCausalLM(nn.Module):
         return list(cast(Iterable[Block], self.transformer.h))
 
     def take_blocks(self) -> Iterator[Block]:
-        """The layers, in order, each for whoever asks to keep: the model is left without them."""
+        """The layers, in order. Each is removed from the model as it is yielded."""
         while len(self.transformer.h):
             yield cast(Block, self.transformer.h.pop(0))
 
     def _mixed(
         self, block: Block, layer: int, x: Tensor, at: TokenPositions, attend: Attend
     ) -> Tensor:
-        """What attention and MLP of one block add to x [..., N, C]."""
+        """Output of one block's attention and MLP, to be added to x [..., N, C]."""
         joined = nn.functional.linear(block.ln_1(x), *block.stacked_in())
         features, up = split_heads(self.config, joined, block.attn.sigma(), at)
         mixed = attend(layer, features).flatten(-2).to(up.dtype)
@@ -135,7 +135,7 @@ def split_heads(
 ) -> tuple[Features, Tensor]:
     """First product [..., N, 3C + inner] → mapped q, k, v and the MLP's [..., N, inner].
 
-    Features are float32 or wider whatever the model's dtype: the state is kept in them.
+    Features are float32 or wider whatever the model's dtype, as the state is.
     """
     width = config.n_embd
     wide = torch.promote_types(joined.dtype, torch.float32)
