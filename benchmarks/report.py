@@ -20,7 +20,7 @@ from benchmarks import endless
 from benchmarks.common import machine, show, write_json
 from benchmarks.held_out import LongText, load
 from benchmarks.memory import kv_cache_bytes
-from cottention.engine import ModelConfig
+from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.model_folder import DEFAULT_MODEL
 from cottention.engine.models.registry import read_config
 
@@ -72,7 +72,7 @@ def _measure(name: str, num_streams: int, length: int) -> None:
         write_json(FIGURES, series)
 
 
-def _ways(config: ModelConfig) -> dict[str, endless.Nats]:
+def _ways(config: GPTJConfig) -> dict[str, endless.Nats]:
     if config.attention_type == "softmax":
         return {"sliding window": endless.sliding}
     ways: dict[str, endless.Nats] = {
