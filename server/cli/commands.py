@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, CottentionError
-from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.outputs import FinishReason
 from cottention.engine.sampling_params import SamplingParams
@@ -167,16 +166,15 @@ def _as_json(each: Setting, value: Any, origin: Origin) -> dict[str, Any]:
 
 
 def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
-    shape, size_of_one = engine.model_config, engine.spec.bytes_per_slot
+    config, size_of_one = engine.model_config, engine.spec.bytes_per_slot
     yield "model", engine.name
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
-    yield "attention", _attention(shape)
-    yield "shape", f"{shape.n_layer} layers of {shape.n_head} heads of {shape.head_dim}"
+    yield from config.description().items()
     yield "bytes per session", f"{size_of_one:,}, whatever its length"
     yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
-    yield "trained length", f"{shape.n_positions:,} tokens"
+    yield "trained length", f"{config.trained_length:,} tokens"
     yield "context policy", CONTEXT_POLICIES[engine.policies.default]
     yield "position limit", f"{MAX_HELD:,} tokens"
 
@@ -185,11 +183,6 @@ CONTEXT_POLICIES: dict[ContextPolicy, str] = {
     "renew": "renew: past the trained length the oldest tokens are forgotten, and quality stays",
     "exact": "exact: past the trained length quality declines; nothing is forgotten on purpose",
 }
-
-
-def _attention(shape: ModelConfig) -> str:
-    longest = shape.max_exact_length
-    return shape.attention_type if longest is None else f"{shape.attention_type}, M = {longest:,}"
 
 
 def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cottention.engine import Engine, SamplingParams
-from cottention.engine.models.attention_kinds import RECURRENT_KINDS
+from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.state.session_state import SessionState
 from cottention.server.config import ServerConfig
 from cottention.server.sessions.storage import kept_sessions

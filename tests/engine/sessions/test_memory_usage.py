@@ -12,7 +12,7 @@ from cottention.engine.sessions.state_cache import ParkedStates
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.state.spec import StateSpec, recurrence_tensors
 
 NUM_IDS, WINDOW, OUTBOX = 500, 64, 3000
 CONFIG = " ".join(f"{'n' * 12}{n}={10**6}" for n in range(14))
@@ -22,7 +22,9 @@ PRINTS = Fingerprint("a" * 64, "b" * 64, CONFIG, "c" * 100)
 @pytest.mark.parametrize("has_denominator", [False, True])
 def test_the_largest_session_takes_what_is_said(has_denominator: bool) -> None:
     spec = StateSpec(
-        layers=3, heads=2, value_width=16, key_width=16, has_denominator=has_denominator
+        recurrence_tensors(
+            layers=3, heads=2, value_width=16, key_width=16, has_denominator=has_denominator
+        )
     )
     cost = SessionBytes.of(
         spec, num_ids=NUM_IDS, window=WINDOW, max_checkpoints=2, max_outbox=OUTBOX
@@ -41,9 +43,7 @@ def test_the_largest_session_takes_what_is_said(has_denominator: bool) -> None:
 
 def largest(spec: StateSpec) -> SessionState:
     """Of a session that has seen every id, and told as much as is kept."""
-    rows = [torch.ones(spec.state_shape)]
-    if spec.has_denominator:
-        rows.append(torch.ones(spec.denominator_shape))
+    rows = [torch.ones(shape) for shape in spec.shapes.values()]
     ids = tuple(range(WINDOW))
     told = EventLog("f" * 16, 2**62, (b"x" * 1000, b"y" * 2000))
     full = SessionState(tuple(rows), 2**62, (1,), ids, dict.fromkeys(range(NUM_IDS), 1))

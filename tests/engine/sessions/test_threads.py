@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cottention.engine.errors import NothingToRewindError, SessionBusyError, SessionNotFoundError
-from cottention.engine.models.attention_kinds import RECURRENT_KINDS
+from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.manager import SessionManager
 from cottention.engine.sessions.snapshot import SnapshotCodec

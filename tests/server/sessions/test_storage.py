@@ -16,14 +16,14 @@ from cottention.engine.errors import ConfigurationError, SessionBusyError
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.state.spec import StateSpec, recurrence_tensors
 from cottention.server.config import ServerConfig
 from cottention.server.sessions.storage import kept_sessions, where_kept
 from tests.server.fake_engine import FakeEngine
 from tests.server.live import Live, eventually, serving
 from tests.server.sse import read_told
 
-SPEC = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
+SPEC = StateSpec(recurrence_tensors(layers=1, heads=1, value_width=8, key_width=8))
 
 
 TOLD = {"context_start": 0, "durable": True}
