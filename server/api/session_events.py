@@ -43,13 +43,13 @@ async def follow_events(
 ) -> Response:
     """What came after an event of the session's last turn, or all that is kept of the turn."""
     owner, last = owner_of(request), _event_id(last_event_id)
-    live = context.turns.live(owner, session_id)
+    live = context.turns.live_events(owner, session_id)
     if live is not None and (last is None or last.turn == live.turn):
         number = _next(last, live.turn, live.first, live.stop)
         if live.has_ended and number == live.stop:
             return Response(status_code=204)
         return LiveEventResponse(live, number, context.config.keep_alive_seconds)
-    kept = await asyncio.to_thread(context.sessions.outbox, owner, session_id)
+    kept = await asyncio.to_thread(context.sessions.events, owner, session_id)
     number = _next(last, kept.turn, kept.first, kept.first + len(kept.events))
     missed = kept.events[number - kept.first :]
     if not missed:

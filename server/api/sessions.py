@@ -43,7 +43,7 @@ from cottention.server.schemas.sessions import (
     fork_request,
     session_request,
 )
-from cottention.server.sessions.turn_queue import Caller, asked_by
+from cottention.server.sessions.turn_queue import Caller, caller_of
 
 if TYPE_CHECKING:  # they bring torch with them, which the server does not know
     from cottention.engine.sessions.types import Session
@@ -65,7 +65,7 @@ MOVES = refusals(409, 412, 507)
 async def open_session(request: Request, context: ContextDep) -> Response:
     """A new session, which has read the prompt if there is one."""
     context.bridge.check_accepting()
-    owner = asked_by(request).owner
+    owner = caller_of(request).owner
     asked = await read_body_with(request, context, lambda body, _: session_request(body))
     state = _nothing(asked.context_policy, context)
     if asked.prompt:
@@ -88,14 +88,14 @@ async def list_sessions(
     after: str | None = None,
 ) -> Response:
     """One's own sessions, the newest first."""
-    owner = asked_by(request).owner
+    owner = caller_of(request).owner
     return told_all(*await asyncio.to_thread(context.sessions.page, owner, after, limit))
 
 
 @router.get("/v1/sessions/{session_id}", response_model=SessionObject, responses=REFUSALS)
 async def get_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """One session."""
-    owner = asked_by(request).owner
+    owner = caller_of(request).owner
     return told(await asyncio.to_thread(context.sessions.find, owner, session_id))
 
 
@@ -106,11 +106,11 @@ async def get_session(session_id: str, request: Request, context: ContextDep) ->
 )
 async def delete_session(session_id: str, request: Request, context: ContextDep) -> JsonObject:
     """Forget a session, unless a turn runs."""
-    asker = asked_by(request)
+    caller = caller_of(request)
     await read_nothing(request, context)
-    async with context.turns.alone(asker.owner, session_id, "error", request.receive):
-        await _as_expected(asker, session_id, context)
-        await asyncio.to_thread(context.sessions.delete, asker.owner, session_id)
+    async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
+        await _as_expected(caller, session_id, context)
+        await asyncio.to_thread(context.sessions.delete, caller.owner, session_id)
     return {"id": session_id, "object": "session", "deleted": True}
 
 
@@ -122,14 +122,16 @@ async def delete_session(session_id: str, request: Request, context: ContextDep)
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """A turn that reads and says nothing; no turn where there is nothing to read."""
     context.bridge.check_accepting()
-    asker = asked_by(request)
+    caller = caller_of(request)
     body = await read_body_with(request, context, lambda body, _: checked(AppendRequest, body))
     if not body.prompt:
-        async with context.turns.alone(asker.owner, session_id, body.on_conflict, request.receive):
-            return told(await _as_expected(asker, session_id, context))
+        async with context.turns.exclusive(
+            caller.owner, session_id, body.on_conflict, request.receive
+        ):
+            return told(await _as_expected(caller, session_id, context))
     order = await _order(body.prompt, context)
     terms = TurnOptions(session_id, body.on_conflict, "rollback")
-    async with context.turns.turn(asker, terms, request.receive) as turn:
+    async with context.turns.turn(caller, terms, request.receive) as turn:
         state = await _read_in(request, context, order, turn.state)
         return told(await turn.commit(state))
 
@@ -142,11 +144,11 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
 async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Sessions that go on from here by themselves; they share nothing that changes."""
     context.bridge.check_accepting()
-    asker = asked_by(request)
+    caller = caller_of(request)
     body = await read_body_with(request, context, lambda body, _: fork_request(body))
-    fork, position = context.sessions.fork, asker.expected_position
-    async with context.turns.alone(asker.owner, session_id, body.on_conflict, request.receive):
-        forks = await asyncio.to_thread(fork, asker.owner, session_id, body.n, position)
+    fork, position = context.sessions.fork, caller.expected_position
+    async with context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive):
+        forks = await asyncio.to_thread(fork, caller.owner, session_id, body.n, position)
     return told_all(forks, has_more=False)
 
 
@@ -158,11 +160,11 @@ async def fork_session(session_id: str, request: Request, context: ContextDep) -
 )
 async def rewind_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Back to where the last turn began."""
-    asker = asked_by(request)
+    caller = caller_of(request)
     await read_nothing(request, context)
-    async with context.turns.alone(asker.owner, session_id, "error", request.receive):
-        rewind, position = context.sessions.rewind, asker.expected_position
-        return told(await asyncio.to_thread(rewind, asker.owner, session_id, position))
+    async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
+        rewind, position = context.sessions.rewind, caller.expected_position
+        return told(await asyncio.to_thread(rewind, caller.owner, session_id, position))
 
 
 async def _order(prompt: str | list[int], context: Context) -> GenerationRequest:
@@ -191,10 +193,10 @@ async def _read_in(
     return state
 
 
-async def _as_expected(asker: Caller, session_id: str, context: Context) -> "Session":
+async def _as_expected(caller: Caller, session_id: str, context: Context) -> "Session":
     """The session. Raises SessionMovedError where it is not at the position that was asked for."""
-    found = await asyncio.to_thread(context.sessions.find, asker.owner, session_id)
-    expected = asker.expected_position
+    found = await asyncio.to_thread(context.sessions.find, caller.owner, session_id)
+    expected = caller.expected_position
     if expected not in (None, found.position):
         raise SessionMovedError(f"the session is at position {found.position}, not at {expected}")
     return found

@@ -17,7 +17,7 @@ from cottention.server.http.body import read_body
 from cottention.server.http.errors import ApiError, invalid
 from cottention.server.schemas.session_responses import SessionObject, etag_of, told
 from cottention.server.schemas.sessions import METADATA, TTL, KeptBody, kept_body
-from cottention.server.sessions.turn_queue import asked_by
+from cottention.server.sessions.turn_queue import caller_of
 
 router = APIRouter()
 
@@ -32,7 +32,7 @@ BINARY: Schema = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
 )
 async def get_snapshot(session_id: str, request: Request, context: ContextDep) -> Response:
     """All of a session, as it is between its turns."""
-    owner, sessions = asked_by(request).owner, context.sessions
+    owner, sessions = caller_of(request).owner, context.sessions
     session, raw = await asyncio.to_thread(sessions.export, owner, session_id)
     return Response(raw, media_type=OCTETS, headers={"ETag": etag_of(session)})
 
@@ -56,7 +56,7 @@ async def import_session(
     """
     context.bridge.check_accepting()
     config = context.config
-    owner, kept = asked_by(request).owner, _kept(metadata, ttl_seconds)
+    owner, kept = caller_of(request).owner, _kept(metadata, ttl_seconds)
     raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
     put_in, check = context.sessions.import_, context.bridge.engine.policies.check_goes_on
     how = kept.metadata, kept.ttl_seconds, check

@@ -40,14 +40,14 @@ class TurnResponse(Response):
         order: GenerationRequest,
         kind: EndpointFormat,
         name: str,
-        asker: Caller,
+        caller: Caller,
     ) -> None:
         self.background = None
         self._context = context
         self._order = order
         self._kind = kind
         self._name = name
-        self._asker = asker
+        self._caller = caller
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; what is raised before the first byte becomes an error's answer."""
@@ -55,7 +55,7 @@ class TurnResponse(Response):
         assert isinstance(terms, TurnOptions)
         policies = context.bridge.engine.policies
         async with AsyncExitStack() as stack:
-            begun = context.turns.turn(self._asker, terms, receive)
+            begun = context.turns.turn(self._caller, terms, receive)
             turn = await _in_time(stack.enter_async_context(begun), self._order.deadline)
             start = policies.settled(turn.state, self._order.params)
             tokenizer = context.bridge.engine.tokenizer
@@ -63,7 +63,7 @@ class TurnResponse(Response):
             order = replace(self._order, start=start)
             skips = order.params.skip_special_tokens
             table = tokenizer.token_bytes if skips else tokenizer.written_bytes
-            turn.reads(start, order.prompts[0], table, policies.window)
+            turn.set_prompt(start, order.prompts[0], table, policies.window)
             reading = await context.bridge.open(self._name, order)
             note(scope, order, reading)
             stack.callback(reading.close)
@@ -95,9 +95,9 @@ class TurnResponse(Response):
         """The turn goes on by itself, and ends with what is in `stack`; its client may look on."""
         context, is_whole = self._context, not self._order.is_stream
         live = LiveEvents(context.config.session_outbox)
-        told = TurnEvents(reading, self._events(), turn, live.kept, gathers=is_whole)
-        key = (self._asker.owner, turn.session_id)
-        record.going_on = going = context.turns.go_on(key, live, _tell(told, live, stack))
+        told = TurnEvents(reading, self._events(), turn, live.log_ending_with, gathers=is_whole)
+        key = (self._caller.owner, turn.session_id)
+        record.going_on = going = context.turns.detach(key, live, _tell(told, live, stack))
         if not is_whole:
             return LiveEventResponse(live, 0, context.config.keep_alive_seconds)
         await until_done(going, receive)

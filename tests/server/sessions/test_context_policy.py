@@ -10,7 +10,7 @@ import pytest
 from cottention.engine.state.context_window import context_schedules
 from cottention.server.config import ServerConfig
 from cottention.server.generation.chat_template import find_template
-from cottention.server.sessions.storage import kept_sessions
+from cottention.server.sessions.storage import open_sessions
 from tests.engine.windows import engine_of
 from tests.server.live import Live, serving
 
@@ -23,7 +23,7 @@ START = context_schedules(WINDOW)["renew"].start
 def live_under(policy: str) -> Iterator[Live]:
     engine = engine_of(WINDOW, context_policy=policy)
     with contextlib.ExitStack() as stack:
-        sessions = stack.enter_context(kept_sessions(engine, ServerConfig()))
+        sessions = stack.enter_context(open_sessions(engine, ServerConfig()))
         template = find_template("plain", Path())
         yield stack.enter_context(serving(engine, template, sessions))
 
