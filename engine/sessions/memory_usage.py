@@ -1,7 +1,4 @@
-"""What a session takes, item by item and place by place: known before there is one.
-
-Owns the sum. Knows no torch, and nothing of sessions that there are.
-"""
+"""The bytes that a session takes at most, by item and by place, computed without torch."""
 
 from dataclasses import dataclass
 from typing import Self
@@ -9,20 +6,20 @@ from typing import Self
 from cottention.engine.state.spec import StateSpec
 
 ID_BYTES, COUNT_BYTES = 40, 120
-"""About what CPython takes for an int in a tuple, and for two in a dictionary."""
+"""Approximate bytes in CPython of an int in a tuple, and of an int pair in a dictionary."""
 
 STORED_ID_BYTES, STORED_COUNT_BYTES = 4, 8
 HEADER_BYTES = 2048
-"""Of a snapshot beside its rows and lists: checksum, fingerprints, sizes; at most."""
+"""At most, of a blob besides rows, lists and events: checksum, fingerprints, sizes."""
 
 GB = 10**9
 
 
 @dataclass(frozen=True, slots=True)
 class SessionBytes:
-    """Bytes of one session, whatever its age; what depends on its text is the most it can be.
+    """The most bytes that one session takes, whatever its age.
 
-    items: by what they hold. places: of one session in the pool, in memory, on the disk.
+    items: by content. places: of one session in the pool, in memory, on the disk.
     """
 
     items: dict[str, int]
@@ -32,7 +29,7 @@ class SessionBytes:
     def of(
         cls, spec: StateSpec, *, num_ids: int, window: int, max_checkpoints: int, max_outbox: int
     ) -> Self:
-        """num_ids: of the tokenizer. window: ids that are kept. max_outbox: bytes of events."""
+        """num_ids: of the tokenizer. window: recent ids kept. max_outbox: bytes of events."""
         slot = spec.itemised_bytes()
         rows = slot["state"] + slot["denominator"]
         num_kept = window + 1  # and the one that the next turn feeds first

@@ -87,6 +87,8 @@ class StoreCounts:
 class SessionStore(Protocol):
     """Sessions and their blobs. A blob is a snapshot and, after it, the turn's event log.
 
+    Snapshots say where they end: blobs of equal bytes have equal snapshots and event logs.
+
     What a method returned is stored; a method that raised changed nothing. All methods may be
     called from any thread. They raise SessionNotFoundError for an id that is unknown or expired,
     and StoreFullError where the disk has no room.
