@@ -1,4 +1,4 @@
-"""What a session takes in the pool, in memory and on the disk, itemised. Loads no torch.
+"""What a session takes in the pool, in memory and on disk, at most, by item. Loads no torch.
 
 It follows from the model's state and the settings, and is known before there is a session.
 """
@@ -9,18 +9,18 @@ from typing import Self
 from cottention.engine.state.spec import StateSpec
 
 ID_BYTES, COUNT_BYTES = 40, 120
-"""Bytes that CPython takes, about, for an int in a tuple, and for two ints in a dictionary."""
+"""Approximate bytes in CPython of an int in a tuple, and of an int pair in a dictionary."""
 
 STORED_ID_BYTES, STORED_COUNT_BYTES = 4, 8
 HEADER_BYTES = 2048
-"""Upper bound of a snapshot's bytes beside its rows and lists: checksum, fingerprints, sizes."""
+"""At most, of a blob besides rows, lists and events: checksum, fingerprints, sizes."""
 
 GB = 10**9
 
 
 @dataclass(frozen=True, slots=True)
 class SessionBytes:
-    """Bytes of one session of any age; what depends on its text is at its upper bound.
+    """The most bytes that one session takes at any age.
 
     items: by content. places: of one session in the pool (resident), in memory (parked), on the
     disk (stored).
@@ -33,7 +33,7 @@ class SessionBytes:
     def of(
         cls, spec: StateSpec, *, num_ids: int, window: int, max_checkpoints: int, max_outbox: int
     ) -> Self:
-        """num_ids: of the tokenizer. window: ids that are kept. max_outbox: bytes of events."""
+        """num_ids: of the tokenizer. window: recent ids kept. max_outbox: bytes of events."""
         slot = spec.itemised_bytes()
         rows = spec.bytes_per_row
         num_kept = window + 1  # the last id waits outside the state, for the next turn

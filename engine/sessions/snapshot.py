@@ -23,7 +23,6 @@ from torch import Tensor
 from cottention.engine.errors import SnapshotError, SnapshotMismatchError
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.state.context_window import ContextPolicy, ContextSchedule
-from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.state.spec import StateDType, StateSpec
 
@@ -130,15 +129,11 @@ _LISTS = {
     "recent": "I32",
     "count_ids": "I32",
     "counts": "I32",
-    "event_sizes": "I32",
     "undecoded": "U8",
-    "events": "U8",
 }
 _NUMBERS = {
     "position": "[0-9]{1,19}",
     "context_policy": ".*",
-    "turn": "([0-9a-f]{16})?",
-    "first_event": "[0-9]{1,19}",
 }
 """A header's metadata beside format and fingerprints, and the pattern of each value."""
 
@@ -151,8 +146,6 @@ class _Sizes(NamedTuple):
 
     position: int
     context_policy: str
-    turn: str
-    first_event: int
     has_rows: bool
     lengths: Mapping[str, int]
 
@@ -191,14 +184,11 @@ class SnapshotCodec:
             "recent": state.recent,
             "count_ids": [token_id for token_id, _ in counts],
             "counts": [count for _, count in counts],
-            "event_sizes": [len(event) for event in state.outbox.events],
             "undecoded": state.undecoded,
-            "events": b"".join(state.outbox.events),
         }
         lengths = {name: len(values) for name, values in lists.items()}
         name = self.context_schedules[state.context_policy].name
-        turn, first = state.outbox.turn, state.outbox.first
-        sizes = _Sizes(state.position, name, turn, first, bool(state.rows), lengths)
+        sizes = _Sizes(state.position, name, bool(state.rows), lengths)
         return seal(
             [
                 self._header(sizes),
@@ -218,12 +208,10 @@ class SnapshotCodec:
         entries = self._entries(sizes)
         if header != self._header(sizes):
             raise SnapshotError("the snapshot's header has another form than this server writes")
-        if len(data) != entries["events"].end:
+        if len(data) != entries["undecoded"].end:
             raise SnapshotError("the snapshot's length differs from the sizes in its header")
         lists = {name: ints_at(data, entries[name]) for name in _LISTS}
         self._check(sizes, lists)
-        events = lists["event_sizes"], bytes(lists["events"])
-        outbox = EventLog.unpacked(sizes.turn, sizes.first_event, *events)
         return SessionState(
             rows=tuple(floats_at(data, entries[name]) for name in entries if name not in _LISTS),
             position=sizes.position,
@@ -231,7 +219,6 @@ class SnapshotCodec:
             recent=tuple(lists["recent"]),
             counts=dict(zip(lists["count_ids"], lists["counts"], strict=True)),
             undecoded=bytes(lists["undecoded"]),
-            outbox=outbox,
             context_policy=self._policies[sizes.context_policy],
         )
 
@@ -261,12 +248,11 @@ class SnapshotCodec:
                 if not re.fullmatch(spelling, metadata[name]):
                     raise ValueError(name)
             lengths = {name: int(found[name]["shape"][0]) for name in _LISTS}
-            position, first_event = int(metadata["position"]), int(metadata["first_event"])
-            has_rows, turn = self._rows[0][0] in found, metadata["turn"]
-            sizes = _Sizes(position, policy, turn, first_event, has_rows, lengths)
+            position, has_rows = int(metadata["position"]), self._rows[0][0] in found
+            sizes = _Sizes(position, policy, has_rows, lengths)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise SnapshotError("the snapshot's header cannot be read") from error
-        if min(lengths.values()) < 0 or max(position, first_event, *lengths.values()) > MAX_NUMBER:
+        if min(lengths.values()) < 0 or max(position, *lengths.values()) > MAX_NUMBER:
             raise SnapshotError("the snapshot's sizes are out of range")
         return sizes
 

@@ -45,7 +45,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from cottention.server.generation.async_engine import AsyncEngine
         from cottention.server.generation.chat_template import find_template
         from cottention.server.limits.api_keys import api_keys
-        from cottention.server.sessions.storage import check_folder, kept_sessions, where_kept
+        from cottention.server.sessions.storage import check_folder, describe_storage, open_sessions
 
         keys = api_keys(config)
         check_folder(config)
@@ -57,11 +57,14 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             AdmissionQueue.of(config),
             config.stream_buffer_bytes,
         )
-        with kept_sessions(engine, config) as sessions:
+        with open_sessions(engine, config) as sessions:
             app = create_app(bridge, config, keys, sessions, template)
             warn_of_open_access(sock, config)
-            facts = {"sessions": where_kept(config), "access": describe_access(sock, config)}
-            facts["ready"] = url_of(sock)
+            facts = {
+                "sessions": describe_storage(config),
+                "access": describe_access(sock, config),
+                "ready": url_of(sock),
+            }
             announce = partial(_announce, engine, facts, config.log_format)
             return run_server(app, bridge, config, sock, announce)
 

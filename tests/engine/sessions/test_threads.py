@@ -140,9 +140,9 @@ class Somebody:
 
     def _look(self, name: str) -> None:
         self._noted.note(self._sessions.find("a", name))
-        self._sessions.outbox("a", name)
+        self._sessions.events("a", name)
         self._sessions.page("a", None, 5)
-        self._sessions.tend()
+        self._sessions.maintain()
         assert self._sessions.sizes().num_resident <= NUM_THREADS
 
 
