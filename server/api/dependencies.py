@@ -66,7 +66,7 @@ class Context:
     @property
     def trained_length(self) -> int:
         """Context length that the model was trained on, in tokens; it is not a limit."""
-        return self.engine.engine.model_config.n_positions
+        return self.engine.engine.model_config.trained_length
 
 
 def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
@@ -76,7 +76,7 @@ def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
         num_ids=engine.tokenizer.num_ids,
         window=engine.policies.window,
         max_checkpoints=config.session_checkpoints,
-        max_outbox=config.session_outbox,
+        max_outbox=config.session_event_log_bytes,
     )
 
 

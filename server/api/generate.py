@@ -27,7 +27,7 @@ from cottention.server.http.errors import ApiError
 from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import note
 from cottention.server.schemas.base import RequestModel, validate
-from cottention.server.sessions.turn_queue import asked_by, owner_of
+from cottention.server.sessions.turn_queue import caller_of, owner_of
 
 MAX_INLINE_BYTES = 16 * 1024
 """Longer bodies are parsed and tokenized in a thread, to keep the event loop responsive."""
@@ -52,7 +52,7 @@ async def generate(
     deadline = deadline_of(arrived_at, context.config, parsed.body.timeout)
     name = f"{endpoint.id_prefix}-{parsed.body.request_id or request_id_of(request)}"
     if parsed.turn is not None:
-        return TurnResponse(context, parsed, endpoint, name, asked_by(request), deadline)
+        return TurnResponse(context, parsed, endpoint, name, caller_of(request), deadline)
     return await _respond(request, context, parsed, endpoint, name, deadline)
 
 
@@ -94,7 +94,7 @@ async def _respond(
     if is_stream:
         formatter = EventFormatter(header, choices, generation_request)
         events = GenerationEvents(stream, formatter)
-        return EventStreamResponse(events, context.config.keep_alive_seconds)
+        return EventStreamResponse(events, context.config.sse_keep_alive_seconds)
     async with close_on_disconnect(stream, request.receive):
         deltas = await collect_outputs(stream)
         usage = usage_of(

@@ -41,21 +41,21 @@ async def follow_events(
     context: ContextDep,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Events of the session's last turn: those after Last-Event-ID, or all that are kept."""
+    """Events of the session's last turn: those after Last-Event-ID, or all that are log."""
     owner, last = owner_of(request), _event_id(last_event_id)
-    live = context.turns.live(owner, session_id)
+    live = context.turns.live_events(owner, session_id)
     if live is not None and (last is None or last.turn == live.turn):
         number = _next(last, live.turn, live.first, live.stop)
         if live.has_ended and number == live.stop:
             return Response(status_code=204)
         follower = LiveEventFollower(live, number)
-        return EventStreamResponse(follower, context.config.keep_alive_seconds)
-    kept = await asyncio.to_thread(context.sessions.outbox, owner, session_id)
-    number = _next(last, kept.turn, kept.first, kept.first + len(kept.events))
-    missed = kept.events[number - kept.first :]
+        return EventStreamResponse(follower, context.config.sse_keep_alive_seconds)
+    log = await asyncio.to_thread(context.sessions.events, owner, session_id)
+    number = _next(last, log.turn, log.first, log.first + len(log.events))
+    missed = log.events[number - log.first :]
     if not missed:
         return Response(status_code=204)
-    raw = with_ids(kept.turn, number, missed)
+    raw = with_ids(log.turn, number, missed)
     return Response(raw, media_type="text/event-stream", headers=SSE_HEADERS)
 
 

@@ -32,7 +32,7 @@ from cottention.server.schemas.sessions import (
     fork_request,
     session_request,
 )
-from cottention.server.sessions.turn_queue import Caller, asked_by
+from cottention.server.sessions.turn_queue import Caller, caller_of
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.sessions.types import Session
@@ -54,7 +54,7 @@ TURN_ERRORS = error_responses(409, 412, 507)
 async def open_session(request: Request, context: ContextDep) -> Response:
     """A new session, which holds the prompt if there is one."""
     context.engine.check_accepting()
-    owner = asked_by(request).owner
+    owner = caller_of(request).owner
     body = await read_parsed(request, context, lambda fields, _: session_request(fields))
     state = context.policies.new_session(body.context_policy)
     if body.prompt:
@@ -79,7 +79,7 @@ async def list_sessions(
     after: str | None = None,
 ) -> Response:
     """The caller's sessions, newest first."""
-    owner = asked_by(request).owner
+    owner = caller_of(request).owner
     return session_list_response(
         *await asyncio.to_thread(context.sessions.page, owner, after, limit)
     )
@@ -88,7 +88,7 @@ async def list_sessions(
 @router.get("/v1/sessions/{session_id}", response_model=SessionObject, responses=ERRORS)
 async def get_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """One session."""
-    owner = asked_by(request).owner
+    owner = caller_of(request).owner
     return session_response(await asyncio.to_thread(context.sessions.find, owner, session_id))
 
 
@@ -99,9 +99,9 @@ async def get_session(session_id: str, request: Request, context: ContextDep) ->
 )
 async def delete_session(session_id: str, request: Request, context: ContextDep) -> JsonObject:
     """Delete a session, unless a turn is running."""
-    caller = asked_by(request)
+    caller = caller_of(request)
     await read_empty(request, context)
-    async with context.turns.alone(caller.owner, session_id, "error", request.receive):
+    async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
         await _find_at_position(caller, session_id, context)
         await asyncio.to_thread(context.sessions.delete, caller.owner, session_id)
     return {"id": session_id, "object": "session", "deleted": True}
@@ -115,10 +115,12 @@ async def delete_session(session_id: str, request: Request, context: ContextDep)
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Add a prompt to a session without generating; an empty prompt changes nothing."""
     context.engine.check_accepting()
-    caller = asked_by(request)
+    caller = caller_of(request)
     body = await read_parsed(request, context, lambda fields, _: validate(AppendRequest, fields))
     if not body.prompt:
-        async with context.turns.alone(caller.owner, session_id, body.on_conflict, request.receive):
+        async with context.turns.exclusive(
+            caller.owner, session_id, body.on_conflict, request.receive
+        ):
             return session_response(await _find_at_position(caller, session_id, context))
     ids, is_text = await _encode(body.prompt, context), isinstance(body.prompt, str)
     options = TurnOptions(session_id, body.on_conflict, "rollback")
@@ -137,10 +139,10 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
 async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Copies of a session that are independent of it and of each other."""
     context.engine.check_accepting()
-    caller = asked_by(request)
+    caller = caller_of(request)
     body = await read_parsed(request, context, lambda fields, _: fork_request(fields))
     fork, position = context.sessions.fork, caller.expected_position
-    async with context.turns.alone(caller.owner, session_id, body.on_conflict, request.receive):
+    async with context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive):
         forks = await asyncio.to_thread(fork, caller.owner, session_id, body.n, position)
     return session_list_response(forks, has_more=False)
 
@@ -153,9 +155,9 @@ async def fork_session(session_id: str, request: Request, context: ContextDep) -
 )
 async def rewind_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Restore a session to its state before the last turn."""
-    caller = asked_by(request)
+    caller = caller_of(request)
     await read_empty(request, context)
-    async with context.turns.alone(caller.owner, session_id, "error", request.receive):
+    async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
         rewind, position = context.sessions.rewind, caller.expected_position
         return session_response(await asyncio.to_thread(rewind, caller.owner, session_id, position))
 

@@ -14,7 +14,7 @@ from cottention.server.http.body import read_body
 from cottention.server.http.errors import ApiError, invalid
 from cottention.server.schemas.session_responses import SessionObject, etag_of, session_response
 from cottention.server.schemas.sessions import METADATA, TTL, SessionOptions, session_options
-from cottention.server.sessions.turn_queue import asked_by
+from cottention.server.sessions.turn_queue import caller_of
 
 router = APIRouter()
 
@@ -29,7 +29,7 @@ BINARY: Schema = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
 )
 async def get_snapshot(session_id: str, request: Request, context: ContextDep) -> Response:
     """A session as one file, as it is between turns."""
-    owner, sessions = asked_by(request).owner, context.sessions
+    owner, sessions = caller_of(request).owner, context.sessions
     session, raw = await asyncio.to_thread(sessions.export, owner, session_id)
     return Response(raw, media_type=OCTETS, headers={"ETag": etag_of(session)})
 
@@ -53,7 +53,7 @@ async def import_session(
     """
     context.engine.check_accepting()
     config = context.config
-    owner, options = asked_by(request).owner, _options(metadata, ttl_seconds)
+    owner, options = caller_of(request).owner, _options(metadata, ttl_seconds)
     raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
     check = context.policies.check_goes_on
     try:

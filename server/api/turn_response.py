@@ -76,7 +76,7 @@ class TurnResponse(Response):
                 )
             elif request.is_stream:
                 events = TurnEvents(stream, self._formatter(request), turn)
-                response = EventStreamResponse(events, context.config.keep_alive_seconds)
+                response = EventStreamResponse(events, context.config.sse_keep_alive_seconds)
             else:
                 response = await self._whole(request, stream, turn, receive)
             await response(scope, receive, send)
@@ -89,7 +89,7 @@ class TurnResponse(Response):
         request = self._parsed.build_turn(start, tokenizer)
         skips = request.params.skip_special_tokens
         table = tokenizer.token_bytes if skips else tokenizer.written_bytes
-        turn.reads(start, request.prompts[0], table, policies.window)
+        turn.set_prompt(start, request.prompts[0], table, policies.window)
         stream = await context.engine.generate(
             self._name, request, start=start, deadline=self._deadline
         )
@@ -115,13 +115,15 @@ class TurnResponse(Response):
     ) -> Response:
         """Run the turn in a task of its own, which closes `stack`; the client may follow it."""
         context, is_whole = self._context, not request.is_stream
-        live = LiveEvents(context.config.session_outbox)
-        events = TurnEvents(stream, self._formatter(request), turn, live.kept, gathers=is_whole)
+        live = LiveEvents(context.config.session_event_log_bytes)
+        events = TurnEvents(
+            stream, self._formatter(request), turn, live.log_ending_with, gathers=is_whole
+        )
         key = (self._caller.owner, turn.session_id)
-        record.going_on = task = context.turns.go_on(key, live, _run(events, live, stack))
+        record.going_on = task = context.turns.detach(key, live, _run(events, live, stack))
         if not is_whole:
             follower = LiveEventFollower(live, 0)
-            return EventStreamResponse(follower, context.config.keep_alive_seconds)
+            return EventStreamResponse(follower, context.config.sse_keep_alive_seconds)
         await until_done(task, receive)
         if events.error is not None:
             raise events.error

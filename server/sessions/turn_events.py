@@ -1,15 +1,11 @@
-"""A session's turn as events, from its first piece to its end.
-
-Owns that the session has moved before its client is told so, and what came of the turn. Does not
-know where the events go.
-"""
+"""A session's turn as server-sent events; the turn is committed before its last event is sent."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cottention.engine.errors import SessionError
 from cottention.engine.outputs import FinishReason
-from cottention.engine.state.event_log import EventLog
+from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.server.generation.choice_format import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.sse import EventFormatter
@@ -20,34 +16,34 @@ from cottention.server.sessions.turn import RunningTurn
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
     from cottention.engine.sessions.types import Session
 
-KeepText = Callable[[str], EventLog]
-"""What is kept of a turn that ends with this text."""
+LogEndingWith = Callable[[str], EventLog]
+"""The events to store with a turn whose last events are these."""
 
 
-def keep_no_text(_: str) -> EventLog:
-    """For a turn that nobody can ask for again."""
-    return EventLog()
+def no_log(_: str) -> EventLog:
+    """For a turn that ends with its connection: no client can ask for its events later."""
+    return NO_EVENTS
 
 
 class TurnEvents:
-    """Tells one turn. session, error: what came of it, once all has been told.
+    """The events of one turn. session, error: its outcome, after the last event.
 
-    whole: all that was told, as one piece, where `gathers`.
+    whole: the turn's output as one delta, where `gathers`.
     """
 
     def __init__(
         self,
-        reading: OutputStream,
+        stream: OutputStream,
         formatter: EventFormatter,
         turn: RunningTurn,
-        keep: KeepText = keep_no_text,
+        log_ending_with: LogEndingWith = no_log,
         *,
         gathers: bool = False,
     ) -> None:
-        self._reading = reading
+        self._stream = stream
         self._formatter = formatter
         self._turn = turn
-        self._keep = keep
+        self._log_ending_with = log_ending_with
         self._gathers = gathers
         self.whole = OutputDelta()
         self.session: Session | None = None
@@ -55,7 +51,7 @@ class TurnEvents:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the text that was told last was the end."""
+        """Whether the last text of `texts` was the end of the turn."""
         return self.session is not None or self.error is not None
 
     async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
@@ -65,46 +61,51 @@ class TurnEvents:
 
     def close(self) -> None:
         """Cancel the turn if it has not ended."""
-        self._reading.close()
+        self._stream.close()
 
     async def texts(self, idle_seconds: float | None = None) -> AsyncIterator[str]:
-        """Events, and "" after `idle_seconds` of none; each is delivered when it returns."""
-        reading, turn = self._reading, self._turn
+        """Events as text; an empty one after `idle_seconds` without any.
+
+        A text counts as delivered when the next one is asked for.
+        """
+        stream, turn = self._stream, self._turn
         while True:
-            pieces = await reading.take(idle_seconds)
-            chunks = await self._formatter.chunks(pieces)
-            if not pieces:
+            deltas = await stream.take(idle_seconds)
+            chunks = await self._formatter.chunks(deltas)
+            if not deltas:
                 yield ""
                 continue
-            [piece] = pieces.values()
+            [delta] = deltas.values()
             if self._gathers:
-                self.whole.merge(piece)
-            if piece.finish_reason is not None:
-                yield await self._ended(piece, chunks)
+                self.whole.merge(delta)
+            if delta.finish_reason is not None:
+                yield await self._ended(delta, chunks)
                 return
             yield self._framed(chunks)
-            if not reading.is_closed:
-                turn.delivered(piece)
+            if not stream.is_closed:
+                turn.add_delivered(delta)
 
-    async def _ended(self, piece: OutputDelta, chunks: Sequence[str]) -> str:
-        """The last events, once the session is what they say."""
-        failed = engine_failed() if piece.finish_reason is FinishReason.ERROR else None
+    async def _ended(self, delta: OutputDelta, chunks: Sequence[str]) -> str:
+        """End the turn; returns its last events, which describe the session after it."""
+        failed = engine_failed() if delta.finish_reason is FinishReason.ERROR else None
 
-        def told(session: "Session") -> str:
-            beside = f',"session":{compact(session_summary(session))}'
+        def last_events(session: "Session") -> str:
+            extra = f',"session":{compact(session_summary(session))}'
             end = self._formatter.error(failed) if failed else self._last()
-            return self._framed(chunks, beside) + end
+            return self._framed(chunks, extra) + end
 
         try:
-            self.session = await self._turn.finish(piece, lambda session: self._keep(told(session)))
+            self.session = await self._turn.finish(
+                delta, lambda session: self._log_ending_with(last_events(session))
+            )
         except SessionError as error:
             self.error = of_session(error)
             return self._formatter.error(self.error)
         self.error = failed
-        return told(self.session)
+        return last_events(self.session)
 
-    def _framed(self, chunks: Sequence[str], beside: str = "") -> str:
-        return self._formatter.frame(chunks, self._reading.num_generated, beside)
+    def _framed(self, chunks: Sequence[str], extra: str = "") -> str:
+        return self._formatter.frame(chunks, self._stream.num_generated, extra)
 
     def _last(self) -> str:
-        return self._formatter.end(self._reading.num_generated)
+        return self._formatter.end(self._stream.num_generated)

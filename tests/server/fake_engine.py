@@ -45,12 +45,12 @@ class FakeTokenizer:
 
 
 class FakeModelConfig:
-    n_positions = window = 512
+    trained_length = window = 512
     max_exact_length = None
 
 
 class FakeSpec:
-    bytes_per_slot = 1000
+    bytes_per_row, bytes_per_slot = 500, 1000
 
     def itemised_bytes(self) -> dict[str, int]:
         return {"state": 400, "denominator": 100, "spare": 500}
@@ -122,7 +122,7 @@ class FakeEngine:
         cache_scope: str | None = None,  # noqa: ARG002
     ) -> str:
         start = None if start is None else self.policies.settled(start, params)
-        self.policies.grid(prompt_ids, params, start)
+        self.policies.schedule(prompt_ids, params, start)
         if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
         if not all(0 <= each < 256 for each in prompt_ids):
@@ -261,7 +261,7 @@ class FakeEngine:
     def _state(self, request: Running, reason: FinishReason | None) -> SessionState | None:
         if request.start is None or reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return None
-        window = self.model_config.n_positions
+        window = self.model_config.trained_length
         return request.start.extended(request.prompt_ids, request.drawn, window)
 
     def _scored(self, request: Running) -> tuple[TokenLogprob | None, ...] | None:

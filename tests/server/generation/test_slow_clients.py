@@ -12,7 +12,7 @@ import pytest
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.server.config import ServerConfig
-from cottention.server.sessions.storage import kept_sessions
+from cottention.server.sessions.storage import open_sessions
 from tests.server.live import Live, eventually, serving
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -150,7 +150,7 @@ def test_a_session_keeps_what_it_was_told_before_nobody_read(
     settings = ServerConfig(session_dir=str(tmp_path))
     body: dict[str, Any] = {"max_tokens": 300, "seed": 1, "ignore_eos": True, "logprobs": 20}
     with (
-        kept_sessions(engine, settings) as sessions,
+        open_sessions(engine, settings) as sessions,
         serving(engine, sessions=sessions, stream_buffer_bytes=2000) as live,
     ):
         session_id = live.opened("abc")
@@ -184,7 +184,7 @@ def test_a_connection_that_is_reset_frees_its_slot_in_one_step(stream: bool) -> 
 
 def test_one_that_is_gone_without_a_word_is_noticed_by_the_comments() -> None:
     """Its socket vanishes as in a crash: the next comment finds nobody there."""
-    with serving(keep_alive_seconds=0.05) as live:
+    with serving(sse_keep_alive_seconds=0.05) as live:
         live.engine.may_step.clear()
         sock = live.connect(prompt="x", max_tokens=1_000_000, stream=True)
         eventually(lambda: live.engine.running)
