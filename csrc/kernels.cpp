@@ -5,11 +5,11 @@
 #include "kernels.h"
 
 #include "elementwise.h"
-#include "likeliest.h"
+#include "argmax.h"
 #include "linear.h"
-#include "mix.h"
+#include "attention_gelu.h"
 #include "recurrent.h"
-#include "weigh.h"
+#include "sampling_weights.h"
 
 namespace cottention::COTTENTION_ISA {
 

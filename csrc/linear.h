@@ -8,9 +8,9 @@
 #pragma once
 
 #include "kernels.h"
-#include "pages.h"
+#include "prefetch.h"
 #include "simd.h"
-#include "words.h"
+#include "bfloat16.h"
 
 namespace cottention::COTTENTION_ISA {
 

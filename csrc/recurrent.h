@@ -6,7 +6,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "rows.h"
+#include "recurrent_rows.h"
 #include "simd.h"
 
 namespace cottention::COTTENTION_ISA {

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "memory.cuh"
-#include "place.cuh"
+#include "tiling.cuh"
 
 namespace cottention::cuda {
 

@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "../../csrc/cuda/map.cuh"
+#include "../../csrc/cuda/features_gelu.cuh"
 #include "../../csrc/cuda/recurrent.cuh"
 
 namespace cottention::cuda {

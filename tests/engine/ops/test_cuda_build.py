@@ -16,7 +16,7 @@ LOAD = """
 import torch
 from cottention.engine.ops import build, loader
 from tests.engine import step_cases
-from tests.engine.ops import test_mix
+from tests.engine.ops import test_attention_gelu
 build.build_cuda()
 print(loader.is_cuda_ready(), loader.is_cuda_ready())
 print(torch._C._dispatch_has_kernel_for_dispatch_key("cottention::recurrent_step", "CUDA"))
@@ -24,7 +24,7 @@ on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 ops = torch.ops.cottention
 for op, case in (
     (ops.recurrent_step, step_cases.make([2], [1], 16, 16)),
-    (ops.cottention_mix, test_mix.make([2], [1], 16)),
+    (ops.cottention_mix, test_attention_gelu.make([2], [1], 16)),
 ):
     try:
         op.default.redispatch(on_cuda, *case)

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "pages.h"
+#include "prefetch.h"
 #include "simd.h"
 
 namespace cottention::COTTENTION_ISA {

@@ -3,7 +3,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "map.cuh"
+#include "features_gelu.cuh"
 
 namespace cottention::cuda {
 namespace {
