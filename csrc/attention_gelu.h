@@ -1,9 +1,10 @@
-// Between a layer's two products, in one pass: features, the recurrence, and the MLP's gelu.
+// Everything between the two products of a parallel block, in one pass: the feature map, the
+// recurrence and the MLP's gelu.
 //
-// A task is one head of one segment, as in recurrent.h, with its share of the segment's gelu. Keys,
-// queries and values are mapped a chunk of tokens at a time into the first caches and used there.
-// The arithmetic is that of elementwise.h and recurrent.h, bit for bit. Included by kernels.cpp
-// only.
+// A task is one head of one segment, as in recurrent.h, and its part of the segment's gelu.
+// Queries, keys and values are mapped one chunk of tokens at a time into buffers that fit the L1
+// and L2 caches and are used from there. The arithmetic equals elementwise.h and recurrent.h bit
+// for bit. Included by kernels.cpp only.
 #pragma once
 
 #include "elementwise.h"
@@ -13,8 +14,9 @@
 
 namespace cottention::COTTENTION_ISA {
 
-// Tokens [t, stop) of a share, mapped and run.
-inline void mix_chunk(const MixParams& m, const Share& s, int64_t t, int64_t stop) {
+// Maps tokens [t, stop) of a task and runs the recurrence on them.
+inline void attention_chunk(const AttentionGeluParams& m, const HeadTask& s, int64_t t,
+                            int64_t stop) {
   alignas(64) float q[kTokenChunk * kMaxValueWidth];
   alignas(64) float k[kTokenChunk * kMaxValueWidth];
   alignas(64) float v[kTokenChunk * kMaxValueWidth];
@@ -28,26 +30,27 @@ inline void mix_chunk(const MixParams& m, const Share& s, int64_t t, int64_t sto
   advance_chunk(p, s, t, stop);
 }
 
-// The columns of gelu that fall to a task, in whole lanes, for its segment's tokens.
-inline void gelu_share(const MixParams& m, const Share& s, int64_t part, int64_t parts) {
+// Gelu of part `part` of `parts` of the columns, in whole vectors, for the tokens of a segment.
+inline void gelu_columns(const AttentionGeluParams& m, const HeadTask& s, int64_t part,
+                         int64_t parts) {
   const int64_t lanes = (m.gelu.columns + kLanes - 1) / kLanes;
   const int64_t first = part * lanes / parts * kLanes;
-  const int64_t last = least((part + 1) * lanes / parts * kLanes, m.gelu.columns);
+  const int64_t last = min((part + 1) * lanes / parts * kLanes, m.gelu.columns);
   for (int64_t t = s.first; t < s.last; ++t)
     gelu_of(m.gelu.x + t * m.gelu.x_stride + first, last - first,
             m.gelu.out + t * m.gelu.out_stride + first);
 }
 
-inline void mix(const MixParams& m, int64_t task) {
+inline void attention_gelu(const AttentionGeluParams& m, int64_t task) {
   const RecurrentParams& p = m.recurrent;
-  const Share s = share_of(p, task);
-  if (task + 1 < p.tasks()) fetch_next_slot(p, s, share_of(p, task + 1));
-  const int64_t parts = p.heads * p.shares();
-  gelu_share(m, s, task % parts, parts);
-  if (p.slots[s.segment] == kPaddingSlot)
+  const HeadTask s = head_task(p, task);
+  if (task + 1 < p.tasks()) prefetch_next_state(p, s, head_task(p, task + 1));
+  const int64_t parts = p.heads * p.row_splits();
+  gelu_columns(m, s, task % parts, parts);
+  if (p.state_indices[s.segment] == kPaddingSlot)
     return zero_outputs(p, s.segment, s.head, s.begin, s.end - s.begin);
   for (int64_t t = s.first; t < s.last; t += kTokenChunk)
-    mix_chunk(m, s, t, least(t + kTokenChunk, s.last));
+    attention_chunk(m, s, t, min(t + kTokenChunk, s.last));
 }
 
 }  // namespace cottention::COTTENTION_ISA

@@ -1,4 +1,4 @@
-// Logits to weights of chance. Included by kernels.cpp only.
+// Logits to unnormalised probabilities, after temperature and min_p. Included by kernels.cpp only.
 #pragma once
 
 #include "elementwise.h"
@@ -6,12 +6,12 @@
 
 namespace cottention::COTTENTION_ISA {
 
-// e^((x - best) / temperature) of a row, and 0 where that is less than `least` or nothing at all.
-inline void weigh(const WeighParams& p) {
+// e^((x - max_logit) / temperature) of each logit; 0 if that is below min_p, and for NaN.
+inline void sampling_weights(const SamplingWeightsParams& p) {
   for (int64_t i = 0; i < p.columns; ++i) {
-    const float x = (p.x[i] - p.best) / p.temperature;
-    const float weight = exponential(x < 0.0f ? x : 0.0f);  // 1 at most, whatever is given
-    p.out[i] = (x >= -87.0f) & (weight >= p.least) ? weight : 0.0f;
+    const float x = (p.x[i] - p.max_logit) / p.temperature;
+    const float weight = exponential(x < 0.0f ? x : 0.0f);  // at most 1, also if max_logit is wrong
+    p.out[i] = (x >= -87.0f) & (weight >= p.min_p) ? weight : 0.0f;
   }
 }
 

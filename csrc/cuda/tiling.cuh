@@ -1,4 +1,4 @@
-// How blocks of threads lie on the state: by the width of the keys, a head or a part of it each.
+// Which part of the state a block of threads works on, by the width of the keys.
 #pragma once
 
 #include "memory.cuh"
@@ -6,65 +6,65 @@
 
 namespace cottention::cuda {
 
-constexpr int kInFlight = 4;   // sixteen-byte pieces of state that a thread asks for at once
+constexpr int kLoadsInFlight = 4;  // 16-byte loads of state that a thread issues at once
 
-// How a block lies on the state: kLanes lanes along a row's keys, each with kPieces quads of it.
+// The tile of a block: kLanes lanes along the keys of a row, each with kPieces quads of the row.
 template <int kLanes_, int kPieces_>
-struct Shape {
+struct TileShape {
   static constexpr int kLanes = kLanes_, kPieces = kPieces_;
-  static constexpr int kRows = kInFlight / kPieces;  // of one group of lanes
+  static constexpr int kRows = kLoadsInFlight / kPieces;  // per group of lanes
   static constexpr int kGroups = kThreads / kLanes;
-  static constexpr int kTileRows = kGroups * kRows;  // value rows of a block
+  static constexpr int kTileRows = kGroups * kRows;  // value rows per block
 };
 
-template <class Shape>
+template <class TileShape>
 COTTENTION_HD int num_tiles(const StepParams& p) {
-  return (p.value_width + Shape::kTileRows - 1) / Shape::kTileRows;
+  return (p.value_width + TileShape::kTileRows - 1) / TileShape::kTileRows;
 }
 
-// With a denominator one block does all tiles of a head, because z may change once only.
-template <class Shape>
+// With a denominator one block computes all tiles of a head, because z must be updated once only.
+template <class TileShape>
 COTTENTION_HD int64_t num_blocks(const StepParams& p) {
-  return p.segments * p.heads * (p.z ? 1 : num_tiles<Shape>(p));
+  return p.segments * p.heads * (p.z ? 1 : num_tiles<TileShape>(p));
 }
 
-// What a block works on: a head of a slot, tokens [first, last), tiles [tile, tile_end).
-struct Place {
+// The work of a block: a head of a slot, tokens [first, last), tiles [tile, tile_end).
+struct BlockTask {
   int head, slot, tile, tile_end;
   int64_t first, last;
-  bool is_live;
+  bool is_active;
 };
 
-// kIsDecode: there are no offsets, every segment is one token.
-template <class Shape, bool kIsDecode>
-COTTENTION_HD Place place_of(const StepParams& p, uint32_t block) {
-  const uint32_t tiles = num_tiles<Shape>(p), shares = p.z ? 1 : tiles;
-  const uint32_t segment = block / shares / p.heads;
-  Place at;
-  at.head = block / shares % p.heads;
-  at.tile = block % shares;
-  at.tile_end = p.z ? tiles : at.tile + 1;
-  at.slot = p.slots[segment];
-  at.is_live = at.slot >= 0 && at.slot < p.num_slots;
+// kIsDecode: no cu_seqlens, every segment has one token.
+template <class TileShape, bool kIsDecode>
+COTTENTION_HD BlockTask block_task(const StepParams& p, uint32_t block) {
+  const uint32_t tiles = num_tiles<TileShape>(p), tile_groups = p.z ? 1 : tiles;
+  const uint32_t segment = block / tile_groups / p.heads;
+  BlockTask task;
+  task.head = block / tile_groups % p.heads;
+  task.tile = block % tile_groups;
+  task.tile_end = p.z ? tiles : task.tile + 1;
+  task.slot = p.state_indices[segment];
+  task.is_active = task.slot >= 0 && task.slot < p.num_slots;
   if (kIsDecode) {
-    at.first = segment;
-    at.last = at.first + 1;
+    task.first = segment;
+    task.last = task.first + 1;
   } else {
-    at.first = p.offsets[segment] < 0 ? 0 : p.offsets[segment];
-    at.last = least(p.offsets[segment + 1], p.tokens);
+    task.first = p.cu_seqlens[segment] < 0 ? 0 : p.cu_seqlens[segment];
+    task.last = min(p.cu_seqlens[segment + 1], p.tokens);
   }
-  return at;
+  return task;
 }
 
-// Calls visit(Shape<…>{}) with the shape for a key width of 8 to 512. Below 32 lanes stand idle.
+// Calls visit(TileShape<…>{}) for a key width of 8 to 512. Widths below 32 leave lanes idle.
 template <class Visit>
-void with_shape(int key_width, const Visit& visit) {
+void with_tile_shape(int key_width, const Visit& visit) {
   const int quads = key_width / 4;
-  if (quads <= 8) return visit(Shape<8, 1>{});
-  if (quads <= 16) return visit(Shape<16, 1>{});
-  if (quads <= 32) return visit(Shape<32, 1>{});
-  if (quads <= 64) return visit(Shape<32, 2>{});
-  return visit(Shape<32, 4>{});
+  if (quads <= 8) return visit(TileShape<8, 1>{});
+  if (quads <= 16) return visit(TileShape<16, 1>{});
+  if (quads <= 32) return visit(TileShape<32, 1>{});
+  if (quads <= 64) return visit(TileShape<32, 2>{});
+  return visit(TileShape<32, 4>{});
 }
 
 }  // namespace cottention::cuda

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.ops import PADDING_SLOT, check_slots
+from cottention.engine.ops import PADDING_SLOT, check_state_indices
 from cottention.engine.outputs import SampledToken
 from cottention.engine.sampling.sampler import Draw, Sampler, as_sampled_token
 from cottention.engine.sampling.topk_topp import (
@@ -93,7 +93,7 @@ class DecodeGraphs(Generic[T]):
         Wishes are those of the first rows; other rows may have any that came before. Raises
         ValueError for a slot that is out of range or named twice.
         """
-        check_slots([row.slot for row in rows], self._num_slots)
+        check_state_indices([row.slot for row in rows], self._num_slots)
         size = next(size for size in self.sizes() if size >= len(rows))
         return self._graph(size).run(rows, wishes)
 
@@ -237,10 +237,10 @@ class CapturedDecode:
         self, ids: Tensor, positions: Tensor, slots: Tensor, _wishes: Tensor
     ) -> Likeliest:
         logits = self._decode(ids, positions, slots)
-        return Likeliest(logits, ops.likeliest(self._sampler.possible(logits)))
+        return Likeliest(logits, ops.argmax(self._sampler.possible(logits)))
 
     def _drawn_ids(
         self, way: SamplingMode, ids: Tensor, positions: Tensor, slots: Tensor, wishes: Tensor
     ) -> Tensor:
         logits = self._sampler.possible(self._decode(ids, positions, slots))
-        return draw_ids(logits, ops.likeliest(logits), wishes, way)
+        return draw_ids(logits, ops.argmax(logits), wishes, way)

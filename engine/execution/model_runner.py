@@ -47,7 +47,9 @@ class ModelRunner:
         self._pool = pool
         self._sampler = sampler
         self._device = device
-        self._max_stepped = ops.max_stepped(device, pool.spec.key_width, pool.spec.value_width)
+        self._max_recurrent_tokens = ops.max_recurrent_tokens(
+            device, pool.spec.key_width, pool.spec.value_width
+        )
         self._captured: CapturedDecode | None = None
         if device.startswith("cuda"):
             self._captured = CapturedDecode(self._decode, sampler, pool.num_rows, device)
@@ -92,8 +94,8 @@ class ModelRunner:
         """The rows of these segments."""
         rows = [segment.row for segment in segments]
         lengths = [len(segment.ids) for segment in segments]
-        most, limit = self._pool.num_rows, self._max_stepped
-        made = ops.Segments.of(rows, lengths, most, self._device, max_stepped=limit)
+        most, limit = self._pool.num_rows, self._max_recurrent_tokens
+        made = ops.Segments.of(rows, lengths, most, self._device, max_recurrent_tokens=limit)
         return Recurrence(self._pool.state, self._pool.z, made)
 
     def _scores(self, hidden: Tensor, plan: Batch) -> dict[Request, list[TokenLogprob]]:

@@ -81,7 +81,7 @@ class Features(NamedTuple):
 
 
 class Mix(Protocol):
-    """All between a layer's two products in one compiled op, as `ops.cottention_mix`."""
+    """All between a layer's two products in one compiled op, as `ops.cottention_attention_gelu`."""
 
     def __call__(
         self,
@@ -91,8 +91,8 @@ class Mix(Protocol):
         cos: Tensor,
         sin: Tensor,
         state: Tensor,
-        slots: Tensor,
-        offsets: Tensor | None,
+        state_indices: Tensor,
+        cu_seqlens: Tensor | None,
         out: Tensor,
     ) -> None: ...
 
@@ -109,11 +109,11 @@ class AllLayers(Protocol):
         cos: Tensor,
         sin: Tensor,
         state: Tensor,
-        slots: Tensor,
-        offsets: Tensor | None,
+        state_indices: Tensor,
+        cu_seqlens: Tensor | None,
         normed: Tensor,
         joined: Tensor,
-        mixed: Tensor,
+        attn_gelu: Tensor,
     ) -> None: ...
 
 
@@ -145,7 +145,7 @@ class Cottention:
     N(x) = x / max(‖x‖₂, 1e-12). There is no denominator and no 1/√d.
     """
 
-    mix: Mix | None = ops.cottention_mix
+    mix: Mix | None = ops.cottention_attention_gelu
     layers: AllLayers | None = ops.cottention_layers
 
     def __call__(

@@ -56,7 +56,7 @@ class Draw:
 
 def as_sampled_token(token_id: int, logprob: TokenLogprob | None = None) -> SampledToken | None:
     """None where no id could be drawn."""
-    return None if token_id == ops.NO_PLACE else SampledToken(token_id, logprob)
+    return None if token_id == ops.NO_INDEX else SampledToken(token_id, logprob)
 
 
 def uniform(seed: int, choice: int, token_index: int) -> float:
@@ -92,7 +92,7 @@ class Sampler:
         """
         allowed = self._allowed(logits, draws)
         wishes = [draw.wish for draw in draws]
-        ids: list[int] = draw_each(allowed, ops.likeliest(allowed), wishes).tolist()
+        ids: list[int] = draw_each(allowed, ops.argmax(allowed), wishes).tolist()
         logprobs = _logprobs(logits, ids, draws)
         return [as_sampled_token(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
 
@@ -113,7 +113,7 @@ class Sampler:
 
 def _logprobs(logits: Tensor, ids: Sequence[int], draws: Sequence[Draw]) -> dict[int, TokenLogprob]:
     """By row, for those that ask; the longest list that anybody wants is cut for the others."""
-    able = (row for row, token_id in enumerate(ids) if token_id != ops.NO_PLACE)
+    able = (row for row, token_id in enumerate(ids) if token_id != ops.NO_INDEX)
     wanted = {row: n for row in able if (n := draws[row].params.logprobs) is not None}
     if not wanted:
         return {}

@@ -65,8 +65,8 @@ def draw_each(logits: Tensor, likeliest: Tensor, wishes: Sequence[SamplingRow]) 
     ways = [wish.way for wish in wishes]
     if all(way is SamplingMode.LIKELIEST for way in ways):
         return likeliest
-    if ops.can_draw(logits):
-        return ops.draw(logits, likeliest, as_tensor(wishes))
+    if ops.can_sample(logits):
+        return ops.sample(logits, likeliest, as_tensor(wishes))
     ids = likeliest.clone()
     for way in set(ways):
         rows = [row for row, each in enumerate(ways) if each is way]

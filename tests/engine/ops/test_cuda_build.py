@@ -24,7 +24,7 @@ on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 ops = torch.ops.cottention
 for op, case in (
     (ops.recurrent_step, step_cases.make([2], [1], 16, 16)),
-    (ops.cottention_mix, test_attention_gelu.make([2], [1], 16)),
+    (ops.cottention_attention_gelu, test_attention_gelu.make([2], [1], 16)),
 ):
     try:
         op.default.redispatch(on_cuda, *case)

@@ -30,9 +30,9 @@ for got, want in zip(ops.cottention_features(*args), reference.cottention_featur
     close(got, want)
 state, z = torch.randn(3, 2, 24, 24), torch.rand(3, 2, 24)
 pools = state.double(), z.double()
-slots, ends = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([0, 6, 13], dtype=torch.int32)
-want = reference.recurrent_step(q.double(), k.double(), v.double(), *pools, slots, ends)
-close(ops.recurrent_step(q, k, v, state, z, slots, ends), want)
+indices, ends = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([0, 6, 13], dtype=torch.int32)
+want = reference.recurrent_step(q.double(), k.double(), v.double(), *pools, indices, ends)
+close(ops.recurrent_step(q, k, v, state, z, indices, ends), want)
 print(ops.backend())
 """
 COMPARE_COMPILED = f"""{COMPARE}
@@ -43,8 +43,8 @@ close(ops.FixedOrderNorm(torch.ones(72), torch.zeros(72), 1e-5)(x), norm)
 mixed, pool = torch.empty(13, 58), state.clone()
 joined = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1), x[:, :10]], 1)
 mapped = reference.cottention_features(*(a.double() for a in args[:3]), *args[3:])
-want = reference.recurrent_step(*mapped, pool.double(), None, slots, ends).flatten(1)
-ops.cottention_mix(joined, *args[3:], pool, slots, ends, mixed)
+want = reference.recurrent_step(*mapped, pool.double(), None, indices, ends).flatten(1)
+ops.cottention_attention_gelu(joined, *args[3:], pool, indices, ends, mixed)
 close(mixed, torch.cat([want, reference.gelu_new(x[:, :10].double())], 1))
 """
 

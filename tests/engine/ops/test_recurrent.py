@@ -19,7 +19,7 @@ def assert_parity(case: Case) -> None:
     exact = case.to(torch.float64)
     expected = reference.recurrent_step(*exact)
     untouched = torch.ones(len(case.state), dtype=torch.bool)
-    untouched[case.slots[case.slots >= 0].long()] = False
+    untouched[case.state_indices[case.state_indices >= 0].long()] = False
     before = case.state.clone()
     out = ops.recurrent_step(*case)
     scale = expected.abs().amax().clamp_min(1e-3) if expected.numel() else torch.tensor(1.0)
@@ -59,9 +59,9 @@ def test_key_widths(key: int, denominator: bool) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 63])
 def test_decode_on_permuted_slots_with_padding(tokens: int) -> None:
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1))[:tokens]
-    slots = order.tolist()
-    slots[tokens // 2] = -1
-    case = make([1] * tokens, slots)._replace(offsets=None)
+    state_indices = order.tolist()
+    state_indices[tokens // 2] = -1
+    case = make([1] * tokens, state_indices)._replace(cu_seqlens=None)
     poison(case)
     assert_parity(case)
 
@@ -82,8 +82,10 @@ def test_a_row_beyond_two_to_the_31st_element() -> None:
     near, far = far_pools()
     case = make([1], [0], 512, 256, heads=16)
     expected = ops.recurrent_step(*case._replace(state=near))
-    slots = torch.tensor([len(far) - 1], dtype=torch.int32)
-    assert torch.equal(ops.recurrent_step(*case._replace(state=far, slots=slots)), expected)
+    state_indices = torch.tensor([len(far) - 1], dtype=torch.int32)
+    assert torch.equal(
+        ops.recurrent_step(*case._replace(state=far, state_indices=state_indices)), expected
+    )
     assert torch.equal(far[-1], near[0])
 
 
@@ -113,8 +115,10 @@ def test_a_split_segment_has_equal_bits(
     outs, start = [], 0
     for length in cuts:
         q, k, v = (x[start : start + length] for x in parts[:3])
-        offsets = torch.tensor([0, length], dtype=torch.int32)
-        outs.append(ops.recurrent_step(q, k, v, parts.state, parts.z, parts.slots, offsets))
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+        outs.append(
+            ops.recurrent_step(q, k, v, parts.state, parts.z, parts.state_indices, cu_seqlens)
+        )
         start += length
     assert torch.equal(torch.cat(outs), expected)
     assert torch.equal(parts.state, whole.state)
@@ -135,9 +139,9 @@ def test_company_and_threads_change_no_bit(denominator: bool) -> None:
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     for i, (a, b) in enumerate(pairwise(bounds)):
         q, k, v = (x[a:b] for x in alone[:3])
-        offsets = torch.tensor([0, b - a], dtype=torch.int32)
-        slots = alone.slots[i : i + 1]
-        out = ops.recurrent_step(q, k, v, alone.state, alone.z, slots, offsets)
+        cu_seqlens = torch.tensor([0, b - a], dtype=torch.int32)
+        state_indices = alone.state_indices[i : i + 1]
+        out = ops.recurrent_step(q, k, v, alone.state, alone.z, state_indices, cu_seqlens)
         assert torch.equal(out, expected[a:b])
     assert torch.equal(alone.state, together.state)
     assert torch.equal(single.state, together.state)
@@ -151,8 +155,8 @@ def test_inputs_of_16_bits_move_a_state_of_32(
     dtype: torch.dtype, key: int, value: int, lengths: list[int], denominator: bool
 ) -> None:
     """What is read is rounded once, at its end; the state moves as by inputs of 32."""
-    slots = [5, -1, 3][-len(lengths) :]
-    case = make(lengths, slots, key, value, denominator=denominator)
+    state_indices = [5, -1, 3][-len(lengths) :]
+    case = make(lengths, state_indices, key, value, denominator=denominator)
     q, k, v = (x.to(dtype) for x in case[:3])
     short = case.to(torch.float32)._replace(q=q, k=k, v=v)
     wide = case.to(torch.float32)._replace(q=q.float(), k=k.float(), v=v.float())
@@ -173,10 +177,10 @@ def test_slices_of_16_bits() -> None:
     stacked = torch.randn(5, 3 * 2 * 16 + 3).bfloat16()
     q, k, v = stacked[:, :96].view(5, 3, 2, 16).unbind(1)
     pools = torch.zeros(5, 2, 16, 16), torch.zeros(5, 2, 16, 16)
-    slots = torch.tensor([4, 0, 2, 1, 3], dtype=torch.int32)
-    out = ops.recurrent_step(q, k, v, pools[0], None, slots)
+    state_indices = torch.tensor([4, 0, 2, 1, 3], dtype=torch.int32)
+    out = ops.recurrent_step(q, k, v, pools[0], None, state_indices)
     whole = (x.contiguous() for x in (q, k, v))
-    assert torch.equal(out, ops.recurrent_step(*whole, pools[1], None, slots))
+    assert torch.equal(out, ops.recurrent_step(*whole, pools[1], None, state_indices))
     assert torch.equal(*pools)
 
 
