@@ -15,7 +15,7 @@ from cottention.engine.training.data import (
     read_corpus,
     standard_library,
     token_stream,
-    without_tables,
+    without_character_tables,
 )
 from cottention.engine.training.evaluate import token_lengths
 
@@ -31,7 +31,7 @@ class LongText:
     def held_out(cls, folder: Path) -> "LongText":
         """All held-out code, character tables left out, in the tokens of a model folder."""
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        files = without_tables(read_corpus(standard_library()).held_out)
+        files = without_character_tables(read_corpus(standard_library()).held_out)
         return cls(token_stream(tokenizer, files)[:-1], token_lengths(tokenizer))
 
     def streams(self, count: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:

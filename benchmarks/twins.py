@@ -22,9 +22,14 @@ from cottention.engine.models.attention import FEATURE_MAPS, TRAINED_MAPS
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.gptj import CottentionForCausalLM
 from cottention.engine.state.spec import StateSpec
-from cottention.engine.training.data import Windows, read_corpus, standard_library, without_tables
+from cottention.engine.training.data import (
+    Windows,
+    read_corpus,
+    standard_library,
+    without_character_tables,
+)
 from cottention.engine.training.evaluate import HeldOut, score
-from cottention.engine.training.forward import add_dropout, mean_loss, new_model
+from cottention.engine.training.forward import add_dropout, init_weights, mean_loss
 from cottention.engine.training.settings import TrainingSettings
 from cottention.engine.training.trainer import Optimizers
 
@@ -61,7 +66,7 @@ _TABLES = {
 def _quality(folder: Path) -> dict[str, object]:
     model = load(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    files = without_tables(read_corpus(standard_library()).held_out)
+    files = without_character_tables(read_corpus(standard_library()).held_out)
     held_out = HeldOut.of(tokenizer, files, model.config.n_positions)
     result = score(model, held_out, dtype=torch.float32)
     return {
@@ -97,7 +102,7 @@ class _Step:
     """An optimizer step on noise, from fresh weights."""
 
     def __init__(self, kind: str) -> None:
-        self._model = new_model(CottentionForCausalLM(_config(kind))).train()
+        self._model = init_weights(CottentionForCausalLM(_config(kind))).train()
         add_dropout(self._model, SETTINGS.dropout)
         settings = SETTINGS.learning_rate, SETTINGS.weight_decay
         self._optimizers = Optimizers(self._model, *settings)

@@ -96,7 +96,7 @@ def test_without_nvcc_torch_runs_and_says_so_once(tmp_path: Path) -> None:
 def test_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "USUAL_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "DEFAULT_CUDA_HOME", str(tmp_path))
     with pytest.raises(BuildError, match="no nvcc"):
         build.nvcc()
     compiler = tmp_path / "bin" / "nvcc"

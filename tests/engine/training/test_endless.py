@@ -15,7 +15,7 @@ from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.models.attention import Features
 from cottention.engine.models.gptj import CottentionForCausalLM
 from cottention.engine.state.context_window import KEPT_PART
-from cottention.engine.training.forward import logits_of, new_model
+from cottention.engine.training.forward import init_weights, logits_of
 from cottention.engine.training.settings import TrainingSettings
 from tests.engine.making import attention_folder
 from tests.engine.windows import folder_of
@@ -29,7 +29,7 @@ def model_of(attention: str) -> CottentionForCausalLM:
         context=WINDOW, attention=attention, layers=2, width=16, heads=2, vocab_size=50
     )
     torch.manual_seed(0)
-    model = new_model(CottentionForCausalLM(settings.model_config(0)))
+    model = init_weights(CottentionForCausalLM(settings.model_config(0)))
     for block in model.blocks():  # large enough that what is attended to matters
         block.attn.v_proj.weight.data.mul_(50)
     return model.eval().requires_grad_(False)
@@ -137,7 +137,7 @@ def test_each_position_has_the_same_tokens_in_fresh_windows() -> None:
 
 def test_inside_the_window_all_are_fresh() -> None:
     settings = TrainingSettings(context=256, layers=1, width=16, heads=2, vocab_size=50)
-    model = new_model(CottentionForCausalLM(settings.model_config(0))).eval()
+    model = init_weights(CottentionForCausalLM(settings.model_config(0))).eval()
     text = LongText(ids_of(600)[:-1], torch.full((50,), 2))
     [(_, bits)] = endless.bits_by_position(model, text, {"exact": endless.exact}, 1, 512)
     assert list(bits) == ["0-128", "128-256", "256-512"]

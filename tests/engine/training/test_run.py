@@ -20,7 +20,12 @@ from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.gptj import CottentionForCausalLM
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.engine.training.__main__ import train
-from cottention.engine.training.progress import BarProgress, PlainProgress, Standing, open_progress
+from cottention.engine.training.progress import (
+    BarProgress,
+    PlainProgress,
+    TrainingStatus,
+    open_progress,
+)
 from cottention.engine.training.settings import TrainingSettings, parse
 
 SOURCE = "class Counter{n}:\n    def __init__(self, start={n}):\n        self.start = start\n\n"
@@ -39,12 +44,12 @@ class Listener(PlainProgress):
         self.messages: list[str] = []
         self._until = until
 
-    def show(self, standing: Standing) -> None:
+    def update(self, standing: TrainingStatus) -> None:
         self.losses.append(standing.loss)
         if standing.step == self._until:
             raise Killed
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         self.messages.append(message)
 
 
@@ -200,13 +205,13 @@ def test_flags_are_the_settings() -> None:
 
 
 def test_progress_is_lines_or_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    standing = Standing(3, 10, 2.5, 1234.5, 90.0, 1.5)
+    standing = TrainingStatus(3, 10, 2.5, 1234.5, 90.0, 1.5)
     assert isinstance(open_progress(), PlainProgress)
     for progress in (PlainProgress(), BarProgress()):
         with progress:
-            progress.show(standing)
-            progress.show(standing)
-            progress.say("done")
+            progress.update(standing)
+            progress.update(standing)
+            progress.log("done")
     printed = capsys.readouterr().out
     assert len(re.findall(r"(?m)^step 3/10  loss 2.500 ", printed)) == 1
     assert "1,234 tokens/s" in printed
