@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import endless
+from benchmarks import long_context
 from benchmarks.held_out import LongText, load
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.models.attention import Features
@@ -48,7 +48,7 @@ def nats_of(logits: Tensor, ids: Tensor) -> Tensor:
 def test_exact_is_the_whole_text_at_once(attention: str, piece: int) -> None:
     model, ids = model_of(attention), ids_of()
     expected = nats_of(logits_of(model, ids[None, :-1], dtype=torch.float32)[0], ids)
-    torch.testing.assert_close(endless.exact(model, ids, piece=piece), expected)
+    torch.testing.assert_close(long_context.exact(model, ids, piece=piece), expected)
 
 
 @pytest.mark.parametrize("length", [1, WINDOW, WINDOW + 1, WINDOW + 12, LENGTH])
@@ -63,12 +63,12 @@ def test_renewed_token_by_token(attention: str, kept: int, length: int) -> None:
         start = 0 if index < WINDOW else (1 + (index - WINDOW) // stride) * stride
         logits = logits_of(model, ids[None, start : index + 1], dtype=torch.float32)[0, -1:]
         expected.append(nats_of(logits, ids[index : index + 2]))
-    got = endless.renewed(model, ids, kept=kept)
+    got = long_context.renewed(model, ids, kept=kept)
     torch.testing.assert_close(got, torch.cat(expected))
 
 
 @pytest.mark.every_attention
-@pytest.mark.parametrize("part", [KEPT_PART, endless.KEPT_PART])
+@pytest.mark.parametrize("part", [KEPT_PART, long_context.KEPT_PART])
 @pytest.mark.parametrize("is_drawn", [False, True])
 @pytest.mark.parametrize("folder_for", [functools.partial(folder_of, WINDOW), attention_folder])
 def test_renewed_is_what_the_engine_makes_of_it(
@@ -85,9 +85,9 @@ def test_renewed_is_what_the_engine_makes_of_it(
     window, kept = engine.policies.window, engine.policies.window // part
     length = 4 * window + 7
     ids, logprobs = drawn(engine, length) if is_drawn else read(engine, length)
-    expected = -endless.renewed(load(folder), torch.tensor(ids), kept=kept)
+    expected = -long_context.renewed(load(folder), torch.tensor(ids), kept=kept)
     torch.testing.assert_close(torch.tensor(logprobs), expected[-len(logprobs) :])
-    other = -endless.renewed(load(folder), torch.tensor(ids), kept=kept + 1)
+    other = -long_context.renewed(load(folder), torch.tensor(ids), kept=kept + 1)
     assert (other - expected).abs().max() > 0.01, "R would not show"
 
 
@@ -122,13 +122,13 @@ def test_sliding_sees_one_window(length: int) -> None:
         return out.transpose(1, 2)
 
     expected = nats_of(model(ids[None, :-1], torch.arange(length), attend)[0], ids)
-    torch.testing.assert_close(endless.sliding(model, ids), expected)
+    torch.testing.assert_close(long_context.sliding(model, ids), expected)
 
 
 def test_each_position_has_the_same_tokens_in_fresh_windows() -> None:
     model, text = model_of("cottention"), LongText(ids_of(640)[:-1], torch.ones(50).long())
-    ways = {"exact": endless.exact, "renewed": functools.partial(endless.renewed, kept=4)}
-    told = dict(endless.bits_by_position(model, text, ways, 2, 256))
+    ways = {"exact": long_context.exact, "renewed": functools.partial(long_context.renewed, kept=4)}
+    told = dict(long_context.bits_by_position(model, text, ways, 2, 256))
     exact, renewed = (told[how] for how in ways)
     assert list(exact) == list(renewed) == ["128-256"]
     assert exact["128-256"].fresh == renewed["128-256"].fresh
@@ -139,7 +139,7 @@ def test_inside_the_window_all_are_fresh() -> None:
     settings = TrainingSettings(context=256, layers=1, width=16, heads=2, vocab_size=50)
     model = init_weights(CottentionForCausalLM(settings.model_config(0))).eval()
     text = LongText(ids_of(600)[:-1], torch.full((50,), 2))
-    [(_, bits)] = endless.bits_by_position(model, text, {"exact": endless.exact}, 1, 512)
+    [(_, bits)] = long_context.bits_by_position(model, text, {"exact": long_context.exact}, 1, 512)
     assert list(bits) == ["0-128", "128-256", "256-512"]
     for each in bits.values():  # fresh weights know nothing: about log₂ 50 bits for two bytes
         assert each.fresh == pytest.approx(2.82, abs=0.05)
