@@ -1,7 +1,7 @@
-// The CUDA ops on a host: a block's threads one after the other, through the same functions.
+// The CUDA ops on a host: the threads of a block in turn, through the same functions.
 //
-// Owns what replaces the GPU: the shuffle becomes an exchange between array elements, the barrier
-// the end of a loop. Registers begin as NaN, so that reading one that was never written shows.
+// A shuffle becomes an exchange between array elements, a barrier the end of a loop. Registers
+// start as NaN, so that a read before the first write shows.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -17,7 +17,7 @@ namespace {
 
 constexpr float kUnset = std::numeric_limits<float>::quiet_NaN();
 
-// What a shuffle does to one number of each lane: every sum gets that of the lane so far away.
+// A butterfly shuffle and sum of one number per lane: adds that of the lane at `distance`.
 template <int kCount, class Get>
 void exchange(int distance, const Get& get) {
   std::array<float, kCount> before;

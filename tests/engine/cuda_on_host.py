@@ -80,7 +80,7 @@ class FeaturesGeluParams(ctypes.Structure):
 
 
 def step_on_host(case: Case) -> Tensor:
-    """What the op does on CUDA, on tensors of the CPU; outputs begin as NaN."""
+    """recurrent_step as on CUDA, on CPU tensors; outputs start as NaN."""
     out = torch.full(case.v.shape, float("nan"), dtype=case.v.dtype)
     _step(case, out, out.stride(0))
     return out
@@ -97,7 +97,7 @@ def attention_gelu_on_host(
     cu_seqlens: Tensor | None,
     out: Tensor,
 ) -> None:
-    """What cottention_attention_gelu does on CUDA, likewise."""
+    """cottention_attention_gelu as on CUDA, on CPU tensors."""
     tokens, (_, heads, width, _) = len(joined), state.shape
     channels = heads * width
     mapped = torch.full((3, tokens, heads, width), float("nan"))
@@ -120,7 +120,7 @@ def attention_gelu_on_host(
 
 
 def _step(case: Case, out: Tensor, out_stride: int) -> None:
-    """Into out, whose tokens lie `out_stride` elements apart."""
+    """Write to out, whose tokens are `out_stride` elements apart."""
     tokens, heads, value = case.v.shape
     params = StepParams(
         *(View(x.data_ptr(), *x.stride()[:2]) for x in case[:3]),
@@ -144,7 +144,7 @@ def _step(case: Case, out: Tensor, out_stride: int) -> None:
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether four elements may be moved at once wherever four divides the place."""
+    """Whether four elements can be accessed at once at every index that is a multiple of four."""
     strides = [stride % 4 for stride in x.stride()[:-1]]
     return x.data_ptr() % (4 * x.element_size()) == 0 and not any(strides)
 

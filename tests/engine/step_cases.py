@@ -53,9 +53,9 @@ FAR_SHAPE = 16, 256, 512  # H, V, K: rows from 1024 on begin beyond 2^31 element
 
 
 def far_pools(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Pools [S, H, V, K] with equal last rows: a small one, and one of 9 GB that nobody touches.
+    """Pools [S, H, V, K] with equal last rows: a small one, and one of 9 GB that is not touched.
 
-    Skips the test where so much cannot be had.
+    Skips the test if that much memory cannot be reserved.
     """
     near = torch.randn(1, *FAR_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
     try:

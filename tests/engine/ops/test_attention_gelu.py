@@ -107,7 +107,7 @@ def test_close_to_float64() -> None:
     torch.testing.assert_close(case.out[:, 192:].double(), gelu, rtol=1e-6, atol=1e-6)
 
 
-def test_company_and_threads_change_no_bit() -> None:
+def test_bits_do_not_depend_on_batch_or_threads() -> None:
     lengths, state_indices = [1, 33, 2, 1], [3, 0, 6, 8]
     together = make(lengths, state_indices, 64)
     parts, start = [], 0
@@ -127,7 +127,7 @@ def test_company_and_threads_change_no_bit() -> None:
         assert torch.equal(part.state[slot], together.state[slot])
 
 
-def test_one_token_each_needs_no_offsets() -> None:
+def test_one_token_each_needs_no_cu_seqlens() -> None:
     case = make([1, 1, 1], [2, -1, 5], 32)
     single = case._replace(cu_seqlens=None, state=case.state.clone(), out=case.out.clone())
     ops.cottention_attention_gelu(*case)

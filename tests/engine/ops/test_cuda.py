@@ -1,7 +1,6 @@
-"""recurrent_step on CUDA against float64; where there is no GPU, its threads emulated on the host.
+"""recurrent_step on CUDA against float64; without a GPU, its threads are emulated on the host.
 
-Both run the same functions of csrc/cuda/recurrent.cuh; only the shuffle, the barrier and the launch
-are the GPU's own.
+Both run the functions of csrc/cuda/recurrent.cuh; only shuffle, barrier and launch differ.
 """
 
 from collections.abc import Callable
@@ -105,7 +104,7 @@ def test_decode_on_permuted_slots_with_padding(step: Step, tokens: int) -> None:
 
 @pytest.mark.parametrize("slot", [-1, -7, 70, 2**31 - 1])
 @pytest.mark.parametrize("denominator", [False, True])
-def test_rows_that_are_not_there_yield_zeros(step: Step, slot: int, denominator: bool) -> None:
+def test_indices_out_of_range_yield_zeros(step: Step, slot: int, denominator: bool) -> None:
     case = make([3, 2], [slot, 4], denominator=denominator)
     before = case.to(torch.float32)
     out = step(case)
@@ -117,7 +116,7 @@ def test_rows_that_are_not_there_yield_zeros(step: Step, slot: int, denominator:
         assert torch.equal(case.z[others], before.z[others])
 
 
-def test_offsets_that_leave_the_batch_are_cut(step: Step) -> None:
+def test_cu_seqlens_beyond_the_batch_are_clamped(step: Step) -> None:
     case = make([2, 3], [1, 0])
     wild = case._replace(cu_seqlens=torch.tensor([-4, 2, 900], dtype=torch.int32))
     expected = case.to(torch.float32)
@@ -129,7 +128,7 @@ def test_no_tokens(step: Step) -> None:
     assert step(make([], [])).shape == (0, 2, 64)
 
 
-def test_denominator_is_held_above_its_floor(step: Step) -> None:
+def test_denominator_is_clamped(step: Step) -> None:
     case = make([1], [0], 8, 8, denominator=True)
     assert case.z is not None
     case.z.zero_()
@@ -140,7 +139,7 @@ def test_denominator_is_held_above_its_floor(step: Step) -> None:
 
 @pytest.mark.parametrize("denominator", [False, True])
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (24, 40), (128, 256), (264, 8)])
-def test_a_segment_has_equal_bits_however_it_is_cut(
+def test_a_split_segment_has_equal_bits(
     step: Step, key: int, value: int, denominator: bool
 ) -> None:
     whole = make([12, 1], [2, 3], key, value, denominator=denominator)

@@ -104,7 +104,7 @@ def test_parity(
     assert torch.equal(state[others], before[others])
 
 
-def test_what_is_zero_stays_zero(attention_gelu: AttentionGelu) -> None:
+def test_zeros_stay_zero(attention_gelu: AttentionGelu) -> None:
     arguments = arguments_of([1], [2], 16, 5, 8, torch.float32)
     joined, out = arguments[0], arguments[8]
     assert joined is not None
@@ -114,7 +114,7 @@ def test_what_is_zero_stays_zero(attention_gelu: AttentionGelu) -> None:
     assert torch.equal(out, torch.zeros_like(out))
 
 
-def test_gelu_at_its_ends(attention_gelu: AttentionGelu) -> None:
+def test_gelu_of_extreme_values(attention_gelu: AttentionGelu) -> None:
     arguments = arguments_of([1], [2], 8, 9, 8, torch.float32)
     joined, out = arguments[0], arguments[8]
     assert joined is not None

@@ -1,4 +1,4 @@
-"""cottention_layers: the four ops of each block in turn, to the bit."""
+"""cottention_layers equals the four ops of each block in turn, bit for bit."""
 
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ def _block(dtype: torch.dtype) -> list[Tensor]:
 
 
 def _case(dtype: torch.dtype, poison: float) -> Case:
-    """Two segments of unlike length on a full pool; what is to be overwritten is poisoned."""
+    """Two segments of different lengths on a full pool; scratch buffers are poisoned."""
     assert ops.backend() == "compiled"
     torch.manual_seed(0)
     tokens = 6
@@ -76,7 +76,7 @@ def _one_after_the_other(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_its_ops_one_after_the_other(dtype: torch.dtype) -> None:
+def test_equals_its_ops_in_turn(dtype: torch.dtype) -> None:
     together, apart = _case(dtype, float("nan")), _case(dtype, float("nan"))
     ops.cottention_layers(*together)
     _one_after_the_other(apart)

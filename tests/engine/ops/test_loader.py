@@ -92,7 +92,7 @@ def test_two_processes_build_at_once_into_an_empty_cache(tmp_path: Path) -> None
     assert sorted(path.suffix for path in folder.iterdir()) == ["", ".so"]
 
 
-def test_without_a_compiler_the_reference_runs_and_says_so_once(tmp_path: Path) -> None:
+def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path: Path) -> None:
     bare = {"PATH": "", "CXX": "", "XDG_CACHE_HOME": str(tmp_path), "COTTENTION_CACHE": ""}
     out, err = _run(SAY_BACKEND, **bare)
     assert out == "reference reference"
@@ -115,7 +115,7 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
         build(file / "folder")
 
 
-def test_a_user_without_a_home_has_what_was_built_ahead(
+def test_a_user_without_a_home_has_the_prebuilt_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a container whose user is a bare number."""

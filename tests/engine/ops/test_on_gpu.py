@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, the op's refusals, its schema. Skipped elsewhere."""
+"""What only a GPU can show: graphs, streams, checks of the op, its schema. Skipped without one."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("denominator", [False, True])
-def test_a_captured_step_reads_its_slots_anew(denominator: bool) -> None:
+def test_a_captured_step_reads_its_state_indices_again(denominator: bool) -> None:
     case = make([1, 1, 1], [5, -1, 3], denominator=denominator)._replace(cu_seqlens=None)
     exact, there = case.to(torch.float64), on_gpu(case)
     run = CudaCapture()(lambda: ops.recurrent_step(*there))
@@ -81,7 +81,7 @@ def test_a_row_beyond_two_to_the_31st_element() -> None:
     assert torch.equal(far[-1], near[0])
 
 
-def test_no_slots_for_tokens_are_refused() -> None:
+def test_no_state_indices_for_tokens_are_refused() -> None:
     there = on_gpu(make([2], [1]))
     nothing = torch.zeros(0, dtype=torch.int32, device="cuda")
     ends = torch.zeros(1, dtype=torch.int32, device="cuda")

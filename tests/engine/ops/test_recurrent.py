@@ -66,7 +66,7 @@ def test_decode_on_permuted_slots_with_padding(tokens: int) -> None:
     assert_parity(case)
 
 
-def test_padding_yields_zeros_and_moves_nothing() -> None:
+def test_padding_yields_zeros_and_changes_nothing() -> None:
     case = make([3, 2], [-1, 4], denominator=True)
     before = case.to(torch.float32)
     poison(case)
@@ -94,7 +94,7 @@ def test_no_tokens() -> None:
     assert ops.recurrent_step(*case).shape == (0, 2, 64)
 
 
-def test_denominator_is_held_above_its_floor() -> None:
+def test_denominator_is_clamped() -> None:
     case = make([1], [0], 8, 8, denominator=True)
     assert case.z is not None
     case.z.zero_()
@@ -125,7 +125,7 @@ def test_a_split_segment_has_equal_bits(
 
 
 @pytest.mark.parametrize("denominator", [False, True])
-def test_company_and_threads_change_no_bit(denominator: bool) -> None:
+def test_bits_do_not_depend_on_batch_or_threads(denominator: bool) -> None:
     lengths = [30, 1, 1, 7, 0, 2]
     together = make(lengths, [9, 0, 3, -1, 5, 6], 64, 128, denominator=denominator)
     alone, single = together.to(torch.float32), together.to(torch.float32)
@@ -151,7 +151,7 @@ def test_company_and_threads_change_no_bit(denominator: bool) -> None:
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [3, 0, 2]])
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (24, 40), (512, 256), (20, 12)])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_inputs_of_16_bits_move_a_state_of_32(
+def test_16_bit_inputs_update_a_float32_state(
     dtype: torch.dtype, key: int, value: int, lengths: list[int], denominator: bool
 ) -> None:
     """What is read is rounded once, at its end; the state moves as by inputs of 32."""
@@ -172,7 +172,7 @@ def test_inputs_of_16_bits_move_a_state_of_32(
         assert torch.equal(short.z, wide.z)
 
 
-def test_slices_of_16_bits() -> None:
+def test_16_bit_slices() -> None:
     """As the engine makes them: heads side by side in one row of a product."""
     stacked = torch.randn(5, 3 * 2 * 16 + 3).bfloat16()
     q, k, v = stacked[:, :96].view(5, 3, 2, 16).unbind(1)

@@ -1,4 +1,4 @@
-"""What recurrent_step refuses before it touches memory, compiled and reference alike."""
+"""Arguments that recurrent_step refuses before it changes memory, compiled and reference alike."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_wrong_arguments_are_refused_before_memory_is_touched(message: str, widt
     ("message", "name"),
     [("dtype", "state"), ("contiguous", "q"), ("contiguous behind", "state"), ("overlap", "state")],
 )
-def test_the_kernel_refuses_layouts_it_would_misread(message: str, name: str) -> None:
+def test_the_kernel_refuses_unsupported_layouts(message: str, name: str) -> None:
     case = make([2, 3], [1, 0], 16, 16)
     wrong = {
         "dtype": case.state.double(),

@@ -1,4 +1,4 @@
-"""The compiled sample against the drawing in torch: the same ids, whatever is asked."""
+"""The compiled op `sample` against sampling in torch: the same ids for all parameters."""
 
 import math
 import random
@@ -62,7 +62,7 @@ def test_ids_are_those_of_torch(rows: int, columns: int) -> None:
     assert all(logits[row, token_id].isfinite() for row, token_id in enumerate(ids))
 
 
-def test_a_row_does_not_know_its_company() -> None:
+def test_a_row_does_not_depend_on_the_others() -> None:
     logits, wanted = some(70, 333, seed=4), sampling_rows(70, 333, seed=4)
     alone = [by_op(logits[i : i + 1], [row])[0] for i, row in enumerate(wanted)]
     assert by_op(logits, wanted) == alone
@@ -75,8 +75,8 @@ def test_a_row_does_not_know_its_company() -> None:
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e300])
-def test_any_temperature_can_be_asked_for(temperature: float) -> None:
-    """The coldest sample the argmax, the hottest one of all that are possible."""
+def test_extreme_temperatures(temperature: float) -> None:
+    """The lowest temperatures give the argmax, the highest a uniform distribution."""
     logits = some(50, 333, seed=2)
     wanted = [GREEDY_ROW._replace(temperature=temperature, uniform=i / 50) for i in range(50)]
     ids = by_op(logits, wanted)
@@ -90,7 +90,7 @@ def test_any_temperature_can_be_asked_for(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e6, 1e8, 1e308])
-def test_heat_does_not_change_who_is_first(temperature: float) -> None:
+def test_high_temperatures_keep_the_order_of_logits(temperature: float) -> None:
     """All weights are 1 in float32; the three largest logits are still the first three."""
     logits = torch.randn(1, 333, generator=torch.Generator().manual_seed(5))
     three = set(logits.topk(3).indices[0].tolist())
@@ -101,7 +101,7 @@ def test_heat_does_not_change_who_is_first(temperature: float) -> None:
         assert set(by_op(rows, wanted)) == set(by_torch(rows, wanted)) == three
 
 
-def test_equal_ids_are_cut_in_their_own_order() -> None:
+def test_ties_are_ordered_by_id() -> None:
     logits = torch.zeros(10, 333)
     wanted = [SamplingRow((i + 0.5) / 10, 1.0, 0.0, 10, 1.0) for i in range(10)]
     assert by_op(logits, wanted) == list(range(10))
@@ -109,7 +109,7 @@ def test_equal_ids_are_cut_in_their_own_order() -> None:
     assert by_op(logits, halves) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_what_cannot_be_drawn_stays() -> None:
+def test_rows_without_an_argmax_keep_it() -> None:
     logits = some(3, 40, seed=1)
     logits[1] = torch.nan
     argmax = torch.tensor([5, -1, 7])
@@ -118,7 +118,7 @@ def test_what_cannot_be_drawn_stays() -> None:
     assert ops.sample(logits[:0], argmax[:0], wanted[:0]).shape == (0,)
 
 
-def test_each_row_is_drawn_by_its_own_way_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_uses_its_own_mode_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, wanted = some(40, 333, seed=3), sampling_rows(40, 333, seed=3)
     expected = draw_each(logits, logits.argmax(-1), wanted).tolist()
     monkeypatch.setattr(ops, "can_sample", lambda _: False)
@@ -129,8 +129,8 @@ def test_each_row_is_drawn_by_its_own_way_without_the_op(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     "nonsense", [SamplingRow(2.0, 1.0, 2.0, -5, -1.0), SamplingRow(*[math.nan] * 5)]
 )
-def test_nonsense_draws_something(nonsense: SamplingRow, argmax: int) -> None:
-    """The op itself is told what to believe, but leaves no memory of its own for that."""
+def test_invalid_parameters_stay_in_bounds(nonsense: SamplingRow, argmax: int) -> None:
+    """The op does not check its parameters, but must not access memory out of bounds."""
     logits = torch.tensor([[0.0, torch.inf, torch.nan, -torch.inf, 50.0]])
     ids = ops.sample(logits, torch.tensor([argmax]), as_tensor([nonsense])).tolist()
     assert 0 <= ids[0] < 5

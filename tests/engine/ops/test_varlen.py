@@ -1,6 +1,6 @@
-"""Segments of any lengths in torch's own operations, as a GPU runs them: against float64.
+"""Segments of different lengths, computed in torch as on a GPU, against float64.
 
-What runs here on the CPU is what runs on CUDA; where there is a device, it runs there as well.
+Runs on the CPU, and on CUDA where there is a device.
 """
 
 import pytest
@@ -70,7 +70,7 @@ def test_close_to_the_recurrence(
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("denominator", [False, True])
-def test_what_is_not_a_number_stays_with_its_segment(device: str, denominator: bool) -> None:
+def test_nan_stays_in_its_segment(device: str, denominator: bool) -> None:
     case = make([70, 70, 1], [1, -1, 2], 16, 8, denominator=denominator)
     clean = case.to(torch.float32)
     expected = reference.recurrent_step(*clean)
@@ -84,7 +84,7 @@ def test_what_is_not_a_number_stays_with_its_segment(device: str, denominator: b
 
 @pytest.mark.parametrize("slot", [-1, 70])
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_outside_the_pool_move_nothing(device: str, slot: int) -> None:
+def test_indices_outside_the_pool_change_nothing(device: str, slot: int) -> None:
     case = make([1, 1], [slot, 3], denominator=True)
     nan = torch.full_like(case.k[:1], float("nan"))
     case = case._replace(k=torch.cat([nan, case.k[1:]]))
@@ -115,7 +115,7 @@ def test_a_segment_may_be_resumed() -> None:
     torch.testing.assert_close(parts.state, whole.state, rtol=1e-11, atol=1e-11)
 
 
-def test_a_kernel_takes_the_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_computes_short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op gets −1 in place of what is cut; with it, the whole is what the reference computes."""
     case = make([1, 100, 3, 1], [4, 2, 0, -1], 16, 16, denominator=True).to(torch.float64)
     exact = case.to(torch.float64)
@@ -142,12 +142,12 @@ def test_a_kernel_takes_the_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
         ([3, 3], "named twice"),
     ],
 )
-def test_slots_are_checked_on_the_host(state_indices: list[int], message: str) -> None:
+def test_state_indices_are_checked_on_the_host(state_indices: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Segments.of(state_indices, [1] * len(state_indices), 9, "cpu")
 
 
-def test_padding_may_be_named_twice() -> None:
+def test_padding_may_be_repeated() -> None:
     segments = Segments.of([-1, 2, -1], [1, 1, 1], 9, "cpu", max_recurrent_tokens=0)
     assert segments.cu_seqlens is None
     assert segments.chunks is None

@@ -1,4 +1,4 @@
-"""Scores of long texts, as the benchmarks take them: each way against its definition."""
+"""Scores of long texts in the benchmarks: each method against its definition."""
 
 import functools
 import random
@@ -55,7 +55,7 @@ def test_exact_is_the_whole_text_at_once(attention: str, piece: int) -> None:
 @pytest.mark.parametrize("kept", [2, 4, 8])
 @pytest.mark.parametrize("attention", ["cottention", "linear", "cosformer"])
 def test_renewed_token_by_token(attention: str, kept: int, length: int) -> None:
-    """At index W, and then every W − kept, the text begins again with its last `kept` ids."""
+    """At index W, and then every W − kept, the state is recomputed from the last `kept` ids."""
     model, ids = model_of(attention), ids_of(length)
     expected = []
     for index in range(length):
@@ -78,7 +78,7 @@ def test_renewed_is_what_the_engine_makes_of_it(
     folder_for: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Over several windows, read at once or drawn one by one; W and R the same."""
+    """Over several windows, prefilled or generated; W and R the same."""
     monkeypatch.setattr("cottention.engine.state.context_window.KEPT_PART", part)
     folder = folder_for(attention)
     engine = Engine(folder, EngineConfig(max_slots=2, context_policy="renew", dtype="float32"))
@@ -104,7 +104,7 @@ def read(engine: Engine, length: int) -> Scored:
 
 
 def drawn(engine: Engine, length: int) -> Scored:
-    """One id and what was said after it, with its log-probabilities."""
+    """One id and the ids generated after it, with their log-probabilities."""
     params = SamplingParams(max_tokens=length, logprobs=0, seed=1, ignore_eos=True)
     outputs = [*engine.stream([7], params)]
     ids = [7, *(i for out in outputs for i in out.token_ids)]

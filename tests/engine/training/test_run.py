@@ -32,11 +32,11 @@ SOURCE = "class Counter{n}:\n    def __init__(self, start={n}):\n        self.st
 
 
 class Killed(Exception):
-    """Stands for a kill in the middle of a run."""
+    """Simulates a kill in the middle of a run."""
 
 
 class Listener(PlainProgress):
-    """Keeps what it is told, and kills the run after step `until`."""
+    """Records losses and messages, and kills the run after step `until`."""
 
     def __init__(self, until: int | None = None) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Listener(PlainProgress):
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for each other on several threads."""
+    """Several threads are slower on tensors this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -174,7 +174,7 @@ def test_hours_end_a_run(settings: TrainingSettings) -> None:
 def test_other_kinds_of_attention_are_trained_alike(
     settings: TrainingSettings, attention: str
 ) -> None:
-    """As many parameters but for Cottention's m; served are those with a state of fixed size."""
+    """Same parameters except Cottention's m; kinds with a state of fixed size are served."""
     listener = Listener()
     train(replace(settings, steps=40, attention=attention), [], listener)
     assert listener.losses[-1] < listener.losses[0] - 0.3

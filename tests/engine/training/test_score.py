@@ -1,4 +1,4 @@
-"""Training's arithmetic: the forward pass, bits per byte, the optimizers and their rate."""
+"""Forward pass, bits per byte, optimizers and learning rate of training."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Training's text: the choice of files, the split, the tokenizer, the windows."""
+"""Text of training: choice of files, split, tokenizer, windows."""
 
 import random
 from pathlib import Path
