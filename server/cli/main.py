@@ -21,7 +21,7 @@ from cottention.server.cli.options import (
     warn_of_unknown,
 )
 from cottention.server.config import GenerateConfig, ServerConfig
-from cottention.server.log_config import set_up
+from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version
 
 EXIT_FAILURE = 1
@@ -94,7 +94,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
 def _serve(given: argparse.Namespace) -> int:
     config = read_flags(ServerConfig, given, os.environ)
     engine_config = read_flags(EngineConfig, given, os.environ)
-    set_up(config.log_level, config.log_format)
+    configure_logging(config.log_level, config.log_format)
     warn_of_unknown(os.environ)
     return commands.serve(_model(given), engine_config, config)
 

@@ -13,7 +13,7 @@ from cottention.engine.state.event_log import EventLog
 from cottention.server.generation.choice_format import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.sse import KEEP_ALIVE, Events
-from cottention.server.http.errors import ApiError, engine_failed, of_session
+from cottention.server.http.errors import ApiError, engine_failed, session_error
 from cottention.server.schemas.session_responses import shape_in_answer
 from cottention.server.sessions.turn import RunningTurn
 
@@ -89,7 +89,7 @@ class TurnEvents:
         try:
             self.session = await self._turn.finish(piece, lambda session: self._keep(told(session)))
         except SessionError as error:
-            self.error = of_session(error)
+            self.error = session_error(error)
             return self.events.error(self.error)
         self.error = failed
         return told(self.session)

@@ -100,7 +100,7 @@ def test_a_body_that_takes_its_time(live: Live) -> None:
         while time.monotonic() - began < 0.4:
             sock.send(b" ")
             time.sleep(0.02)
-        assert "slower" in error_of(answer(sock), 408)
+        assert "too slowly" in error_of(answer(sock), 408)
 
 
 def test_a_body_that_is_slow_and_steady_is_read(live: Live) -> None:
