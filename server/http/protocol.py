@@ -48,8 +48,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._socket: asyncio.Transport
         self._refusal = _malformed()
         self._in_head, self._in_body = False, False
-        self._num_headers, self._num_head_bytes = 0, 0
-        self._num_framing_bytes = 0
+        self._num_head_bytes = self._num_framing_bytes = 0
         self._unanswered: deque[RequestResponseCycle] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -105,7 +104,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Limit the time and the bytes of this request's head."""
         super().on_message_begin()
         self._in_head = True
-        self._num_headers = self._num_head_bytes = self._num_framing_bytes = 0
+        self._num_head_bytes = self._num_framing_bytes = 0
         self._set_timer(self._receive_seconds)
 
     def on_url(self, url: bytes) -> None:
@@ -116,9 +115,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Count a header line."""
         super().on_header(name, value)
-        self._num_head_bytes += len(name) + len(value) + len(b": \r\n")
-        self._num_headers += 1
-        if self._num_headers > MAX_HEADERS:
+        self._num_head_bytes += len(name) + len(value) + 4  # ": " and the line's end
+        if len(self.headers) > MAX_HEADERS:
             self._stop_parsing(_head_too_large())
 
     def on_headers_complete(self) -> None:

@@ -1,6 +1,6 @@
-"""Clients that mean no good, by hand and by socket: the right status, in bounded time and memory.
+"""Slow, oversized and malformed requests over sockets: right statuses, bounded time and memory.
 
-After each the server is as it was for others, and a stream that ran meanwhile is whole.
+After each the server serves others as before, and a stream that ran meanwhile is complete.
 """
 
 import contextlib
