@@ -47,7 +47,7 @@ def _ratio(
 def _engine_set_to(position: int, batch: int) -> Engine:
     """As `_engine_at`, but the position is written into streams that have just begun."""
     engine = _engine_at(1, batch)
-    for choice in engine._scheduler._running:
+    for choice in engine._scheduler._decoding:
         choice.position = position
     return engine
 

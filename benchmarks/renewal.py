@@ -112,7 +112,7 @@ def _engine_at(policy: ContextPolicy, begin: int, renewed: int, others: int) -> 
         if num:
             engine.submit(_ids(length), replace(PARAMS, n=num))
     engine.step()
-    while engine._scheduler._reading:
+    while engine._scheduler._prefilling:
         engine.step()
     return engine
 

@@ -1,13 +1,10 @@
-"""The engine's limits: the one declaration from which flags, variables, defaults and help are made.
-
-Loads no torch: `--help` stays quick.
-"""
+"""The engine's settings. Loads no torch, so that `--help` stays quick."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.settings import check_options, option
+from cottention.engine.settings.declaration import check_settings, setting
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.spec import StateSpec
 
@@ -19,68 +16,78 @@ Device = Literal["auto", "cpu", "cuda"]
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """The engine's settings: each is a flag `--like-this` and a variable `COTTENTION_LIKE_THIS`."""
+    """Settings of the engine."""
 
-    device: Device = option("auto", "where the model runs; auto takes CUDA if there is one")
-    dtype: DType = option(
-        "auto", "type of the weights; auto is float32 on a CPU, the checkpoint's own on CUDA"
+    device: Device = setting("auto", "device to run on; auto uses CUDA where it is available")
+    dtype: DType = setting(
+        "auto", "type of the weights; auto is float32 on the CPU and the checkpoint's type on CUDA"
     )
-    max_slots: int | None = option(
-        None, "states in the pool, which is how many sequences run at once (default 64)", minimum=1
-    )
-    state_memory: int | None = option(
+    max_slots: int | None = setting(
         None,
-        "memory for the pool, instead of --max-slots; 512M and 2G are understood",
+        "maximum number of sequences in a batch, each with a slot for its state",
+        unset=f"{DEFAULT_SLOTS}, or as --state-memory says",
+        minimum=1,
+    )
+    state_memory: int | None = setting(
+        None,
+        "memory for the slots, instead of --max-slots; accepts 512M or 2G",
+        unset="as --max-slots says",
         minimum=1,
         unit="bytes",
     )
-    max_paused_states: int | None = option(
+    max_paused_states: int | None = setting(
         None,
-        "states that wait on the host for slow readers of streams (default: as many as slots); past"
-        " it the stream that has waited longest ends",
+        "maximum number of states kept on the host for streams whose clients read slowly; beyond"
+        " it the stream that has been paused longest is ended",
+        unset="the number of slots",
         minimum=0,
     )
-    context_policy: ContextPolicy = option(
+    context_policy: ContextPolicy = setting(
         "renew",
-        "what becomes of a past longer than the trained length: renew keeps the model good and"
-        " forgets the oldest, for a second row of memory for each state; exact is the papers'"
-        " recurrence",
+        "how to continue past the trained length; renew forgets the oldest tokens and keeps the"
+        " text good, at twice the memory per slot; exact is the recurrence as published",
     )
-    max_batch_tokens: int = option(
-        512, "most tokens that one step computes, over all sequences", minimum=2, unit="tokens"
+    max_batch_tokens: int = setting(
+        512,
+        "maximum number of tokens computed in a step, over all sequences",
+        minimum=2,
+        unit="tokens",
     )
-    max_prefill_tokens: int | None = option(
+    max_prefill_tokens: int | None = setting(
         None,
-        "most prompt tokens of a step in which others generate (default: on a CPU as many as"
-        " generate, from 16; on CUDA any)",
+        "maximum number of prompt tokens in a step that also decodes",
+        unset="on the CPU as many as are decoded, at least 16; on CUDA unlimited",
         minimum=1,
         unit="tokens",
     )
-    max_tokens_limit: int = option(
-        1_000_000, "most tokens that one request may ask for", minimum=1, unit="tokens"
+    max_tokens_limit: int = setting(
+        1_000_000, "maximum max_tokens of a request", minimum=1, unit="tokens"
     )
-    prefix_cache_bytes: int = option(
-        256 * 1024**2, "memory for states after prompts; 0 keeps none", minimum=0, unit="bytes"
+    prefix_cache_bytes: int = setting(
+        256 * 1024**2,
+        "memory for the states of cached prompts; 0 disables the cache",
+        minimum=0,
+        unit="bytes",
     )
-    threads: int | None = option(None, "CPU threads (default: torch's own choice)", minimum=1)
+    threads: int | None = setting(None, "number of CPU threads", unset="chosen by torch", minimum=1)
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_settings(self)
         if self.max_slots is not None and self.state_memory is not None:
             raise ConfigurationError("give --max-slots or --state-memory, not both")
 
     def prompt_tokens_beside(self, device: str) -> int | None:
-        """Most prompt tokens of a step with running choices; None: as many as run."""
+        """Maximum prompt tokens of a step that also decodes; None: as many as are decoded."""
         if self.max_prefill_tokens is None and device.startswith("cuda"):
             return self.max_batch_tokens
         return self.max_prefill_tokens
 
     def num_paused(self, num_slots: int) -> int:
-        """Most states that wait on the host for their readers."""
+        """Maximum number of paused states on the host."""
         return num_slots if self.max_paused_states is None else self.max_paused_states
 
     def num_slots(self, spec: StateSpec) -> int:
-        """Slots in the pool. Raises ConfigurationError where the memory holds none."""
+        """Number of slots in the pool. Raises ConfigurationError where the memory holds none."""
         if self.state_memory is None:
             return self.max_slots or DEFAULT_SLOTS
         slots = self.state_memory // spec.bytes_per_slot

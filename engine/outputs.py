@@ -1,4 +1,4 @@
-"""What the engine says: a piece of one choice per step, and its figures. Knows no transport."""
+"""What the engine returns: outputs of a step, finished completions, statistics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from cottention.engine.errors import RequestFailedError
 from cottention.engine.state.prefix_cache import CacheStats
 
-if TYPE_CHECKING:  # its rows are tensors, and whoever reads outputs need not load torch
+if TYPE_CHECKING:  # its rows are tensors; reading outputs does not need torch
     from cottention.engine.state.session_state import SessionState
 
 
@@ -25,10 +25,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """How likely the model itself held an id: its log-softmax in float32, before all settings.
+    """Log-probability of an id: log-softmax of the model's logits in float32, before all settings.
 
-    rank: 1 + how many ids were held likelier.
-    top: (id, logprob) of as many of the likeliest ids as were asked for, best first.
+    rank: 1 + the number of more probable ids.
+    top: (id, logprob) of the most probable ids, as many as requested, in descending order.
     """
 
     token_id: int
@@ -38,7 +38,7 @@ class TokenLogprob:
 
 
 class SampledToken(NamedTuple):
-    """An id, and how likely the model held it where that was asked for."""
+    """A sampled id, and its log-probability where requested."""
 
     token_id: int
     logprob: TokenLogprob | None
@@ -48,17 +48,18 @@ class SampledToken(NamedTuple):
 class Output:
     """What one step added to one choice of a request.
 
-    text: characters that are certain now; they may belong to earlier ids, and may be none.
+    text: characters that are final; they may belong to earlier ids, and may be none.
     token_ids: ids sampled in this step, the end-of-text id included.
-    finish_reason: set in a choice's last output, exactly once.
-    stop_reason: the stop string or stop id that ended it; None for the model's own end.
-    logprobs: one for each of token_ids, where they were asked for.
-    prompt_logprobs: of the whole prompt, None for its first id; in choice 0's first output.
-    error: what went wrong, where finish_reason is ERROR.
-    state: of a session after its turn, in the last output of one that was not cut.
-    num_cached: ids of the prompt that were not read again, in the last output of choice 0.
-    context_start: index of the oldest token that the next one would be drawn with.
-    started: when the request had its slots, by time.monotonic.
+    finish_reason: set in a choice's last output and in no other.
+    error: message, where finish_reason is ERROR.
+    stop_reason: the stop string or stop id that ended the choice; None for the end-of-text id.
+    logprobs: one for each of token_ids, where requested.
+    state: the session's state after the turn, in the last output, unless the turn was cut.
+    context_start: index of the oldest token that the next one would depend on.
+
+    Per-request fields. started: when the request first had slots, by time.monotonic. Sent only with
+    choice 0: prompt_logprobs, one for each prompt id, None for the first, in its first output;
+    num_cached, prompt ids restored from the prefix cache, in its last output.
     """
 
     request_id: str
@@ -78,13 +79,13 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the start and gauges of this moment.
+    """Counters since the start, and gauges.
 
-    num_running, num_waiting (for slots) and num_paused (for their readers) count requests;
-    num_paused_states, max_paused_states: on the host, of those that pause or wait to go on.
-    num_finished counts choices by how they ended. num_faults: requests that a fault ended;
-    num_undrawn: choices without a token that could be drawn, since no logit was finite or every
-    token forbidden.
+    num_running, num_waiting (for slots) and num_paused count requests. num_paused_states,
+    max_paused_states: states parked on the host, of requests that are paused or were resumed and
+    wait for slots. num_finished: choices by finish reason. num_faults: requests that an exception
+    ended. num_undrawn: choices for which no token could be sampled, because no logit was finite or
+    every token was forbidden.
     """
 
     num_running: int
@@ -107,7 +108,7 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One finished choice of a prompt: what its outputs came to."""
+    """One finished choice of a prompt: its outputs joined."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -115,7 +116,7 @@ class Completion:
 
     @classmethod
     def of(cls, outputs: Sequence[Output]) -> Self:
-        """All outputs of one choice, the last one included. Raises RequestFailedError."""
+        """Join all outputs of a choice. Raises RequestFailedError where it ended with an error."""
         last = outputs[-1]
         if last.finish_reason is FinishReason.ERROR or last.finish_reason is None:
             raise RequestFailedError(last.error or "the request did not finish")

@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen. Validated once, here; knows nothing of HTTP."""
+"""Sampling parameters of a request, and their validation."""
 
 import math
 import sys
@@ -10,7 +10,7 @@ from cottention.engine.errors import ParameterError
 from cottention.engine.state.context_window import ContextPolicy
 
 GREEDY_BELOW = 1e-5
-"""Temperatures under this are taken as 0: dividing by them would overflow."""
+"""Lower temperatures are greedy: dividing by them would overflow."""
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
@@ -25,25 +25,25 @@ MAX_BAD_WORDS = 128
 class SamplingParams:
     """Sampling parameters of one request, under the names of OpenAI's and vLLM's APIs.
 
-    max_tokens: most ids generated for each choice; 0 only reads, and may score, the prompt.
-    temperature: 0 is greedy; from 0, finite.
+    max_tokens: maximum number of ids generated for each choice; 0 only computes the prompt.
+    temperature: finite, from 0; 0 is greedy.
     top_p: in (0, 1]; 1 is off. top_k: from 1; 0 and −1 are off. min_p: in [0, 1]; 0 is off.
-    seed: any int64; None draws a fresh one.
-    stop: up to 16 non-empty strings; text ends before the first that appears.
+    seed: any int64; None is a random one.
+    stop: up to 16 non-empty strings; the text ends before the first that appears.
     n: choices per prompt, from 1.
-    ignore_eos: go on past the model's end-of-text token.
-    presence_penalty, frequency_penalty: −2 to 2, taken from the logits of ids generated before,
-    once or as often as they came. repetition_penalty: above 0; divides positive logits of ids in
-    prompt and text, multiplies negative ones.
+    ignore_eos: go on after the model's end-of-text id.
+    presence_penalty, frequency_penalty: −2 to 2, subtracted from the logits of ids generated
+    before: once, and once for each time. repetition_penalty: above 0; divides positive logits of
+    ids in prompt and text, multiplies negative ones.
     logit_bias: id → −100 to 100, added to its logit.
-    min_tokens: so many ids come before an end-of-text or stop id, or a stop string, may end it.
-    stop_token_ids: ids that end the text as the model's own end does.
-    include_stop_str_in_output: whether what stopped the text belongs to it.
+    min_tokens: ids generated before an end-of-text or stop id, or a stop string, may end the text.
+    stop_token_ids: ids that end the text like the end-of-text id.
+    include_stop_str_in_output: keep the stop string or stop id in the text.
     skip_special_tokens: leave special tokens out of the text.
-    allowed_token_ids: the only ones that may be drawn. bad_words: texts that may not be completed.
-    context_policy: "renew" or "exact", how a long past is remembered; None: as the session or the
-    engine has it.
-    logprobs, prompt_logprobs: 0 to 20 likeliest alternatives to report beside each id; None: none.
+    allowed_token_ids: the only ids that may be generated. bad_words: texts never generated.
+    context_policy: "renew" or "exact", for sequences longer than the model's window; None: that of
+    the session or the engine.
+    logprobs, prompt_logprobs: 0 to 20 most probable ids to report beside each id; None: no report.
 
     Raises ParameterError naming the field and what it allows.
     """
@@ -72,10 +72,10 @@ class SamplingParams:
     context_policy: ContextPolicy | None = None
 
     def __post_init__(self) -> None:
-        _check_whole("max_tokens", self.max_tokens, 0, None)
-        _check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _check_whole("n", self.n, 1, None)
-        _check_whole("top_k", self.top_k, -1, MAX_TOP_K)
+        _check_integer("max_tokens", self.max_tokens, 0, None)
+        _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_integer("n", self.n, 1, None)
+        _check_integer("top_k", self.top_k, -1, MAX_TOP_K)
         _check_number("temperature", self.temperature, 0.0, math.inf)
         _check_number("top_p", self.top_p, 0.0, 1.0)
         _check_number("min_p", self.min_p, 0.0, 1.0)
@@ -86,10 +86,10 @@ class SamplingParams:
             if getattr(self, name) == 0:
                 raise ParameterError(name, f"{name} must be greater than 0; it is 0")
         if self.seed is not None:
-            _check_whole("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
+            _check_integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                _check_whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+                _check_integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         _check_strings("stop", self.stop, MAX_STOP_STRINGS)
         _check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
         _check_biases(self.logit_bias)
@@ -97,7 +97,7 @@ class SamplingParams:
 
     @property
     def has_penalty(self) -> bool:
-        """Whether ids that came before change what comes next."""
+        """Whether logits depend on earlier ids."""
         return (
             self.repetition_penalty != 1
             or self.presence_penalty != 0
@@ -106,11 +106,11 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely id is always taken."""
+        """Whether the most probable id is always taken."""
         return self.temperature < GREEDY_BELOW
 
 
-def _check_whole(name: str, value: Any, low: int, high: int | None) -> None:
+def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
     allowed = f"a whole number from {low}" + ("" if high is None else f" to {high}")
     if not isinstance(value, int) or isinstance(value, bool):
         raise ParameterError(name, f"{name} must be {allowed}; it is {value!r}")
@@ -126,9 +126,9 @@ def _check_number(name: str, value: Any, low: float, high: float) -> None:
         raise ParameterError(name, f"{name} must be {allowed}; it is {value}")
 
 
-def _check_strings(name: str, strings: Sequence[str], most: int) -> None:
-    if len(strings) > most:
-        raise ParameterError(name, f"{name} takes at most {most} strings; it has {len(strings)}")
+def _check_strings(name: str, strings: Sequence[str], limit: int) -> None:
+    if len(strings) > limit:
+        raise ParameterError(name, f"{name} takes at most {limit} strings; it has {len(strings)}")
     for text in strings:
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
             raise ParameterError(

@@ -1,8 +1,4 @@
-"""The one engine thread: steps while there is work, sleeps while there is none.
-
-Owns the thread and the order of its end. Knows no asyncio: `deliver` may do what it likes with a
-step's outputs, and is called once per step.
-"""
+"""The engine's thread: it runs steps while there is work and sleeps while there is none."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,22 +8,23 @@ from typing import TYPE_CHECKING
 from cottention.engine.outputs import EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
 
-if TYPE_CHECKING:  # a worker drives an engine; it does not load one
+if TYPE_CHECKING:  # a worker is given its engine, and works with any that has these methods
     from cottention.engine.engine import Engine
     from cottention.engine.state.session_state import SessionState
 
 Deliver = Callable[[list[Output]], None]
+"""Takes the outputs of a step; called once for each step that has any."""
 
 
 class EngineWorker:
-    """Runs an engine in a thread of its own; `submit`, `cancel` and `stats` from any thread."""
+    """Runs an engine in a thread of its own; its methods may be called from any thread."""
 
     def __init__(
         self, engine: "Engine", deliver: Deliver, on_death: Callable[[BaseException], None]
     ) -> None:
-        """`deliver` gets each step's outputs, never none; `on_death` what ended the thread.
+        """`on_death` is called with an exception that ended the thread.
 
-        A thread that died has closed its engine: nothing more is delivered, nothing more is taken.
+        The engine is closed then: it delivers nothing and accepts no requests.
         """
         self._engine = engine
         self._deliver = deliver
@@ -38,11 +35,11 @@ class EngineWorker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
+        """Whether the thread is running."""
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Begin to step."""
+        """Start the thread."""
         self._thread.start()
 
     def submit(
@@ -87,7 +84,7 @@ class EngineWorker:
         return self._engine.stats()
 
     def stop(self) -> None:
-        """End after the current step; what is unfinished gets a CANCELLED output."""
+        """Stop after the current step; unfinished requests get CANCELLED outputs."""
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -98,7 +95,7 @@ class EngineWorker:
             self._loop()
             self._send(self._engine.close())
         except BaseException as error:
-            with suppress(Exception):  # whatever state it is in, it refuses work from now on
+            with suppress(Exception):  # it refuses new requests, even if closing fails
                 self._engine.close()
             self._on_death(error)
 

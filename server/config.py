@@ -1,128 +1,171 @@
-"""What a user may set about the server and the command, beside the engine's own settings.
-
-Declares; `flags.py` makes flags, variables and help of it. Knows no HTTP.
-"""
+"""Settings of the commands, beside those of the engine."""
 
 from dataclasses import dataclass
 from typing import Literal
 
-from cottention.engine.errors import ConfigurationError
-from cottention.engine.settings import check_options, option
+from cottention.engine.settings.declaration import check_settings, setting
 from cottention.server.log_config import LogFormat
 
 LogLevel = Literal["debug", "info", "warning", "error"]
-WithoutKey = Literal["warn", "allow"]
 
-MAX_PORT = 65_535
+
+@dataclass(frozen=True, slots=True)
+class ModelArgument:
+    """Which model a command loads."""
+
+    model: str | None = setting(
+        None,
+        "model folder or Hugging Face id",
+        unset="the model that ships with the package",
+        is_positional=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Settings of the server. Each becomes a flag and a variable, as those of EngineConfig do."""
+    """Settings of the HTTP server."""
 
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 interface")
-    port: int = option(8000, "port to listen on; 0 takes a free one", minimum=0)
-    served_model_name: str | None = option(
-        None, "the model's id in requests and answers (default: the model's own name)"
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 interface")
+    port: int = setting(8000, "port to listen on; 0 chooses a free one", minimum=0, maximum=65_535)
+    served_model_name: str | None = setting(
+        None, "model name in requests and responses", unset="the model's own name"
     )
-    drain_seconds: float = option(
-        30.0, "how long running streams may go on after SIGTERM", minimum=0, unit="seconds"
+    drain_seconds: float = setting(
+        30.0, "time for running requests to finish after SIGTERM", minimum=0, unit="seconds"
     )
-    keep_alive_seconds: float = option(
-        15.0, "an idle stream gets a comment this often", minimum=0.01, unit="seconds"
-    )
-    stream_buffer_bytes: int = option(
-        64 * 1024, "unread text of a stream at which it pauses", minimum=1, unit="bytes"
-    )
-    receive_seconds: float = option(
-        30.0, "how long a request's head may take, or its body stall", minimum=0.01, unit="seconds"
-    )
-    max_body_bytes: int = option(
-        4 * 1024**2, "longest request body; 512K and 4M are understood", minimum=1, unit="bytes"
-    )
-    max_queued_requests: int = option(
-        512, "prompts that may be without their first token; more are refused", minimum=1
-    )
-    max_queued_tokens: int = option(
-        500_000, "tokens of such prompts, likewise", minimum=1, unit="tokens"
-    )
-    max_request_seconds: float | None = option(
-        None,
-        "longest that a request may take (default: as long as it likes)",
-        minimum=0.001,
+    sse_keep_alive_seconds: float = setting(
+        15.0,
+        "interval between keep-alive comments on an idle event stream",
+        minimum=0.01,
         unit="seconds",
     )
-    session_dir: str | None = option(
-        None, "folder that keeps sessions (default: one that goes when the server ends)"
+    stream_buffer_bytes: int = setting(
+        64 * 1024, "unread text at which a stream is paused", minimum=1, unit="bytes"
     )
-    session_memory: int = option(
-        1024**3, "memory for sessions that nobody runs", minimum=0, unit="bytes"
+    receive_seconds: float = setting(
+        30.0,
+        "timeout for a request's headers, and for each part of its body",
+        minimum=0.01,
+        unit="seconds",
     )
-    session_checkpoints: int = option(
-        4, "how many turns a session can be rewound", minimum=0, unit="turns"
+    max_body_bytes: int = setting(
+        4 * 1024**2,
+        "maximum size of a request body; accepts 512K or 4M",
+        minimum=1,
+        unit="bytes",
     )
-    session_outbox: int = option(
-        256 * 1024,
-        "of a turn that goes on without its client, how much is kept for when it comes back",
+    max_queued_requests: int = setting(
+        512,
+        "maximum number of prompts waiting for their first token; beyond it requests get 429",
+        minimum=1,
+    )
+    max_queued_tokens: int = setting(
+        500_000,
+        "maximum number of tokens in these prompts; beyond it requests get 429",
+        minimum=1,
+        unit="tokens",
+    )
+    max_request_seconds: float | None = setting(
+        None, "maximum request duration", unset="unlimited", minimum=0.001, unit="seconds"
+    )
+    session_dir: str | None = setting(
+        None, "folder to store sessions in", unset="a temporary one, removed at exit"
+    )
+    session_memory: int = setting(
+        1024**3,
+        "memory for idle sessions; beyond it they are kept on disk only",
         minimum=0,
         unit="bytes",
     )
-    max_snapshot_bytes: int = option(
-        256 * 1024**2, "largest session that may be imported", minimum=1, unit="bytes"
+    session_checkpoints: int = setting(
+        4, "number of turns that a session can be rewound by", minimum=0, unit="turns"
     )
-    default_max_tokens: int = option(
-        1024, "a chat ends after this unless it says", minimum=1, unit="tokens"
+    session_event_log_bytes: int = setting(
+        256 * 1024,
+        "maximum size of the events kept for a client that reconnects to a session's turn",
+        minimum=0,
+        unit="bytes",
     )
-    chat_template: str | None = option(
-        None, "file, name of one in the model's folder, or plain (default: the model's own)"
+    max_snapshot_bytes: int = setting(
+        256 * 1024**2, "maximum size of a session to import", minimum=1, unit="bytes"
     )
-    api_key: tuple[str, ...] = option((), "key that clients must send; may be given several times")
-    api_key_file: str | None = option(None, "file of such keys, a line each, or .json with limits")
-    key_max_requests: int | None = option(
-        None, "most requests of one key at a time (default: any)", minimum=1
+    default_max_tokens: int = setting(
+        1024, "max_tokens of a chat request that sets none", minimum=1, unit="tokens"
     )
-    key_max_tokens_per_minute: int | None = option(
-        None, "most tokens of one key, prompts included (default: any)", minimum=1, unit="tokens"
+    chat_template: str | None = setting(
+        None,
+        "template file, name of a template in the model folder, or plain",
+        unset="the model's own",
     )
-    key_max_body_bytes: int | None = option(
-        None, "longest request body with a key (default: --max-body-bytes)", minimum=1, unit="bytes"
+    api_key: tuple[str, ...] = setting(
+        (), "API key to require; may be repeated", unset="none required", is_secret=True
     )
-    key_max_tokens: int | None = option(
-        None, "most tokens of one text (default: --max-tokens-limit)", minimum=1, unit="tokens"
+    api_key_file: str | None = setting(
+        None, "file with an API key per line, or .json with limits per key"
     )
-    key_max_n: int | None = option(None, "most choices of one prompt (default: 128)", minimum=1)
-    key_max_stop: int | None = option(None, "most stop strings (default: 16)", minimum=1)
-    without_key: WithoutKey = option(
-        "warn", "what becomes of a start that is open to others and has no key"
+    key_max_requests: int | None = setting(
+        None, "maximum number of concurrent requests per API key", unset="unlimited", minimum=1
     )
-    metrics_key: str | None = option(None, "key that /metrics asks for (default: it is open)")
-    cors_origin: tuple[str, ...] = option(
-        (), "web page that may call from a browser; may be given several times, * is any"
+    key_max_tokens_per_minute: int | None = setting(
+        None,
+        "maximum number of tokens per minute and API key, prompts included",
+        unset="unlimited",
+        minimum=1,
+        unit="tokens",
     )
-    log_level: LogLevel = option("info", "least serious messages to log")
-    log_format: LogFormat = option("text", "lines for people, or a JSON object a line")
-    log_prompt_characters: int = option(
-        0, "so much of each prompt is logged with its request", minimum=0, unit="characters"
+    key_max_body_bytes: int | None = setting(
+        None,
+        "maximum size of a request body, with an API key",
+        unset="as --max-body-bytes",
+        minimum=1,
+        unit="bytes",
+    )
+    key_max_tokens: int | None = setting(
+        None,
+        "maximum max_tokens of a request, with an API key",
+        unset="as --max-tokens-limit",
+        minimum=1,
+        unit="tokens",
+    )
+    key_max_n: int | None = setting(
+        None, "maximum n of a request, with an API key", unset="128", minimum=1
+    )
+    key_max_stop: int | None = setting(
+        None, "maximum number of stop strings, with an API key", unset="16", minimum=1
+    )
+    allow_unauthenticated: bool = setting(
+        False, "do not warn when other machines can connect without an API key"
+    )
+    metrics_key: str | None = setting(
+        None, "API key to require for /metrics", unset="none required", is_secret=True
+    )
+    cors_origin: tuple[str, ...] = setting(
+        (), "origin whose web pages may send requests; may be repeated, * is any"
+    )
+    log_level: LogLevel = setting("info", "minimum severity of messages to log")
+    log_format: LogFormat = setting("text", "log lines as text, or as one JSON object each")
+    log_prompt_characters: int = setting(
+        0, "number of characters of each prompt to log", minimum=0, unit="characters"
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
-        if self.port > MAX_PORT:
-            raise ConfigurationError(f"--port must be at most {MAX_PORT}; it is {self.port}")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateConfig:
-    """How `cottention generate` chooses tokens; the names and meanings are those of the API."""
+    """Settings of `cottention generate`, with the names and meanings of the HTTP API."""
 
-    model: str | None = option(None, "folder or Hugging Face id (default: the one that ships)")
-    max_tokens: int = option(256, "most tokens to generate", minimum=1, unit="tokens")
-    temperature: float = option(1.0, "0 always takes the likeliest token", minimum=0)
-    top_p: float = option(1.0, "keep the likeliest tokens that make up this probability")
-    top_k: int = option(0, "keep this many of the likeliest tokens; 0 keeps all")
-    min_p: float = option(0.0, "drop tokens less likely than this times the likeliest")
-    seed: int | None = option(None, "the same seed gives the same text (default: a fresh one)")
-    stop: tuple[str, ...] = option((), "end before this text; may be given several times")
+    model: str | None = setting(
+        None, "model folder or Hugging Face id", unset="the model that ships with the package"
+    )
+    max_tokens: int = setting(256, "maximum number of tokens to generate", minimum=1, unit="tokens")
+    temperature: float = setting(1.0, "sampling temperature; 0 is greedy", minimum=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens up to this total probability")
+    top_k: int = setting(0, "sample from this many of the likeliest tokens; 0 is all")
+    min_p: float = setting(0.0, "minimum probability of a token, relative to that of the likeliest")
+    seed: int | None = setting(None, "random seed", unset="a new one each time")
+    stop: tuple[str, ...] = setting((), "stop string; may be repeated")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_settings(self)

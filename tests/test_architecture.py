@@ -25,6 +25,7 @@ WITHOUT_TORCH = [
     "outputs",
     "sampling_params",
     "scheduling.batch",
+    "scheduling.output_processor",
     "scheduling.request",
     "scheduling.scheduler",
     "sessions.store",

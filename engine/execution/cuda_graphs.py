@@ -1,15 +1,7 @@
-"""The decode step as captured graphs: one for each batch size, rounded up.
+"""Decode steps as captured graphs: one graph for each batch size and sampling mode.
 
-Owns the buffers that a graph reads, the rows that fill a batch up, and which graph takes it. Does
-not know whose tokens they are, what is computed on them or what becomes of it. Buffers are int64;
-the part of them that holds wishes is read as float64, so that one copy brings all to the device.
-
-Letters: R rows of a graph, n rows of a batch.
-
-Decode in captured graphs, from ids to drawn ids: a set of graphs for each way of drawing.
-
-Owns which set takes a batch, and what is left to do after a graph for rows that want what none
-computes. Knows no requests and no state.
+`DecodeGraphs` keeps the input buffers and pads a batch to a graph's size; `CapturedDecode` samples
+in the graph, and after it where a row's sampling needs more than a graph computes.
 
 Letters: R rows of a graph, N vocabulary.
 """
@@ -24,24 +16,24 @@ from torch import Tensor
 from cottention.engine import ops
 from cottention.engine.ops import PADDING_SLOT, check_slots
 from cottention.engine.outputs import SampledToken
-from cottention.engine.sampling.sampler import Draw, Sampler, as_sampled_token
+from cottention.engine.sampling.sampler import Sampler, SamplingInput, as_sampled_token
 from cottention.engine.sampling.topk_topp import (
     GREEDY_ROW,
     SamplingMode,
     SamplingRow,
     as_tensor,
-    draw_ids,
+    sample_ids,
 )
 
 MAX_ROWS = 512
-"""Above this a step's work hides its launches, and the logits of a graph are hundreds of MB."""
+"""In larger batches launches take no time of their own, and a graph's logits are hundreds of MB."""
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
 class Row(NamedTuple):
-    """One token: its id, its position and the slot of its state."""
+    """One token: its id, its position and the pool's row of its state."""
 
     id: int
     position: int
@@ -52,24 +44,29 @@ _PADDING = Row(0, 0, PADDING_SLOT)
 
 
 class Step(Protocol[T_co]):
-    """What is captured. It must not wait for the device."""
+    """The function that is captured. It must not wait for the device."""
 
-    def __call__(self, ids: Tensor, positions: Tensor, slots: Tensor, wishes: Tensor) -> T_co:
-        """ids, positions int64 [R], slots int32 [R], wishes float64 [R, 5], always in one place."""
+    def __call__(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, sampling_rows: Tensor
+    ) -> T_co:
+        """ids, positions int64 [R]; slots int32 [R]; sampling_rows float64 [R, 5].
+
+        The tensors are the same in every call.
+        """
         ...
 
 
 Capture = Callable[[Callable[[], T]], Callable[[], T]]
-"""A function without arguments → one that does the same again and returns the same tensors."""
+"""Takes a function; returns one that repeats its work and returns the same tensors."""
 
 
 class DecodeGraphs(Generic[T]):
-    """Runs a step on batches of 1 to `max_rows` rows, each in the smallest graph that holds it."""
+    """Graphs of a step for 1 to `max_rows` rows; a batch runs in the smallest that holds it."""
 
     def __init__(
         self, step: Step[T], num_slots: int, device: str, capture: Capture[T] | None = None
     ) -> None:
-        """Graphs for up to `num_slots` rows, or MAX_ROWS; `capture` is CUDA's if it is None."""
+        """Graphs for up to `num_slots` rows, at most MAX_ROWS; `capture` None is CudaCapture."""
         self.max_rows = min(num_slots, MAX_ROWS)
         self._step = step
         self._num_slots = num_slots
@@ -78,24 +75,24 @@ class DecodeGraphs(Generic[T]):
         self._graphs: dict[int, _Graph[T]] = {}
 
     def warm_up(self) -> None:
-        """Capture every graph, the largest first: the others then live in its memory."""
+        """Capture every graph, the largest first: the others reuse its memory."""
         for size in reversed(self.sizes()):
             self._graph(size)
 
     def sizes(self) -> list[int]:
-        """Rows of the graphs: powers of two, and the largest batch."""
+        """Rows of the graphs: powers of two, and `max_rows`."""
         powers = [2**i for i in range((self.max_rows - 1).bit_length())]
         return [*powers, self.max_rows]
 
-    def run(self, rows: Sequence[Row], wishes: Sequence[SamplingRow] = ()) -> T:
-        """The step's outputs for rows, then for padding; they last until the next run.
+    def run(self, rows: Sequence[Row], sampling_rows: Sequence[SamplingRow] = ()) -> T:
+        """The step's outputs for the rows, then for padding; the next run overwrites them.
 
-        Wishes are those of the first rows; other rows may have any that came before. Raises
-        ValueError for a slot that is out of range or named twice.
+        `sampling_rows` are those of the first rows; the others keep values of earlier batches.
+        Raises ValueError for a slot that is out of range or named twice.
         """
         check_slots([row.slot for row in rows], self._num_slots)
         size = next(size for size in self.sizes() if size >= len(rows))
-        return self._graph(size).run(rows, wishes)
+        return self._graph(size).run(rows, sampling_rows)
 
     def _graph(self, size: int) -> "_Graph[T]":
         if size not in self._graphs:
@@ -104,55 +101,62 @@ class DecodeGraphs(Generic[T]):
 
 
 class _Graph(Generic[T]):
-    """The step on one number of rows."""
+    """The graph for one number of rows, and its input buffers.
+
+    Inputs are int64 words [3 + 5, R], so that one copy brings all of them to the device; the last
+    five are viewed as float64.
+    """
 
     def __init__(self, step: Step[T], size: int, device: str, capture: Capture[T]) -> None:
-        """Captures on padding alone, so that no state moves."""
+        """Captures on padding alone, so that no state changes."""
         is_cuda = device.startswith("cuda")
         self._size = size
         num_words = len(_PADDING) + len(GREEDY_ROW)
         self._host = torch.empty(num_words, size, dtype=torch.int64, pin_memory=is_cuda)
         self._words = torch.empty_like(self._host, device=device)
         self._fill([], [GREEDY_ROW] * size)
-        self._replay = capture(lambda: step(*_read(self._words)))
+        self._replay = capture(lambda: step(*_step_inputs(self._words)))
 
-    def run(self, rows: Sequence[Row], wishes: Sequence[SamplingRow]) -> T:
-        self._fill(rows, wishes)
+    def run(self, rows: Sequence[Row], sampling_rows: Sequence[SamplingRow]) -> T:
+        self._fill(rows, sampling_rows)
         return self._replay()
 
-    def _fill(self, rows: Sequence[Row], wishes: Sequence[SamplingRow]) -> None:
-        """One copy to the device. Whoever read the last outputs has waited for the one before."""
+    def _fill(self, rows: Sequence[Row], sampling_rows: Sequence[SamplingRow]) -> None:
+        """Copy the inputs to the device.
+
+        The host buffer is free: reading the last outputs has waited for the copy before.
+        """
         padded = [*rows, *[_PADDING] * (self._size - len(rows))]
         self._host[: len(_PADDING)] = torch.tensor(padded).T
-        if wishes:
-            _wishes(self._host)[:, : len(wishes)] = as_tensor(wishes).T
+        if sampling_rows:
+            _sampling_rows(self._host)[:, : len(sampling_rows)] = as_tensor(sampling_rows).T
         self._words.copy_(self._host, non_blocking=True)
 
 
-def _wishes(words: Tensor) -> Tensor:
-    """Words of 64 bits [3 + 5, R] → the last five as float64 [5, R]."""
+def _sampling_rows(words: Tensor) -> Tensor:
+    """The last five of the words [3 + 5, R], as float64 [5, R]."""
     return words[len(_PADDING) :].view(torch.float64)
 
 
-def _read(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What a step takes."""
+def _step_inputs(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The arguments of a `Step`."""
     ids, positions, slots = words[: len(_PADDING)]
-    return ids, positions, slots.int(), _wishes(words).T
+    return ids, positions, slots.int(), _sampling_rows(words).T
 
 
 class CudaCapture:
-    """Captures into CUDA graphs that share one pool of memory, because no two run at once."""
+    """Captures into CUDA graphs that share one memory pool, because no two run at the same time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        self._aside = torch.cuda.Stream()  # one: libraries keep memory for each
+        self._side_stream = torch.cuda.Stream()  # only one: libraries allocate memory per stream
 
     def __call__(self, function: Callable[[], T]) -> Callable[[], T]:
-        """Run once outside, so that libraries set themselves up; then record."""
-        self._aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._aside):
+        """Run the function once without capture, so that libraries initialize; then capture it."""
+        self._side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side_stream):
             function()
-        torch.cuda.current_stream().wait_stream(self._aside)
+        torch.cuda.current_stream().wait_stream(self._side_stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             outputs = function()
@@ -160,7 +164,7 @@ class CudaCapture:
 
 
 class Captured(Generic[T]):
-    """A graph, and what must live as long: the function holds the tensors that the graph reads."""
+    """A graph, and the function that owns the tensors it uses: they must live as long."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, function: Callable[[], T], outputs: T) -> None:
         self._graph = graph
@@ -173,21 +177,22 @@ class Captured(Generic[T]):
 
 
 Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""ids and positions int64 [R], slots int32 [R] → logits float32 [R, N]; states move on."""
+"""ids and positions int64 [R], slots int32 [R] → logits float32 [R, N]; advances the states."""
 
 
-class Likeliest(NamedTuple):
-    """Logits float32 [R, N] and the likeliest ids int64 [R]."""
+class GreedyOutputs(NamedTuple):
+    """Logits float32 [R, N] and the ids of their maxima int64 [R]."""
 
     logits: Tensor
-    ids: Tensor
+    argmax_ids: Tensor
 
 
 class CapturedDecode:
-    """One token of each row and the ids that follow, at the cost of one launch and one answer.
+    """One token of each row and the ids that follow, with one launch and one copy to the host.
 
-    Greedy and random rows are drawn in the graph. Where a row has penalties, a bias, barred ids or
-    wants log-probabilities, whose sizes differ from step to step, the graph ends with the logits.
+    Greedy and random rows are sampled in the graph. Penalties, biases, masked ids and
+    log-probabilities need tensors of other sizes in every step: where a row asks for any of them
+    the graph ends with the logits, and all rows are sampled after it.
     """
 
     def __init__(
@@ -198,49 +203,57 @@ class CapturedDecode:
         device: str,
         capture: Capture[Any] | None = None,
     ) -> None:
-        """Graphs of a pool of `num_rows`; `capture` is CUDA's if it is None."""
+        """Graphs for a pool of `num_rows`; `capture` None is CudaCapture."""
         capture = capture or CudaCapture()
         self._decode = decode
         self._sampler = sampler
-        self._likeliest = DecodeGraphs(self._likeliest_ids, num_rows, device, capture)
-        self._by_chance = {
-            way: DecodeGraphs(partial(self._drawn_ids, way), num_rows, device, capture)
-            for way in (SamplingMode.FROM_FIRST, SamplingMode.FROM_ALL)
+        self._greedy_graphs = DecodeGraphs(self._greedy_step, num_rows, device, capture)
+        self._random_graphs = {
+            mode: DecodeGraphs(partial(self._random_step, mode), num_rows, device, capture)
+            for mode in (SamplingMode.TOP_K_TOP_P, SamplingMode.RANDOM)
         }
-        self.max_rows = self._likeliest.max_rows
+        self.max_rows = self._greedy_graphs.max_rows
 
     def warm_up(self) -> None:
-        """Capture every graph, those that need most memory first: the others then work in it.
+        """Capture every graph, those that need most memory first: the others reuse it.
 
-        Their outputs are not shared; logits are 4·N bytes for each row of each graph.
+        Their outputs are not shared; logits take 4·N bytes for each row of each graph.
         """
-        for graphs in self._by_chance.values():
+        for graphs in self._random_graphs.values():
             graphs.warm_up()
-        self._likeliest.warm_up()
+        self._greedy_graphs.warm_up()
 
-    def run(self, rows: Sequence[Row], draws: Sequence[Draw]) -> list[SampledToken | None]:
-        """An id for each of the first rows, as many as there are draws.
+    def run(
+        self, rows: Sequence[Row], inputs: Sequence[SamplingInput]
+    ) -> list[SampledToken | None]:
+        """An id for each of the first rows, as many as there are sampling inputs.
 
         Raises ValueError for a slot that is out of range or named twice.
         """
-        if any(draw.wants_logits for draw in draws):
-            logits = self._likeliest.run(rows).logits
-            return self._sampler.sample(logits[: len(draws)], draws)
-        way = max((draw.wish.way for draw in draws), default=SamplingMode.LIKELIEST)
-        if way is SamplingMode.LIKELIEST:
-            ids = self._likeliest.run(rows).ids
+        if any(each.needs_logits for each in inputs):
+            logits = self._greedy_graphs.run(rows).logits
+            return self._sampler.sample(logits[: len(inputs)], inputs)
+        sampling_rows = [each.sampling_row for each in inputs]
+        mode = max((row.mode for row in sampling_rows), default=SamplingMode.GREEDY)
+        if mode is SamplingMode.GREEDY:
+            ids = self._greedy_graphs.run(rows).argmax_ids
         else:
-            ids = self._by_chance[way].run(rows, [draw.wish for draw in draws])
-        return [as_sampled_token(token_id) for token_id in ids[: len(draws)].tolist()]
+            ids = self._random_graphs[mode].run(rows, sampling_rows)
+        return [as_sampled_token(token_id) for token_id in ids[: len(inputs)].tolist()]
 
-    def _likeliest_ids(
-        self, ids: Tensor, positions: Tensor, slots: Tensor, _wishes: Tensor
-    ) -> Likeliest:
+    def _greedy_step(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, _sampling_rows: Tensor
+    ) -> GreedyOutputs:
         logits = self._decode(ids, positions, slots)
-        return Likeliest(logits, ops.likeliest(self._sampler.possible(logits)))
+        return GreedyOutputs(logits, ops.likeliest(self._sampler.mask_unsampleable(logits)))
 
-    def _drawn_ids(
-        self, way: SamplingMode, ids: Tensor, positions: Tensor, slots: Tensor, wishes: Tensor
+    def _random_step(
+        self,
+        mode: SamplingMode,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        sampling_rows: Tensor,
     ) -> Tensor:
-        logits = self._sampler.possible(self._decode(ids, positions, slots))
-        return draw_ids(logits, ops.likeliest(logits), wishes, way)
+        logits = self._sampler.mask_unsampleable(self._decode(ids, positions, slots))
+        return sample_ids(logits, ops.likeliest(logits), sampling_rows, mode)

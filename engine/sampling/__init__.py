@@ -1,1 +1,1 @@
-"""Logits to ids: penalties, masks, filters, the draw, log-probabilities."""
+"""Logits to ids: masks, bias, penalties, filters, sampling, log-probabilities."""

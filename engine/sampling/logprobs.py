@@ -8,8 +8,11 @@ from torch import Tensor
 from cottention.engine.outputs import TokenLogprob
 
 
-def score(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
-    """Logits float32 [R, N] and an id a row → its logprob and rank, and the `num_top` likeliest."""
+def gather_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:
+    """Log-probability and rank of one id for each row, and the `num_top` most likely ids.
+
+    logits float32 [R, N]; token_ids has R ids.
+    """
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device).unsqueeze(-1))
     ranks = (logprobs > chosen).sum(-1) + 1

@@ -1,8 +1,7 @@
-"""Logits to ids, for a batch of rows that each want something else.
+"""Logits to ids, for a batch of rows with different parameters.
 
-Owns the order (what a request does to its logits, the draw, log-probabilities) and the randomness.
-What a row gets depends on its own logits, parameters and (seed, choice index, absolute token index)
-alone, never on the rows beside it: there is no generator whose order of use could matter.
+A row's id depends on its own logits, parameters and (seed, choice index, absolute token index)
+alone, never on other rows: random numbers are a function of these, not the state of a generator.
 
 Letters: R rows, N vocabulary.
 """
@@ -15,55 +14,56 @@ from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.outputs import SampledToken, TokenLogprob
-from cottention.engine.sampling.logits_processors import Adjustment, adjust
-from cottention.engine.sampling.logprobs import score
+from cottention.engine.sampling.logits_processors import LogitsAdjustment, adjust_logits
+from cottention.engine.sampling.logprobs import gather_logprobs
 from cottention.engine.sampling.token_history import TokenCounts
-from cottention.engine.sampling.topk_topp import SamplingRow, draw_each
+from cottention.engine.sampling.topk_topp import SamplingRow, sample_each
 from cottention.engine.sampling_params import SamplingParams
 
 _MASK = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
-    """What one row wants: its parameters, and the random number in [0, 1) that decides.
+class SamplingInput:
+    """What the sampler needs for one row besides its logits.
 
-    counts: how often ids of its prompt and text were generated. barred: ids not to be drawn now.
+    uniform: the row's random number in [0, 1). counts: how often each id of the prompt and the text
+    was generated. masked_token_ids: ids that must not be sampled in this step.
     """
 
     params: SamplingParams
     uniform: float
     counts: TokenCounts = field(default_factory=TokenCounts)
-    barred: Sequence[int] = ()
+    masked_token_ids: Sequence[int] = ()
 
     @property
-    def adjustment(self) -> Adjustment:
-        """What changes its logits but for the filters, if anything does."""
-        return Adjustment(self.params, self.counts, self.barred)
+    def adjustment(self) -> LogitsAdjustment:
+        """What changes its logits before temperature and filters."""
+        return LogitsAdjustment(self.params, self.counts, self.masked_token_ids)
 
     @property
-    def wants_logits(self) -> bool:
-        """Whether it wants anything but an id drawn from the logits as the model has them."""
+    def needs_logits(self) -> bool:
+        """Whether more is to be done than to sample from unchanged logits."""
         return bool(self.adjustment) or self.params.logprobs is not None
 
     @property
-    def wish(self) -> SamplingRow:
-        """What it wants of chance."""
+    def sampling_row(self) -> SamplingRow:
+        """Temperature, filters and the random number."""
         params = self.params
         temperature = 0.0 if params.is_greedy else params.temperature
         return SamplingRow(self.uniform, temperature, params.min_p, params.top_k, params.top_p)
 
 
 def as_sampled_token(token_id: int, logprob: TokenLogprob | None = None) -> SampledToken | None:
-    """None where no id could be drawn."""
+    """None where no id could be sampled."""
     return None if token_id == ops.NO_PLACE else SampledToken(token_id, logprob)
 
 
 def uniform(seed: int, choice: int, token_index: int) -> float:
     """A number in [0, 1) that is a function of its arguments only (three rounds of SplitMix64).
 
-    seed: any int64. choice: index of the choice in its request. token_index: place of the token
-    to be drawn, counted from the start of the sequence, prompt included.
+    seed: any int64. choice: index of the choice in its request. token_index: index of the token
+    to be sampled, counted from the start of the sequence, prompt included.
     """
     mixed = 0
     for word in (seed, choice, token_index):
@@ -78,47 +78,53 @@ def _mix(x: int) -> int:
 
 
 class Sampler:
-    """Draws ids among those that the tokenizer has."""
+    """Samples among the ids that the tokenizer has."""
 
     def __init__(self, sampleable_ids: Sequence[int], vocab_size: int, device: str) -> None:
-        never = torch.ones(vocab_size, dtype=torch.bool)
-        never[torch.tensor(sampleable_ids)] = False
-        self._never = never.nonzero().flatten().to(device)
+        is_unsampleable = torch.ones(vocab_size, dtype=torch.bool)
+        is_unsampleable[torch.tensor(sampleable_ids)] = False
+        self._unsampleable_ids = is_unsampleable.nonzero().flatten().to(device)
 
-    def sample(self, logits: Tensor, draws: Sequence[Draw]) -> list[SampledToken | None]:
-        """One id for each row of logits float32 [R, N]; those of forbidden ids are overwritten.
+    def sample(self, logits: Tensor, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
+        """One id for each row of logits float32 [R, N], which may be changed in place.
 
-        None where a row's logits are not finite, or all its ids are forbidden.
+        None where a row's logits are not finite, or all its ids are masked.
         """
-        allowed = self._allowed(logits, draws)
-        wishes = [draw.wish for draw in draws]
-        ids: list[int] = draw_each(allowed, ops.likeliest(allowed), wishes).tolist()
-        logprobs = _logprobs(logits, ids, draws)
+        adjusted = self._adjusted(logits, inputs)
+        rows = [each.sampling_row for each in inputs]
+        ids: list[int] = sample_each(adjusted, ops.likeliest(adjusted), rows).tolist()
+        logprobs = _logprobs(logits, ids, inputs)
         return [as_sampled_token(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
 
-    def possible(self, logits: Tensor) -> Tensor:
+    def mask_unsampleable(self, logits: Tensor) -> Tensor:
         """A copy of logits [R, N] with −∞ for ids that the tokenizer does not have."""
-        return logits.index_fill(-1, self._never, -torch.inf)
+        return logits.index_fill(-1, self._unsampleable_ids, -torch.inf)
 
-    def _allowed(self, logits: Tensor, draws: Sequence[Draw]) -> Tensor:
-        """Logits as adjusted, −∞ for forbidden ids: in place where nobody asks what they were."""
-        if any(draw.params.logprobs is not None for draw in draws):
+    def _adjusted(self, logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
+        """Adjusted logits, −∞ for masked ids: in place where no row needs the original ones."""
+        if any(each.params.logprobs is not None for each in inputs):
             logits = logits.clone()
-        logits.index_fill_(-1, self._never, -torch.inf)
-        adjustments = {row: one for row, draw in enumerate(draws) if (one := draw.adjustment)}
+        logits.index_fill_(-1, self._unsampleable_ids, -torch.inf)
+        adjustments = {row: one for row, each in enumerate(inputs) if (one := each.adjustment)}
         if adjustments:
-            adjust(logits, adjustments)
+            adjust_logits(logits, adjustments)
         return logits
 
 
-def _logprobs(logits: Tensor, ids: Sequence[int], draws: Sequence[Draw]) -> dict[int, TokenLogprob]:
-    """By row, for those that ask; the longest list that anybody wants is cut for the others."""
-    able = (row for row, token_id in enumerate(ids) if token_id != ops.NO_PLACE)
-    wanted = {row: n for row in able if (n := draws[row].params.logprobs) is not None}
-    if not wanted:
+def _logprobs(
+    logits: Tensor, ids: Sequence[int], inputs: Sequence[SamplingInput]
+) -> dict[int, TokenLogprob]:
+    """Log-probabilities by row, where a row asks for them.
+
+    All rows are computed with the longest list of alternatives, and cut to their own length.
+    """
+    sampled = (row for row, token_id in enumerate(ids) if token_id != ops.NO_PLACE)
+    num_top = {row: n for row in sampled if (n := inputs[row].params.logprobs) is not None}
+    if not num_top:
         return {}
-    rows = list(wanted)
-    scores = score(logits[rows], [ids[row] for row in rows], max(wanted.values()))
+    rows = list(num_top)
+    logprobs = gather_logprobs(logits[rows], [ids[row] for row in rows], max(num_top.values()))
     return {
-        row: replace(one, top=one.top[: wanted[row]]) for row, one in zip(rows, scores, strict=True)
+        row: replace(one, top=one.top[: num_top[row]])
+        for row, one in zip(rows, logprobs, strict=True)
     }

@@ -1,7 +1,4 @@
-"""What a choice has had, as far as its parameters make later draws depend on it. Knows no torch.
-
-How often ids came. Knows no torch.
-"""
+"""What sampling depends on besides logits: counts for penalties, and the last ids for bad words."""
 
 from array import array
 from collections import deque
@@ -12,10 +9,10 @@ from cottention.engine.text.tokenizer import Tokenizer
 
 
 class TokenHistory:
-    """Counts for the penalties, and the last few ids for words that may not be completed.
+    """The ids of one choice, as far as its parameters need them.
 
-    counts: how often each id of the prompt and the text has been generated, in earlier turns of a
-    session too; empty where no penalty asks for it.
+    counts: how often each id of the prompt and the text was generated, in earlier turns of a
+    session too; empty where there is no penalty.
     """
 
     def __init__(
@@ -23,19 +20,21 @@ class TokenHistory:
         params: SamplingParams,
         prompt_ids: Sequence[int],
         bad_words: Sequence[Sequence[int]],
-        earlier: Mapping[int, int],
+        earlier_counts: Mapping[int, int],
     ) -> None:
-        """`earlier`: counts of what a session had before this prompt."""
+        """`earlier_counts`: those of the session before this prompt."""
         self._is_counting = params.has_penalty
         self._bad_words = bad_words
         self._last: deque[int] = deque(maxlen=max((len(ids) - 1 for ids in bad_words), default=0))
-        self.counts = TokenCounts(prompt_ids, earlier) if self._is_counting else TokenCounts()
+        self.counts = (
+            TokenCounts(prompt_ids, earlier_counts) if self._is_counting else TokenCounts()
+        )
 
-    def note(self, token_id: int) -> None:
-        """An id has been generated."""
+    def append(self, token_id: int) -> None:
+        """Add a generated id."""
         self._last.append(token_id)
         if self._is_counting:
-            self.counts.note(token_id)
+            self.counts.add(token_id)
 
     def masked_token_ids(self) -> list[int]:
         """Ids that would complete a bad word now."""
@@ -47,23 +46,23 @@ class TokenHistory:
         ]
 
 
-def spellings(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids of each word as it stands and as it follows a space; of spaces alone, the latter."""
+def encode_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of each word at the start of a text and after a space; of a blank word, the latter."""
     texts = [start + word.lstrip(" ") for word in words for start in ("", " ")]
     return [ids for text in texts if (ids := tokenizer.encode(text))]
 
 
 class TokenCounts:
-    """Ids that came and how often each did, side by side in memory: tensors view them as they are.
+    """Ids and how often each was generated, in two arrays that tensors can view.
 
-    ids int64, each once; times float32.
+    ids: int64, without repetition; times: float32.
     """
 
     def __init__(
-        self, read: Iterable[int] = (), generated: Mapping[int, int] | None = None
+        self, prompt_ids: Iterable[int] = (), generated: Mapping[int, int] | None = None
     ) -> None:
-        """`read`: ids that came, 0 times so far; `generated`: how often each was generated."""
-        times = {**dict.fromkeys(read, 0), **(generated or {})}
+        """`prompt_ids` count 0 times; `generated`: how often each id was generated before."""
+        times = {**dict.fromkeys(prompt_ids, 0), **(generated or {})}
         self.ids = array("q", times)
         self.times = array("f", times.values())
         self._places = {token_id: place for place, token_id in enumerate(times)}
@@ -71,8 +70,8 @@ class TokenCounts:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def note(self, token_id: int) -> None:
-        """An id has been generated."""
+    def add(self, token_id: int) -> None:
+        """Count a generated id."""
         place = self._places.setdefault(token_id, len(self.ids))
         if place == len(self.ids):
             self.ids.append(token_id)

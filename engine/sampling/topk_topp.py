@@ -1,8 +1,7 @@
-"""Logits to ids by chance: temperature, min_p, top_k, top_p, and one random number a row.
+"""Random sampling: temperature, min_p, top_k, top_p, and one random number for each row.
 
-Owns the arithmetic, in tensors alone: it waits for no device, so that a graph may hold it. The
-compiled op for the CPU does the same, a row at a time. What a row gets depends on its own logits
-and wishes, never on the rows beside it or on what those want.
+Tensor operations that never wait for the device, so that a CUDA graph can hold them; `ops.draw` is
+the same for the CPU, row by row. A row's id depends on its own logits and parameters alone.
 
 Letters: R rows, N vocabulary.
 """
@@ -16,25 +15,26 @@ from torch import Tensor
 
 from cottention.engine import ops
 
-_COLDEST, _HOTTEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-"""Temperatures beyond are taken as these: in float32 they are 0 or infinite, 0 / 0 and −∞ / ∞."""
+_MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
+_MAX_TEMPERATURE = torch.finfo(torch.float32).max
+"""Temperatures are clamped to these: beyond, they are 0 or infinite in float32."""
 
-_ROWS_AT_ONCE = 64
-"""Sorting takes some thirty bytes for each id of each row."""
+_MAX_SORTED_ROWS = 64
+"""Rows that are sorted together; sorting takes some thirty bytes for each id of each row."""
 
 
 class SamplingMode(IntEnum):
-    """How an id is drawn, cheapest first. A dearer way gives a row the same id as its own."""
+    """How a row is sampled, cheapest first. A more expensive mode gives the same id."""
 
-    LIKELIEST = 0
-    FROM_ALL = 1
-    """By likelihood, after temperature and min_p."""
-    FROM_FIRST = 2
-    """The same, after top_k and top_p, which want ids in the order of their likelihood."""
+    GREEDY = 0
+    RANDOM = 1
+    """With temperature and min_p."""
+    TOP_K_TOP_P = 2
+    """Also with top_k and top_p, for which ids are sorted."""
 
 
 class SamplingRow(NamedTuple):
-    """What one row wants. `uniform` in [0, 1) decides; temperature 0 asks for the likeliest id."""
+    """Sampling parameters of one row; temperature 0 is greedy, `uniform` is in [0, 1)."""
 
     uniform: float
     temperature: float
@@ -43,86 +43,87 @@ class SamplingRow(NamedTuple):
     top_p: float
 
     @property
-    def way(self) -> SamplingMode:
-        """The cheapest that does it."""
+    def mode(self) -> SamplingMode:
+        """The cheapest mode that is enough."""
         if self.temperature == 0:
-            return SamplingMode.LIKELIEST
-        return (
-            SamplingMode.FROM_FIRST if self.top_k > 0 or self.top_p < 1 else SamplingMode.FROM_ALL
-        )
+            return SamplingMode.GREEDY
+        is_filtered = self.top_k > 0 or self.top_p < 1
+        return SamplingMode.TOP_K_TOP_P if is_filtered else SamplingMode.RANDOM
 
 
 GREEDY_ROW = SamplingRow(0.0, 0.0, 0.0, 0, 1.0)
 
 
-def as_tensor(wishes: Sequence[SamplingRow]) -> Tensor:
-    """Float64 [R, 5], on the CPU; every value of a wish is exact in it."""
-    return torch.tensor(wishes, dtype=torch.float64).view(-1, len(GREEDY_ROW))
+def as_tensor(rows: Sequence[SamplingRow]) -> Tensor:
+    """Float64 [R, 5], on the CPU; every value is exact."""
+    return torch.tensor(rows, dtype=torch.float64).view(-1, len(GREEDY_ROW))
 
 
-def draw_each(logits: Tensor, likeliest: Tensor, wishes: Sequence[SamplingRow]) -> Tensor:
-    """An id for each row as `draw_ids` draws it, each by its own way: sorting is dear in torch."""
-    ways = [wish.way for wish in wishes]
-    if all(way is SamplingMode.LIKELIEST for way in ways):
-        return likeliest
+def sample_each(logits: Tensor, argmax_ids: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """As `sample_ids`, each row in its own mode, because sorting in torch is expensive."""
+    modes = [row.mode for row in rows]
+    if all(mode is SamplingMode.GREEDY for mode in modes):
+        return argmax_ids
     if ops.can_draw(logits):
-        return ops.draw(logits, likeliest, as_tensor(wishes))
-    ids = likeliest.clone()
-    for way in set(ways):
-        rows = [row for row, each in enumerate(ways) if each is way]
-        wanted = as_tensor([wishes[row] for row in rows]).to(logits.device)
-        ids[rows] = draw_ids(logits[rows], likeliest[rows], wanted, way)
+        return ops.draw(logits, argmax_ids, as_tensor(rows))
+    ids = argmax_ids.clone()
+    for mode in set(modes):
+        places = [place for place, each in enumerate(modes) if each is mode]
+        sampling_rows = as_tensor([rows[place] for place in places]).to(logits.device)
+        ids[places] = sample_ids(logits[places], argmax_ids[places], sampling_rows, mode)
     return ids
 
 
-def draw_ids(logits: Tensor, likeliest: Tensor, wishes: Tensor, way: SamplingMode) -> Tensor:
-    """An id for each row, int64 [R], by a way that is at least as dear as any row's own.
+def sample_ids(
+    logits: Tensor, argmax_ids: Tensor, sampling_rows: Tensor, mode: SamplingMode
+) -> Tensor:
+    """An id for each row, int64 [R], in a mode that is enough for every row.
 
-    logits float32 [R, N], −∞ for ids that may not be drawn; likeliest int64 [R], negative where a
-    row has none, which stays; wishes float64 [R, 5].
+    logits float32 [R, N], −∞ for masked ids; argmax_ids int64 [R], negative where no id can be
+    sampled, and then returned as it is; sampling_rows float64 [R, 5].
     """
-    if way is SamplingMode.LIKELIEST:
-        return likeliest
-    parts = zip(logits.split(_ROWS_AT_ONCE), wishes.split(_ROWS_AT_ONCE), strict=True)
-    drawn = torch.cat([_draw(*part, way) for part in parts])
-    has_chance = (likeliest >= 0) & (drawn >= 0) & (wishes[:, 1] != 0)
-    return torch.where(has_chance, drawn, likeliest)
+    if mode is SamplingMode.GREEDY:
+        return argmax_ids
+    parts = zip(logits.split(_MAX_SORTED_ROWS), sampling_rows.split(_MAX_SORTED_ROWS), strict=True)
+    sampled = torch.cat([_random_sample(*part, mode) for part in parts])
+    is_random = (argmax_ids >= 0) & (sampled >= 0) & (sampling_rows[:, 1] != 0)
+    return torch.where(is_random, sampled, argmax_ids)
 
 
-def _draw(logits: Tensor, wishes: Tensor, way: SamplingMode) -> Tensor:
-    uniform, temperature, min_p, top_k, top_p = wishes.unsqueeze(-1).unbind(1)
+def _random_sample(logits: Tensor, sampling_rows: Tensor, mode: SamplingMode) -> Tensor:
+    uniform, temperature, min_p, top_k, top_p = sampling_rows.unsqueeze(-1).unbind(1)
     weights = _weights(logits, temperature, min_p)
-    if way is SamplingMode.FROM_FIRST:
-        weights = _first(weights, logits, top_k, top_p)
-    return _pick(weights, uniform)
+    if mode is SamplingMode.TOP_K_TOP_P:
+        weights = _apply_top_k_top_p(weights, logits, top_k, top_p)
+    return _invert_cdf(weights, uniform)
 
 
 def _weights(logits: Tensor, temperature: Tensor, min_p: Tensor) -> Tensor:
-    """Likelihoods after temperature, as parts of the best's: [R, N]; 0 for those below min_p."""
-    heat = temperature.clamp(_COLDEST, _HOTTEST).to(logits.dtype)
-    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / heat).exp()
+    """Probabilities after temperature, relative to the largest: [R, N]; 0 where below min_p."""
+    temperature = temperature.clamp(_MIN_TEMPERATURE, _MAX_TEMPERATURE).to(logits.dtype)
+    weights = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).exp()
     return weights.masked_fill(weights < min_p.to(weights.dtype), 0)
 
 
-def _first(weights: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """0 for all but so many ids, and then the fewest whose likelihood reaches top_p.
+def _apply_top_k_top_p(weights: Tensor, logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """0 for all but the first top_k ids, and of these all but the fewest that reach top_p.
 
-    Logits say who is first: heat makes weights equal.
+    Ordered by logits, because high temperatures make weights equal.
     """
     ids = logits.sort(dim=-1, descending=True, stable=True).indices
     ordered = weights.gather(-1, ids)
     rank = torch.arange(weights.shape[-1], device=weights.device)
     ordered = ordered.masked_fill((top_k > 0) & (rank >= top_k), 0)
     sums = ordered.cumsum(dim=-1, dtype=torch.float64)
-    reached = (sums - ordered >= top_p * sums[:, -1:]) & (top_p < 1)
-    ordered = ordered.masked_fill(reached & (rank > 0), 0)  # a tiny top_p rounds to 0
+    is_reached = (sums - ordered >= top_p * sums[:, -1:]) & (top_p < 1)
+    ordered = ordered.masked_fill(is_reached & (rank > 0), 0)  # a tiny top_p rounds to 0
     return torch.zeros_like(weights).scatter(-1, ids, ordered)
 
 
-def _pick(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Invert each row's distribution function, ids in their own order, at its number: int64 [R].
+def _invert_cdf(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Ids at which each row's cumulative distribution, in the order of ids, passes `uniform`.
 
-    −1 where rounding leads to an id that has no likelihood: sums that a device takes in parallel
+    int64 [R]; −1 where rounding leads to an id of weight 0: sums that a device takes in parallel
     can fall by a bit from one id to the next.
     """
     sums = weights.cumsum(dim=-1, dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""Requests: validation, the queue, which of them run in a step, preemption, finished output."""
+"""Requests: validation, status, queues, batches, preemption, outputs."""

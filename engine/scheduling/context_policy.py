@@ -1,7 +1,4 @@
-"""Under which context policy a request runs, and which it cannot have here.
-
-Owns the refusals. Does not know what a policy does to rows.
-"""
+"""The context policy of a request: which one applies, and which requests it refuses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +11,20 @@ from cottention.engine.state.context_window import ContextPolicy, ContextSchedul
 from cottention.engine.state.session_state import SessionState
 
 MAX_HELD = 2**40
-"""Tokens of a sequence: a thousand a second for thirty years. Up to here float64 tells every
-position from the next, and rotary angles taken in it are within 2⁻¹² of the true ones."""
+"""Most tokens of a sequence: a thousand per second for thirty years. Up to here float64 tells
+neighbouring positions apart, and rotary angles computed in it are within 2⁻¹² of the exact ones."""
 
-_NO_SPARES = "this server was started with --context-policy exact and has no spare rows"
+_NO_SPARE_ROWS = "this server was started with --context-policy exact and has no spare rows"
 
 
 @dataclass(frozen=True, slots=True)
 class ContextPolicies:
-    """default: of requests that do not say, and whether there are spare rows: only for renewal.
+    """The context policies of an engine.
 
-    window: tokens up to which all policies are the same, and how many of its ids a session keeps.
-    max_exact_length: tokens up to which a sequence may grow without renewal, if not for ever.
+    default: for requests without one; "exact" as the default means that the pool has no spare rows,
+    which "renew" needs. window: number of tokens up to which all policies are equal, and how many
+    of its last ids a session keeps. max_exact_length: most tokens of a sequence under "exact", if
+    there is a limit. context_schedules: by policy.
     """
 
     default: ContextPolicy
@@ -35,63 +34,63 @@ class ContextPolicies:
 
     @classmethod
     def of(cls, config: ModelConfig, default: ContextPolicy) -> Self:
-        """Those of an engine with this model."""
+        """The policies of an engine with this model."""
         return cls(
             default, config.window, config.max_exact_length, context_schedules(config.window)
         )
 
     def new_session(self, policy: ContextPolicy | None) -> SessionState:
-        """One that holds nothing; None: under the default. Raises ParameterError."""
+        """An empty session; None is the default policy. Raises ParameterError."""
         state = SessionState(context_policy=policy or self.default)
-        self.grid((), SamplingParams(max_tokens=0), state)
+        self.schedule((), SamplingParams(max_tokens=0), state)
         return state
 
     def check_goes_on(self, state: SessionState) -> None:
-        """Raise ParameterError for a session of which no turn can run here, whatever it asks for.
+        """Raise ParameterError for a session of which no turn can run on this engine.
 
-        One that holds no more than `window` may still change its policy.
+        A session of at most `window` tokens passes, because its policy can still change.
         """
         if state.num_tokens > self.window:
-            self.grid((), SamplingParams(max_tokens=0), state)
+            self.schedule((), SamplingParams(max_tokens=0), state)
 
     def settled(self, start: SessionState, params: SamplingParams) -> SessionState:
-        """A session as the request goes on with it. ContextPolicyError."""
+        """The session under the policy that the request asks for. Raises ContextPolicyError."""
         return start.under(params.context_policy, self.window)
 
-    def grid(
+    def schedule(
         self, prompt_ids: Sequence[int], params: SamplingParams, start: SessionState | None
     ) -> ContextSchedule:
-        """Of a request, whose session is settled. Raises ParameterError."""
-        num = len(prompt_ids) + (0 if start is None else start.num_tokens)
-        _check_age(num, params.max_tokens)
+        """The schedule of a request; `start` comes from `settled`. Raises ParameterError."""
+        num_tokens = len(prompt_ids) + (0 if start is None else start.num_tokens)
+        _check_sequence_length(num_tokens, params.max_tokens)
         policy = params.context_policy or self.default if start is None else start.context_policy
         if policy == "renew" and self.default == "exact":
-            wish = 'context_policy must be "exact"'
+            reason = 'context_policy must be "exact"'
             if start is not None:
-                wish = 'the session has context_policy "renew", which is not to be had'
+                reason = 'the session has context_policy "renew", which is not available'
                 if start.num_tokens <= self.window:
-                    wish += ' (a turn with "exact" would change it)'
-            raise ParameterError("context_policy", f"{wish}: {_NO_SPARES}")
+                    reason += ' (a turn with "exact" would change it)'
+            raise ParameterError("context_policy", f"{reason}: {_NO_SPARE_ROWS}")
         if policy == "exact" and self.max_exact_length is not None:
-            _check_length(num, params.max_tokens, self.max_exact_length)
+            _check_exact_length(num_tokens, params.max_tokens, self.max_exact_length)
         return self.context_schedules[policy]
 
 
-def _check_age(num: int, max_tokens: int) -> None:
-    if num + max_tokens > MAX_HELD:
+def _check_sequence_length(num_tokens: int, max_tokens: int) -> None:
+    if num_tokens + max_tokens > MAX_HELD:
         raise ParameterError(
-            "prompt" if num > MAX_HELD else "max_tokens",
-            f"a sequence holds at most {MAX_HELD} tokens; here are {num} and max_tokens is"
+            "prompt" if num_tokens > MAX_HELD else "max_tokens",
+            f"a sequence holds at most {MAX_HELD} tokens; here are {num_tokens} and max_tokens is"
             f" {max_tokens}",
         )
 
 
-def _check_length(num: int, max_tokens: int, most: int) -> None:
-    """Beyond it the model's weights change sign, and nothing it says means anything."""
-    if num + max_tokens > most:
-        param = "prompt" if num > most else "max_tokens"
+def _check_exact_length(num_tokens: int, max_tokens: int, limit: int) -> None:
+    """Beyond the limit the attention's weights change sign, and the output is meaningless."""
+    if num_tokens + max_tokens > limit:
         raise ParameterError(
-            param,
-            f'under context_policy "exact" this model takes at most {most} tokens; here are {num}'
-            f' and max_tokens is {max_tokens}: ask for fewer, or for context_policy "renew"',
+            "prompt" if num_tokens > limit else "max_tokens",
+            f'under context_policy "exact" this model takes at most {limit} tokens; here are'
+            f" {num_tokens} and max_tokens is {max_tokens}: ask for fewer, or for context_policy"
+            ' "renew"',
         )

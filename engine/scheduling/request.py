@@ -1,11 +1,7 @@
-"""A request inside the engine: its prompt, and how far it has come. Knows no torch.
+"""A request, its choices and its status.
 
-A request's prompt is read once, into the rows of its first choice; the others start as copies.
-Ids are named by their absolute index: their place in the sequence, a session's past included.
-
-One continuation of a request's prompt. Knows no torch.
-
-What a request tells once: with its choice 0. Knows no torch.
+A prompt is prefilled once, into the rows of the first choice; the other choices start as copies.
+An index counts from the start of the sequence, a session's earlier ids included.
 """
 
 import secrets
@@ -13,9 +9,10 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from cottention.engine.outputs import FinishReason, TokenLogprob
-from cottention.engine.sampling.token_history import TokenHistory, spellings
+from cottention.engine.sampling.token_history import TokenHistory, encode_bad_words
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.state.context_window import (
     ContextSchedule,
@@ -29,13 +26,36 @@ from cottention.engine.text.detokenizer import Detokenizer
 from cottention.engine.text.tokenizer import Tokenizer
 
 
+class RequestStatus(Enum):
+    """Where a request is between its arrival and its last output.
+
+    WAITING: for slots, since its arrival or since it was resumed. RUNNING: it has slots; its prompt
+    is prefilled, then its choices decode. PAUSED: its states are parked on the host until it is
+    resumed. FINISHED: every choice has ended.
+    """
+
+    WAITING = auto()
+    RUNNING = auto()
+    PAUSED = auto()
+    FINISHED = auto()
+
+
+_NEXT_STATUSES = {
+    RequestStatus.WAITING: {RequestStatus.RUNNING, RequestStatus.PAUSED, RequestStatus.FINISHED},
+    RequestStatus.RUNNING: {RequestStatus.PAUSED, RequestStatus.FINISHED},
+    RequestStatus.PAUSED: {RequestStatus.WAITING, RequestStatus.FINISHED},
+    RequestStatus.FINISHED: set[RequestStatus](),
+}
+
+
 @dataclass(slots=True, eq=False)
 class Choice:
     """One continuation of a request's prompt.
 
-    position counts the ids that have been fed; pending are those that were sampled and were not.
-    drawn: all that were sampled, where a session is to hold them. rows: of the pool, the one that
-    the choice runs in first, then its spare where there is one.
+    position: number of ids in its state. pending: ids sampled after them, not in the state yet.
+    slot: of the pool, while the request has slots and the choice has not ended. rows: of that slot,
+    first the row in use, then the spare row where the pool has spare rows.
+    generated_ids: all sampled ids, kept only for a request that continues a session.
     """
 
     request: "Request"
@@ -43,81 +63,84 @@ class Choice:
     detokenizer: Detokenizer
     history: TokenHistory
     position: int
+    slot: int | None = None
     rows: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
-    drawn: "array[int]" = field(default_factory=lambda: array("i"))
+    generated_ids: "array[int]" = field(default_factory=lambda: array("i"))
     num_generated: int = 0
     finish_reason: FinishReason | None = None
 
     @property
     def row(self) -> int:
-        """Where its state is; only an admitted request has rows."""
+        """The pool's row that holds its state."""
         return self.rows[0]
 
     @property
-    def spare(self) -> int:
-        """Where its state after the next renewal grows."""
+    def spare_row(self) -> int:
+        """The pool's row in which its state after the next renewal is computed."""
         return self.rows[1]
 
     @property
-    def ahead(self) -> int | None:
-        """Where the context after this one begins, if what is fed next goes into the spare, too."""
-        return self.request.grid.ahead(self.position, self.request.last)
+    def lookahead_start(self) -> int | None:
+        """First index of the next context, if the ids fed next belong to that context, too."""
+        return self.request.context_schedule.ahead(self.position, self.request.last_index)
 
     @property
     def context_start(self) -> int:
-        """The oldest id that the next one is drawn with."""
-        held = self.position + len(self.pending)
-        return self.request.grid.start(held - 1) if held else 0
+        """Index of the oldest id that the next id depends on."""
+        num_ids = self.position + len(self.pending)
+        return self.request.context_schedule.start(num_ids - 1) if num_ids else 0
 
-    def note(self, token_id: int) -> None:
-        """An id has been drawn; it is not in the state yet."""
+    def append_token(self, token_id: int) -> None:
+        """Add a sampled id, which is not in the state yet."""
         self.pending.append(token_id)
-        self.history.note(token_id)
+        self.history.append(token_id)
         if self.request.start is not None:
-            self.drawn.append(token_id)
+            self.generated_ids.append(token_id)
         self.num_generated += 1
-        if self.num_generated == self.request.params.min_tokens:
-            self.detokenizer.watch(self.request.params.stop)
 
     def masked_token_ids(self) -> list[int]:
-        """Ids that may not be drawn now: the end before its time, and the last of a bad word."""
-        too_early = self.num_generated < self.request.params.min_tokens
-        return [*(self.request.end_ids if too_early else ()), *self.history.masked_token_ids()]
+        """Ids that must not be sampled next: stop ids before min_tokens, ends of bad words."""
+        is_early = self.num_generated < self.request.params.min_tokens
+        stop_ids = self.request.all_stop_token_ids if is_early else ()
+        return [*stop_ids, *self.history.masked_token_ids()]
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt, what is wanted of it, and how far it has come.
+    """A prompt, its parameters, and how far it has been computed.
 
-    ids, first: those that may be fed before any is drawn, and the index of the first of them: the
-    prompt, and what is remembered of a session. stop: index behind the last of them that is fed.
-    reads, num_read: what is still to be read of them, and up to where.
-    grid: where the state is renewed. end_ids: ids that end a choice. slots: one a choice while
-    it is admitted, else empty.
-    scores: of the prompt as far as it has been read, where they are asked for.
-    start, turn_ids: the session that the request goes on with, and what is new in its prompt.
-    prefix: of the ids in the first choice's state, where it may be reused. num_cached: ids of the
-    prompt that were not read, since a state after them was there. started: when it had its slots.
+    ids, first_index: the ids before any generated one and the index of the first of them: the
+    prompt, after what is known of the session's ids. prefill_stop: index after the last of them
+    that is prefilled.
+    prefill_spans, num_prefilled: what is still to be prefilled, and up to which index the first of
+    the spans has been.
+    context_schedule: where contexts begin. all_stop_token_ids: the model's end-of-text ids, unless
+    ignored, and the request's own stop ids.
+    start, turn_ids: the session state that the request continues, and the prompt's own ids.
+    prefix: digest of the ids in the first choice's state, for requests that use the prefix cache.
+    prompt_logprobs, num_cached, started: per-request fields of the output, the first two sent with
+    choice 0 only. num_cached: prompt ids restored from the prefix cache. started: when the request
+    first had slots, by time.monotonic.
     """
 
     id: str
     ids: Sequence[int]
-    first: int
-    stop: int
+    first_index: int
+    prefill_stop: int
     params: SamplingParams
     seed: int
-    end_ids: frozenset[int]
+    all_stop_token_ids: frozenset[int]
     priority: int = 0
-    grid: ContextSchedule = field(default_factory=ExactSchedule)
-    slots: list[int] = field(default_factory=list)
+    context_schedule: ContextSchedule = field(default_factory=ExactSchedule)
+    status: RequestStatus = RequestStatus.WAITING
     choices: list[Choice] = field(default_factory=list)
-    reads: deque[PrefillSpan] = field(default_factory=deque)
-    num_read: int = 0
-    scores: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    prefill_spans: deque[PrefillSpan] = field(default_factory=deque)
+    num_prefilled: int = 0
     start: SessionState | None = None
     turn_ids: tuple[int, ...] = ()
     prefix: Prefix | None = None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     num_cached: int = 0
     started: float | None = None
 
@@ -130,85 +153,103 @@ class Request:
         tokenizer: Tokenizer,
         eos_token_ids: Iterable[int],
         start: SessionState | None = None,
-        grid: ContextSchedule | None = None,
+        context_schedule: ContextSchedule | None = None,
     ) -> "Request":
-        """A request nobody has worked on; draws a fresh seed where none is given."""
-        before, new = start or SessionState(), tuple(prompt_ids)
-        past, fed = before.past, before.pending + new
+        """A waiting request; its seed is random where `params` has none."""
+        session, new_ids = start or SessionState(), tuple(prompt_ids)
+        past, fed = session.past, session.pending + new_ids
         if start is not None and not params.max_tokens:
-            fed = fed[:-1]  # nothing is drawn after the last, so that it waits like a drawn one
-        first, stop = before.num_tokens - len(past), before.position + len(fed)
+            fed = fed[:-1]  # a session's last id is never in its rows
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        ends = frozenset(() if params.ignore_eos else eos_token_ids).union(params.stop_token_ids)
-        request = cls(request_id, past + new, first, stop, params, seed, ends, start=start)
-        request.turn_ids, request.grid = new, grid or ExactSchedule()
-        request.plan_reads(before.position)
-        request.add_choices(tokenizer, fed, before)
+        eos_ids = () if params.ignore_eos else eos_token_ids
+        request = cls(
+            request_id,
+            past + new_ids,
+            first_index=session.num_tokens - len(past),
+            prefill_stop=session.position + len(fed),
+            params=params,
+            seed=seed,
+            all_stop_token_ids=frozenset(eos_ids).union(params.stop_token_ids),
+            context_schedule=context_schedule or ExactSchedule(),
+            start=start,
+            turn_ids=new_ids,
+        )
+        request._plan_prefill(session.position)
+        request._add_choices(tokenizer, fed, session)
         return request
 
-    def plan_reads(self, held: int) -> None:
-        """What there is to read for a state that has had ids up to `held`."""
+    def _plan_prefill(self, num_held: int) -> None:
+        """Set the spans that follow a state of `num_held` ids."""
         is_scored = self.params.prompt_logprobs is not None
-        self.read(prefill_spans(self.grid, held, self.stop, self.last, is_scored=is_scored))
-        assert all(read.begin >= self.first for read in self.reads), "ids are missing"
+        spans = prefill_spans(
+            self.context_schedule,
+            num_held,
+            self.prefill_stop,
+            self.last_index,
+            is_scored=is_scored,
+        )
+        assert all(span.begin >= self.first_index for span in spans), "ids are missing"
+        self.set_prefill_spans(spans)
 
-    def add_choices(self, tokenizer: Tokenizer, fed: Sequence[int], before: SessionState) -> None:
-        """Its continuations, after what is fed to the state of `before`."""
+    def _add_choices(self, tokenizer: Tokenizer, fed: Sequence[int], session: SessionState) -> None:
         params = self.params
-        bad_words = spellings(params.bad_words, tokenizer)
+        bad_words = encode_bad_words(params.bad_words, tokenizer)
         table = tokenizer.token_bytes if params.skip_special_tokens else tokenizer.written_bytes
-        undecoded = b"" if self.turn_ids else before.undecoded
+        undecoded = b"" if self.turn_ids else session.undecoded
         for index in range(params.n):
             text = Detokenizer(table, () if params.min_tokens else params.stop, undecoded)
-            history = TokenHistory(params, fed, bad_words, before.counts)
-            self.choices.append(Choice(self, index, text, history, self.stop))
+            history = TokenHistory(params, fed, bad_words, session.counts)
+            self.choices.append(Choice(self, index, text, history, self.prefill_stop))
 
-    def reuse(self, scope: str) -> None:
-        """Keep and take states after prompts, unless the whole prompt must be read, or is not.
+    def set_status(self, status: RequestStatus) -> None:
+        """Change the status. Called by RequestManager alone."""
+        assert status in _NEXT_STATUSES[self.status], (
+            f"request {self.id} cannot go from {self.status.name} to {status.name}"
+        )
+        self.status = status
 
-        What was read under another policy is of no use.
+    def enable_prefix_reuse(self, scope: str) -> None:
+        """Use the prefix cache within `scope`, unless every prompt id has to be computed.
+
+        The context policy is part of the scope, because states differ between policies.
         """
         if self.start is None and self.params.prompt_logprobs is None:
-            self.prefix = Prefix(f"{self.grid.name} {scope}")
+            self.prefix = Prefix(f"{self.context_schedule.name} {scope}")
 
     @property
-    def last(self) -> int:
-        """Index of the last id that can be fed: the one drawn last never is."""
-        return self.stop + self.params.max_tokens - 2
+    def last_index(self) -> int:
+        """Index of the last id that may be fed: the last sampled id never is."""
+        return self.prefill_stop + self.params.max_tokens - 2
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the row of the session is what the prompt follows."""
-        return bool(self.reads) and self.reads[-1].begin > self.reads[-1].start
+    def continues_session_rows(self) -> bool:
+        """Whether prefill goes on from the session's rows, and not from an empty state."""
+        return bool(self.prefill_spans) and self.prefill_spans[-1].begin > (
+            self.prefill_spans[-1].start
+        )
 
-    def read(self, reads: deque[PrefillSpan]) -> None:
-        """What there is to be read from now on."""
-        self.reads = reads
-        self.num_read = reads[0].begin if reads else self.stop
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether nothing is left to prefill."""
+        return not self.prefill_spans
 
-    def has_read(self, stop: int) -> None:
-        """The first of `reads` has come up to here."""
-        self.num_read = stop
-        if stop == self.reads[0].stop:
-            self.reads.popleft()
-            self.read(self.reads)
+    def set_prefill_spans(self, spans: deque[PrefillSpan]) -> None:
+        """Replace what is still to be prefilled."""
+        self.prefill_spans = spans
+        self.num_prefilled = spans[0].begin if spans else self.prefill_stop
+
+    def advance_prefill(self, stop: int) -> None:
+        """Note that the first span has been prefilled up to index `stop`."""
+        self.num_prefilled = stop
+        if stop == self.prefill_spans[0].stop:
+            self.prefill_spans.popleft()
+            self.set_prefill_spans(self.prefill_spans)
 
     def ids_at(self, start: int, stop: int) -> Sequence[int]:
-        """Ids of these indices; fewer at the end."""
-        return self.ids[start - self.first : stop - self.first]
+        """Ids at indices start:stop, as far as there are any."""
+        return self.ids[start - self.first_index : stop - self.first_index]
 
     @property
-    def unfinished(self) -> list[Choice]:
-        """Choices that still grow, or have not begun to."""
+    def unfinished_choices(self) -> list[Choice]:
+        """Choices that have not ended."""
         return [choice for choice in self.choices if choice.finish_reason is None]
-
-
-def num_cached_of(choice: Choice) -> int:
-    """Told once: with choice 0."""
-    return choice.request.num_cached if choice.index == 0 else 0
-
-
-def scores_of(choice: Choice) -> tuple[TokenLogprob | None, ...] | None:
-    """The prompt's log-probabilities, told once: with choice 0."""
-    wants = choice.request.params.prompt_logprobs is not None and choice.index == 0
-    return tuple(choice.request.scores) if wants else None

@@ -1,9 +1,6 @@
-"""Every request between its submission and its last output.
+"""Every unfinished request: its status, its slots, and what a step changes in it."""
 
-Owns who is alive, who holds which slots, and what a new id means for its choice: more text, or the
-end. Called from the engine's thread alone. Knows no model and no queue of commands.
-"""
-
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,189 +8,172 @@ from dataclasses import replace
 from cottention.engine.errors import ParameterError
 from cottention.engine.outputs import FinishReason, Output, TokenLogprob
 from cottention.engine.scheduling.batch import Batch, Sample
+from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
 from cottention.engine.scheduling.prefix_reuse import PrefixReuse
-from cottention.engine.scheduling.request import Choice, Request, num_cached_of, scores_of
+from cottention.engine.scheduling.request import Choice, Request, RequestStatus
 from cottention.engine.scheduling.scheduler import Scheduler
 from cottention.engine.state.pool import StatePool
-from cottention.engine.state.session_state import SessionState
 
 
 class RequestManager:
-    """Keeps requests, scheduler and pool in step with each other, and counts."""
+    """The only one that changes a request's status; keeps scheduler and pool consistent with it.
+
+    All methods but `reserve_id` are called from the engine's thread.
+    """
 
     def __init__(
         self,
         scheduler: Scheduler,
         pool: StatePool,
-        pausing: Preemption,
-        warm: PrefixReuse,
-        window: int,
+        preemption: Preemption,
+        prefix_reuse: PrefixReuse,
+        output_processor: OutputProcessor,
     ) -> None:
-        """`window`: how many of its last ids a session keeps."""
         self._scheduler = scheduler
         self._pool = pool
-        self._warm = warm
-        self._pausing = pausing
-        self._window = window
+        self._preemption = preemption
+        self._prefix_reuse = prefix_reuse
+        self._output_processor = output_processor
         self._requests: dict[str, Request] = {}
-        self._taken_ids: set[str] = set()
+        self._reserved_ids: set[str] = set()
         self.num_finished: Counter[FinishReason] = Counter()
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
 
-    def take_id(self, request_id: str) -> None:
-        """Keep an id for a request until its last output; under the engine's lock, from any thread.
+    def reserve_id(self, request_id: str) -> None:
+        """Reserve an id until its request's last output; from any thread, under the engine's lock.
 
-        Raises ParameterError where a request of that id is alive.
+        Raises ParameterError where an unfinished request has that id.
         """
-        if request_id in self._taken_ids:
+        if request_id in self._reserved_ids:
             raise ParameterError("request_id", "there is an unfinished request of that request_id")
-        self._taken_ids.add(request_id)
+        self._reserved_ids.add(request_id)
 
     def add(self, request: Request) -> list[Output]:
-        """Put a new request in line."""
+        """Queue a new request."""
         self._requests[request.id] = request
-        if not request.reads:  # a session whose one id waits for the next turn
-            return self.end(request, FinishReason.LENGTH)
+        if request.is_prefilled:  # a session's only id stays pending: there is nothing to compute
+            return self.finish(request, FinishReason.LENGTH)
         self._scheduler.add(request)
         return []
 
     def admit(self) -> None:
-        """Give slots to those who may start."""
+        """Start waiting requests for which there are slots, each where it has to go on."""
         for request in self._scheduler.admit(self._pool.num_free):
-            if self._pausing.begin(request):
+            request.set_status(RequestStatus.RUNNING)
+            for choice in request.unfinished_choices:
+                choice.slot = self._pool.allocate()
+                choice.rows = self._pool.rows_of(choice.slot)
+            if self._preemption.resume(request):
+                self._scheduler.start_decoding(request)
                 continue
-            if request.start is not None and request.goes_on:
+            request.started = time.monotonic()
+            if request.start is not None and request.continues_session_rows:
                 self._pool.write(request.choices[0].row, request.start.rows)
-            self._warm.begin(request)
+            self._prefix_reuse.restore(request)
 
-    def move_on(
-        self, plan: Batch, scores: Mapping[Request, Sequence[TokenLogprob]]
+    def advance(
+        self, batch: Batch, prompt_logprobs: Mapping[Request, Sequence[TokenLogprob]]
     ) -> list[Output]:
-        """Note what a finished step has put into the states; requests without text end here."""
-        for choice in plan.decode:
-            self._warm.before_token(choice)
+        """Note what a step has put into the states; requests that generate nothing end here."""
+        for choice in batch.decode:
+            self._prefix_reuse.extend(choice)
             choice.position += len(choice.pending)
             choice.pending = []
-        for request, new in scores.items():
-            request.scores += new
+        for request, logprobs in prompt_logprobs.items():
+            request.prompt_logprobs += logprobs
         outputs = []
-        for chunk in plan.prefill:
+        for chunk in batch.prefill:
+            request = chunk.request
             self.num_prompt_tokens += chunk.stop - chunk.start
-            self._warm.after_chunk(chunk)
-            chunk.request.has_read(chunk.stop)
-            if chunk.is_last and chunk.request.params.max_tokens == 0:
-                outputs += self.end(chunk.request, FinishReason.LENGTH)
+            self._prefix_reuse.save_after_chunk(chunk)
+            request.advance_prefill(chunk.stop)
+            if chunk.is_last and request.params.max_tokens == 0:
+                outputs += self.finish(request, FinishReason.LENGTH)
             elif chunk.is_last:
-                self._scheduler.start_choices(chunk.request)
+                self._scheduler.start_decoding(request)
         return outputs
 
-    def accept(self, sample: Sample) -> Output:
-        """Take a new id into its choice: text, and whether this is the end."""
-        choice, (token_id, logprob) = sample
-        request, params = choice.request, choice.request.params
-        choice.note(token_id)
+    def append_token(self, sample: Sample) -> Output:
+        """Append a sampled id to its choice, which may end with it."""
+        choice, token = sample
+        choice.append_token(token.token_id)
         self.num_generated_tokens += 1
-        is_end = token_id in request.end_ids
-        is_written = not is_end or params.include_stop_str_in_output
-        text = choice.detokenizer.push(token_id) if is_written else ""
-        reason, state = _reason(choice, is_end), None
+        output = self._output_processor.process(choice, token)
+        reason = output.finish_reason
         if reason is not None:
-            text += self._last_text(choice)
-            reason = _reason(choice, is_end) or reason  # the last text may complete a stop string
-            state = self._kept(choice)
-            self._warm.at_end(choice)
+            output = self._with_rows(output, choice)
+            self._prefix_reuse.save_at_end(choice)
             self._scheduler.remove_choice(choice)
-            self._finish(choice, reason)
-        told = request.id, choice.index, text, (token_id,), reason
-        return Output(
-            *told,
-            stop_reason=_stop_reason(choice, token_id),
-            logprobs=() if logprob is None else (logprob,),
-            prompt_logprobs=scores_of(choice) if choice.num_generated == 1 else None,
-            state=state,
-            num_cached=0 if reason is None else num_cached_of(choice),
-            context_start=choice.context_start,
-            started=request.started,
-        )
+            self._finish_choice(choice, reason)
+        return output
 
     def pause(self, request_id: str) -> list[Output]:
-        """Generate no more of a request, if it is still alive; those without room for it end."""
+        """Park a request's states, if there is such a request and its prompt is prefilled.
+
+        Until then there is no output that its reader could be behind with. Where too many states
+        would be parked, requests end with UNREAD; the outputs are theirs.
+        """
         request = self._requests.get(request_id)
-        ended = self._pausing.pause(request) if request else []
-        return [out for each in ended for out in self.end(each, FinishReason.UNREAD)]
+        if request is None or request.status is RequestStatus.PAUSED or not request.is_prefilled:
+            return []
+        victims = self._preemption.victims(request)
+        outputs = [out for each in victims for out in self.finish(each, FinishReason.UNREAD)]
+        if request not in victims:
+            self._scheduler.remove_request(request)
+            self._preemption.park(request)
+            request.set_status(RequestStatus.PAUSED)
+        return outputs
 
     def resume(self, request_id: str) -> list[Output]:
-        """Go on with a request that pauses, if it is still alive."""
-        if request := self._requests.get(request_id):
-            self._pausing.resume(request)
+        """Let a paused request wait for slots, if there is such a request."""
+        request = self._requests.get(request_id)
+        if request is not None and request.status is RequestStatus.PAUSED:
+            request.set_status(RequestStatus.WAITING)
+            self._scheduler.add_resumed(request)
         return []
 
     def cancel(
         self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
     ) -> list[Output]:
-        """End a request, if it is still alive."""
+        """End a request, if there is such a request."""
         request = self._requests.get(request_id)
-        return self.end(request, reason) if request else []
+        return self.finish(request, reason) if request else []
 
     def cancel_all(self) -> list[Output]:
-        """End everybody."""
+        """End every request."""
         return [out for request_id in list(self._requests) for out in self.cancel(request_id)]
 
-    def end(self, request: Request, reason: FinishReason, error: str | None = None) -> list[Output]:
-        """End what is unfinished of a request; text held back comes out, but for a fault."""
+    def finish(
+        self, request: Request, reason: FinishReason, error: str | None = None
+    ) -> list[Output]:
+        """End the unfinished choices of a request."""
         self._scheduler.remove_request(request)
         outputs = []
-        for choice in request.unfinished:
-            text = "" if reason is FinishReason.ERROR else self._last_text(choice)
-            state = self._kept(choice) if reason is FinishReason.LENGTH else None
-            self._finish(choice, reason)
-            scores = None if choice.num_generated else scores_of(choice)
-            out = Output(request.id, choice.index, text, (), reason, error, prompt_logprobs=scores)
-            out = replace(out, num_cached=num_cached_of(choice), context_start=choice.context_start)
-            outputs.append(replace(out, state=state, started=request.started))
+        for choice in request.unfinished_choices:
+            output = self._output_processor.finish(choice, reason, error)
+            outputs.append(self._with_rows(output, choice))
+            self._finish_choice(choice, reason)
         return outputs
 
-    def _kept(self, choice: Choice) -> SessionState | None:
-        """The session after its turn; None for a request without one. Before its slot is freed."""
-        start, request = choice.request.start, choice.request
-        if start is None:
-            return None
-        undecoded = choice.detokenizer.undecoded
-        after = start.extended(request.turn_ids, choice.drawn, self._window, undecoded)
-        return after.fed(self._pool.read(choice.row), choice.position) if request.slots else after
+    def _with_rows(self, output: Output, choice: Choice) -> Output:
+        """The output with the pool's rows in its session state, if it has one."""
+        if output.state is None or choice.slot is None:
+            return output
+        rows = self._pool.read(choice.row)
+        return replace(output, state=output.state.fed(rows, choice.position))
 
-    @staticmethod
-    def _last_text(choice: Choice) -> str:
-        """What was held back, and the stop string where it is wanted."""
-        end = (
-            choice.detokenizer.finish if choice.request.start is None else choice.detokenizer.pause
-        )
-        text = end()
-        wants_stop = choice.request.params.include_stop_str_in_output
-        return text + (choice.detokenizer.stop or "") if wants_stop else text
-
-    def _finish(self, choice: Choice, reason: FinishReason) -> None:
-        """Free the choice's slot; with its last choice a request is forgotten."""
+    def _finish_choice(self, choice: Choice, reason: FinishReason) -> None:
+        """Free the choice's slot; the request is finished with its last choice."""
         choice.finish_reason = reason
         self.num_finished[reason] += 1
-        if choice.request.slots:
-            self._pool.free(choice.request.slots[choice.index])
-        if not choice.request.unfinished:
-            self._pausing.forget(choice.request)
-            del self._requests[choice.request.id]
-            self._taken_ids.remove(choice.request.id)
-
-
-def _reason(choice: Choice, is_end: bool) -> FinishReason | None:
-    if is_end or choice.detokenizer.stop is not None:
-        return FinishReason.STOP
-    return FinishReason.LENGTH if choice.num_generated == choice.request.params.max_tokens else None
-
-
-def _stop_reason(choice: Choice, token_id: int) -> str | int | None:
-    """The stop string or stop id, where one of the request's own ended the choice."""
-    if choice.detokenizer.stop is not None:
-        return choice.detokenizer.stop
-    return token_id if token_id in choice.request.params.stop_token_ids else None
+        if choice.slot is not None:
+            self._pool.free(choice.slot)
+            choice.slot = None
+        request = choice.request
+        if not request.unfinished_choices:
+            request.set_status(RequestStatus.FINISHED)
+            self._preemption.discard(request)
+            del self._requests[request.id]
+            self._reserved_ids.remove(request.id)

@@ -1,44 +1,44 @@
-"""Who runs in the next step, under one token budget. Knows no torch.
+"""Which requests run in the next step, under one token budget.
 
-Running choices come first, one token each, or two where the state after the next renewal grows in
-the spare row beside; prompts take of what is left as much as those that run can bear, the shortest
-first, so that none waits behind a long one. Nobody starves: running choices take turns, the prompt
-that has been read longest has a share of every step, and one that waits is overtaken by so many
-others and no more.
+Decoding choices come first: one token each, or two while the state after the next renewal is
+computed in the spare row. Prompts get part of the rest, so that they delay decoding by a bounded
+time. Short prompts come first. There is no starvation: decoding choices take turns, the oldest
+prompt has a share of every step, and a waiting request is overtaken a bounded number of times.
 """
 
 import bisect
 from collections import deque
 from collections.abc import MutableSequence
 
-from cottention.engine.scheduling.batch import Batch, LookaheadRow, PrefillChunk, stop_of
+from cottention.engine.scheduling.batch import Batch, LookaheadRow, PrefillChunk
 from cottention.engine.scheduling.request import Choice, Request
+from cottention.engine.state.prefix_cache import BLOCK
 
-_PROMPT_SHARE = 4
-"""Prompts get at least a fourth of the budget, and the oldest a fourth of what prompts get."""
+_PREFILL_SHARE = 4
+"""Prompts get at least 1/4 of the budget, and the oldest prompt 1/4 of what prompts get."""
 
-_MIN_BESIDE = 16
-"""Prompt tokens of a step beside few running choices: fewer would cost as much."""
+_MIN_PREFILL_TOKENS = 16
+"""Prompt tokens of a step with few decoding choices: fewer would take as long."""
 
-PATIENCE = 64
-"""How many later or more important requests may start before one that waits."""
+MAX_OVERTAKES = 64
+"""How many later or more important requests may start before a waiting one."""
 
 
 class Scheduler:
-    """Three lines: requests that wait for slots, prompts being read, choices being continued.
+    """Three queues: requests that wait for slots, prompts in prefill, and decoding choices.
 
-    A request whose reader is behind is in none of them.
+    A paused request is in none of them.
     """
 
-    def __init__(self, max_batch_tokens: int, max_beside: int | None = None) -> None:
-        """max_beside: most prompt tokens of a step with running choices; None: as many as run."""
+    def __init__(self, max_batch_tokens: int, max_prefill_tokens: int | None = None) -> None:
+        """max_prefill_tokens: limit for a step that also decodes; None: as many as it decodes."""
         self._budget = max_batch_tokens
-        self._max_beside = max_beside
+        self._max_prefill_tokens = max_prefill_tokens
         self._waiting: list[Request] = []
-        self._entered: dict[Request, int] = {}
+        self._num_admitted_before: dict[Request, int] = {}
         self._num_admitted = 0
-        self._reading: deque[Request] = deque()
-        self._running: deque[Choice] = deque()
+        self._prefilling: deque[Request] = deque()
+        self._decoding: deque[Choice] = deque()
 
     @property
     def num_waiting(self) -> int:
@@ -48,112 +48,126 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests with slots."""
-        running = list(self._running)  # one operation: `stats` asks from other threads
-        return len(self._reading) + len({choice.request for choice in running})
+        decoding = list(self._decoding)  # one operation: `stats` is called from other threads
+        return len(self._prefilling) + len({choice.request for choice in decoding})
 
     def has_work(self) -> bool:
-        """Whether anything waits, is read or runs."""
-        return bool(self._waiting or self._reading or self._running)
+        """Whether any queue holds anything."""
+        return bool(self._waiting or self._prefilling or self._decoding)
 
     def add(self, request: Request) -> None:
-        """Put a new request into the line: behind all of its priority."""
+        """Queue a new request, after all others of its priority."""
         bisect.insort_right(self._waiting, request, key=_priority)
-        self._entered[request] = self._num_admitted
+        self._num_admitted_before[request] = self._num_admitted
 
-    def add_again(self, request: Request) -> None:
-        """Put one that had slots into the line: before all of its priority."""
+    def add_resumed(self, request: Request) -> None:
+        """Queue a request that had slots before, ahead of all others of its priority."""
         bisect.insort_left(self._waiting, request, key=_priority)
-        self._entered[request] = self._num_admitted
+        self._num_admitted_before[request] = self._num_admitted
 
     def admit(self, num_free_slots: int) -> list[Request]:
-        """Requests that may start now; each needs a slot for each unfinished choice."""
+        """Take requests that may start now; each needs a slot for each unfinished choice."""
         admitted: list[Request] = []
-        while self._waiting and len((request := self._next()).unfinished) <= num_free_slots:
+        while self._waiting:
+            request = self._next()
+            num_slots = len(request.unfinished_choices)
+            if num_slots > num_free_slots:
+                break
             self._waiting.remove(request)
-            del self._entered[request]
+            del self._num_admitted_before[request]
             self._num_admitted += 1
-            num_free_slots -= len(request.unfinished)
-            self._reading.append(request)
+            num_free_slots -= num_slots
+            self._prefilling.append(request)
             admitted.append(request)
         return admitted
 
     def _next(self) -> Request:
-        """First in the line, but for one that too many have overtaken."""
-        longest, entered = next(iter(self._entered.items()))
-        return longest if self._num_admitted - entered >= PATIENCE else self._waiting[0]
+        """The first in the queue, or the oldest if too many have overtaken it."""
+        oldest, before = next(iter(self._num_admitted_before.items()))
+        return oldest if self._num_admitted - before >= MAX_OVERTAKES else self._waiting[0]
 
     def schedule(self) -> Batch:
-        """The next step. Whoever does not fit into the budget is first in the step after it."""
-        reserved = max(1, self._budget // _PROMPT_SHARE) if self._reading else 0
-        decode, ahead = self._continued(max(1, self._budget - reserved))
-        self._running.rotate(-len(decode))
-        chunks = self._chunks(self._budget_beside(len(decode) + len(ahead)))
-        return Batch(decode, chunks, ahead)
+        """The next step's batch. What does not fit into the budget comes first in a later step."""
+        reserved = max(1, self._budget // _PREFILL_SHARE) if self._prefilling else 0
+        decode, lookahead = self._schedule_decode(max(1, self._budget - reserved))
+        self._decoding.rotate(-len(decode))
+        prefill = self._schedule_prefill(self._prefill_budget(len(decode) + len(lookahead)))
+        return Batch(decode, prefill, lookahead)
 
-    def _continued(self, budget: int) -> tuple[list[Choice], list[LookaheadRow]]:
-        """Running choices that fit, the first in any case, and those of them with spare rows."""
+    def _schedule_decode(self, budget: int) -> tuple[list[Choice], list[LookaheadRow]]:
+        """Decoding choices that fit, at least one, and the lookahead rows among them."""
         decode: list[Choice] = []
-        ahead: list[LookaheadRow] = []
-        for choice in self._running:
-            start = choice.ahead
-            spent = len(decode) + len(ahead) + (1 if start is None else 2)
-            if decode and spent > budget:
+        lookahead: list[LookaheadRow] = []
+        for choice in self._decoding:
+            start = choice.lookahead_start
+            num_tokens = len(decode) + len(lookahead) + (1 if start is None else 2)
+            if decode and num_tokens > budget:
                 break
             decode.append(choice)
             if start is not None:
-                ahead.append(LookaheadRow(choice, start))
-        return decode, ahead
+                lookahead.append(LookaheadRow(choice, start))
+        return decode, lookahead
 
-    def _budget_beside(self, num_decode: int) -> int:
-        """What prompts may have, so that they hold up those that run by a step's length at most."""
+    def _prefill_budget(self, num_decode: int) -> int:
+        """Prompt tokens of the step: so few that they delay decoding by a step at most."""
         left = self._budget - num_decode
         if not num_decode:
             return left
-        most = self._max_beside
-        return min(left, max(_MIN_BESIDE, num_decode) if most is None else most)
+        limit = self._max_prefill_tokens
+        return min(left, max(_MIN_PREFILL_TOKENS, num_decode) if limit is None else limit)
 
-    def _chunks(self, budget: int) -> list[PrefillChunk]:
-        """Those with the least to read come first; the oldest has its share in any case."""
+    def _schedule_prefill(self, budget: int) -> list[PrefillChunk]:
+        """Chunks, shortest remaining prompt first; a share is reserved for the oldest prompt."""
         chunks = []
-        oldest = self._reading[0] if self._reading else None
-        kept = max(1, budget // _PROMPT_SHARE)
-        for request in sorted(self._reading, key=_num_unread):
+        oldest = self._prefilling[0] if self._prefilling else None
+        reserved = max(1, budget // _PREFILL_SHARE)
+        for request in sorted(self._prefilling, key=_num_left):
             if request is oldest:
-                kept = 0
-            if budget > kept:
-                start = request.num_read
-                stop = stop_of(request, start + budget - kept)
+                reserved = 0
+            if budget > reserved:
+                start = request.num_prefilled
+                stop = _chunk_stop(request, start + budget - reserved)
                 budget -= stop - start
-                chunks.append(PrefillChunk(request, request.reads[0], start, stop))
+                chunks.append(PrefillChunk(request, request.prefill_spans[0], start, stop))
         return chunks
 
-    def start_choices(self, request: Request) -> None:
-        """The prompt has been read: its choices run from the next step on."""
-        self._reading.remove(request)
-        self._running.extend(request.unfinished)
+    def start_decoding(self, request: Request) -> None:
+        """Decode its choices from the next step on: the prompt has been prefilled."""
+        self._prefilling.remove(request)
+        self._decoding.extend(request.unfinished_choices)
 
     def remove_choice(self, choice: Choice) -> None:
-        """A running choice has ended."""
-        self._running.remove(choice)
-
-    def is_running(self, request: Request) -> bool:
-        """Whether its prompt has been read, and it has slots."""
-        return any(choice.request is request for choice in self._running)
+        """Remove a decoding choice."""
+        self._decoding.remove(choice)
 
     def remove_request(self, request: Request) -> None:
-        """Take a request out of wherever it is."""
-        self._entered.pop(request, None)
-        lines: tuple[MutableSequence[Request], ...] = (self._waiting, self._reading)
-        for line in lines:
-            if request in line:
-                line.remove(request)
-        for choice in [choice for choice in self._running if choice.request is request]:
-            self._running.remove(choice)
+        """Remove a request from every queue, if it is in one."""
+        self._num_admitted_before.pop(request, None)
+        queues: tuple[MutableSequence[Request], ...] = (self._waiting, self._prefilling)
+        for requests in queues:
+            if request in requests:
+                requests.remove(request)
+        for choice in [choice for choice in self._decoding if choice.request is request]:
+            self._decoding.remove(choice)
+
+
+def _chunk_stop(request: Request, limit: int) -> int:
+    """Where the next chunk ends, at most at `limit`.
+
+    With prefix reuse it is a whole number of blocks where possible, because states are cached
+    there.
+    """
+    span = request.prefill_spans[0]
+    stop = min(span.stop, limit)
+    if request.prefix is None or span.is_spare:
+        return stop
+    block_stop = min(stop, span.stop - 1) // BLOCK * BLOCK
+    return block_stop if block_stop > request.num_prefilled else stop
 
 
 def _priority(request: Request) -> int:
     return request.priority
 
 
-def _num_unread(request: Request) -> int:
-    return request.stop - request.num_read
+def _num_left(request: Request) -> int:
+    return request.prefill_stop - request.num_prefilled

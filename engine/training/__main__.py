@@ -1,11 +1,14 @@
 """`python -m cottention.engine.training`: text in, model folder out."""
 
+import os
 import sys
 from collections.abc import Sequence
 
 import torch
 
 from cottention.engine.errors import CottentionError
+from cottention.engine.settings.command_line import to_arguments
+from cottention.engine.settings.sources import unknown_variables
 from cottention.engine.training.data import (
     read_corpus,
     standard_library,
@@ -22,30 +25,41 @@ from cottention.engine.training.export import (
     write_json,
 )
 from cottention.engine.training.progress import PlainProgress, open_progress
-from cottention.engine.training.settings import TrainingSettings, parse
+from cottention.engine.training.settings import (
+    TRAINING_PREFIX,
+    TRAINING_VARIABLES,
+    TrainingSettings,
+    parse,
+)
 from cottention.engine.training.trainer import Run, keep_freed_memory
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train as the arguments say; returns the exit status."""
-    settings = parse(arguments)
+    resolved = parse(arguments, os.environ)
+    settings = resolved.value
+    for message in unknown_variables(os.environ, TRAINING_VARIABLES, TRAINING_PREFIX):
+        print(f"warning: {message}", file=sys.stderr)
     keep_freed_memory()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     try:
         with open_progress() as progress:
-            train(settings, arguments, progress)
+            train(settings, to_arguments(resolved), progress)
     except CottentionError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
 
 def train(settings: TrainingSettings, arguments: Sequence[str], progress: PlainProgress) -> None:
-    """Corpus, tokenizer, run, rounding, folder, and samples to look at."""
+    """Read the corpus, train tokenizer and model, and write the model folder.
+
+    arguments: the flags that give these settings, for the model's card.
+    """
     corpus = read_corpus(settings.corpus or standard_library())
     tokenizer = train_tokenizer((file.text for file in corpus.training), settings.vocab_size)
     held_out = HeldOut.of(tokenizer, corpus.held_out, settings.context)

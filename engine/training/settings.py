@@ -1,63 +1,91 @@
-"""What a training run is told: the one declaration that its flags and defaults derive from.
+"""Settings of a training run: flags, variables `COTTENTION_TRAINING_*` and a TOML file."""
 
-Owns names, defaults and help texts. Knows nothing of what is done with them.
-"""
-
-import argparse
-from collections.abc import Collection, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
+from cottention.engine.errors import ConfigurationError
 from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.config import ModelConfig
+from cottention.engine.settings.command_line import OneLineParser, add_config_flag, add_flags
+from cottention.engine.settings.declaration import check_settings, setting, settings_of
+from cottention.engine.settings.sources import (
+    CONFIG_NAME,
+    VARIABLE_PREFIX,
+    Resolved,
+    Sources,
+    variable_of,
+)
 
 SHIPPED_MODEL = Path("engine/pretrained/cottention-python-7m")
 
-
-def flag(default: Any, help: str, choices: Collection[str] | None = None) -> Any:
-    """A setting with its default, its help text and what it may be."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+TRAINING_PREFIX = VARIABLE_PREFIX + "TRAINING_"
+"""Of the variables: a server and a training run on one machine share none."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """Everything that a run depends on. Each becomes a flag `--like-this`."""
+    """Everything that a run depends on."""
 
-    output: Path = flag(SHIPPED_MODEL, "folder for the finished model")
-    checkpoints: Path = flag(Path("checkpoints/training"), "folder that a killed run resumes from")
-    corpus: Path | None = flag(None, "folder of Python files (default: the standard library)")
-    begin_with: Path | None = flag(None, "model folder whose weights are the first ones")
-    cut_every: int = flag(
-        0,
-        "cut texts at random places, so many characters apart on average, and tokenise the pieces:"
-        " then a prompt that ends inside a word or behind a space is nothing new; 0 cuts none",
+    output: Path = setting(SHIPPED_MODEL, "folder to write the finished model to")
+    checkpoints: Path = setting(
+        Path("checkpoints/training"), "folder of checkpoints, from which an interrupted run resumes"
     )
-    epochs: float = flag(12.0, "passes over the training text")
-    steps: int | None = flag(None, "optimizer steps, instead of --epochs")
-    hours: float | None = flag(None, "time limit: the learning rate ends by then at the latest")
-    context: int = flag(1024, "tokens in a window, and the model's n_positions")
-    attention: str = flag(
+    corpus: Path | None = setting(
+        None, "folder of Python files to train on", unset="the standard library"
+    )
+    begin_with: Path | None = setting(
+        None, "model folder to take the first weights from", unset="random weights"
+    )
+    cut_every: int = setting(
+        0,
+        "mean distance of random cuts in the text before it is tokenized, so that prompts may end"
+        " inside a word; 0 makes no cuts",
+        minimum=0,
+        unit="characters",
+    )
+    epochs: float = setting(12.0, "passes over the training text", minimum=0)
+    steps: int | None = setting(
+        None, "number of optimizer steps", unset="as --epochs says", minimum=1
+    )
+    hours: float | None = setting(
+        None,
+        "time limit, by which the learning rate has decayed",
+        unset="unlimited",
+        minimum=0,
+        unit="hours",
+    )
+    context: int = setting(
+        1024, "length of a training window, the model's n_positions", minimum=2, unit="tokens"
+    )
+    attention: str = setting(
         "cottention",
-        "kind of attention; softmax is there to be compared with and cannot be served",
+        "kind of attention; softmax is for comparison and cannot be served",
         choices=ATTENTION_KINDS,
     )
-    rotary_dim: int | None = flag(None, "channels of a head that rotary turns (default: all)")
-    layers: int = flag(6, "blocks")
-    width: int = flag(256, "channels; the MLP has four times as many")
-    heads: int = flag(4, "heads, which share the channels")
-    vocab_size: int = flag(4096, "ids of the tokenizer")
-    batch_tokens: int = flag(8192, "tokens in an optimizer step")
-    micro_batch_tokens: int = flag(4096, "tokens that go through the model at once")
-    learning_rate: float = flag(3e-3, "peak learning rate")
-    weight_decay: float = flag(0.3, "decay of matrices and tables, times the learning rate")
-    dropout: float = flag(0.05, "share of channels dropped in training")
-    eval_every: int = flag(400, "steps between scores on the held-out files")
-    save_every: int = flag(100, "steps between checkpoints")
-    seed: int = flag(1, "seed of first weights, windows and dropout")
-    device: str = flag("auto", "cpu, cuda, or auto: CUDA if there is one")
-    threads: int | None = flag(None, "CPU threads; None: torch's own choice")
-    resume: bool = flag(True, "go on from a checkpoint where there is one")
+    rotary_dim: int | None = setting(None, "rotary channels per head", unset="all", minimum=0)
+    layers: int = setting(6, "number of layers", minimum=1)
+    width: int = setting(256, "hidden size; the MLP is four times as wide", minimum=1)
+    heads: int = setting(4, "number of attention heads", minimum=1)
+    vocab_size: int = setting(4096, "vocabulary size of the tokenizer", minimum=1)
+    batch_tokens: int = setting(8192, "batch size of an optimizer step", minimum=1, unit="tokens")
+    micro_batch_tokens: int = setting(
+        4096, "batch size of a forward and backward pass", minimum=1, unit="tokens"
+    )
+    learning_rate: float = setting(3e-3, "peak learning rate", minimum=0)
+    weight_decay: float = setting(0.3, "weight decay of matrices and embeddings", minimum=0)
+    dropout: float = setting(0.05, "dropout probability", minimum=0, maximum=1)
+    eval_every: int = setting(
+        400, "interval between evaluations on held-out files", minimum=1, unit="steps"
+    )
+    save_every: int = setting(100, "interval between checkpoints", minimum=1, unit="steps")
+    seed: int = setting(1, "random seed of weights, windows and dropout")
+    device: str = setting("auto", "cpu, cuda, or auto, which uses CUDA where it is available")
+    threads: int | None = setting(None, "number of CPU threads", unset="chosen by torch", minimum=1)
+    resume: bool = setting(True, "resume from a checkpoint where there is one")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def batch(self) -> int:
@@ -87,25 +115,26 @@ class TrainingSettings:
         )
 
 
-def parse(arguments: Sequence[str]) -> TrainingSettings:
-    """Settings from command line arguments; argparse ends the program on wrong ones."""
-    parser = argparse.ArgumentParser(
+TRAINING_VARIABLES = tuple(
+    variable_of(name, TRAINING_PREFIX)
+    for name in (CONFIG_NAME, *(each.name for each in settings_of(TrainingSettings)))
+)
+
+
+def parse(arguments: Sequence[str], environ: Mapping[str, str]) -> Resolved[TrainingSettings]:
+    """Settings and where each comes from; a mistake ends the program with one line and status 2."""
+    parser = OneLineParser(
         prog="python -m cottention.engine.training",
         description="Train a small Cottention model on Python source text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="A flag takes precedence over its variable, named in [brackets], and a variable over"
+        " the file.",
+        allow_abbrev=False,
     )
-    for item in fields(TrainingSettings):
-        assert item.default is not MISSING
-        name, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
-        if item.type is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(name, action=action, default=item.default, help=text)
-        else:
-            kind, choices = _plain(item.type), item.metadata["choices"]
-            parser.add_argument(name, type=kind, choices=choices, default=item.default, help=text)
-    return TrainingSettings(**vars(parser.parse_args(arguments)))
-
-
-def _plain(kind: Any) -> Any:
-    """`int | None` is read as int."""
-    return get_args(kind)[0] if get_args(kind) else kind
+    add_config_flag(parser, TRAINING_PREFIX)
+    add_flags(parser, TrainingSettings, "settings", TRAINING_PREFIX)
+    given = parser.parse_args(arguments)
+    names = [each.name for each in settings_of(TrainingSettings)]
+    try:
+        return Sources.of(given, environ, names, TRAINING_PREFIX).read(TrainingSettings)
+    except ConfigurationError as error:
+        parser.error(str(error))

@@ -87,7 +87,7 @@ async def answer(
     track(request.scope, order, reading)
     if order.is_stream:
         events = Events(heading, choices, order)
-        return EventStream(reading, events, context.config.keep_alive_seconds)
+        return EventStream(reading, events, context.config.sse_keep_alive_seconds)
     async with closing(reading, request.receive):
         pieces = await whole_pieces(reading)
         usage = usage_of(order.num_prompt, reading.num_generated, reading.num_cached)

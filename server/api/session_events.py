@@ -48,7 +48,7 @@ async def follow_events(
         number = _next(last, live.turn, live.first, live.stop)
         if live.has_ended and number == live.stop:
             return Response(status_code=204)
-        return LiveEventResponse(live, number, context.config.keep_alive_seconds)
+        return LiveEventResponse(live, number, context.config.sse_keep_alive_seconds)
     kept = await asyncio.to_thread(context.sessions.outbox, owner, session_id)
     number = _next(last, kept.turn, kept.first, kept.first + len(kept.events))
     missed = kept.events[number - kept.first :]

@@ -72,7 +72,7 @@ class TurnResponse(Response):
                 answer = await self._continued(*work, request_record(scope), receive)
             elif order.is_stream:
                 told = TurnEvents(reading, self._events(), turn)
-                answer = TurnStream(reading, told, context.config.keep_alive_seconds)
+                answer = TurnStream(reading, told, context.config.sse_keep_alive_seconds)
             else:
                 answer = await self._whole(reading, turn, receive)
             await answer(scope, receive, send)
@@ -94,12 +94,12 @@ class TurnResponse(Response):
     ) -> Response:
         """The turn goes on by itself, and ends with what is in `stack`; its client may look on."""
         context, is_whole = self._context, not self._order.is_stream
-        live = LiveEvents(context.config.session_outbox)
+        live = LiveEvents(context.config.session_event_log_bytes)
         told = TurnEvents(reading, self._events(), turn, live.kept, gathers=is_whole)
         key = (self._asker.owner, turn.session_id)
         record.background_turn = going = context.turns.go_on(key, live, _tell(told, live, stack))
         if not is_whole:
-            return LiveEventResponse(live, 0, context.config.keep_alive_seconds)
+            return LiveEventResponse(live, 0, context.config.sse_keep_alive_seconds)
         await until_done(going, receive)
         if told.error is not None:
             raise told.error

@@ -1,14 +1,15 @@
-"""What each command does, given its settings. Knows no flags.
+"""What each command does, given its settings.
 
-Everything heavy is imported inside: torch takes seconds, and --help should not.
+torch and the HTTP stack are imported inside of commands: they take seconds, `--help` must not.
 """
 
+import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, CottentionError
@@ -17,6 +18,8 @@ from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.outputs import FinishReason
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.context_policy import MAX_HELD
+from cottention.engine.settings.declaration import Setting, settings_of
+from cottention.engine.settings.sources import Origin, Resolved
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.server.config import GenerateConfig, ServerConfig
 from cottention.server.log_config import FIELDS, LogFormat
@@ -26,16 +29,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cottention")
 
+HIDDEN = "********"
+"""Stands for a secret."""
+
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
-    """Serve until told to stop. A model comes last: it takes seconds to load in vain."""
+    """Serve until a signal. Port, keys and folders are checked before the model is loaded."""
     from cottention.server.cli.serve import bind_socket, run_server, url_of
 
     with bind_socket(config.host, config.port) as sock:
         from cottention.engine.engine import Engine
         from cottention.engine.worker import EngineWorker
         from cottention.server.api.app import create_app
-        from cottention.server.cli.serve import warn_of_strangers, who_reaches
+        from cottention.server.cli.serve import describe_access, warn_of_open_access
         from cottention.server.generation.admission import AdmissionQueue
         from cottention.server.generation.async_engine import AsyncEngine
         from cottention.server.generation.chat_template import find_template
@@ -54,15 +60,15 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         )
         with kept_sessions(engine, config) as sessions:
             app = create_app(bridge, config, keys, sessions, template)
-            warn_of_strangers(sock, config)
-            told = {"sessions": where_kept(config), "reach": who_reaches(sock, config)}
-            told["ready"] = url_of(sock)
-            announce = partial(_announce, engine, told, config.log_format)
+            warn_of_open_access(sock, config)
+            facts = {"sessions": where_kept(config), "access": describe_access(sock, config)}
+            facts["ready"] = url_of(sock)
+            announce = partial(_announce, engine, facts, config.log_format)
             return run_server(app, bridge, config, sock, announce)
 
 
 def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -> int:
-    """Continue `prompt`, or standard input where it is "-", on standard output."""
+    """Print the continuation of `prompt`, or of standard input where it is "-"."""
     from cottention.engine.engine import Engine
 
     text = _standard_input() if prompt == "-" else prompt
@@ -87,7 +93,7 @@ def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -
 
 
 def info(model: str | None, engine_config: EngineConfig) -> int:
-    """Print what a model is and what its sessions cost, without allocating a pool for them."""
+    """Print a model's facts and its memory per session; allocates a pool of one slot."""
     from cottention.engine.engine import Engine
 
     engine = Engine(model, replace(engine_config, max_slots=1, state_memory=None))
@@ -97,7 +103,7 @@ def info(model: str | None, engine_config: EngineConfig) -> int:
 
 
 def build() -> int:
-    """Compile the ops, and those for CUDA where torch can use them or COTTENTION_CUDA=1 asks."""
+    """Compile the ops, and those for CUDA where torch sees a device or COTTENTION_CUDA=1 is set."""
     from cottention.engine.ops.build import BuildError, build_cuda, is_cuda_wanted
     from cottention.engine.ops.build import build as build_ops
 
@@ -110,6 +116,24 @@ def build() -> int:
     return 0
 
 
+def config(resolved: Sequence[Resolved[Any]], *, as_json: bool) -> int:
+    """Print every setting with its value and origin; secrets are hidden."""
+    rows = [
+        (each, getattr(one.value, each.name), one.origins[each.name])
+        for one in resolved
+        for each in settings_of(one.value)
+    ]
+    if as_json:
+        print(json.dumps({row[0].name: _as_json(*row) for row in rows}, indent=2))
+        return 0
+    table = [("setting", "value", "source")]
+    table += [(each.name, _shown(each, value), str(origin)) for each, value, origin in rows]
+    widths = [max(len(row[column]) for row in table) for column in range(2)]
+    for name, value, origin in table:
+        print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+    return 0
+
+
 def _standard_input() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
@@ -117,19 +141,29 @@ def _standard_input() -> str:
         raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
 
 
-def _announce(engine: "Engine", told: dict[str, str], form: LogFormat) -> None:
-    """What is served, and where: on standard output, or in a log that machines read."""
+def _announce(engine: "Engine", facts: dict[str, str], form: LogFormat) -> None:
+    """Print the start-up facts, or log them as one record where the log is JSON."""
     stats = engine.stats()
-    engine_s = {
+    facts = {
         "model": f"{engine.name}, {_on_what(engine)}",
         "memory": _pool(stats.num_slots, stats.bytes_per_slot),
-    }
+    } | facts
     if form == "json":
-        logger.info("serving", extra={FIELDS: engine_s | told})
+        logger.info("serving", extra={FIELDS: facts})
         return
-    for name, value in (engine_s | told).items():
+    for name, value in facts.items():
         print(f"{name:<8} {value}")
     sys.stdout.flush()
+
+
+def _shown(each: Setting, value: Any) -> str:
+    return HIDDEN if each.is_secret and value else each.format(value)
+
+
+def _as_json(each: Setting, value: Any, origin: Origin) -> dict[str, Any]:
+    if each.is_secret and value:
+        value = [HIDDEN] * len(value) if each.is_list else HIDDEN
+    return {"value": value, "source": origin.kind, "name": origin.name}
 
 
 def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
@@ -143,13 +177,13 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
     yield "trained length", f"{shape.n_positions:,} tokens"
-    yield "past it", PAST[engine.policies.default]
+    yield "context policy", CONTEXT_POLICIES[engine.policies.default]
     yield "position limit", f"{MAX_HELD:,} tokens"
 
 
-PAST: dict[ContextPolicy, str] = {
-    "renew": "states are renewed: the text stays good, and the oldest is forgotten",
-    "exact": "the text gets worse, not the memory",
+CONTEXT_POLICIES: dict[ContextPolicy, str] = {
+    "renew": "renew: past the trained length the oldest tokens are forgotten, and quality stays",
+    "exact": "exact: past the trained length quality declines; nothing is forgotten on purpose",
 }
 
 
@@ -159,25 +193,25 @@ def _attention(shape: ModelConfig) -> str:
 
 
 def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:
-    """What a session takes, served as it is where no setting says otherwise."""
+    """Memory and disk of a session under the server's default settings, item by item."""
     from cottention.server.api.dependencies import session_bytes
 
     config = ServerConfig()
     cost, is_in_slot = session_bytes(engine, config), engine.spec.itemised_bytes().keys()
     where = {
-        "logits": ": computed again from the last token",
-        "counts": " of memory, at most",
+        "logits": ", computed again from the last token",
+        "counts": " of memory at most",
         "ids": " of memory",
-        "outbox": " of memory, at most",
-        "turn_copy": " of memory, while a turn runs",
-        "checkpoints": f" on the disk, for {config.session_checkpoints} turns, at most",
+        "outbox": " of memory at most",
+        "turn_copy": " of memory while a turn runs",
+        "checkpoints": f" of disk at most, for {config.session_checkpoints} turns",
     }
     for what, size in cost.items.items():
         yield f"  {what}", f"{size:,} bytes{'' if what in is_in_slot else where[what]}"
     num = cost.per_gb()
     yield "sessions per GB", f"{num['resident']:,}"
-    yield "  parked", f"{num['parked']:,} of memory, at least"
-    yield "  stored", f"{num['stored']:,} on the disk, at least"
+    yield "  parked", f"{num['parked']:,} at least, in memory"
+    yield "  stored", f"{num['stored']:,} at least, on disk"
 
 
 def _on_what(engine: "Engine") -> str:
@@ -187,5 +221,5 @@ def _on_what(engine: "Engine") -> str:
 
 
 def _pool(num_slots: int, bytes_per_slot: int) -> str:
-    in_all = num_slots * bytes_per_slot / 2**20
-    return f"{num_slots} slots of {bytes_per_slot:,} bytes, {in_all:,.1f} MiB in all"
+    mebibytes = num_slots * bytes_per_slot / 2**20
+    return f"{num_slots} slots of {bytes_per_slot:,} bytes, {mebibytes:,.1f} MiB"

@@ -1,39 +1,47 @@
-"""`cottention`: which command, with which settings; every failure is one line and a status.
+"""The command line `cottention COMMAND`: its parser, and the exit status of each command.
 
-Owns the command line. Imports neither torch nor the HTTP stack, so that --help is quick; a command
-imports what it needs when it runs.
+Loads neither torch nor the HTTP stack, so that `--help` stays quick.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, NoReturn
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, CottentionError
+from cottention.engine.settings.command_line import EXIT_USAGE, OneLineParser
+from cottention.engine.settings.sources import Resolved, unknown_variables
 from cottention.server.cli import commands
 from cottention.server.cli.options import (
-    OneLineParser,
-    add_flags,
-    read_flags,
-    variable_of,
-    warn_of_unknown,
+    GENERATE_SETTINGS,
+    INFO_SETTINGS,
+    KNOWN_VARIABLES,
+    SERVE_SETTINGS,
+    add_settings,
+    sources_of,
+    warn_of_unknown_variables,
 )
-from cottention.server.config import GenerateConfig, ServerConfig
+from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version
 
 EXIT_FAILURE = 1
-EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
+
+PRECEDENCE = (
+    "A flag takes precedence over its variable, named in [brackets], and a variable over the file"
+    " that --config names."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status."""
+    """Run one command and return its exit status. Every error is one line on standard error."""
     given, unknown = _parser().parse_known_args(arguments)
     if unknown:
-        given.parser.error(f"there is no {unknown[0]}")
+        given.parser.error(f"unknown argument {unknown[0].partition('=')[0]}")
     try:
         return COMMANDS[given.command].run(given)
     except CottentionError as error:
@@ -41,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has had enough
+    except BrokenPipeError:  # whoever read our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
 
 
 def run() -> NoReturn:
-    """The process: what is to be kept has been by now, and taking torch apart only takes time."""
+    """Run `main` as a process: exit without finalizing torch, which would only take time."""
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -57,8 +65,8 @@ def run() -> NoReturn:
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="cottention",
-        description="Serves language models whose memory of a session never grows.",
-        epilog="Every flag is also a variable, named in [brackets]; a flag goes before it.",
+        description="Serve language models with constant memory per session.",
+        epilog=PRECEDENCE,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"cottention {package_version()}")
@@ -68,78 +76,98 @@ def _parser() -> OneLineParser:
             word,
             help=command.summary,
             description=command.summary,
+            epilog=PRECEDENCE if command.settings else None,
             usage=f"cottention {word} {command.usage}",
             allow_abbrev=False,
         )
         page.set_defaults(parser=page)
         command.add_arguments(page)
+        if command.settings:
+            add_settings(page, command.settings)
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    text = f"folder or Hugging Face id (default: the one that ships) [{variable_of('model')}]"
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
-    add_flags(parser, EngineConfig, "engine")
-
-
-def _model(given: argparse.Namespace) -> str | None:
-    return given.model or os.environ.get(variable_of("model")) or None
-
-
-def _add_serve(parser: argparse.ArgumentParser) -> None:
-    add_flags(parser, ServerConfig, "server")
-    _add_model(parser)
-
-
 def _serve(given: argparse.Namespace) -> int:
-    config = read_flags(ServerConfig, given, os.environ)
-    engine_config = read_flags(EngineConfig, given, os.environ)
+    sources = sources_of(given, os.environ)
+    config = sources.read(ServerConfig).value
+    engine_config = sources.read(EngineConfig).value
     configure_logging(config.log_level, config.log_format)
-    warn_of_unknown(os.environ)
-    return commands.serve(_model(given), engine_config, config)
+    warn_of_unknown_variables(os.environ)
+    return commands.serve(sources.read(ModelArgument).value.model, engine_config, config)
 
 
-def _add_generate(parser: argparse.ArgumentParser) -> None:
+def _add_prompt(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "prompt", nargs="?", metavar="PROMPT", default="-", help="text; - reads standard input"
+        "prompt",
+        nargs="?",
+        metavar="PROMPT",
+        default="-",
+        help="text to continue; - reads standard input (default: -)",
     )
-    add_flags(parser, GenerateConfig, "generation")
-    add_flags(parser, EngineConfig, "engine")
 
 
 def _generate(given: argparse.Namespace) -> int:
-    config = read_flags(GenerateConfig, given, os.environ)
-    return commands.generate(given.prompt, config, read_flags(EngineConfig, given, os.environ))
+    sources = sources_of(given, os.environ)
+    config = sources.read(GenerateConfig).value
+    return commands.generate(given.prompt, config, sources.read(EngineConfig).value)
 
 
 def _info(given: argparse.Namespace) -> int:
-    return commands.info(_model(given), read_flags(EngineConfig, given, os.environ))
+    sources = sources_of(given, os.environ)
+    model = sources.read(ModelArgument).value.model
+    return commands.info(model, sources.read(EngineConfig).value)
 
 
-def _add_nothing(_: argparse.ArgumentParser) -> None:
-    """For a command without settings."""
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _config(given: argparse.Namespace) -> int:
+    sources = sources_of(given, os.environ)
+    resolved: list[Resolved[Any]] = [
+        sources.read(config_type) for config_type in SERVE_SETTINGS.values()
+    ]
+    for message in unknown_variables(os.environ, KNOWN_VARIABLES):
+        print(f"warning: {message}", file=sys.stderr)
+    return commands.config(resolved, as_json=given.json)
 
 
 def _build(_: argparse.Namespace) -> int:
     return commands.build()
 
 
+def _add_nothing(_: argparse.ArgumentParser) -> None:
+    """For a command whose arguments are its settings."""
+
+
 class Command(NamedTuple):
-    """One word after `cottention`."""
+    """A command of `cottention`; `settings` are those that it reads, by title."""
 
     summary: str
     usage: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    settings: Mapping[str, type] = MappingProxyType({})
+    add_arguments: Callable[[argparse.ArgumentParser], None] = _add_nothing
 
 
 COMMANDS = {
-    "serve": Command("serve a model over HTTP", "[MODEL] [flags]", _add_serve, _serve),
+    "serve": Command("serve a model over HTTP", "[MODEL] [flags]", _serve, SERVE_SETTINGS),
     "generate": Command(
-        "continue a prompt and print it as it comes", "[PROMPT] [flags]", _add_generate, _generate
+        "generate text from a prompt",
+        "[PROMPT] [flags]",
+        _generate,
+        GENERATE_SETTINGS,
+        _add_prompt,
     ),
     "info": Command(
-        "show a model's size and what a session of it costs", "[MODEL] [flags]", _add_model, _info
+        "show a model's size and its memory per session", "[MODEL] [flags]", _info, INFO_SETTINGS
     ),
-    "build": Command("compile the ops now instead of at first use", "", _add_nothing, _build),
+    "config": Command(
+        "show the settings that serve would use, and where each comes from",
+        "[MODEL] [flags] [--json]",
+        _config,
+        SERVE_SETTINGS,
+        _add_json,
+    ),
+    "build": Command("compile the ops now instead of at first use", "", _build),
 }

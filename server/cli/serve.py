@@ -1,11 +1,6 @@
-"""From a bound socket to an exit status: what signals and a dead engine do to a running server.
+"""Running the HTTP server: its socket, who can connect, and how it shuts down.
 
-Owns the drain: the first SIGTERM or SIGINT refuses new work and lets what runs finish, the second
-stops now. Knows uvicorn, and nothing of endpoints.
-
-Who gets to the port, and whether that is as it should be: told at start-up.
-
-Owns the words. Knows no endpoint, and does not check keys.
+The first SIGTERM or SIGINT stops new requests and waits for running ones; a second ends them.
 """
 
 import asyncio
@@ -30,18 +25,18 @@ from cottention.server.http.protocol import BoundedProtocol
 logger = logging.getLogger("cottention")
 
 FINAL_EVENT_SECONDS = 0.7
-"""How long cancelled streams have to send their last event."""
+"""Time for cancelled streams to send their last event."""
 
 FAILURE_SECONDS = 1.0
-"""How long a server whose engine died still answers /health with 503."""
+"""Time during which a server whose engine has failed still answers /health with 503."""
 
 IDLE_CONNECTION_SECONDS = 75
-"""Longer than clients keep theirs, so that none sends a request into a connection being closed."""
+"""Longer than clients keep idle connections, so that they close them first."""
 
 BACKLOG = 2048
 
 UNREAD_SECONDS = 300
-"""How long a client may take nothing of what is sent to it before its connection is given up."""
+"""Time after which a connection is closed whose client acknowledges nothing."""
 
 CONNECTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -51,18 +46,20 @@ CONNECTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS),
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 64 * 1024),
 )
-"""What each connection inherits: the system asks idle clients whether they are there, and holds
-little of what is not sent, so that a slow reader is noticed here."""
+"""Options that connections inherit: idle clients are probed, and little unsent data is buffered in
+the kernel, so that a slow reader is noticed here."""
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigurationError saying what to change."""
+    """Open a listening socket. Raises ConfigurationError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, OverflowError) as error:
-        raise ConfigurationError(f"--host {host} --port {port} is no address: {error}") from None
+        raise ConfigurationError(
+            f"--host {host} --port {port} is not an address: {error}"
+        ) from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     for level, option, value in CONNECTIONS:
@@ -80,13 +77,13 @@ def bind_socket(host: str, port: int) -> socket.socket:
 
 
 def url_of(sock: socket.socket) -> str:
-    """Where a socket listens, as a browser takes it."""
+    """The URL of a listening socket."""
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def bounded(receive_seconds: float) -> type[asyncio.Protocol]:
-    """The protocol of each connection, as uvicorn makes it."""
+    """The class of connections for uvicorn, with its timeout bound."""
     made: Any = partial(BoundedProtocol, receive_seconds=receive_seconds)
     return cast("type[asyncio.Protocol]", made)
 
@@ -98,7 +95,7 @@ def run_server(
     sock: socket.socket,
     announce: Callable[[], None],
 ) -> int:
-    """Serve until told to stop; the exit status. `announce` is called when requests are taken."""
+    """Serve until a signal and return the exit status; `announce` is called once it is ready."""
     settings = uvicorn.Config(
         app,
         log_config=None,
@@ -112,7 +109,7 @@ def run_server(
         backlog=BACKLOG,
     )
     server = DrainingServer(settings, bridge, config.drain_seconds, announce)
-    gc.freeze()  # what is loaded lives until the end: looking through it stops all streams
+    gc.freeze()  # what is loaded stays: collecting it would stop all streams for a while
     try:
         server.run(sockets=[sock])
     finally:
@@ -121,7 +118,7 @@ def run_server(
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn that goes on listening while it drains, so that a newcomer hears 503, not silence."""
+    """A uvicorn server that still accepts connections while it drains, and answers 503."""
 
     def __init__(
         self,
@@ -140,7 +137,7 @@ class DrainingServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """In place of uvicorn's, which closes the door at once and ends by the signal."""
+        """Replaces uvicorn's, which stops accepting at once and ends by the signal."""
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
         for each in signals:
@@ -152,7 +149,7 @@ class DrainingServer(uvicorn.Server):
                 loop.remove_signal_handler(each)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, watch the engine, and say so."""
+        """Start, watch the engine, and announce that requests are accepted."""
         await super().startup(sockets)
         self._spawn(self._exit_when_engine_fails())
         self._announce()
@@ -175,7 +172,7 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
-        logger.info("stopping: what runs has %g s to end", self._drain_seconds)
+        logger.info("shutting down: running requests have %g s to finish", self._drain_seconds)
         self._bridge.drain()
         try:
             async with asyncio.timeout(self._drain_seconds):
@@ -191,31 +188,28 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-logger = logging.getLogger("cottention")
-
-
-def warn_of_strangers(sock: socket.socket, config: ServerConfig) -> None:
-    """Whoever reaches the port may use the server: said unless there is a key, or it is meant."""
-    if config.without_key == "warn" and not (_is_private(sock) or _has_keys(config)):
+def warn_of_open_access(sock: socket.socket, config: ServerConfig) -> None:
+    """Log a warning where other machines can connect without an API key."""
+    if not (config.allow_unauthenticated or _is_local(sock) or _has_keys(config)):
         logger.warning(
-            "%s is open to others and there is no --api-key: whoever reaches this port may use the"
-            " model; --without-key allow says that they may",
+            "other machines can connect to %s without an API key; set keys with --api-key-file, or"
+            " silence this warning with --allow-unauthenticated",
             _host(sock),
         )
 
 
-def who_reaches(sock: socket.socket, config: ServerConfig) -> str:
-    """For a person, at start-up."""
-    keys = "an API key is asked for" if _has_keys(config) else "no API key is asked for"
-    if not _is_private(sock):
-        return f"open to whoever gets to this port; {keys}"
-    opens = "--host 0.0.0.0 opens it"
-    return f"this machine alone; {keys}; {opens}" + (
-        "" if _has_keys(config) else ", --api-key-file FILE sets keys"
-    )
+def describe_access(sock: socket.socket, config: ServerConfig) -> str:
+    """Who can connect, for the start-up lines."""
+    keys = "API key required" if _has_keys(config) else "no API key required"
+    if not _is_local(sock):
+        return f"open to other machines; {keys}"
+    advice = "use --host 0.0.0.0 to open it"
+    if not _has_keys(config):
+        advice += ", --api-key-file FILE to require keys"
+    return f"localhost only; {keys}; {advice}"
 
 
-def _is_private(sock: socket.socket) -> bool:
+def _is_local(sock: socket.socket) -> bool:
     return ipaddress.ip_address(_host(sock)).is_loopback
 
 

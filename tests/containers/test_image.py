@@ -97,8 +97,10 @@ def test_without_configuration_it_listens_on_localhost_and_says_how_to_open_it(i
             time.sleep(0.1)
         told = dict(line.split(None, 1) for line in logs.splitlines())
         assert told["ready"] == "http://127.0.0.1:8000"
-        assert told["reach"].startswith("this machine alone; no API key is asked for")
-        assert "--host 0.0.0.0 opens it, --api-key-file FILE sets keys" in told["reach"]
+        assert told["access"].startswith("localhost only; no API key required")
+        assert (
+            "use --host 0.0.0.0 to open it, --api-key-file FILE to require keys" in told["access"]
+        )
         assert told["model"] == "cottention-python-7m, float32 on cpu, compiled ops"
         assert told["memory"].startswith("64 slots of 786,432 bytes")
         assert told["sessions"] == "kept in /sessions"

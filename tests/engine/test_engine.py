@@ -51,17 +51,17 @@ def check_all_ended(engine: Engine, parts: dict[tuple[str, int], list[Output]]) 
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_free_slots == stats.num_slots
-    assert not engine._registry._requests
-    assert not engine._followers._inboxes
+    assert not engine._request_manager._requests
+    assert not engine._inboxes._inboxes
 
 
 def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
     """Make the model say `text` whatever it is asked, one id a step; gives the ids."""
     ids = engine.tokenizer.encode(text)
 
-    def run(plan: Batch) -> BatchResult:
-        read = [chunk.request for chunk in plan.prefill if chunk.is_last]
-        choices = plan.decode + [choice for request in read for choice in request.choices]
+    def run(batch: Batch) -> BatchResult:
+        read = [chunk.request for chunk in batch.prefill if chunk.is_last]
+        choices = batch.decode + [choice for request in read for choice in request.choices]
         return drew({choice: ids[choice.num_generated % len(ids)] for choice in choices})
 
     monkeypatch.setattr(engine._runner, "run", run)
@@ -224,7 +224,7 @@ def test_a_stop_string_that_only_the_end_completes(
     monkeypatch.setattr(
         engine._runner,
         "run",
-        lambda plan: drew({chunk.request.choices[0]: half for chunk in plan.prefill}),
+        lambda batch: drew({chunk.request.choices[0]: half for chunk in batch.prefill}),
     )
     (done,) = engine.generate(["a"], SamplingParams(max_tokens=1, stop=("\ufffd",)))
     assert (done.text, done.finish_reason) == ("", FinishReason.STOP)
@@ -245,9 +245,9 @@ def test_choices_end_one_by_one(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     end = engine.model_config.eos_token_ids[0]
     other = engine.tokenizer.encode("a")[0]
 
-    def run(plan: Batch) -> BatchResult:
-        read = [chunk.request for chunk in plan.prefill if chunk.is_last]
-        choices = plan.decode + [choice for request in read for choice in request.choices]
+    def run(batch: Batch) -> BatchResult:
+        read = [chunk.request for chunk in batch.prefill if chunk.is_last]
+        choices = batch.decode + [choice for request in read for choice in request.choices]
         last = {c: 2 if c.request.id == "one" else c.index for c in choices}
         return drew({c: end if c.num_generated == last[c] else other for c in choices})
 
@@ -505,20 +505,20 @@ def test_a_fault_while_a_prompt_of_several_choices_is_read(
     assert len(engine.generate(["abc"], SamplingParams(n=4, max_tokens=2))) == 4
 
 
-def test_a_fault_in_telling_an_id_ends_its_request_alone(
+def test_a_fault_in_processing_a_token_ends_its_request_alone(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All its choices, also those whose ids of the same step were not told yet."""
+    """All its choices, also those whose tokens of the same step were not processed yet."""
     params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
     expected = engine.generate(["b"], params)[0].token_ids
-    accept = engine._registry.accept
+    append_token = engine._request_manager.append_token
 
     def fail(sample: Sample) -> Output:
         if sample.choice.request.id == "a":
             raise ValueError("broken")
-        return accept(sample)
+        return append_token(sample)
 
-    monkeypatch.setattr(engine._registry, "accept", fail)
+    monkeypatch.setattr(engine._request_manager, "append_token", fail)
     engine.submit([1], SamplingParams(n=3), request_id="a")
     engine.submit(engine.tokenizer.encode("b"), params, request_id="b")
     parts = collect(engine)

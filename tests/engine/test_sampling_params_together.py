@@ -1,4 +1,4 @@
-"""What a request may wish beside temperature and its like: penalties, bias, words, scores."""
+"""Sampling parameters besides temperature and filters: penalties, bias, words, logprobs."""
 
 import json
 import math
@@ -111,14 +111,14 @@ def test_only_allowed_ids_come(engine: Engine) -> None:
 
 
 def test_bad_words_are_not_completed(engine: Engine) -> None:
-    wish = {"max_tokens": 60, "temperature": 3.0, "seed": 5, "ignore_eos": True}
-    common = max("etaoin", key=text(engine, **wish).count)
-    assert common in text(engine, **wish)
-    without = text(engine, bad_words=(common,), **wish)
+    params = {"max_tokens": 60, "temperature": 3.0, "seed": 5, "ignore_eos": True}
+    common = max("etaoin", key=text(engine, **params).count)
+    assert common in text(engine, **params)
+    without = text(engine, bad_words=(common,), **params)
     token = engine.tokenizer.encode(common)
     assert len(token) == 1
-    assert token[0] not in ids(engine, bad_words=(common,), **wish)
-    assert without != text(engine, **wish)
+    assert token[0] not in ids(engine, bad_words=(common,), **params)
+    assert without != text(engine, **params)
 
 
 def test_a_bad_word_of_several_ids(engine: Engine) -> None:
@@ -132,9 +132,9 @@ def test_a_bad_word_of_several_ids(engine: Engine) -> None:
 def test_a_bad_word_of_spaces_alone(engine: Engine) -> None:
     """Without its spaces nothing is left of it, and nothing has no last id to be barred."""
     [space] = engine.tokenizer.encode(" ")
-    wish = {"max_tokens": 3, "ignore_eos": True, "logit_bias": {space: 100.0}}
-    assert ids(engine, **wish) == [space] * 3
-    without = ids(engine, bad_words=("  ",), **wish)
+    params = {"max_tokens": 3, "ignore_eos": True, "logit_bias": {space: 100.0}}
+    assert ids(engine, **params) == [space] * 3
+    without = ids(engine, bad_words=("  ",), **params)
     assert len(without) == 3
     assert space not in without
 
@@ -158,12 +158,12 @@ def test_an_end_that_the_model_has_not(gptj_folder: Path, tmp_path: Path) -> Non
 
 
 def test_stop_strings_wait_for_min_tokens(engine: Engine) -> None:
-    wish = {"max_tokens": 40, "temperature": 1.0, "seed": 3, "ignore_eos": True}
-    whole = text(engine, **wish)
+    params = {"max_tokens": 40, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    whole = text(engine, **params)
     stop = whole[1]
-    assert text(engine, stop=(stop,), **wish) == whole[: whole.index(stop)]
-    late = text(engine, stop=(stop,), min_tokens=10, **wish)
-    assert len(ids(engine, stop=(stop,), min_tokens=10, **wish)) >= 10
+    assert text(engine, stop=(stop,), **params) == whole[: whole.index(stop)]
+    late = text(engine, stop=(stop,), min_tokens=10, **params)
+    assert len(ids(engine, stop=(stop,), min_tokens=10, **params)) >= 10
     assert whole.startswith(late)
 
 
@@ -177,21 +177,21 @@ def test_stop_token_ids(engine: Engine) -> None:
 
 
 def test_what_stopped_may_belong_to_the_text(engine: Engine) -> None:
-    wish = {"max_tokens": 30, "temperature": 1.0, "seed": 8, "ignore_eos": True}
-    whole = text(engine, **wish)
+    params = {"max_tokens": 30, "temperature": 1.0, "seed": 8, "ignore_eos": True}
+    whole = text(engine, **params)
     stop = whole[3:5]
     place = whole.index(stop)
-    assert text(engine, stop=(stop,), **wish) == whole[:place]
-    got = outputs(engine, stop=(stop,), include_stop_str_in_output=True, **wish)
+    assert text(engine, stop=(stop,), **params) == whole[:place]
+    got = outputs(engine, stop=(stop,), include_stop_str_in_output=True, **params)
     assert "".join(output.text for output in got) == whole[: place + len(stop)]
     assert got[-1].stop_reason == stop
 
 
 def test_special_tokens_may_be_written(engine: Engine) -> None:
     end = engine.model_config.eos_token_ids[0]
-    wish = {"max_tokens": 2, "logit_bias": {end: 100.0}, "ignore_eos": True}
-    assert text(engine, **wish) == ""
-    assert text(engine, skip_special_tokens=False, **wish) == "<|endoftext|>" * 2
+    params = {"max_tokens": 2, "logit_bias": {end: 100.0}, "ignore_eos": True}
+    assert text(engine, **params) == ""
+    assert text(engine, skip_special_tokens=False, **params) == "<|endoftext|>" * 2
 
 
 @pytest.mark.every_attention
@@ -250,8 +250,8 @@ def test_a_prompt_is_scored_without_generating(
 
 def test_prompt_scores_come_once(engine: Engine) -> None:
     got = outputs(engine, max_tokens=3, n=2, prompt_logprobs=0, seed=1, ignore_eos=True)
-    told = [output for output in got if output.prompt_logprobs is not None]
-    assert [(output.choice, len(output.prompt_logprobs or ())) for output in told] == [
+    with_logprobs = [output for output in got if output.prompt_logprobs is not None]
+    assert [(output.choice, len(output.prompt_logprobs or ())) for output in with_logprobs] == [
         (0, len(PROMPT))
     ]
 
@@ -260,7 +260,7 @@ def test_a_request_that_forbids_everything_fails_alone(engine: Engine) -> None:
     """Only where its own ids bring it there: what cannot even begin is refused."""
     z = engine.tokenizer.encode("z")[0]
     engine.submit(PROMPT, SamplingParams(max_tokens=5, ignore_eos=True), request_id="beside")
-    with pytest.raises(RequestFailedError, match="every one is forbidden"):
+    with pytest.raises(RequestFailedError, match="all are forbidden"):
         engine.generate(
             [PROMPT], SamplingParams(max_tokens=5, allowed_token_ids=(z,), bad_words=("zzz",))
         )
@@ -282,7 +282,7 @@ def test_lower_priority_numbers_go_first(gptj_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("param", "wish"),
+    ("param", "params"),
     [
         ("stop_token_ids", {"stop_token_ids": (10**6,)}),
         ("logit_bias", {"logit_bias": {-1: 1.0}}),
@@ -298,15 +298,15 @@ def test_lower_priority_numbers_go_first(gptj_folder: Path) -> None:
         ("bad_words", {"bad_words": ("",)}),
     ],
 )
-def test_wishes_that_cannot_be_are_refused_by_name(
-    engine: Engine, param: str, wish: dict[str, Any]
+def test_parameters_that_cannot_be_are_refused_by_name(
+    engine: Engine, param: str, params: dict[str, Any]
 ) -> None:
     with pytest.raises(ParameterError) as refused:
-        engine.submit(PROMPT, SamplingParams(**wish))
+        engine.submit(PROMPT, SamplingParams(**params))
     assert refused.value.param == param
 
 
-def test_wishes_that_leave_nothing_to_begin_with_are_refused(engine: Engine) -> None:
+def test_parameters_that_leave_nothing_to_begin_with_are_refused(engine: Engine) -> None:
     (a,), (end, *_) = engine.tokenizer.encode("a"), engine.model_config.eos_token_ids
     everything = tuple(range(engine.tokenizer.num_ids))
     contradictions: list[dict[str, Any]] = [
@@ -315,9 +315,9 @@ def test_wishes_that_leave_nothing_to_begin_with_are_refused(engine: Engine) -> 
         {"allowed_token_ids": (a, end), "stop_token_ids": (a,), "min_tokens": 1},
         {"stop_token_ids": everything, "min_tokens": 1},
     ]
-    for wish in contradictions:
+    for params in contradictions:
         with pytest.raises(ParameterError, match="no token is left to begin with") as refused:
-            engine.submit(PROMPT, SamplingParams(**wish))
-        assert refused.value.param in wish
-        assert not outputs(engine, **{**wish, "max_tokens": 0, "min_tokens": 0})[-1].token_ids
+            engine.submit(PROMPT, SamplingParams(**params))
+        assert refused.value.param in params
+        assert not outputs(engine, **{**params, "max_tokens": 0, "min_tokens": 0})[-1].token_ids
     assert not engine.has_work()

@@ -160,8 +160,8 @@ def test_a_fault_in_the_engine_itself_ends_the_thread(
     def fail(*_: Any) -> list[Output]:
         raise KeyError("inconsistent")
 
-    monkeypatch.setattr(engine._registry, "move_on", fail)
-    monkeypatch.setattr(engine._registry, "cancel_all", fail)
+    monkeypatch.setattr(engine._request_manager, "advance", fail)
+    monkeypatch.setattr(engine._request_manager, "cancel_all", fail)
     worker.start()
     worker.submit([1], SHORT, request_id="a")
     reader.wait(lambda: reader.deaths)
@@ -178,10 +178,10 @@ def test_a_failed_step_does_not_end_the_thread(
     original = engine._runner.run
     faults = [RuntimeError("broken")]
 
-    def run(plan: Any) -> Any:
+    def run(batch: Any) -> Any:
         if faults:
             raise faults.pop()
-        return original(plan)
+        return original(batch)
 
     monkeypatch.setattr(engine._runner, "run", run)
     worker.start()
@@ -244,12 +244,12 @@ def test_figures_while_a_step_changes_them() -> None:
     for number in range(4):
         scheduler.add(make_request(str(number), [1], SamplingParams(n=16)))
     for request in scheduler.admit(64):
-        scheduler.start_choices(request)
+        scheduler.start_decoding(request)
     stop = threading.Event()
 
     def change() -> None:
         while not stop.is_set():
-            scheduler._running.append(scheduler._running.popleft())
+            scheduler._decoding.append(scheduler._decoding.popleft())
 
     thread = threading.Thread(target=change)
     thread.start()

@@ -122,7 +122,7 @@ class FakeEngine:
         cache_scope: str | None = None,  # noqa: ARG002
     ) -> str:
         start = None if start is None else self.policies.settled(start, params)
-        self.policies.grid(prompt_ids, params, start)
+        self.policies.schedule(prompt_ids, params, start)
         if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
         if not all(0 <= each < 256 for each in prompt_ids):

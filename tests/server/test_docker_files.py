@@ -9,16 +9,16 @@ import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from cottention.engine.config import EngineConfig
 from cottention.engine.ops import BuildError, build
-from cottention.server.cli.options import variable_of
+from cottention.engine.settings.declaration import Setting, settings_of
+from cottention.engine.settings.sources import variable_of
+from cottention.server.cli.options import SERVE_SETTINGS
 from cottention.server.cli.serve import FINAL_EVENT_SECONDS
 from cottention.server.config import ServerConfig
 from tests.server.exported import exported_names
@@ -31,30 +31,32 @@ DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cuda"]
 SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
-def settings() -> dict[str, Any]:
-    """Every setting of `cottention serve`, by its variable, and its default."""
-    found = {variable_of("model"): None}
-    for config_type in (ServerConfig, EngineConfig):
-        found |= {variable_of(item.name): item.default for item in fields(config_type)}
-    return found
+def settings() -> dict[str, Setting]:
+    """Every setting of `cottention serve`, by its variable."""
+    each_type = (settings_of(config_type) for config_type in SERVE_SETTINGS.values())
+    return {variable_of(each.name): each for some in each_type for each in some}
 
 
 def told(default: Any) -> set[str]:
     """How env.example may write a default."""
     if default in (None, ()):
         return {""}
+    if isinstance(default, bool):
+        return {str(default).lower()}
     texts = {f"{default:g}" if isinstance(default, float) else str(default)}
     if isinstance(default, int):
         texts |= {f"{default // size}{suffix}" for suffix, size in SIZES.items()}
     return texts
 
 
-def test_the_example_has_every_setting_with_its_default() -> None:
-    lines = dict(re.findall(r"^#(COTTENTION_\w+)=(.*)$", EXAMPLE, re.MULTILINE))
+def test_the_example_has_every_setting_with_its_help_and_default() -> None:
+    found = re.findall(r"^((?:# .*\n)+)#(COTTENTION_\w+)=(.*)$", EXAMPLE, re.MULTILINE)
+    lines = {name: (" ".join(text.split()).replace("# ", ""), value) for text, name, value in found}
     expected = settings()
     assert lines.keys() == expected.keys()
-    for name, value in lines.items():
-        assert value in told(expected[name]), name
+    for name, (text, value) in lines.items():
+        assert value in told(expected[name].default), name
+        assert text.startswith(expected[name].help), name
 
 
 def test_the_example_has_every_variable_of_the_compose_file_with_its_default() -> None:

@@ -80,9 +80,13 @@ class Saboteur:
         patch.setattr(runner, "run", self._noting(runner.run))
         patch.setattr(runner._model, "hidden", self._failing("model", runner._model.hidden))
         sampler = runner._sampler
-        patch.setattr(sampler, "_allowed", self._failing("sampler", sampler._allowed))
+        patch.setattr(sampler, "_adjusted", self._failing("sampler", sampler._adjusted))
         patch.setattr(sampler, "sample", self._spoiling(sampler.sample))
-        patch.setattr(engine._registry, "accept", self._mistelling(engine._registry.accept))
+        patch.setattr(
+            engine._request_manager,
+            "append_token",
+            self._mistelling(engine._request_manager.append_token),
+        )
         encode = self._failing_for_one("tokenizer", engine.tokenizer.encode)
         patch.setattr(engine.tokenizer, "encode", encode)
         patch.setattr(store._blobs, "_write", self._filling(store._blobs._write))

@@ -1,6 +1,8 @@
 """The runbook is true: its table of metrics, its formulas, its table of sizes."""
 
+import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
+from cottention.server.cli import main as cli
 from cottention.server.config import ServerConfig
 from tests.server.exported import exported_families
 
@@ -73,7 +76,17 @@ def test_its_formulas(has_denominator: bool) -> None:
 
 def test_its_commands_and_defaults_are_those_of_the_files() -> None:
     example = (Path(__file__).parents[2] / "docker" / "env.example").read_text()
-    for name in set(re.findall(r"`([A-Z_]+)[=`]", PAGE)) - {"STOP_GRACE"}:
+    for name in set(re.findall(r"`([A-Z_]+)[=`]", PAGE)) - {"STOP_GRACE", "COTTENTION_CONFIG"}:
         assert f"#{name}=" in example, name
     for flag in set(re.findall(r"`--([a-z-]+)`", PAGE)):
         assert f"#COTTENTION_{flag.upper().replace('-', '_')}=" in example, flag
+
+
+def test_its_configuration_file_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    [example] = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    file = tmp_path / "cottention.toml"
+    file.write_text(example, encoding="utf-8")
+    assert cli.main(["config", "--config", str(file), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    applied = {name: each["value"] for name, each in shown.items() if each["source"] == "file"}
+    assert applied == tomllib.loads(example) | {"session_memory": 2 << 30}

@@ -1,6 +1,6 @@
-"""Drawing in captured decode, with a capture that captures nothing: which graphs take which wishes.
+"""Sampling in captured decode, with a capture that captures nothing: which graphs sample what.
 
-That engines give the same ids with graphs and without: test_graphs.py.
+That engines give the same ids with graphs and without: test_cuda_graphs.py.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine.execution.cuda_graphs import CapturedDecode, Row
-from cottention.engine.sampling.sampler import Draw, Sampler
+from cottention.engine.sampling.sampler import Sampler, SamplingInput
 from cottention.engine.sampling.token_history import TokenCounts
 from cottention.engine.sampling_params import SamplingParams
 
@@ -46,9 +46,9 @@ def captured() -> tuple[CapturedDecode, Captures, Sampler]:
     return CapturedDecode(decode, sampler, 16, "cpu", captures), captures, sampler
 
 
-def draws_of(kinds: list[dict[str, Any]]) -> list[Draw]:
+def inputs_of(kinds: list[dict[str, Any]]) -> list[SamplingInput]:
     return [
-        Draw(
+        SamplingInput(
             SamplingParams(**kind),
             (i + 0.5) / len(kinds),
             TokenCounts((), {1 + i: 2} if kind == PENALTY else {}),
@@ -71,27 +71,27 @@ def draws_of(kinds: list[dict[str, Any]]) -> list[Draw]:
 def test_ids_are_the_samplers(kinds: list[dict[str, Any]]) -> None:
     """Rows behind those that draw are spares, and get nothing."""
     decoding, _, sampler = captured()
-    draws = draws_of(kinds)
-    rows = [Row(3 + i, 10 * i, i) for i in range(len(draws) + 2)]
-    ids, positions = (torch.tensor([row[i] for row in rows[: len(draws)]]) for i in (0, 1))
-    expected = sampler.sample(decode(ids, positions, ids), draws)
+    inputs = inputs_of(kinds)
+    rows = [Row(3 + i, 10 * i, i) for i in range(len(inputs) + 2)]
+    ids, positions = (torch.tensor([row[i] for row in rows[: len(inputs)]]) for i in (0, 1))
+    expected = sampler.sample(decode(ids, positions, ids), inputs)
     for _ in range(2):
-        assert decoding.run(rows, draws) == expected
+        assert decoding.run(rows, inputs) == expected
 
 
 def test_chance_is_in_the_graph_and_one_tensor_of_ids_comes_out() -> None:
     decoding, captures, _ = captured()
     for kinds in ([{}], [FILTERED, {}], [GREEDY, {}]):
-        decoding.run([Row(1, 1, i) for i in range(len(kinds))], draws_of(kinds))
+        decoding.run([Row(1, 1, i) for i in range(len(kinds))], inputs_of(kinds))
         assert captures.outputs[-1].dtype == torch.int64
 
 
-def test_what_an_earlier_batch_wished_is_forgotten() -> None:
+def test_parameters_of_an_earlier_batch_are_forgotten() -> None:
     decoding, _, _ = captured()
     rows = [Row(1, 1, i) for i in range(4)]
-    alone = decoding.run(rows[:1], draws_of([{}]))
-    decoding.run(rows, draws_of([FILTERED] * 4))
-    assert decoding.run(rows[:1], draws_of([{}])) == alone
+    alone = decoding.run(rows[:1], inputs_of([{}]))
+    decoding.run(rows, inputs_of([FILTERED] * 4))
+    assert decoding.run(rows[:1], inputs_of([{}])) == alone
 
 
 def test_spares_alone_draw_nothing() -> None:

@@ -58,12 +58,12 @@ def test_an_engine_with_graphs_gives_the_same_ids(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(
-    "wish",
+    "kind",
     [{"temperature": 0}, {"seed": 3}, {"seed": 3, "temperature": 0.8, "top_p": 0.9, "top_k": 20}],
     ids=["greedy", "chance", "filtered"],
 )
-def test_captured_and_plain_steps_agree_on_a_gpu(gptj_folder: Path, wish: dict[str, Any]) -> None:
-    params = SamplingParams(max_tokens=9, ignore_eos=True, **wish)
+def test_captured_and_plain_steps_agree_on_a_gpu(gptj_folder: Path, kind: dict[str, Any]) -> None:
+    params = SamplingParams(max_tokens=9, ignore_eos=True, **kind)
     config = EngineConfig(max_slots=5, device="cuda", dtype="float32")
     captured, plain = Engine(gptj_folder, config), Engine(gptj_folder, config)
     plain._runner._captured = None
@@ -71,7 +71,7 @@ def test_captured_and_plain_steps_agree_on_a_gpu(gptj_folder: Path, wish: dict[s
     assert generated(captured, params) == generated(plain, params) == expected
 
 
-def doubled(ids: Tensor, positions: Tensor, slots: Tensor, _wishes: Tensor) -> Tensor:
+def doubled(ids: Tensor, positions: Tensor, slots: Tensor, _sampling_rows: Tensor) -> Tensor:
     return torch.stack([ids * 2, positions, slots.long()])
 
 

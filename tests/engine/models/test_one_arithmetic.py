@@ -43,8 +43,8 @@ class Recorded:
         return kept
 
     def _record(self, run: Callable[[Batch], BatchResult]) -> Callable[[Batch], BatchResult]:
-        def recorded(plan: Batch) -> BatchResult:
-            result = run(plan)
+        def recorded(batch: Batch) -> BatchResult:
+            result = run(batch)
             for row, (choice, drawn) in enumerate(result.samples):
                 self.logits[choice.request.id].append(self._last[row])
                 self.ids[choice.request.id].append(drawn.token_id)

@@ -13,8 +13,8 @@ from cottention.engine.sampling.topk_topp import (
     SamplingMode,
     SamplingRow,
     as_tensor,
-    draw_each,
-    draw_ids,
+    sample_each,
+    sample_ids,
 )
 
 pytestmark = pytest.mark.skipif(ops.backend() != "compiled", reason="no compiled ops")
@@ -45,7 +45,9 @@ def wishes(rows: int, columns: int, seed: int) -> list[SamplingRow]:
 
 
 def by_torch(logits: Tensor, wanted: list[SamplingRow]) -> list[int]:
-    return draw_ids(logits, logits.argmax(-1), as_tensor(wanted), SamplingMode.FROM_FIRST).tolist()
+    return sample_ids(
+        logits, logits.argmax(-1), as_tensor(wanted), SamplingMode.TOP_K_TOP_P
+    ).tolist()
 
 
 def by_op(logits: Tensor, wanted: list[SamplingRow]) -> list[int]:
@@ -120,9 +122,9 @@ def test_what_cannot_be_drawn_stays() -> None:
 
 def test_each_row_is_drawn_by_its_own_way_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, wanted = some(40, 333, seed=3), wishes(40, 333, seed=3)
-    expected = draw_each(logits, logits.argmax(-1), wanted).tolist()
+    expected = sample_each(logits, logits.argmax(-1), wanted).tolist()
     monkeypatch.setattr(ops, "can_draw", lambda _: False)
-    assert draw_each(logits, logits.argmax(-1), wanted).tolist() == expected
+    assert sample_each(logits, logits.argmax(-1), wanted).tolist() == expected
 
 
 @pytest.mark.parametrize("likeliest", [0, 3])

@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from cottention.engine.sampling.logits_processors import Adjustment, adjust
+from cottention.engine.sampling.logits_processors import LogitsAdjustment, adjust_logits
 from cottention.engine.sampling.token_history import TokenCounts
 from cottention.engine.sampling_params import SamplingParams
 
 VOCABULARY = 30
 
 
-def defined(logits: list[float], one: Adjustment) -> list[float]:
-    """vLLM's order: what may not be drawn, bias, penalties."""
+def defined(logits: list[float], one: LogitsAdjustment) -> list[float]:
+    """vLLM's order: what must not be sampled, bias, penalties."""
     params = one.params
     allowed = range(VOCABULARY) if params.allowed_token_ids is None else params.allowed_token_ids
     adjusted = [
-        x if i in allowed and i not in one.barred else -math.inf for i, x in enumerate(logits)
+        x if i in allowed and i not in one.masked_token_ids else -math.inf
+        for i, x in enumerate(logits)
     ]
     for i, bias in params.logit_bias.items():
         adjusted[i] += bias
@@ -30,24 +31,24 @@ def defined(logits: list[float], one: Adjustment) -> list[float]:
     return adjusted
 
 
-def some_adjustment(rng: random.Random) -> Adjustment:
+def some_adjustment(rng: random.Random) -> LogitsAdjustment:
     def ids(most: int) -> list[int]:
         return rng.sample(range(VOCABULARY), rng.randint(1, most))
 
     params: dict[str, Any] = {}
-    counts, barred = TokenCounts(), []
+    counts, masked = TokenCounts(), []
     if rng.random() < 0.3:
         params["allowed_token_ids"] = tuple(ids(20))
     if rng.random() < 0.3:
         params["logit_bias"] = {i: rng.uniform(-5, 5) for i in ids(9)}
     if rng.random() < 0.3:
-        barred = ids(5)
+        masked = ids(5)
     if rng.random() < 0.6:
         counts = TokenCounts(ids(20), {i: rng.randint(1, 9) for i in ids(9)})
         params |= rng.choice(
             [{"repetition_penalty": 1.5}, {"frequency_penalty": -0.5}, {"presence_penalty": 0.7}]
         )
-    return Adjustment(SamplingParams(**params), counts, barred)
+    return LogitsAdjustment(SamplingParams(**params), counts, masked)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -60,7 +61,7 @@ def test_rows_are_adjusted_as_defined(rows: int, seed: int) -> None:
         defined(given, wanted[row]) if row in wanted else given
         for row, given in enumerate(logits.tolist())
     ]
-    adjust(logits, wanted)
+    adjust_logits(logits, wanted)
     torch.testing.assert_close(logits, torch.tensor(expected))
 
 
@@ -70,15 +71,15 @@ def test_a_row_gets_the_same_bits_in_any_company() -> None:
     wanted = {row: some_adjustment(rng) for row in range(40)}
     alone = [logits[row : row + 1].clone() for row in range(40)]
     for row, one in enumerate(alone):
-        adjust(one, {0: wanted[row]})
-    adjust(logits, wanted)
+        adjust_logits(one, {0: wanted[row]})
+    adjust_logits(logits, wanted)
     assert torch.equal(logits, torch.cat(alone))
 
 
 def test_counts_go_on() -> None:
     counts = TokenCounts([4, 5, 4], {5: 2, 7: 1})
     for token_id in (9, 4, 9):
-        counts.note(token_id)
+        counts.add(token_id)
     assert dict(zip(counts.ids, counts.times, strict=True)) == {4: 1, 5: 2, 7: 1, 9: 2}
     assert len(counts) == 4
     assert not TokenCounts()
@@ -87,7 +88,7 @@ def test_counts_go_on() -> None:
 @pytest.mark.parametrize("penalty", [5e-324, 1e-38, 1e308])
 def test_any_repetition_penalty_leaves_numbers(penalty: float) -> None:
     logits = torch.tensor([[3.0, -2.0, 0.0, 80.0, -torch.inf]])
-    one = Adjustment(SamplingParams(repetition_penalty=penalty), TokenCounts(range(5)), ())
-    adjust(logits, {0: one})
+    one = LogitsAdjustment(SamplingParams(repetition_penalty=penalty), TokenCounts(range(5)), ())
+    adjust_logits(logits, {0: one})
     assert logits[0, :4].isfinite().all()
     assert logits[0, 4] == -torch.inf

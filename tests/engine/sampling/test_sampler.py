@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cottention.engine.sampling.sampler import Draw, Sampler, uniform
+from cottention.engine.sampling.sampler import Sampler, SamplingInput, uniform
 from cottention.engine.sampling_params import MAX_SEED, SamplingParams
 
 VOCABULARY = 24
@@ -41,15 +41,19 @@ def some_logits(rows: int, seed: int = 0) -> Tensor:
     return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def draw_all(logits: Tensor, draws: list[Draw], by: Sampler | None = None) -> list[int | None]:
+def sample_all(
+    logits: Tensor, inputs: list[SamplingInput], by: Sampler | None = None
+) -> list[int | None]:
     """The id that each row gets."""
-    drawn = (by or sampler()).sample(logits, draws)
+    drawn = (by or sampler()).sample(logits, inputs)
     return [one and one.token_id for one in drawn]
 
 
 def one(logits: Tensor, number: float = 0.5, **params: Any) -> int | None:
     """What one row gets."""
-    return draw_all(logits.clone().view(1, -1), [Draw(SamplingParams(**params), number)])[0]
+    return sample_all(
+        logits.clone().view(1, -1), [SamplingInput(SamplingParams(**params), number)]
+    )[0]
 
 
 def defined(logits: Tensor, params: SamplingParams) -> dict[int, float]:
@@ -82,8 +86,8 @@ def test_distribution_is_the_defined_one(params: dict[str, Any]) -> None:
     """An even grid of random numbers gives each id its share, to within one point of the grid."""
     logits = some_logits(1, seed=7)[0]
     points = 2000
-    draws = [Draw(SamplingParams(**params), (i + 0.5) / points) for i in range(points)]
-    counts = Counter(draw_all(logits.repeat(points, 1), draws))
+    inputs = [SamplingInput(SamplingParams(**params), (i + 0.5) / points) for i in range(points)]
+    counts = Counter(sample_all(logits.repeat(points, 1), inputs))
     expected = defined(logits, SamplingParams(**params))
     assert set(counts) <= set(expected)
     for token_id, share in expected.items():
@@ -94,8 +98,8 @@ def test_random_numbers_of_many_seeds_give_the_distribution() -> None:
     """χ² over 4,000 seeds: 21 degrees of freedom, beyond 50 in 4 of 10,000 such tests."""
     logits = some_logits(1, seed=8)[0] / 2
     params = SamplingParams()
-    draws = [Draw(params, uniform(seed, 0, 12)) for seed in range(4000)]
-    counts = Counter(draw_all(logits.repeat(len(draws), 1), draws))
+    inputs = [SamplingInput(params, uniform(seed, 0, 12)) for seed in range(4000)]
+    counts = Counter(sample_all(logits.repeat(len(inputs), 1), inputs))
     expected = defined(logits, params)
     chi2 = sum((counts[i] - 4000 * p) ** 2 / (4000 * p) for i, p in expected.items())
     assert chi2 < 50
@@ -107,10 +111,10 @@ def test_a_row_does_not_know_the_rows_beside_it(seed: int) -> None:
     rng = random.Random(seed)
     rows = [rng.choice(MANY_KINDS) for _ in range(40)]
     logits = some_logits(40, seed)
-    draws = [Draw(SamplingParams(**params), rng.random()) for params in rows]
-    alone = [draw_all(logits[i : i + 1].clone(), draws[i : i + 1])[0] for i in range(40)]
+    inputs = [SamplingInput(SamplingParams(**params), rng.random()) for params in rows]
+    alone = [sample_all(logits[i : i + 1].clone(), inputs[i : i + 1])[0] for i in range(40)]
     order = rng.sample(range(40), 40)
-    together = draw_all(logits[order], [draws[i] for i in order])
+    together = sample_all(logits[order], [inputs[i] for i in order])
     assert together == [alone[i] for i in order]
 
 
@@ -190,5 +194,5 @@ def test_all_in_a_row_of_equals_is_the_first() -> None:
     """Ties do not depend on how many rows or how wide a vocabulary there is."""
     for rows in (1, 2, 17):
         wide = Sampler(range(1, 5000), 5000, "cpu")
-        draws = [Draw(SamplingParams(temperature=0), 0.5)] * rows
-        assert draw_all(torch.zeros(rows, 5000), draws, wide) == [1] * rows
+        inputs = [SamplingInput(SamplingParams(temperature=0), 0.5)] * rows
+        assert sample_all(torch.zeros(rows, 5000), inputs, wide) == [1] * rows

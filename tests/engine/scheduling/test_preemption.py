@@ -1,4 +1,4 @@
-"""Requests that wait for their readers: slots for others, the same tokens as without a pause."""
+"""Paused requests: slots for others, and the same tokens as without a pause."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -226,7 +226,7 @@ def test_each_choice_counts_and_one_with_too_many_ends_alone(gptj_folder: Path) 
     check_all_ended(engine, {})
 
 
-def test_who_waits_to_go_on_is_not_ended_for_who_pauses(gptj_folder: Path) -> None:
+def test_a_resumed_request_is_not_ended_for_one_that_pauses(gptj_folder: Path) -> None:
     """It has been read. Its state counts, and so who pauses finds no room."""
     engine = Engine(gptj_folder, EngineConfig(max_slots=1, max_paused_states=1))
     assert paused(engine, "read") == []
@@ -250,5 +250,5 @@ def test_no_room_at_all(gptj_folder: Path) -> None:
     check_all_ended(engine, {})
 
 
-def test_as_many_as_slots_unless_told(gptj_folder: Path) -> None:
+def test_the_default_limit_is_the_number_of_slots(gptj_folder: Path) -> None:
     assert Engine(gptj_folder, EngineConfig(max_slots=3)).stats().max_paused_states == 3

@@ -9,7 +9,7 @@ from cottention.engine.outputs import FinishReason
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import Batch
 from cottention.engine.scheduling.request import Choice, Request
-from cottention.engine.scheduling.scheduler import PATIENCE, Scheduler
+from cottention.engine.scheduling.scheduler import MAX_OVERTAKES, Scheduler
 from cottention.engine.state.context_window import RenewalSchedule
 from cottention.engine.text.detokenizer import Detokenizer
 from tests.engine.making import make_request, small_tokenizer
@@ -22,19 +22,21 @@ def request(length: int = 1, n: int = 1, max_tokens: int = 16, name: str = "r") 
     return made
 
 
-def cost(plan: Batch) -> int:
+def cost(batch: Batch) -> int:
     return (
-        len(plan.decode) + len(plan.ahead) + sum(chunk.stop - chunk.start for chunk in plan.prefill)
+        len(batch.decode)
+        + len(batch.lookahead)
+        + sum(chunk.stop - chunk.start for chunk in batch.prefill)
     )
 
 
-def run(scheduler: Scheduler, plan: Batch) -> list[Choice]:
-    """What the registry does after a step; gives the choices that got a token."""
-    grown = list(plan.decode)
-    for chunk in plan.prefill:
-        chunk.request.has_read(chunk.stop)
+def run(scheduler: Scheduler, batch: Batch) -> list[Choice]:
+    """What RequestManager does after a step; gives the choices that got a token."""
+    grown = list(batch.decode)
+    for chunk in batch.prefill:
+        chunk.request.advance_prefill(chunk.stop)
         if chunk.is_last:
-            scheduler.start_choices(chunk.request)
+            scheduler.start_decoding(chunk.request)
             grown += chunk.request.choices
     for choice in grown:
         choice.num_generated += 1
@@ -47,7 +49,7 @@ def running(scheduler: Scheduler, number: int) -> list[Request]:
     for each in made:
         scheduler.add(each)
     scheduler.admit(number)
-    while any(each.num_read == 0 for each in made):
+    while any(each.num_prefilled == 0 for each in made):
         run(scheduler, scheduler.schedule())
     return made
 
@@ -65,9 +67,9 @@ def test_a_long_prompt_is_read_in_chunks_of_the_budget() -> None:
     scheduler.admit(1)
     spans = []
     while scheduler.num_running and len(spans) < 3:
-        plan = scheduler.schedule()
-        spans += [(chunk.start, chunk.stop, chunk.is_last) for chunk in plan.prefill]
-        run(scheduler, plan)
+        batch = scheduler.schedule()
+        spans += [(chunk.start, chunk.stop, chunk.is_last) for chunk in batch.prefill]
+        run(scheduler, batch)
     assert spans == [(0, 8, False), (8, 16, False), (16, 20, True)]
 
 
@@ -85,8 +87,8 @@ def test_prompts_share_a_step_in_order_of_arrival() -> None:
     for each in made:
         scheduler.add(each)
     scheduler.admit(3)
-    plan = scheduler.schedule()
-    assert [(chunk.request, chunk.stop) for chunk in plan.prefill] == [
+    batch = scheduler.schedule()
+    assert [(chunk.request, chunk.stop) for chunk in batch.prefill] == [
         (made[0], 3),
         (made[1], 4),
         (made[2], 1),
@@ -98,9 +100,9 @@ def test_running_choices_come_first_and_prompts_get_their_share() -> None:
     running(scheduler, 20)
     scheduler.add(request(length=100))
     scheduler.admit(1)
-    plan = scheduler.schedule()
-    assert len(plan.decode) == 6
-    assert cost(plan) == 8
+    batch = scheduler.schedule()
+    assert len(batch.decode) == 6
+    assert cost(batch) == 8
 
 
 def test_without_prompts_running_choices_take_the_whole_budget() -> None:
@@ -114,8 +116,8 @@ def test_few_running_choices_leave_the_rest_to_prompts() -> None:
     running(scheduler, 2)
     scheduler.add(request(length=100))
     scheduler.admit(1)
-    plan = scheduler.schedule()
-    assert (len(plan.decode), plan.prefill[0].stop) == (2, 6)
+    batch = scheduler.schedule()
+    assert (len(batch.decode), batch.prefill[0].stop) == (2, 6)
 
 
 def test_more_running_than_budget_take_turns() -> None:
@@ -191,10 +193,10 @@ def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
     for each in short:
         scheduler.add(each)
     scheduler.admit(2)
-    plan = scheduler.schedule()
-    assert [chunk.request for chunk in plan.prefill] == [*short, long]
-    assert all(chunk.is_last for chunk in plan.prefill[:2])
-    assert plan.prefill[2].stop - plan.prefill[2].start == 16 // 4
+    batch = scheduler.schedule()
+    assert [chunk.request for chunk in batch.prefill] == [*short, long]
+    assert all(chunk.is_last for chunk in batch.prefill[:2])
+    assert batch.prefill[2].stop - batch.prefill[2].start == 16 // 4
 
 
 def test_the_oldest_prompt_has_its_share_however_many_shorter_ones_come() -> None:
@@ -206,7 +208,7 @@ def test_the_oldest_prompt_has_its_share_however_many_shorter_ones_come() -> Non
         scheduler.add(request(length=60, name=str(step)))
         scheduler.admit(1)
         run(scheduler, scheduler.schedule())
-        assert long.num_read >= min(1000, 4 * (step + 1))
+        assert long.num_prefilled >= min(1000, 4 * (step + 1))
 
 
 @pytest.mark.parametrize(
@@ -220,9 +222,9 @@ def test_prompts_hold_up_those_that_run_by_so_much(
     running(scheduler, num_running)
     scheduler.add(request(length=1000))
     scheduler.admit(1)
-    plan = scheduler.schedule()
-    assert len(plan.decode) == num_running
-    assert plan.prefill[0].stop == expected
+    batch = scheduler.schedule()
+    assert len(batch.decode) == num_running
+    assert batch.prefill[0].stop == expected
 
 
 def test_lower_numbers_go_first_but_nobody_is_overtaken_for_ever() -> None:
@@ -231,12 +233,12 @@ def test_lower_numbers_go_first_but_nobody_is_overtaken_for_ever() -> None:
     patient.priority = 1
     scheduler.add(patient)
     order = []
-    for number in range(PATIENCE + 5):
+    for number in range(MAX_OVERTAKES + 5):
         scheduler.add(request(name=str(number)))
         order += scheduler.admit(1)
-    assert order.index(patient) == PATIENCE
+    assert order.index(patient) == MAX_OVERTAKES
     again = request(name="again")
-    scheduler.add_again(again)
+    scheduler.add_resumed(again)
     assert scheduler.admit(1) == [again]
 
 
@@ -244,7 +246,7 @@ class Simulation:
     """Random arrivals, lengths, priorities, pauses and cancels, without a model.
 
     Every step keeps the budget, and waits are bounded: whoever waits is overtaken by no more than
-    PATIENCE others beside those that were there before; the oldest prompt that is read gets a
+    MAX_OVERTAKES others beside those that were there before; the oldest prompt that is read gets a
     fourth of what prompts get; whoever runs gets a token at least every so many steps.
     """
 
@@ -270,27 +272,27 @@ class Simulation:
 
     def waits(self, made: Request) -> None:
         older = self.scheduler.num_waiting
-        self.admitted_by[made] = self.num_admitted + PATIENCE + older
+        self.admitted_by[made] = self.num_admitted + MAX_OVERTAKES + older
 
     def admit(self) -> None:
         for admitted in self.scheduler.admit(self.num_free):
             self.num_admitted += 1
             assert self.num_admitted <= self.admitted_by.pop(admitted)
-            self.num_free -= len(admitted.unfinished)
-            if admitted.num_read:  # it had paused
-                self.scheduler.start_choices(admitted)
-                self.last_turn |= dict.fromkeys(admitted.unfinished, self.step)
+            self.num_free -= len(admitted.unfinished_choices)
+            if admitted.num_prefilled:  # it had paused
+                self.scheduler.start_decoding(admitted)
+                self.last_turn |= dict.fromkeys(admitted.unfinished_choices, self.step)
 
     def advance(self) -> None:
         self.step += 1
-        oldest = next(iter(self.scheduler._reading), None)
-        plan = self.scheduler.schedule()
-        assert cost(plan) <= self.budget
-        assert len(set(plan.decode)) == len(plan.decode)
-        assert len(plan.requests) == len({c.request for c in plan.decode}) + len(plan.prefill)
+        oldest = next(iter(self.scheduler._prefilling), None)
+        batch = self.scheduler.schedule()
+        assert cost(batch) <= self.budget
+        assert len(set(batch.decode)) == len(batch.decode)
+        assert len(batch.requests) == len({c.request for c in batch.decode}) + len(batch.prefill)
         if oldest is not None:
-            self.check_share(oldest, plan)
-        for choice in run(self.scheduler, plan):
+            self.check_share(oldest, batch)
+        for choice in run(self.scheduler, batch):
             self.last_turn[choice] = self.step
             if choice.num_generated == choice.request.params.max_tokens:
                 self.end(choice)
@@ -298,10 +300,10 @@ class Simulation:
         patience = -(-self.num_slots // (self.budget - reserved)) + 1
         assert all(self.step - turn <= patience for turn in self.last_turn.values())
 
-    def check_share(self, oldest: Request, plan: Batch) -> None:
-        num_decode = len(plan.decode)
+    def check_share(self, oldest: Request, batch: Batch) -> None:
+        num_decode = len(batch.decode)
         prompts = min(self.budget - num_decode, max(16, num_decode) if num_decode else self.budget)
-        (chunk,) = (chunk for chunk in plan.prefill if chunk.request is oldest)
+        (chunk,) = (chunk for chunk in batch.prefill if chunk.request is oldest)
         assert chunk.is_last or chunk.stop - chunk.start >= max(1, prompts // 4)
 
     def end(self, choice: Choice) -> None:
@@ -312,19 +314,19 @@ class Simulation:
 
     def meddle(self) -> None:
         """One that runs is cancelled, or pauses, or goes on."""
-        running = [choice.request for choice in self.scheduler._running]
+        running = [choice.request for choice in self.scheduler._decoding]
         kind = self.chance.random()
         if running and kind < 0.02:
             made = self.chance.choice(running)
             self.scheduler.remove_request(made)
-            self.num_free += len(made.unfinished)
-            for choice in made.unfinished:
+            self.num_free += len(made.unfinished_choices)
+            for choice in made.unfinished_choices:
                 del self.last_turn[choice]
             if kind < 0.01:
                 self.paused.append(made)
         elif self.paused and kind < 0.1:
             made = self.paused.pop()
-            self.scheduler.add_again(made)
+            self.scheduler.add_resumed(made)
             self.waits(made)
 
 
@@ -349,15 +351,17 @@ def test_a_choice_with_a_spare_row_costs_two() -> None:
     scheduler = Scheduler(5)
     for place in range(4):
         made = Request.new(
-            str(place), [0], params, small_tokenizer(), (), grid=RenewalSchedule(4, 2)
+            str(place), [0], params, small_tokenizer(), (), context_schedule=RenewalSchedule(4, 2)
         )
         scheduler.add(made)
     scheduler.admit(4)
     run(scheduler, scheduler.schedule())
     for _ in range(40):
-        plan = scheduler.schedule()
-        assert len(plan.decode) + len(plan.ahead) <= 5
-        assert [c for c, _ in plan.ahead] == [c for c in plan.decode if c.ahead is not None]
-        for choice in plan.decode:
+        batch = scheduler.schedule()
+        assert len(batch.decode) + len(batch.lookahead) <= 5
+        assert [c for c, _ in batch.lookahead] == [
+            c for c in batch.decode if c.lookahead_start is not None
+        ]
+        for choice in batch.decode:
             choice.position += 1
-    assert min(choice.position for choice in scheduler._running) >= 20
+    assert min(choice.position for choice in scheduler._decoding) >= 20

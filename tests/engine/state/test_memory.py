@@ -37,4 +37,4 @@ def test_many_requests_leave_nothing_behind(engine: Engine) -> None:
     for _ in range(50):
         engine.generate([prompt], params)
     assert resident() - before <= 2 * MIB
-    assert not engine._registry._requests
+    assert not engine._request_manager._requests

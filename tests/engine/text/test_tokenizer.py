@@ -15,7 +15,7 @@ from tokenizers import processors
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.errors import ModelFolderError, ParameterError
 from cottention.engine.execution.loading import load
-from cottention.engine.sampling.token_history import spellings
+from cottention.engine.sampling.token_history import encode_bad_words
 from cottention.engine.text.tokenizer import Tokenizer
 
 TEXTS = ["def __init__(self, ", "", "   \n\t", "naïve café 東京 😀", "a<|endoftext|>b", "\x00\x7f"]
@@ -78,7 +78,7 @@ def test_what_a_post_processor_adds_frames_prompts_alone(folder: Path) -> None:
         ids = tokenizer.encode(text)
         assert ids == before.encode(text) == before.framed(ids)
         assert tokenizer.framed(ids) == backend.encode(text).ids == [begin, *ids, end]
-    assert spellings(["ab"], tokenizer) == spellings(["ab"], before)
+    assert encode_bad_words(["ab"], tokenizer) == encode_bad_words(["ab"], before)
 
 
 def test_others_run_while_a_long_text_is_read(tokenizer: Tokenizer) -> None:

@@ -18,6 +18,7 @@ from cottention.engine.errors import ConfigurationError, ModelFolderError
 from cottention.engine.models.checkpoint import load_model, read_weights
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.settings.command_line import to_arguments
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.engine.training.__main__ import train
 from cottention.engine.training.progress import BarProgress, PlainProgress, Standing, open_progress
@@ -190,13 +191,61 @@ def test_other_kinds_of_attention_are_trained_alike(
 
 
 def test_flags_are_the_settings() -> None:
-    assert parse([]) == TrainingSettings()
-    changed = parse(["--steps", "7", "--corpus", "texts", "--no-resume", "--hours", "0.5"])
-    assert changed == replace(
+    assert parse([], {}).value == TrainingSettings()
+    changed = parse(["--steps", "7", "--corpus", "texts", "--no-resume", "--hours", "0.5"], {})
+    assert changed.value == replace(
         TrainingSettings(), steps=7, corpus=Path("texts"), resume=False, hours=0.5
     )
-    with pytest.raises(SystemExit):
-        parse(["--steps", "many"])
+
+
+def test_variables_and_a_file_set_what_flags_do(tmp_path: Path) -> None:
+    """Those of training are apart from the server's, whose COTTENTION_DEVICE is another thing."""
+    file = tmp_path / "training.toml"
+    file.write_text('steps = 5\nwidth = 64\nlearning-rate = 1\noutput = "made"\n')
+    environ = {
+        "COTTENTION_TRAINING_CONFIG": str(file),
+        "COTTENTION_TRAINING_STEPS": "6",
+        "COTTENTION_TRAINING_RESUME": "false",
+        "COTTENTION_WIDTH": "128",
+    }
+    resolved = parse(["--heads", "2"], environ)
+    assert resolved.value == replace(
+        TrainingSettings(),
+        steps=6,
+        width=64,
+        heads=2,
+        learning_rate=1.0,
+        output=Path("made"),
+        resume=False,
+    )
+    assert str(resolved.origins["steps"]) == "variable COTTENTION_TRAINING_STEPS"
+    assert parse(to_arguments(resolved), {}).value == resolved.value, "as the card tells it"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "in_file", "says"),
+    [
+        (["--steps", "many"], "", "--steps must be a whole number; it is 'many'"),
+        (["--dropout", "2"], "", "--dropout must be at most 1; it is 2.0"),
+        ([], "attention = 'flash'", "must be one of cottention, cosformer, linear, softmax"),
+        ([], "max_slots = 3", "unknown key max_slots"),
+    ],
+)
+def test_a_wrong_setting_ends_the_run_with_a_line(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    in_file: str,
+    says: str,
+) -> None:
+    file = tmp_path / "training.toml"
+    file.write_text(in_file)
+    with pytest.raises(SystemExit) as caught:
+        parse(["--config", str(file), *arguments], {})
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
 
 
 def test_progress_is_lines_or_a_bar(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """The command: its pages, its mistakes in one line, and each word against a real small model."""
 
+import importlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import httpx
@@ -41,8 +43,9 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
     return status, told.err
 
 
-def test_help_is_quick_and_loads_no_torch() -> None:
-    code = "import sys, cottention.server.cli.main as c\ntry: c.main(['serve', '--help'])\n"
+def test_help_and_config_are_quick_and_load_no_torch() -> None:
+    code = "import sys, cottention.server.cli.main as c\nc.main(['config'])\n"
+    code += "try: c.main(['serve', '--help'])\n"
     code += "finally: print(sorted({'torch', 'fastapi', 'pydantic'} & set(sys.modules)))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -50,6 +53,13 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert found.stdout.endswith("[]\n")
     assert "--max-slots" in found.stdout
     assert "--drain-seconds" in found.stdout
+
+
+def test_the_installed_command_is_this_one() -> None:
+    """pyproject.toml names it in words that nothing else checks."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["cottention"].partition(":")
+    assert getattr(importlib.import_module(module), name) is cli.run
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,7 +74,10 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ((), "required: COMMAND"),
         (("sever",), "choose from"),
-        (("serve", "--prot", "9"), "there is no --prot; did you mean --port? see cottention serve"),
+        (
+            ("serve", "--prot", "9"),
+            "unknown argument --prot; did you mean --port? see cottention serve",
+        ),
         (("serve", "--port", "many"), "--port must be a whole number"),
         (("serve", "--max-slots", "1", "--state-memory", "1G"), "not both"),
         (("generate", "x", "--top-p", "2"), "top_p must be"),
@@ -139,12 +152,12 @@ def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder
     assert told["model"] == "cottention-gptj"
     assert told["parameters"] == "124,104"
     assert told["bytes per session"].startswith("16,384")
-    assert told["pool when served"] == "2 slots of 16,384 bytes, 0.0 MiB in all"
+    assert told["pool when served"] == "2 slots of 16,384 bytes, 0.0 MiB"
     assert told["sessions per GB"] == f"{10**9 // 16384:,}"
     assert told["state"] == told["spare"] == "8,192 bytes"
-    assert {"denominator", "past it", "trained length", "runs on"} <= told.keys()
+    assert {"denominator", "context policy", "trained length", "runs on"} <= told.keys()
     assert told["attention"] == "cottention"
-    assert told["logits"].startswith("0 bytes: computed again")
+    assert told["logits"].startswith("0 bytes, computed again")
     assert told["turn_copy"].startswith("8,192 bytes of memory")
     assert {"counts", "ids", "outbox", "checkpoints", "parked", "stored"} <= told.keys()
 
@@ -264,11 +277,11 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
         try:
             assert popen.stdout
             assert popen.stderr
-            model, memory, kept, reach, ready = (popen.stdout.readline() for _ in range(5))
+            model, memory, kept, access, ready = (popen.stdout.readline() for _ in range(5))
             assert "tiny, float32 on cpu" in model
             assert "4 slots of 16,384 bytes" in memory
             assert "until the server ends" in kept
-            assert "this machine alone" in reach
+            assert "localhost only; no API key required" in access
             assert ready.startswith("ready    http://127.0.0.1:")
             url = ready.split()[-1]
             body = {"prompt": "def f(", "max_tokens": 5, "model": "tiny", "seed": 1}
@@ -282,6 +295,6 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
             unknown, *requests, stop = popen.stderr.read().splitlines()
             assert unknown.endswith("COTTENTION_MAX_SLOTS?")
             assert [" INFO request id=" in line for line in requests] == [True, True]
-            assert stop.endswith("stopping: what runs has 30 s to end")
+            assert stop.endswith("shutting down: running requests have 30 s to finish")
         finally:
             popen.kill()

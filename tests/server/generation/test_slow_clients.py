@@ -184,7 +184,7 @@ def test_a_connection_that_is_reset_frees_its_slot_in_one_step(stream: bool) -> 
 
 def test_one_that_is_gone_without_a_word_is_noticed_by_the_comments() -> None:
     """Its socket vanishes as in a crash: the next comment finds nobody there."""
-    with serving(keep_alive_seconds=0.05) as live:
+    with serving(sse_keep_alive_seconds=0.05) as live:
         live.engine.may_step.clear()
         sock = live.connect(prompt="x", max_tokens=1_000_000, stream=True)
         eventually(lambda: live.engine.running)

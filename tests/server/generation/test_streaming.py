@@ -129,7 +129,7 @@ def test_bad_input_of_a_stream_is_a_plain_400(shared: Live) -> None:
 
 
 def test_an_idle_stream_gets_comments() -> None:
-    with serving(keep_alive_seconds=0.02) as live:
+    with serving(sse_keep_alive_seconds=0.02) as live:
         live.engine.may_step.clear()
         body = {"prompt": "x", "stream": True, "max_tokens": 2}
         with live.client.stream("POST", "/v1/completions", json=body) as response:

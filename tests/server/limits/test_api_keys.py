@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from cottention.engine.errors import ConfigurationError
-from cottention.server.cli.serve import bind_socket, warn_of_strangers, who_reaches
+from cottention.server.cli.serve import bind_socket, describe_access, warn_of_open_access
 from cottention.server.config import ServerConfig
 from cottention.server.limits.api_keys import load_api_keys
 from tests.server.http.test_bad_input import refused
@@ -108,27 +108,27 @@ def test_pages_are_answered_where_their_origin_is_named() -> None:
             "127.0.0.1",
             {},
             False,
-            "this machine alone; no API key is asked for; --host 0.0.0.0 opens it,"
-            " --api-key-file FILE sets keys",
+            "localhost only; no API key required; use --host 0.0.0.0 to open it,"
+            " --api-key-file FILE to require keys",
         ),
         (
             "127.0.0.1",
             {"api_key_file": "keys"},
             False,
-            "this machine alone; an API key is asked for; --host 0.0.0.0 opens it",
+            "localhost only; API key required; use --host 0.0.0.0 to open it",
         ),
-        ("0.0.0.0", {}, True, "open to whoever gets to this port; no API key is asked for"),
+        ("0.0.0.0", {}, True, "open to other machines; no API key required"),
         (
             "0.0.0.0",
             {"api_key": ("one",)},
             False,
-            "open to whoever gets to this port; an API key is asked for",
+            "open to other machines; API key required",
         ),
         (
             "0.0.0.0",
-            {"without_key": "allow"},
+            {"allow_unauthenticated": True},
             False,
-            "open to whoever gets to this port; no API key is asked for",
+            "open to other machines; no API key required",
         ),
     ],
 )
@@ -137,6 +137,6 @@ def test_who_gets_to_the_port_is_told_and_warned_of(
 ) -> None:
     config = ServerConfig(**settings)
     with bind_socket(host, 0) as sock:
-        warn_of_strangers(sock, config)
-        assert who_reaches(sock, config) == reached
+        warn_of_open_access(sock, config)
+        assert describe_access(sock, config) == reached
     assert ("--api-key" in caplog.text) is warns

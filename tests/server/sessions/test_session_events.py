@@ -152,7 +152,7 @@ def test_a_whole_answer_is_the_same_as_without(live: Live) -> None:
 
 
 def test_who_was_away_too_long_is_told_so() -> None:
-    with serving(session_outbox=2000) as live:
+    with serving(session_event_log_bytes=2000) as live:
         session_id = live.opened("x")
         told = read_told(
             live.client.post("/v1/completions", json=going_on(session_id, num=60)).text
@@ -321,7 +321,7 @@ def test_a_server_drains_until_the_turn_has_ended() -> None:
 
 @pytest.mark.parametrize("on_disconnect", ["cancel", "continue"])
 def test_comments_while_there_is_nothing_to_tell(on_disconnect: str) -> None:
-    with serving(keep_alive_seconds=0.05) as live:
+    with serving(sse_keep_alive_seconds=0.05) as live:
         session_id = live.opened("x")
         live.engine.may_step.clear()
         with live.connect(**going_on(session_id, num=2, on_disconnect=on_disconnect)) as sock:
@@ -336,7 +336,7 @@ def test_comments_while_there_is_nothing_to_tell(on_disconnect: str) -> None:
 
 def test_who_stalls_falls_behind_and_keeps_nobody() -> None:
     """Each letter is said ten thousand times, so that the socket is full soon."""
-    with serving(session_outbox=100_000) as live:
+    with serving(session_event_log_bytes=100_000) as live:
         session_id = live.opened("x")
         body = going_on(session_id, num=2000, prompt="loud")
         with live.connect(**body) as sock:

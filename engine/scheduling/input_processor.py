@@ -1,8 +1,6 @@
-"""From what a caller says to a request: text becomes ids, and what cannot be is refused.
+"""A prompt and its parameters to a `Request`: tokenization, and the checks of an engine's limits.
 
-Owns the order of the checks. Does not know queues, rows or steps; may be called from any thread.
-
-What a request may ask of this engine: its vocabulary, its pool, its longest answer.
+May be used from any thread.
 """
 
 from collections.abc import Collection, Sequence
@@ -21,7 +19,11 @@ from cottention.engine.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """Ids are 0 to num_ids − 1; those in sampleable_ids may be drawn."""
+    """What a request may ask of an engine.
+
+    num_ids: ids are 0 to num_ids − 1. sampleable_ids: those that may be generated. num_slots: limit
+    of `n`. max_tokens: limit of `max_tokens`.
+    """
 
     num_ids: int
     sampleable_ids: frozenset[int]
@@ -30,14 +32,14 @@ class RequestLimits:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, pool: StatePool, config: EngineConfig) -> Self:
-        """Those of an engine with these parts."""
+        """The limits of an engine with this tokenizer, pool and configuration."""
         sampleable = frozenset(tokenizer.sampleable_ids)
         return cls(tokenizer.num_ids, sampleable, pool.num_slots, config.max_tokens_limit)
 
     def check(
         self, prompt_ids: Sequence[int], params: SamplingParams, start: SessionState | None
     ) -> None:
-        """Raises ParameterError naming the field and what it allows."""
+        """Raise ParameterError, naming the field and what it allows, for a request beyond them."""
         if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
         if start is not None:
@@ -47,14 +49,14 @@ class RequestLimits:
         self._check_ids("logit_bias", "the ids in logit_bias", params.logit_bias)
         if params.allowed_token_ids is not None:
             self._check_allowed(params.allowed_token_ids)
-        _check_most("n", params.n, self.num_slots)
-        _check_most("max_tokens", params.max_tokens, self.max_tokens)
+        _check_at_most("n", params.n, self.num_slots)
+        _check_at_most("max_tokens", params.max_tokens, self.max_tokens)
 
-    def check_any_is_left(self, params: SamplingParams, barred: Collection[int]) -> None:
-        """Raises ParameterError where no id can be the first: barred are those that may not be."""
+    def check_first_token(self, params: SamplingParams, masked_token_ids: Collection[int]) -> None:
+        """Raise ParameterError where `masked_token_ids` leave no id for the first token."""
         allowed = params.allowed_token_ids
         left = self.sampleable_ids if allowed is None else self.sampleable_ids.intersection(allowed)
-        if params.max_tokens and left.issubset(barred):
+        if params.max_tokens and left.issubset(masked_token_ids):
             raise ParameterError(
                 "stop_token_ids" if allowed is None else "allowed_token_ids",
                 "no token is left to begin with: allowed_token_ids, bad_words and, while there are"
@@ -74,52 +76,56 @@ class RequestLimits:
 
 
 def _check_turn(params: SamplingParams) -> None:
-    """What a session's turn cannot have: a session has one future, and its past is not read."""
+    """Refuse what a session's turn cannot have: several choices, and scores of its whole prompt."""
     if params.n > 1:
         raise ParameterError("n", f"n must be 1 with a session; it is {params.n}: fork the session")
     if params.prompt_logprobs is not None:
-        raise ParameterError("prompt_logprobs", "prompt_logprobs is not told with a session")
+        raise ParameterError("prompt_logprobs", "prompt_logprobs is not available with a session")
 
 
-def _check_most(param: str, value: int, most: int) -> None:
-    if value > most:
-        raise ParameterError(param, f"{param} must be at most {most}; it is {value}")
+def _check_at_most(param: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise ParameterError(param, f"{param} must be at most {limit}; it is {value}")
 
 
 Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class RequestValidator:
-    """Makes requests. eos_token_ids: the model's own ends."""
+class InputProcessor:
+    """Tokenizes prompts and builds requests. eos_token_ids: end-of-text ids of the model."""
 
     tokenizer: Tokenizer
     eos_token_ids: Sequence[int]
     limits: RequestLimits
     policies: ContextPolicies
 
-    def ids(self, prompt: Prompt) -> Sequence[int]:
-        """A prompt's ids. Raises ParameterError."""
+    def tokenize(self, prompt: Prompt) -> Sequence[int]:
+        """A prompt's ids. Raises ParameterError for text that is not valid Unicode."""
         if not isinstance(prompt, str):
             return prompt
         try:
             return self.tokenizer.framed(self.tokenizer.encode(prompt))
-        except TypeError:  # what the tokenizers library says to text that is no Unicode
+        except TypeError:  # how the tokenizers library refuses text that is not valid Unicode
             raise ParameterError("prompt", "prompt has a lone surrogate (no character)") from None
 
-    def request(
+    def build_request(
         self,
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
         start: SessionState | None,
     ) -> Request:
-        """Raises ParameterError, ContextPolicyError."""
+        """A checked request, which continues the session `start` if there is one.
+
+        Raises ParameterError or ContextPolicyError.
+        """
         self.limits.check(prompt_ids, params, start)
         if start is not None:
             start = self.policies.settled(start, params)
-        grid = self.policies.grid(prompt_ids, params, start)
-        ends = self.eos_token_ids
-        request = Request.new(request_id, prompt_ids, params, self.tokenizer, ends, start, grid)
-        self.limits.check_any_is_left(params, request.choices[0].masked_token_ids())
+        schedule = self.policies.schedule(prompt_ids, params, start)
+        request = Request.new(
+            request_id, prompt_ids, params, self.tokenizer, self.eos_token_ids, start, schedule
+        )
+        self.limits.check_first_token(params, request.choices[0].masked_token_ids())
         return request

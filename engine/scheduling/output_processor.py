@@ -1,0 +1,120 @@
+"""Sampled ids to `Output`s: text, stop strings, finish reasons and the session after its turn."""
+
+from cottention.engine.outputs import FinishReason, Output, SampledToken, TokenLogprob
+from cottention.engine.scheduling.request import Choice
+from cottention.engine.state.session_state import SessionState
+
+
+class OutputProcessor:
+    """Makes the outputs of choices. It changes nothing of a request but its choices' text."""
+
+    def __init__(self, window: int) -> None:
+        """`window`: how many of its last ids a session state keeps."""
+        self._window = window
+
+    def process(self, choice: Choice, sampled: SampledToken) -> Output:
+        """The output of an id that has just been appended to its choice.
+
+        finish_reason is set where the id ends the choice; `state` then has a session's new ids,
+        but none of them in its rows.
+        """
+        request, params = choice.request, choice.request.params
+        token_id, logprob = sampled
+        if choice.num_generated == params.min_tokens:
+            choice.detokenizer.watch(params.stop)
+        is_stop_id = token_id in request.all_stop_token_ids
+        is_written = not is_stop_id or params.include_stop_str_in_output
+        text = choice.detokenizer.push(token_id) if is_written else ""
+        reason, state = _finish_reason(choice, is_stop_id), None
+        if reason is not None:
+            text += _final_text(choice)
+            reason = _finish_reason(choice, is_stop_id) or reason  # it may complete a stop string
+            state = self._session_state(choice)
+        return _output(
+            choice,
+            text,
+            (token_id,),
+            reason,
+            stop_reason=None if reason is None else _stop_reason(choice, token_id),
+            logprobs=() if logprob is None else (logprob,),
+            state=state,
+        )
+
+    def finish(self, choice: Choice, reason: FinishReason, error: str | None = None) -> Output:
+        """The last output of a choice that ends without another id.
+
+        Text that was held back is sent, except after an error. `state` as in `process`, where the
+        reason is LENGTH: a turn that is cut leaves no state.
+        """
+        text = "" if reason is FinishReason.ERROR else _final_text(choice)
+        state = self._session_state(choice) if reason is FinishReason.LENGTH else None
+        return _output(choice, text, (), reason, error=error, state=state)
+
+    def _session_state(self, choice: Choice) -> SessionState | None:
+        """The session after the turn, with the turn's ids pending; None without a session."""
+        start = choice.request.start
+        if start is None:
+            return None
+        undecoded = choice.detokenizer.undecoded
+        turn_ids = choice.request.turn_ids
+        return start.extended(turn_ids, choice.generated_ids, self._window, undecoded)
+
+
+def _output(
+    choice: Choice,
+    text: str,
+    token_ids: tuple[int, ...],
+    reason: FinishReason | None,
+    *,
+    error: str | None = None,
+    stop_reason: str | int | None = None,
+    logprobs: tuple[TokenLogprob, ...] = (),
+    state: SessionState | None = None,
+) -> Output:
+    """An output with the per-request fields, which are sent with choice 0 only."""
+    request = choice.request
+    prompt_logprobs, num_cached = None, 0
+    if choice.index == 0:
+        is_first = choice.num_generated == len(token_ids)
+        if is_first and request.params.prompt_logprobs is not None:
+            prompt_logprobs = tuple(request.prompt_logprobs)
+        if reason is not None:
+            num_cached = request.num_cached
+    return Output(
+        request.id,
+        choice.index,
+        text,
+        token_ids,
+        reason,
+        error,
+        stop_reason,
+        logprobs,
+        prompt_logprobs,
+        state,
+        num_cached,
+        choice.context_start,
+        request.started,
+    )
+
+
+def _final_text(choice: Choice) -> str:
+    """Text that was held back, and the stop string where the request includes it."""
+    is_session = choice.request.start is not None
+    text = choice.detokenizer.pause() if is_session else choice.detokenizer.finish()
+    if choice.request.params.include_stop_str_in_output:
+        text += choice.detokenizer.stop or ""
+    return text
+
+
+def _finish_reason(choice: Choice, is_stop_id: bool) -> FinishReason | None:
+    if is_stop_id or choice.detokenizer.stop is not None:
+        return FinishReason.STOP
+    is_full = choice.num_generated == choice.request.params.max_tokens
+    return FinishReason.LENGTH if is_full else None
+
+
+def _stop_reason(choice: Choice, token_id: int) -> str | int | None:
+    """The request's own stop string or stop id that ended the choice, if one did."""
+    if choice.detokenizer.stop is not None:
+        return choice.detokenizer.stop
+    return token_id if token_id in choice.request.params.stop_token_ids else None

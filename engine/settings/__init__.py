@@ -1,0 +1,1 @@
+"""Settings: declared once as dataclass fields, read from flags, variables and a TOML file."""
