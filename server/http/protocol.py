@@ -61,7 +61,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._set_timer(self._receive_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Notify the request that is being answered, where uvicorn notifies the newest one."""
+        """Notify the request that is being answered; uvicorn would notify the newest one."""
         self._set_timer(None)
         if self._unanswered:
             self.cycle = self._unanswered[0]
@@ -173,7 +173,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._socket.close()
 
     def _is_answering(self) -> bool:
-        """Whether an answer has begun, or belongs before that to the newest request."""
+        """Whether an answer has begun, or several requests wait for theirs: none is an error's."""
         if len(self._unanswered) == 1:
             return self._unanswered[0].response_started
         return bool(self._unanswered)
