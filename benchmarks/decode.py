@@ -18,12 +18,11 @@ from benchmarks.common import Report, run_on_device, show
 from benchmarks.devices import Cpu, Device, Work, seconds, speed
 from benchmarks.shapes import SHAPES, random_model
 from cottention.engine import ops
-from cottention.engine.models.attention import Features, Recurrence
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.inference import ServedModel
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.inference import ServedGPTJ
+from cottention.engine.models.recurrence import Features, Recurrence
 from cottention.engine.ops import reference
 from cottention.engine.state.pool import StatePool
-from cottention.engine.state.spec import StateSpec
 
 BATCHES = {"cpu": (1, 8, 64), "cuda": (1, 8, 64, 512)}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -57,12 +56,12 @@ class Memory:
 class Decoder:
     """A model, its pool and `batch` streams of one token a step."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, batch: int, device: Device) -> None:
+    def __init__(self, config: GPTJConfig, dtype: torch.dtype, batch: int, device: Device) -> None:
         model = random_model(config, dtype)
         self.weight_bytes = sum(x.nbytes for x in model.parameters()) - _unread(model)
-        self.state_bytes = StateSpec.of(config).bytes_per_slot
-        self._model = ServedModel(model, device.name)
-        self._pool = StatePool(StateSpec.of(config), batch, device.name)
+        self.state_bytes = config.state_spec().bytes_per_slot
+        self._model = ServedGPTJ(model, device.name)
+        self._pool = StatePool(config.state_spec(), batch, device.name)
         self._device = device
 
     def streams(self, batch: int) -> Work:
@@ -73,12 +72,12 @@ class Decoder:
 class Streams:
     """A call is a step: an id for each stream, greedy, its position one further."""
 
-    def __init__(self, model: ServedModel, pool: StatePool, batch: int, device: str) -> None:
+    def __init__(self, model: ServedGPTJ, pool: StatePool, batch: int, device: str) -> None:
         self._model = model
         self._ids = torch.arange(batch, device=device)
         self._positions = torch.full((batch,), 1000, device=device)
         slots = torch.arange(batch, dtype=torch.int32, device=device)
-        self._recurrence = Recurrence(pool.state, pool.z, ops.Segments(slots))
+        self._recurrence = Recurrence(pool.tensors, ops.Segments(slots))
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -113,7 +112,7 @@ def measure(quick: bool, device: Device | None = None) -> Report:
 
 def check(device: Device) -> None:
     """Refuse to measure a model that computes something else: two layers against float64."""
-    config = ModelConfig(640, 1024, 2, 16, 64, rotary_dim=64, n_inner=3072)
+    config = GPTJConfig(640, 1024, 2, 16, 64, rotary_dim=64, n_inner=3072)
     ids, positions = torch.arange(12) * 50, torch.arange(12)
     for kind, dtype in TYPES.items():
         with torch.inference_mode():
@@ -125,16 +124,16 @@ def check(device: Device) -> None:
 
 
 def _served_logits(
-    config: ModelConfig,
+    config: GPTJConfig,
     dtype: torch.dtype,
     ids: torch.Tensor,
     positions: torch.Tensor,
     device: str,
 ) -> torch.Tensor:
     """Logits of a prompt as the engine computes them."""
-    served = ServedModel(random_model(config, dtype), device)
-    pool = StatePool(StateSpec.of(config), 1, device)
-    recurrence = Recurrence(pool.state, pool.z, ops.Segments.of([0], [len(ids)], 1, device))
+    served = ServedGPTJ(random_model(config, dtype), device)
+    pool = StatePool(config.state_spec(), 1, device)
+    recurrence = Recurrence(pool.tensors, ops.Segments.of([0], [len(ids)], 1, device))
     return served.logits(served.hidden(ids.to(device), positions.to(device), recurrence))
 
 

@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.held_out import LongText
-from cottention.engine.models.attention import Features
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import Attend, CottentionForCausalLM
+from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import Attend, CottentionForCausalLM
+from cottention.engine.models.recurrence import Features
 from cottention.engine.ops.varlen import chunked
-from cottention.engine.state.spec import StateSpec
 from cottention.engine.training.forward import attend_from_zero
 
 BORDERS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
@@ -142,11 +141,11 @@ def _nats(
 class _Carried:
     """An `Attend` whose state goes on from call to call."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        spec = StateSpec.of(config)
-        self._state = torch.zeros(1, *spec.state_shape)
+    def __init__(self, config: GPTJConfig) -> None:
+        spec = config.state_spec()
+        self._state = torch.zeros(1, *spec.shapes["state"])
         has_denominator = ATTENTION_KINDS[config.attention_type].has_denominator
-        self._z = torch.zeros(1, *spec.denominator_shape) if has_denominator else None
+        self._z = torch.zeros(1, *spec.shapes["denominator"]) if has_denominator else None
 
     def __call__(self, layer: int, features: Features) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in features)

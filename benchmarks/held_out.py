@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cottention.engine.models.checkpoint import load_model
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.gptj.model import CottentionForCausalLM
+from cottention.engine.models.registry import read_config
 from cottention.engine.training.data import (
     read_corpus,
     standard_library,
@@ -44,4 +44,4 @@ class LongText:
 
 def load(folder: Path) -> CottentionForCausalLM:
     """A model folder in float32, softmax included."""
-    return load_model(folder, ModelConfig.from_folder(folder), torch.float32).eval()
+    return load_model(folder, read_config(folder), torch.float32).eval()

@@ -14,7 +14,8 @@ import psutil
 from matplotlib import pyplot
 
 from benchmarks.common import Report, run, show
-from cottention.engine import Engine, EngineConfig, ModelConfig, SamplingParams
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.models.gptj.config import GPTJConfig
 
 FIRST = 1_000
 PLOT = Path("build") / "memory.png"
@@ -46,12 +47,12 @@ def _resident_by_age(engine: Engine, ages: list[int]) -> dict[int, int]:
     return resident
 
 
-def kv_cache_bytes(config: ModelConfig, tokens: int) -> int:
+def kv_cache_bytes(config: GPTJConfig, tokens: int) -> int:
     """What the keys and values of a softmax model of this shape take in float32."""
     return 2 * config.n_layer * config.n_embd * BYTES_PER_ELEMENT * tokens
 
 
-def _row(config: ModelConfig, age: int, at_first: int, resident: int) -> dict[str, object]:
+def _row(config: GPTJConfig, age: int, at_first: int, resident: int) -> dict[str, object]:
     return {
         "tokens": age,
         "resident MiB": resident / 2**20,

@@ -20,9 +20,9 @@ from benchmarks import endless
 from benchmarks.common import machine, show, write_json
 from benchmarks.held_out import LongText, load
 from benchmarks.memory import kv_cache_bytes
-from cottention.engine import ModelConfig
+from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.model_folder import DEFAULT_MODEL
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.models.registry import read_config
 
 DOCS = Path("docs")
 FIGURES = DOCS / "endless.json"
@@ -72,7 +72,7 @@ def _measure(name: str, num_streams: int, length: int) -> None:
         write_json(FIGURES, series)
 
 
-def _ways(config: ModelConfig) -> dict[str, endless.Nats]:
+def _ways(config: GPTJConfig) -> dict[str, endless.Nats]:
     if config.attention_type == "softmax":
         return {"sliding window": endless.sliding}
     ways: dict[str, endless.Nats] = {
@@ -109,8 +109,8 @@ def _draw_memory(path: Path) -> None:
 
     The spare is the row in which the state after the next renewal grows.
     """
-    config = ModelConfig.from_folder(DEFAULT_MODEL)
-    state = StateSpec.of(config).bytes_per_slot / 2**20
+    config = read_config(DEFAULT_MODEL)
+    state = config.state_spec().bytes_per_slot / 2**20
     cache = [kv_cache_bytes(config, tokens) / 2**20 for tokens in MEMORY_AT]
     sliding = [min(each, kv_cache_bytes(config, config.window) / 2**20) for each in cache]
     figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")

@@ -2,18 +2,18 @@
 
 import torch
 
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import CottentionForCausalLM
 
 _PUBLISHED = {"vocab_size": 50_400, "n_layer": 20, "n_head": 16, "rotary_dim": 64}
 SHAPES = {
-    "default": ModelConfig(4096, 256, 6, 4, 512, rotary_dim=64, n_inner=1024),
-    "300M": ModelConfig(n_embd=1024, n_positions=1024, n_inner=3072, **_PUBLISHED),
-    "1.2B": ModelConfig(n_embd=2048, n_positions=512, n_inner=8192, **_PUBLISHED),
+    "default": GPTJConfig(4096, 256, 6, 4, 512, rotary_dim=64, n_inner=1024),
+    "300M": GPTJConfig(n_embd=1024, n_positions=1024, n_inner=3072, **_PUBLISHED),
+    "1.2B": GPTJConfig(n_embd=2048, n_positions=512, n_inner=8192, **_PUBLISHED),
 }
 
 
-def random_model(config: ModelConfig, dtype: torch.dtype) -> CottentionForCausalLM:
+def random_model(config: GPTJConfig, dtype: torch.dtype) -> CottentionForCausalLM:
     """A model of random weights: values do not matter to its speed, but must not be denormal."""
     with torch.device("meta"):
         model = CottentionForCausalLM(config).to(dtype)

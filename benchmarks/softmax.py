@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj.config import GPTJConfig
 
 SPARE = 64
 """Tokens that a stream may decode beyond its context."""
 
 
-def build(config: ModelConfig, longest: int) -> Any:
+def build(config: GPTJConfig, longest: int) -> Any:
     """A random float32 GPT-J of this shape, good for `longest` tokens of context."""
     from transformers import GPTJConfig, GPTJForCausalLM
 

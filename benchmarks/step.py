@@ -18,10 +18,9 @@ from benchmarks.common import Report, run_on_device, show
 from benchmarks.devices import Cpu, Device, medians
 from benchmarks.shapes import SHAPES
 from cottention.engine import ops
-from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.ops import reference
 from cottention.engine.state.pool import available_memory
-from cottention.engine.state.spec import StateSpec
 
 BATCHES = (1, 8, 64, 512)
 MOST_MEMORY = 0.7
@@ -67,11 +66,11 @@ def check(device: Device) -> None:
         raise SystemExit(f"the step is off by {error:.1e} from the reference: nothing is reported")
 
 
-def _batch(config: ModelConfig, size: int, device: Device) -> Batch:
+def _batch(config: GPTJConfig, size: int, device: Device) -> Batch:
     generator = torch.Generator().manual_seed(size)
     shape = size, config.n_head, config.head_dim
     q, k, v = (torch.randn(shape, generator=generator) / config.head_dim**0.5 for _ in range(3))
-    pool = torch.full((size, *StateSpec.of(config).state_shape), 0.01, device=device.name)
+    pool = torch.full((size, *config.state_spec().shapes["state"]), 0.01, device=device.name)
     slots = torch.randperm(size, generator=generator).int()
     return Batch(*(x.to(device.name) for x in (q, k, v)), pool, slots.to(device.name))
 
@@ -81,13 +80,13 @@ def _step(batch: Batch, layer: int) -> Tensor:
     return ops.recurrent_step(q, k, v, pool[:, layer], None, slots)
 
 
-def _fits(config: ModelConfig, batch: int, device: Device) -> bool:
-    needed = StateSpec.of(config).bytes_per_slot * batch
+def _fits(config: GPTJConfig, batch: int, device: Device) -> bool:
+    needed = config.state_spec().bytes_per_slot * batch
     return needed < MOST_MEMORY * available_memory(device.name)
 
 
 def _row(
-    device: Device, name: str, config: ModelConfig, size: int, at_least: float
+    device: Device, name: str, config: GPTJConfig, size: int, at_least: float
 ) -> dict[str, object]:
     batch = _batch(config, size, device)
     moved, pool = 2 * batch.pool.nbytes, batch.pool
@@ -115,7 +114,7 @@ def _row(
     }
 
 
-def _peers(config: ModelConfig, batch: Batch) -> list[Callable[[], object]]:
+def _peers(config: GPTJConfig, batch: Batch) -> list[Callable[[], object]]:
     """Torch's formulations on the same memory, laid out as each layer would have it contiguous."""
     width = config.head_dim
     states = batch.pool.view(config.n_layer, -1, width, width)
@@ -134,7 +133,7 @@ def _peers(config: ModelConfig, batch: Batch) -> list[Callable[[], object]]:
     return [products, sums]
 
 
-def _by_slot(config: ModelConfig, batch: Batch) -> None:
+def _by_slot(config: GPTJConfig, batch: Batch) -> None:
     """The same through the pool, as a server would have to without an op of its own."""
     q, k, v = (x.flatten(0, 1) for x in batch[:3])
     slots = batch.slots.long()

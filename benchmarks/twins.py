@@ -18,10 +18,9 @@ from tokenizers import Tokenizer
 from benchmarks.common import Report, machine, parser, show, write_json
 from benchmarks.held_out import load
 from benchmarks.memory import kv_cache_bytes
-from cottention.engine.models.attention import FEATURE_MAPS, TRAINED_MAPS
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import CottentionForCausalLM
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.models.gptj.attention import FEATURE_MAPS, TRAINED_MAPS
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.training.data import Windows, read_corpus, standard_library, without_tables
 from cottention.engine.training.evaluate import HeldOut, score
 from cottention.engine.training.forward import add_dropout, mean_loss, new_model
@@ -109,14 +108,14 @@ class _Step:
         self._optimizers.step(0.01)
 
 
-def _config(kind: str) -> ModelConfig:
+def _config(kind: str) -> GPTJConfig:
     return replace(SETTINGS, attention=kind).model_config(end_of_text=0)
 
 
 def _memory(kind: str) -> dict[str, object]:
     config = _config(kind)
     if kind in FEATURE_MAPS:
-        state = StateSpec.of(config).bytes_per_slot
+        state = config.state_spec().bytes_per_slot
         return {"attention": kind, **{f"{age:,}": state for age in AGES}}
     return {"attention": kind, **{f"{age:,}": kv_cache_bytes(config, age) for age in AGES}}
 

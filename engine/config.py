@@ -42,10 +42,11 @@ class EngineConfig:
         unset="the number of slots",
         minimum=0,
     )
-    context_policy: ContextPolicy = setting(
-        "renew",
+    context_policy: Literal["auto", ContextPolicy] = setting(
+        "auto",
         "how to continue past the trained length; renew forgets the oldest tokens and keeps the"
-        " text good, at twice the memory per slot; exact is the recurrence as published",
+        " text good, at twice the memory per slot; exact is the recurrence as published; auto is"
+        " the default of the model's family, renew for gptj",
     )
     max_batch_tokens: int = setting(
         512,

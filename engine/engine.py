@@ -49,7 +49,7 @@ class Engine:
         self.model_config, self.tokenizer = loaded.model_config, loaded.tokenizer
         self.num_parameters, self._folder = loaded.num_parameters, loaded.folder
         self.pool, self.spec = loaded.pool, loaded.pool.spec
-        self.policies = ContextPolicies.of(self.model_config, self.config.context_policy)
+        self.policies = ContextPolicies.of(self.model_config, loaded.context_policy)
         limits = RequestLimits.of(self.tokenizer, self.pool, self.config)
         self._input_processor = InputProcessor(
             self.tokenizer, self.model_config.reachable_ends, limits, self.policies

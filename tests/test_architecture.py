@@ -20,8 +20,9 @@ MAX_MODULES = 18
 WITHOUT_TORCH = [
     "config",
     "errors",
-    "models.attention_kinds",
     "models.config",
+    "models.gptj.attention_kinds",
+    "models.registry",
     "outputs",
     "sampling_params",
     "scheduling.batch",
@@ -51,13 +52,17 @@ def run(code: str) -> None:
     [
         "; ".join(f"import cottention.engine.{name}" for name in WITHOUT_TORCH),
         "from cottention.engine import EngineConfig, SamplingParams, EngineStats, Output",
+        "from cottention.engine.models.model_folder import DEFAULT_MODEL;"
+        "from cottention.engine.models.registry import read_config;"
+        "config = read_config(DEFAULT_MODEL);"
+        "config.state_spec().itemised_bytes(), config.arithmetic()",
         "; ".join(
             f"import {module_of(path)}"
             for path in PATHS
             if path.is_relative_to(ROOT / "server") and path.name != "__main__.py"
         ),
     ],
-    ids=["engine modules", "public names", "server"],
+    ids=["engine modules", "public names", "a model's configuration", "server"],
 )
 def test_no_torch_is_loaded(statement: str) -> None:
     """`--help` stays quick, and the scheduler is tested without it."""

@@ -1,6 +1,6 @@
-"""From a model's name and the engine's settings to everything that a step needs.
+"""Loads a model: from its name and the engine's settings to a pool and a runner.
 
-Owns the order of a start and the choice of device and dtype. Knows no requests.
+The model's family, device, dtype and context policy are chosen here.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,13 @@ import torch
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, ModelFolderError
 from cottention.engine.execution.model_runner import ModelRunner
-from cottention.engine.models.attention_kinds import RECURRENT_KINDS
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.inference import ServedModel
 from cottention.engine.models.model_folder import resolve_model
+from cottention.engine.models.registry import family_of, read_config
 from cottention.engine.sampling.sampler import Sampler
+from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.pool import StatePool
-from cottention.engine.state.spec import StateSpec
 from cottention.engine.text.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,7 +25,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, and the pool that it runs on."""
+    """A model ready to run, and the pool that it runs on.
+
+    context_policy: of requests that do not name one.
+    """
 
     name: str
     folder: Path
@@ -34,6 +36,7 @@ class LoadedModel:
     dtype: str
     num_parameters: int
     model_config: ModelConfig
+    context_policy: ContextPolicy
     tokenizer: Tokenizer
     pool: StatePool
     runner: ModelRunner
@@ -45,9 +48,10 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     Raises ModelFolderError, ConfigurationError or OutOfMemoryError.
     """
     name, folder = resolve_model(model)
-    model_config = ModelConfig.from_folder(folder)
-    _check_served(model_config, folder)
-    spec = StateSpec.of(model_config, has_spare=config.context_policy == "renew")
+    model_config = read_config(folder)
+    model_config.check_served(str(folder))
+    context_policy = _context_policy(config, model_config)
+    spec = model_config.state_spec(has_spare=context_policy == "renew")
     num_slots = config.num_slots(spec)
     device = _device(config)
     dtype = _dtype(config, device, model_config)
@@ -56,22 +60,28 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     tokenizer = _tokenizer(folder, model_config)
     weights = load_model(folder, model_config, _DTYPES[dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
-    served = ServedModel(weights, device)
+    served = family_of(model_config).implementation().serve(weights, device)
     pool = StatePool(spec, num_slots, device)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
-    runner = ModelRunner(served, pool, sampler, device)
     return LoadedModel(
-        name, folder, device, dtype, num_parameters, model_config, tokenizer, pool, runner
+        name=name,
+        folder=folder,
+        device=device,
+        dtype=dtype,
+        num_parameters=num_parameters,
+        model_config=model_config,
+        context_policy=context_policy,
+        tokenizer=tokenizer,
+        pool=pool,
+        runner=ModelRunner(served, pool, sampler, device),
     )
 
 
-def _check_served(model_config: ModelConfig, folder: Path) -> None:
-    kind, known = model_config.attention_type, ", ".join(sorted(RECURRENT_KINDS))
-    if kind not in RECURRENT_KINDS:
-        raise ModelFolderError(
-            f"{folder}: attention_type {kind!r} is for training and benchmarks only: it has no"
-            f" state of fixed size to serve from. Served are: {known}"
-        )
+def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextPolicy:
+    """auto is the default of the model's family."""
+    if config.context_policy == "auto":
+        return family_of(model_config).context_policy
+    return config.context_policy
 
 
 def _device(config: EngineConfig) -> str:

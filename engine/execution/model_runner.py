@@ -8,8 +8,8 @@ from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.execution.cuda_graphs import CapturedDecode, Row
-from cottention.engine.models.attention import Recurrence
-from cottention.engine.models.inference import ServedModel
+from cottention.engine.models.family import ServedModel
+from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.outputs import SampledToken, TokenLogprob
 from cottention.engine.sampling.logprobs import gather_logprobs
 from cottention.engine.sampling.sampler import Sampler, SamplingInput, uniform
@@ -66,7 +66,7 @@ class ModelRunner:
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """One token of each slot, as captured: logits float32 [R, vocab_size]."""
-        recurrence = Recurrence(self._pool.state, self._pool.z, ops.Segments(slots))
+        recurrence = Recurrence(self._pool.tensors, ops.Segments(slots))
         return self._model.logits(self._model.hidden(ids, positions, recurrence))
 
     @torch.inference_mode()
@@ -88,7 +88,7 @@ class ModelRunner:
         lengths = [len(segment.ids) for segment in segments]
         num_rows, max_stepped = self._pool.num_rows, self._max_stepped
         packed = ops.Segments.of(rows, lengths, num_rows, self._device, max_stepped=max_stepped)
-        return Recurrence(self._pool.state, self._pool.z, packed)
+        return Recurrence(self._pool.tensors, packed)
 
     def _prompt_logprobs(self, hidden: Tensor, batch: Batch) -> dict[Request, list[TokenLogprob]]:
         """Log-probabilities of the prompt ids that follow those of each chunk that is scored."""

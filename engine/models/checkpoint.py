@@ -1,36 +1,44 @@
-"""Weights between a Hugging Face folder and the model's modules.
+"""Weights from the files of a Hugging Face folder into a model's modules.
 
-Owns the file formats (`model.safetensors`, `pytorch_model.bin`, and sharded indices of either) and
-the check that a checkpoint has exactly the model's keys and shapes. Executes nothing that a file
-brings: a `.bin` is read with `weights_only=True`, other pickles are never opened.
+Reads `model.safetensors`, `pytorch_model.bin` and sharded indices of either, and checks that they
+hold exactly the model's keys and shapes. Nothing that a file brings is executed: a `.bin` is read
+with `weights_only=True`, other pickles are never opened.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.registry import family_of
 
 Reader = Callable[[Path], dict[str, Tensor]]
 
 
-def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> CottentionForCausalLM:
-    """The model of `folder` on the CPU in `dtype` (norm_const float32). Raises ModelFolderError."""
+def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The model of `folder` on the CPU, with weights in `dtype` where its family has no other.
+
+    Raises ModelFolderError.
+    """
+    implementation = family_of(config).implementation()
     with torch.device("meta"):
-        model = CottentionForCausalLM(config)
+        model: nn.Module = implementation.build(config)
     weights = read_weights(folder)
-    check_weights(weights, model, folder)
+    faults = weight_faults(weights, model)
+    if faults:
+        hint = implementation.weights_hint(weights, config)
+        raise ModelFolderError(
+            f"the weights in {folder} are not those of its config.json: {'; '.join(faults)}{hint}"
+        )
     for name, weight in weights.items():
-        weights[name] = weight.to(torch.float32 if name.endswith("norm_const") else dtype)
+        weights[name] = weight.to(implementation.weight_dtype(name, dtype))
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False)
 
@@ -50,35 +58,14 @@ def weight_files(folder: Path) -> list[Path]:
     return found.files if found.index is None else [found.index, *found.files]
 
 
-def check_weights(weights: dict[str, Tensor], model: CottentionForCausalLM, folder: Path) -> None:
-    """Keys and shapes are those of `model`, no more and no less. Raises ModelFolderError."""
+def weight_faults(weights: dict[str, Tensor], model: nn.Module) -> list[str]:
+    """How keys and shapes differ from those of `model`; empty where they are the same."""
     expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-    faults = [
+    return [
         *_listed("missing", expected.keys() - weights.keys()),
         *_listed("unexpected", weights.keys() - expected.keys()),
         *_listed("of another shape", _misshapen(weights, expected)),
     ]
-    if faults:
-        hint = _hint(weights, model.config.attention_type)
-        raise ModelFolderError(
-            f"the weights in {folder} are not those of its config.json: {'; '.join(faults)}{hint}"
-        )
-
-
-def _hint(weights: dict[str, Tensor], said: str) -> str:
-    """What config.json should say, where weights of another kind of attention lie beside it."""
-    has_norm_const = any(name.endswith("norm_const") for name in weights)
-    if has_norm_const == ATTENTION_KINDS[said].has_norm_const:
-        return ""
-    alike = [
-        kind for kind, made in ATTENTION_KINDS.items() if made.has_norm_const == has_norm_const
-    ]
-    like = " or ".join(repr(kind) for kind in sorted(alike))
-    what = "with norm_const" if has_norm_const else "without norm_const"
-    return (
-        f". config.json has attention_type {said!r}, and weights {what} look like those of {like}:"
-        " give attention_type what they were trained with"
-    )
 
 
 def _misshapen(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> Iterator[str]:
@@ -88,9 +75,9 @@ def _misshapen(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]])
             yield f"{name} {list(found)} instead of {list(expected[name])}"
 
 
-def _listed(what: str, names: object, most: int = 8) -> Iterator[str]:
-    """One phrase that names up to `most` of the faulty keys, or none."""
-    found = sorted(names)  # type: ignore[call-overload]
+def _listed(what: str, names: Iterable[str], most: int = 8) -> Iterator[str]:
+    """One phrase that names up to `most` of the keys, or nothing if there are none."""
+    found = sorted(names)
     if found:
         more = f" and {len(found) - most} more" if len(found) > most else ""
         yield f"{what}: {', '.join(found[:most])}{more}"
@@ -99,18 +86,18 @@ def _listed(what: str, names: object, most: int = 8) -> Iterator[str]:
 def _read_file(path: Path, read: Reader) -> dict[str, Tensor]:
     try:
         weights = read(path)
-    except UnpicklingError as error:  # its text recommends to load the file unsafely
+    except UnpicklingError as error:  # its message recommends to load the file unsafely
         raise ModelFolderError(
-            f"{path} is damaged or holds more than tensors, which is never loaded: fetch it again,"
-            " or convert it to model.safetensors where you trust it"
+            f"{path} is damaged or contains objects other than tensors, which are never loaded:"
+            " download it again, or convert it to model.safetensors where you trust it"
         ) from error
-    except Exception as error:  # on damaged bytes the readers raise whatever they trip over
+    except Exception as error:  # for damaged files the readers raise exceptions of any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelFolderError(
-            f"{path} is damaged or is no weights file ({reason}): fetch it again"
+            f"{path} is damaged or is not a weights file ({reason}): download it again"
         ) from error
     if not isinstance(weights, dict) or not all(map(_is_named_tensor, weights.items())):
-        raise ModelFolderError(f"{path} does not hold a table of named tensors")
+        raise ModelFolderError(f"{path} does not contain a table of named tensors")
     return weights
 
 
@@ -120,7 +107,7 @@ def _is_named_tensor(item: tuple[object, object]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """Files of weights, the index that names them if one does, and how each is read."""
+    """Weight files, their index if there is one, and the function that reads a file."""
 
     read: Reader
     files: list[Path]
@@ -128,7 +115,7 @@ class _Found:
 
 
 def _found(folder: Path) -> _Found:
-    """Of the first format that is there: one file before many."""
+    """The first format that the folder has: a single file before shards."""
     for name, read in _FORMATS.items():
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
@@ -140,7 +127,7 @@ def _found(folder: Path) -> _Found:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    """The shards that an index names; they must lie beside it."""
+    """The shards that an index names, which must be in the same folder."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         shards = sorted({Path(name) for name in names})
@@ -150,7 +137,8 @@ def _shards(folder: Path, index: Path) -> list[Path]:
     for shard in shards:
         if shard.name != str(shard) or shard.suffix != suffix or not (folder / shard).is_file():
             raise ModelFolderError(
-                f"{index} names {shard}, which is not a {suffix} file beside it: fetch it again"
+                f"{index} names {shard}, which is not a {suffix} file in its folder: download it"
+                " again"
             )
     return [folder / shard for shard in shards]
 

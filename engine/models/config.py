@@ -1,130 +1,93 @@
-"""The model's shape, as its folder's config.json tells it. Knows no torch modules.
+"""What every model's configuration has, and how single fields of a config.json are read.
 
-A config.json and its single fields, checked. `model_config.py` says which a model has.
-
-Everything here raises ModelFolderError; `where` is the file's name for the message.
+A family's own configuration derives from `ModelConfig`. Everything here raises ModelFolderError;
+`where` names the file in the message. Loads no torch.
 """
 
 import json
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS
+from cottention.engine.state.spec import StateSpec, StateTensor
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """Shape of a GPT-J with attention of some kind, under the names that its config.json uses."""
+class ModelConfig(ABC):
+    """A model's configuration, whatever its family.
+
+    model_type: the family, as a config.json names it.
+    arithmetic_fields: fields on which a state's numbers, or their meaning, depend.
+    optional_arithmetic_fields: more of them, each with the value that a model had before the field
+    came to be; with this value it is not part of the fingerprint, so that older sessions remain.
+    torch_dtype: type in which the weights are stored.
+    """
+
+    model_type: ClassVar[str]
+    arithmetic_fields: ClassVar[tuple[str, ...]]
+    optional_arithmetic_fields: ClassVar[Mapping[str, object]] = {}
 
     vocab_size: int
-    n_embd: int
-    n_layer: int
-    n_head: int
-    n_positions: int
-    rotary_dim: int
-    n_inner: int
-    layer_norm_epsilon: float = 1e-5
-    bos_token_id: int | None = None
+    _: KW_ONLY
     eos_token_ids: tuple[int, ...] = ()
-    attention_type: str = "cottention"
     torch_dtype: str = "float32"
-    attention_bias: bool = False
-    cosformer_max_length: int | None = None
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, raw: dict[str, Any], where: str) -> Self:
+        """From a config.json's object. Raises ModelFolderError."""
 
     @property
-    def head_dim(self) -> int:
-        """Channels per head, D."""
-        return self.n_embd // self.n_head
+    @abstractmethod
+    def trained_length(self) -> int:
+        """Tokens that the model was trained to follow."""
 
-    @property
-    def reachable_ends(self) -> tuple[int, ...]:
-        """Ends of text that the model can draw: a config.json may name ids that it has not."""
-        return tuple(each for each in self.eos_token_ids if 0 <= each < self.vocab_size)
+    @abstractmethod
+    def state_tensors(self) -> tuple[StateTensor, ...]:
+        """What one sequence's state consists of."""
+
+    @abstractmethod
+    def description(self) -> dict[str, str]:
+        """Facts of the architecture for people, such as attention and shape, by name."""
 
     @property
     def max_exact_length(self) -> int | None:
-        """cosFormer's M: further apart weights would turn negative. None: as long as one likes."""
-        if self.attention_type != "cosformer":
-            return None
-        return self.cosformer_max_length or self.n_positions
+        """Tokens after which the recurrence means nothing, if there is such a limit."""
+        return None
 
     @property
     def window(self) -> int:
-        """Tokens up to which the model is good: the trained length, and no more than M."""
-        return min(self.n_positions, self.max_exact_length or self.n_positions)
+        """Tokens up to which the model is good: no more than trained for, nor than the limit."""
+        return min(self.trained_length, self.max_exact_length or self.trained_length)
 
-    @classmethod
-    def from_folder(cls, folder: Path) -> Self:
-        """Read and check `folder`/config.json. Raises ModelFolderError."""
-        path = folder / "config.json"
-        return cls.from_dict(read(path), str(path))
+    @property
+    def reachable_ends(self) -> tuple[int, ...]:
+        """Ends of text that can be sampled: a config.json may name ids that the model lacks."""
+        return tuple(each for each in self.eos_token_ids if 0 <= each < self.vocab_size)
 
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any], where: str) -> Self:
-        """From a config.json's object; `where` names it in messages. Raises ModelFolderError."""
-        _check_kind(raw, where)
-        sizes = {name: size(raw, name, where) for name in _SIZES}
-        config = cls(
-            **sizes,
-            rotary_dim=size(raw, "rotary_dim", where, default=_GPTJ_ROTARY_DIM, least=0),
-            n_inner=size(raw, "n_inner", where, default=4 * sizes["n_embd"]),
-            layer_norm_epsilon=epsilon(raw, "layer_norm_epsilon", where, default=1e-5),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_ids=token_ids(raw, "eos_token_id", where),
-            attention_type=raw.get("attention_type", "cottention"),
-            torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-            attention_bias=switch(raw, "attention_bias", where),
-            cosformer_max_length=_max_length(raw, where),
-        )
-        _check_shape(config, where)
-        return config
+    def check_served(self, where: str) -> None:  # noqa: B027 - most families serve all they read
+        """Raise ModelFolderError for a model that can be trained and not served."""
+
+    def state_spec(self, *, has_spare: bool = False) -> StateSpec:
+        """Shape and bytes of the state; with a spare, a slot has room for two."""
+        return StateSpec(self.state_tensors(), has_spare)
+
+    def arithmetic(self) -> str:
+        """The fields on which a state's numbers depend, as `name=value`, for its fingerprint."""
+        names = list(self.arithmetic_fields)
+        names += [
+            name
+            for name, earlier in self.optional_arithmetic_fields.items()
+            if getattr(self, name) != earlier
+        ]
+        values = [f"{name}={getattr(self, name)}" for name in names]
+        return " ".join([f"model_type={self.model_type}", *values])
 
 
-_GPTJ_ROTARY_DIM = 64
-"""What transformers takes where a GPT-J's config.json does not say."""
-
-_SIZES = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
-
-
-def _check_kind(raw: dict[str, Any], where: str) -> None:
-    """The switches of config.json that this model has in one position only."""
-    kind = raw.get("model_type")
-    if kind != "gptj":
-        raise ModelFolderError(
-            f"{where}: model_type is {kind!r}; a causal Cottention model has model_type 'gptj'"
-        )
-    attention = raw.get("attention_type", "cottention")
-    if not isinstance(attention, str) or attention not in ATTENTION_KINDS:
-        known = ", ".join(sorted(ATTENTION_KINDS))
-        raise ModelFolderError(f"{where}: attention_type {attention!r} is not one of: {known}")
-    for name, allowed in (("activation_function", "gelu_new"), ("tie_word_embeddings", False)):
-        if raw.get(name, allowed) != allowed:
-            raise ModelFolderError(f"{where}: {name} must be {allowed!r}, it is {raw[name]!r}")
-
-
-def _max_length(raw: dict[str, Any], where: str) -> int | None:
-    if raw.get("attention_type") != "cosformer":
-        return None
-    return size(raw, "cosformer_max_length", where, default=raw["n_positions"])
-
-
-def _check_shape(config: ModelConfig, where: str) -> None:
-    if config.n_embd % config.n_head:
-        raise ModelFolderError(
-            f"{where}: n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})"
-        )
-    if config.rotary_dim % 2 or config.rotary_dim > config.head_dim:
-        raise ModelFolderError(
-            f"{where}: rotary_dim ({config.rotary_dim}) must be even and at most the head's width"
-            f" ({config.head_dim})"
-        )
-    if config.window < 2:
-        raise ModelFolderError(f"{where}: n_positions, and cosformer_max_length, must be from 2")
-
-
-def read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a file of a model folder."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

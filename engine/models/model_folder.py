@@ -1,4 +1,4 @@
-"""From what a user calls a model to a folder on disk. Knows nothing of what is inside it."""
+"""Resolves a model's name, as a user gives it, to a folder on disk."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ from cottention.engine.errors import ModelFolderError
 DEFAULT_MODEL = Path(__file__).parents[1] / "pretrained" / "cottention-python-7m"
 
 HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors", "pytorch_model*.bin"]
-"""What is fetched of a Hugging Face repository: never its pickles of configurations."""
+"""Files downloaded from a Hugging Face repository: no pickles but weights."""
 
 
 class NamedFolder(NamedTuple):
@@ -20,13 +20,15 @@ class NamedFolder(NamedTuple):
 
 
 def resolve_model(model: str | Path | None) -> NamedFolder:
-    """A folder as it is, a Hugging Face id fetched, None as the model that ships in the package.
+    """A folder, a Hugging Face id, which is downloaded, or None for the model in the package.
 
-    Raises ModelFolderError that says what to do.
+    Raises ModelFolderError.
     """
     if model is None:
         return NamedFolder(DEFAULT_MODEL.name, DEFAULT_MODEL)
-    folder = Path(os.path.expanduser(model))  # of os.path: it never raises on what is no path
+    folder = Path(
+        os.path.expanduser(model)
+    )  # os.path never raises for strings that cannot be a path
     if os.path.isdir(folder):
         return NamedFolder(folder.resolve().name, folder)
     if os.path.exists(folder):

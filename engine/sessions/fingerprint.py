@@ -1,30 +1,28 @@
-"""What a session's numbers mean only together with: weights, tokenizer, arithmetic, state's layout.
+"""Fingerprint of a served model: a session's state is valid only where all of it is equal.
 
-Owns how each is told in a line of text. Does not know sessions or what a snapshot looks like.
+Files are told apart by their sha256, the arithmetic and the state's layout by a line of text that a
+message can show.
 """
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from cottention.engine.models.checkpoint import weight_files
-from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.registry import read_config
 from cottention.engine.state.spec import StateSpec
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
-_NOT_ARITHMETIC = {"bos_token_id", "eos_token_ids", "torch_dtype"}
-"""Of a config.json: where texts begin and end, and how weights are stored; the layout has the type
-that they are served in."""
-
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """weights, tokenizer: sha256 in hex, of the files. layout: the state's shape and types.
+    """weights, tokenizer: sha256 in hex, of the files and their names.
 
-    config: what config.json says that changes a state's numbers, or what they mean.
+    config: the fields of config.json that change a state's numbers, as the model's family lists
+    them. layout: name, shape and dtype of each tensor of the state, and the weights' dtype.
     """
 
     weights: str
@@ -39,26 +37,21 @@ class Fingerprint:
         return cls(
             weights=_sha256(weight_files(folder)),
             tokenizer=_sha256(path for path in tokenizer if path.is_file()),
-            config=_config(ModelConfig.from_folder(folder)),
+            config=read_config(folder).arithmetic(),
             layout=_layout(spec, dtype),
         )
 
 
-def _config(model: ModelConfig) -> str:
-    """Weights of the same bytes make other states under another rotary width or epsilon."""
-    names = [item.name for item in fields(model) if item.name not in _NOT_ARITHMETIC]
-    return " ".join(f"{name}={getattr(model, name)}" for name in names)
-
-
 def _layout(spec: StateSpec, dtype: str) -> str:
-    return (
-        f"layers={spec.layers} heads={spec.heads} V={spec.value_width} K={spec.key_width} float32"
-        f" weights={dtype} denominator={spec.has_denominator}"
-    )
+    tensors = [
+        f"{tensor.name}={'x'.join(map(str, tensor.shape))}:{tensor.dtype}"
+        for tensor in spec.tensors
+    ]
+    return " ".join([*tensors, f"weights={dtype}"])
 
 
 def _sha256(paths: Iterable[Path]) -> str:
-    """Of all the files, with their names; a file is never in memory as a whole."""
+    """Of all the files, with their names; no file is read into memory as a whole."""
     whole = hashlib.sha256()
     for path in sorted(paths):
         with path.open("rb") as file:

@@ -1,7 +1,4 @@
-"""What sessions need done now and then, by a thread of its own.
-
-Owns when. What is done is `Sessions.tend`'s; nothing of it waits for a turn, nor a turn for it.
-"""
+"""A thread that calls `SessionManager.maintain` periodically."""
 
 import logging
 import threading
@@ -11,14 +8,16 @@ from contextlib import contextmanager
 logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 0.2
-"""Between portions of what is past its time, where there is more: turns use the disk meanwhile."""
+"""Between calls where there is more to do: turns can use the disk meanwhile."""
 
 
 @contextmanager
-def upkeep(tend: Callable[[], bool], seconds: float) -> Iterator[None]:
-    """Within the block `tend` is called every so many seconds, and sooner where it leaves work."""
+def maintenance_thread(maintain: Callable[[], bool], seconds: float) -> Iterator[None]:
+    """Within the block `maintain` is called every `seconds`, and sooner while it returns True."""
     stopping = threading.Event()
-    thread = threading.Thread(target=_run, args=(tend, seconds, stopping), name="upkeep")
+    thread = threading.Thread(
+        target=_run, args=(maintain, seconds, stopping), name="session-maintenance"
+    )
     thread.start()
     try:
         yield
@@ -27,11 +26,11 @@ def upkeep(tend: Callable[[], bool], seconds: float) -> Iterator[None]:
         thread.join()
 
 
-def _run(tend: Callable[[], bool], seconds: float, stopping: threading.Event) -> None:
+def _run(maintain: Callable[[], bool], seconds: float, stopping: threading.Event) -> None:
     wait = seconds
     while not stopping.wait(wait):
         try:
-            wait = min(PAUSE_SECONDS, seconds) if tend() else seconds
+            wait = min(PAUSE_SECONDS, seconds) if maintain() else seconds
         except Exception:
-            logger.exception("sessions could not be tended; it is tried again")
+            logger.exception("the maintenance of sessions failed; it is tried again")
             wait = seconds

@@ -1,6 +1,6 @@
-"""What a session takes, item by item and place by place: known before there is one.
+"""What a session takes in the pool, in memory and on disk, at most, by item. Loads no torch.
 
-Owns the sum. Knows no torch, and nothing of sessions that there are.
+It follows from the model's state and the settings, and is known before there is a session.
 """
 
 from dataclasses import dataclass
@@ -9,20 +9,21 @@ from typing import Self
 from cottention.engine.state.spec import StateSpec
 
 ID_BYTES, COUNT_BYTES = 40, 120
-"""About what CPython takes for an int in a tuple, and for two in a dictionary."""
+"""Approximate bytes in CPython of an int in a tuple, and of an int pair in a dictionary."""
 
 STORED_ID_BYTES, STORED_COUNT_BYTES = 4, 8
 HEADER_BYTES = 2048
-"""Of a snapshot beside its rows and lists: checksum, fingerprints, sizes; at most."""
+"""At most, of a blob besides rows, lists and events: checksum, fingerprints, sizes."""
 
 GB = 10**9
 
 
 @dataclass(frozen=True, slots=True)
 class SessionBytes:
-    """Bytes of one session, whatever its age; what depends on its text is the most it can be.
+    """The most bytes that one session takes at any age.
 
-    items: by what they hold. places: of one session in the pool, in memory, on the disk.
+    items: by content. places: of one session in the pool (resident), in memory (parked), on the
+    disk (stored).
     """
 
     items: dict[str, int]
@@ -32,10 +33,10 @@ class SessionBytes:
     def of(
         cls, spec: StateSpec, *, num_ids: int, window: int, max_checkpoints: int, max_outbox: int
     ) -> Self:
-        """num_ids: of the tokenizer. window: ids that are kept. max_outbox: bytes of events."""
+        """num_ids: of the tokenizer. window: recent ids kept. max_outbox: bytes of events."""
         slot = spec.itemised_bytes()
-        rows = slot["state"] + slot["denominator"]
-        num_kept = window + 1  # and the one that the next turn feeds first
+        rows = spec.bytes_per_row
+        num_kept = window + 1  # the last id waits outside the state, for the next turn
         counts, ids = num_ids * COUNT_BYTES, num_kept * ID_BYTES
         lists = num_kept * STORED_ID_BYTES + num_ids * STORED_COUNT_BYTES
         snapshot = rows + lists + max_outbox + HEADER_BYTES
@@ -56,5 +57,5 @@ class SessionBytes:
         return cls(items, places)
 
     def per_gb(self) -> dict[str, int]:
-        """How many fit into 10⁹ bytes of each place, at least."""
+        """Sessions that fit into 10⁹ bytes of each place, at least."""
         return {place: GB // nbytes for place, nbytes in self.places.items()}

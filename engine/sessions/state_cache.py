@@ -1,49 +1,41 @@
-"""Where the value of each session is: with a turn, in memory, in the store.
+"""A cache of session values in front of the store: running turns, unsaved and parked values.
 
-Owns the lock over what is in memory, never held while the disk works. Does not know owners, or
-what a caller may do.
-
-States that wait in memory for their sessions' next turns; the least recently used goes first.
-
-Owns the budget, and which sessions hold which state: forks hold one together. Does not know disks
-or leases, and is not safe to share between threads: who owns it locks.
-
-Values that the store had no room for, and how far ahead of it they are.
-
-Owns that a rewind never skips a turn: of what is ahead only the newest value is kept. Does not know
-disks or leases, and is not safe to share between threads: who owns it locks.
+The store has every value except those that a full disk refused (`UnsavedStates`); memory also has
+the most recently used ones (`ParkedStates`), within a budget.
 """
 
 import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from cottention.engine.errors import NothingToRewindError, SessionMovedError, StoreFullError
 from cottention.engine.sessions.memory_usage import COUNT_BYTES, ID_BYTES
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SessionStore
-from cottention.engine.sessions.types import Exported, Residence, Session, SessionCounts
-from cottention.engine.state.context_window import ContextPolicy
-from cottention.engine.state.session_state import SessionState
+from cottention.engine.sessions.types import Residence, SessionCounts, SessionValue
+from cottention.engine.state.event_log import EventLog
 
 logger = logging.getLogger(__name__)
 
 
 class UnsavedState(NamedTuple):
-    """A session's value after `num_turns` more turns than the store's."""
+    """A session's value after `num_turns` more turns than the store has."""
 
-    state: SessionState
+    value: SessionValue
     num_turns: int
 
     def checkpoints(self, record: SessionRecord) -> tuple[str, ...]:
-        """Digests of what it can be rewound to, the newest last."""
+        """Digests of the states that it can be rewound to, the newest last."""
         return (*record.checkpoints, record.head) if self.num_turns == 1 else ()
 
 
 class UnsavedStates:
-    """The newest value of each session that the store does not have."""
+    """The newest value of each session that the store had no room for. Not thread-safe.
+
+    Only the newest is kept, so a session can be rewound only where it is one turn ahead.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, UnsavedState] = {}
@@ -55,152 +47,293 @@ class UnsavedStates:
         return len(self._found)
 
     @property
-    def nbytes(self) -> int:
+    def num_bytes(self) -> int:
         """Bytes of the rows of all."""
-        return sum(ahead.state.nbytes for ahead in self._found.values())
+        return sum(unsaved.value.state.nbytes for unsaved in self._found.values())
 
     def get(self, session_id: str) -> UnsavedState | None:
-        """Of this session; None where the store has its value."""
+        """The session's value; None where the store has it."""
         return self._found.get(session_id)
 
     def all(self) -> dict[str, UnsavedState]:
-        """Of all sessions, by id."""
+        """The values of all sessions, by id."""
         return dict(self._found)
 
-    def move(self, session_id: str, state: SessionState) -> None:
-        """The value after one more turn, in place of the one before it."""
+    def add_turn(self, session_id: str, value: SessionValue) -> None:
+        """Replace the session's value by the one after one more turn."""
         before = self._found.get(session_id)
-        self._found[session_id] = UnsavedState(state, 1 + (before.num_turns if before else 0))
+        self._found[session_id] = UnsavedState(value, 1 + (before.num_turns if before else 0))
 
     def rewind(self, session_id: str) -> bool:
-        """Go back to what the store has; whether there was something newer.
+        """Return to the value in the store; whether there was an unsaved one.
 
-        NothingToRewindError: the store's is more than a turn older.
+        NothingToRewindError: the one in the store is more than a turn older.
         """
-        ahead = self._found.get(session_id)
-        if ahead is not None and ahead.num_turns > 1:
+        unsaved = self._found.get(session_id)
+        if unsaved is not None and unsaved.num_turns > 1:
             raise NothingToRewindError(
                 "the session as it was before its last turn is not kept: the disk was full"
             )
-        return self.forget(session_id)
+        return self.remove(session_id)
 
-    def forget(self, session_id: str) -> bool:
-        """The store has it, or the session is gone; whether there was something."""
+    def remove(self, session_id: str) -> bool:
+        """Remove a session that is stored or deleted; whether there was a value."""
         return self._found.pop(session_id, None) is not None
 
 
 @dataclass(slots=True)
-class _Place:
-    """A state, what it costs, and the sessions that hold it."""
+class _Entry:
+    """A value, its bytes, and the sessions that have it."""
 
-    state: SessionState
+    value: SessionValue
     nbytes: int
-    holders: set[str] = field(default_factory=set)
+    session_ids: set[str] = field(default_factory=set)
 
 
 class ParkedStates:
-    """At most `max_bytes` of states by digest. `num_bytes`: of those that are here."""
+    """At most `max_bytes` of values by digest, least recently used first out. Not thread-safe.
+
+    Forks share one entry. `num_bytes`: of all entries.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._places: OrderedDict[str, _Place] = OrderedDict()
-        self._digests: dict[str, str] = {}  # session → digest
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._digests: dict[str, str] = {}  # by session id
         self.num_bytes = 0
 
-    @property
-    def num_sessions(self) -> int:
-        """Sessions whose state is here."""
-        return len(self._digests)
-
-    def holds(self, session_id: str) -> bool:
-        """Whether the session's state is here."""
+    def __contains__(self, session_id: str) -> bool:
         return session_id in self._digests
 
-    def get(self, digest: str) -> SessionState | None:
-        """The state if it is here; it becomes the most recently used."""
-        place = self._places.get(digest)
-        if place is None:
-            return None
-        self._places.move_to_end(digest)
-        return place.state
+    def __len__(self) -> int:
+        """Number of sessions."""
+        return len(self._digests)
 
-    def hold(self, session_id: str, digest: str, state: SessionState) -> None:
-        """The session's state is now this one; the older one goes unless another holds it."""
-        self.let_go(session_id)
-        place = self._places.get(digest)
-        if place is None:
-            place = self._places[digest] = _Place(state, _nbytes(state))
-            self.num_bytes += place.nbytes
-        self._places.move_to_end(digest)
-        place.holders.add(session_id)
+    def get(self, digest: str) -> SessionValue | None:
+        """The value if it is here; it becomes the most recently used."""
+        entry = self._entries.get(digest)
+        if entry is None:
+            return None
+        self._entries.move_to_end(digest)
+        return entry.value
+
+    def add(self, session_id: str, digest: str, value: SessionValue) -> None:
+        """Make this the session's value; its older one is removed unless another session has it."""
+        self.remove(session_id)
+        entry = self._entries.get(digest)
+        if entry is None:
+            entry = self._entries[digest] = _Entry(value, _num_bytes(value))
+            self.num_bytes += entry.nbytes
+        self._entries.move_to_end(digest)
+        entry.session_ids.add(session_id)
         self._digests[session_id] = digest
         while self.num_bytes > self._max_bytes:
-            self._drop(next(iter(self._places)))
+            self._evict(next(iter(self._entries)))
 
-    def let_go(self, session_id: str) -> None:
-        """The session holds nothing here."""
+    def remove(self, session_id: str) -> None:
+        """Remove a session; nothing happens where it is not here."""
         digest = self._digests.pop(session_id, None)
         if digest is None:
             return
-        holders = self._places[digest].holders
-        holders.discard(session_id)
-        if not holders:
-            self._drop(digest)
+        session_ids = self._entries[digest].session_ids
+        session_ids.discard(session_id)
+        if not session_ids:
+            self._evict(digest)
 
-    def _drop(self, digest: str) -> None:
-        place = self._places.pop(digest)
-        self.num_bytes -= place.nbytes
-        for session_id in place.holders:
+    def _evict(self, digest: str) -> None:
+        entry = self._entries.pop(digest)
+        self.num_bytes -= entry.nbytes
+        for session_id in entry.session_ids:
             del self._digests[session_id]
 
 
-def _nbytes(state: SessionState) -> int:
+def _num_bytes(value: SessionValue) -> int:
+    state, events = value
     num_ids = len(state.pending) + len(state.recent)
-    nbytes = state.nbytes + state.outbox.nbytes
-    return nbytes + num_ids * ID_BYTES + len(state.counts) * COUNT_BYTES
+    lists = num_ids * ID_BYTES + len(state.counts) * COUNT_BYTES
+    return state.nbytes + events.nbytes + lists
 
 
 class StateCache:
-    """States by session, newest first: ahead of the store, parked, stored."""
+    """Values by session, wherever they are, and the leases of running turns. Thread-safe.
 
-    def __init__(
-        self, store: SessionStore, codec: SnapshotCodec, memory_bytes: int, *, is_durable: bool
-    ) -> None:
+    Its lock guards what is in memory and is never held during a call of the store.
+    """
+
+    def __init__(self, store: SessionStore, codec: SnapshotCodec, memory_bytes: int) -> None:
         self._store = store
         self._codec = codec
-        self._is_durable = is_durable
         self._lock = threading.Lock()
         self._parked = ParkedStates(memory_bytes)
+        self._unsaved = UnsavedStates()
         self._running: dict[str, Lease] = {}
         self._unreleased: dict[str, Lease] = {}
-        self._ahead = UnsavedStates()
 
-    def start(self, session_id: str, seconds: float) -> Lease:
-        """A turn runs, under this lease. SessionBusyError; StoreFullError."""
-        self._release_again(session_id)
-        lease = self._store.acquire(session_id, seconds)
+    def begin(self, owner: str, session_id: str, seconds: float) -> tuple[Lease, SessionRecord]:
+        """Lease an owner's session for a turn. SessionNotFoundError; SessionBusyError.
+
+        StoreFullError: the last turn's lease could not be released, and still cannot.
+        """
+        self._retry_release(session_id)
+        lease, record = self._store.begin(owner, session_id, seconds)
         with self._lock:
             self._running[session_id] = lease
-        return lease
+        return lease, record
 
-    def end(self, lease: Lease) -> None:
-        """No turn runs under this lease any more; nothing happens where none did.
+    def release(self, lease: Lease) -> None:
+        """End a turn without a new value; nothing happens where it has ended.
 
-        What the turn did stands, whatever the disk says to this: the next turn gives the lease back
-        first, and it runs out by itself.
+        Where a full disk does not take the release, the next turn repeats it first; otherwise the
+        lease runs out.
         """
         try:
             self._store.release(lease)
         except StoreFullError:
-            logger.exception("session %s is free once the disk has room", lease.session_id)
+            logger.exception("session %s stays leased until the disk has room", lease.session_id)
             with self._lock:
                 self._unreleased[lease.session_id] = lease
         finally:
             with self._lock:
-                if self._running.get(lease.session_id) == lease:
-                    del self._running[lease.session_id]
+                self._end(lease)
 
-    def _release_again(self, session_id: str) -> None:
+    def running(self) -> list[Lease]:
+        """The leases of the running turns."""
+        with self._lock:
+            return [*self._running.values()]
+
+    def load(self, record: SessionRecord) -> SessionValue:
+        """A session's value, from wherever it is. SnapshotError: damaged, or no longer stored."""
+        with self._lock:
+            unsaved = self._unsaved.get(record.id)
+            value = unsaved.value if unsaved else self._parked.get(record.head)
+        return value or self._decode(record)
+
+    def load_for_turn(self, record: SessionRecord) -> SessionValue:
+        """As `load`, for a turn that has the lease: a value from the disk is parked."""
+        value = self.load(record)
+        with self._lock:
+            if record.id not in self._unsaved:
+                self._parked.add(record.id, record.head, value)
+        return value
+
+    def commit(self, lease: Lease, value: SessionValue, max_checkpoints: int) -> SessionRecord:
+        """Store a turn's value and release its lease, in one transaction.
+
+        The unsaved value of an earlier turn is stored before it. StoreFullError: not everything is
+        stored, and the lease is held. SessionMovedError.
+        """
+        version = lease.version
+        if (unsaved := self.unsaved(lease.session_id)) is not None:
+            before = self._store.put(lease, version, *self._stored(unsaved, max_checkpoints))
+            version = before.version
+            self.park(before, unsaved.value)
+        new = UnsavedState(value, 1)
+        record = self._store.commit(lease, version, *self._stored(new, max_checkpoints))
+        with self._lock:
+            # the session is free: where another turn has begun, the value may be an old one
+            if self._end(lease):
+                self._parked.add(record.id, record.head, value)
+        return record
+
+    def keep_unsaved(self, lease: Lease, value: SessionValue) -> None:
+        """Keep a turn's value in memory, whatever the budget: the store has no room for it.
+
+        SessionMovedError: the turn has ended. A full store may not have compared the fence.
+        """
+        with self._lock:
+            if self._running.get(lease.session_id) != lease:
+                raise SessionMovedError(f"session {lease.session_id!r} is not held by this turn")
+            self._parked.remove(lease.session_id)
+            self._unsaved.add_turn(lease.session_id, value)
+        logger.warning(
+            "the disk has no room for session %s: its last turn is lost if the server ends before a"
+            " later one is stored",
+            lease.session_id,
+        )
+
+    def save_unsaved(self, session_id: str, seconds: float, max_checkpoints: int) -> None:
+        """Store a session's unsaved value. Raises what the store raises."""
+        unsaved = self.unsaved(session_id)
+        assert unsaved is not None
+        self._retry_release(session_id)
+        lease = self._store.acquire(session_id, seconds)
+        new = self._stored(unsaved, max_checkpoints)
+        record = self._store.commit(lease, lease.version, *new)
+        self.park(record, unsaved.value)
+
+    def park(self, record: SessionRecord, value: SessionValue) -> None:
+        """Keep a value that is stored in memory as well, within the budget."""
+        with self._lock:
+            self._unsaved.remove(record.id)
+            self._parked.add(record.id, record.head, value)
+
+    def rewind_unsaved(self, session_id: str) -> bool:
+        """Return to the value in the store; whether there was an unsaved one.
+
+        NothingToRewindError: the one in the store is more than a turn older.
+        """
+        with self._lock:
+            return self._unsaved.rewind(session_id)
+
+    def unsaved(self, session_id: str) -> UnsavedState | None:
+        """The session's unsaved value, if there is one."""
+        with self._lock:
+            return self._unsaved.get(session_id)
+
+    def all_unsaved(self) -> dict[str, UnsavedState]:
+        """All unsaved values, by session id."""
+        with self._lock:
+            return self._unsaved.all()
+
+    def forget(self, session_id: str) -> None:
+        """Remove a session's values from memory: they are not those of the store."""
+        with self._lock:
+            self._forget(session_id)
+
+    def remove(self, session_id: str) -> None:
+        """Remove a session that was deleted, with the lease of a turn that has just ended."""
+        with self._lock:
+            self._forget(session_id)
+            self._running.pop(session_id, None)
+
+    def residence(self, session_id: str) -> Residence:
+        """Where the session is."""
+        with self._lock:
+            if session_id in self._running:
+                return "resident"
+            return "parked" if self._is_in_memory(session_id) else "stored"
+
+    def counts(self) -> SessionCounts:
+        """Numbers of sessions by residence, and their bytes."""
+        stored = self._store.counts()
+        with self._lock:
+            num_running, num_unsaved = len(self._running), len(self._unsaved)
+            num_in_memory = len(self._parked) + num_unsaved
+            num_parked = num_in_memory - sum(map(self._is_in_memory, self._running))
+            num_bytes = self._parked.num_bytes + self._unsaved.num_bytes
+        num_stored = max(0, stored.num_sessions - num_running - num_parked)
+        return SessionCounts(
+            num_running, num_parked, num_stored, num_bytes, stored.blob_bytes, num_unsaved
+        )
+
+    def _decode(self, record: SessionRecord) -> SessionValue:
+        snapshot, events = record.split(self._store.get(record.head))
+        return SessionValue(self._codec.decode(snapshot), EventLog.from_bytes(events))
+
+    def _stored(
+        self, unsaved: UnsavedState, max_checkpoints: int
+    ) -> tuple[bytes, int, int, str, bytes]:
+        """A value as `SessionStore.put` and `commit` take it."""
+        (state, events), num_turns = unsaved
+        return (
+            self._codec.encode(state),
+            state.num_tokens,
+            max_checkpoints if num_turns == 1 else 0,
+            state.context_policy,
+            events.to_bytes(),
+        )
+
+    def _retry_release(self, session_id: str) -> None:
         with self._lock:
             lease = self._unreleased.get(session_id)
         if lease is not None:
@@ -209,124 +342,17 @@ class StateCache:
                 if self._unreleased.get(session_id) == lease:
                     del self._unreleased[session_id]
 
-    def running(self) -> list[Lease]:
-        """Of the turns that run."""
-        with self._lock:
-            return [*self._running.values()]
+    def _end(self, lease: Lease) -> bool:
+        """Whether it was a running turn's."""
+        if self._running.get(lease.session_id) != lease:
+            return False
+        del self._running[lease.session_id]
+        return True
 
-    def load(self, record: SessionRecord) -> SessionState:
-        """From wherever it is, and it stays there. SnapshotError: damaged on the disk."""
-        with self._lock:
-            ahead = self._ahead.get(record.id)
-            state = ahead.state if ahead else self._parked.get(record.head)
-        return state or self._codec.decode(self._store.get(record.head))
-
-    def wake(self, record: SessionRecord) -> SessionState:
-        """As `load`, for the turn that holds its lease: what was on the disk alone is parked."""
-        state = self.load(record)
-        with self._lock:
-            if record.id not in self._ahead:
-                self._parked.hold(record.id, record.head, state)
-        return state
-
-    def park(self, record: SessionRecord, state: SessionState) -> None:
-        """The store has it, and memory too."""
-        with self._lock:
-            self._ahead.forget(record.id)
-            self._parked.hold(record.id, record.head, state)
-
-    def pin(self, lease: Lease, state: SessionState) -> None:
-        """The store had no room for it: it stays in memory, whatever the budget.
-
-        SessionMovedError: the turn has ended. A full store may not have come to look at the fence.
-        """
-        with self._lock:
-            if self._running.get(lease.session_id) != lease:
-                raise SessionMovedError(f"session {lease.session_id!r} is not held by this turn")
-            self._parked.let_go(lease.session_id)
-            self._ahead.move(lease.session_id, state)
-        logger.warning(
-            "the disk has no room for session %s: its last turn is lost if the server ends before a"
-            " later one is stored",
-            lease.session_id,
-        )
-
-    def unpin(self, session_id: str) -> bool:
-        """Go back a turn to what the store has; whether there was something newer.
-
-        NothingToRewindError: the store's is more than a turn older.
-        """
-        with self._lock:
-            return self._ahead.rewind(session_id)
-
-    def ahead(self, session_id: str) -> UnsavedState | None:
-        """What the store has no room for, of this session."""
-        with self._lock:
-            return self._ahead.get(session_id)
-
-    def all_ahead(self) -> dict[str, UnsavedState]:
-        """What the store has no room for, by session."""
-        with self._lock:
-            return self._ahead.all()
-
-    def exported(self, record: SessionRecord) -> Exported:
-        """It and its snapshot. SnapshotError: damaged on the disk, or no longer there."""
-        ahead = self.ahead(record.id)
-        raw = self._codec.encode(ahead.state) if ahead else self._store.get(record.head)
-        return Exported(self._told(record, ahead), raw)
-
-    def forget(self, session_id: str) -> None:
-        """The session is gone, or not at what memory has."""
-        with self._lock:
-            self._ahead.forget(session_id)
-            self._unreleased.pop(session_id, None)
-            self._parked.let_go(session_id)
-
-    def told(self, record: SessionRecord) -> Session:
-        """A record, and what only memory knows of its session."""
-        return self._told(record, self.ahead(record.id))
-
-    def _told(self, record: SessionRecord, ahead: UnsavedState | None) -> Session:
-        with self._lock:
-            residence = self._residence(record.id)
-        position, policy = record.position, cast("ContextPolicy", record.context_policy)
-        if ahead is not None:
-            position, policy = ahead.state.num_tokens, ahead.state.context_policy
-        return Session(
-            id=record.id,
-            owner=record.owner,
-            created=record.created,
-            version=record.version,
-            position=position,
-            nbytes=record.nbytes,
-            residence=residence,
-            metadata=record.metadata,
-            expires_at=record.expires_at,
-            num_checkpoints=len(ahead.checkpoints(record) if ahead else record.checkpoints),
-            is_durable=self._is_durable and ahead is None,
-            was_interrupted=record.was_interrupted and ahead is None,
-            context_policy=policy,
-            context_start=self._codec.context_schedules[policy].start(max(position - 1, 0)),
-        )
-
-    def sizes(self) -> SessionCounts:
-        """How many there are of each residence, and their bytes."""
-        counts = self._store.counts()
-        with self._lock:
-            num_running = len(self._running)
-            in_memory = self._parked.num_sessions + len(self._ahead)
-            num_parked = in_memory - sum(map(self._is_in_memory, self._running))
-            num_unsaved = len(self._ahead)
-            nbytes = self._parked.num_bytes + self._ahead.nbytes
-        num_stored = max(0, counts.num_sessions - num_running - num_parked)
-        return SessionCounts(
-            num_running, num_parked, num_stored, nbytes, counts.blob_bytes, num_unsaved
-        )
+    def _forget(self, session_id: str) -> None:
+        self._unsaved.remove(session_id)
+        self._unreleased.pop(session_id, None)
+        self._parked.remove(session_id)
 
     def _is_in_memory(self, session_id: str) -> bool:
-        return session_id in self._ahead or self._parked.holds(session_id)
-
-    def _residence(self, session_id: str) -> Residence:
-        if session_id in self._running:
-            return "resident"
-        return "parked" if self._is_in_memory(session_id) else "stored"
+        return session_id in self._unsaved or session_id in self._parked

@@ -1,4 +1,4 @@
-"""What is told of sessions, and what a turn holds. Knows nothing of where they are kept."""
+"""The values that sessions are described by: what clients see, what a turn holds, counts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,20 +6,21 @@ from typing import Literal, NamedTuple
 
 from cottention.engine.sessions.store.protocol import Lease
 from cottention.engine.state.context_window import ContextPolicy
+from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import SessionState
 
 Residence = Literal["resident", "parked", "stored"]
-"""A turn runs; the state is in memory; it is on the disk alone."""
+"""A turn runs; the state is in memory; the state is on the disk alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
     """A session as it is after its last turn.
 
-    position: tokens it holds. nbytes: of its stored state. created, expires_at: unix seconds.
-    num_checkpoints: turns that can be taken back. is_durable: a restart loses nothing of it.
-    was_interrupted: a crash cut its last turn, and it is as it was before. context_start: index of
-    the oldest token that its next one is drawn with; nothing older is remembered.
+    position: tokens it holds. nbytes: bytes it takes on the disk, without its checkpoints.
+    created, expires_at: unix seconds. num_checkpoints: turns that can be rewound. is_durable:
+    whether its last turn survives a restart. was_interrupted: a crash cut its last turn, and the
+    session is as before it. context_start: index of the oldest token that the next one depends on.
     """
 
     id: str
@@ -38,8 +39,15 @@ class Session:
     context_start: int
 
 
+class SessionValue(NamedTuple):
+    """What a turn leaves of a session: its state, and the events of that turn."""
+
+    state: SessionState
+    events: EventLog = NO_EVENTS
+
+
 class Exported(NamedTuple):
-    """A session, and the snapshot of it at that very position."""
+    """A session, and its snapshot at that position."""
 
     session: Session
     raw: bytes
@@ -47,7 +55,7 @@ class Exported(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The right to change a session, and the value that the change starts from."""
+    """The right to change a session, and the state that the turn starts from."""
 
     session: Session
     state: SessionState
@@ -56,9 +64,9 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class SessionCounts:
-    """Sessions by residence; bytes of states in memory, and of snapshots on the disk.
+    """Numbers of sessions by residence; bytes of states in memory, and of blobs on the disk.
 
-    num_unsaved: those of the parked ones that a full disk did not take.
+    num_unsaved: how many of the parked sessions could not be stored because the disk was full.
     """
 
     num_resident: int

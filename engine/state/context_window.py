@@ -1,24 +1,18 @@
-"""Where the context of a token begins: arithmetic on its absolute index, and nothing else.
+"""Which ids a token is computed from, and which of a prompt's ids are prefilled into which row.
 
-Owns the grid on which a state is renewed. Knows no states, rows or requests: what a token is
-computed from follows from its index alone, so that prompts cut into any pieces, parked sessions and
-batches of any company agree.
+Everything here is arithmetic on a token's absolute index, so that prompts cut into chunks of any
+size, paused requests, parked sessions and batches of any size agree. Loads no torch.
 
-Under `exact`, the papers' recurrence to the letter, every token is computed in the state of all
-before it. Under `renew`, with W the window and R the ids that are kept, the state becomes, at index
-W and then every W − R, that of the last R ids at positions 1 to R: positions never leave the window
-that the model was trained on, and what is older than the context's start is forgotten. The price is
-R / (W − R) ids read again for each id.
+Under `exact`, the recurrence of the papers, a token is computed in the state of all ids before it.
+Under `renew`, with W the window and R the ids that are kept, the state becomes, at index W and then
+every W − R, that of the last R ids at positions 1 to R: positions never leave the window that the
+model was trained on, and ids before the context's start are forgotten. The next state is prefilled
+in the slot's spare row while the current one runs, which costs R / (W − R) prefilled ids per id.
 
     index        0 ......... W−R ...... W ............ 2W−2R ..... 2W−R
     first state  |----------------------|
     second                    |..spare..|--------------------------|
     third                                               |..spare...|----
-
-What of a prompt is read into which row, and in which order. Arithmetic alone; knows no torch.
-
-Ids are named by their absolute index. A prompt reads no more than what survives in the state of its
-last id, unless all of it is to be scored.
 """
 
 from collections import deque
@@ -31,7 +25,7 @@ ContextPolicy = Literal["renew", "exact"]
 
 
 class Window(NamedTuple):
-    """Ids first:stop are computed in a state that begins with the id at `start`."""
+    """Ids first:stop are computed in the state whose oldest id is at index `start`."""
 
     start: int
     first: int
@@ -39,11 +33,11 @@ class Window(NamedTuple):
 
 
 class ContextSchedule(Protocol):
-    """Where contexts begin."""
+    """The oldest id of the state in which each id is computed."""
 
     @property
     def name(self) -> str:
-        """In a snapshot: states of another grid of the same name would be of other ids."""
+        """Identifies the schedule in a snapshot: equal names mean equal starts."""
         ...
 
     def start(self, index: int) -> int:
@@ -51,20 +45,20 @@ class ContextSchedule(Protocol):
         ...
 
     def ahead(self, index: int, last: int) -> int | None:
-        """Where the context after that of `index` begins, if the id at `index` belongs to it, too.
+        """Start of the next context, if the id at `index` belongs to it as well.
 
-        None where it does not, or where a sequence whose last id is at `last` never gets there.
+        None if it does not, or if a sequence whose last id is at `last` ends before that context.
         """
         ...
 
     def windows(self, stop: int) -> list[Window]:
-        """All states that ids 0:stop are computed in."""
+        """All states in which ids 0:stop are computed, in order."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ExactSchedule:
-    """Nothing is ever forgotten."""
+    """Every context starts at 0: nothing is forgotten."""
 
     name: str = "exact"
 
@@ -80,7 +74,10 @@ class ExactSchedule:
 
 @dataclass(frozen=True, slots=True)
 class RenewalSchedule:
-    """At most `window` ids; when they are full, the last `kept` of them, at most half, go on."""
+    """Contexts of at most `window` ids; each starts with the last `kept` ids of the one before.
+
+    kept: at most half of the window.
+    """
 
     window: int
     kept: int
@@ -91,7 +88,7 @@ class RenewalSchedule:
 
     @property
     def stride(self) -> int:
-        """Ids from one renewal to the next."""
+        """Ids between two renewals."""
         return self.window - self.kept
 
     def start(self, index: int) -> int:
@@ -109,20 +106,21 @@ class RenewalSchedule:
 
 
 KEPT_PART = 4
-"""R = W / 4: a third of an id is read again for each id."""
+"""R = W / 4: a third of an id is prefilled again for each id."""
 
 
 def context_schedules(window: int) -> Mapping[ContextPolicy, ContextSchedule]:
-    """By policy, for a model that was trained on `window` ids, from 2."""
+    """The schedule of each policy, for a model that was trained on `window` ids, at least 2."""
     return {"exact": ExactSchedule(), "renew": RenewalSchedule(window, max(1, window // KEPT_PART))}
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillSpan:
-    """Ids begin:stop into a row that holds start:begin; a row that holds none is cleared first.
+    """Prefill ids begin:stop into a row whose state is of ids start:begin.
 
-    is_spare: into the spare row, for after the next renewal. scored_from: how likely the followers
-    of ids from here on were can be told.
+    The row is cleared first where begin is start. is_spare: into the spare row, for the context
+    after the next renewal. scored_from: ids from here on give the log-probabilities of the ids that
+    follow them.
     """
 
     start: int
@@ -133,22 +131,24 @@ class PrefillSpan:
 
 
 def prefill_spans(
-    grid: ContextSchedule, held: int, stop: int, last: int, *, is_scored: bool
+    schedule: ContextSchedule, held: int, stop: int, last: int, *, is_scored: bool
 ) -> deque[PrefillSpan]:
-    """In order, to bring a row that holds ids up to `held` to where it holds them up to `stop`.
+    """What to prefill, in order, to advance a row from the state of ids 0:held to that of 0:stop.
 
-    last: index of the last id that the sequence can come to. Empty where the row is there already.
+    last: index of the last id that the sequence can reach. is_scored: every id is computed, where
+    otherwise those that the last id's context has forgotten are skipped. Empty if held is stop.
     """
     if held == stop:
         return deque()
     if is_scored:
         main = [
-            PrefillSpan(w.start, w.start, w.stop, scored_from=w.first) for w in grid.windows(stop)
+            PrefillSpan(w.start, w.start, w.stop, scored_from=w.first)
+            for w in schedule.windows(stop)
         ]
     else:
-        start = grid.start(stop - 1)
-        goes_on = held > 0 and grid.start(held - 1) == start
+        start = schedule.start(stop - 1)
+        goes_on = held > 0 and schedule.start(held - 1) == start
         main = [PrefillSpan(start, held if goes_on else start, stop)]
-    begin = grid.ahead(stop - 1, last)
+    begin = schedule.ahead(stop - 1, last)
     spare = [] if begin is None else [PrefillSpan(begin, begin, stop, is_spare=True)]
     return deque([*spare, *main])

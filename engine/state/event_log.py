@@ -1,47 +1,70 @@
-"""The last events that a session's turn told, for whoever missed them.
+"""The last events of a session's turn, kept for clients that missed them.
 
-Owns their numbers and how many are kept. Does not know what they say.
+`EventLog` is the finished value, `EventBuffer` collects the events of a turn that runs.
 """
 
+import struct
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Self
 
 from cottention.engine.errors import SnapshotError
 
+_HEADER = struct.Struct("<16sQI")
+"""Turn, number of the first event, number of events; their sizes and bytes follow."""
+
 
 @dataclass(frozen=True, slots=True)
 class EventLog:
-    """Events in the order they were told, each its bytes; of many the oldest have gone.
+    """Events of one turn in the order they were sent; where there were many, the newest of them.
 
-    turn: 16 hex digits, those of no other turn; empty where no turn kept any. first: the number of
-    the oldest event that is here, counted from 0 in its turn.
+    turn: 16 hex digits, unique to the turn; empty where no events were kept. first: the number of
+    the oldest event that is kept, counted from 0 in its turn. events: the bytes of each.
     """
 
     turn: str = ""
     first: int = 0
     events: tuple[bytes, ...] = ()
 
-    @classmethod
-    def unpacked(cls, turn: str, first: int, sizes: Sequence[int], joined: bytes) -> Self:
-        """Joined events apart again. SnapshotError: their sizes are not those of their bytes."""
-        if sum(sizes) != len(joined) or min(sizes, default=1) < 1:
-            raise SnapshotError("the snapshot's events have other sizes than it says")
-        if not turn and (joined or first):
-            raise SnapshotError("the snapshot has events of no turn")
-        places = pairwise(accumulate(sizes, initial=0))
-        return cls(turn, first, tuple(joined[a:b] for a, b in places))
-
     @property
     def nbytes(self) -> int:
         """Bytes of all events."""
         return sum(map(len, self.events))
 
+    def to_bytes(self) -> bytes:
+        """The log as it is stored; empty bytes where it has no turn."""
+        if not self.turn:
+            return b""
+        sizes = struct.pack(f"<{len(self.events)}I", *map(len, self.events))
+        header = _HEADER.pack(self.turn.encode(), self.first, len(self.events))
+        return b"".join([header, sizes, *self.events])
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """The inverse of `to_bytes`. SnapshotError: the sizes do not agree with the bytes."""
+        if not raw:
+            return cls()
+        try:
+            turn, first, num_events = _HEADER.unpack_from(raw)
+            sizes = struct.unpack_from(f"<{num_events}I", raw, _HEADER.size)
+        except struct.error as error:
+            raise SnapshotError("the stored event log is cut short") from error
+        start = _HEADER.size + 4 * num_events
+        if start + sum(sizes) != len(raw):
+            raise SnapshotError("the stored event log has other sizes than its header says")
+        bounds = pairwise(accumulate(sizes, initial=start))
+        return cls(turn.decode("ascii", "replace"), first, tuple(raw[a:b] for a, b in bounds))
+
+
+NO_EVENTS = EventLog()
+
 
 class EventBuffer:
-    """An outbox that grows: what it holds stays under `max_bytes`, but for the newest event."""
+    """The events of a turn that runs: the newest ones, as many as fit into `max_bytes`.
+
+    The newest event is kept even where it alone is larger.
+    """
 
     def __init__(self, turn: str, max_bytes: int) -> None:
         self.turn = turn
@@ -56,7 +79,7 @@ class EventBuffer:
         return self.first + len(self._events)
 
     def add(self, event: bytes) -> None:
-        """The newest; the oldest go where there is no room for them."""
+        """Append an event; the oldest are dropped where there is no room for them."""
         self._events.append(event)
         self._num_bytes += len(event)
         while self._num_bytes > self._max_bytes and len(self._events) > 1:
@@ -64,13 +87,14 @@ class EventBuffer:
             self.first += 1
 
     def since(self, number: int) -> list[bytes]:
-        """The event of this number, from `first` on, and those after it."""
-        return [self._events[place] for place in range(number - self.first, len(self._events))]
+        """The event of this number, which is at least `first`, and those after it."""
+        return [self._events[i] for i in range(number - self.first, len(self._events))]
 
-    def kept(self, *more: bytes) -> EventLog:
-        """What it would be with these events at its end; it stays as it is."""
-        twin = EventBuffer(self.turn, self._max_bytes)
-        twin.first, twin._events, twin._num_bytes = self.first, self._events.copy(), self._num_bytes
+    def to_log(self, *more: bytes) -> EventLog:
+        """The log of a turn that ends with these further events. The buffer is not changed."""
+        ended = EventBuffer(self.turn, self._max_bytes)
+        ended.first, ended._num_bytes = self.first, self._num_bytes
+        ended._events = self._events.copy()
         for event in more:
-            twin.add(event)
-        return EventLog(twin.turn, twin.first, tuple(twin._events))
+            ended.add(event)
+        return EventLog(ended.turn, ended.first, tuple(ended._events))

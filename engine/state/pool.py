@@ -1,15 +1,11 @@
-"""The pool: every session's state, allocated and touched once, at the start.
+"""The pool of states: one tensor [S, L, ...] for each tensor of the spec, allocated at the start.
 
-Owns the rows and which of them are free. Does not know what is in them or whose they are.
+A slot is a row of all of them, or two where the spec has a spare: the spare's row is `num_slots`
+behind the first. A row's layers are contiguous, so that a row moves in one copy for each tensor.
 
-A slot is a row, or two where the spec has a spare: the second then is that many rows behind the
-first as there are slots.
-
-Letters: S rows, L layers, H heads, V value width, K key width. A slot's layers lie side by side,
-so that a row moves in one copy.
+Letters: S rows, L layers.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,14 +13,16 @@ import torch
 from torch import Tensor
 
 from cottention.engine.errors import OutOfMemoryError
-from cottention.engine.state.spec import STATE_BYTES_PER_ELEMENT, StateSpec
+from cottention.engine.state.spec import StateDType, StateSpec, StateTensor
+
+_DTYPES: dict[StateDType, torch.dtype] = {"float32": torch.float32}
 
 _HEADROOM = {"cpu": 64 * 2**20, "cuda": 2**30}
 """Bytes that must stay free beside the pool for the steps themselves; graphs keep theirs."""
 
 
 class StatePool:
-    """State float32 [S, L, H, V, K] and, where the attention has one, denominators [S, L, H, K]."""
+    """Rows of states, and which slots are free. `tensors`: by name, each [S, L, ...]."""
 
     def __init__(self, spec: StateSpec, num_slots: int, device: str) -> None:
         """Raises OutOfMemoryError before anything is allocated."""
@@ -32,24 +30,23 @@ class StatePool:
         self.spec = spec
         self.num_slots = num_slots
         self.num_rows = 2 * num_slots if spec.has_spare else num_slots
-        self.state = _touched((self.num_rows, *spec.state_shape), device)
-        self.z: Tensor | None = None
-        if spec.has_denominator:
-            self.z = _touched((self.num_rows, *spec.denominator_shape), device)
+        self.tensors = {
+            tensor.name: _allocated(tensor, self.num_rows, device) for tensor in spec.tensors
+        }
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
-        """Slots that nobody holds."""
+        """Slots that are free."""
         return len(self._free)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the whole pool."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def allocate(self) -> int:
-        """A slot whose first row is zero; the caller has seen that one is free."""
+        """A slot whose first row is zero. The caller has checked that one is free."""
         slot = self._free.pop()
         self.clear(slot)
         return slot
@@ -64,37 +61,36 @@ class StatePool:
         return list(range(slot, self.num_rows, self.num_slots))
 
     def clear(self, row: int) -> None:
-        """Make a row that of no ids."""
-        for tensor in self._tensors():
+        """Set a row to the state before the first token: zeros."""
+        for tensor in self.tensors.values():
             tensor[row].zero_()
 
     def copy(self, source: int, targets: list[int]) -> None:
-        """Make the rows of `targets` equal to that of `source`."""
-        for tensor in self._tensors():
+        """Copy the row `source` to the rows `targets`."""
+        for tensor in self.tensors.values():
             for target in targets:
                 tensor[target].copy_(tensor[source])
 
     def read(self, row: int) -> tuple[Tensor, ...]:
-        """Copies of a row's tensors on the host: state [L, H, V, K], denominator [L, H, K]."""
-        return tuple(tensor[row].to("cpu", copy=True) for tensor in self._tensors())
+        """Copies of a row's tensors [L, ...] on the host, in the order of the spec."""
+        return tuple(tensor[row].to("cpu", copy=True) for tensor in self.tensors.values())
 
     def write(self, row: int, values: Sequence[Tensor]) -> None:
-        """Make a row what `read` gave."""
-        for tensor, value in zip(self._tensors(), values, strict=True):
+        """Set a row to what `read` returned."""
+        for tensor, value in zip(self.tensors.values(), values, strict=True):
             tensor[row].copy_(value)
 
-    def _tensors(self) -> list[Tensor]:
-        return [self.state] if self.z is None else [self.state, self.z]
 
-
-def _touched(shape: tuple[int, ...], device: str) -> Tensor:
-    """Zeros float32 whose every page is written now, so that no step meets a page fault."""
+def _allocated(tensor: StateTensor, num_rows: int, device: str) -> Tensor:
+    """Zeros [S, L, ...]. Every page is written now, so that no step has a page fault."""
     try:
-        return torch.empty(shape, device=device).zero_()
-    except RuntimeError as error:  # torch's own, where a limit that is not seen here holds
-        size = math.prod(shape) * STATE_BYTES_PER_ELEMENT
+        return torch.empty(
+            (num_rows, *tensor.shape), dtype=_DTYPES[tensor.dtype], device=device
+        ).zero_()
+    except RuntimeError as error:  # torch's own, under a limit that `available_memory` cannot see
         raise OutOfMemoryError(
-            f"{size:,} bytes for the pool could not be allocated: give a smaller --max-slots"
+            f"{num_rows * tensor.nbytes:,} bytes for the pool could not be allocated:"
+            " give a smaller --max-slots"
         ) from error
 
 
@@ -137,8 +133,8 @@ def _container_memory(folder: Path = Path("/sys/fs/cgroup")) -> int:
 def _group_memory(folder: Path, limit: str, usage: str) -> int:
     """Limit less use; without a limit, a number larger than any memory.
 
-    Cached files count as used and make room when asked: weights that were just read, above all,
-    must not stand in the way of the pool.
+    Cached files, such as weights that were just read, count as free: the kernel drops them when
+    memory is needed.
     """
     try:
         allowed = int((folder / limit).read_text())

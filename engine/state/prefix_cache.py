@@ -1,11 +1,9 @@
-"""States after prompts that may come again: of a resent conversation only what is new is read.
+"""A cache of states after prompts: of a conversation that is sent again only new ids are prefilled.
 
-Owns which states are kept, within a budget of bytes, and which is the longest that fits a prompt.
-Does not know requests, slots or the model. A prefix is known by a digest of its ids, so that a
-state of any age costs its bytes and a few more.
-
-On a CPU in float32 a state has the same bits however its prompt was cut: warm and cold answers are
-equal.
+The least recently used states are evicted when their bytes exceed the budget. A prefix is
+identified by a digest of its ids, so that an entry takes its state's bytes and a few more. In
+float32 on a CPU a state has the same bits however its prompt was cut into chunks, so that answers
+are the same with and without the cache.
 """
 
 import hashlib
@@ -15,18 +13,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:  # who schedules need not load torch
+if TYPE_CHECKING:  # the scheduler loads no torch
     from torch import Tensor
 
 BLOCK = 64
-"""Prompts are read up to a multiple of this, where there is one, before their end: a conversation
-that is tokenised anew may differ in its last few ids, and seldom before."""
+"""A prompt's state is cached at the last multiple of this many ids, if there is one before its end:
+where a conversation is tokenised again, its last few ids may differ from those before."""
 
 
 class Prefix:
-    """Ids from the start of a sequence, as a digest that grows with them.
+    """A digest of a sequence's first ids, extended by `add`.
 
-    scope: whose they are; nobody else's prompt meets them.
+    scope: only prompts of the same scope match.
     """
 
     def __init__(self, scope: str) -> None:
@@ -36,13 +34,13 @@ class Prefix:
         self.length = 0
 
     def add(self, ids: Sequence[int]) -> None:
-        """More ids follow."""
+        """Append ids."""
         self._hash.update(array("i", ids).tobytes())
         self.length += len(ids)
 
     @property
     def key(self) -> bytes:
-        """The digest of all of them."""
+        """The digest of all ids so far."""
         return self._hash.digest()
 
 
@@ -55,7 +53,7 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """Counters since the start, in tokens of prompts, and the bytes that are held now."""
+    """Prompt tokens looked up and found since the start, and bytes that are held now."""
 
     num_queried: int = 0
     num_hit: int = 0
@@ -63,7 +61,7 @@ class CacheStats:
 
 
 class PrefixCache:
-    """The states used last, as many as fit into `max_bytes`."""
+    """The most recently used states, as many as fit into `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -76,9 +74,9 @@ class PrefixCache:
     def find(
         self, scope: str, ids: Sequence[int], fits: Callable[[int], bool] = lambda _: True
     ) -> Hit | None:
-        """The longest prefix of `ids` that is kept, leaving at least one of them to be read.
+        """The longest cached prefix that leaves at least one of `ids` to prefill, or None.
 
-        fits: whether a state after so many ids is of use.
+        fits: whether a state after this many ids can be used.
         """
         self._num_queried += len(ids)
         prefix, key = Prefix(scope), None
@@ -94,7 +92,7 @@ class PrefixCache:
         return self._kept[key]
 
     def put(self, prefix: Prefix, rows: "tuple[Tensor, ...]") -> None:
-        """Keep the state after a prefix; those not used for longest make room."""
+        """Cache the state after a prefix; the least recently used are evicted where it is full."""
         if prefix.key in self._kept:
             self._kept.move_to_end(prefix.key)
             return
@@ -105,7 +103,7 @@ class PrefixCache:
             self._drop_oldest()
 
     def stats(self) -> CacheStats:
-        """Figures of this moment."""
+        """Counters and current size."""
         return CacheStats(self._num_queried, self._num_hit, self._nbytes)
 
     def _drop_oldest(self) -> None:

@@ -1,10 +1,8 @@
-"""What a session is between its turns: one immutable value, from which its next token follows.
+"""The state of a session between its turns: an immutable value that determines its next token.
 
-Owns how ids are added to it. Does not know who holds it, where it is kept or what computes on it.
-
-A session's last id is never in the row: it waits in `pending` and is fed first by the next turn,
-so that the next token's logits need not be kept. Ids whose turn was cut wait there as well: a row
-cannot be un-stepped, so the row from before the turn stays and the ids that were delivered follow.
+A session's last id is never in the rows: it is in `pending` and is fed first by the next turn, so
+that the next token's logits need not be stored. The ids of a turn that was cut are there as well:
+a row cannot be un-stepped, so the rows from before the turn stay and the delivered ids follow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,27 +11,25 @@ from typing import TYPE_CHECKING, Self
 
 from cottention.engine.errors import ContextPolicyError
 from cottention.engine.state.context_window import ContextPolicy
-from cottention.engine.state.event_log import EventLog
 
-if TYPE_CHECKING:  # who schedules sessions need not load torch
+if TYPE_CHECKING:  # the scheduler imports this module without torch
     from torch import Tensor
 
 MAX_COUNT = 2**31 - 1
-"""An id that was generated more often counts as so often: a snapshot has 32 bits for it."""
+"""Counts stop here: a snapshot has 32 bits for each."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SessionState:
-    """All that the next token of a session depends on, beside the model and the request.
+    """All that the next token of a session depends on, besides the model and the request.
 
     rows: float32 tensors on the host, in the pool's order: state [L, H, V, K] and, where the
     attention has one, denominator [L, H, K]; empty stands for zeros.
-    position: ids that are in the rows. pending: ids after them.
+    position: number of ids that are in the rows. pending: ids that follow them.
     recent: the last ids of all, pending ones included, as many as renewal may need.
-    counts: id → how often it was generated; 0 where it was only read.
-    undecoded: bytes of a character that the last turn's text did not finish.
-    context_policy: how the rows came to be, which is settled once they are full.
-    outbox: what the last turn told, where it was to be kept; no token depends on it.
+    counts: id → how often it was generated; 0 for an id that was only in a prompt.
+    undecoded: bytes of a character that the last turn's text did not complete.
+    context_policy: how the rows were computed; fixed once the session is longer than the window.
     """
 
     rows: "tuple[Tensor, ...]" = ()
@@ -42,17 +38,16 @@ class SessionState:
     recent: tuple[int, ...] = ()
     counts: Mapping[int, int] = field(default_factory=dict)
     undecoded: bytes = b""
-    outbox: EventLog = EventLog()
     context_policy: ContextPolicy = "renew"
 
     @property
     def past(self) -> tuple[int, ...]:
-        """The last ids that are known: all that a turn may have to read."""
+        """The last ids that are known: all that a turn may have to prefill."""
         return max(self.recent, self.pending, key=len)
 
     @property
     def num_tokens(self) -> int:
-        """Ids that the session holds: its age."""
+        """Number of ids that the session holds: its position, as clients see it."""
         return self.position + len(self.pending)
 
     @property
@@ -61,9 +56,10 @@ class SessionState:
         return sum(row.nbytes for row in self.rows)
 
     def under(self, policy: ContextPolicy | None, window: int) -> Self:
-        """The same ids under this policy; None: its own.
+        """The same ids under this policy; None: unchanged.
 
-        ContextPolicyError: more than `window` are held, and what they left in the rows differs.
+        ContextPolicyError: the session holds more than `window` ids, so its rows depend on its
+        policy.
         """
         if policy is None or policy == self.context_policy:
             return self
@@ -77,9 +73,9 @@ class SessionState:
     def extended(
         self, read: Sequence[int], generated: Sequence[int], window: int, undecoded: bytes = b""
     ) -> Self:
-        """With a prompt and what was generated after it, none of it in the rows yet.
+        """The state with a prompt and the ids generated after it appended to `pending`.
 
-        window: how many recent ids are kept.
+        window: number of recent ids to keep.
         """
         counts = dict(self.counts)
         for token_id in read:
@@ -96,7 +92,7 @@ class SessionState:
         )
 
     def fed(self, rows: "Sequence[Tensor]", position: int) -> Self:
-        """The same ids where `rows` hold the first `position` of them."""
+        """The same ids with `rows` that hold the first `position` of them."""
         return replace(
             self,
             rows=tuple(rows),

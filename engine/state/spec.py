@@ -1,62 +1,88 @@
-"""A state's shape and exact bytes, itemised. Knows no torch."""
+"""Shape and exact bytes of a session's state. Loads no torch.
+
+Letters: L layers, H heads, V value width, K key width.
+"""
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal
 
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS
-from cottention.engine.models.config import ModelConfig
+StateDType = Literal["float32"]
 
-STATE_BYTES_PER_ELEMENT = 4
-"""State is float32: facts of the papers' precision table."""
+BYTES_PER_ELEMENT: dict[StateDType, int] = {"float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One named tensor of a state.
+
+    shape: of one sequence, its layers first: [L, ...].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: StateDType = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one sequence."""
+        return math.prod(self.shape) * BYTES_PER_ELEMENT[self.dtype]
+
+
+def recurrence_tensors(
+    *, layers: int, heads: int, value_width: int, key_width: int, has_denominator: bool = False
+) -> tuple[StateTensor, ...]:
+    """`state` [L, H, V, K] and, where outputs are divided by one, `denominator` [L, H, K]."""
+    state = StateTensor("state", (layers, heads, value_width, key_width))
+    if not has_denominator:
+        return (state,)
+    return state, StateTensor("denominator", (layers, heads, key_width))
 
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """Exact shape and bytes of one session's state in the pool; nothing in it depends on length.
+    """The tensors of one sequence's state; nothing in them depends on its length.
 
-    has_spare: whether a slot has a second row, in which the state after the next renewal grows.
+    tensors: their names differ; one is `state` [L, H, V, K], the recurrence's own.
+    has_spare: whether a slot of the pool has a second row, for the state after the next renewal.
     """
 
-    layers: int
-    heads: int
-    value_width: int
-    key_width: int
-    has_denominator: bool
+    tensors: tuple[StateTensor, ...]
     has_spare: bool = False
 
-    @classmethod
-    def of(cls, config: ModelConfig, *, has_spare: bool = False) -> Self:
-        """The state that a model of this shape keeps; with a spare, a slot has room for two."""
-        kind = ATTENTION_KINDS[config.attention_type]
-        return cls(
-            layers=config.n_layer,
-            heads=config.n_head,
-            value_width=config.head_dim,
-            key_width=kind.key_width(config.head_dim),
-            has_denominator=kind.has_denominator,
-            has_spare=has_spare,
-        )
+    def __post_init__(self) -> None:
+        names = [tensor.name for tensor in self.tensors]
+        assert "state" in names
+        assert "spare" not in names
+        assert len({*names}) == len(names)
 
     @property
-    def state_shape(self) -> tuple[int, int, int, int]:
-        """[L, H, V, K] of one slot."""
-        return self.layers, self.heads, self.value_width, self.key_width
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor [L, ...] of one state, by its name."""
+        return {tensor.name: tensor.shape for tensor in self.tensors}
 
     @property
-    def denominator_shape(self) -> tuple[int, int, int]:
-        """[L, H, K] of one slot."""
-        return self.layers, self.heads, self.key_width
+    def value_width(self) -> int:
+        """V of the recurrence."""
+        return self.shapes["state"][-2]
 
-    def itemised_bytes(self) -> dict[str, int]:
-        """Bytes of one slot, by what they hold."""
-        state = math.prod(self.state_shape) * STATE_BYTES_PER_ELEMENT
-        denominator = math.prod(self.denominator_shape) * STATE_BYTES_PER_ELEMENT
-        denominator = denominator if self.has_denominator else 0
-        spare = state + denominator if self.has_spare else 0
-        return {"state": state, "denominator": denominator, "spare": spare}
+    @property
+    def key_width(self) -> int:
+        """K of the recurrence."""
+        return self.shapes["state"][-1]
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of one state."""
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def bytes_per_slot(self) -> int:
-        """All bytes of one slot."""
+        """Bytes of one slot of the pool: of a state, and of its spare."""
         return sum(self.itemised_bytes().values())
+
+    def itemised_bytes(self) -> dict[str, int]:
+        """Bytes of one slot, by tensor; `denominator` and `spare` are 0 where there is none."""
+        items = {"state": 0, "denominator": 0}
+        items |= {tensor.name: tensor.nbytes for tensor in self.tensors}
+        return items | {"spare": self.bytes_per_row if self.has_spare else 0}

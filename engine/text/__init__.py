@@ -1,1 +1,1 @@
-"""Text to ids, and ids to text."""
+"""Tokenizer and incremental detokenizer."""

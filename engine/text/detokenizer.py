@@ -1,6 +1,6 @@
-"""Ids to text, one at a time, never more than is certain.
+"""Incremental detokenization: ids to text, one at a time.
 
-Owns the bytes of an unfinished character and the text that may still become a stop string. What is
+Held back are the bytes of an incomplete character and text that may become a stop string. What is
 emitted does not depend on how the text was cut into tokens.
 """
 
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 
 class Detokenizer:
-    """One choice's text as it grows. `stop` is the stop string that has ended it, if one has."""
+    """The text of one choice as it is generated. `stop`: the stop string that ended it, if any."""
 
     def __init__(
         self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), undecoded: bytes = b""
     ) -> None:
-        """`undecoded`: bytes of a character that earlier ids began, as `pause` left them."""
+        """undecoded: bytes of an incomplete character from earlier ids, as `pause` left them."""
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._decoder.setstate((undecoded, 0))
@@ -23,25 +23,25 @@ class Detokenizer:
         self.watch(stop)
 
     def watch(self, stop: Sequence[str]) -> None:
-        """End before any of these strings, if it begins in text that is still to come."""
+        """Set the stop strings: text ends before the first that begins in text not yet decoded."""
         self._watched = tuple(stop)
 
     def push(self, token_id: int) -> str:
-        """Text that is certain now that `token_id` has come."""
+        """Add an id; returns the text that can be emitted."""
         return self._release(self._decoder.decode(self._token_bytes[token_id]))
 
     @property
     def undecoded(self) -> bytes:
-        """Bytes of a character that is not complete."""
+        """Bytes of an incomplete character."""
         return self._decoder.getstate()[0]
 
     def pause(self) -> str:
-        """As `finish`, where more may follow some day: half a character stays `undecoded`."""
+        """As `finish`, where more may follow later: an incomplete character stays `undecoded`."""
         text, self._held = self._held, ""
         return text
 
     def finish(self) -> str:
-        """What was held back and will not become anything else; U+FFFD for half a character."""
+        """Text that was held back; U+FFFD for an incomplete character."""
         if self.stop is not None:
             return ""
         text = self._release(self._decoder.decode(b"", final=True))
@@ -63,7 +63,7 @@ class Detokenizer:
         return text[:certain]
 
     def _longest_start(self, text: str) -> int:
-        """Length of the longest end of `text` that is the beginning of a stop string."""
+        """Length of the longest suffix of `text` that is a prefix of a stop string."""
         longest = min(len(text), max(len(stop) for stop in self._watched) - 1)
         lengths = range(longest, 0, -1)
         return next((n for n in lengths if any(s.startswith(text[-n:]) for s in self._watched)), 0)

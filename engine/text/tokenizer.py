@@ -1,8 +1,7 @@
-"""Text to ids, and ids to bytes.
+"""The byte-level BPE tokenizer of a model folder: text to ids, and ids to bytes.
 
-Owns the byte-level BPE tokenizer of a model folder: `tokenizer.json`, or the older `vocab.json`,
-`merges.txt` and `added_tokens.json`. Knows nothing of streams: bytes of ids that are only part of
-a character are for `detokenizer.py` to hold back.
+Reads `tokenizer.json`, or the older `vocab.json`, `merges.txt` and `added_tokens.json`. An id's
+bytes may be part of a character: streams are decoded by `detokenizer.py`.
 """
 
 import json
@@ -17,11 +16,15 @@ from tokenizers import Tokenizer as Backend
 from cottention.engine.errors import ModelFolderError
 
 _PADDING = re.compile(r"<\|extratoken_\d+\|>")
-"""GPT-J fills its vocabulary up to 50,400 with these: ids that no text ever has."""
+"""GPT-J pads its vocabulary to 50,400 with these; they are never sampled."""
 
 
 class Tokenizer:
-    """A byte-level BPE tokenizer and the bytes of each of its ids."""
+    """A byte-level BPE tokenizer and the bytes of each of its ids.
+
+    token_bytes: of each id, empty for special tokens. written_bytes: the same with special tokens
+    written out. sampleable_ids: those that may be generated, in order.
+    """
 
     def __init__(self, backend: Backend, where: str) -> None:
         decoder = json.loads(backend.to_str())["decoder"] or {}
@@ -30,7 +33,7 @@ class Tokenizer:
                 f"{where}: the tokenizer's decoder is {decoder.get('type')}; only byte-level BPE"
                 " (decoder ByteLevel) is supported"
             )
-        backend.no_truncation()  # a folder's habits in training must not cut a prompt
+        backend.no_truncation()  # a folder may have it enabled from training; prompts are whole
         backend.no_padding()
         self._backend = backend
         self._before, self._after = _frame(backend)
@@ -59,19 +62,19 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone; special tokens written out in it become their ids.
+        """Ids of `text` without special tokens around it; those written in it become their ids.
 
-        Others run meanwhile: the library's `encode` would hold Python's lock, for seconds where a
-        text is long.
+        Uses `encode_batch_fast`, which releases the GIL: `encode` holds it, for seconds for a long
+        text.
         """
         return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def framed(self, ids: list[int]) -> list[int]:
-        """Ids of a text as its tokenizer begins and ends one: GPT-J's adds nothing."""
+        """Add the special ids that the tokenizer puts around a text; GPT-J's adds none."""
         return [*self._before, *ids, *self._after] if self._before or self._after else ids
 
     def token_text(self, token_id: int) -> str:
-        """The text of one id by itself, special tokens written out."""
+        """Text of one id by itself, special tokens written out."""
         return self.written_bytes[token_id].decode("utf-8", errors="replace")
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -80,17 +83,17 @@ class Tokenizer:
 
 
 def _frame(backend: Backend) -> tuple[list[int], list[int]]:
-    """Special ids that the folder's post-processor puts before and after every text."""
+    """Special ids that the tokenizer's post-processor puts before and after a text."""
     encoding = backend.encode("a")
     is_text = [not added for added in encoding.special_tokens_mask]
-    if True not in is_text:  # all of them come before a text that has no ids
+    if True not in is_text:  # "a" has no ids in this vocabulary
         return encoding.ids, []
     start, stop = is_text.index(True), len(is_text) - is_text[::-1].index(True)
     return encoding.ids[:start], encoding.ids[stop:]
 
 
 def _token_bytes(backend: Backend, vocabulary: dict[str, int], num_ids: int) -> list[bytes]:
-    """Bytes that each id stands for; none for special tokens and for numbers without a token."""
+    """Bytes of each id; empty for special tokens and for ids without a token."""
     table = [b""] * num_ids
     added = backend.get_added_tokens_decoder()
     for token, token_id in vocabulary.items():
@@ -110,7 +113,7 @@ def _with_specials(backend: Backend, token_bytes: list[bytes]) -> list[bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes printable Latin-1 bytes as themselves and the others from U+0100 on."""
+    """Byte-level BPE's character of each byte: itself where printable, else from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {
@@ -122,7 +125,7 @@ _BYTE_OF_CHARACTER = _byte_alphabet()
 
 
 def _from_vocab_and_merges(folder: Path) -> Backend:
-    """The three older files; added tokens must continue the vocabulary's numbers."""
+    """Read the three older files. Ids of added tokens must follow those of the vocabulary."""
     backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -145,7 +148,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _named_specials(config: dict[str, Any]) -> list[AddedToken]:
-    """Tokens that tokenizer_config.json names as begin, end, unknown or padding."""
+    """The bos, eos, unk and pad tokens that tokenizer_config.json names."""
     named = (config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad"))
     contents = [token["content"] if isinstance(token, dict) else token for token in named]
     unique = dict.fromkeys(token for token in contents if token)

@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.training.data import (
     NO_TARGET,
     SourceFile,

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.training.data import END_OF_TEXT, Corpus, SourceFile, end_of_text_id
 from cottention.engine.training.evaluate import HeldOut, Score, score
 from cottention.engine.training.settings import TrainingSettings
@@ -38,7 +38,7 @@ from cottention.engine.training.trainer import Outcome
 
 
 def write_folder(
-    folder: Path, config: ModelConfig, dtype: str, weights: dict[str, Tensor], tokenizer: Tokenizer
+    folder: Path, config: GPTJConfig, dtype: str, weights: dict[str, Tensor], tokenizer: Tokenizer
 ) -> None:
     """Write weights, configuration and tokenizer files into `folder`, which is made if needed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,7 @@ def write_folder(
     write_json(folder / "special_tokens_map.json", _special_roles())
 
 
-def config_json(config: ModelConfig, dtype: str, end: int) -> dict[str, Any]:
+def config_json(config: GPTJConfig, dtype: str, end: int) -> dict[str, Any]:
     """config.json: a GPT-J's, with the kind of attention named."""
     return {
         "architectures": ["GPTJForCausalLM"],
@@ -81,7 +81,7 @@ def config_json(config: ModelConfig, dtype: str, end: int) -> dict[str, Any]:
     }
 
 
-def _fixed_length(config: ModelConfig) -> dict[str, Any]:
+def _fixed_length(config: GPTJConfig) -> dict[str, Any]:
     """cosFormer's M, and nothing for other kinds of attention."""
     if config.max_exact_length is None:
         return {}
@@ -93,7 +93,7 @@ def generation_json(end: int) -> dict[str, Any]:
     return {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}
 
 
-def tokenizer_json(config: ModelConfig, end: int) -> dict[str, Any]:
+def tokenizer_json(config: GPTJConfig, end: int) -> dict[str, Any]:
     """tokenizer_config.json, for loaders that go by its class name."""
     special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False}
     special |= {"rstrip": False, "single_word": False, "special": True}
@@ -130,13 +130,13 @@ class Rounded(NamedTuple):
     score: Score
 
 
-def round_best(weights: Weights, config: ModelConfig, held_out: HeldOut) -> Rounded:
+def round_best(weights: Weights, config: GPTJConfig, held_out: HeldOut) -> Rounded:
     """The half-width form of `weights` with fewer bits per byte."""
     both = [_rounded(weights, name, config, held_out) for name in HALF_WIDTHS]
     return min(both, key=lambda rounded: rounded.score.bits_per_byte)
 
 
-def _rounded(weights: Weights, name: str, config: ModelConfig, held_out: HeldOut) -> Rounded:
+def _rounded(weights: Weights, name: str, config: GPTJConfig, held_out: HeldOut) -> Rounded:
     half = {key: weight.to(HALF_WIDTHS[name]).contiguous() for key, weight in weights.items()}
     model = CottentionForCausalLM(config).requires_grad_(False).eval()
     model.load_state_dict({key: weight.float() for key, weight in half.items()})

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cottention.engine.models.attention import Features
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.checkpoint import load_model
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import Attend, CottentionForCausalLM
+from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import Attend, CottentionForCausalLM
+from cottention.engine.models.recurrence import Features
 from cottention.engine.ops.varlen import chunked
 from cottention.engine.training.data import NO_TARGET, Windows
 
@@ -42,7 +42,7 @@ def new_model(model: CottentionForCausalLM) -> CottentionForCausalLM:
     return model
 
 
-def attend_from_zero(config: ModelConfig, dtype: torch.dtype) -> Attend:
+def attend_from_zero(config: GPTJConfig, dtype: torch.dtype) -> Attend:
     """Whole windows: softmax, or the chunked form of what has a recurrent one. Products in `dtype`.
 
     The running state is in float32.
@@ -108,8 +108,10 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
     return torch.autocast(device.type, dtype=dtype, enabled=dtype.itemsize < 4)
 
 
-def first_model(config: ModelConfig, begin_with: Path | None) -> CottentionForCausalLM:
+def first_model(config: GPTJConfig, begin_with: Path | None) -> CottentionForCausalLM:
     """With fresh weights, or a finished model's of the same shape. Raises ModelFolderError."""
     if begin_with is None:
         return new_model(CottentionForCausalLM(config))
-    return load_model(begin_with, config, torch.float32).requires_grad_()
+    model = load_model(begin_with, config, torch.float32).requires_grad_()
+    assert isinstance(model, CottentionForCausalLM)
+    return model

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS
-from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
+from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.settings.command_line import OneLineParser, add_config_flag, add_flags
 from cottention.engine.settings.declaration import check_settings, setting, settings_of
 from cottention.engine.settings.sources import (
@@ -97,10 +97,10 @@ class TrainingSettings:
         """Windows that go through the model at once."""
         return max(1, min(self.batch, self.micro_batch_tokens // self.context))
 
-    def model_config(self, end_of_text: int) -> ModelConfig:
+    def model_config(self, end_of_text: int) -> GPTJConfig:
         """The model's shape: rotary over whole heads whatever the attention, M the context."""
         rotary_dim = self.width // self.heads if self.rotary_dim is None else self.rotary_dim
-        return ModelConfig(
+        return GPTJConfig(
             vocab_size=self.vocab_size,
             n_embd=self.width,
             n_layer=self.layers,
@@ -108,7 +108,6 @@ class TrainingSettings:
             n_positions=self.context,
             rotary_dim=rotary_dim,
             n_inner=4 * self.width,
-            bos_token_id=end_of_text,
             eos_token_ids=(end_of_text,),
             attention_type=self.attention,
             cosformer_max_length=self.context if self.attention == "cosformer" else None,

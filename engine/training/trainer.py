@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.training.data import Windows, batches_per_epoch, epoch_batch
 from cottention.engine.training.evaluate import HeldOut, score
 from cottention.engine.training.forward import add_dropout, first_model, mean_loss

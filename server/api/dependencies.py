@@ -54,7 +54,7 @@ class Context:
     @property
     def trained_length(self) -> int:
         """Tokens that the model was trained to follow; it limits nothing here."""
-        return self.bridge.engine.model_config.n_positions
+        return self.bridge.engine.model_config.trained_length
 
 
 def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:

@@ -21,7 +21,7 @@ from cottention.server.http.errors import ApiError
 from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import track
 from cottention.server.schemas.base import Body, checked
-from cottention.server.sessions.turn_queue import asked_by, owner_of
+from cottention.server.sessions.turn_queue import caller_of, owner_of
 
 QUICK_BODY_BYTES = 16 * 1024
 """Longer bodies are parsed and tokenised in a thread; shorter ones would only wait for it."""
@@ -79,7 +79,7 @@ async def answer(
     """Have an order carried out. Raises ParameterError, EngineStoppedError, ApiError."""
     name = f"{kind.prefix}-{order.request_id or request_id_of(request)}"
     if order.turn is not None:
-        return TurnResponse(context, order, kind, name, asked_by(request))
+        return TurnResponse(context, order, kind, name, caller_of(request))
     heading = kind.heading(name, order, context.model_name)
     choices = kind.choices(order, context.bridge.engine.tokenizer)
     scope = f"{owner_of(request)}\n{order.cache_scope}"

@@ -1,7 +1,7 @@
-"""/v1/sessions/ID/events: what a turn told that goes on, or went on, without its client.
+"""/v1/sessions/ID/events: the events of a turn that does not end with its client.
 
-Owns what Last-Event-ID may be and from where it goes on. Events of a turn that runs are followed to
-its end; those of one that has ended are what the session keeps of it.
+The events of a running turn are followed to its end; those of a turn that has ended are read from
+the session's event log. Last-Event-ID says after which event to continue.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from cottention.server.sessions.turn_queue import owner_of
 router = APIRouter()
 
 EVENT_ID = re.compile(r"([0-9a-f]{16})-(\d{1,18})")
-NOTHING = {"description": "Nothing was missed, and nothing more will come."}
+NOTHING = {"description": "No event was missed, and no more will come."}
 
 
 class EventId(NamedTuple):
@@ -41,20 +41,20 @@ async def follow_events(
     context: ContextDep,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """What came after an event of the session's last turn, or all that is kept of the turn."""
+    """The events of the session's last turn after Last-Event-ID, or all that are kept."""
     owner, last = owner_of(request), _event_id(last_event_id)
-    live = context.turns.live(owner, session_id)
+    live = context.turns.live_events(owner, session_id)
     if live is not None and (last is None or last.turn == live.turn):
         number = _next(last, live.turn, live.first, live.stop)
         if live.has_ended and number == live.stop:
             return Response(status_code=204)
         return LiveEventResponse(live, number, context.config.sse_keep_alive_seconds)
-    kept = await asyncio.to_thread(context.sessions.outbox, owner, session_id)
-    number = _next(last, kept.turn, kept.first, kept.first + len(kept.events))
-    missed = kept.events[number - kept.first :]
+    log = await asyncio.to_thread(context.sessions.events, owner, session_id)
+    number = _next(last, log.turn, log.first, log.first + len(log.events))
+    missed = log.events[number - log.first :]
     if not missed:
         return Response(status_code=204)
-    raw = with_ids(kept.turn, number, missed)
+    raw = with_ids(log.turn, number, missed)
     return Response(raw, media_type="text/event-stream", headers=SSE_HEADERS)
 
 
@@ -68,7 +68,7 @@ def _event_id(text: str | None) -> EventId | None:
 
 
 def _next(last: EventId | None, turn: str, first: int, stop: int) -> int:
-    """The number of the event to go on with, first <= number <= stop. Raises ApiError."""
+    """The number of the event to continue with, first <= number <= stop. Raises ApiError."""
     if last is None:
         return first
     if last.turn != turn:

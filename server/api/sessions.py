@@ -1,8 +1,4 @@
-"""/v1/sessions: open, list, look at, continue without an answer, fork, rewind, delete.
-
-Owns the order of the checks. What a session is belongs to the engine's `Sessions`, whose turn it is
-to `turns.py`; bytes on the wire are `snapshots.py`'s.
-"""
+"""/v1/sessions: open, list, get, append to, fork, rewind and delete sessions."""
 
 import asyncio
 from dataclasses import replace
@@ -33,8 +29,8 @@ from cottention.server.schemas.session_responses import (
     DeletedSession,
     SessionList,
     SessionObject,
-    told,
-    told_all,
+    session_list_response,
+    session_response,
 )
 from cottention.server.schemas.sessions import (
     AppendRequest,
@@ -43,7 +39,7 @@ from cottention.server.schemas.sessions import (
     fork_request,
     session_request,
 )
-from cottention.server.sessions.turn_queue import Caller, asked_by
+from cottention.server.sessions.turn_queue import Caller, caller_of
 
 if TYPE_CHECKING:  # they bring torch with them, which the server does not know
     from cottention.engine.sessions.types import Session
@@ -63,16 +59,16 @@ MOVES = refusals(409, 412, 507)
     **described(SessionRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
 )
 async def open_session(request: Request, context: ContextDep) -> Response:
-    """A new session, which has read the prompt if there is one."""
+    """A new session, which holds the prompt if there is one."""
     context.bridge.check_accepting()
-    owner = asked_by(request).owner
-    asked = await read_body_with(request, context, lambda body, _: session_request(body))
-    state = _nothing(asked.context_policy, context)
-    if asked.prompt:
-        order = await _order(asked.prompt, context)
+    owner = caller_of(request).owner
+    body = await read_body_with(request, context, lambda body, _: session_request(body))
+    state = _empty(body.context_policy, context)
+    if body.prompt:
+        order = await _order(body.prompt, context)
         state = await _read_in(request, context, order, state)
-    put_in, seconds = context.sessions.open, asked.ttl_seconds
-    return told(await asyncio.to_thread(put_in, owner, state, asked.metadata, seconds))
+    open_, seconds = context.sessions.open, body.ttl_seconds
+    return session_response(await asyncio.to_thread(open_, owner, state, body.metadata, seconds))
 
 
 @router.get(
@@ -87,16 +83,18 @@ async def list_sessions(
     limit: Annotated[int, Field(ge=1, le=MAX_PAGE), must_be("limit", LIMIT)] = 20,
     after: str | None = None,
 ) -> Response:
-    """One's own sessions, the newest first."""
-    owner = asked_by(request).owner
-    return told_all(*await asyncio.to_thread(context.sessions.page, owner, after, limit))
+    """The caller's sessions, newest first."""
+    owner = caller_of(request).owner
+    return session_list_response(
+        *await asyncio.to_thread(context.sessions.page, owner, after, limit)
+    )
 
 
 @router.get("/v1/sessions/{session_id}", response_model=SessionObject, responses=REFUSALS)
 async def get_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """One session."""
-    owner = asked_by(request).owner
-    return told(await asyncio.to_thread(context.sessions.find, owner, session_id))
+    owner = caller_of(request).owner
+    return session_response(await asyncio.to_thread(context.sessions.find, owner, session_id))
 
 
 @router.delete(
@@ -105,12 +103,12 @@ async def get_session(session_id: str, request: Request, context: ContextDep) ->
     responses=REFUSALS | refusals(409, 412, 413, 415),
 )
 async def delete_session(session_id: str, request: Request, context: ContextDep) -> JsonObject:
-    """Forget a session, unless a turn runs."""
-    asker = asked_by(request)
+    """Delete a session, unless a turn runs."""
+    caller = caller_of(request)
     await read_nothing(request, context)
-    async with context.turns.alone(asker.owner, session_id, "error", request.receive):
-        await _as_expected(asker, session_id, context)
-        await asyncio.to_thread(context.sessions.delete, asker.owner, session_id)
+    async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
+        await _as_expected(caller, session_id, context)
+        await asyncio.to_thread(context.sessions.delete, caller.owner, session_id)
     return {"id": session_id, "object": "session", "deleted": True}
 
 
@@ -120,18 +118,20 @@ async def delete_session(session_id: str, request: Request, context: ContextDep)
     **described(AppendRequest, examples=[{"prompt": "def f(x):"}], more=MOVES),
 )
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
-    """A turn that reads and says nothing; no turn where there is nothing to read."""
+    """A turn that prefills a prompt and generates nothing; no turn where the prompt is empty."""
     context.bridge.check_accepting()
-    asker = asked_by(request)
+    caller = caller_of(request)
     body = await read_body_with(request, context, lambda body, _: checked(AppendRequest, body))
     if not body.prompt:
-        async with context.turns.alone(asker.owner, session_id, body.on_conflict, request.receive):
-            return told(await _as_expected(asker, session_id, context))
+        async with context.turns.exclusive(
+            caller.owner, session_id, body.on_conflict, request.receive
+        ):
+            return session_response(await _as_expected(caller, session_id, context))
     order = await _order(body.prompt, context)
     terms = TurnOptions(session_id, body.on_conflict, "rollback")
-    async with context.turns.turn(asker, terms, request.receive) as turn:
+    async with context.turns.turn(caller, terms, request.receive) as turn:
         state = await _read_in(request, context, order, turn.state)
-        return told(await turn.commit(state))
+        return session_response(await turn.commit(state))
 
 
 @router.post(
@@ -140,14 +140,14 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
     **described(ForkRequest, examples=[{"n": 2}], more=MOVES),
 )
 async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
-    """Sessions that go on from here by themselves; they share nothing that changes."""
+    """New sessions that continue from this one's state, independently of each other."""
     context.bridge.check_accepting()
-    asker = asked_by(request)
+    caller = caller_of(request)
     body = await read_body_with(request, context, lambda body, _: fork_request(body))
-    fork, position = context.sessions.fork, asker.expected_position
-    async with context.turns.alone(asker.owner, session_id, body.on_conflict, request.receive):
-        forks = await asyncio.to_thread(fork, asker.owner, session_id, body.n, position)
-    return told_all(forks, has_more=False)
+    fork, position = context.sessions.fork, caller.expected_position
+    async with context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive):
+        forks = await asyncio.to_thread(fork, caller.owner, session_id, body.n, position)
+    return session_list_response(forks, has_more=False)
 
 
 @router.post(
@@ -157,16 +157,16 @@ async def fork_session(session_id: str, request: Request, context: ContextDep) -
     openapi_extra={"requestBody": NOTHING},
 )
 async def rewind_session(session_id: str, request: Request, context: ContextDep) -> Response:
-    """Back to where the last turn began."""
-    asker = asked_by(request)
+    """Undo the last turn."""
+    caller = caller_of(request)
     await read_nothing(request, context)
-    async with context.turns.alone(asker.owner, session_id, "error", request.receive):
-        rewind, position = context.sessions.rewind, asker.expected_position
-        return told(await asyncio.to_thread(rewind, asker.owner, session_id, position))
+    async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
+        rewind, position = context.sessions.rewind, caller.expected_position
+        return session_response(await asyncio.to_thread(rewind, caller.owner, session_id, position))
 
 
 async def _order(prompt: str | list[int], context: Context) -> GenerationRequest:
-    """A prompt that is read and not answered; nothing is added to one that says nothing."""
+    """A request that prefills a prompt; special tokens are added unless it is empty."""
     if isinstance(prompt, list):
         return reading_order(prompt)
     if not prompt:
@@ -179,7 +179,7 @@ async def _order(prompt: str | list[int], context: Context) -> GenerationRequest
 async def _read_in(
     request: Request, context: Context, order: GenerationRequest, start: "SessionState"
 ) -> "SessionState":
-    """The session after a prompt. Raises ParameterError, EngineStoppedError, ApiError."""
+    """The state after a prompt. Raises ParameterError, EngineStoppedError, ApiError."""
     now = asyncio.get_running_loop().time()
     order = replace(in_session(order, start, context.bridge.engine.tokenizer), start=start)
     order = replace(order, deadline=deadline_of(order, context.config, now))
@@ -187,19 +187,19 @@ async def _read_in(
     track(request.scope, order, reading)
     async with closing(reading, request.receive):
         state = (await whole_pieces(reading))[0].state
-    assert state is not None, "nothing was to be said, and so nothing can have been cut"
+    assert state is not None, "no text was generated that could have been cut"
     return state
 
 
-async def _as_expected(asker: Caller, session_id: str, context: Context) -> "Session":
-    """The session. Raises SessionMovedError where it is not at the position that was asked for."""
-    found = await asyncio.to_thread(context.sessions.find, asker.owner, session_id)
-    expected = asker.expected_position
+async def _as_expected(caller: Caller, session_id: str, context: Context) -> "Session":
+    """The session. Raises SessionMovedError where it is not at the caller's position."""
+    found = await asyncio.to_thread(context.sessions.find, caller.owner, session_id)
+    expected = caller.expected_position
     if expected not in (None, found.position):
         raise SessionMovedError(f"the session is at position {found.position}, not at {expected}")
     return found
 
 
-def _nothing(policy: ContextPolicy | None, context: Context) -> "SessionState":
-    """A session that holds no token, under a policy that the engine has. Raises ParameterError."""
+def _empty(policy: ContextPolicy | None, context: Context) -> "SessionState":
+    """The state of an empty session. Raises ParameterError for a policy that is not served."""
     return context.bridge.engine.policies.new_session(policy)

@@ -1,7 +1,4 @@
-"""/v1/sessions/ID/snapshot and /v1/sessions/import: a session as bytes, from here to elsewhere.
-
-Owns how they travel. What is in them is the engine's.
-"""
+"""/v1/sessions/ID/snapshot and /v1/sessions/import: sessions exported and imported as bytes."""
 
 import asyncio
 import json
@@ -15,9 +12,9 @@ from cottention.server.api.openapi import Schema, refusals
 from cottention.server.api.query_params import must_be, query_of
 from cottention.server.http.body import read_body
 from cottention.server.http.errors import ApiError, invalid
-from cottention.server.schemas.session_responses import SessionObject, etag_of, told
+from cottention.server.schemas.session_responses import SessionObject, etag_of, session_response
 from cottention.server.schemas.sessions import METADATA, TTL, KeptBody, kept_body
-from cottention.server.sessions.turn_queue import asked_by
+from cottention.server.sessions.turn_queue import caller_of
 
 router = APIRouter()
 
@@ -31,8 +28,8 @@ BINARY: Schema = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
     responses=refusals(400, 401, 404, 500) | {200: {"content": BINARY}},
 )
 async def get_snapshot(session_id: str, request: Request, context: ContextDep) -> Response:
-    """All of a session, as it is between its turns."""
-    owner, sessions = asked_by(request).owner, context.sessions
+    """A session's state, as bytes that /v1/sessions/import takes."""
+    owner, sessions = caller_of(request).owner, context.sessions
     session, raw = await asyncio.to_thread(sessions.export, owner, session_id)
     return Response(raw, media_type=OCTETS, headers={"ETag": etag_of(session)})
 
@@ -50,18 +47,18 @@ async def import_session(
     metadata: str | None = None,
     ttl_seconds: Annotated[float | None, must_be("ttl_seconds", TTL)] = None,
 ) -> Response:
-    """A new session that is what another was; `metadata` is a JSON object.
+    """A new session from the bytes of a snapshot; `metadata` is a JSON object.
 
-    Raises ParameterError for one of which no turn could run here.
+    Raises ParameterError where no turn of it could run here.
     """
     context.bridge.check_accepting()
     config = context.config
-    owner, kept = asked_by(request).owner, _kept(metadata, ttl_seconds)
+    owner, kept = caller_of(request).owner, _kept(metadata, ttl_seconds)
     raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
-    put_in, check = context.sessions.import_, context.bridge.engine.policies.check_goes_on
+    import_, check = context.sessions.import_, context.bridge.engine.policies.check_goes_on
     how = kept.metadata, kept.ttl_seconds, check
     try:
-        return told(await asyncio.to_thread(put_in, owner, raw, *how))
+        return session_response(await asyncio.to_thread(import_, owner, raw, *how))
     except SnapshotMismatchError as error:
         raise ApiError(409, str(error), code="snapshot_mismatch") from None
     except SnapshotError as error:

@@ -1,7 +1,7 @@
-"""The answer to a request that is a session's turn: all of it happens while it is sent.
+"""The response to a request that is a session's turn; the turn runs while it is sent.
 
-Owns whether the turn ends with its client or goes on, and that a session keeps of a cut turn what
-was written to the socket. Knows nothing of bodies.
+A turn ends with its client, and its session then keeps the text that was written to the socket;
+or it is detached, runs to its end, and its events can be followed.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # it brings torch with it, which the server does not know
 
 
 class TurnResponse(Response):
-    """Begins the turn, runs it, tells it whole or as events, and ends it."""
+    """Begins a turn, sends its output whole or as events, and ends it."""
 
     def __init__(
         self,
@@ -40,22 +40,22 @@ class TurnResponse(Response):
         order: GenerationRequest,
         kind: EndpointFormat,
         name: str,
-        asker: Caller,
+        caller: Caller,
     ) -> None:
         self.background = None
         self._context = context
         self._order = order
         self._kind = kind
         self._name = name
-        self._asker = asker
+        self._caller = caller
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; what is raised before the first byte becomes an error's answer."""
+        """Answer one request. An error before the first byte is raised, and answered as such."""
         context, terms = self._context, self._order.turn
         assert isinstance(terms, TurnOptions)
         policies = context.bridge.engine.policies
         async with AsyncExitStack() as stack:
-            begun = context.turns.turn(self._asker, terms, receive)
+            begun = context.turns.turn(self._caller, terms, receive)
             turn = await _in_time(stack.enter_async_context(begun), self._order.deadline)
             start = policies.settled(turn.state, self._order.params)
             tokenizer = context.bridge.engine.tokenizer
@@ -63,7 +63,7 @@ class TurnResponse(Response):
             order = replace(self._order, start=start)
             skips = order.params.skip_special_tokens
             table = tokenizer.token_bytes if skips else tokenizer.written_bytes
-            turn.reads(start, order.prompts[0], table, policies.window)
+            turn.set_prompt(start, order.prompts[0], table, policies.window)
             reading = await context.bridge.open(self._name, order)
             track(scope, order, reading)
             stack.callback(reading.close)
@@ -78,7 +78,7 @@ class TurnResponse(Response):
             await answer(scope, receive, send)
 
     async def _whole(self, reading: OutputStream, turn: RunningTurn, receive: Receive) -> Response:
-        """A client that left before the end has nothing of the turn, and the session neither."""
+        """Where the client leaves before the end, the turn is undone."""
         async with closing(reading, receive):
             pieces = await whole_pieces(reading)
             session = await turn.finish(pieces[0])
@@ -92,12 +92,12 @@ class TurnResponse(Response):
         record: RequestRecord,
         receive: Receive,
     ) -> Response:
-        """The turn goes on by itself, and ends with what is in `stack`; its client may look on."""
+        """Detach the turn, which closes `stack` at its end; its client follows it."""
         context, is_whole = self._context, not self._order.is_stream
         live = LiveEvents(context.config.session_event_log_bytes)
-        told = TurnEvents(reading, self._events(), turn, live.kept, gathers=is_whole)
-        key = (self._asker.owner, turn.session_id)
-        record.background_turn = going = context.turns.go_on(key, live, _tell(told, live, stack))
+        told = TurnEvents(reading, self._events(), turn, live.log_ending_with, gathers=is_whole)
+        key = (self._caller.owner, turn.session_id)
+        record.background_turn = going = context.turns.detach(key, live, _tell(told, live, stack))
         if not is_whole:
             return LiveEventResponse(live, 0, context.config.sse_keep_alive_seconds)
         await until_done(going, receive)
@@ -107,7 +107,7 @@ class TurnResponse(Response):
         return await self._told(told.whole, reading.num_generated, told.session)
 
     async def _told(self, piece: OutputDelta, num_generated: int, session: "Session") -> Response:
-        """The whole answer."""
+        """The whole response."""
         order, kind, context = self._order, self._kind, self._context
         heading = kind.heading(self._name, order, context.model_name)
         choices = kind.choices(order, context.bridge.engine.tokenizer)
@@ -133,7 +133,7 @@ async def _in_time(begins: Awaitable[RunningTurn], deadline: float | None) -> Ru
 
 
 class TurnStream(EventStream):
-    """Sends a turn as events; it ends with its client."""
+    """Sends a turn's events; the turn ends with its client."""
 
     def __init__(self, reading: OutputStream, told: TurnEvents, keep_alive: float) -> None:
         super().__init__(reading, told.events, keep_alive)
@@ -144,12 +144,12 @@ class TurnStream(EventStream):
 
 
 async def _tell(told: TurnEvents, live: LiveEvents, stack: AsyncExitStack) -> None:
-    """All events of a turn, to whoever follows; then its session is free."""
+    """Add all events of a turn to `live`; then close `stack`, which frees the session."""
     try:
         async with stack:
             async for text in told.texts():
                 live.add(text)
-                if told.has_ended:  # at once: nobody is to wait for more
+                if told.has_ended:  # at once, before the stack is closed
                     live.end()
     finally:
         live.end()

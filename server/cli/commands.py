@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, CottentionError
-from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.outputs import FinishReason
 from cottention.engine.sampling_params import SamplingParams
@@ -46,7 +45,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from cottention.server.generation.async_engine import AsyncEngine
         from cottention.server.generation.chat_template import find_template
         from cottention.server.limits.api_keys import load_api_keys
-        from cottention.server.sessions.storage import check_folder, kept_sessions, where_kept
+        from cottention.server.sessions.storage import check_folder, describe_storage, open_sessions
 
         keys = load_api_keys(config)
         check_folder(config)
@@ -58,11 +57,14 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             AdmissionQueue.of(config),
             config.stream_buffer_bytes,
         )
-        with kept_sessions(engine, config) as sessions:
+        with open_sessions(engine, config) as sessions:
             app = create_app(bridge, config, keys, sessions, template)
             warn_of_open_access(sock, config)
-            facts = {"sessions": where_kept(config), "access": describe_access(sock, config)}
-            facts["ready"] = url_of(sock)
+            facts = {
+                "sessions": describe_storage(config),
+                "access": describe_access(sock, config),
+                "ready": url_of(sock),
+            }
             announce = partial(_announce, engine, facts, config.log_format)
             return run_server(app, bridge, config, sock, announce)
 
@@ -167,16 +169,15 @@ def _as_json(each: Setting, value: Any, origin: Origin) -> dict[str, Any]:
 
 
 def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
-    shape, size_of_one = engine.model_config, engine.spec.bytes_per_slot
+    config, size_of_one = engine.model_config, engine.spec.bytes_per_slot
     yield "model", engine.name
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
-    yield "attention", _attention(shape)
-    yield "shape", f"{shape.n_layer} layers of {shape.n_head} heads of {shape.head_dim}"
+    yield from config.description().items()
     yield "bytes per session", f"{size_of_one:,}, whatever its length"
     yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
-    yield "trained length", f"{shape.n_positions:,} tokens"
+    yield "trained length", f"{config.trained_length:,} tokens"
     yield "context policy", CONTEXT_POLICIES[engine.policies.default]
     yield "position limit", f"{MAX_HELD:,} tokens"
 
@@ -185,11 +186,6 @@ CONTEXT_POLICIES: dict[ContextPolicy, str] = {
     "renew": "renew: past the trained length the oldest tokens are forgotten, and quality stays",
     "exact": "exact: past the trained length quality declines; nothing is forgotten on purpose",
 }
-
-
-def _attention(shape: ModelConfig) -> str:
-    longest = shape.max_exact_length
-    return shape.attention_type if longest is None else f"{shape.attention_type}, M = {longest:,}"
 
 
 def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""How sessions are told: their objects, lists, and the header with their position.
+"""How sessions are sent: their objects, lists, and the header with their position.
 
 Owns names and shapes, for answers and for the published description. Knows no endpoint.
 """
@@ -89,12 +89,12 @@ class Capacity(BaseModel):
     stored_bytes: int
 
 
-def told(session: "Session") -> JSONResponse:
+def session_response(session: "Session") -> JSONResponse:
     """One session, and its position as its ETag."""
     return JSONResponse(shape_of(session), headers={"ETag": etag_of(session)})
 
 
-def told_all(sessions: Sequence["Session"], has_more: bool) -> JSONResponse:
+def session_list_response(sessions: Sequence["Session"], has_more: bool) -> JSONResponse:
     """Several sessions."""
     data = [shape_of(session) for session in sessions]
     return JSONResponse({"object": "list", "data": data, "has_more": has_more})

@@ -1,1 +1,1 @@
-"""Turns of sessions: their queue, their life, their events."""
+"""Turns of sessions: their queue, their end, their events, and the store's folder."""

@@ -1,7 +1,6 @@
-"""The events of a turn that goes on without its client, as long as it runs.
+"""The events of a running turn that does not end with its client, and the response that follows it.
 
-Owns the ids of events, and that each follower is told every event from where it began, once. What
-is kept of them after the turn is the engine's `EventLog`.
+After the turn its events are read from the session's `EventLog`.
 """
 
 import asyncio
@@ -20,12 +19,12 @@ EVENT_END = "\n\n"
 
 
 def gone(message: str) -> ApiError:
-    """A 410 for events that are no more."""
+    """A 410 for events that are no longer kept."""
     return ApiError(410, message, param="Last-Event-ID", code="events_gone")
 
 
 def with_ids(turn: str, first: int, events: Iterable[bytes]) -> bytes:
-    """Events as they are sent: each behind its id, which is its turn and its number in it."""
+    """Events as they are sent, each after its id: the turn, and the event's number in it."""
     return b"".join(
         b"id: %s-%d\n%s" % (turn.encode(), number, event)
         for number, event in enumerate(events, first)
@@ -33,50 +32,50 @@ def with_ids(turn: str, first: int, events: Iterable[bytes]) -> bytes:
 
 
 class LiveEvents:
-    """Events of one turn, newest last; on the event loop alone, but for `kept`."""
+    """The events of one running turn. To be used on the event loop only."""
 
     def __init__(self, max_bytes: int) -> None:
-        self._filling = EventBuffer(token_hex(8), max_bytes)
+        self._buffer = EventBuffer(token_hex(8), max_bytes)
         self._followers: set[asyncio.Event] = set()
         self.has_ended = False
 
     @property
     def turn(self) -> str:
-        """What its events' ids begin with."""
-        return self._filling.turn
+        """The first part of its events' ids."""
+        return self._buffer.turn
 
     @property
     def first(self) -> int:
-        """The number of the oldest event that is here."""
-        return self._filling.first
+        """The number of the oldest event that is kept."""
+        return self._buffer.first
 
     @property
     def stop(self) -> int:
         """The number that the next event will have."""
-        return self._filling.stop
+        return self._buffer.stop
 
     def add(self, text: str) -> None:
-        """One event, or several."""
-        for event in _parted(text):
-            self._filling.add(event)
+        """Append the events of a text, and wake the followers."""
+        for event in _split(text):
+            self._buffer.add(event)
         self._wake()
 
     def end(self) -> None:
-        """No more will come."""
+        """Mark the end: no more events will come."""
         self.has_ended = True
         self._wake()
 
-    def kept(self, text: str) -> EventLog:
-        """What is left of the turn if it ends with this text; nothing is added."""
-        return self._filling.kept(*_parted(text))
+    def log_ending_with(self, text: str) -> EventLog:
+        """The log of the turn if the events of `text` are its last ones. They are not added."""
+        return self._buffer.to_log(*_split(text))
 
     def since(self, number: int) -> bytes:
-        """The event of this number and those after it, as they are sent."""
-        return with_ids(self.turn, number, self._filling.since(number))
+        """The event of this number, which is at least `first`, and those after it, as sent."""
+        return with_ids(self.turn, number, self._buffer.since(number))
 
     @contextlib.contextmanager
     def following(self, follower: asyncio.Event) -> Iterator[None]:
-        """Within the block the follower is set at every change."""
+        """Within the block `follower` is set at every change."""
         self._followers.add(follower)
         try:
             yield
@@ -89,7 +88,7 @@ class LiveEvents:
 
 
 class LiveEventResponse(Response):
-    """Sends a running turn's events from a number on; whoever leaves is not missed."""
+    """Sends a running turn's events from a number on; the turn does not depend on the client."""
 
     media_type = "text/event-stream"
 
@@ -133,7 +132,7 @@ class LiveEventResponse(Response):
                 yield KEEP_ALIVE.encode()
 
     async def _changes(self) -> bool:
-        """Whether there was a change before the time for a comment."""
+        """Whether there was a change before a keep-alive comment is due."""
         try:
             async with asyncio.timeout(self._keep_alive):
                 await self._changed.wait()
@@ -142,6 +141,6 @@ class LiveEventResponse(Response):
         return True
 
 
-def _parted(text: str) -> list[bytes]:
-    """Events apart, each with its end; nothing inside one looks like that."""
+def _split(text: str) -> list[bytes]:
+    """The events of a text, each with its end, which does not occur inside an event."""
     return [f"{each}{EVENT_END}".encode() for each in text.split(EVENT_END)[:-1]]

@@ -1,7 +1,7 @@
-"""Where sessions are kept, from the server's start to its end.
+"""Opens the session store for the time that the server runs, and starts its maintenance.
 
-Owns the folder: the user's own, or one that goes with the server; and how often sessions are tended
-meanwhile. Everything heavy is imported inside. Knows no HTTP.
+The folder is that of --session-dir, or a temporary one that is removed with the server. Modules
+that load torch are imported inside the functions.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ PREFIX = "cottention-sessions-"
 
 
 @contextlib.contextmanager
-def kept_sessions(engine: "Engine", config: ServerConfig) -> Iterator["SessionManager"]:
-    """All sessions; closed at the end. Raises ConfigurationError."""
-    from cottention.engine.sessions.maintenance import upkeep
+def open_sessions(engine: "Engine", config: ServerConfig) -> Iterator["SessionManager"]:
+    """The server's sessions; they are closed at the end of the block. Raises ConfigurationError."""
+    from cottention.engine.sessions.maintenance import maintenance_thread
     from cottention.engine.sessions.manager import LEASE_SECONDS, SessionManager
     from cottention.engine.sessions.store import SqliteStore
 
@@ -41,27 +41,27 @@ def kept_sessions(engine: "Engine", config: ServerConfig) -> Iterator["SessionMa
             is_durable=is_durable,
         )
         stack.callback(sessions.close)
-        stack.enter_context(upkeep(sessions.tend, LEASE_SECONDS / 3))
+        stack.enter_context(maintenance_thread(sessions.maintain, LEASE_SECONDS / 3))
         yield sessions
 
 
 def check_folder(config: ServerConfig) -> None:
-    """Raise the ConfigurationError of a folder that cannot be, before a model is loaded in vain."""
+    """Check the folder before the model is loaded. Raises ConfigurationError."""
     from cottention.engine.sessions.store import folder_lock
 
     if config.session_dir is not None:
         folder_lock.check_folder(Path(_given(config)))
 
 
-def where_kept(config: ServerConfig) -> str:
-    """For a person, at start-up."""
+def describe_storage(config: ServerConfig) -> str:
+    """Where sessions are kept, for the lines that are printed at start-up."""
     if config.session_dir is None:
         return "kept until the server ends; --session-dir keeps them longer"
     return f"kept in {Path(config.session_dir).absolute()}"
 
 
 def _temporary() -> TemporaryDirectory[str]:
-    """A folder that goes with the server; those of servers that were killed go now."""
+    """A folder that is removed with the server; removes those of servers that were killed."""
     from cottention.engine.sessions.store.folder_lock import remove_leftovers
 
     if removed := remove_leftovers(Path(gettempdir()), PREFIX):
@@ -70,7 +70,7 @@ def _temporary() -> TemporaryDirectory[str]:
 
 
 def _given(config: ServerConfig) -> str:
-    """The user's folder; what else may be wrong with it is the store's to say."""
+    """The folder of --session-dir. ConfigurationError where the flag is empty."""
     if not config.session_dir:
         raise ConfigurationError(
             "--session-dir must name a folder; it is empty: without the flag sessions are kept"

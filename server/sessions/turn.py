@@ -1,7 +1,6 @@
-"""One turn of a session that runs, and its end.
+"""A running turn of a session: what of it was delivered, and how it ends.
 
-Owns what of the turn has reached the client, and that it ends once: with all of it, with what was
-delivered, or as if it had not been. Does not know who waits for the session.
+A turn ends exactly once: with its whole text, with the text that was delivered, or undone.
 """
 
 import asyncio
@@ -13,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cottention.engine.outputs import FinishReason
-from cottention.engine.state.event_log import EventLog
+from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.server.generation.output_stream import OutputDelta
 from cottention.server.schemas.sampling import OnCancel
 
@@ -24,17 +23,17 @@ if TYPE_CHECKING:  # they bring torch with them, which the server does not know
 
 logger = logging.getLogger("cottention")
 
-Keep = Callable[["Session"], EventLog]
-"""What is kept of what the turn told, which ends with what the session is after it."""
+EventsOf = Callable[["Session"], EventLog]
+"""The events that are stored with a turn, given the session after it, which the last event has."""
 
 
-def keep_nothing(_: "Session") -> EventLog:
-    """For a turn whose client is there to its end, or has what it wants."""
-    return EventLog()
+def no_events(_: "Session") -> EventLog:
+    """For a turn that ends with its connection: no client can ask for its events later."""
+    return NO_EVENTS
 
 
 class RunningTurn:
-    """A session that is leased; `settle` in any case."""
+    """A turn that has begun. `settle` must be called in any case."""
 
     def __init__(
         self,
@@ -43,7 +42,7 @@ class RunningTurn:
         on_cancel: OnCancel,
         on_end: Callable[[], None],
     ) -> None:
-        """on_end: called once the session is free, before its client is told."""
+        """on_end: called when the session is free, before the last event is sent."""
         self._sessions = sessions
         self._turn = turn
         self._on_cancel = on_cancel
@@ -54,54 +53,55 @@ class RunningTurn:
 
     @property
     def session_id(self) -> str:
-        """Of the session."""
+        """The session's id."""
         return self._turn.session.id
 
     @property
     def state(self) -> "SessionState":
-        """The session before the turn."""
+        """The session's state before the turn."""
         return self._turn.state
 
-    def reads(
+    def set_prompt(
         self, start: "SessionState", prompt_ids: Sequence[int], table: Sequence[bytes], window: int
     ) -> None:
-        """What the turn is made of: session, prompt, the bytes of ids, how many ids are kept."""
+        """What a cut turn is rebuilt from, before its first id is delivered.
+
+        start: the state under the turn's context policy. table: the bytes of each id. window:
+        number of recent ids that a session keeps.
+        """
         self._start, self._prompt_ids, self._table = start, prompt_ids, table
         self._window = window
 
-    def delivered(self, piece: OutputDelta) -> None:
-        """A piece's text has been written to the socket."""
+    def add_delivered(self, piece: OutputDelta) -> None:
+        """Count a piece whose text has been written to the socket, or into the event buffer."""
         if piece.tokens is not None:
             self._ids += piece.tokens.ids
         self._text.write(piece.text)
 
-    def forget(self) -> None:
-        """Nothing of this turn stays."""
+    def discard_delivered(self) -> None:
+        """Undo the whole turn at its end."""
         self._ids.clear()
 
-    async def finish(self, piece: OutputDelta, keep: Keep = keep_nothing) -> "Session":
-        """End with a choice's last piece, which is told next. Raises SessionError."""
+    async def finish(self, piece: OutputDelta, events_of: EventsOf = no_events) -> "Session":
+        """End the turn with its last piece, which is sent next. Raises SessionError."""
         if piece.finish_reason is FinishReason.ERROR:
-            self.forget()
+            self.discard_delivered()
         elif piece.state is None:
-            self.delivered(piece)
+            self.add_delivered(piece)
         state = self._cut() if piece.state is None else piece.state
-        return await (self._abandon() if state is None else self.commit(state, keep))
+        return await (self._abandon() if state is None else self.commit(state, events_of))
 
-    async def commit(self, state: "SessionState", keep: Keep = keep_nothing) -> "Session":
-        """Make `state` the session. It goes on where its caller is cancelled.
+    async def commit(self, state: "SessionState", events_of: EventsOf = no_events) -> "Session":
+        """Commit the turn with this state, also where the caller is cancelled meanwhile.
 
         Raises SessionError.
         """
-        before, position = self._turn.session, state.num_tokens
-
-        def outbox(is_durable: bool) -> EventLog:
-            return keep(replace(before, position=position, is_durable=is_durable))
-
-        return await self._end(asyncio.to_thread(self._sessions.commit, self._turn, state, outbox))
+        stored = self._sessions.preview(self._turn, state)
+        logs = events_of(stored), events_of(replace(stored, is_durable=False))
+        return await self._end(asyncio.to_thread(self._sessions.commit, self._turn, state, *logs))
 
     async def settle(self) -> None:
-        """End the turn if it has not ended: with what was delivered, if that may stay."""
+        """End the turn if it has not ended: with what was delivered, unless that is undone."""
         try:
             if self._ending is None and (state := self._cut()) is not None:
                 await self.commit(state)
@@ -126,7 +126,7 @@ class RunningTurn:
         return session
 
     def _cut(self) -> "SessionState | None":
-        """The session with as much of the turn as was delivered; None where none of it stays."""
+        """The state with the ids that were delivered; None where the turn is undone."""
         if self._on_cancel == "rollback" or not self._ids:
             return None
         before = b"" if self._prompt_ids else self.state.undecoded  # as the engine begins a text
@@ -139,9 +139,10 @@ class RunningTurn:
 def num_delivered(
     ids: Sequence[int], text: str, table: Sequence[bytes], undecoded: bytes = b""
 ) -> int:
-    """How many of these ids `text` tells whole: the rest was held back, or is half a character.
+    """How many of these ids are in `text` as a whole; the rest were held back, or end in the middle
+    of a character.
 
-    undecoded: bytes that the first id may complete. Ids without bytes are told with what is before.
+    undecoded: bytes that the first id may complete. Ids without bytes count with the one before.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     decoder.setstate((undecoded, 0))

@@ -1,15 +1,11 @@
-"""A session's turn as events, from its first piece to its end.
-
-Owns that the session has moved before its client is told so, and what came of the turn. Does not
-know where the events go.
-"""
+"""A session's turn as server-sent events; the turn is committed before its last event is sent."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from cottention.engine.errors import SessionError
 from cottention.engine.outputs import FinishReason
-from cottention.engine.state.event_log import EventLog
+from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.server.generation.choice_format import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.sse import KEEP_ALIVE, Events
@@ -20,19 +16,19 @@ from cottention.server.sessions.turn import RunningTurn
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
     from cottention.engine.sessions.types import Session
 
-KeepText = Callable[[str], EventLog]
-"""What is kept of a turn that ends with this text."""
+LogEndingWith = Callable[[str], EventLog]
+"""The events to store with a turn whose last events are these."""
 
 
-def keep_no_text(_: str) -> EventLog:
-    """For a turn that nobody can ask for again."""
-    return EventLog()
+def no_log(_: str) -> EventLog:
+    """For a turn that ends with its connection: no client can ask for its events later."""
+    return NO_EVENTS
 
 
 class TurnEvents:
-    """Tells one turn. session, error: what came of it, once all has been told.
+    """The events of one turn. session, error: its outcome, after the last event.
 
-    whole: all that was told, as one piece, where `gathers`.
+    whole: the turn's output as one piece, where `gathers`.
     """
 
     def __init__(
@@ -40,14 +36,14 @@ class TurnEvents:
         reading: OutputStream,
         events: Events,
         turn: RunningTurn,
-        keep: KeepText = keep_no_text,
+        log_ending_with: LogEndingWith = no_log,
         *,
         gathers: bool = False,
     ) -> None:
         self._reading = reading
         self.events = events
         self._turn = turn
-        self._keep = keep
+        self._log_ending_with = log_ending_with
         self._gathers = gathers
         self.whole = OutputDelta()
         self.session: Session | None = None
@@ -55,11 +51,14 @@ class TurnEvents:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the text that was told last was the end."""
+        """Whether the last text of `texts` was the end of the turn."""
         return self.session is not None or self.error is not None
 
     async def texts(self, idle_seconds: float | None = None) -> AsyncIterator[str]:
-        """Events, and a comment after `idle_seconds` of none; each is delivered when it returns."""
+        """Events as text, and a comment after `idle_seconds` without any.
+
+        A text counts as delivered when the next one is asked for.
+        """
         reading, turn = self._reading, self._turn
         while True:
             pieces = await reading.take(idle_seconds)
@@ -75,24 +74,26 @@ class TurnEvents:
                 return
             yield self._framed(chunks)
             if not reading.is_closed:
-                turn.delivered(piece)
+                turn.add_delivered(piece)
 
     async def _ended(self, piece: OutputDelta, chunks: Sequence[str]) -> str:
-        """The last events, once the session is what they say."""
+        """End the turn; returns its last events, which describe the session after it."""
         failed = engine_failed() if piece.finish_reason is FinishReason.ERROR else None
 
-        def told(session: "Session") -> str:
+        def last_events(session: "Session") -> str:
             beside = f',"session":{compact(shape_in_answer(session))}'
             end = self.events.error(failed) if failed else self._last()
             return self._framed(chunks, beside) + end
 
         try:
-            self.session = await self._turn.finish(piece, lambda session: self._keep(told(session)))
+            self.session = await self._turn.finish(
+                piece, lambda session: self._log_ending_with(last_events(session))
+            )
         except SessionError as error:
             self.error = session_error(error)
             return self.events.error(self.error)
         self.error = failed
-        return told(self.session)
+        return last_events(self.session)
 
     def _framed(self, chunks: Sequence[str], beside: str = "") -> str:
         return self.events.framed(chunks, self._reading.num_generated, beside)

@@ -1,8 +1,7 @@
-"""Who has a session's next turn, and that every turn ends.
+"""The queue for each session's turns, in order of arrival.
 
-Owns the line of those that wait, in the order they came, and that a lease is given back on every
-path, a cancelled task's included. Lives on the event loop; what blocks runs in threads. What a
-session is belongs to the engine's `SessionManager`.
+Runs on the event loop; calls of `SessionManager` run in threads. Every turn that begins is ended,
+also where its task is cancelled.
 """
 
 import asyncio
@@ -31,27 +30,28 @@ if TYPE_CHECKING:  # it brings torch with it, which the server does not know
     from cottention.engine.sessions.types import Turn
 
 Key = tuple[str, str]
-Line = deque[asyncio.Event]
+"""Owner and session id. Queues are an owner's own: whether another's session is busy is private."""
+Waiting = deque[asyncio.Event]
 
 ETAG = re.compile(r'"(\d{1,19})"')
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whose request it is, and at which position it expects the session; None: at any."""
+    """The owner of a request's key, and the position that it expects; None: any."""
 
     owner: str
     expected_position: int | None
 
 
 def owner_of(request: Request) -> str:
-    """Who asks: of a request's key, or everybody where there are none."""
+    """The owner of a request's key; empty where the server has no keys."""
     owner: str = request.scope.get("state", {}).get("owner", "")
     return owner
 
 
-def asked_by(request: Request) -> Caller:
-    """Of a request's key and its If-Match. Raises ApiError 400."""
+def caller_of(request: Request) -> Caller:
+    """The caller, from a request's key and its If-Match. Raises ApiError 400."""
     owner = owner_of(request)
     tag = request.headers.get("if-match", "*").strip()
     if tag == "*":
@@ -68,21 +68,21 @@ class TurnQueue:
 
     def __init__(self, sessions: "SessionManager") -> None:
         self._sessions = sessions
-        self._lines: dict[Key, Line] = {}
+        self._queues: dict[Key, Waiting] = {}
         self._live: dict[Key, LiveEvents] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @contextlib.asynccontextmanager
     async def turn(
-        self, asker: Caller, terms: TurnOptions, receive: Receive
+        self, caller: Caller, terms: TurnOptions, receive: Receive
     ) -> AsyncIterator[RunningTurn]:
-        """A turn, which ends with the block: abandoned unless something of it was to stay.
+        """Begin a turn when it is the caller's, and settle it at the end of the block.
 
-        Raises SessionError; ReadingClosed where the client leaves while it waits.
+        Raises SessionError; OutputStreamClosed where the client leaves while it waits.
         """
-        place = self.alone(asker.owner, terms.session_id, terms.on_conflict, receive)
+        place = self.exclusive(caller.owner, terms.session_id, terms.on_conflict, receive)
         async with place as leave:
-            begun = await self._begin(asker, terms)
+            begun = await self._begin(caller, terms)
             turn = RunningTurn(self._sessions, begun, terms.on_cancel, leave)
             try:
                 yield turn
@@ -90,75 +90,74 @@ class TurnQueue:
                 await asyncio.shield(self._spawn(turn.settle()))
 
     @contextlib.asynccontextmanager
-    async def alone(
+    async def exclusive(
         self, owner: str, session_id: str, on_conflict: OnConflict, receive: Receive
     ) -> AsyncIterator[Callable[[], None]]:
-        """Nobody else here changes the session meanwhile, or until what this gives is called.
+        """Wait for the session; no other request changes it within the block.
 
-        Raises SessionBusyError, ReadingClosed.
-
-        Lines are an owner's own: another learns nothing of a session from its being busy.
+        Gives a function that ends this before the block does. Raises SessionBusyError;
+        OutputStreamClosed where the client leaves while it waits.
         """
-        line = self._lines.setdefault((owner, session_id), deque())
-        if line and on_conflict == "error":
+        queue = self._queues.setdefault((owner, session_id), deque())
+        if queue and on_conflict == "error":
             raise SessionBusyError(
                 "another turn has this session: try again when it has ended; turns and forks may"
                 ' have "on_conflict": "wait"'
             )
         mine = asyncio.Event()
-        line.append(mine)
+        queue.append(mine)
         try:
-            if line[0] is not mine:
+            if queue[0] is not mine:
                 await _until(mine, receive)
-            yield partial(self._leave, (owner, session_id), line, mine)
+            yield partial(self._leave, (owner, session_id), queue, mine)
         finally:
-            self._leave((owner, session_id), line, mine)
+            self._leave((owner, session_id), queue, mine)
 
-    def go_on(
+    def detach(
         self, key: Key, live: LiveEvents, work: Coroutine[Any, Any, None]
     ) -> asyncio.Task[None]:
-        """Run a turn to its end, whoever waits for it; meanwhile its events can be followed."""
+        """Run a turn to its end without its client; meanwhile its events can be followed."""
         self._live[key] = live
         task = self._spawn(work)
         task.add_done_callback(lambda _: self._forget(key, live))
         return task
 
-    def live(self, owner: str, session_id: str) -> LiveEvents | None:
-        """The events of a session's turn that goes on by itself, while it runs."""
+    def live_events(self, owner: str, session_id: str) -> LiveEvents | None:
+        """The events of a session's detached turn; None where none runs."""
         return self._live.get((owner, session_id))
 
     async def wait_settled(self) -> None:
-        """Return when no turn is left to be ended."""
+        """Return when every turn has ended."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
     def _forget(self, key: Key, live: LiveEvents) -> None:
-        """The next turn may have begun: a session is free before its last events are told."""
+        """The next turn may have begun: a session is free before its last events are sent."""
         if self._live.get(key) is live:
             del self._live[key]
 
-    def _leave(self, key: Key, line: Line, mine: asyncio.Event) -> None:
-        """May be called again."""
-        if mine not in line:
+    def _leave(self, key: Key, queue: Waiting, mine: asyncio.Event) -> None:
+        """Nothing happens the second time."""
+        if mine not in queue:
             return
-        line.remove(mine)
-        if line:
-            line[0].set()
+        queue.remove(mine)
+        if queue:
+            queue[0].set()
         else:
-            del self._lines[key]
+            del self._queues[key]
 
-    async def _begin(self, asker: Caller, terms: TurnOptions) -> "Turn":
-        """A thread cannot be cancelled: what it leases for nobody is given back."""
-        begin, position = self._sessions.begin, asker.expected_position
-        task = self._spawn(asyncio.to_thread(begin, asker.owner, terms.session_id, position))
+    async def _begin(self, caller: Caller, terms: TurnOptions) -> "Turn":
+        """A thread cannot be cancelled: a turn that it begins for a cancelled task is abandoned."""
+        begin, position = self._sessions.begin, caller.expected_position
+        task = self._spawn(asyncio.to_thread(begin, caller.owner, terms.session_id, position))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._spawn(self._give_back(task))
+            self._spawn(self._abandon(task))
             raise
 
-    async def _give_back(self, task: "asyncio.Task[Turn]") -> None:
-        with contextlib.suppress(Exception):  # then there is nothing to give back
+    async def _abandon(self, task: "asyncio.Task[Turn]") -> None:
+        with contextlib.suppress(Exception):  # then no turn has begun
             turn = await task
             await asyncio.to_thread(self._sessions.abandon, turn)
 
@@ -170,7 +169,7 @@ class TurnQueue:
 
 
 async def _until(mine: asyncio.Event, receive: Receive) -> None:
-    """Wait for one's turn. Raises ReadingClosed where the client leaves first."""
+    """Wait for the event. Raises OutputStreamClosed where the client leaves first."""
     waiting = asyncio.create_task(mine.wait())
     try:
         await until_done(waiting, receive)
@@ -179,9 +178,9 @@ async def _until(mine: asyncio.Event, receive: Receive) -> None:
 
 
 async def until_done(task: asyncio.Task[Any], receive: Receive) -> None:
-    """Wait for a task, which goes on where its caller does not. Raises what it raises.
+    """Wait for a task, which is not cancelled with its caller. Raises what the task raises.
 
-    ReadingClosed where the client leaves first.
+    OutputStreamClosed where the client leaves first.
     """
     leaving = asyncio.create_task(until_gone(receive))
     try:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.checkpoint import read_weights
+from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.outputs import SampledToken
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import BatchResult, Sample
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.session_state import SessionState
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.state.spec import StateSpec, recurrence_tensors
 from cottention.engine.text.tokenizer import Tokenizer
 
 _FOLDER = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
@@ -70,16 +70,26 @@ def _biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def small_spec(kind: str, width: int = 8) -> StateSpec:
-    """States of one layer and two heads of this width, as attention of this kind has them."""
+def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
+    """States of one layer and two heads of this width, as attention of this kind has them.
+
+    more_keys: by how much keys are wider, so that no shape is its transpose.
+    """
     made = ATTENTION_KINDS[kind]
-    return StateSpec(1, 2, width, made.key_width(width), has_denominator=made.has_denominator)
+    return StateSpec(
+        recurrence_tensors(
+            layers=1,
+            heads=2,
+            value_width=width,
+            key_width=made.key_width(width) + more_keys,
+            has_denominator=made.has_denominator,
+        )
+    )
 
 
 def state_of(spec: StateSpec, n: int, window: int) -> SessionState:
     """A session's of n tokens, all but the last in rows that tell n."""
-    shapes = [spec.state_shape, *([spec.denominator_shape] if spec.has_denominator else [])]
-    rows = tuple(torch.full(shape, float(n)) for shape in shapes)
+    rows = tuple(torch.full(shape, float(n)) for shape in spec.shapes.values())
     return SessionState(rows, n - 1, (n,), (n,) * min(n, window), {n: 1})
 
 

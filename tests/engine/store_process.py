@@ -20,6 +20,11 @@ def content(session_id: str, version: int) -> bytes:
     return seed * random.Random(seed).randint(1, 2000)
 
 
+def events(version: int) -> bytes:
+    """What is stored beside a snapshot: every other turn has events."""
+    return b"event %d " % version * 100 if version % 2 else b""
+
+
 def say(*words: object) -> None:
     print(*words, flush=True)
 
@@ -32,13 +37,12 @@ def put_forever(folder: Path) -> None:
         say("made", record.id, 1)
     while True:
         session_id = random.choice(made).id
-        lease = store.acquire(session_id, 1000)
+        lease, _ = store.begin("a", session_id, 1000)
         say("begun", session_id, lease.version)
         version = lease.version + 1
-        record = store.put(lease, lease.version, content(session_id, version), version, 2)
+        new = content(session_id, version)
+        record = store.commit(lease, lease.version, new, version, 2, events=events(version))
         say("put", session_id, record.version)
-        store.release(lease)
-        say("ended", session_id, record.version)
 
 
 def hold(folder: Path) -> None:

@@ -37,7 +37,7 @@ def text(engine: Engine, **params: Any) -> str:
 def model_logprobs(engine: Engine, gptj_folder: Path, token_ids: list[int]) -> torch.Tensor:
     """log-softmax [T, N] by the parallel definition in float64."""
     model = load_model(gptj_folder, engine.model_config, torch.float64)
-    is_divided = engine.spec.has_denominator
+    is_divided = "denominator" in engine.spec.shapes
 
     def attend(_layer: int, features: Any) -> torch.Tensor:
         q, k, v = (x.transpose(-3, -2) for x in features)

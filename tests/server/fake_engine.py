@@ -45,12 +45,12 @@ class FakeTokenizer:
 
 
 class FakeModelConfig:
-    n_positions = window = 512
+    trained_length = window = 512
     max_exact_length = None
 
 
 class FakeSpec:
-    bytes_per_slot = 1000
+    bytes_per_row, bytes_per_slot = 500, 1000
 
     def itemised_bytes(self) -> dict[str, int]:
         return {"state": 400, "denominator": 100, "spare": 500}
@@ -261,7 +261,7 @@ class FakeEngine:
     def _state(self, request: Running, reason: FinishReason | None) -> SessionState | None:
         if request.start is None or reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return None
-        window = self.model_config.n_positions
+        window = self.model_config.trained_length
         return request.start.extended(request.prompt_ids, request.drawn, window)
 
     def _scored(self, request: Running) -> tuple[TokenLogprob | None, ...] | None:

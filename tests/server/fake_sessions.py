@@ -1,6 +1,6 @@
-"""Sessions without a disk: the face of `engine.sessions.Sessions`, in a dictionary.
+"""Sessions without a disk: the interface of `SessionManager`, in a dictionary.
 
-What it does to leases can be watched, and it can be told to fail.
+Its leases can be inspected, and its calls can be made to fail.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from cottention.engine.errors import (
     StoreFullError,
 )
 from cottention.engine.state.context_window import context_schedules
-from cottention.engine.state.event_log import EventLog
+from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import SessionState
 
 
@@ -35,6 +35,7 @@ class FakeSession:
     metadata: Mapping[str, str]
     expires_at: float | None
     states: tuple[SessionState, ...]
+    logs: tuple[EventLog, ...] = (NO_EVENTS,)
     nbytes: int = 100
     residence: str = "parked"
     is_durable: bool = True
@@ -113,17 +114,21 @@ class FakeSessions:
             self.leased.add(session_id)
         return FakeTurn(session, session.states[-1])
 
-    def commit(self, turn: FakeTurn, state: SessionState, outbox: Any) -> FakeSession:
+    def preview(self, turn: FakeTurn, state: SessionState) -> FakeSession:
+        states = (*turn.session.states, state)
+        return replace(turn.session, states=states, position=state.num_tokens, is_durable=True)
+
+    def commit(
+        self, turn: FakeTurn, state: SessionState, events: EventLog, unsaved_events: EventLog
+    ) -> FakeSession:
         self._may_fail("commit")
-        old, state = turn.session, replace(state, outbox=outbox(not self.is_full))
         new = replace(
-            old,
-            states=(*old.states, state),
-            version=old.version + 1,
-            position=state.num_tokens,
+            self.preview(turn, state),
+            logs=(*turn.session.logs, unsaved_events if self.is_full else events),
+            version=turn.session.version + 1,
             is_durable=not self.is_full,
         )
-        self.kept[old.id] = new
+        self.kept[new.id] = new
         self._release(turn, "commit")
         return new
 
@@ -146,12 +151,14 @@ class FakeSessions:
             raise NothingToRewindError("there is no earlier turn")
         states = old.states[:-1]
         position = states[-1].num_tokens
-        new = replace(old, states=states, version=old.version + 1, position=position)
+        new = replace(
+            old, states=states, logs=old.logs[:-1], version=old.version + 1, position=position
+        )
         self.kept[session_id] = new
         return new
 
-    def outbox(self, owner: str, session_id: str) -> EventLog:
-        return self.find(owner, session_id).states[-1].outbox
+    def events(self, owner: str, session_id: str) -> EventLog:
+        return self.find(owner, session_id).logs[-1]
 
     def export(self, owner: str, session_id: str) -> tuple[FakeSession, bytes]:
         found = self.find(owner, session_id)

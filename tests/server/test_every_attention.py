@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from cottention.engine import Engine, SamplingParams
-from cottention.engine.models.attention_kinds import RECURRENT_KINDS
+from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.state.session_state import SessionState
 from cottention.server.config import ServerConfig
-from cottention.server.sessions.storage import kept_sessions
+from cottention.server.sessions.storage import open_sessions
 from tests.engine.windows import engine_of
 from tests.server.live import Live, serving
 
@@ -30,7 +30,7 @@ def keeping(attention: str, folder: Path) -> Iterator[Live]:
     """A server over sessions in a folder, on an engine of its own: as after a restart."""
     engine = engine_of(WINDOW, attention)
     with contextlib.ExitStack() as stack:
-        kept = kept_sessions(engine, ServerConfig(session_dir=str(folder)))
+        kept = open_sessions(engine, ServerConfig(session_dir=str(folder)))
         yield stack.enter_context(serving(engine, sessions=stack.enter_context(kept)))
 
 

@@ -27,7 +27,7 @@ from cottention.engine.scheduling.batch import Sample
 from cottention.engine.sessions.manager import SessionManager
 from cottention.engine.sessions.store import SqliteStore
 from cottention.server.config import ServerConfig
-from cottention.server.sessions.storage import kept_sessions
+from cottention.server.sessions.storage import open_sessions
 from tests.server.live import Live, serving
 
 NUM_FAULTS = int(os.environ.get("COTTENTION_FAULTS", "150"))
@@ -215,7 +215,7 @@ def live(gptj_folder: Path, tmp_path: Path) -> Iterator[Live]:
     engine = Engine(gptj_folder, EngineConfig(max_slots=4))
     config = ServerConfig(session_dir=str(tmp_path / "sessions"), session_memory=0)
     with contextlib.ExitStack() as stack:
-        sessions = stack.enter_context(kept_sessions(engine, config))
+        sessions = stack.enter_context(open_sessions(engine, config))
         yield stack.enter_context(serving(engine, sessions=sessions))
 
 

@@ -14,6 +14,7 @@ from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
+from cottention.engine.state.spec import recurrence_tensors
 from cottention.server.cli import main as cli
 from cottention.server.config import ServerConfig
 from tests.server.exported import exported_families
@@ -39,8 +40,9 @@ def test_it_names_every_exported_metric_once() -> None:
 @pytest.mark.parametrize("model", SHAPES)
 def test_its_sizes_are_those_of_the_spec(model: str) -> None:
     layers, heads, width = SHAPES[model]
-    size = StateSpec(layers, heads, width, width, has_denominator=False).bytes_per_slot
-    slot = StateSpec(layers, heads, width, width, has_denominator=False, has_spare=True)
+    state = recurrence_tensors(layers=layers, heads=heads, value_width=width, key_width=width)
+    size = StateSpec(state).bytes_per_slot
+    slot = StateSpec(state, has_spare=True)
     assert slot.bytes_per_slot == 2 * size
     [row] = [line for line in PAGE.splitlines() if line.startswith(f"| {model} |")]
     disk = 1000 * size / 1e9
@@ -56,13 +58,14 @@ def test_its_sizes_are_those_of_the_spec(model: str) -> None:
 
 @pytest.mark.parametrize("has_denominator", [False, True])
 def test_its_formulas(has_denominator: bool) -> None:
-    spec = StateSpec(3, 2, 8, 16, has_denominator)
+    spec = StateSpec(
+        recurrence_tensors(
+            layers=3, heads=2, value_width=8, key_width=16, has_denominator=has_denominator
+        )
+    )
     assert spec.bytes_per_slot == 3 * 2 * 8 * 16 * 4 + has_denominator * 3 * 2 * 16 * 4
-    rows = [torch.zeros(spec.state_shape)]
-    if has_denominator:
-        rows.append(torch.zeros(spec.denominator_shape))
     state = SessionState(
-        rows=tuple(rows),
+        rows=tuple(torch.zeros(shape) for shape in spec.shapes.values()),
         position=10**9,
         pending=(5, 6, 7),
         recent=tuple(range(900)),

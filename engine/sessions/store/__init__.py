@@ -1,7 +1,4 @@
-"""Where sessions are kept: a protocol, and its embedded implementation.
-
-Owns the room's few public names. Does not know models, tensors or HTTP.
-"""
+"""The store of sessions: a protocol, and its implementation on SQLite and files."""
 
 from cottention.engine.sessions.store.protocol import (
     Lease,

@@ -1,13 +1,13 @@
-"""Snapshots as files, each named by the sha256 of its bytes: equal bytes are stored once.
+"""Blobs as files in `states/`, each named by the sha256 of its bytes: equal bytes are stored once.
 
-Owns `states/`: how a file appears there whole or not at all. Does not know who refers to it; the
-index does, and whoever adopts or removes a file holds the index's lock meanwhile.
+A file appears there whole or not at all. The index says which blobs are referred to; callers hold
+its lock while they adopt or remove a file.
 """
 
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """Bytes that are safe on the disk and have no name yet."""
+    """A blob that is written to the disk and not yet under its name."""
 
     path: Path
     digest: str
@@ -29,7 +29,7 @@ class Staged:
 
 
 class Blobs:
-    """The files. `num_bytes`: of all of them, once `sizes` has been asked."""
+    """The files. `num_bytes`: of all of them, once `sizes` has been called."""
 
     def __init__(self, folder: Path, *, durable: bool) -> None:
         self._folder = folder
@@ -37,24 +37,27 @@ class Blobs:
         self._durable = durable
         self.num_bytes = 0
         folder.mkdir(mode=0o700, exist_ok=True)
-        # all folders at once: a file's folder need not be made durable beside the file
+        # all folders at once, so that adopting a file need not make its folder durable as well
         for name in ("new", *(f"{byte:02x}" for byte in range(256))):
             (folder / name).mkdir(mode=0o700, exist_ok=True)
         sync_folder(folder)
         sync_folder(folder.parent)
 
     @contextmanager
-    def staged(self, raw: bytes) -> Iterator[Staged]:
-        """Write the bytes; what is not adopted within the block is gone after it."""
+    def staged(self, *parts: bytes) -> Iterator[Staged]:
+        """Write a blob of these parts; it is removed at the end of the block unless adopted."""
         path = self._staging / uuid4().hex
+        checksum = hashlib.sha256()
+        for part in parts:
+            checksum.update(part)
         try:
-            self._write(path, raw)
-            yield Staged(path, hashlib.sha256(raw).hexdigest(), len(raw))
+            self._write(path, parts)
+            yield Staged(path, checksum.hexdigest(), sum(map(len, parts)))
         finally:
             path.unlink(missing_ok=True)
 
     def adopt(self, staged: Staged) -> None:
-        """Give it its name. A file of that name is replaced: it is equal, or damaged."""
+        """Give a blob its name. A file of that name is replaced: it is equal, or damaged."""
         path = self._path(staged.digest)
         before = self._size(path)
         os.replace(staged.path, path)
@@ -63,7 +66,7 @@ class Blobs:
             sync_folder(path.parent)
 
     def read(self, digest: str) -> bytes:
-        """SnapshotError: no such file, or its bytes are not those of its name."""
+        """A blob's bytes. SnapshotError: there is no such file, or its bytes have changed."""
         path = self._path(digest)
         try:
             raw = path.read_bytes()
@@ -74,16 +77,16 @@ class Blobs:
         return raw
 
     def remove(self, digest: str) -> None:
-        """Nothing happens where it is gone."""
+        """Remove a blob; nothing happens where there is none."""
         path = self._path(digest)
         size = self._size(path)
-        # a file that cannot be removed costs space, no more: the next start tries again
+        # a file that cannot be removed only takes space: the next start tries again
         with suppress(OSError):
             path.unlink()
             self.num_bytes -= size
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of every file by its digest; what a crash left half written is removed."""
+        """Bytes of every blob by its digest. Removes files that a crash left half written."""
         for path in self._staging.iterdir():
             path.unlink()
         found: dict[str, int] = {}
@@ -95,7 +98,7 @@ class Blobs:
         return found
 
     def _path(self, digest: str) -> Path:
-        """Digests come from outside: nothing but hex may become a path."""
+        """Digests come from callers: only hex may become a path."""
         if not DIGEST.fullmatch(digest):
             raise SnapshotError("not a digest of a snapshot")
         return self._folder / digest[:2] / digest
@@ -103,9 +106,9 @@ class Blobs:
     def _size(self, path: Path) -> int:
         return path.stat().st_size if path.exists() else 0
 
-    def _write(self, path: Path, raw: bytes) -> None:
+    def _write(self, path: Path, parts: Sequence[bytes]) -> None:
         with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(raw)
+            file.writelines(parts)
             file.flush()
             if self._durable:
                 os.fsync(file.fileno())

@@ -1,7 +1,4 @@
-"""The index: one SQLite file, its transactions, and what happens where it is damaged.
-
-Owns the connection, the schema and how durable a transaction is. Does not know what the rows mean.
-"""
+"""The index as an SQLite database: its schema, its transactions, and a damaged file set aside."""
 
 import logging
 import os
@@ -13,7 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.sessions.store.folder_lock import means_full, sync_folder
+from cottention.engine.sessions.store.folder_lock import is_disk_full, sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -21,13 +18,14 @@ T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 Sync = Literal["FULL", "NORMAL", "OFF"]
 
-VERSION = 2
+VERSION = 3
 
 MAX_WAIT = 5.0
-"""Seconds for a person's tool that has the file open for writing."""
+"""Seconds to wait for another program that has the file open for writing, such as a shell."""
 
-# states: a session's snapshots, the one with the greatest n its head, the others its checkpoints.
-# Those of a session that was set aside stay, so that their files do.
+# states: a session's blobs, the one with the greatest n its head, the others its checkpoints. The
+# last events_nbytes of a blob are its turn's event log. The rows of a session that was set aside
+# stay, so that its blobs are not removed.
 SCHEMA = f"""
 CREATE TABLE sessions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
@@ -40,29 +38,27 @@ CREATE INDEX sessions_by_lease ON sessions (lease_owner) WHERE lease_owner IS NO
 CREATE TABLE states (
     seq INTEGER NOT NULL, n INTEGER NOT NULL, digest TEXT NOT NULL,
     position INTEGER NOT NULL, nbytes INTEGER NOT NULL,
-    context_policy TEXT NOT NULL DEFAULT 'exact', PRIMARY KEY (seq, n)) WITHOUT ROWID;
+    context_policy TEXT NOT NULL, events_nbytes INTEGER NOT NULL,
+    PRIMARY KEY (seq, n)) WITHOUT ROWID;
 CREATE INDEX states_by_digest ON states (digest, nbytes, position);
 CREATE TABLE set_aside (
     seq INTEGER PRIMARY KEY, id TEXT NOT NULL, owner TEXT NOT NULL, created INTEGER NOT NULL,
     version INTEGER NOT NULL, metadata TEXT NOT NULL, expires_at REAL, reason TEXT NOT NULL);
-CREATE TABLE room (bytes BLOB NOT NULL);
+CREATE TABLE reserve (bytes BLOB NOT NULL);
 PRAGMA user_version = {VERSION};
 """
 
-UPGRADES = {1: "ALTER TABLE states ADD COLUMN context_policy TEXT NOT NULL DEFAULT 'exact';"}
-"""From older versions to this one."""
-
 LOG_PAGES = 200
-ROOM_BYTES = 2 << 20
-"""More than LOG_PAGES of 4096 bytes and the greatest transaction after them."""
+RESERVE_BYTES = 2 << 20
+"""More than LOG_PAGES of 4096 bytes and the largest transaction after them."""
 MIN_LOG_PAGES = 16
-"""Where the disk has less room than that: the log begins again sooner, and leases take longer."""
+"""Without room for the reserve the log is restarted after so few, which makes leases slower."""
 
 
 class Database:
     """Transactions one at a time, from any thread. `lock` may be held around several.
 
-    is_uncertain: the last commit failed in a way that a restart might still find it done, so
+    is_uncertain: the last commit failed in such a way that a restart may still find it done, so
     no file that it may refer to can be removed.
     """
 
@@ -71,28 +67,31 @@ class Database:
         self.is_uncertain = False
         self._db = connect(path)
         self._durable: Sync = "FULL" if durable else "OFF"
-        self._noted: Sync = "NORMAL" if durable else "OFF"
+        self._relaxed: Sync = "NORMAL" if durable else "OFF"
 
     def read(self, work: Work[T]) -> T:
-        """Run it outside any transaction of another thread."""
+        """Run `work` while no other thread is in a transaction."""
         with self.lock:
             return work(self._db)
 
     def write(self, work: Work[T]) -> T:
-        """Run it as one transaction, on the disk when this returns."""
+        """Run `work` as one transaction, which is on the disk when this returns."""
         return self._run(work, self._durable)
 
-    def note(self, work: Work[T]) -> T:
-        """For leases: outlives the process and not the machine, as a lease should; no waiting."""
-        return self._run(work, self._noted)
+    def write_relaxed(self, work: Work[T]) -> T:
+        """As `write`, without waiting for the disk: a kill loses nothing, a loss of power may.
 
-    def free_room(self) -> None:
-        """Give the disk what `make_room` took of it for the log; that grows again as it must."""
+        For leases, which end with the machine in any case.
+        """
+        return self._run(work, self._relaxed)
+
+    def free_reserve(self) -> None:
+        """Give back what `reserve_space` took for the log, which grows again as needed."""
         with self.lock:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
-        """Write the log back into the file."""
+        """Write the log back into the file, and close it."""
         with self.lock:
             self._db.close()
 
@@ -113,14 +112,17 @@ class Database:
         try:
             self._db.execute("COMMIT")
         except sqlite3.OperationalError as error:
-            # a full disk cut the log before its last frame; anything else may have come after it
+            # a full disk cuts the log before its last frame; other errors may come after it
             self.is_uncertain = error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL
             raise
         self.is_uncertain = False
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """An open index of this version; ConfigurationError for one of another."""
+    """Open an index, and create it where there is none.
+
+    ConfigurationError: it has another version.
+    """
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     db = sqlite3.connect(path, MAX_WAIT, isolation_level=None, check_same_thread=False)
     try:
@@ -132,38 +134,39 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def set_up(db: sqlite3.Connection, path: Path) -> None:
-    """Make the file's tables, or bring those of an older version up to this one."""
+    """Set the connection's modes, and create the tables of a new file. ConfigurationError."""
     db.execute("PRAGMA journal_mode = WAL")
     db.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
     [version] = db.execute("PRAGMA user_version").fetchone()
     if version == 0:
         db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
-    elif version in UPGRADES:
-        db.executescript(f"BEGIN; {UPGRADES[version]} PRAGMA user_version = {VERSION}; COMMIT;")
     elif version != VERSION:
-        raise ConfigurationError(f"{path} has format {version}; this is a server of {VERSION}")
-    make_room(db)
+        raise ConfigurationError(
+            f"{path} has format version {version}, and this server reads version {VERSION} only:"
+            " give --session-dir another folder, or serve this one with the release that wrote it"
+        )
+    reserve_space(db)
 
 
-def make_room(db: sqlite3.Connection) -> None:
-    """Grow the log, and free pages in the file, to what leases and deletions will ever need.
+def reserve_space(db: sqlite3.Connection) -> None:
+    """Grow the log, and the file's free pages, to what leases and deletions can ever need.
 
-    They are then noted on a full disk, too: the log is written over, never cut, while it is open.
+    They then work on a full disk as well: while the log is open it is overwritten and never cut.
     """
     try:
-        db.execute("INSERT INTO room VALUES (zeroblob(?))", [ROOM_BYTES])
-        db.execute("DELETE FROM room")
+        db.execute("INSERT INTO reserve VALUES (zeroblob(?))", [RESERVE_BYTES])
+        db.execute("DELETE FROM reserve")
     except sqlite3.OperationalError as error:
-        if not means_full(error):
+        if not is_disk_full(error):
             raise
         db.execute(f"PRAGMA wal_autocheckpoint = {MIN_LOG_PAGES}")
-        logger.warning("the disk is full: little room for leases could be kept back")
+        logger.warning("the disk is full: there is little space to reserve for leases")
 
 
-def trouble(path: Path) -> str | None:
-    """What is wrong with an index file, None where nothing is.
+def find_damage(path: Path) -> str | None:
+    """What is wrong with an index file; None where nothing is.
 
-    Only what SQLite calls damage: a file that is locked or cannot be read may be whole.
+    Only what SQLite reports as damage: a file that is locked or cannot be read may be whole.
     """
     try:
         with closing(sqlite3.connect(path, MAX_WAIT)) as db:
@@ -174,22 +177,27 @@ def trouble(path: Path) -> str | None:
             raise
         return str(error)
     if answer == "ok" and mode != "wal":
-        return "it holds nothing"
+        return "it is empty"
     return None if answer == "ok" else str(answer)
 
 
 def set_damaged_aside(folder: Path, index: str, states: str) -> None:
-    """Move a damaged or missing index, and the states only it could name, out of the way."""
+    """Rename a damaged index and its blobs, which only it could name.
+
+    The blobs of a missing index are renamed as well.
+    """
     path = folder / index
-    reason = trouble(path) if path.exists() else "it is missing"
+    reason = find_damage(path) if path.exists() else "it is missing"
     if reason is None or not (path.exists() or (folder / states).exists()):
         return
     n = 1
     while any(folder.glob(f"*.damaged-{n}*")):
         n += 1
-    # the states first: were the index gone before them, the next start would sweep them
+    # the blobs first: after a crash between the two, the next start would remove the blobs
     for name in (states, index, f"{index}-wal", f"{index}-shm"):
         if (folder / name).exists():
             (folder / name).rename(folder / f"{name}.damaged-{n}")
     sync_folder(folder)
-    logger.error("%s cannot be used (%s): kept beside a new one as .damaged-%d", path, reason, n)
+    logger.error(
+        "%s cannot be used (%s): renamed to .damaged-%d; a new one is used", path, reason, n
+    )

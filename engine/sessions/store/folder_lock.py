@@ -1,12 +1,4 @@
-"""A disk that is full, and the folder that belongs to one process.
-
-Owns which failures mean that the disk takes no more, and the lock. Does not know what
-is written.
-
-Folders of sessions that were to end with their process, and did not: it was killed.
-
-Owns what proves such a folder's owner dead. Does not know what is in it.
-"""
+"""The folder of a store: its lock, the errors of its disk, and folders that a kill left behind."""
 
 import errno
 import fcntl
@@ -23,32 +15,32 @@ from cottention.engine.errors import ConfigurationError, StoreFullError
 
 LOCK = "lock"
 TEMPORARY = ", temporary"
-"""In the lock of a folder that ends with its process, so that others may remove it after a kill."""
+"""Marks the lock of a folder that ends with its process: others may remove it after a kill."""
 
 FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
 
 
-def means_full(error: Exception) -> bool:
-    """Whether the disk refused to take it."""
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error says that the disk refused a write."""
     if isinstance(error, sqlite3.OperationalError):
         return error.sqlite_errorcode & 0xFF in FULL_CODES
     return isinstance(error, OSError) and error.errno in FULL_ERRNOS
 
 
 @contextmanager
-def told_as_full() -> Iterator[None]:
-    """StoreFullError in place of what the system says."""
+def raise_store_full() -> Iterator[None]:
+    """Raise StoreFullError in place of the errors of a full disk."""
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
-        if not means_full(error):
+        if not is_disk_full(error):
             raise
-        raise StoreFullError(f"the session folder's disk takes no more: {error}") from error
+        raise StoreFullError(f"the session folder's disk is full: {error}") from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the folder's names durable."""
+    """Make the names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -57,10 +49,13 @@ def sync_folder(folder: Path) -> None:
 
 
 class FolderLock:
-    """A folder belongs to one live process: the system drops the lock when that process dies."""
+    """The lock of a folder's one process; the system releases it when that process dies."""
 
     def __init__(self, path: Path, mark: str = "") -> None:
-        """mark: what is noted there beside the process. ConfigurationError: another has it."""
+        """mark: written into the file after the process id.
+
+        ConfigurationError: another process has the lock.
+        """
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,25 +71,28 @@ class FolderLock:
         self._fd: int | None = fd
 
     def release(self) -> None:
-        """Let another process have the folder; nothing happens the second time."""
+        """Release the lock; nothing happens the second time."""
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
 
 
-def take_folder(folder: Path, mark: str = "") -> FolderLock:
-    """A folder of this process alone; made for the user's eyes only where it is not there."""
-    with told_as_unusable(folder):
+def lock_folder(folder: Path, mark: str = "") -> FolderLock:
+    """Lock a folder for this process, and create it where there is none, for its user alone.
+
+    ConfigurationError: it cannot be used, or another process has it.
+    """
+    with raise_unusable_folder(folder):
         _make(folder)
         return FolderLock(folder / LOCK, mark)
 
 
 def check_folder(folder: Path) -> None:
-    """The ConfigurationError of a folder that could not be taken now; what is new goes again.
+    """Raise the ConfigurationError of `lock_folder`; folders created for the check are removed.
 
-    A new folder gets no lock: whoever took it meanwhile would be left with one that is removed.
+    A new folder is not locked: a process that took it meanwhile would lose its lock file.
     """
-    with told_as_unusable(folder):
+    with raise_unusable_folder(folder):
         new = [each for each in (folder, *folder.parents) if not each.exists()]
         try:
             _make(folder)
@@ -102,7 +100,7 @@ def check_folder(folder: Path) -> None:
                 FolderLock(folder / LOCK).release()
         finally:
             for each in new:
-                with suppress(OSError):  # it was not made, or somebody has begun to use it
+                with suppress(OSError):  # it was not created, or another process uses it
                     each.rmdir()
 
 
@@ -111,8 +109,8 @@ def _make(folder: Path) -> None:
 
 
 @contextmanager
-def told_as_unusable(folder: Path) -> Iterator[None]:
-    """ConfigurationError in place of what the system says."""
+def raise_unusable_folder(folder: Path) -> Iterator[None]:
+    """Raise ConfigurationError in place of the system's errors."""
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
@@ -123,7 +121,7 @@ def told_as_unusable(folder: Path) -> Iterator[None]:
 
 
 def _reason(error: Exception, folder: Path) -> str:
-    """For a person: what is in the way, and where, if it is not the folder itself."""
+    """What is wrong, and where, if it is not the folder itself."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     where = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
@@ -137,39 +135,40 @@ _REASONS: dict[type[Exception], str] = {
 }
 
 
-TAKEN = re.compile(rf"pid \d+{TEMPORARY}\n".encode())
+TEMPORARY_LOCK = re.compile(rf"pid \d+{TEMPORARY}\n".encode())
 
 
 def remove_leftovers(place: Path, prefix: str) -> list[Path]:
-    """Remove this user's folders of dead processes in `place`, of names that begin so; which.
+    """Remove this user's folders in `place`, with this prefix, whose processes are dead.
 
-    A folder without a lock, or with one that nobody has taken yet, may be about to be used; one
-    whose lock was last taken for keeps is somebody's own, whatever its name. All of them stay.
+    Returns those that were removed. A folder without a lock, or with an empty lock file, may be
+    about to be used, and one whose lock has no mark of a temporary folder is kept on purpose: they
+    stay.
     """
     removed = []
     for folder in place.glob(f"{prefix}*"):
-        with suppress(OSError), _left(folder):
+        with suppress(OSError), _leftover(folder):
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
     return removed
 
 
 @contextmanager
-def _left(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is left over. OSError: it is not, or cannot be held."""
+def _leftover(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that was left behind. OSError: it was not, or is locked."""
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise PermissionError(folder)
     fd = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        _require_taken(fd)  # before it is held, too: nobody is kept from a lock that is new
+        _require_temporary(fd)  # checked before locking as well: a new lock is not disturbed
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _require_taken(fd)
+        _require_temporary(fd)
         yield
     finally:
         os.close(fd)
 
 
-def _require_taken(fd: int) -> None:
-    if not TAKEN.fullmatch(os.pread(fd, 64, 0)):
-        raise BlockingIOError("it is about to be used, or is kept")
+def _require_temporary(fd: int) -> None:
+    if not TEMPORARY_LOCK.fullmatch(os.pread(fd, 64, 0)):
+        raise BlockingIOError("it is about to be used, or is kept on purpose")

@@ -1,8 +1,7 @@
-"""What a store of sessions promises, whoever keeps it.
+"""What a store of sessions guarantees: records, blobs, leases with fences, versions.
 
-Owns the words: records, leases, fences, versions. Does not know files, databases, tensors or what
-a snapshot's bytes mean. Another machine may share such a store: correctness rests on its fences
-and versions, never on which process a request reached.
+Several machines may share such a store: correctness rests on its fences and versions, never on
+which process a request reached.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,11 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class NewSession:
-    """A session to be made, of bytes (`snapshot`) or of a blob that is there (`head`).
+    """A session to be created, from bytes (`snapshot`) or from a blob that is stored (`head`).
 
-    position: tokens it holds. checkpoints: digests of blobs that are there, oldest first.
-    expires_at: unix seconds. context_policy: told with it, and not understood here.
+    position: tokens it holds. checkpoints: digests of stored blobs, oldest first. events: the
+    event log that goes with `snapshot`. expires_at: unix seconds. context_policy: of the snapshot;
+    a store keeps it and does not interpret it.
     """
 
     owner: str
@@ -26,15 +26,17 @@ class NewSession:
     metadata: Mapping[str, str] = field(default_factory=dict)
     expires_at: float | None = None
     context_policy: str = "exact"
+    events: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """A session as the store has it.
+    """A session as it is stored.
 
     created: unix seconds. version: 1 when new, one more with every change of its head.
-    position, context_policy: of the head. nbytes: of its blob. head, checkpoints: sha256 in hex,
-    the oldest checkpoint first. was_interrupted: a crash cut its last turn and it is as before.
+    position, context_policy: of the head. nbytes: of its blob. head, checkpoints: digests of blobs
+    (sha256 in hex), the oldest checkpoint first. was_interrupted: a crash cut its last turn, and
+    the session is as before it. events_nbytes: how many of the head's last bytes are the event log.
     """
 
     id: str
@@ -49,16 +51,25 @@ class SessionRecord:
     checkpoints: tuple[str, ...]
     was_interrupted: bool
     context_policy: str = "exact"
+    events_nbytes: int = 0
+
+    def split(self, blob: bytes) -> tuple[bytes, bytes]:
+        """The head's blob as its snapshot and its event log."""
+        end = len(blob) - self.events_nbytes
+        return blob[:end], blob[end:]
 
 
 Records = list[SessionRecord]
 Ids = list[str]
-"""A store has a method `list`, which hides the type of that name."""
+"""Aliases, because a store's method `list` hides the type of that name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to change a session. fence: grows with every lease. version: when it was given."""
+    """The right to change a session.
+
+    fence: grows with every lease of the session. version: the session's when it was leased.
+    """
 
     session_id: str
     fence: int
@@ -67,45 +78,68 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class StoreCounts:
-    """How much is kept. blob_bytes: of all snapshots on the disk, shared ones once."""
+    """How much is stored. blob_bytes: of all blobs, shared ones counted once."""
 
     num_sessions: int
     blob_bytes: int
 
 
 class SessionStore(Protocol):
-    """Sessions and their snapshots. What returned is kept; what raised changed nothing.
+    """Sessions and their blobs. A blob is a snapshot and, after it, the turn's event log.
 
-    All methods may be called from any thread, and raise SessionNotFoundError for an id that is
-    unknown or expired and StoreFullError where the disk takes no more.
+    Snapshots say where they end: blobs of equal bytes have equal snapshots and event logs.
+
+    What a method returned is stored; a method that raised changed nothing. All methods may be
+    called from any thread. They raise SessionNotFoundError for an id that is unknown or expired,
+    and StoreFullError where the disk has no room.
     """
 
     def create(self, records: Sequence[NewSession]) -> Records:
-        """Make all of them or none. SnapshotError: a named blob is not there."""
+        """Create all of them or none. SnapshotError: a named blob is not stored."""
+        ...
+
+    def begin(self, owner: str, session_id: str, ttl_seconds: float) -> tuple[Lease, SessionRecord]:
+        """Lease an owner's session, and read it, in one transaction.
+
+        SessionNotFoundError also where it is another owner's. SessionBusyError: it is leased.
+        """
+        ...
+
+    def commit(
+        self,
+        lease: Lease,
+        expected_version: int,
+        snapshot: bytes,
+        position: int,
+        max_checkpoints: int,
+        context_policy: str = "exact",
+        events: bytes = b"",
+    ) -> SessionRecord:
+        """`put` and `release` in one transaction."""
         ...
 
     def acquire(self, session_id: str, ttl_seconds: float) -> Lease:
-        """The only right to change it until release or the end of its time. SessionBusyError."""
+        """Lease a session, whoever owns it, until release or `ttl_seconds`. SessionBusyError."""
         ...
 
     def renew(self, lease: Lease, ttl_seconds: float) -> None:
-        """Begin its time again. SessionMovedError: somebody else has it, or it was released."""
+        """Extend a lease. SessionMovedError: it was released or taken over."""
         ...
 
     def release(self, lease: Lease) -> None:
-        """Give it back; nothing happens where it is no longer held."""
+        """End a lease; nothing happens where it is no longer held."""
         ...
 
     def head(self, session_id: str) -> int:
-        """Its version."""
+        """The session's version."""
         ...
 
     def record(self, session_id: str) -> SessionRecord:
-        """All about it but its bytes."""
+        """Everything about a session except its bytes."""
         ...
 
     def get(self, digest: str) -> bytes:
-        """A blob. SnapshotError: it is missing, or not what was stored."""
+        """A blob. SnapshotError: it is missing, or its bytes are not those that were stored."""
         ...
 
     def put(
@@ -116,37 +150,41 @@ class SessionStore(Protocol):
         position: int,
         max_checkpoints: int,
         context_policy: str = "exact",
+        events: bytes = b"",
     ) -> SessionRecord:
-        """A new head; the old one becomes the newest of at most `max_checkpoints` checkpoints.
+        """Store a new head; the old one becomes the newest of at most `max_checkpoints`.
 
-        SessionMovedError: the lease is not the last one given, or the version another.
+        SessionMovedError: the lease is not the last one given, or the version is another.
         """
         ...
 
     def rewind(self, lease: Lease, expected_version: int) -> SessionRecord:
-        """The newest checkpoint becomes the head. NothingToRewindError; SessionMovedError."""
+        """Make the newest checkpoint the head. NothingToRewindError; SessionMovedError."""
         ...
 
     def delete(self, session_id: str) -> None:
-        """Forget it, and the blobs that no other session needs. SessionBusyError."""
+        """Delete a session, and the blobs that no other session needs. SessionBusyError."""
         ...
 
     def list(self, owner: str, after: str | None, limit: int) -> tuple[Records, bool]:
-        """A page of an owner's sessions, newest first, behind `after`; whether there are more."""
+        """A page of an owner's sessions, newest first, after `after`; whether there are more."""
         ...
 
     def counts(self) -> StoreCounts:
-        """How much is kept."""
+        """How much is stored."""
         ...
 
     def expire(self, now: float, limit: int) -> Ids:
-        """Delete at most `limit` that are past their time (unix seconds) and not leased; which."""
+        """Delete at most `limit` sessions that expired by `now` (unix seconds) and are not leased.
+
+        Returns their ids.
+        """
         ...
 
-    def free_room(self) -> None:
-        """Let snapshots have what was kept back for leases on a full disk, before a close."""
+    def free_reserve(self) -> None:
+        """Let blobs use the space that is reserved for leases on a full disk, before a close."""
         ...
 
     def close(self) -> None:
-        """Let go of everything; leases end."""
+        """Close the store; all leases end."""
         ...

@@ -1,10 +1,7 @@
-"""Sessions as rows: the statements that read and change them.
+"""The SQL of the index: sessions and their states as rows, and leases on sessions.
 
-Owns the SQL of sessions and of which state is whose. Does not know transactions, locks or files.
-
-The right to change a session: leases, their fences, and the compare-and-set under them.
-
-Owns the SQL of who may write. Does not know transactions, files or what is written.
+Each function runs inside a transaction of its caller. A session's states are numbered: the one with
+the greatest n is its head, the others are its checkpoints.
 """
 
 import json
@@ -22,16 +19,22 @@ from cottention.engine.errors import (
 from cottention.engine.sessions.store.protocol import Lease, NewSession, Records, SessionRecord
 
 Db = sqlite3.Connection
-State = tuple[str, int, int, str]  # digest, position, nbytes, context_policy
-STATE = "digest, position, nbytes, context_policy"
+State = tuple[str, int, int, str, int]
+"""The columns of STATE_COLUMNS."""
+SessionRow = tuple[int, str, str, int, int, str, float | None, int]
+"""The columns of SESSION_COLUMNS."""
 
-COLUMNS = "seq, id, owner, created, version, metadata, expires_at, was_interrupted"
+STATE_COLUMNS = "digest, position, nbytes, context_policy, events_nbytes"
+SESSION_COLUMNS = "seq, id, owner, created, version, metadata, expires_at, was_interrupted"
+
 IS_ALIVE = "(expires_at IS NULL OR expires_at > :now)"
 IS_FREE = "(lease_until IS NULL OR lease_until <= :now)"
+IS_HELD = "id = :id AND fence = :fence AND lease_until IS NOT NULL"
+NO_LEASE = "lease_owner = NULL, lease_until = NULL, lease_version = NULL"
 
 
-def seq_of(db: Db, session_id: str, now: float) -> int:
-    """Its row's key; SessionNotFoundError where it is unknown or expired."""
+def session_key(db: Db, session_id: str, now: float) -> int:
+    """The `seq` of a session; SessionNotFoundError where it is unknown or expired."""
     statement = f"SELECT seq FROM sessions WHERE id = :id AND {IS_ALIVE}"
     row = db.execute(statement, {"id": session_id, "now": now}).fetchone()
     if row is None:
@@ -39,16 +42,18 @@ def seq_of(db: Db, session_id: str, now: float) -> int:
     return int(row[0])
 
 
-def record_of(db: Db, seq: int) -> SessionRecord:
-    """All about a session that is there."""
-    return record(db, db.execute(f"SELECT {COLUMNS} FROM sessions WHERE seq = ?", [seq]).fetchone())
+def read_session(db: Db, seq: int) -> SessionRecord:
+    """The record of a session that exists."""
+    statement = f"SELECT {SESSION_COLUMNS} FROM sessions WHERE seq = ?"
+    return to_record(db, db.execute(statement, [seq]).fetchone())
 
 
-def record(db: Db, row: tuple[int, str, str, int, int, str, float | None, int]) -> SessionRecord:
-    """A row of COLUMNS and its states."""
+def to_record(db: Db, row: SessionRow) -> SessionRecord:
+    """The record of a row of SESSION_COLUMNS, with the session's states."""
     seq, session_id, owner, created, version, metadata, expires_at, was_interrupted = row
-    statement = f"SELECT {STATE} FROM states WHERE seq = ? ORDER BY n"
-    *checkpoints, (head, position, nbytes, policy) = db.execute(statement, [seq]).fetchall()
+    statement = f"SELECT {STATE_COLUMNS} FROM states WHERE seq = ? ORDER BY n"
+    *checkpoints, head = db.execute(statement, [seq]).fetchall()
+    digest, position, nbytes, context_policy, events_nbytes = head
     return SessionRecord(
         id=session_id,
         owner=owner,
@@ -58,92 +63,89 @@ def record(db: Db, row: tuple[int, str, str, int, int, str, float | None, int]) 
         nbytes=nbytes,
         metadata=json.loads(metadata),
         expires_at=expires_at,
-        head=head,
+        head=digest,
         checkpoints=tuple(digest for digest, *_ in checkpoints),
         was_interrupted=bool(was_interrupted),
-        context_policy=policy,
+        context_policy=context_policy,
+        events_nbytes=events_nbytes,
     )
 
 
-def insert(db: Db, new: NewSession, snapshot: State | None, now: float) -> SessionRecord:
-    """A session of version 1 on a new snapshot, or on states that others have."""
-    head, _, nbytes, _ = snapshot or stored(db, new.head or "")
+def insert_session(db: Db, new: NewSession, state: State | None, now: float) -> SessionRecord:
+    """A session of version 1 with a new state as its head, or with a blob that is stored."""
     metadata = json.dumps(dict(new.metadata), ensure_ascii=False)
     cursor = db.execute(
         "INSERT INTO sessions (id, owner, created, metadata, expires_at) VALUES (?, ?, ?, ?, ?)",
         [f"sess-{token_hex(16)}", new.owner, int(now), metadata, new.expires_at],
     )
-    states = [stored(db, digest) for digest in new.checkpoints]
-    states.append((head, new.position, nbytes, new.context_policy))
+    states = [find_state(db, digest) for digest in new.checkpoints]
+    states.append(state or find_state(db, new.head or ""))
     db.executemany(
-        f"INSERT INTO states (seq, n, {STATE}) VALUES (?, ?, ?, ?, ?, ?)",
-        [(cursor.lastrowid, n, *state) for n, state in enumerate(states)],
+        f"INSERT INTO states (seq, n, {STATE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [(cursor.lastrowid, n, *each) for n, each in enumerate(states)],
     )
-    return record_of(db, cursor.lastrowid or 0)
+    return read_session(db, cursor.lastrowid or 0)
 
 
-def stored(db: Db, digest: str) -> State:
-    """A state that a session has; SnapshotError where none has it."""
-    statement = f"SELECT {STATE} FROM states WHERE digest = ? LIMIT 1"
+def find_state(db: Db, digest: str) -> State:
+    """A state that some session has; SnapshotError where none has it."""
+    statement = f"SELECT {STATE_COLUMNS} FROM states WHERE digest = ? LIMIT 1"
     row: State | None = db.execute(statement, [digest]).fetchone()
     if row is None:
         raise SnapshotError(f"no snapshot {digest!r} is stored")
     return row
 
 
-def push(db: Db, seq: int, state: State, max_checkpoints: int) -> list[str]:
-    """A new head over the old ones; returns the digests of those dropped."""
-    db.execute("UPDATE sessions SET was_interrupted = 0 WHERE seq = ?", [seq])
+def push_state(db: Db, seq: int, state: State, max_checkpoints: int) -> list[str]:
+    """Add a new head; returns the digests of the checkpoints that were dropped for it."""
     [n] = db.execute(
-        f"INSERT INTO states (seq, n, {STATE}) VALUES"
-        " (?1, (SELECT max(n) + 1 FROM states WHERE seq = ?1), ?2, ?3, ?4, ?5) RETURNING n",
+        f"INSERT INTO states (seq, n, {STATE_COLUMNS}) VALUES"
+        " (?1, (SELECT max(n) + 1 FROM states WHERE seq = ?1), ?2, ?3, ?4, ?5, ?6) RETURNING n",
         (seq, *state),
     ).fetchone()
-    return drop(db, seq, 0, n - max_checkpoints)
+    return delete_states(db, seq, 0, n - max_checkpoints)
 
 
-def pop(db: Db, seq: int) -> list[str]:
-    """The newest checkpoint becomes the head; returns the old head's digest."""
+def pop_state(db: Db, seq: int) -> list[str]:
+    """Make the newest checkpoint the head; returns the old head's digest.
+
+    NothingToRewindError: there is no checkpoint.
+    """
     numbers = [n for (n,) in db.execute("SELECT n FROM states WHERE seq = ? ORDER BY n", [seq])]
     if len(numbers) < 2:
-        raise NothingToRewindError("no earlier turn is kept of this session")
-    return drop(db, seq, numbers[-1], numbers[-1] + 1)
+        raise NothingToRewindError("no earlier turn of this session is stored")
+    return delete_states(db, seq, numbers[-1], numbers[-1] + 1)
 
 
-def drop(db: Db, seq: int, start: int, stop: int) -> list[str]:
-    """Forget states start <= n < stop of a session; their digests."""
+def delete_states(db: Db, seq: int, start: int, stop: int) -> list[str]:
+    """Delete a session's states start <= n < stop; returns their digests."""
     statement = "DELETE FROM states WHERE seq = ? AND n >= ? AND n < ? RETURNING digest"
     return [digest for (digest,) in db.execute(statement, [seq, start, stop]).fetchall()]
 
 
-def remove(db: Db, seq: int) -> list[str]:
-    """Forget a session; the digests of its states."""
+def delete_session(db: Db, seq: int) -> list[str]:
+    """Delete a session and its states; returns the digests of these."""
     db.execute("DELETE FROM sessions WHERE seq = ?", [seq])
     rows = db.execute("DELETE FROM states WHERE seq = ? RETURNING digest", [seq]).fetchall()
     return [digest for (digest,) in rows]
 
 
-def require_free(db: Db, seq: int, now: float) -> None:
-    """SessionBusyError where somebody has it."""
-    statement = f"SELECT 1 FROM sessions WHERE seq = :seq AND {IS_FREE}"
-    if db.execute(statement, {"seq": seq, "now": now}).fetchone() is None:
-        raise SessionBusyError("a turn has the session")
-
-
-def expired(db: Db, now: float, limit: int) -> list[tuple[int, str]]:
-    """Keys and ids of some that are past their time and that nobody has."""
-    statement = f"SELECT seq, id FROM sessions WHERE expires_at <= :now AND {IS_FREE} LIMIT :limit"
-    return db.execute(statement, {"now": now, "limit": limit}).fetchall()
-
-
 def unreferenced(db: Db, digests: Iterable[str]) -> set[str]:
-    """Those that no session has."""
+    """Those of the digests that no session has."""
     statement = "SELECT 1 FROM states WHERE digest = ? LIMIT 1"
     return {digest for digest in digests if db.execute(statement, [digest]).fetchone() is None}
 
 
-def page(db: Db, owner: str, after: str | None, limit: int, now: float) -> tuple[Records, bool]:
-    """An owner's sessions, newest first, behind `after`; whether there are more."""
+def find_expired(db: Db, now: float, limit: int) -> list[tuple[int, str]]:
+    """`seq` and id of sessions that have expired and are not leased."""
+    statement = f"SELECT seq, id FROM sessions WHERE expires_at <= :now AND {IS_FREE} LIMIT :limit"
+    return db.execute(statement, {"now": now, "limit": limit}).fetchall()
+
+
+def list_sessions(
+    db: Db, owner: str, after: str | None, limit: int, now: float
+) -> tuple[Records, bool]:
+    """An owner's sessions, newest first, after `after`; whether there are more."""
     values = {"owner": owner, "now": now, "limit": limit + 1, "created": 0, "seq": 0}
     behind = ""
     if after is not None:
@@ -154,60 +156,81 @@ def page(db: Db, owner: str, after: str | None, limit: int, now: float) -> tuple
         values["created"], values["seq"] = row
         behind = "AND (created, seq) < (:created, :seq)"
     statement = (
-        f"SELECT {COLUMNS} FROM sessions WHERE owner = :owner AND {IS_ALIVE} {behind}"
+        f"SELECT {SESSION_COLUMNS} FROM sessions WHERE owner = :owner AND {IS_ALIVE} {behind}"
         " ORDER BY created DESC, seq DESC LIMIT :limit"
     )
     rows = db.execute(statement, values).fetchall()
-    return [record(db, row) for row in rows[:limit]], len(rows) > limit
+    return [to_record(db, row) for row in rows[:limit]], len(rows) > limit
 
 
-IS_HELD = "id = :id AND fence = :fence AND lease_until IS NOT NULL"
+def require_free(db: Db, seq: int, now: float) -> None:
+    """SessionBusyError where the session is leased."""
+    statement = f"SELECT 1 FROM sessions WHERE seq = :seq AND {IS_FREE}"
+    if db.execute(statement, {"seq": seq, "now": now}).fetchone() is None:
+        raise SessionBusyError("a turn has the session")
 
 
-def give(db: Db, session_id: str, owner: str, until: float, now: float) -> Lease:
-    """The next fence; SessionBusyError while the last one is held and not past its time."""
-    seq = seq_of(db, session_id, now)
+def acquire_lease(
+    db: Db, session_id: str, owner: str | None, holder: str, until: float, now: float
+) -> tuple[Lease, SessionRecord]:
+    """Lease a session to `holder` under the next fence, and read it.
+
+    owner: SessionNotFoundError where the session is another owner's; None: whoever owns it.
+    SessionBusyError: it is leased, and the lease has not run out.
+    """
+    values = {"id": session_id, "owner": owner, "holder": holder, "until": until, "now": now}
+    belongs = f"id = :id AND (:owner IS NULL OR owner = :owner) AND {IS_ALIVE}"
     row = db.execute(
-        "UPDATE sessions SET fence = fence + 1, lease_owner = :owner, lease_until = :until,"
-        f" lease_version = version WHERE seq = :seq AND {IS_FREE} RETURNING fence, version",
-        {"seq": seq, "owner": owner, "until": until, "now": now},
+        "UPDATE sessions SET fence = fence + 1, lease_owner = :holder, lease_until = :until,"
+        f" lease_version = version WHERE {belongs} AND {IS_FREE}"
+        f" RETURNING fence, {SESSION_COLUMNS}",
+        values,
     ).fetchone()
-    if row is None:
-        raise SessionBusyError(f"another turn has session {session_id!r}")
-    return Lease(session_id, *row)
+    if row is not None:
+        fence, *session = row
+        record = to_record(db, (*session,))
+        return Lease(session_id, fence, record.version), record
+    if db.execute(f"SELECT 1 FROM sessions WHERE {belongs}", values).fetchone() is None:
+        raise SessionNotFoundError(f"no session {session_id!r}")
+    raise SessionBusyError(f"another turn has session {session_id!r}")
 
 
-def prolong(db: Db, held: Lease, until: float) -> None:
-    """SessionMovedError where it is held no more."""
+def renew_lease(db: Db, lease: Lease, until: float) -> None:
+    """SessionMovedError where it is no longer held."""
     cursor = db.execute(
         f"UPDATE sessions SET lease_until = :until WHERE {IS_HELD}",
-        {"id": held.session_id, "fence": held.fence, "until": until},
+        {"id": lease.session_id, "fence": lease.fence, "until": until},
     )
     if cursor.rowcount == 0:
-        raise SessionMovedError(f"session {held.session_id!r} is no longer held by this turn")
+        raise SessionMovedError(f"session {lease.session_id!r} is no longer held by this turn")
 
 
-def end(db: Db, held: Lease) -> None:
-    """Nothing happens where it is held no more."""
+def release_lease(db: Db, lease: Lease) -> None:
+    """Nothing happens where it is no longer held."""
     db.execute(
-        "UPDATE sessions SET lease_owner = NULL, lease_until = NULL, lease_version = NULL"
-        f" WHERE {IS_HELD}",
-        {"id": held.session_id, "fence": held.fence},
+        f"UPDATE sessions SET {NO_LEASE} WHERE {IS_HELD}",
+        {"id": lease.session_id, "fence": lease.fence},
     )
 
 
-def advance(db: Db, held: Lease, expected_version: int) -> int:
-    """The compare-and-set: version + 1 under the current fence, else SessionMovedError.
+REWIND = "version = version + 1"
+PUT = f"{REWIND}, was_interrupted = 0"
+COMMIT = f"{PUT}, {NO_LEASE}"
+"""What a compare-and-set assigns: a commit also releases the lease."""
 
-    Returns the row's key.
+
+def compare_and_set(db: Db, lease: Lease, expected_version: int, assignments: str) -> SessionRow:
+    """Change a session under its current lease and at this version; the row after it.
+
+    SessionMovedError: the lease is no longer held, or the version is another.
     """
-    row = db.execute(
-        f"UPDATE sessions SET version = version + 1 WHERE {IS_HELD} AND version = :version"
-        " RETURNING seq",
-        {"id": held.session_id, "fence": held.fence, "version": expected_version},
+    row: SessionRow | None = db.execute(
+        f"UPDATE sessions SET {assignments} WHERE {IS_HELD} AND version = :version"
+        f" RETURNING {SESSION_COLUMNS}",
+        {"id": lease.session_id, "fence": lease.fence, "version": expected_version},
     ).fetchone()
     if row is None:
         raise SessionMovedError(
-            f"session {held.session_id!r} is not at version {expected_version}, or was taken over"
+            f"session {lease.session_id!r} is not at version {expected_version}, or was taken over"
         )
-    return int(row[0])
+    return row

@@ -1,7 +1,7 @@
-"""What a store does when it is opened: what a crash or a bad disk left is put in order.
+"""Recovery when a store is opened: what a crash or a bad disk left is repaired.
 
-Owns the end of a dead owner's leases, the sessions set aside, and the sweep of files that nobody
-refers to. Does not know how any of them came to be.
+The leases of the dead process end, sessions without their blob are set aside, and blobs that no
+session refers to are removed.
 """
 
 import logging
@@ -15,14 +15,14 @@ logger = logging.getLogger(__name__)
 Db = sqlite3.Connection
 
 
-def check_up(index: Database, blobs: Blobs) -> None:
-    """Leases first, then states against the files there are, then the files nobody needs.
+def recover(index: Database, blobs: Blobs) -> None:
+    """End leases, then compare states with the blobs, then remove unreferenced blobs.
 
-    Files are looked at by name and size alone: reading all would take as long as they are large.
+    Blobs are checked by name and size alone: reading all of them could take minutes.
     """
     sizes = blobs.sizes()
     index.write(end_leases)
-    index.write(lambda db: put_in_order(db, sizes))
+    index.write(lambda db: check_states(db, sizes))
     known = index.read(lambda db: {digest for (digest,) in db.execute("SELECT digest FROM states")})
     orphans = sizes.keys() - known
     for digest in orphans:
@@ -32,9 +32,9 @@ def check_up(index: Database, blobs: Blobs) -> None:
 
 
 def end_leases(db: Db) -> None:
-    """Whoever held them is dead, as the folder's lock proves: no time has to pass.
+    """End all leases at once: the folder's lock proves that their holders are dead.
 
-    A lease whose session has a new version did what it was for; any other turn was cut.
+    Where the session still has the version of its lease, the turn was interrupted.
     """
     statement = (
         "UPDATE sessions SET was_interrupted = (was_interrupted OR version = lease_version),"
@@ -43,11 +43,11 @@ def end_leases(db: Db) -> None:
     )
     for session_id, was_interrupted in db.execute(statement).fetchall():
         if was_interrupted:
-            logger.warning("session %s: its last turn was interrupted; as before it", session_id)
+            logger.warning("session %s: its last turn was interrupted, and is undone", session_id)
 
 
-def put_in_order(db: Db, sizes: dict[str, int]) -> None:
-    """Set aside the sessions whose head is missing or cut, and drop such checkpoints."""
+def check_states(db: Db, sizes: dict[str, int]) -> None:
+    """Set aside the sessions whose head is missing or cut, and delete such checkpoints."""
     states = db.execute("SELECT DISTINCT digest, nbytes FROM states")
     for digest, nbytes in [row for row in states if sizes.get(row[0]) != row[1]]:
         size = sizes.get(digest)
@@ -62,13 +62,13 @@ def put_in_order(db: Db, sizes: dict[str, int]) -> None:
                 set_aside(db, seq, f"snapshot {digest} {reason}")
                 logger.error("session %s set aside: snapshot %s %s", session_id, digest, reason)
             else:
-                # older ones go with it: a rewind must not skip a turn
+                # and the older ones: a rewind must not skip a turn
                 db.execute("DELETE FROM states WHERE seq = ? AND n <= ?", [seq, n])
                 logger.error("session %s lost checkpoints: %s %s", session_id, digest, reason)
 
 
 def set_aside(db: Db, seq: int, reason: str) -> None:
-    """Keep all that is known of a session, where no request finds it."""
+    """Move a session's row to where no request finds it, with the reason."""
     columns = "seq, id, owner, created, version, metadata, expires_at"
     statement = f"INSERT INTO set_aside SELECT {columns}, ? FROM sessions WHERE seq = ?"
     db.execute(statement, [reason, seq])

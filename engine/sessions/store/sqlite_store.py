@@ -1,11 +1,11 @@
-"""Sessions in a folder of this machine: an SQLite index, and a file for each snapshot.
+"""Sessions in a folder of this machine: an SQLite index, and a file for each blob.
 
-Owns the order of writing: a file is whole and durable before the index refers to it, and is removed
-after the index has forgotten it, all under the index's lock. Does not know what snapshots mean.
+A file is whole and durable before the index refers to it, and is removed after the last reference
+to it has gone, all under the index's lock.
 
-    <folder>/lock             held by the one process that the folder belongs to
-    <folder>/index.sqlite     sessions, leases, which state is whose
-    <folder>/states/ab/ab…    snapshots by digest
+    <folder>/lock             held by the process that uses the folder
+    <folder>/index.sqlite     sessions, their leases, and their states by digest
+    <folder>/states/ab/ab…    blobs by digest: a snapshot, then its turn's event log
 """
 
 import time
@@ -19,9 +19,9 @@ from cottention.engine.sessions.store.blobs import Blobs, Staged
 from cottention.engine.sessions.store.database import Database, set_damaged_aside
 from cottention.engine.sessions.store.folder_lock import (
     TEMPORARY,
-    take_folder,
-    told_as_full,
-    told_as_unusable,
+    lock_folder,
+    raise_store_full,
+    raise_unusable_folder,
 )
 from cottention.engine.sessions.store.protocol import (
     Ids,
@@ -32,7 +32,7 @@ from cottention.engine.sessions.store.protocol import (
     SessionStore,
     StoreCounts,
 )
-from cottention.engine.sessions.store.recovery import check_up
+from cottention.engine.sessions.store.recovery import recover
 
 INDEX, STATES = "index.sqlite", "states"
 
@@ -40,64 +40,78 @@ Digests = list[str]
 
 
 class SqliteStore(SessionStore):
-    """See SessionStore. Durable: a kill, or a loss of power, loses nothing of what returned."""
+    """See SessionStore. Durable: a kill or a loss of power loses nothing that was returned."""
 
     def __init__(
         self, folder: Path, *, durable: bool = True, clock: Callable[[], float] = time.time
     ) -> None:
-        """clock: unix seconds. Not durable: survives a kill, not a loss of power nor others that
-        remove what dead processes left.
+        """clock: unix seconds. Without `durable` the sessions survive a kill, but neither a loss
+        of power nor another server that removes the folders of dead processes.
 
         ConfigurationError: the folder cannot be used, or another process uses it.
         """
         self._clock = clock
-        self._owner = uuid4().hex
-        self._lock = take_folder(folder, "" if durable else TEMPORARY)
+        self._holder = uuid4().hex
+        self._lock = lock_folder(folder, "" if durable else TEMPORARY)
         with ExitStack() as stack:
             stack.callback(self._lock.release)
-            with told_as_unusable(folder):
+            with raise_unusable_folder(folder):
                 set_damaged_aside(folder, INDEX, STATES)
                 self._index = Database(folder / INDEX, durable=durable)
                 stack.callback(self._index.close)
                 self._blobs = Blobs(folder / STATES, durable=durable)
-                check_up(self._index, self._blobs)
-            stack.pop_all()  # all is well: `close` does it
+                recover(self._index, self._blobs)
+            stack.pop_all()  # opened without an error: `close` does it
 
     def create(self, records: Sequence[NewSession]) -> Records:
         now = self._clock()
-        with told_as_full(), ExitStack() as stack:
-            snapshots = [
+        with raise_store_full(), ExitStack() as stack:
+            staged = [
                 None
                 if new.snapshot is None
-                else stack.enter_context(self._blobs.staged(new.snapshot))
+                else stack.enter_context(self._blobs.staged(new.snapshot, new.events))
                 for new in records
             ]
             new_states = [
-                None if staged is None else state(staged, new.position, new.context_policy)
-                for new, staged in zip(records, snapshots, strict=True)
+                None
+                if blob is None
+                else (blob.digest, new.position, blob.nbytes, new.context_policy, len(new.events))
+                for new, blob in zip(records, staged, strict=True)
             ]
             pairs = [*zip(records, new_states, strict=True)]
-            with self._adopted([staged for staged in snapshots if staged]):
-                made = self._index.write(
-                    lambda db: [queries.insert(db, *pair, now) for pair in pairs]
+            with self._adopted([blob for blob in staged if blob]):
+                return self._index.write(
+                    lambda db: [queries.insert_session(db, *pair, now) for pair in pairs]
                 )
-        return made
+
+    def begin(self, owner: str, session_id: str, ttl_seconds: float) -> tuple[Lease, SessionRecord]:
+        return self._acquire(session_id, owner, ttl_seconds)
+
+    def commit(
+        self,
+        lease: Lease,
+        expected_version: int,
+        snapshot: bytes,
+        position: int,
+        max_checkpoints: int,
+        context_policy: str = "exact",
+        events: bytes = b"",
+    ) -> SessionRecord:
+        with self._staged_state(snapshot, events, position, context_policy) as state:
+            return self._push(queries.COMMIT, lease, expected_version, state, max_checkpoints)
 
     def acquire(self, session_id: str, ttl_seconds: float) -> Lease:
-        now = self._clock()
-        with told_as_full():
-            return self._index.note(
-                lambda db: queries.give(db, session_id, self._owner, now + ttl_seconds, now)
-            )
+        lease, _ = self._acquire(session_id, None, ttl_seconds)
+        return lease
 
     def renew(self, lease: Lease, ttl_seconds: float) -> None:
         until = self._clock() + ttl_seconds
-        with told_as_full():
-            self._index.note(lambda db: queries.prolong(db, lease, until))
+        with raise_store_full():
+            self._index.write_relaxed(lambda db: queries.renew_lease(db, lease, until))
 
     def release(self, lease: Lease) -> None:
-        with told_as_full():
-            self._index.note(lambda db: queries.end(db, lease))
+        with raise_store_full():
+            self._index.write_relaxed(lambda db: queries.release_lease(db, lease))
 
     def head(self, session_id: str) -> int:
         return self.record(session_id).version
@@ -105,7 +119,7 @@ class SqliteStore(SessionStore):
     def record(self, session_id: str) -> SessionRecord:
         now = self._clock()
         return self._index.read(
-            lambda db: queries.record_of(db, queries.seq_of(db, session_id, now))
+            lambda db: queries.read_session(db, queries.session_key(db, session_id, now))
         )
 
     def get(self, digest: str) -> bytes:
@@ -119,25 +133,18 @@ class SqliteStore(SessionStore):
         position: int,
         max_checkpoints: int,
         context_policy: str = "exact",
+        events: bytes = b"",
     ) -> SessionRecord:
-        def change(db: queries.Db) -> tuple[SessionRecord, Digests]:
-            seq = queries.advance(db, lease, expected_version)
-            new = state(staged, position, context_policy)
-            dropped = queries.push(db, seq, new, max_checkpoints)
-            return queries.record_of(db, seq), dropped
-
-        with told_as_full(), self._blobs.staged(snapshot) as staged, self._adopted([staged]):
-            record, dropped = self._index.write(change)
-            self._remove_unreferenced(dropped)
-        return record
+        with self._staged_state(snapshot, events, position, context_policy) as state:
+            return self._push(queries.PUT, lease, expected_version, state, max_checkpoints)
 
     def rewind(self, lease: Lease, expected_version: int) -> SessionRecord:
         def change(db: queries.Db) -> tuple[SessionRecord, Digests]:
-            seq = queries.advance(db, lease, expected_version)
-            dropped = queries.pop(db, seq)
-            return queries.record_of(db, seq), dropped
+            row = queries.compare_and_set(db, lease, expected_version, queries.REWIND)
+            dropped = queries.pop_state(db, row[0])
+            return queries.to_record(db, row), dropped
 
-        with told_as_full(), self._index.lock:
+        with raise_store_full(), self._index.lock:
             record, dropped = self._index.write(change)
             self._remove_unreferenced(dropped)
         return record
@@ -146,16 +153,16 @@ class SqliteStore(SessionStore):
         now = self._clock()
 
         def change(db: queries.Db) -> Digests:
-            seq = queries.seq_of(db, session_id, now)
+            seq = queries.session_key(db, session_id, now)
             queries.require_free(db, seq, now)
-            return queries.remove(db, seq)
+            return queries.delete_session(db, seq)
 
-        with told_as_full(), self._index.lock:
+        with raise_store_full(), self._index.lock:
             self._remove_unreferenced(self._index.write(change))
 
     def list(self, owner: str, after: str | None, limit: int) -> tuple[Records, bool]:
         now = self._clock()
-        return self._index.read(lambda db: queries.page(db, owner, after, limit, now))
+        return self._index.read(lambda db: queries.list_sessions(db, owner, after, limit, now))
 
     def counts(self) -> StoreCounts:
         [num_sessions] = self._index.read(
@@ -164,42 +171,80 @@ class SqliteStore(SessionStore):
         return StoreCounts(num_sessions, self._blobs.num_bytes)
 
     def expire(self, now: float, limit: int) -> Ids:
-        """In one transaction: turns wait for it, and so the limit should be small."""
+        """In one transaction: turns wait for it, so `limit` should be small."""
 
         def change(db: queries.Db) -> tuple[Ids, Digests]:
-            found = queries.expired(db, now, limit)
-            dropped = [digest for seq, _ in found for digest in queries.remove(db, seq)]
+            found = queries.find_expired(db, now, limit)
+            dropped = [digest for seq, _ in found for digest in queries.delete_session(db, seq)]
             return [session_id for _, session_id in found], dropped
 
-        with told_as_full(), self._index.lock:
-            if not self._index.read(lambda db: queries.expired(db, now, 1)):
-                return []  # nearly always, and nothing is written then
+        with raise_store_full(), self._index.lock:
+            if not self._index.read(lambda db: queries.find_expired(db, now, 1)):
+                return []  # the usual case, without a write
             expired, dropped = self._index.write(change)
             self._remove_unreferenced(dropped)
         return expired
 
-    def free_room(self) -> None:
-        with told_as_full():
-            self._index.free_room()
+    def free_reserve(self) -> None:
+        with raise_store_full():
+            self._index.free_reserve()
 
     def close(self) -> None:
         """Nothing happens the second time."""
         self._index.close()
         self._lock.release()
 
-    @contextmanager
-    def _adopted(self, snapshots: Sequence[Staged]) -> Iterator[None]:
-        """Files under their names, for an index transaction; without it they go again.
+    def _acquire(
+        self, session_id: str, owner: str | None, ttl_seconds: float
+    ) -> tuple[Lease, SessionRecord]:
+        now = self._clock()
+        until = now + ttl_seconds
+        with raise_store_full():
+            return self._index.write_relaxed(
+                lambda db: queries.acquire_lease(db, session_id, owner, self._holder, until, now)
+            )
 
-        The lock is held across both: nobody removes a file between its adoption and its use.
+    @contextmanager
+    def _staged_state(
+        self, snapshot: bytes, events: bytes, position: int, context_policy: str
+    ) -> Iterator[tuple[Staged, queries.State]]:
+        """A new blob that is safe on the disk, and the row that refers to it."""
+        with raise_store_full(), self._blobs.staged(snapshot, events) as blob:
+            yield blob, (blob.digest, position, blob.nbytes, context_policy, len(events))
+
+    def _push(
+        self,
+        assignments: str,
+        lease: Lease,
+        expected_version: int,
+        new: tuple[Staged, queries.State],
+        max_checkpoints: int,
+    ) -> SessionRecord:
+        blob, state = new
+
+        def change(db: queries.Db) -> tuple[SessionRecord, Digests]:
+            row = queries.compare_and_set(db, lease, expected_version, assignments)
+            dropped = queries.push_state(db, row[0], state, max_checkpoints)
+            return queries.to_record(db, row), dropped
+
+        with self._adopted([blob]):
+            record, dropped = self._index.write(change)
+            self._remove_unreferenced(dropped)
+        return record
+
+    @contextmanager
+    def _adopted(self, blobs: Sequence[Staged]) -> Iterator[None]:
+        """Give files their names for an index transaction; if it fails they are removed again.
+
+        The lock is held across both, so that no file is removed between its adoption and its use.
         """
         with self._index.lock:
             try:
-                for staged in snapshots:
-                    self._blobs.adopt(staged)
+                for blob in blobs:
+                    self._blobs.adopt(blob)
                 yield
             except BaseException:
-                self._remove_unreferenced(staged.digest for staged in snapshots)
+                self._remove_unreferenced(blob.digest for blob in blobs)
                 raise
 
     def _remove_unreferenced(self, digests: Iterable[str]) -> None:
@@ -207,8 +252,3 @@ class SqliteStore(SessionStore):
             return
         for digest in self._index.read(lambda db: queries.unreferenced(db, digests)):
             self._blobs.remove(digest)
-
-
-def state(staged: Staged, position: int, context_policy: str) -> queries.State:
-    """A row of a new snapshot."""
-    return staged.digest, position, staged.nbytes, context_policy

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cottention.engine.models.attention import FEATURE_MAPS, Features, token_positions
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import Attention
+from cottention.engine.models.gptj.attention import FEATURE_MAPS, token_positions
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import Attention
+from cottention.engine.models.recurrence import Features
 from cottention.engine.ops import recurrent_step, reference
 from cottention.engine.ops.varlen import chunked
 
@@ -26,7 +27,7 @@ class Case:
     def __init__(self, folder: Path) -> None:
         sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         width, self.length = sizes["embed_dim"], sizes["max_positions"]
-        self.config = ModelConfig(
+        self.config = GPTJConfig(
             vocab_size=8,
             n_embd=width,
             n_layer=1,

@@ -7,14 +7,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cottention.engine.models.attention import Features, Recurrence
 from cottention.engine.models.checkpoint import load_model
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import Attend, CottentionForCausalLM
-from cottention.engine.models.inference import ServedModel
+from cottention.engine.models.gptj.inference import ServedGPTJ
+from cottention.engine.models.gptj.model import Attend, CottentionForCausalLM
+from cottention.engine.models.recurrence import Features, Recurrence
+from cottention.engine.models.registry import read_config
 from cottention.engine.ops import Segments, recurrent_step, reference
 from cottention.engine.ops.varlen import chunked
-from cottention.engine.state.spec import StateSpec
 
 
 class Case:
@@ -22,7 +21,7 @@ class Case:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = ModelConfig.from_folder(folder)
+        self.config = read_config(folder)
         self.expected = load_file(folder / "expected.safetensors")
         self.ids = self.expected["input_ids"]
         self.batch, self.length = self.ids.shape
@@ -32,7 +31,7 @@ class Case:
 
     def state(self, dtype: torch.dtype) -> Tensor:
         """[B, L, H, V, K] of zeros."""
-        return torch.zeros(self.batch, *StateSpec.of(self.config).state_shape, dtype=dtype)
+        return torch.zeros(self.batch, *self.config.state_spec().shapes["state"], dtype=dtype)
 
     def logits(self, dtype: torch.dtype, attend: Attend) -> Tensor:
         with torch.inference_mode():
@@ -103,12 +102,12 @@ def test_golden_recurrent(case: Case, dtype: torch.dtype, tolerance: float) -> N
 
 def test_golden_served(case: Case) -> None:
     """The form that is served, whole prompts in one ragged step, float32."""
-    model = ServedModel(case.model(torch.float32), "cpu")
+    model = ServedGPTJ(case.model(torch.float32), "cpu")
     states = case.state(torch.float32)
     slots = torch.arange(case.batch, dtype=torch.int32)
     offsets = torch.arange(case.batch + 1, dtype=torch.int32) * case.length
     segments = Segments(slots, offsets)
-    recurrence = Recurrence(states, None, segments)
+    recurrence = Recurrence({"state": states}, segments)
     with torch.inference_mode():
         positions = torch.arange(case.length).repeat(case.batch)
         logits = model.logits(model.hidden(case.ids.flatten(), positions, recurrence))

@@ -9,8 +9,9 @@ import pytest
 
 from cottention.engine.config import DEFAULT_SLOTS, EngineConfig
 from cottention.engine.errors import ConfigurationError, ModelFolderError
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.registry import parse_config, read_config
+from cottention.engine.state.spec import StateSpec, recurrence_tensors
 
 RAW: dict[str, Any] = {
     "model_type": "gptj",
@@ -24,13 +25,19 @@ RAW: dict[str, Any] = {
 }
 
 
-def read(**changes: Any) -> ModelConfig:
-    return ModelConfig.from_dict(RAW | changes, "config.json")
+DIVIDED = recurrence_tensors(layers=2, heads=3, value_width=8, key_width=16, has_denominator=True)
+
+
+def read(**changes: Any) -> GPTJConfig:
+    config = parse_config(RAW | changes, "config.json")
+    assert isinstance(config, GPTJConfig)
+    return config
 
 
 def test_golden_config_is_read(gptj_folder: Path) -> None:
     raw = json.loads((gptj_folder / "config.json").read_text())
-    config = ModelConfig.from_folder(gptj_folder)
+    config = read_config(gptj_folder)
+    assert isinstance(config, GPTJConfig)
     assert (config.vocab_size, config.n_layer) == (raw["vocab_size"], raw["n_layer"])
     assert config.head_dim * config.n_head == config.n_embd
     assert config.eos_token_ids == (raw["eos_token_id"],)
@@ -131,17 +138,17 @@ def test_a_faulty_field_is_named(changes: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize("name", ["vocab_size", "n_embd", "n_layer", "n_head", "n_positions"])
 def test_sizes_are_required(name: str) -> None:
     with pytest.raises(ModelFolderError, match=f"{name} must be a whole number"):
-        ModelConfig.from_dict({k: v for k, v in RAW.items() if k != name}, "config.json")
+        GPTJConfig.from_dict({k: v for k, v in RAW.items() if k != name}, "config.json")
 
 
 def test_bert_case_is_refused(golden: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"config\.json: model_type .* 'gptj'"):
-        ModelConfig.from_folder(golden / "cottention-bert")
+        read_config(golden / "cottention-bert")
 
 
 def test_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"has no config\.json: give a Hugging Face"):
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -158,14 +165,14 @@ def test_folder_without_config(tmp_path: Path) -> None:
 def test_config_that_is_no_json_object(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelFolderError, match=words) as caught:
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
 def test_config_that_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     with pytest.raises(ModelFolderError, match="cannot be read as JSON"):
-        ModelConfig.from_folder(tmp_path)
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -173,20 +180,20 @@ def test_config_that_is_a_folder(tmp_path: Path) -> None:
     [({}, 5_242_880), ({"n_embd": 2048, "rotary_dim": 64, "n_inner": None}, 20_971_520)],
 )
 def test_state_bytes_of_the_published_models(changes: dict[str, Any], expected: int) -> None:
-    spec = StateSpec.of(read(**changes))
+    spec = read(**changes).state_spec()
     assert spec.bytes_per_slot == expected
     assert spec.itemised_bytes() == {"state": expected, "denominator": 0, "spare": 0}
 
 
 def test_denominators_are_counted() -> None:
-    spec = StateSpec(layers=2, heads=3, value_width=8, key_width=16, has_denominator=True)
+    spec = StateSpec(DIVIDED)
     state, denominator = 2 * 3 * 8 * 16 * 4, 2 * 3 * 16 * 4
     assert spec.itemised_bytes() == {"state": state, "denominator": denominator, "spare": 0}
     assert spec.bytes_per_slot == state + denominator
 
 
 def test_a_spare_is_as_large_as_all_the_rest() -> None:
-    spec = StateSpec(2, 3, 8, 16, has_denominator=True, has_spare=True)
+    spec = StateSpec(DIVIDED, has_spare=True)
     assert spec.itemised_bytes()["spare"] * 2 == spec.bytes_per_slot
 
 
@@ -201,12 +208,12 @@ def test_a_spare_is_as_large_as_all_the_rest() -> None:
     ],
 )
 def test_slots_by_number_or_by_memory(config: EngineConfig, slots: int) -> None:
-    assert config.num_slots(StateSpec.of(read())) == slots
+    assert config.num_slots(read().state_spec()) == slots
 
 
 def test_memory_that_holds_no_state() -> None:
     with pytest.raises(ConfigurationError, match="--state-memory 5242879 is less than the 5242880"):
-        EngineConfig(state_memory=5_242_879).num_slots(StateSpec.of(read()))
+        EngineConfig(state_memory=5_242_879).num_slots(read().state_spec())
 
 
 def test_configurations_are_frozen() -> None:

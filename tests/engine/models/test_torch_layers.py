@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.models.attention import Recurrence
 from cottention.engine.models.checkpoint import load_model
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.inference import ServedModel
+from cottention.engine.models.gptj.inference import ServedGPTJ
+from cottention.engine.models.recurrence import Recurrence
+from cottention.engine.models.registry import read_config
 from cottention.engine.ops import Segments
 from cottention.engine.state.pool import StatePool
-from cottention.engine.state.spec import StateSpec
 
 pytestmark = pytest.mark.every_attention
 
@@ -24,16 +23,17 @@ def logits_and_state(
     folder: Path, device: str, lengths: list[int], max_stepped: int | None
 ) -> tuple[Tensor, Tensor]:
     """Logits of all tokens of three segments, one of them padding, and the pool after them."""
-    config = ModelConfig.from_folder(folder)
-    model = ServedModel(load_model(folder, config, torch.float32), device)
-    pool = StatePool(StateSpec.of(config), 4, device)
-    pool.state.copy_(torch.randn(pool.state.shape, generator=torch.Generator().manual_seed(1)))
+    config = read_config(folder)
+    model = ServedGPTJ(load_model(folder, config, torch.float32), device)
+    pool = StatePool(config.state_spec(), 4, device)
+    state = pool.tensors["state"]
+    state.copy_(torch.randn(state.shape, generator=torch.Generator().manual_seed(1)))
     segments = Segments.of([2, 0, -1], lengths, 4, device, max_stepped=max_stepped)
     ids = (torch.arange(sum(lengths)) * 7 % config.vocab_size).to(device)
     positions = torch.cat([torch.arange(9, 9 + n) for n in lengths]).to(device)
     with torch.inference_mode():
-        hidden = model.hidden(ids, positions, Recurrence(pool.state, pool.z, segments))
-        return model.logits(hidden).cpu(), pool.state.cpu()
+        hidden = model.hidden(ids, positions, Recurrence(pool.tensors, segments))
+        return model.logits(hidden).cpu(), state.cpu()
 
 
 @pytest.mark.parametrize("name", LENGTHS)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.checkpoint import load_model, read_weights
-from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.registry import read_config
 
 Save = Callable[[dict[str, Tensor], Path], None]
 
@@ -54,7 +54,7 @@ def write_shards(weights: dict[str, Tensor], folder: Path, name: str, save: Save
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return load_model(folder, ModelConfig.from_folder(folder), dtype)
+    return load_model(folder, read_config(folder), dtype)
 
 
 def refusal(folder: Path) -> str:
@@ -166,7 +166,7 @@ def test_a_malicious_pickle_is_not_executed(bare: Path, tmp_path: Path, plain: b
         torch.save({"w": Attack(owned)}, path)
     message = refusal(bare)
     assert not owned.exists()
-    assert message.startswith(f"{path} is damaged or holds more than tensors")
+    assert message.startswith(f"{path} is damaged or contains objects other than tensors")
     assert "weights_only" not in message  # torch advises to load the file unsafely
 
 
@@ -198,8 +198,8 @@ def test_truncated_safetensors(bare: Path, weights: dict[str, Tensor], length: i
     save_file(weights, path)
     path.write_bytes(path.read_bytes()[:length])
     message = refusal(bare)
-    assert message.startswith(f"{path} is damaged or is no weights file (")
-    assert message.endswith("): fetch it again")
+    assert message.startswith(f"{path} is damaged or is not a weights file (")
+    assert message.endswith("): download it again")
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -227,7 +227,7 @@ def test_damaged_bin_files_never_end_in_a_traceback(bare: Path, legacy: bool) ->
 )
 def test_a_bin_that_is_no_table_of_tensors(bare: Path, content: Any) -> None:
     torch.save(content, bare / "pytorch_model.bin")
-    assert "does not hold a table of named tensors" in refusal(bare)
+    assert "does not contain a table of named tensors" in refusal(bare)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_an_index_names_files_of_its_kind_beside_it(
     save_file(weights, bare.parent / "model.safetensors")
     index = bare / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.bias": shard}}))
-    assert f"{index} names {shard or '.'}, which is not a .safetensors file beside it" in (
+    assert f"{index} names {shard or '.'}, which is not a .safetensors file in its folder" in (
         refusal(bare)
     )
 

@@ -1,38 +1,38 @@
-"""What is tended now and then: sooner while there is work left, and after a fault, too."""
+"""Maintenance runs periodically: sooner while there is work left, and also after an error."""
 
 import threading
 import time
 
 import pytest
 
-from cottention.engine.sessions import maintenance as upkeep
+from cottention.engine.sessions import maintenance
 
 
 def test_it_goes_on_until_nothing_is_left_and_then_now_and_then() -> None:
     done = threading.Event()
     answers = [True, True, False]
 
-    def tend() -> bool:
+    def maintain() -> bool:
         if len(answers) == 1:
             done.set()
         return answers.pop(0) if len(answers) > 1 else answers[0]
 
-    with upkeep.upkeep(tend, 0.01):
+    with maintenance.maintenance_thread(maintain, 0.01):
         assert done.wait(10)
 
 
 def test_more_work_is_not_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upkeep, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(maintenance, "PAUSE_SECONDS", 0.001)
     done = threading.Event()
     seen: list[float] = []
 
-    def tend() -> bool:
+    def maintain() -> bool:
         seen.append(time.monotonic())
         if len(seen) == 9:
             done.set()
         return True
 
-    with upkeep.upkeep(tend, 1.0):
+    with maintenance.maintenance_thread(maintain, 1.0):
         assert done.wait(20)
     assert seen[8] - seen[0] < 8, "each would have waited a second"
 
@@ -41,19 +41,19 @@ def test_a_fault_is_logged_and_it_goes_on(caplog: pytest.LogCaptureFixture) -> N
     calls: list[int] = []
     twice = threading.Event()
 
-    def tend() -> bool:
+    def maintain() -> bool:
         calls.append(1)
         if len(calls) == 2:
             twice.set()
         raise RuntimeError("the disk is gone")
 
-    with upkeep.upkeep(tend, 0.01):
+    with maintenance.maintenance_thread(maintain, 0.01):
         assert twice.wait(10)
     assert "the disk is gone" in caplog.text
 
 
 def test_the_end_does_not_wait_for_the_next_time() -> None:
     began = time.monotonic()
-    with upkeep.upkeep(lambda: False, 3600):
+    with maintenance.maintenance_thread(lambda: False, 3600):
         pass
     assert time.monotonic() - began < 5

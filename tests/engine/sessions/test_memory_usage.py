@@ -1,6 +1,4 @@
-"""What a session is said to take is what it takes at most, in memory and on the disk."""
-
-from dataclasses import replace
+"""The bytes that are given for a session are the most it takes, in memory and on the disk."""
 
 import pytest
 import torch
@@ -9,10 +7,11 @@ from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.memory_usage import SessionBytes
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.state_cache import ParkedStates
+from cottention.engine.sessions.types import SessionValue
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.state.spec import StateSpec, recurrence_tensors
 
 NUM_IDS, WINDOW, OUTBOX = 500, 64, 3000
 CONFIG = " ".join(f"{'n' * 12}{n}={10**6}" for n in range(14))
@@ -22,16 +21,19 @@ PRINTS = Fingerprint("a" * 64, "b" * 64, CONFIG, "c" * 100)
 @pytest.mark.parametrize("has_denominator", [False, True])
 def test_the_largest_session_takes_what_is_said(has_denominator: bool) -> None:
     spec = StateSpec(
-        layers=3, heads=2, value_width=16, key_width=16, has_denominator=has_denominator
+        recurrence_tensors(
+            layers=3, heads=2, value_width=16, key_width=16, has_denominator=has_denominator
+        )
     )
     cost = SessionBytes.of(
         spec, num_ids=NUM_IDS, window=WINDOW, max_checkpoints=2, max_outbox=OUTBOX
     )
-    state = largest(spec)
-    raw = len(SnapshotCodec(PRINTS, spec, NUM_IDS, context_schedules(WINDOW), WINDOW).encode(state))
+    state, events = value = largest(spec)
+    codec = SnapshotCodec(PRINTS, spec, NUM_IDS, context_schedules(WINDOW), WINDOW)
+    raw = len(codec.encode(state)) + len(events.to_bytes())
     assert raw <= cost.places["stored"] // 3 <= raw + 1024
     parked = ParkedStates(1 << 30)
-    parked.hold("name", "digest", state)
+    parked.add("name", "digest", value)
     assert parked.num_bytes == cost.places["parked"]
     assert cost.places["resident"] == spec.bytes_per_slot == sum(spec.itemised_bytes().values())
     assert cost.items["turn_copy"] == state.nbytes
@@ -39,12 +41,11 @@ def test_the_largest_session_takes_what_is_said(has_denominator: bool) -> None:
     assert cost.per_gb() == {place: 10**9 // nbytes for place, nbytes in cost.places.items()}
 
 
-def largest(spec: StateSpec) -> SessionState:
-    """Of a session that has seen every id, and told as much as is kept."""
-    rows = [torch.ones(spec.state_shape)]
-    if spec.has_denominator:
-        rows.append(torch.ones(spec.denominator_shape))
+def largest(spec: StateSpec) -> SessionValue:
+    """Of a session that has seen every id, and whose last turn filled its event log."""
+    rows = [torch.ones(shape) for shape in spec.shapes.values()]
     ids = tuple(range(WINDOW))
-    told = EventLog("f" * 16, 2**62, (b"x" * 1000, b"y" * 2000))
-    full = SessionState(tuple(rows), 2**62, (1,), ids, dict.fromkeys(range(NUM_IDS), 1))
-    return replace(full, undecoded=b"\xf0\x9f\x98", outbox=told)
+    events = EventLog("f" * 16, 2**62, (b"x" * 1000, b"y" * 2000))
+    counts = dict.fromkeys(range(NUM_IDS), 1)
+    full = SessionState(tuple(rows), 2**62, (1,), ids, counts, undecoded=b"\xf0\x9f\x98")
+    return SessionValue(full, events)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from cottention.engine.errors import NothingToRewindError, SessionBusyError, SessionNotFoundError
-from cottention.engine.models.attention_kinds import RECURRENT_KINDS
+from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.manager import SessionManager
 from cottention.engine.sessions.snapshot import SnapshotCodec
@@ -140,9 +140,9 @@ class Somebody:
 
     def _look(self, name: str) -> None:
         self._noted.note(self._sessions.find("a", name))
-        self._sessions.outbox("a", name)
+        self._sessions.events("a", name)
         self._sessions.page("a", None, 5)
-        self._sessions.tend()
+        self._sessions.maintain()
         assert self._sessions.sizes().num_resident <= NUM_THREADS
 
 

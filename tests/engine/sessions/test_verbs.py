@@ -19,7 +19,6 @@ from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.manager import LEASE_SECONDS, Session, SessionManager
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SqliteStore
-from cottention.engine.sessions.types import Exported
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
@@ -36,9 +35,16 @@ class FullAtTimes(SqliteStore):
     is_full = False
 
     def put(self, *args: Any) -> SessionRecord:
+        self._check_room()
+        return super().put(*args)
+
+    def commit(self, *args: Any) -> SessionRecord:
+        self._check_room()
+        return super().commit(*args)
+
+    def _check_room(self) -> None:
         if self.is_full:
             raise StoreFullError("no space")
-        return super().put(*args)
 
 
 class SmallSessions(SessionManager):
@@ -301,7 +307,7 @@ def test_what_is_past_its_time_is_deleted_in_portions(
     for n in range(5):
         sessions.open("a", sessions.state(n + 1), {}, 1e-9)
     kept = make(sessions, 9)
-    assert [sessions.tend() for _ in range(4)] == [True, True, False, False]
+    assert [sessions.maintain() for _ in range(4)] == [True, True, False, False]
     sizes = sessions.sizes()
     assert (sizes.num_parked, sizes.num_stored) == (1, 0)
     assert sizes.stored_bytes == kept.nbytes
@@ -317,59 +323,178 @@ def test_the_lease_of_a_turn_that_runs_lasts_on(tmp_path: Path, attention: str) 
     begun = kept.begin("a", tended)
     for _ in range(5):
         now[0] += LEASE_SECONDS * 0.9
-        assert not kept.tend()
+        assert not kept.maintain()
         with pytest.raises(SessionBusyError):
             kept.begin("a", tended)
     assert kept.commit(begun, kept.state(2)).position == 2
     dead = kept.begin("a", forgotten)
     now[0] += LEASE_SECONDS * 1.1
     alive = kept.begin("a", forgotten)
-    assert not kept.tend(), "what was taken over is not taken back"
+    assert not kept.maintain(), "what was taken over is not taken back"
     with pytest.raises(SessionMovedError):
         kept.commit(dead, kept.state(2))
     assert kept.commit(alive, kept.state(3)).position == 3
     kept.close()
 
 
-def test_what_the_last_turn_told(opened: Opener) -> None:
+def with_events(sessions: SmallSessions, session_id: str, n: int) -> Session:
+    """A turn that commits events."""
+    logs = log(is_durable=True), log(is_durable=False)
+    return sessions.commit(sessions.begin("a", session_id), sessions.state(n), *logs)
+
+
+def log(*, is_durable: bool) -> EventLog:
+    return EventLog("0123456789abcdef", 5, (b"durable" if is_durable else b"not durable",))
+
+
+def test_the_events_of_the_last_turn(opened: Opener) -> None:
     sessions = opened(memory_bytes=0)
     made = make(sessions)
-    assert sessions.outbox("a", made.id) == EventLog()
-    sessions.commit(sessions.begin("a", made.id), sessions.state(2), lambda durable: told(durable))
-    assert sessions.outbox("a", made.id) == told(True)
+    assert sessions.events("a", made.id) == EventLog()
+    with_events(sessions, made.id, 2)
+    assert sessions.events("a", made.id) == log(is_durable=True)
     [fork] = sessions.fork("a", made.id, 1)
     sessions = opened()
     set_full(sessions, True)
-    sessions.commit(sessions.begin("a", made.id), sessions.state(3), lambda durable: told(durable))
-    assert sessions.outbox("a", made.id) == told(False), "the disk was full"
-    assert sessions.outbox("a", fork.id) == told(True)
+    with_events(sessions, made.id, 3)
+    assert sessions.events("a", made.id) == log(is_durable=False), "the disk was full"
+    assert sessions.events("a", fork.id) == log(is_durable=True)
     set_full(sessions, False)
     turn(sessions, made.id, 4)
-    assert sessions.outbox("a", made.id) == EventLog(), "the last turn kept nothing"
+    assert sessions.events("a", made.id) == EventLog(), "the last turn kept nothing"
     assert sessions.rewind("a", made.id).position == 3
-    assert sessions.outbox("a", made.id) == told(False)
+    assert sessions.events("a", made.id) == log(is_durable=False)
     assert sessions.rewind("a", made.id).position == 2
-    assert sessions.outbox("a", made.id) == told(True)
+    assert sessions.events("a", made.id) == log(is_durable=True)
     with pytest.raises(SessionNotFoundError):
-        sessions.outbox("b", made.id)
+        sessions.events("b", made.id)
 
 
-def told(is_durable: bool) -> EventLog:
-    return EventLog("0123456789abcdef", 5, (b"durable" if is_durable else b"not durable",))
+def test_a_fork_of_what_was_not_stored_has_its_events(opened: Opener) -> None:
+    sessions = opened()
+    made = make(sessions)
+    set_full(sessions, True)
+    with_events(sessions, made.id, 2)
+    [fork] = sessions.fork("a", made.id, 1)
+    set_full(sessions, False)
+    sessions = opened()
+    for name in (made.id, fork.id):
+        assert sessions.events("a", name) == log(is_durable=False)
+        assert holds(sessions, name, 2)
+
+
+def test_events_are_beside_the_state_and_not_in_it(sessions: SmallSessions) -> None:
+    """A snapshot is the same with and without them, and an import has none."""
+    made = make(sessions)
+    after = with_events(sessions, made.id, 2)
+    session, raw = sessions.export("a", made.id)
+    assert raw == sessions.codec.encode(sessions.state(2))
+    assert session.nbytes == after.nbytes == len(raw) + len(log(is_durable=True).to_bytes())
+    moved = sessions.import_("a", raw, {}, None, lambda _: None)
+    assert sessions.events("a", moved.id) == EventLog()
+    for extra in (b"x", log(is_durable=True).to_bytes()):
+        with pytest.raises(SnapshotError):
+            sessions.import_("a", raw + extra, {}, None, lambda _: None)
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_the_preview_of_a_turn_is_what_its_commit_returns(opened: Opener, is_full: bool) -> None:
+    """The last events of a turn are made from it, before the turn is stored."""
+    sessions = opened()
+    made = make(sessions, WINDOW)
+    set_full(sessions, is_full)
+    begun = sessions.begin("a", made.id)
+    preview = sessions.preview(begun, sessions.state(20))
+    after = sessions.commit(begun, sessions.state(20))
+    assert preview.context_start > made.context_start
+    assert (after.is_durable, preview.is_durable) == (not is_full, True)
+    same = ("id", "owner", "position", "context_policy", "context_start", "metadata", "expires_at")
+    assert all(getattr(preview, name) == getattr(after, name) for name in same)
+
+
+def test_a_turn_takes_two_transactions(sessions: SmallSessions) -> None:
+    """Begin leases and reads, commit writes and releases; nothing is read before either."""
+    made = make(sessions)
+    for n in (2, 3):
+        turn(sessions, made.id, n)
+    statements: list[str] = []
+    db = sessions._store._index._db  # type: ignore[attr-defined]
+    db.set_trace_callback(statements.append)
+    begun = sessions.begin("a", made.id)
+    in_begin = len(statements)
+    sessions.commit(begun, sessions.state(4), log(is_durable=True))
+    db.set_trace_callback(None)
+    words = [statement.split()[0] for statement in statements]
+    transaction = ["PRAGMA", "BEGIN", "UPDATE"]
+    assert words[:in_begin] == [*transaction, "SELECT", "COMMIT"]
+    commit = [*transaction, "INSERT", "DELETE", "SELECT", "COMMIT"]
+    assert words[in_begin:] == [*commit, "SELECT"], "the last looks for the blob that was dropped"
+    assert words.count("BEGIN") == 2
+    assert db.execute("SELECT count(*) FROM sessions WHERE lease_owner NOT NULL").fetchone() == (0,)
+
+
+def test_a_turn_of_somebody_elses_session_takes_no_lease(sessions: SmallSessions) -> None:
+    """Not even for the time of a look: its owner would find it busy."""
+    made = make(sessions)
+    with pytest.raises(SessionNotFoundError):
+        sessions.begin("b", made.id)
+    assert sessions.begin("a", made.id).lease.fence == 1
+
+
+def test_a_commit_that_another_turn_overtakes_leaves_nothing_old_in_memory(
+    sessions: SmallSessions,
+) -> None:
+    """The session is free in the store before memory follows: another turn may end in between."""
+    made = make(sessions)
+    begun = sessions.begin("a", made.id)
+    commit = sessions._store.commit
+
+    def overtaken(*args: Any) -> SessionRecord:
+        sessions._store.commit = commit  # type: ignore[method-assign]
+        record = commit(*args)
+        set_full(sessions, True)
+        assert not turn(sessions, made.id, 3).is_durable
+        return record
+
+    sessions._store.commit = overtaken  # type: ignore[method-assign]
+    sessions.commit(begun, sessions.state(2))
+    assert holds(sessions, made.id, 3), "the newer value, which is only in memory"
+    set_full(sessions, False)
+    assert turn(sessions, made.id, 4).num_checkpoints == 2
+    assert sessions.rewind("a", made.id).position == 3
+
+
+def test_a_session_that_is_deleted_during_a_commit_is_not_in_memory(
+    sessions: SmallSessions,
+) -> None:
+    made = make(sessions)
+    begun = sessions.begin("a", made.id)
+    commit = sessions._store.commit
+
+    def deleted(*args: Any) -> SessionRecord:
+        record = commit(*args)
+        sessions.delete("a", made.id)
+        return record
+
+    sessions._store.commit = deleted  # type: ignore[method-assign]
+    sessions.commit(begun, sessions.state(2))
+    sizes = sessions.sizes()
+    assert (sizes.num_resident, sizes.num_parked, sizes.num_stored) == (0, 0, 0)
+    assert (sizes.parked_bytes, sizes.stored_bytes) == (0, 0)
 
 
 def test_reading_what_a_turn_is_just_replacing(sessions: SmallSessions) -> None:
     """The head that was looked up is gone when it is read, and the new one is read instead."""
     made = make(sessions)
-    exported = sessions._holdings.exported
+    get = sessions._store.get
 
-    def late(record: SessionRecord) -> Exported:
-        sessions._holdings.exported = exported  # type: ignore[method-assign]
+    def late(digest: str) -> bytes:
+        sessions._store.get = get  # type: ignore[method-assign]
         for n in (2, 3, 4):  # more than there are checkpoints
             turn(sessions, made.id, n)
-        return exported(record)
+        return get(digest)
 
-    sessions._holdings.exported = late  # type: ignore[method-assign]
+    sessions._store.get = late  # type: ignore[method-assign]
     assert sessions.export("a", made.id).raw == sessions.codec.encode(sessions.state(4))
 
 
@@ -383,7 +508,7 @@ def test_reading_while_a_turn_ends_on_a_full_disk(opened: Opener) -> None:
         assert not turn(sessions, made.id, 2).is_durable
 
     during_the_next_read(sessions, turn_on_a_full_disk)
-    assert sessions.outbox("a", made.id) == EventLog()
+    assert sessions.events("a", made.id) == EventLog()
     assert holds(sessions, made.id, 2)
 
 
@@ -392,7 +517,7 @@ def test_reading_what_is_damaged(opened: Opener, tmp_path: Path) -> None:
     made = make(sessions)
     [path] = (tmp_path / "sessions" / "states").glob("??/*")
     path.write_bytes(b"x" * made.nbytes)
-    for read in (sessions.export, sessions.outbox):
+    for read in (sessions.export, sessions.events):
         with pytest.raises(SnapshotError, match="damaged"):
             read("a", made.id)
 
@@ -460,14 +585,14 @@ def test_the_last_try_has_the_room_of_the_index_s_log(
 ) -> None:
     sessions = opened()
     made = [make(sessions, n) for n in (1, 2, 3)]
-    room, put = num_bytes(tmp_path), sessions._store.put
+    room, commit = num_bytes(tmp_path), sessions._store.commit
 
-    def put_if_there_is_room(*args: Any) -> SessionRecord:
+    def commit_if_there_is_room(*args: Any) -> SessionRecord:
         if num_bytes(tmp_path) + len(args[2]) > room:
             raise StoreFullError("no space")
-        return put(*args)
+        return commit(*args)
 
-    monkeypatch.setattr(sessions._store, "put", put_if_there_is_room)
+    monkeypatch.setattr(sessions._store, "commit", commit_if_there_is_room)
     for each in made:
         assert not turn(sessions, each.id, each.position + 3).is_durable
     sessions = opened()
@@ -574,20 +699,25 @@ def test_a_restart(opened: Opener) -> None:
 def test_a_lease_that_a_full_disk_does_not_take_back(
     sessions: SmallSessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was stored is told as stored; the next turn waits for room alone, not for the lease."""
+    """What was committed is free; otherwise the next turn waits for room, and not for the lease."""
 
-    def full(_: Lease) -> None:
+    def full(*_: Any) -> None:
         raise StoreFullError("no space")
 
     made = make(sessions)
     begun = sessions.begin("a", made.id)
     monkeypatch.setattr(sessions._store, "release", full)
-    assert sessions.commit(begun, sessions.state(2)).position == 2
-    assert sessions.find("a", made.id).residence != "resident"
-    with pytest.raises(StoreFullError):
-        sessions.begin("a", made.id)
+    assert sessions.commit(begun, sessions.state(2)).is_durable
+    begun = sessions.begin("a", made.id)
+    monkeypatch.setattr(sessions._store, "commit", full)
+    assert sessions.commit(begun, sessions.state(3)).position == 3
+    for _ in range(2):
+        assert sessions.find("a", made.id).residence != "resident"
+        with pytest.raises(StoreFullError):
+            sessions.begin("a", made.id)
     monkeypatch.undo()
-    assert holds(sessions, made.id, 2)
+    assert holds(sessions, made.id, 3)
+    sessions.abandon(sessions.begin("a", made.id))
 
 
 def test_a_lease_is_not_in_the_way_of_the_last_try(
@@ -601,7 +731,7 @@ def test_a_lease_is_not_in_the_way_of_the_last_try(
     sessions = opened()
     made = make(sessions)
     begun = sessions.begin("a", made.id)
-    monkeypatch.setattr(sessions._store, "put", full)
+    monkeypatch.setattr(sessions._store, "commit", full)
     monkeypatch.setattr(sessions._store, "release", full)
     assert not sessions.commit(begun, sessions.state(2)).is_durable
     monkeypatch.undo()

@@ -7,13 +7,17 @@ import torch
 
 from cottention.engine import ops
 from cottention.engine.errors import OutOfMemoryError
-from cottention.engine.models.attention import Recurrence
+from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.state import pool as state_module
 from cottention.engine.state.pool import StatePool, available_memory
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.state.spec import StateSpec, recurrence_tensors
 
 SPECS = [
-    StateSpec(layers=2, heads=3, value_width=8, key_width=16, has_denominator=denominator)
+    StateSpec(
+        recurrence_tensors(
+            layers=2, heads=3, value_width=8, key_width=16, has_denominator=denominator
+        )
+    )
     for denominator in (False, True)
 ]
 
@@ -24,22 +28,20 @@ def pool(request: pytest.FixtureRequest) -> StatePool:
 
 
 def fill(pool: StatePool, slot: int, value: float) -> None:
-    pool.state[slot] = value
-    if pool.z is not None:
-        pool.z[slot] = value
+    for tensor in pool.tensors.values():
+        tensor[slot] = value
 
 
 def holds(pool: StatePool, slot: int, value: float) -> bool:
-    rows = [pool.state[slot]] if pool.z is None else [pool.state[slot], pool.z[slot]]
-    return all(bool((row == value).all()) for row in rows)
+    return all(bool((tensor[slot] == value).all()) for tensor in pool.tensors.values())
 
 
 def test_bytes_are_exactly_those_of_the_spec(pool: StatePool) -> None:
     assert pool.nbytes == pool.spec.bytes_per_slot * 5
-    tensors = [pool.state] if pool.z is None else [pool.state, pool.z]
+    tensors = pool.tensors.values()
     assert sum(t.untyped_storage().nbytes() for t in tensors) == pool.nbytes
     assert all(t.dtype == torch.float32 for t in tensors)
-    assert (pool.z is not None) == pool.spec.has_denominator
+    assert {name: t.shape[1:] for name, t in pool.tensors.items()} == pool.spec.shapes
 
 
 def test_slots_are_given_once_and_come_zeroed(pool: StatePool) -> None:
@@ -72,12 +74,12 @@ def test_copy(pool: StatePool) -> None:
 
 def test_a_layer_is_a_view(pool: StatePool) -> None:
     slots = torch.arange(5, dtype=torch.int32)
-    state, z = Recurrence(pool.state, pool.z, ops.Segments(slots)).layer(1)
+    state, z = Recurrence(pool.tensors, ops.Segments(slots)).layer(1)
     state[4] = 5.0
     assert state.shape == (5, 3, 8, 16)
-    assert float(pool.state[4, 1].sum()) == 5.0 * state[4].numel()
-    assert not pool.state[:, 0].any()
-    assert (z is None) == (pool.z is None)
+    assert float(pool.tensors["state"][4, 1].sum()) == 5.0 * state[4].numel()
+    assert not pool.tensors["state"][:, 0].any()
+    assert (z is None) == ("denominator" not in pool.tensors)
     if z is not None:
         assert z.shape == (5, 3, 16)
 
@@ -158,6 +160,6 @@ def test_available_memory_of_a_gpu() -> None:
 def test_what_torch_cannot_allocate_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit that /proc and the control groups do not show, such as `ulimit -v`."""
     monkeypatch.setattr("cottention.engine.state.pool.available_memory", lambda _: 2**62)
-    spec = StateSpec(1, 1, 8, 8, has_denominator=False)
+    spec = StateSpec(recurrence_tensors(layers=1, heads=1, value_width=8, key_width=8))
     with pytest.raises(OutOfMemoryError, match="could not be allocated: give a smaller"):
         StatePool(spec, 2**45, "cpu")

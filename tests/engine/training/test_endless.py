@@ -12,8 +12,8 @@ from torch import Tensor
 from benchmarks import endless
 from benchmarks.held_out import LongText, load
 from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.models.attention import Features
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.gptj.model import CottentionForCausalLM
+from cottention.engine.models.recurrence import Features
 from cottention.engine.state.context_window import KEPT_PART
 from cottention.engine.training.forward import logits_of, new_model
 from cottention.engine.training.settings import TrainingSettings

@@ -16,8 +16,9 @@ from torch import Tensor
 from cottention.engine import Engine, SamplingParams
 from cottention.engine.errors import ConfigurationError, ModelFolderError
 from cottention.engine.models.checkpoint import load_model, read_weights
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import CottentionForCausalLM
+from cottention.engine.models.registry import read_config
 from cottention.engine.settings.command_line import to_arguments
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.engine.training.__main__ import train
@@ -91,7 +92,8 @@ def test_the_loss_falls_and_the_folder_is_a_model(settings: TrainingSettings) ->
     listener = Listener()
     train(replace(settings, steps=40), ["--steps", "40"], listener)
     assert listener.losses[-1] < listener.losses[0] - 0.3
-    config = ModelConfig.from_folder(settings.output)
+    config = read_config(settings.output)
+    assert isinstance(config, GPTJConfig)
     assert config == replace(
         settings.model_config(0), torch_dtype=config.torch_dtype, attention_type="cottention"
     )
@@ -174,7 +176,8 @@ def test_other_kinds_of_attention_are_trained_alike(
     listener = Listener()
     train(replace(settings, steps=40, attention=attention), [], listener)
     assert listener.losses[-1] < listener.losses[0] - 0.3
-    config = ModelConfig.from_folder(settings.output)
+    config = read_config(settings.output)
+    assert isinstance(config, GPTJConfig)
     assert (config.attention_type, config.rotary_dim) == (attention, 8)
     assert config.max_exact_length == (16 if attention == "cosformer" else None)
     first, other = (CottentionForCausalLM(each) for each in (settings.model_config(0), config))

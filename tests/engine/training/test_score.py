@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.models.attention import Features
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
+from cottention.engine.models.gptj.model import CottentionForCausalLM
+from cottention.engine.models.recurrence import Features
 from cottention.engine.ops import reference
 from cottention.engine.training.data import SourceFile, train_tokenizer
 from cottention.engine.training.evaluate import HeldOut, position_ranges, score, summarise

@@ -7,15 +7,15 @@ import torch
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.models.checkpoint import load_model
-from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.model_folder import DEFAULT_MODEL
+from cottention.engine.models.registry import read_config
 from cottention.engine.text.tokenizer import Tokenizer
 
 LARGEST_BYTES = 16_000_000
 
 
 def test_the_weights_are_those_of_the_configuration() -> None:
-    model = load_model(DEFAULT_MODEL, ModelConfig.from_folder(DEFAULT_MODEL), torch.float32)
+    model = load_model(DEFAULT_MODEL, read_config(DEFAULT_MODEL), torch.float32)
     assert all(weight.isfinite().all() for weight in model.parameters())
 
 
@@ -37,7 +37,7 @@ def test_the_tokenizer_gives_text_back_and_fits_the_model() -> None:
     tokenizer = Tokenizer.from_folder(DEFAULT_MODEL)
     text = "def f(naïve: str) -> '日本🙂':\r\n\treturn 0x1F  # done\n\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.num_ids == ModelConfig.from_folder(DEFAULT_MODEL).vocab_size
+    assert tokenizer.num_ids == read_config(DEFAULT_MODEL).vocab_size
 
 
 def test_it_continues_python_with_python() -> None:

@@ -14,7 +14,7 @@ from cottention.engine.config import EngineConfig
 from cottention.engine.engine import Engine
 from cottention.server.config import ServerConfig
 from cottention.server.generation.chat_template import ChatTemplate, find_template
-from cottention.server.sessions.storage import kept_sessions
+from cottention.server.sessions.storage import open_sessions
 from tests.server.live import Live, serving
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<s>", "</s>")
@@ -144,7 +144,7 @@ def chatting(source: Path, folder: Path, speech: Speech) -> Iterator[Chat]:
     assert template is not None
     settings = ServerConfig(session_dir=str(folder / "sessions"))
     with (
-        kept_sessions(engine, settings) as sessions,
+        open_sessions(engine, settings) as sessions,
         serving(engine, template, sessions) as live,
     ):
         yield Chat(live, template, speech.drawn)

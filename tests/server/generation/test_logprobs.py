@@ -11,10 +11,10 @@ from torch import Tensor
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.engine import Engine
-from cottention.engine.models.attention import Features
 from cottention.engine.models.checkpoint import load_model
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import CottentionForCausalLM
+from cottention.engine.models.gptj.model import CottentionForCausalLM
+from cottention.engine.models.recurrence import Features
+from cottention.engine.models.registry import read_config
 from cottention.engine.ops import reference
 from tests.server.live import Live, serving
 
@@ -30,7 +30,7 @@ def live(gptj_folder: Path) -> Iterator[Live]:
 
 @pytest.fixture(scope="module")
 def model(gptj_folder: Path) -> CottentionForCausalLM:
-    return load_model(gptj_folder, ModelConfig.from_folder(gptj_folder), torch.float64)
+    return load_model(gptj_folder, read_config(gptj_folder), torch.float64)
 
 
 def attend(_: int, features: Features) -> Tensor:

@@ -12,7 +12,7 @@ import pytest
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.server.config import ServerConfig
-from cottention.server.sessions.storage import kept_sessions
+from cottention.server.sessions.storage import open_sessions
 from tests.server.live import Live, eventually, serving
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
@@ -150,7 +150,7 @@ def test_a_session_keeps_what_it_was_told_before_nobody_read(
     settings = ServerConfig(session_dir=str(tmp_path))
     body: dict[str, Any] = {"max_tokens": 300, "seed": 1, "ignore_eos": True, "logprobs": 20}
     with (
-        kept_sessions(engine, settings) as sessions,
+        open_sessions(engine, settings) as sessions,
         serving(engine, sessions=sessions, stream_buffer_bytes=2000) as live,
     ):
         session_id = live.opened("abc")

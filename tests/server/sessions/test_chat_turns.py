@@ -12,7 +12,7 @@ from cottention.engine.config import EngineConfig
 from cottention.engine.engine import Engine
 from cottention.server.config import ServerConfig
 from cottention.server.generation.chat_template import find_template
-from cottention.server.sessions.storage import kept_sessions
+from cottention.server.sessions.storage import open_sessions
 from tests.server.live import Live, serving
 
 BOS = "<|endoftext|>"
@@ -28,7 +28,7 @@ def chatting(gptj_folder: Path, folder: Path, template: str) -> Iterator[Live]:
     engine = Engine(gptj_folder, EngineConfig(max_slots=2))
     settings = ServerConfig(session_dir=str(folder / "sessions"))
     with (
-        kept_sessions(engine, settings) as sessions,
+        open_sessions(engine, settings) as sessions,
         serving(engine, find_template(None, folder), sessions) as live,
     ):
         yield live

@@ -10,9 +10,9 @@ import pytest
 from cottention.engine.state.context_window import context_schedules
 from cottention.server.config import ServerConfig
 from cottention.server.generation.chat_template import find_template
-from cottention.server.sessions.storage import kept_sessions
+from cottention.server.sessions.storage import open_sessions
 from tests.engine.windows import engine_of
-from tests.server.live import Live, serving
+from tests.server.live import Live, eventually, serving
 
 WINDOW = 16
 TURN: dict[str, Any] = {"prompt": "", "max_tokens": 1, "ignore_eos": True, "seed": 1}
@@ -23,7 +23,7 @@ START = context_schedules(WINDOW)["renew"].start
 def live_under(policy: str) -> Iterator[Live]:
     engine = engine_of(WINDOW, context_policy=policy)
     with contextlib.ExitStack() as stack:
-        sessions = stack.enter_context(kept_sessions(engine, ServerConfig()))
+        sessions = stack.enter_context(open_sessions(engine, ServerConfig()))
         template = find_template("plain", Path())
         yield stack.enter_context(serving(engine, template, sessions))
 
@@ -64,6 +64,16 @@ def test_a_whole_turn_tells_it_whoever_ends_it(live: Live, on_disconnect: str) -
     answer = live.complete(**body, on_disconnect=on_disconnect).json()
     [choice] = answer["choices"]
     assert choice["context_start"] == answer["session"]["context_start"] > 0
+
+
+def test_stored_events_are_those_that_were_sent(live: Live) -> None:
+    """The last one is made before the turn is stored, and has what the session is after it."""
+    session_id = live.opened("abc")
+    body = TURN | {"session_id": session_id, "max_tokens": 40, "stream": True}
+    sent = live.client.post("/v1/completions", json=body | {"on_disconnect": "continue"}).text
+    assert f'"context_start":{START(42)},"durable":false' in sent
+    eventually(lambda: live.session(session_id)["residence"] != "resident")
+    assert live.client.get(f"/v1/sessions/{session_id}/events").text == sent
 
 
 def test_a_session_tells_it_after_every_turn(live: Live) -> None:

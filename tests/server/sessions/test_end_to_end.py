@@ -14,7 +14,7 @@ from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.context_policy import MAX_HELD
 from cottention.engine.state.session_state import SessionState
 from cottention.server.config import ServerConfig
-from cottention.server.sessions.storage import kept_sessions
+from cottention.server.sessions.storage import open_sessions
 from tests.engine.making import ATTENTIONS, attention_folder
 from tests.server.live import Live, eventually, serving
 
@@ -32,7 +32,7 @@ def live(gptj_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     engine = Engine(gptj_folder, EngineConfig(max_slots=8))
     config = ServerConfig(session_dir=str(tmp_path_factory.mktemp("sessions")))
     with contextlib.ExitStack() as stack:
-        sessions = stack.enter_context(kept_sessions(engine, config))
+        sessions = stack.enter_context(open_sessions(engine, config))
         yield stack.enter_context(serving(engine, sessions=sessions))
 
 

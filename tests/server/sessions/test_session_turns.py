@@ -58,7 +58,7 @@ def test_the_second_of_two_turns_is_refused_or_waits() -> None:
 
 
 def line_of(live: Live, session_id: str) -> Any:
-    return live.turns._lines.get(("", session_id))
+    return live.turns._queues.get(("", session_id))
 
 
 def test_who_waits_and_leaves_is_not_waited_for() -> None:
@@ -197,7 +197,7 @@ async def cancelled_in_mid_turn(turns: TurnQueue, session_id: str, seconds: floa
     with contextlib.suppress(asyncio.CancelledError):
         await task
     await turns.wait_settled()
-    assert not turns._lines
+    assert not turns._queues
 
 
 @pytest.mark.parametrize("slow", ["begin", "commit"])
@@ -244,4 +244,4 @@ def test_many_turns_of_many_sessions_leave_nothing_behind() -> None:
         answers = pool.map(lambda n: live.complete(**body, session_id=ids[n % 4]), range(40))
         assert {each.status_code for each in answers} == {200}
         assert [live.text_of(each) for each in ids] == ["x" + "yabc" * 10] * 4
-        eventually(lambda: not live.turns._lines and not live.sessions.leased)
+        eventually(lambda: not live.turns._queues and not live.sessions.leased)

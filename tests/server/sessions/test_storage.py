@@ -16,14 +16,14 @@ from cottention.engine.errors import ConfigurationError, SessionBusyError
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.state.spec import StateSpec, recurrence_tensors
 from cottention.server.config import ServerConfig
-from cottention.server.sessions.storage import kept_sessions, where_kept
+from cottention.server.sessions.storage import describe_storage, open_sessions
 from tests.server.fake_engine import FakeEngine
 from tests.server.live import Live, eventually, serving
 from tests.server.sse import read_told
 
-SPEC = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
+SPEC = StateSpec(recurrence_tensors(layers=1, heads=1, value_width=8, key_width=8))
 
 
 TOLD = {"context_start": 0, "durable": True}
@@ -45,7 +45,7 @@ def keeping(folder: Path | None, weights: str = "w") -> Iterator[Live]:
     engine.weights = weights
     config = ServerConfig(session_dir=None if folder is None else str(folder))
     with contextlib.ExitStack() as stack:
-        sessions = stack.enter_context(kept_sessions(cast(Engine, engine), config))
+        sessions = stack.enter_context(open_sessions(cast(Engine, engine), config))
         yield stack.enter_context(serving(engine, sessions=sessions))
 
 
@@ -89,7 +89,7 @@ def test_a_session_moves_to_a_server_of_the_same_model(tmp_path: Path) -> None:
         assert there.client.get("/v1/sessions").json()["data"] == []
 
 
-def test_what_a_turn_told_survives_a_restart_and_moves(tmp_path: Path) -> None:
+def test_the_events_of_a_turn_survive_a_restart_and_do_not_move(tmp_path: Path) -> None:
     body = {"prompt": "y", "max_tokens": 9, "stream": True, "on_disconnect": "continue"}
     with keeping(tmp_path) as live:
         session_id = live.opened("x")
@@ -102,7 +102,8 @@ def test_what_a_turn_told_survives_a_restart_and_moves(tmp_path: Path) -> None:
         last = {"Last-Event-ID": told[5].id}
         assert read_told(live.client.get(events, headers=last).text) == told[6:]
         moved = there.client.post("/v1/sessions/import", content=raw).json()["id"]
-        assert there.client.get(f"/v1/sessions/{moved}/events").text == said
+        assert there.client.get(f"/v1/sessions/{moved}/events").status_code == 204
+        assert snapshot(there, moved) == raw == snapshot(live, session_id)
         live.complete(prompt="z", session_id=session_id, max_tokens=1)
         assert live.client.get(events).status_code == 204
         assert live.client.get(events, headers=last).status_code == 410
@@ -158,10 +159,10 @@ def test_sessions_are_tended_while_the_server_runs(
 def test_a_folder_has_one_server(tmp_path: Path) -> None:
     engine: Any = KeepingEngine()
     config = ServerConfig(session_dir=str(tmp_path))
-    first, second = kept_sessions(engine, config), kept_sessions(engine, config)
+    first, second = open_sessions(engine, config), open_sessions(engine, config)
     with first, pytest.raises(ConfigurationError), second:
         pass
-    assert str(tmp_path) in where_kept(config)
+    assert str(tmp_path) in describe_storage(config)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +191,6 @@ def test_a_folder_that_cannot_be_is_told(
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     config = ServerConfig(session_dir=str(tmp_path / path) if path else "")
-    kept = kept_sessions(cast(Engine, KeepingEngine()), config)
+    kept = open_sessions(cast(Engine, KeepingEngine()), config)
     with pytest.raises(ConfigurationError, match=says), kept:
         pass

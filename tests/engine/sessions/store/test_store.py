@@ -86,6 +86,55 @@ def test_a_turn_moves_the_head_and_keeps_checkpoints(store: SqliteStore) -> None
         store.get(first.head)
 
 
+def test_a_commit_is_a_put_and_a_release(store: SqliteStore) -> None:
+    record = make(store)
+    lease, begun = store.begin("a", record.id, 60)
+    assert (lease, begun) == (Lease(record.id, 1, 1), record)
+    with pytest.raises(SessionMovedError):
+        store.commit(lease, 2, b"two", 2, 2)
+    with pytest.raises(SessionBusyError):
+        store.begin("a", record.id, 60)
+    after = store.commit(lease, 1, b"two", 2, 2, events=b" told")
+    assert (after.version, after.position, after.checkpoints) == (2, 2, (record.head,))
+    assert store.record(record.id) == after
+    with pytest.raises(SessionMovedError):
+        store.commit(lease, 2, b"three", 3, 2)
+    assert store.begin("a", record.id, 60) == (Lease(record.id, 2, 2), after)
+
+
+def test_events_go_where_their_snapshot_goes(store: SqliteStore) -> None:
+    """To forks, and back again with a rewind; a session's size has both."""
+    record = make(store)
+    for n in (2, 3):
+        lease, _ = store.begin("a", record.id, 60)
+        record = store.commit(lease, lease.version, b"x" * n, n, 2, events=b"event %d" % n)
+    assert (record.nbytes, record.events_nbytes) == (10, 7)
+    new = NewSession("a", 3, head=record.head, checkpoints=record.checkpoints)
+    [fork] = store.create([new])
+    for session_id in (record.id, fork.id):
+        found = store.record(session_id)
+        assert found.split(store.get(found.head)) == (b"xxx", b"event 3")
+        lease = store.acquire(session_id, 60)
+        back = store.rewind(lease, lease.version)
+        assert back.split(store.get(back.head)) == (b"xx", b"event 2")
+        first = store.rewind(lease, back.version)
+        assert first.split(store.get(first.head)) == (b"one", b"")
+    assert store.counts().blob_bytes == 3
+
+
+def test_a_session_is_begun_by_its_owner_alone(store: SqliteStore, clock: Clock) -> None:
+    """Whether somebody else's session is busy is not told, and its lease is not touched."""
+    [record] = store.create([NewSession("a", 1, b"one", expires_at=clock.now + 10)])
+    for _ in range(2):
+        with pytest.raises(SessionNotFoundError):
+            store.begin("b", record.id, 60)
+        lease, _ = store.begin("a", record.id, 5)
+        assert lease.fence in (1, 2)
+        clock.now += 5
+    with pytest.raises(SessionNotFoundError):
+        store.begin("a", record.id, 60)
+
+
 def test_no_checkpoints(store: SqliteStore, tmp_path: Path) -> None:
     record = put(store, make(store).id, b"two", keep=0)
     assert record.checkpoints == ()

@@ -17,7 +17,8 @@ import pytest
 
 from cottention.engine.errors import ConfigurationError, SnapshotError, StoreFullError
 from cottention.engine.sessions.store import NewSession, SessionRecord, SqliteStore
-from tests.engine.store_process import content
+from cottention.engine.sessions.store.database import VERSION
+from tests.engine.store_process import content, events
 
 ROOT = Path(__file__).parents[4]
 
@@ -77,10 +78,12 @@ def test_a_kill_loses_nothing_that_was_answered(tmp_path: Path, seed: int) -> No
         if word == "put" and record.version == version:
             assert not record.was_interrupted
         if record.version > 1:
-            assert store.get(record.head) == content(session_id, record.version)
+            snapshot, log = record.split(store.get(record.head))
+            assert snapshot == content(session_id, record.version)
+            assert log == events(record.version)
         for age, digest in enumerate(reversed(record.checkpoints), 1):
-            if record.version - age > 1:
-                assert store.get(digest) == content(session_id, record.version - age)
+            if (old := record.version - age) > 1:
+                assert store.get(digest) == content(session_id, old) + events(old)
         again = turn(store, session_id, b"goes on")
         assert (again.version, again.was_interrupted) == (record.version + 1, False)
     store.close()
@@ -230,28 +233,24 @@ def test_a_damaged_index_is_kept_beside_a_new_one(
             (tmp_path / "states").rename(tmp_path / "elsewhere")
 
 
-def test_an_index_of_another_version_is_refused(tmp_path: Path) -> None:
-    SqliteStore(tmp_path).close()
-    db = sqlite3.connect(tmp_path / "index.sqlite")
-    db.execute("PRAGMA user_version = 99")
-    db.close()
-    with pytest.raises(ConfigurationError, match="99"):
+@pytest.mark.parametrize("version", [VERSION - 1, 99])
+def test_an_index_of_another_version_is_refused_and_not_changed(
+    tmp_path: Path, version: int
+) -> None:
+    store = SqliteStore(tmp_path)
+    record = make(store, b"kept")
+    store.close()
+    index = tmp_path / "index.sqlite"
+    with closing(sqlite3.connect(index)) as db:
+        db.execute(f"PRAGMA user_version = {version}")
+    before = index.read_bytes()
+    with pytest.raises(ConfigurationError) as caught:
         SqliteStore(tmp_path)
-
-
-def test_an_index_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
-    store = SqliteStore(tmp_path)
-    [made] = store.create([NewSession("a", 3, b"one")])
-    store.close()
-    with closing(sqlite3.connect(tmp_path / "index.sqlite")) as db:
-        db.executescript("ALTER TABLE states DROP COLUMN context_policy; PRAGMA user_version = 1;")
-    store = SqliteStore(tmp_path)
-    assert store.record(made.id) == made
-    assert made.context_policy == "exact"
-    lease = store.acquire(made.id, 60)
-    assert store.put(lease, 1, b"two", 4, 2, "renew").context_policy == "renew"
-    assert store.rewind(lease, 2).context_policy == "exact"
-    store.close()
+    message = str(caught.value)
+    assert message.startswith(f"{index} has format version {version}, ")
+    assert "give --session-dir another folder" in message
+    assert index.read_bytes() == before
+    assert blob(tmp_path, record.head).read_bytes() == b"kept"
 
 
 def test_a_snapshot_that_the_disk_does_not_take(tmp_path: Path) -> None:
@@ -298,7 +297,7 @@ def test_what_was_kept_back_for_leases_is_there_for_states_at_the_end(small_disk
     leases = [store.acquire(record.id, 60) for record in made]
     with pytest.raises(StoreFullError):
         store.put(leases[0], 1, bytes(4096), 2, 2)
-    store.free_room()
+    store.free_reserve()
     put = []
     for n, lease in enumerate(leases):
         with suppress(StoreFullError):

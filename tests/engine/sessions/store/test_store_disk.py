@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.sessions.store.folder_lock import check_folder, take_folder
+from cottention.engine.sessions.store.folder_lock import check_folder, lock_folder
 
 
 def test_what_is_in_a_folder_stays(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_name_that_cannot_be_leaves_no_parents(tmp_path: Path) -> None:
 
 
 def test_a_folder_in_use_is_told_and_left(tmp_path: Path) -> None:
-    lock = take_folder(tmp_path / "new")
+    lock = lock_folder(tmp_path / "new")
     with pytest.raises(ConfigurationError, match="in use by another process"):
         check_folder(tmp_path / "new")
     lock.release()

@@ -22,13 +22,15 @@ from cottention.engine.errors import NothingToRewindError, SessionBusyError, Ses
 from cottention.engine.sessions.store import Lease, NewSession, SqliteStore
 
 SNAPSHOTS = st.binary(min_size=1, max_size=2)  # few: equal bytes are frequent
+EVENTS = b"log"
+"""A blob of more than two bytes ends with these."""
 
 
 @dataclass
 class Twin:
-    """What a session should be; its snapshots, the head last."""
+    """What a session should be; its blobs, the head last."""
 
-    snapshots: list[bytes]
+    blobs: list[bytes]
     version: int = 1
     lease: Lease | None = None
     fence: int = 0
@@ -63,7 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
         source = self.store.record(session_id)
         new = NewSession("a", source.position, head=source.head, checkpoints=source.checkpoints)
         [record] = self.store.create([new])
-        self.twins[record.id] = Twin([*self.twins[session_id].snapshots])
+        self.twins[record.id] = Twin([*self.twins[session_id].blobs])
         return record.id
 
     @rule(target=leases, session_id=sessions, ttl=st.sampled_from([0.0, 1000.0]))
@@ -99,7 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
                     self.store.put(lease, twin.version - 1, raw, len(raw), keep)
                 return
             self.store.put(lease, twin.version, raw, len(raw), keep)
-            twin.snapshots = [*twin.snapshots, raw][-keep - 1 :]
+            twin.blobs = [*twin.blobs, raw][-keep - 1 :]
             twin.version += 1
             twin.was_interrupted = False
         elif self.is_old(lease):
@@ -107,17 +109,28 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(SessionMovedError):
                 self.store.put(lease, twin.version, raw, len(raw), keep)
 
+    @rule(lease=leases, raw=SNAPSHOTS, events=st.sampled_from([b"", EVENTS]))
+    def commit(self, lease: Lease, raw: bytes, events: bytes) -> None:
+        if not self.is_current(lease):
+            return
+        twin, blob = self.twins[lease.session_id], raw + events
+        self.store.commit(lease, twin.version, raw, len(blob), 2, events=events)
+        twin.blobs = [*twin.blobs, blob][-3:]
+        twin.version += 1
+        twin.was_interrupted = False
+        twin.lease = None
+
     @rule(lease=leases)
     def rewind(self, lease: Lease) -> None:
         if not self.is_current(lease):
             return
         twin = self.twins[lease.session_id]
-        if len(twin.snapshots) == 1:
+        if len(twin.blobs) == 1:
             with pytest.raises(NothingToRewindError):
                 self.store.rewind(lease, twin.version)
             return
         self.store.rewind(lease, twin.version)
-        twin.snapshots.pop()
+        twin.blobs.pop()
         twin.version += 1
 
     @rule(lease=consumes(leases))
@@ -153,13 +166,15 @@ class StoreMachine(RuleBasedStateMachine):
         kept: set[bytes] = set()
         for session_id, twin in self.twins.items():
             record = self.store.record(session_id)
-            digests = [sha256(raw).hexdigest() for raw in twin.snapshots]
+            digests = [sha256(raw).hexdigest() for raw in twin.blobs]
             assert [*record.checkpoints, record.head] == digests
-            assert [self.store.get(digest) for digest in digests] == twin.snapshots
+            assert [self.store.get(digest) for digest in digests] == twin.blobs
+            events = EVENTS if len(twin.blobs[-1]) > 2 else b""
+            assert record.split(twin.blobs[-1])[1] == events
             assert record.version == twin.version
-            assert record.position == record.nbytes == len(twin.snapshots[-1])
+            assert record.position == record.nbytes == len(twin.blobs[-1])
             assert record.was_interrupted == twin.was_interrupted
-            kept.update(twin.snapshots)
+            kept.update(twin.blobs)
         counts = self.store.counts()
         assert (counts.num_sessions, counts.blob_bytes) == (
             len(self.twins),

@@ -1,6 +1,6 @@
-"""Facts of each kind of attention that need no torch: its state's shape, and whether it is served.
+"""Each kind of attention: the shape of its state, and whether it is served. Loads no torch.
 
-`attention.py` has the arithmetic of each kind.
+`attention.py` has the arithmetic.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ ATTENTION_KINDS = {
     "linear": AttentionKind(has_denominator=True),
     "softmax": AttentionKind(is_recurrent=False),
 }
-"""All kinds that are trained and measured; softmax stands beside the others and is never served."""
+"""All kinds that are trained and measured; softmax is for comparison and cannot be served."""
 
 RECURRENT_KINDS = tuple(name for name, kind in ATTENTION_KINDS.items() if kind.is_recurrent)
 """The kinds that are served."""

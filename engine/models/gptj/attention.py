@@ -1,43 +1,35 @@
-"""What a model makes of where its tokens stand: rotary angles, and cosFormer's half wave.
+"""Kinds of attention: what each does to queries, keys and values before the recurrence.
 
-Owns the tables that all layers of a step share. Knows no tensors of tokens and no state.
+A feature map takes q, k, v and the tokens' positions to what the recurrence is fed. Tables that
+depend on positions alone (rotary angles, cosFormer's half wave) are computed once a step for all
+layers. `attention_kinds.py` has the facts of each kind that need no torch.
 
-Letters: N tokens, M cosFormer's fixed length.
-
-Feature maps: what each kind of attention does to queries, keys and values before the recurrence.
-
-Owns the map (q, k, v, position) → (q′, k′, v′), the key width it leads to and whether the outputs
-are divided by a denominator. Knows nothing of state, slots or batches: what comes out is fed to
-`recurrent_step` and nothing else tells one kind of attention from another.
-
-Where the recurrences of one batch live.
-
-Owns the joining of a pool's rows with the slots and segments of a batch. Does not know whose they
-are or what computes on them.
+Letters: N tokens, H heads, D head width, K key width, V value width, M cosFormer's fixed length.
 """
 
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.recurrence import Features
 
 ROTARY_BASE = 10_000.0
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPositions:
-    """Where the N tokens of a batch stand, worked out once per step for all layers.
+    """Positions of a batch's N tokens and what depends on them alone, computed once per step.
 
-    index: int64 [N], counted from 0 from the start of each token's own sequence.
+    index: int64 [N], each token's position in its own sequence, from 0.
     cos, sin: [N, rotary_dim / 2], the rotary angles of those positions; no columns without rotary.
-    wave: [N, 2], sine and cosine of π·t/2M with t counted from 1, where the attention has an M.
+    wave: [N, 2], cosFormer's sine and cosine of π·t/2M with t = index + 1; None for other kinds.
     """
 
     index: Tensor
@@ -46,10 +38,10 @@ class TokenPositions:
     wave: Tensor | None = None
 
 
-def token_positions(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> TokenPositions:
-    """For int64 positions [N], counted from 0, in a model of `dtype`: tables float32 or wider.
+def token_positions(config: GPTJConfig, positions: Tensor, dtype: torch.dtype) -> TokenPositions:
+    """Tables for int64 positions [N], from 0, in float32 or the wider `dtype`.
 
-    Raises IndexError on a CPU for a position that an attention with a fixed length does not have.
+    Raises IndexError, on a CPU, for a position at or beyond cosFormer's M.
     """
     wide = torch.promote_types(dtype, torch.float32)
     cos, sin = ops.rotary_table(positions, config.rotary_dim, ROTARY_BASE, wide)
@@ -63,25 +55,17 @@ def token_positions(config: ModelConfig, positions: Tensor, dtype: torch.dtype) 
 def half_wave(max_length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Sine and cosine of π·t/2M for t from 1 to M: [M, 2].
 
-    A table, taken in Python's float64 one by one: torch's own sines may differ in the last bit
-    with the number of positions that they are asked for.
+    Computed one by one in Python's float64: the last bit of torch's sines may depend on the number
+    of elements.
     """
     angles = [math.pi / 2 * t / max_length for t in range(1, max_length + 1)]
     pairs = [[math.sin(angle), math.cos(angle)] for angle in angles]
-    with torch.inference_mode(False):  # it outlives the step that asks first, and may be trained on
+    with torch.inference_mode(False):  # the cached table is used in training, too
         return torch.tensor(pairs, dtype=torch.float64).to(device, dtype)
 
 
-class Features(NamedTuple):
-    """Mapped queries and keys [..., N, H, K] and values [..., N, H, V]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
 class Mix(Protocol):
-    """All between a layer's two products in one compiled op, as `ops.cottention_mix`."""
+    """A compiled op from a layer's first product to its second, as `ops.cottention_mix`."""
 
     def __call__(
         self,
@@ -98,7 +82,7 @@ class Mix(Protocol):
 
 
 class AllLayers(Protocol):
-    """All blocks of a packed model in one compiled op, as `ops.cottention_layers`."""
+    """A compiled op for all blocks of a packed model, as `ops.cottention_layers`."""
 
     def __call__(
         self,
@@ -118,30 +102,30 @@ class AllLayers(Protocol):
 
 
 class FeatureMap(Protocol):
-    """One kind of attention, as the recurrence sees it."""
+    """What one kind of attention feeds to the recurrence."""
 
     @property
     def layers(self) -> AllLayers | None:
-        """The whole of a packed model's blocks as one op of equal bits, or None."""
+        """An op for all blocks of a packed model, equal to the separate ops to the bit, or None."""
         ...
 
     @property
     def mix(self) -> Mix | None:
-        """Map, recurrence and gelu as one op of equal bits; None where nobody wrote one."""
+        """An op for map, recurrence and gelu, equal to the separate ops to the bit, or None."""
         ...
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, at: TokenPositions, sigma: Tensor, /
     ) -> Features:
-        """Map q, k, v [..., N, H, D]; sigma float64 [H] is σ(m) of the layer, 0 where none is."""
+        """Map q, k, v [..., N, H, D]; sigma float64 [H] is the layer's σ(m), zeros without m."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Cottention:
-    """Cosine similarity (arXiv 2409.18747): rotary, q and k to unit length, v over its position.
+    """Cosine similarity (arXiv 2409.18747): q and k of unit length, v divided by position.
 
-    q′ = N(q), k′ = N(k), v′ = v / j^σ(m) with j the token's position counted from 1 and
+    After rotary, q′ = N(q), k′ = N(k), v′ = v / j^σ(m), with j the token's position from 1 and
     N(x) = x / max(‖x‖₂, 1e-12). There is no denominator and no 1/√d.
     """
 
@@ -156,12 +140,11 @@ class Cottention:
 
 @dataclass(frozen=True, slots=True)
 class CosFormer:
-    """ReLU, reweighted by the cosine of the distance (arXiv 2202.08791), with denominator.
+    """ReLU features, weighted by the cosine of the distance (arXiv 2202.08791), with denominator.
 
     φ_t(x) = [ReLU(x) sin(πt/2M); ReLU(x) cos(πt/2M)] on queries and keys, t counted from 1 and M
     fixed, so that φ_i(q)·φ_j(k) = ReLU(q)·ReLU(k) cos(π(i − j)/2M). No 1/√d. Rotary, where a model
-    has it, comes before the ReLU: it stands for the embeddings of position that the paper's models
-    add to their tokens.
+    has it, is applied before the ReLU, in place of the position embeddings of the paper's models.
     """
 
     mix: Mix | None = None
@@ -181,7 +164,7 @@ class CosFormer:
 class Linear:
     """The linear transformer (arXiv 2006.16236): φ(x) = elu(x) + 1, with denominator.
 
-    Rotary comes before φ, as it comes before Cottention's N: scores stay positive.
+    Rotary is applied before φ, so that scores stay positive.
     """
 
     mix: Mix | None = None
@@ -196,7 +179,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Softmax:
-    """Queries and keys as softmax takes them: rotated. It has no recurrent form."""
+    """Rotary alone, for softmax attention, which has no recurrent form."""
 
     mix: Mix | None = None
     layers: AllLayers | None = None
@@ -215,24 +198,4 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
 """The kinds of attention that are served, as a model folder's `attention_type` names them."""
 
 TRAINED_MAPS: dict[str, FeatureMap] = {**FEATURE_MAPS, "softmax": Softmax()}
-"""Those that are trained and measured: softmax stands beside them and is never served."""
-
-
-@dataclass(frozen=True, slots=True)
-class Recurrence:
-    """An `Attend` on rows of a pool.
-
-    state [S, L, H, V, K] and z [S, L, H, K] or None: of all layers, changed in place.
-    """
-
-    state: Tensor
-    z: Tensor | None
-    segments: ops.Segments
-
-    def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
-        """Views [S, H, V, K] and [S, H, K] or None of one layer."""
-        return self.state[:, index], None if self.z is None else self.z[:, index]
-
-    def __call__(self, index: int, features: Features) -> Tensor:
-        """Mapped q, k, v [N, H, ·] of layer `index` → outputs [N, H, V]; its rows move on."""
-        return ops.recurrent_segments(*features, *self.layer(index), self.segments)
+"""The kinds that are trained and measured: softmax is for comparison and cannot be served."""

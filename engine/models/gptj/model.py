@@ -1,12 +1,9 @@
-"""The model, a GPT-J block around attention of some kind: the definition.
+"""The definition of a GPT-J with some kind of attention: from token ids to logits.
 
-Its modules are named as the published weights are.
+Modules are named as the published weights are. Each layer hands its mapped q, k, v to an `Attend`
+that the caller gives, so that the parallel, chunked and recurrent forms are one model.
 
-Owns the arithmetic of the model between token ids and hidden states or logits. Does not know where
-the recurrence's state lives: each layer hands its mapped q, k, v to an `Attend` that the caller
-gives, so that the parallel, chunked and recurrent forms are one model.
-
-Letters: B batch, T time, N tokens (any leading shape), H heads, D head width, C channels.
+Letters: N tokens (any leading shape), H heads, D head width, V value width, C channels.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,14 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from cottention.engine import ops
-from cottention.engine.models.attention import (
-    TRAINED_MAPS,
-    Features,
-    TokenPositions,
-    token_positions,
-)
-from cottention.engine.models.attention_kinds import ATTENTION_KINDS
-from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.gptj.attention import TRAINED_MAPS, TokenPositions, token_positions
+from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.recurrence import Features
 
 Attend = Callable[[int, Features], Tensor]
 """(layer, mapped q, k, v [..., N, H, ·]) → outputs [..., N, H, V]."""
@@ -32,7 +25,7 @@ Attend = Callable[[int, Features], Tensor]
 class Attention(nn.Module):
     """Projections, and with Cottention m, one learned scalar per head (eq. 5, arXiv 2409.18747)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
         width, bias = config.n_embd, config.attention_bias
         self.q_proj = nn.Linear(width, width, bias=bias)
@@ -53,21 +46,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The two products around gelu_new."""
+    """The two linear layers around gelu_new."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
         self.fc_in = nn.Linear(config.n_embd, config.n_inner)
         self.fc_out = nn.Linear(config.n_inner, config.n_embd)
 
 
 class Block(nn.Module):
-    """x + attn(ln_1(x)) + mlp(ln_1(x)), computed as two stacked products with the step between.
+    """x + attn(ln_1(x)) + mlp(ln_1(x)), as two stacked products with the recurrence between them.
 
-    The weights stay apart, under their published names; `stacked_in` and `stacked_out` join them.
+    The weights have their published names; `stacked_in` and `stacked_out` concatenate them.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config)
@@ -92,7 +85,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Token embeddings, blocks and the last norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -102,7 +95,7 @@ class Transformer(nn.Module):
 class CottentionForCausalLM(nn.Module):
     """The whole model; its state dict has exactly the keys of the published checkpoints."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
@@ -122,14 +115,14 @@ class CottentionForCausalLM(nn.Module):
         return list(cast(Iterable[Block], self.transformer.h))
 
     def take_blocks(self) -> Iterator[Block]:
-        """The layers, in order, each for whoever asks to keep: the model is left without them."""
+        """The layers, in order. Each is removed from the model as it is yielded."""
         while len(self.transformer.h):
             yield cast(Block, self.transformer.h.pop(0))
 
     def _mixed(
         self, block: Block, layer: int, x: Tensor, at: TokenPositions, attend: Attend
     ) -> Tensor:
-        """What attention and MLP of one block add to x [..., N, C]."""
+        """Output of one block's attention and MLP, to be added to x [..., N, C]."""
         joined = nn.functional.linear(block.ln_1(x), *block.stacked_in())
         features, up = split_heads(self.config, joined, block.attn.sigma(), at)
         mixed = attend(layer, features).flatten(-2).to(up.dtype)
@@ -138,14 +131,36 @@ class CottentionForCausalLM(nn.Module):
 
 
 def split_heads(
-    config: ModelConfig, joined: Tensor, sigma: Tensor, at: TokenPositions
+    config: GPTJConfig, joined: Tensor, sigma: Tensor, at: TokenPositions
 ) -> tuple[Features, Tensor]:
     """First product [..., N, 3C + inner] → mapped q, k, v and the MLP's [..., N, inner].
 
-    Features are float32 or wider whatever the model's dtype: the state is kept in them.
+    Features are float32 or wider whatever the model's dtype, as the state is.
     """
     width = config.n_embd
     wide = torch.promote_types(joined.dtype, torch.float32)
     *qkv, up = joined.split([width, width, width, config.n_inner], dim=-1)
     q, k, v = (x.unflatten(-1, (config.n_head, config.head_dim)).to(wide) for x in qkv)
     return TRAINED_MAPS[config.attention_type](q, k, v, at, sigma), up
+
+
+def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a weight is kept: Cottention's m is float32 in a model of any type."""
+    return torch.float32 if name.endswith("norm_const") else dtype
+
+
+def weights_hint(names: Iterable[str], config: GPTJConfig) -> str:
+    """What attention_type should be, where weights of another kind of attention lie beside it."""
+    has_norm_const = any(name.endswith("norm_const") for name in names)
+    said = config.attention_type
+    if has_norm_const == ATTENTION_KINDS[said].has_norm_const:
+        return ""
+    alike = [
+        kind for kind, made in ATTENTION_KINDS.items() if made.has_norm_const == has_norm_const
+    ]
+    like = " or ".join(repr(kind) for kind in sorted(alike))
+    what = "with norm_const" if has_norm_const else "without norm_const"
+    return (
+        f". config.json has attention_type {said!r}, and weights {what} look like those of {like}:"
+        " give attention_type what they were trained with"
+    )

@@ -1,18 +1,10 @@
-"""The model as it is served: each layer two matrix products with the recurrence between them.
+"""A GPT-J as it is served: in each layer two matrix products with the recurrence between them.
 
-Owns the way from ids to logits and the choice of who computes the layers: `packed.py` where there
-are compiled ops for it, torch elsewhere. Computes what `model.py` defines; does not know where
-state lives, who the tokens belong to or what becomes of the logits.
+`PackedLayers` has the layers on a CPU with compiled ops: packed weights, activations in float32,
+buffers that are kept from step to step. `TorchLayers` has them in torch's own operations, on any
+device and in any type. Both compute what `model.py` defines.
 
 Letters: N tokens, R rows, C channels.
-
-The layers on a CPU with compiled ops: packed weights, activations in float32, buffers that stay.
-
-Owns the packed weights and the buffers between a block's parts (norm, first product, all that is
-between, second product added to the residual), which are one op for all blocks where the feature
-map has such an op, and an op each where it has none. Does not know embeddings or logits.
-
-Letters: N tokens, C channels.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from cottention.engine import ops
-from cottention.engine.models.attention import (
+from cottention.engine.models.gptj.attention import (
     FEATURE_MAPS,
     Mix,
-    Recurrence,
     TokenPositions,
     token_positions,
 )
-from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.gptj import Block, CottentionForCausalLM, split_heads
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import Block, CottentionForCausalLM, split_heads
+from cottention.engine.models.recurrence import Recurrence
 
 Product = Callable[[Tensor], Tensor]
 """x [N, in] → [N, out]."""
@@ -41,19 +33,19 @@ class Layers(Protocol):
     """All blocks of a model, in order."""
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
-        """x [N, C] after the last block; the batch's rows of every layer move on."""
+        """x [N, C] → x after the last block; the batch's rows of every layer are updated."""
         ...
 
 
-class ServedModel:
-    """A `CottentionForCausalLM` rearranged for inference.
+class ServedGPTJ:
+    """A `CottentionForCausalLM` arranged for inference.
 
-    Takes the weights of what it is given, one block at a time, and leaves it without them.
+    The weights are moved out of the model block by block, so that they are in memory once.
     """
 
     def __init__(self, model: CottentionForCausalLM, device: str) -> None:
-        self.config: ModelConfig = model.config
-        # a copy: the original may be a view of a whole file, which would stay mapped
+        self.config: GPTJConfig = model.config
+        # a copy: the original may be a view of the weights file, which would remain mapped
         self._embedding = model.transformer.wte.weight.to(device, copy=True)
         del model.transformer.wte
         weight = model.lm_head.weight
@@ -91,10 +83,11 @@ class TorchLayer:
 class TorchLayers:
     """The layers in torch's own operations, on any device and in any type.
 
-    Where CUDA has an op for all that is between the products, it takes what is not cut into chunks.
+    On CUDA a compiled op, where there is one, computes all between the two products for batches
+    that are not prefilled in chunks.
     """
 
-    def __init__(self, config: ModelConfig, device: str, blocks: Iterable[Block]) -> None:
+    def __init__(self, config: GPTJConfig, device: str, blocks: Iterable[Block]) -> None:
         self._config = config
         self._layers = [_torch_layer(block, device) for block in blocks]
         fits = ops.can_mix(device, config.head_dim)
@@ -111,7 +104,7 @@ class TorchLayers:
     def _in_torch(
         self, index: int, joined: Tensor, at: TokenPositions, recurrence: Recurrence
     ) -> Tensor:
-        """First product [N, 3C + inner] → what the second takes, [N, C + inner]."""
+        """First product [N, 3C + inner] → input of the second, [N, C + inner]."""
         features, up = split_heads(self._config, joined, self._layers[index].sigma, at)
         mixed = recurrence(index, features).flatten(-2).to(up.dtype)
         return torch.cat([mixed, ops.gelu_new(up)], dim=-1)
@@ -138,7 +131,7 @@ def _torch_layer(block: Block, device: str) -> TorchLayer:
 
 
 def product(weight: Tensor, bias: Tensor, device: str) -> Product:
-    """x Wᵀ + bias on `device`. In float32 on a CPU, a row's bits do not depend on its company."""
+    """x Wᵀ + bias on `device`. In float32 on a CPU a row's bits do not depend on other rows."""
     weight, bias = weight.to(device), bias.to(device)
     if device == "cpu" and (weight.dtype == torch.float32 or ops.can_pack(weight)):
         return ops.FixedOrderLinear(weight, bias)
@@ -146,9 +139,9 @@ def product(weight: Tensor, bias: Tensor, device: str) -> Product:
 
 
 class PackedLayers:
-    """All blocks of a model; a row's bits do not depend on the rows beside it."""
+    """All blocks of a model on a CPU; a row's bits do not depend on other rows."""
 
-    def __init__(self, config: ModelConfig, _device: str, blocks: Iterable[Block]) -> None:
+    def __init__(self, config: GPTJConfig, _device: str, blocks: Iterable[Block]) -> None:
         self._layers = [PackedLayer(config, index, block) for index, block in enumerate(blocks)]
         self._weights = [weight for layer in self._layers for weight in layer.weights()]
         self._epsilon = config.layer_norm_epsilon
@@ -170,16 +163,16 @@ class PackedLayers:
         return x
 
     def _rows(self, num_tokens: int) -> list[Tensor]:
-        """Buffers [N, ·], kept from step to step; they grow to the largest batch that came."""
+        """Buffers [N, ·], kept from step to step; they grow to the largest batch so far."""
         if num_tokens > len(self._buffers[0]):
             self._buffers = [torch.empty(num_tokens, x.shape[1]) for x in self._buffers]
         return [buffer[:num_tokens] for buffer in self._buffers]
 
 
 class PackedLayer:
-    """One block."""
+    """One block, with packed weights."""
 
-    def __init__(self, config: ModelConfig, index: int, block: Block) -> None:
+    def __init__(self, config: GPTJConfig, index: int, block: Block) -> None:
         self._config = config
         self._index = index
         self._norm = ops.FixedOrderNorm(block.ln_1.weight, block.ln_1.bias, block.ln_1.eps)
@@ -204,7 +197,7 @@ class PackedLayer:
         joined: Tensor,
         mixed: Tensor,
     ) -> None:
-        """Add to x [N, C] what attention and MLP make of it.
+        """Add the output of attention and MLP to x [N, C], in place.
 
         normed [N, C], joined [N, 3C + inner] and mixed [N, C + inner] are overwritten.
         """

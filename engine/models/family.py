@@ -1,0 +1,77 @@
+"""What a model family consists of: its configuration, its default context policy, its torch code.
+
+`registry.py` lists the families. Nothing here loads torch: `ModelFamily.implementation` imports a
+family's torch modules when a model is loaded.
+
+Letters: N tokens, R rows, C channels.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from cottention.engine.models.config import ModelConfig
+from cottention.engine.state.context_window import ContextPolicy
+
+if TYPE_CHECKING:  # a configuration is read, and its state's size known, without torch
+    import torch
+    from torch import Tensor
+
+    from cottention.engine.models.recurrence import Recurrence
+
+ConfigT = TypeVar("ConfigT", bound=ModelConfig)
+ModelT = TypeVar("ModelT")
+
+
+class ServedModel(Protocol):
+    """A model arranged for inference. Its state is in the pool, never in the model."""
+
+    def hidden(self, ids: "Tensor", positions: "Tensor", recurrence: "Recurrence") -> "Tensor":
+        """ids and positions int64 [N] → hidden states [N, C]; the batch's rows are updated."""
+        ...
+
+    def logits(self, hidden: "Tensor") -> "Tensor":
+        """Hidden states [R, C] → logits float32 [R, vocab_size]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelImplementation(Generic[ConfigT, ModelT]):
+    """The part of a family that needs torch.
+
+    build: the model as an `nn.Module` whose state dict has the names and shapes of the published
+    weights; it is called with torch's default device set to "meta".
+    weight_dtype: (name of a weight, dtype of the model) → dtype that it is kept in.
+    weights_hint: (names in the files, config) → what may be wrong where they are not the model's,
+    to follow the list of faults in the message, or "".
+    serve: (model with its weights, device) → the model arranged for inference. It may take the
+    model apart.
+    """
+
+    build: Callable[[ConfigT], ModelT]
+    weight_dtype: "Callable[[str, torch.dtype], torch.dtype]"
+    weights_hint: Callable[[Iterable[str], ConfigT], str]
+    serve: Callable[[ModelT, str], ServedModel]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily(Generic[ConfigT, ModelT]):
+    """One family of models.
+
+    config: reads a config.json, and knows the state and the arithmetic that follow from it.
+    context_policy: the default for models of this family.
+    implementation: imports the family's torch modules.
+    """
+
+    config: type[ConfigT]
+    context_policy: ContextPolicy
+    implementation: Callable[[], ModelImplementation[ConfigT, ModelT]]
+
+    @property
+    def model_type(self) -> str:
+        """The name that a config.json gives the family."""
+        return self.config.model_type
+
+
+AnyFamily = ModelFamily[Any, Any]
+"""A family whose model and configuration are not known to the type checker."""

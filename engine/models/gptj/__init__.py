@@ -1,0 +1,1 @@
+"""The `gptj` family: GPT-J blocks around Cottention, cosFormer or linear attention."""

@@ -1,0 +1,43 @@
+"""The recurrence of one batch, on rows of the pool.
+
+Letters: N tokens, S rows of the pool, L layers, H heads, V value width, K key width.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cottention.engine import ops
+
+
+class Features(NamedTuple):
+    """Queries and keys [..., N, H, K] and values [..., N, H, V], as the recurrence takes them."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class Recurrence:
+    """Updates the rows of one batch, in place.
+
+    tensors: the pool's, by name. state [S, L, H, V, K] and z [S, L, H, K] or None: those named
+    `state` and `denominator`. segments: which row each token belongs to.
+    """
+
+    __slots__ = ("segments", "state", "tensors", "z")
+
+    def __init__(self, tensors: Mapping[str, Tensor], segments: ops.Segments) -> None:
+        self.tensors = tensors
+        self.segments = segments
+        self.state = tensors["state"]
+        self.z = tensors.get("denominator")
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Views [S, H, V, K] and [S, H, K] or None of one layer."""
+        return self.state[:, index], None if self.z is None else self.z[:, index]
+
+    def __call__(self, index: int, features: Features) -> Tensor:
+        """Mapped q, k, v [N, H, ·] of layer `index` → outputs [N, H, V]; its rows are updated."""
+        return ops.recurrent_segments(*features, *self.layer(index), self.segments)

@@ -1,0 +1,39 @@
+"""The model families by the `model_type` of a config.json. Loads no torch."""
+
+from pathlib import Path
+from typing import Any
+
+from cottention.engine.errors import ModelFolderError
+from cottention.engine.models.config import ModelConfig, read_json
+from cottention.engine.models.family import AnyFamily
+from cottention.engine.models.gptj.family import GPTJ
+
+FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in (GPTJ,)}
+
+
+def find_family(model_type: object, where: str) -> AnyFamily:
+    """The family of this name; `where` names the file in the message. Raises ModelFolderError."""
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        known = ", ".join(map(repr, sorted(FAMILIES)))
+        raise ModelFolderError(
+            f"{where}: model_type is {model_type!r}, which is not supported; supported are: {known}"
+        )
+    return family
+
+
+def family_of(config: ModelConfig) -> AnyFamily:
+    """The family that a configuration belongs to."""
+    return FAMILIES[config.model_type]
+
+
+def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
+    """The configuration in a config.json's object. Raises ModelFolderError."""
+    config: ModelConfig = find_family(raw.get("model_type"), where).config.from_dict(raw, where)
+    return config
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read and check `folder`/config.json. Raises ModelFolderError."""
+    path = folder / "config.json"
+    return parse_config(read_json(path), str(path))
