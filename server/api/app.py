@@ -32,8 +32,8 @@ from cottention.server.limits.api_keys import (
     NAME_LENGTH,
     ApiKey,
     ApiKeyMiddleware,
-    asks_for_key,
-    owner_by,
+    owner_id,
+    requires_key,
 )
 from cottention.server.limits.key_limits import KeyLimits
 from cottention.server.limits.rate_limit import KeyUsage, RateLimitMiddleware
@@ -89,7 +89,7 @@ def create_app(
     app.state.context = Context(bridge, config, registry, kept, turns, template)
     for router in ROUTERS:
         app.include_router(router)
-    publish(app, BODIES, lambda path: asks_for_key(path, config))
+    publish(app, BODIES, lambda path: requires_key(path, config))
     add_error_handlers(app)
     _add_middleware(app, keys, config, bridge)
     return app
@@ -115,11 +115,11 @@ def _new_app(bridge: AsyncEngine, turns: TurnQueue) -> FastAPI:
     )
 
 
-def _accounts(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, KeyUsage]:
-    """By owner; without keys, the one of everybody."""
+def _usage_by_owner(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, KeyUsage]:
+    """One for each key; without keys, one for all clients."""
     if not keys:
-        return {"": KeyUsage("", KeyLimits.of(config))}
-    owners = [(owner_by(key.secret), key) for key in keys]
+        return {"": KeyUsage("", KeyLimits.from_config(config))}
+    owners = [(owner_id(key.secret), key) for key in keys]
     return {owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits) for owner, key in owners}
 
 
@@ -127,10 +127,10 @@ def _add_middleware(
     app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig, bridge: AsyncEngine
 ) -> None:
     """From the innermost to the outermost: a refused key is seen by pages and has an id, too."""
-    accounts = _accounts(keys, config)
-    app.add_middleware(RateLimitMiddleware, accounts=accounts)
+    usage = _usage_by_owner(keys, config)
+    app.add_middleware(RateLimitMiddleware, usage_by_owner=usage)
     app.add_middleware(
-        ApiKeyMiddleware, owners=list(accounts) if keys else [], metrics_key=config.metrics_key
+        ApiKeyMiddleware, owners=list(usage) if keys else [], metrics_key=config.metrics_key
     )
     if config.cors_origin:
         app.add_middleware(

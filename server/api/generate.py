@@ -19,7 +19,7 @@ from cottention.server.generation.sse import Events, EventStream, closing, usage
 from cottention.server.http.body import announced_bytes, parse_object, read_body, shown
 from cottention.server.http.errors import ApiError
 from cottention.server.http.request_id import request_id_of
-from cottention.server.limits.rate_limit import note
+from cottention.server.limits.rate_limit import track
 from cottention.server.schemas.base import Body, checked
 from cottention.server.sessions.turn_queue import caller_of, owner_of
 
@@ -84,7 +84,7 @@ async def answer(
     choices = kind.choices(order, context.bridge.engine.tokenizer)
     scope = f"{owner_of(request)}\n{order.cache_scope}"
     reading = await context.bridge.open(name, replace(order, cache_scope=scope))
-    note(request.scope, order, reading)
+    track(request.scope, order, reading)
     if order.is_stream:
         events = Events(heading, choices, order)
         return EventStream(reading, events, context.config.sse_keep_alive_seconds)

@@ -22,7 +22,7 @@ from cottention.server.generation.request import (
 from cottention.server.generation.responses import whole_pieces
 from cottention.server.generation.sse import closing
 from cottention.server.http.request_id import request_id_of
-from cottention.server.limits.rate_limit import note
+from cottention.server.limits.rate_limit import track
 from cottention.server.schemas.base import checked
 from cottention.server.schemas.responses import JsonObject
 from cottention.server.schemas.session_responses import (
@@ -184,7 +184,7 @@ async def _read_in(
     order = replace(in_session(order, start, context.bridge.engine.tokenizer), start=start)
     order = replace(order, deadline=deadline_of(order, context.config, now))
     reading = await context.bridge.open(f"session-{request_id_of(request)}", order)
-    note(request.scope, order, reading)
+    track(request.scope, order, reading)
     async with closing(reading, request.receive):
         state = (await whole_pieces(reading))[0].state
     assert state is not None, "no text was generated that could have been cut"

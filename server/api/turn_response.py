@@ -19,7 +19,7 @@ from cottention.server.generation.request import GenerationRequest, TurnOptions,
 from cottention.server.generation.responses import EndpointFormat, told_whole, whole_pieces
 from cottention.server.generation.sse import Events, EventStream, closing, usage_of
 from cottention.server.http.errors import expired
-from cottention.server.limits.rate_limit import note
+from cottention.server.limits.rate_limit import track
 from cottention.server.observability.access_log import RequestRecord, request_record
 from cottention.server.schemas.session_responses import etag_of, shape_in_answer
 from cottention.server.sessions.live_events import LiveEventResponse, LiveEvents
@@ -65,7 +65,7 @@ class TurnResponse(Response):
             table = tokenizer.token_bytes if skips else tokenizer.written_bytes
             turn.set_prompt(start, order.prompts[0], table, policies.window)
             reading = await context.bridge.open(self._name, order)
-            note(scope, order, reading)
+            track(scope, order, reading)
             stack.callback(reading.close)
             if terms.on_disconnect == "continue":
                 work = reading, turn, stack.pop_all()
@@ -97,7 +97,7 @@ class TurnResponse(Response):
         live = LiveEvents(context.config.session_event_log_bytes)
         told = TurnEvents(reading, self._events(), turn, live.log_ending_with, gathers=is_whole)
         key = (self._caller.owner, turn.session_id)
-        record.going_on = going = context.turns.detach(key, live, _tell(told, live, stack))
+        record.background_turn = going = context.turns.detach(key, live, _tell(told, live, stack))
         if not is_whole:
             return LiveEventResponse(live, 0, context.config.sse_keep_alive_seconds)
         await until_done(going, receive)
