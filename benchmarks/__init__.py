@@ -1,1 +1,1 @@
-"""Measurements of the server, each as a ratio to a floor or a peer taken in the same run."""
+"""Benchmarks of the server. Each reports ratios to a baseline measured in the same run."""

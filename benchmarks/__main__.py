@@ -1,8 +1,8 @@
-"""All benchmarks one after the other: `python -m benchmarks [--quick] [--json FILE]`."""
+"""Runs all benchmarks in turn: `python -m benchmarks [--quick] [--json FILE]`."""
 
 from benchmarks import (
-    company,
     decode,
+    long_prefill,
     memory,
     position,
     renewal,
@@ -13,7 +13,7 @@ from benchmarks import (
 )
 from benchmarks.common import Report, machine, parser, write_json
 
-BENCHMARKS = (step, decode, sampling, serving, company, position, memory, sessions, renewal)
+BENCHMARKS = (step, decode, sampling, serving, long_prefill, position, memory, sessions, renewal)
 
 
 def main() -> None:

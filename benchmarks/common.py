@@ -1,4 +1,4 @@
-"""What all benchmarks share: the command line, the machine's name, tables and JSON."""
+"""Shared parts of the benchmarks: command line, description of the machine, tables and JSON."""
 
 import argparse
 import json
@@ -17,21 +17,21 @@ Report = dict[str, Any]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """--quick ends within a minute; --json FILE keeps the figures."""
+    """Options of all benchmarks: --quick, --json FILE."""
     options = argparse.ArgumentParser(description=description)
     options.add_argument("--quick", action="store_true", help="fewer repetitions, under a minute")
-    options.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    options.add_argument("--json", type=Path, metavar="FILE", help="also write the figures as JSON")
     return options
 
 
 def run(description: str, measure: Callable[[bool], Report]) -> None:
-    """A benchmark's main: parse, measure, write."""
+    """Main function of a benchmark: parse, measure, write JSON."""
     arguments = parser(description).parse_args()
     _write(arguments, measure(arguments.quick))
 
 
 def run_on_device(description: str, measure: Callable[[bool, Device], Report]) -> None:
-    """The same for a benchmark that can run on a GPU: --device says where."""
+    """As `run`, for a benchmark that can run on a GPU: --device."""
     options = parser(description)
     options.add_argument("--device", choices=DEVICES, default="cpu", help="default: cpu")
     arguments = options.parse_args()
@@ -44,12 +44,12 @@ def _write(arguments: argparse.Namespace, figures: Report) -> None:
 
 
 def write_json(path: Path, report: Report) -> None:
-    """Figures as JSON, readable."""
+    """Write figures as indented JSON."""
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def machine() -> Report:
-    """What the figures were measured on."""
+    """The hardware and software of the measurement."""
     return {
         "cpu": _cpu_name(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -68,9 +68,9 @@ def _cpu_name() -> str:
 
 
 def show(title: str, rows: Sequence[Mapping[str, object]]) -> None:
-    """A table with the keys of the first row as its head, and below it what it was measured on.
+    """Print a table with the keys of the first row as headings, and the machine below it.
 
-    Plain text by plain means: a bare machine with a GPU has no package that draws tables.
+    No table library is used: gpu-check runs where only torch and a few packages are installed.
     """
     cells = [list(rows[0]), *([_cell(x) for x in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -93,5 +93,5 @@ def _where() -> str:
 
 
 def percentile(values: Sequence[float], percent: int) -> float:
-    """The value that `percent` of a hundred do not exceed."""
+    """The given percentile of the values, 1 to 99, by linear interpolation."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

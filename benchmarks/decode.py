@@ -1,9 +1,9 @@
-"""Decode of whole models with random weights, beside its floor and beside softmax attention.
+"""Decode of whole models with random weights, compared with memory bandwidth and softmax attention.
 
-The floor is the time to read all weights once and to stream the batch's states in and out, at the
-best speeds that this machine shows around the model's steps: memory swings, and a reading taken in
-a bad moment would be a floor that the product goes below. The peer is `transformers` GPT-J with its
-KV cache, dynamic and static, where that is installed.
+The floor is the time to read all weights once and to read and write the states of the batch, at the
+best bandwidth measured during the run: bandwidth varies, and a low reading would give a floor that
+a step can go below. The baseline is the GPT-J of `transformers` with its KV cache, dynamic and
+static, if that is installed.
 """
 
 import itertools
@@ -28,13 +28,13 @@ BATCHES = {"cpu": (1, 8, 64), "cuda": (1, 8, 64, 512)}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
 PEERS = ((1, 1024), (8, 1024), (1, 8192), (8, 8192))
-"""Batch and context of the softmax model."""
+"""Batch size and context length of the softmax model."""
 
 Rows = list[dict[str, object]]
 
 
 class Memory:
-    """The best bytes per second of all readings taken so far."""
+    """The highest bandwidths, in bytes per second, of all readings so far."""
 
     def __init__(self, device: Device, at_least: float) -> None:
         self._device = device
@@ -43,18 +43,18 @@ class Memory:
         self.read = self.stream = 0.0
 
     def take(self) -> None:
-        """One reading more."""
+        """Take one more reading."""
         self.read = max(self.read, self._device.read_speed(self._at_least))
         streamed = speed(self._device, self._moved, at_least=self._at_least)
         self.stream = max(self.stream, streamed)
 
     def floor(self, weight_bytes: int, moved_bytes: int) -> float:
-        """Seconds to read the weights and to stream the states."""
+        """Seconds to read the weights and to read and write the states."""
         return weight_bytes / self.read + moved_bytes / self.stream
 
 
 class Decoder:
-    """A model, its pool and `batch` streams of one token a step."""
+    """A model and its state pool, for up to `batch` streams."""
 
     def __init__(self, config: GPTJConfig, dtype: torch.dtype, batch: int, device: Device) -> None:
         model = random_model(config, dtype)
@@ -70,7 +70,7 @@ class Decoder:
 
 
 class Streams:
-    """A call is a step: an id for each stream, greedy, its position one further."""
+    """Each call is one greedy step of all streams."""
 
     def __init__(self, model: ServedGPTJ, pool: StatePool, batch: int, device: str) -> None:
         self._model = model
@@ -87,7 +87,7 @@ class Streams:
 
 
 def measure(quick: bool, device: Device | None = None) -> Report:
-    """Tables of decode and of the peer; every figure is a median of steps."""
+    """Tables of decode and of the baseline; all times are medians of steps."""
     device = device or Cpu()
     check(device)
     at_least = 1.0 if quick else 6.0
@@ -98,20 +98,20 @@ def measure(quick: bool, device: Device | None = None) -> Report:
         for name, kind in cases[: 2 if quick else 4]
         for row in _decode(device, name, kind, memory, at_least)
     ]
-    show("Decode, random weights, one token a stream and step", rows)
+    show("Decode, random weights, one token per stream and step", rows)
     smaller = [row for row in rows if row["shape"] == "300M"]
     peers = _peers(device, smaller, at_least, PEERS[:2] if quick else PEERS)
     if peers:
-        show("transformers GPT-J (softmax) in the 300M shape, float32", peers)
-    summary = [_many_beside_one(smaller)]
-    show("64 streams in bfloat16 beside one in float32, 300M", summary)
+        show("transformers GPT-J (softmax), 300M shape, float32", peers)
+    summary = [_many_and_one(smaller)]
+    show("64 streams in bfloat16 compared with 1 in float32, 300M", summary)
     speeds = {"read": 1e-9 * memory.read, "stream": 1e-9 * memory.stream}
-    show("Memory, best of the readings, GB/s", [speeds])
+    show("Memory bandwidth, best reading, GB/s", [speeds])
     return {"decode": rows, "softmax": peers, "many": summary, **speeds}
 
 
 def check(device: Device) -> None:
-    """Refuse to measure a model that computes something else: two layers against float64."""
+    """Exit if the logits differ from float64: a model of two layers."""
     config = GPTJConfig(640, 1024, 2, 16, 64, rotary_dim=64, n_inner=3072)
     ids, positions = torch.arange(12) * 50, torch.arange(12)
     for kind, dtype in TYPES.items():
@@ -120,7 +120,7 @@ def check(device: Device) -> None:
             logits = _served_logits(config, dtype, ids, positions, device.name).cpu()
         error = float((logits - expected).abs().max() / expected.std())
         if error > TOLERANCES[kind]:
-            raise SystemExit(f"{kind} is off by {error:.1e}: nothing is reported")
+            raise SystemExit(f"{kind} has a relative error of {error:.1e}: nothing is reported")
 
 
 def _served_logits(
@@ -130,7 +130,7 @@ def _served_logits(
     positions: torch.Tensor,
     device: str,
 ) -> torch.Tensor:
-    """Logits of a prompt as the engine computes them."""
+    """Logits of a prompt, computed as in the engine."""
     served = ServedGPTJ(random_model(config, dtype), device)
     pool = StatePool(config.state_spec(), 1, device)
     recurrence = Recurrence(pool.tensors, ops.Segments.of([0], [len(ids)], 1, device))
@@ -142,12 +142,12 @@ def _attend(_: int, features: Features) -> torch.Tensor:
 
 
 def _unread(model: torch.nn.Module) -> int:
-    """Bytes of the embeddings: a step reads one row of them for each stream."""
+    """Bytes of the embedding table, of which a step reads only one row per stream."""
     return sum(x.nbytes for name, x in model.named_parameters() if "wte" in name)
 
 
 def _decode(device: Device, name: str, kind: str, memory: Memory, at_least: float) -> Rows:
-    """A row for each batch; the memory is read before the first, and after each."""
+    """One row per batch size; bandwidth is measured before the first and after each."""
     batches = BATCHES[device.name]
     decoder = Decoder(SHAPES[name], TYPES[kind], max(batches), device)
     took: dict[int, float] = {}
@@ -156,39 +156,39 @@ def _decode(device: Device, name: str, kind: str, memory: Memory, at_least: floa
         took[batch] = statistics.median(seconds(device, decoder.streams(batch), at_least=at_least))
         memory.take()
     shape = {"shape": name, "weights": kind}
-    return [shape | _beside_floor(decoder, batch, took[batch], memory) for batch in batches]
+    return [shape | _with_floor(decoder, batch, took[batch], memory) for batch in batches]
 
 
-def _beside_floor(decoder: Decoder, batch: int, took: float, memory: Memory) -> dict[str, object]:
+def _with_floor(decoder: Decoder, batch: int, took: float, memory: Memory) -> dict[str, object]:
     moved = 2 * batch * decoder.state_bytes
     floor = memory.floor(decoder.weight_bytes, moved)
     return {
         "batch": batch,
-        "ms a step": 1e3 * took,
+        "ms/step": 1e3 * took,
         "tokens/s": batch / took,
-        "GB a step": 1e-9 * (decoder.weight_bytes + moved),
+        "GB/step": 1e-9 * (decoder.weight_bytes + moved),
         "floor ms": 1e3 * floor,
         "floor / step": floor / took,
     }
 
 
 def _peers(device: Device, rows: Rows, at_least: float, cases: Sequence[tuple[int, int]]) -> Rows:
-    """Steps of the softmax model, and how many times as long as ours in float32 they take."""
+    """Steps of the softmax model, and the ratio of their time to ours in float32."""
     if device.name != "cpu" or find_spec("transformers") is None:
         return []
-    ours = {row["batch"]: row["ms a step"] for row in rows if row["weights"] == "float32"}
+    ours = {row["batch"]: row["ms/step"] for row in rows if row["weights"] == "float32"}
     model = softmax.build(SHAPES["300M"], max(context for _, context in cases))
     peers: Rows = []
     for (batch, context), kind in itertools.product(cases, softmax.CACHES):
         stream = softmax.Stream(model, kind, batch, context)
         took = 1e3 * statistics.median(seconds(device, stream, at_least=at_least / 3, most=10))
-        peer = {"cache": kind, "batch": batch, "context": context, "ms a step": took}
-        peers.append(peer | {"ours, ms": ours[batch], "peer / ours": took / ours[batch]})
-        del stream  # its cache would stand beside the next
+        peer = {"cache": kind, "batch": batch, "context": context, "ms/step": took}
+        peers.append(peer | {"ours ms/step": ours[batch], "peer / ours": took / ours[batch]})
+        del stream  # frees its cache before the next is allocated
     return peers
 
 
-def _many_beside_one(rows: Rows) -> dict[str, object]:
+def _many_and_one(rows: Rows) -> dict[str, object]:
     speed = {(row["weights"], row["batch"]): row["tokens/s"] for row in rows}
     many, one = speed["bfloat16", 64], speed["float32", 1]
     return {"64 in bfloat16, tokens/s": many, "1 in float32, tokens/s": one, "ratio": many / one}

@@ -1,4 +1,4 @@
-"""A device as the benchmarks see it: how its work is timed, and how fast its memory is."""
+"""The devices that benchmarks run on: timing, and measurement of memory bandwidth."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ Work = Callable[[], object]
 
 
 class Stream(NamedTuple):
-    """Work that does nothing but move so many bytes, in and out together."""
+    """Work that only reads and writes memory; num_bytes counts both."""
 
     work: Work
     num_bytes: int
@@ -26,26 +26,26 @@ class Device(Protocol):
     name: str
 
     def repeatable(self, work: Work) -> Work:
-        """Work as the engine would repeat it."""
+        """The work as the engine repeats it: on CUDA, a captured graph."""
         ...
 
     def time(self, work: Work) -> float:
-        """Seconds that one call takes."""
+        """Seconds of one call."""
         ...
 
     def read_speed(self, at_least: float) -> float:
-        """Bytes per second at which memory is read."""
+        """Read bandwidth in bytes per second."""
         ...
 
     def stream(self, x: Tensor) -> Stream:
-        """Moves x at the speed of memory; its values are lost."""
+        """Reads and writes x at memory bandwidth; overwrites it."""
         ...
 
 
 def seconds(device: Device, work: Work, *, at_least: float, most: int = 10_000) -> list[float]:
-    """Times of `work`, repeated for `at_least` seconds and three times at least, in rising order.
+    """Sorted times of calls of `work`, for `at_least` seconds and at least three calls.
 
-    Two calls go before, unmeasured.
+    Two calls before are not measured.
     """
     work()
     work()
@@ -56,9 +56,9 @@ def seconds(device: Device, work: Work, *, at_least: float, most: int = 10_000) 
 
 
 def medians(device: Device, works: Sequence[Work], *, at_least: float) -> list[float]:
-    """Median times of works that take turns, for `at_least` seconds each and three turns at least.
+    """Median times of works called in turn, for `at_least` seconds each, at least three turns.
 
-    Each goes once unmeasured in its turn: it finds in the caches what it left there itself.
+    In its turn each is called once unmeasured, so that the caches hold its own data.
     """
     rounds: list[list[float]] = []
     while len(rounds) < 3 or sum(map(sum, rounds)) < at_least * len(works):
@@ -82,7 +82,7 @@ def _read_speed(device: Device, x: Tensor, at_least: float) -> float:
 
 
 class Cpu:
-    """All threads together; the stream changes memory in place."""
+    """All threads; the stream scales memory in place."""
 
     name = "cpu"
 
@@ -102,7 +102,7 @@ class Cpu:
 
 
 class Cuda:
-    """The first GPU; work is a captured graph, the stream a copy from memory to memory."""
+    """The first GPU; work is a captured graph, the stream copies one half of x to the other."""
 
     name = "cuda"
 
@@ -121,7 +121,7 @@ class Cuda:
         return _read_speed(self, torch.ones(2**30, device=self.name), at_least)
 
     def stream(self, x: Tensor) -> Stream:
-        source, target = x.view(2, -1)  # a second x might not fit beside the first
+        source, target = x.view(2, -1)  # two tensors might not fit
         return Stream(lambda: target.copy_(source), x.nbytes)
 
 

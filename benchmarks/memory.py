@@ -1,9 +1,8 @@
-"""Memory of one stream as it grows old, beside what a softmax model's cache would take.
+"""Memory of one stream as it grows, compared with the KV cache of a softmax model.
 
-As the paper has it (`exact`): renewal adds a row to each slot, whatever its age, and no more.
-
-The pool's bytes are compared with `StateSpec` to the byte; resident memory of the process is read
-while one stream runs from token 1,000 to token 50,000.
+Uses the exact recurrence; renewal adds one row per slot, whatever the age. The pool's size is
+compared with `StateSpec` exactly; resident memory of the process is read while one stream runs from
+token 1,000 to token 50,000.
 """
 
 import os
@@ -23,21 +22,21 @@ BYTES_PER_ELEMENT = 4
 
 
 def measure(quick: bool) -> Report:
-    """Resident bytes at a few ages of one stream; table and plot."""
+    """Resident bytes at several ages of one stream; table and plot."""
     last = 5_000 if quick else 50_000
     engine = Engine(config=EngineConfig(max_slots=64, context_policy="exact"))
     ages = sorted({FIRST, *range(last // 10, last + 1, last // 10)})
     resident = _resident_by_age(engine, ages)
     rows = [_row(engine.model_config, age, resident[FIRST], resident[age]) for age in ages]
-    show("Memory of one stream, by its age in tokens", rows)
+    show("Memory of one stream, by number of tokens", rows)
     pool = _pool(engine)
-    show("The pool", [pool])
+    show("State pool", [pool])
     _draw(engine, ages, resident)
     return {"memory": rows, "pool": pool, "spread_mib": _spread(resident), "plot": str(PLOT)}
 
 
 def _resident_by_age(engine: Engine, ages: list[int]) -> dict[int, int]:
-    """Resident bytes of this process when one stream has generated so many tokens."""
+    """Resident bytes of this process by the number of generated tokens."""
     process = psutil.Process(os.getpid())
     params = SamplingParams(max_tokens=ages[-1], seed=1, ignore_eos=True)
     resident = {}
@@ -48,7 +47,7 @@ def _resident_by_age(engine: Engine, ages: list[int]) -> dict[int, int]:
 
 
 def kv_cache_bytes(config: GPTJConfig, tokens: int) -> int:
-    """What the keys and values of a softmax model of this shape take in float32."""
+    """Bytes of the float32 keys and values of a softmax model of this shape."""
     return 2 * config.n_layer * config.n_embd * BYTES_PER_ELEMENT * tokens
 
 
@@ -56,7 +55,7 @@ def _row(config: GPTJConfig, age: int, at_first: int, resident: int) -> dict[str
     return {
         "tokens": age,
         "resident MiB": resident / 2**20,
-        "grown by MiB": (resident - at_first) / 2**20,
+        "growth MiB": (resident - at_first) / 2**20,
         "softmax cache MiB": kv_cache_bytes(config, age) / 2**20,
     }
 
@@ -67,7 +66,7 @@ def _pool(engine: Engine) -> dict[str, object]:
         raise SystemExit(f"the pool has {engine.pool.nbytes} bytes, not {slots} x {each}")
     return {
         "slots": slots,
-        "bytes a slot": each,
+        "bytes per slot": each,
         "pool bytes": engine.pool.nbytes,
         "equal to StateSpec x slots": "yes",
     }
@@ -78,7 +77,7 @@ def _spread(resident: dict[int, int]) -> float:
 
 
 def _draw(engine: Engine, ages: list[int], resident: dict[int, int]) -> None:
-    """One line that stays flat and one that does not."""
+    """Plot both against the number of tokens."""
     mpl.use("Agg")
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     cache = [kv_cache_bytes(engine.model_config, age) / 2**20 for age in ages]

@@ -1,8 +1,8 @@
-"""Time per token at far positions beside near ones: the ratio is the promise.
+"""Time per token at large positions compared with small ones: it should not depend on the position.
 
-As the paper has it (`exact`). Streams are brought to position 100 and 50,000 by reading a prompt of
-that length; positions 1,000 and 1,000,000 are set. Both then take steps by turns, so that whatever
-else the machine does falls on both.
+Uses the exact recurrence. Streams reach positions 100 and 50,000 by prefilling a prompt of that
+length; positions 1,000 and 1,000,000 are set. The engines take steps in turn, so that other load
+affects both alike.
 """
 
 import statistics
@@ -11,18 +11,18 @@ import time
 from benchmarks.common import Report, run, show
 from cottention.engine import Engine, EngineConfig, SamplingParams
 
-READ = 100, 50_000
+PREFILLED = 100, 50_000
 SET = 1_000, 1_000_000
 BATCHES = (1, 8, 64)
 
 
 def measure(quick: bool) -> Report:
-    """Median seconds of a decode step with all rows at one position, for several batch sizes."""
+    """Median time of a decode step with all rows at one position, for several batch sizes."""
     batches, num_steps = BATCHES[: 2 if quick else 3], 150 if quick else 1_000
-    read = [_ratio(READ, [_engine_at(p, n) for p in READ], n, num_steps) for n in batches]
-    show("Time per decode step, by position", read)
+    read = [_ratio(PREFILLED, [_engine_at(p, n) for p in PREFILLED], n, num_steps) for n in batches]
+    show("Time per decode step, by position (prefilled)", read)
     moved = [_ratio(SET, [_engine_set_to(p, n) for p in SET], n, num_steps) for n in batches]
-    show("Time per decode step, positions set", moved)
+    show("Time per decode step, by position (set)", moved)
     return {"position": read, "position_set": moved}
 
 
@@ -45,7 +45,7 @@ def _ratio(
 
 
 def _engine_set_to(position: int, batch: int) -> Engine:
-    """As `_engine_at`, but the position is written into streams that have just begun."""
+    """As `_engine_at`, with the position set on streams that have just begun."""
     engine = _engine_at(1, batch)
     for choice in engine._scheduler._decoding:
         choice.position = position
@@ -53,9 +53,9 @@ def _engine_set_to(position: int, batch: int) -> Engine:
 
 
 def _engine_at(position: int, batch: int) -> Engine:
-    """An engine whose `batch` streams all stand at `position` and decode from the next step on.
+    """An engine whose `batch` streams are at `position` and decode from the next step on.
 
-    One prompt is read and copied to all choices of one request.
+    One prompt is prefilled for all choices of one request.
     """
     engine = Engine(config=EngineConfig(max_slots=batch, context_policy="exact"))
     prompt = [1 + i % (engine.tokenizer.num_ids - 1) for i in range(position)]

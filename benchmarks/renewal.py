@@ -1,11 +1,11 @@
-"""What renewal costs: tokens per second of endless streams, and the pauses that it does not make.
+"""Cost of renewal: throughput of endless streams, and time between tokens at renewals.
 
-Streams are brought to where a state is about to be renewed by prompts of that length, on the
-shipped model; an engine under `exact` takes its steps by turns with one under `renew`, so that
-whatever else the machine does falls on both. A step gives every stream a token: its time is the
-time between two tokens. It is the processor's time of the one thread that computes, and the
-shortest of a few for the same step, since nothing in a step waits and other processes should not
-count. First it is checked that what is said has the bits of the plain definition.
+Streams of the default model start just before a renewal, with prompts of that length. An engine
+with the `exact` policy and one with `renew` take steps in turn, so that other load affects both
+alike. A step gives every stream a token, so its time is the time between two tokens. It is measured
+as CPU time of the computing thread, the shortest of several passes for the same step, since nothing
+in a step waits. Before that, the tokens under renewal are compared with the definition, bit for
+bit.
 """
 
 import statistics
@@ -20,8 +20,11 @@ from cottention.engine.state.context_window import ContextPolicy, RenewalSchedul
 
 PARAMS = SamplingParams(max_tokens=100_000, temperature=0, ignore_eos=True)
 PASSES = 2
-FEW = 4
-"""Ids of a stream that is far from being renewed."""
+CASES = (("64 renewed", 64, 0), ("1 renewed of 64", 1, 63), ("1 renewed", 1, 0))
+"""Name, streams at a renewal, and other streams."""
+
+SHORT = 4
+"""Prompt length of a stream that is far from its first renewal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,7 @@ class Times:
 
 
 def measure(quick: bool) -> Report:
-    """Two tables: speed over a period of the grid, and the times between tokens in a renewal."""
+    """Two tables: throughput over one period of renewals, and times between tokens at renewals."""
     threads = torch.get_num_threads()
     try:
         return _measured(_checked(), quick)
@@ -41,37 +44,38 @@ def measure(quick: bool) -> Report:
         torch.set_num_threads(threads)
 
 
-def _measured(grid: RenewalSchedule, quick: bool) -> Report:
-    num_steps = 32 if quick else grid.kept
+def _measured(schedule: RenewalSchedule, quick: bool) -> Report:
+    num_steps = 32 if quick else schedule.kept
     speeds, pauses = [], []
-    for name, renewed, others in (("64 together", 64, 0), ("1 beside 63", 1, 63), ("1", 1, 0)):
-        begin = grid.stride - num_steps
+    for name, renewed, others in CASES:
+        begin = schedule.stride - num_steps
         before, growing = _halves(_steps(begin, renewed, others, 2 * num_steps))
-        around = _steps(grid.window - num_steps // 2, renewed, others, num_steps)
-        speeds.append(_speed(name, renewed + others, grid, before, growing))
+        around = _steps(schedule.window - num_steps // 2, renewed, others, num_steps)
+        speeds.append(_speed(name, renewed + others, schedule, before, growing))
         pauses.append(_pauses(name, growing, around))
-    show(f"Endless streams, W = {grid.window}, R = {grid.kept}: medians of steps", speeds)
-    show("Time between tokens of a stream that is being renewed", pauses)
+    lengths = f"W = {schedule.window}, R = {schedule.kept}"
+    show(f"Throughput with renewal, {lengths}, medians of steps", speeds)
+    show("Time between tokens at renewals", pauses)
     return {"renewal": speeds, "renewal_pauses": pauses}
 
 
 def _checked() -> RenewalSchedule:
-    """The grid. Refuses to measure where a token is drawn from anything but its own context."""
+    """The renewal schedule. Exits if a token depends on more than its own context."""
     engines = {policy: _engine(policy, 4) for policy in ("renew", "exact")}
-    grid = engines["renew"].policies.context_schedules["renew"]
-    assert isinstance(grid, RenewalSchedule)
-    prompt = _ids(grid.window - 2)
-    said = _told(engines["renew"], prompt, 4)
-    ids = prompt + [token_id for token_id, _ in said]
+    schedule = engines["renew"].policies.context_schedules["renew"]
+    assert isinstance(schedule, RenewalSchedule)
+    prompt = _ids(schedule.window - 2)
+    outputs = _generated(engines["renew"], prompt, 4)
+    ids = prompt + [token_id for token_id, _ in outputs]
     for index in range(len(prompt) - 1, len(ids) - 1):
-        [(_, expected)] = _told(engines["exact"], ids[grid.start(index) : index + 1], 1)
-        if said[index - len(prompt) + 1][1] != expected:
-            raise SystemExit(f"token {index + 1} has other bits: nothing is reported")
-    return grid
+        [(_, expected)] = _generated(engines["exact"], ids[schedule.start(index) : index + 1], 1)
+        if outputs[index - len(prompt) + 1][1] != expected:
+            raise SystemExit(f"token {index + 1} differs from its definition: nothing is reported")
+    return schedule
 
 
-def _told(engine: Engine, ids: list[int], num: int) -> list[tuple[int, object]]:
-    """Ids drawn, and the likeliest beside each."""
+def _generated(engine: Engine, ids: list[int], num: int) -> list[tuple[int, object]]:
+    """Generated ids, and the likeliest ids with each."""
     engine.submit(ids, SamplingParams(max_tokens=num, temperature=0, logprobs=5, ignore_eos=True))
     outputs = [out for _ in iter(engine.has_work, False) for out in engine.step()]
     return [(out.token_ids[0], out.logprobs[0].top) for out in outputs]
@@ -86,7 +90,7 @@ def _engine(policy: ContextPolicy, max_slots: int) -> Engine:
 
 
 def _steps(begin: int, renewed: int, others: int, num_steps: int) -> Times:
-    """The shortest of each step's times."""
+    """The shortest time of each step."""
     passes = [_pass(begin, renewed, others, num_steps) for _ in range(PASSES)]
     exact = zip(*(times.exact for times in passes), strict=True)
     renew = zip(*(times.renew for times in passes), strict=True)
@@ -94,7 +98,7 @@ def _steps(begin: int, renewed: int, others: int, num_steps: int) -> Times:
 
 
 def _pass(begin: int, renewed: int, others: int, num_steps: int) -> Times:
-    """Steps by turns: `renewed` streams from index `begin` on, beside `others` that are young."""
+    """Steps in turn: `renewed` streams from index `begin`, and `others` that have just begun."""
     times: dict[ContextPolicy, list[float]] = {"exact": [], "renew": []}
     engines = {policy: _engine_at(policy, begin, renewed, others) for policy in times}
     for _ in range(num_steps):
@@ -106,9 +110,9 @@ def _pass(begin: int, renewed: int, others: int, num_steps: int) -> Times:
 
 
 def _engine_at(policy: ContextPolicy, begin: int, renewed: int, others: int) -> Engine:
-    """An engine whose streams decode from the next step on; a prompt is read once for its like."""
+    """An engine whose streams decode from the next step on; each prompt is prefilled once."""
     engine = _engine(policy, renewed + others)
-    for num, length in ((others, FEW), (renewed, begin)):
+    for num, length in ((others, SHORT), (renewed, begin)):
         if num:
             engine.submit(_ids(length), replace(PARAMS, n=num))
     engine.step()
@@ -125,16 +129,18 @@ def _halves(times: Times) -> tuple[Times, Times]:
     )
 
 
-def _speed(name: str, streams: int, grid: RenewalSchedule, before: Times, growing: Times) -> Report:
-    """Of R steps in every W − R the spare rows take part."""
+def _speed(
+    name: str, streams: int, schedule: RenewalSchedule, before: Times, growing: Times
+) -> Report:
+    """Spare rows take part in R of every W − R steps."""
     exact = statistics.median(before.exact + growing.exact)
     alone, both = statistics.median(before.renew), statistics.median(growing.renew)
-    renew = alone + (both - alone) * grid.kept / grid.stride
+    renew = alone + (both - alone) * schedule.kept / schedule.stride
     return {
         "streams": name,
-        "exact ms a step": exact,
-        "renew ms, without spares": alone,
-        "with spares": both,
+        "exact ms/step": exact,
+        "renew ms/step, no spares": alone,
+        "renew ms/step, spares": both,
         "exact tokens/s": 1e3 * streams / exact,
         "renew tokens/s": 1e3 * streams / renew,
         "renew / exact": exact / renew,
@@ -142,7 +148,7 @@ def _speed(name: str, streams: int, grid: RenewalSchedule, before: Times, growin
 
 
 def _pauses(name: str, growing: Times, around: Times) -> Report:
-    """Of steps in which spare rows grow, and of those in which they take over."""
+    """Steps in which spare rows are filled, and those in which they replace the state."""
     exact, renew = growing.exact + around.exact, growing.renew + around.renew
     middle, worst = statistics.median(renew), percentile(renew, 99)
     return {
@@ -150,9 +156,9 @@ def _pauses(name: str, growing: Times, around: Times) -> Report:
         "p50 ms": middle,
         "p99 ms": worst,
         "p99 / p50": worst / middle,
-        "exact, p99 / p50": percentile(exact, 99) / statistics.median(exact),
-        "longest step at a boundary, ms": max(around.renew),
-        "exact, longest then": max(around.exact),
+        "exact p99 / p50": percentile(exact, 99) / statistics.median(exact),
+        "max ms at a renewal": max(around.renew),
+        "exact max ms there": max(around.exact),
     }
 
 

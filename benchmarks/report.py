@@ -1,8 +1,8 @@
-"""The pictures of docs/quality.md: bits per byte by position up to 64k, memory by position.
+"""The plots of docs/quality.md: bits per byte by position up to 64k, and memory by position.
 
-Drawn from docs/endless.json. With --measure MODEL (default, or the folder of a model or twin) that
-model is scored on long held-out text first and its figures put there: exact and renewed, or with a
-sliding window of the same length where it is a softmax model.
+Figures are kept in docs/endless.json. --measure MODEL ("default" or a model folder) first scores a
+model on long held-out text and adds its figures: exact and renewed, or for a softmax model with a
+sliding window.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import matplotlib as mpl
 import torch
 from matplotlib import pyplot
 
-from benchmarks import endless
+from benchmarks import long_context
 from benchmarks.common import machine, show, write_json
 from benchmarks.held_out import LongText, load
 from benchmarks.memory import kv_cache_bytes
@@ -32,11 +32,11 @@ MEMORY_AT = [2**power for power in range(6, 17)]
 
 
 def main() -> None:
-    """Measure what is asked for, then draw all that has been measured."""
+    """Measure the given models, then plot all figures."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--measure", nargs="*", default=[], metavar="MODEL")
-    options.add_argument("--streams", type=int, default=NUM_STREAMS, help="long streams a model")
-    options.add_argument("--length", type=int, default=LENGTH, help="tokens of a stream")
+    options.add_argument("--streams", type=int, default=NUM_STREAMS, help="number of long streams")
+    options.add_argument("--length", type=int, default=LENGTH, help="tokens per stream")
     arguments = options.parse_args()
     for name in arguments.measure:
         _measure(name, arguments.streams, arguments.length)
@@ -49,17 +49,17 @@ def main() -> None:
 
 def _read() -> dict[str, Any]:
     if not FIGURES.is_file():
-        raise SystemExit(f"{FIGURES} has nothing yet: give --measure default")
+        raise SystemExit(f"{FIGURES} has no figures yet: use --measure default")
     series: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8"))
     return series
 
 
 def _measure(name: str, num_streams: int, length: int) -> None:
-    """Put a model's series into the figures, each as soon as it is there."""
+    """Add the series of a model to the figures, each as soon as it is measured."""
     folder = DEFAULT_MODEL if name == "default" else Path(name)
     model, text = load(folder), LongText.held_out(folder)
     ways = _ways(model.config)
-    for how, bits in endless.bits_by_position(model, text, ways, num_streams, length):
+    for how, bits in long_context.bits_by_position(model, text, ways, num_streams, length):
         series = _read() if FIGURES.is_file() else {}
         series[f"{name if name == 'default' else folder.name}, {how}"] = {
             "attention": model.config.attention_type,
@@ -72,14 +72,15 @@ def _measure(name: str, num_streams: int, length: int) -> None:
         write_json(FIGURES, series)
 
 
-def _ways(config: GPTJConfig) -> dict[str, endless.Nats]:
+def _ways(config: GPTJConfig) -> dict[str, long_context.Nats]:
     if config.attention_type == "softmax":
-        return {"sliding window": endless.sliding}
-    ways: dict[str, endless.Nats] = {
-        "renewed": functools.partial(endless.renewed, kept=config.window // endless.KEPT_PART)
+        return {"sliding window": long_context.sliding}
+    kept = config.window // long_context.KEPT_PART
+    ways: dict[str, long_context.Nats] = {
+        "renewed": functools.partial(long_context.renewed, kept=kept)
     }
     if config.max_exact_length is None:
-        ways["exact"] = endless.exact
+        ways["exact"] = long_context.exact
     return ways
 
 
@@ -97,7 +98,8 @@ def _draw_quality(series: dict[str, Any], path: Path) -> None:
         levels = [each["level"] for each in one["bits_per_byte"].values()]
         axes.plot(stops, levels, style, marker="o", ms=3, label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(endless.BORDERS[1:], [f"{border:,}" for border in endless.BORDERS[1:]])
+    borders = long_context.BORDERS[1:]
+    axes.set_xticks(borders, [f"{border:,}" for border in borders])
     axes.set(xlabel="tokens in the stream, up to", ylabel="bits per byte of held-out code")
     axes.tick_params(axis="x", labelrotation=30)
     axes.legend(fontsize="small")
@@ -105,9 +107,9 @@ def _draw_quality(series: dict[str, Any], path: Path) -> None:
 
 
 def _draw_memory(path: Path) -> None:
-    """Computed for the default model's shape in float32, as StateSpec and a cache have it.
+    """Computed for the shape of the default model in float32.
 
-    The spare is the row in which the state after the next renewal grows.
+    The spare is the row in which renewal prepares the next state.
     """
     config = read_config(DEFAULT_MODEL)
     state = config.state_spec().bytes_per_slot / 2**20

@@ -1,7 +1,7 @@
-"""What requests' wishes cost: a decode step of many streams that all want the same, beside greedy.
+"""Cost of sampling parameters: a decode step of many streams with the same parameters, vs greedy.
 
-The streams of each wish are choices of one prompt in an engine of their own. Engines take turns of
-a few steps, so that whatever else the machine does falls on all.
+The streams of each case are choices of one prompt in an engine of their own. The engines take turns
+of a few steps, so that other load affects all alike.
 """
 
 import statistics
@@ -12,7 +12,7 @@ from benchmarks.common import Report, run, show
 from cottention.engine import Engine, EngineConfig, SamplingParams
 
 GREEDY = "greedy"
-WISHES: dict[str, dict[str, Any]] = {
+CASES: dict[str, dict[str, Any]] = {
     GREEDY: {"temperature": 0},
     "temperature 1": {},
     "top_p 0.9": {"top_p": 0.9},
@@ -24,19 +24,19 @@ WISHES: dict[str, dict[str, Any]] = {
 }
 STREAMS = (1, 64)
 PROMPT_IDS = 600
-STEPS_A_TURN = 10
+STEPS_PER_TURN = 10
 
 
 def measure(quick: bool) -> Report:
-    """Median seconds of a step, by wish."""
+    """Median time of a step for each set of parameters."""
     check()
     rows = [row for streams in STREAMS for row in _rows(streams, num_turns=3 if quick else 20)]
-    show("Decode step by what is wanted of each id", rows)
+    show("Decode step by sampling parameters", rows)
     return {"sampling": rows}
 
 
 def check() -> None:
-    """Raise AssertionError unless the first by likelihood is what greedy takes."""
+    """Raise AssertionError unless top_k 1 gives the greedy tokens."""
     engine = Engine(config=EngineConfig(max_slots=2))
     params = SamplingParams(max_tokens=40, ignore_eos=True, top_k=1)
     greedy = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0)
@@ -45,19 +45,19 @@ def check() -> None:
 
 
 def _rows(streams: int, num_turns: int) -> list[dict[str, object]]:
-    engines = {name: _engine_that_wants(wish, streams) for name, wish in WISHES.items()}
+    engines = {name: _engine_with(params, streams) for name, params in CASES.items()}
     times: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(num_turns):
         for name, engine in engines.items():
             engine.step()
-            times[name] += [_second(engine) for _ in range(STEPS_A_TURN)]
+            times[name] += [_second(engine) for _ in range(STEPS_PER_TURN)]
     medians = {name: statistics.median(each) for name, each in times.items()}
     return [
         {
             "streams": streams,
-            "wish": name,
-            "ms a step": 1e3 * median,
-            "beside greedy": median / medians[GREEDY],
+            "parameters": name,
+            "ms/step": 1e3 * median,
+            "vs greedy": median / medians[GREEDY],
         }
         for name, median in medians.items()
     ]
@@ -69,11 +69,11 @@ def _second(engine: Engine) -> float:
     return time.perf_counter() - start
 
 
-def _engine_that_wants(wish: dict[str, Any], streams: int) -> Engine:
-    """With so many streams that decode from the next step on."""
+def _engine_with(extra: dict[str, Any], streams: int) -> Engine:
+    """An engine whose streams decode from the next step on."""
     engine = Engine(config=EngineConfig(max_slots=streams))
     prompt = [1 + i % (engine.tokenizer.num_ids - 1) for i in range(PROMPT_IDS)]
-    params = {"n": streams, "max_tokens": 100_000, "seed": 1, "ignore_eos": True, **wish}
+    params = {"n": streams, "max_tokens": 100_000, "seed": 1, "ignore_eos": True, **extra}
     engine.submit(prompt, SamplingParams(**params))
     while not engine.stats().num_generated_tokens:
         engine.step()

@@ -1,8 +1,8 @@
-"""Tokens and processor time in-process and over HTTP, time to first token and between tokens.
+"""Throughput, CPU time and latency of the default model, in-process and over HTTP.
 
-Processor time is that of the server's process alone, all its threads. The HTTP client runs beside
-it on the same cores, so what it spends is taken from the server: it counts server-sent events in
-the bytes of bare sockets and parses neither HTTP nor JSON, that the server is what is measured.
+CPU time is that of the server process, over all its threads. The HTTP client runs on the same cores
+and would take time from the server, so it only counts server-sent events in the bytes of plain
+sockets and parses neither HTTP nor JSON.
 """
 
 import asyncio
@@ -29,17 +29,17 @@ EVENT = b"data: {"
 
 
 def measure(quick: bool) -> Report:
-    """A row for each number of streams; every stream generates the same number of tokens."""
+    """One row for each number of streams; all streams generate equally many tokens."""
     num_tokens = 100 if quick else 500
     local = {streams: _in_process(streams, num_tokens) for streams in STREAMS}
     remote = _over_http(num_tokens)
     rows = [_row(num_tokens, local[streams], remote[streams]) for streams in STREAMS]
-    show(f"Serving the default model, {num_tokens} tokens a stream, greedy, float32", rows)
+    show(f"Serving the default model, {num_tokens} tokens per stream, greedy, float32", rows)
     return {"serving": rows}
 
 
 class Local(NamedTuple):
-    """What the engine alone does: tokens per second, and seconds of processor time per token."""
+    """The engine alone: tokens per second, and seconds of CPU time per token."""
 
     speed: float
     cpu: float
@@ -57,21 +57,21 @@ def _in_process(streams: int, num_tokens: int) -> Local:
 
 @dataclass(slots=True)
 class Arrivals:
-    """When the events of one stream came, in seconds."""
+    """When the request was sent and its events arrived, in seconds."""
 
     sent: float
     events: list[float] = field(default_factory=list)
 
 
 class Remote(NamedTuple):
-    """What a number of streams over HTTP came to; `cpu` is the server's, per token."""
+    """Streams over HTTP; `cpu` is seconds of the server's CPU time per token."""
 
     arrivals: list[Arrivals]
     cpu: float
 
 
 def _over_http(num_tokens: int) -> dict[int, Remote]:
-    """Streams against a real server in a process of its own, on a free port."""
+    """Streams against a server in its own process, on a free port."""
     command = [
         sys.executable,
         "-m",
@@ -100,7 +100,7 @@ def _over_http(num_tokens: int) -> dict[int, Remote]:
 
 
 def check(port: int) -> None:
-    """Refuse to measure a server that says something else than its engine."""
+    """Exit unless the server's text is that of its engine."""
     params = SamplingParams(max_tokens=64, temperature=0, ignore_eos=True)
     (expected,) = Engine(config=EngineConfig(max_slots=1)).generate([PROMPT], params)
     headers = {"Content-Type": "application/json"}
@@ -108,7 +108,7 @@ def check(port: int) -> None:
     with urlopen(Request(url, body, headers)) as answer:
         text = json.load(answer)["choices"][0]["text"]
     if text != expected.text:
-        raise SystemExit("the server's text is not its engine's: nothing is reported")
+        raise SystemExit("the server's text differs from its engine's: nothing is reported")
 
 
 def _measured(server: psutil.Process, port: int, streams: int, num_tokens: int) -> Remote:
@@ -120,7 +120,7 @@ def _measured(server: psutil.Process, port: int, streams: int, num_tokens: int) 
 
 
 def port_of(server: "subprocess.Popen[str]") -> int:
-    """The port that the server says it listens on."""
+    """The port that the server reports on stdout."""
     assert server.stdout is not None
     for line in server.stdout:
         found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
@@ -134,7 +134,7 @@ async def _streams(port: int, streams: int, num_tokens: int) -> list[Arrivals]:
 
 
 async def _stream(port: int, num_tokens: int) -> Arrivals:
-    """One request; notes the time of each event with text."""
+    """One request; records the time of each event."""
     arrivals = Arrivals(time.perf_counter())
     loop = asyncio.get_running_loop()
     transport, reader = await loop.create_connection(lambda: Reader(arrivals), "127.0.0.1", port)
@@ -158,7 +158,7 @@ def _body(num_tokens: int, *, stream: bool) -> bytes:
 
 
 class Reader(asyncio.Protocol):
-    """Finds the events in whatever the socket brings, also those that it brings in two parts."""
+    """Counts events in the received bytes, also those split over two reads."""
 
     def __init__(self, arrivals: Arrivals) -> None:
         self.ended = asyncio.get_running_loop().create_future()
@@ -166,13 +166,13 @@ class Reader(asyncio.Protocol):
         self._rest = b""
 
     def data_received(self, data: bytes) -> None:
-        """Note a time for each event that begins here."""
+        """Record the time once for each event that begins here."""
         found = self._rest + data
         self._arrivals.events += [time.perf_counter()] * found.count(EVENT)
         self._rest = found[1 - len(EVENT) :]
 
     def connection_lost(self, _error: Exception | None) -> None:
-        """The answer is complete, since the server was asked to close after it."""
+        """The response is complete: the request asked the server to close."""
         self.ended.set_result(None)
 
 
@@ -199,8 +199,8 @@ def _latencies(arrivals: list[Arrivals]) -> dict[str, object]:
     ]
     return {
         "first token ms p50": statistics.median(first),
-        "between p50 ms": statistics.median(gaps),
-        "between p99 ms": percentile(gaps, 99),
+        "inter-token ms p50": statistics.median(gaps),
+        "inter-token ms p99": percentile(gaps, 99),
     }
 
 

@@ -1,9 +1,10 @@
-"""Sessions: what age, sleep, forks and company cost, and what a resent conversation does not.
+"""Sessions: time of a turn by age, restoring, forking, many sessions, and resent conversations.
 
-In this process, on the shipped model in float32, as the paper has it (`exact`): the first token of
-a turn at two ages (position set, not generated), waking from memory and from disk beside a copy of
-the same bytes, a fork beside copies of rows, many open sessions of which random ones go on, and
-the prefill of a chat that is resent whole. Latencies are medians; every ratio is of one run.
+In this process, with the default model in float32 and the exact recurrence: the first token of a
+turn at two ages (position set, not generated); restoring a session from memory and from disk,
+compared with a copy of the same bytes; a fork, compared with copies of rows; many open sessions of
+which random ones continue; and the prompt tokens of a chat that is resent whole. Latencies are
+medians.
 """
 
 import random
@@ -34,18 +35,18 @@ def measure(quick: bool) -> Report:
     """Five tables."""
     engine = Engine(config=EngineConfig(max_slots=64, context_policy="exact"))
     rounds = 30 if quick else 300
-    report: Report = {"age": _by_age(engine, rounds), "wake": _waking(engine, rounds)}
+    report: Report = {"age": _by_age(engine, rounds), "restore": _restoring(engine, rounds)}
     report["fork"] = _forking(engine, rounds // 10)
     report["many"] = _many(engine, *((500, 200) if quick else (100_000, 10_000)))
     report["prefix"] = _resent(engine)
     for title, rows in report.items():
-        show(f"sessions: {title}", rows)
+        show(f"Sessions: {title}", rows)
     return report
 
 
 @contextmanager
 def sessions_in(engine: Engine, memory_bytes: int) -> Iterator[SessionManager]:
-    """Durable sessions in a folder that is removed afterwards."""
+    """Durable sessions in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         sessions = SessionManager(
             SqliteStore(Path(folder)),
@@ -61,7 +62,7 @@ def sessions_in(engine: Engine, memory_bytes: int) -> Iterator[SessionManager]:
 
 
 def turn(engine: Engine, start: SessionState, prompt: list[int]) -> SessionState:
-    """One token more; what the session holds then."""
+    """Generate one token; returns the state of the session after it."""
     engine.submit(prompt, TURN, start=start)
     outputs = [out for _ in iter(engine.has_work, False) for out in engine.step()]
     assert outputs[-1].state is not None
@@ -69,19 +70,19 @@ def turn(engine: Engine, start: SessionState, prompt: list[int]) -> SessionState
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes, once."""
+    """Seconds of one call."""
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
 
 
 def median_ms(work: Callable[[], object], rounds: int) -> float:
-    """Median milliseconds of so many runs."""
+    """Median milliseconds of `rounds` calls."""
     return 1000 * statistics.median(seconds(work) for _ in range(rounds))
 
 
 def _by_age(engine: Engine, rounds: int) -> list[Report]:
-    """Time to first token of a follow-up, the ages in turn so that both meet the same noise."""
+    """Time to first token of a follow-up, the ages in turn so that load affects both alike."""
     young = turn(engine, NEW, PROMPT)
     ages = {age: replace(young, position=age) for age in (1_000, 1_000_000)}
     taken: dict[int, list[float]] = {age: [] for age in ages}
@@ -99,28 +100,28 @@ def _by_age(engine: Engine, rounds: int) -> list[Report]:
     ]
 
 
-def _waking(engine: Engine, rounds: int) -> list[Report]:
-    """From a name to a row in the pool, with nothing generated."""
+def _restoring(engine: Engine, rounds: int) -> list[Report]:
+    """From a session id to a row in the pool, without generating."""
     state = turn(engine, NEW, PROMPT)
     row, target = state.rows[0], torch.empty_like(state.rows[0])
     copy = median_ms(lambda: target.copy_(row), rounds)
     rows = []
-    for place, memory in (("parked", 2**30), ("stored", 0)):
+    for place, memory in (("memory", 2**30), ("disk", 0)):
         with sessions_in(engine, memory) as sessions:
             opened = sessions.open(OWNER, state, {}, None)
 
-            def wake(sessions: SessionManager = sessions, name: str = opened.id) -> None:
+            def restore(sessions: SessionManager = sessions, name: str = opened.id) -> None:
                 taken = sessions.begin(OWNER, name)
                 engine.pool.write(0, taken.state.rows)
                 sessions.abandon(taken)
 
-            took = median_ms(wake, rounds)
-            rows.append({"from": place, "p50 ms": took, "copy of the bytes ms": copy})
+            took = median_ms(restore, rounds)
+            rows.append({"from": place, "p50 ms": took, "copy ms": copy})
     return rows
 
 
 def _forking(engine: Engine, rounds: int) -> list[Report]:
-    """64 forks, made durable, beside 64 copies of a row."""
+    """64 durable forks, compared with 64 copies of a row."""
     state = turn(engine, NEW, PROMPT)
     row, target = state.rows[0], torch.empty_like(state.rows[0])
     with sessions_in(engine, 2**30) as sessions:
@@ -131,7 +132,7 @@ def _forking(engine: Engine, rounds: int) -> list[Report]:
 
 
 def _many(engine: Engine, num_open: int, num_continued: int) -> list[Report]:
-    """As many sessions as asked for, or as half of the free disk holds."""
+    """`num_open` sessions, or as many as half of the free disk holds."""
     each = engine.spec.bytes_per_slot
     free = psutil.disk_usage(tempfile.gettempdir()).free
     num_open = min(num_open, free // 2 // each)
@@ -152,13 +153,13 @@ def _many(engine: Engine, num_open: int, num_continued: int) -> list[Report]:
             "turn p50 ms": statistics.median(taken),
             "turn p99 ms": percentile(taken, 99),
             "memory budget MiB": budget / 2**20,
-            "resident grew MiB": grown / 2**20,
+            "resident growth MiB": grown / 2**20,
         }
     ]
 
 
 def _open_one(sessions: SessionManager, base: SessionState, number: int) -> str:
-    """A session whose row is its own, so that no two share bytes on the disk."""
+    """A session with a state of its own, so that no two share bytes on disk."""
     rows = tuple(row + number for row in base.rows)
     return sessions.open(OWNER, replace(base, rows=rows), {"number": str(number)}, None).id
 
@@ -170,7 +171,7 @@ def _continue(engine: Engine, sessions: SessionManager, names: list[str], number
 
 
 def _resent(engine: Engine) -> list[Report]:
-    """A chat of 20 turns and about 8,000 tokens by a client without sessions."""
+    """A chat of 20 turns and about 8,000 tokens from a client without sessions."""
     chance = random.Random(1)
     conversation: list[int] = []
     num_new, before = 0, engine.stats().num_prompt_tokens
@@ -189,7 +190,7 @@ def _resent(engine: Engine) -> list[Report]:
             "turns": 20,
             "tokens at the end": len(conversation),
             "new tokens": num_new,
-            "prompt tokens read": read,
+            "prefilled tokens": read,
             "ratio": read / num_new,
         }
     ]

@@ -1,4 +1,4 @@
-"""The shapes that are measured, and models of random weights in them."""
+"""Model shapes of the benchmarks, and models of random weights."""
 
 import torch
 
@@ -14,7 +14,7 @@ SHAPES = {
 
 
 def random_model(config: GPTJConfig, dtype: torch.dtype) -> CottentionForCausalLM:
-    """A model of random weights: values do not matter to its speed, but must not be denormal."""
+    """A model of random weights. Speed does not depend on the values unless they are denormal."""
     with torch.device("meta"):
         model = CottentionForCausalLM(config).to(dtype)
     model.to_empty(device="cpu").requires_grad_(False)

@@ -1,8 +1,8 @@
-"""Twice as much work as the server can do, from two hundred clients of whom a third misbehave.
+"""Soak test: twice the load that the server can handle, from clients of which a third misbehave.
 
-Every answer is compared with what the engine says alone in this process (float32 on a CPU), and the
-server's slots, threads, file descriptors and memory are watched. Ends with 1 where a bar is missed;
-the one on memory counts from 25 minutes on.
+Every response is compared with that of an engine in this process (float32 on the CPU); slots,
+threads, file descriptors and memory of the server are monitored. Exits with 1 if a limit is
+exceeded; the memory limit applies to runs of 25 minutes or more.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ import uvloop
 
 from benchmarks.common import Report, machine, parser, percentile, show, write_json
 from benchmarks.serving import port_of
-from benchmarks.soak_clients import Body, Client, Heard, bodies
+from benchmarks.soak_clients import Body, Client, Responses, bodies
 from cottention.engine import Engine, EngineConfig, SamplingParams
 
 SLOTS = 16
@@ -34,11 +34,11 @@ MISBEHAVING = ("leave", "stall", "garbage")
 MAX_REFUSAL_MS = 50.0
 MAX_DRIFT_MB = 5.0
 MIN_MINUTES = 25.0
-"""Shorter runs say nothing of memory."""
+"""Minimum duration for the limit on memory."""
 
 
 class Sample(NamedTuple):
-    """The server's process at a moment."""
+    """The server process at one time."""
 
     at: float
     resident: int
@@ -47,11 +47,11 @@ class Sample(NamedTuple):
 
 
 def main() -> int:
-    """Run, print, write; the exit status."""
+    """Run the soak test; returns the exit status."""
     options = parser(__doc__)
-    options.add_argument("--minutes", type=float, default=30.0, help="default: 30")
-    options.add_argument("--clients", type=int, default=200, help="default: 200")
-    options.add_argument("--model", help="default: the one that ships")
+    options.add_argument("--minutes", type=float, default=30.0, help="duration (default: 30)")
+    options.add_argument("--clients", type=int, default=200, help="clients (default: 200)")
+    options.add_argument("--model", help="model folder or id (default: the model that ships)")
     given = options.parse_args()
     minutes = 0.25 if given.quick else given.minutes
     report = soak(minutes, given.clients, given.model)
@@ -62,33 +62,36 @@ def main() -> int:
 
 
 def soak(minutes: float, num_clients: int, model: str | None) -> Report:
-    """All of it, against a server in a process of its own."""
+    """Run the load against a server in its own process."""
     chance = random.Random(0)
-    alone = Engine(model, EngineConfig(max_slots=1, prefix_cache_bytes=0))
-    wanted = bodies(NUM_BODIES, alone.tokenizer.num_ids, chance)
+    engine = Engine(model, EngineConfig(max_slots=1, prefix_cache_bytes=0))
+    wanted = bodies(NUM_BODIES, engine.tokenizer.num_ids, chance)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "wb") as log:
         command = [sys.executable, "-m", "cottention.server", "serve", *([model] if model else [])]
         command += ["--port", "0", "--max-slots", str(SLOTS), "--max-queued-requests", str(QUEUE)]
         command += ["--session-dir", f"{folder}/sessions", "--log-level", "error"]
-        command += ["--prefix-cache-bytes", "32M", "--session-memory", "16M"]  # soon full
+        # small enough to fill up
+        command += ["--prefix-cache-bytes", "32M", "--session-memory", "16M"]
         command += ["--stream-buffer-bytes", "4K", "--dtype", "float32", "--device", "cpu"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server:
             try:
                 port = port_of(server)
-                heard, samples = uvloop.run(_load(port, server.pid, wanted, minutes, num_clients))
+                responses, samples = uvloop.run(
+                    _load(port, server.pid, wanted, minutes, num_clients)
+                )
                 num_leaked = _figure(port, "num_slots") - _figure(port, "num_free_slots")
             finally:
                 server.terminate()
-    wrong = num_wrong(wanted, heard, alone)
-    return _report(heard, samples, wrong, num_leaked, minutes)
+    wrong = num_wrong(wanted, responses, engine)
+    return _report(responses, samples, wrong, num_leaked, minutes)
 
 
 async def _load(
     port: int, pid: int, wanted: Sequence[Body], minutes: float, num_clients: int
-) -> tuple[Heard, list[Sample]]:
-    """Warm up and find the capacity, then ask for twice as much; the process, before to after."""
+) -> tuple[Responses, list[Sample]]:
+    """Measure the capacity, then apply twice that load; also samples the server process."""
     process, chance = psutil.Process(pid), random.Random(1)
-    warm = Heard()
+    warm = Responses()
     seconds = min(WARM_SECONDS, 30 * minutes)
     until = time.monotonic() + seconds
     clients = [Client(port, wanted, warm, random.Random(n)) for n in range(SLOTS)]
@@ -96,19 +99,19 @@ async def _load(
     pause = num_clients * seconds / (2 * len(warm.whole))
     await _settled(port)
     samples = [_sample(process)]
-    heard, until = Heard(), time.monotonic() + 60 * minutes
+    responses, until = Responses(), time.monotonic() + 60 * minutes
     watching = asyncio.create_task(_watch(process, samples, 60 * minutes / 60))
     kinds = [MISBEHAVING[n // 3 % 3] if n % 3 == 0 else "behave" for n in range(num_clients)]
     await asyncio.gather(
         *(
-            Client(port, wanted, heard, random.Random(chance.random())).run(kind, pause, until)
+            Client(port, wanted, responses, random.Random(chance.random())).run(kind, pause, until)
             for kind in kinds
         )
     )
     watching.cancel()
     await _settled(port)
     samples.append(_sample(process))
-    return heard, samples
+    return responses, samples
 
 
 async def _watch(process: psutil.Process, samples: list[Sample], seconds: float) -> None:
@@ -124,13 +127,13 @@ def _sample(process: psutil.Process) -> Sample:
 
 
 async def _settled(port: int) -> None:
-    """Wait until nothing runs and the last connections are closed."""
+    """Wait until no request runs and the last connections are closed."""
     for _ in range(100):
         await asyncio.sleep(0.3)
         busy = await asyncio.to_thread(_num_busy, port)
         if not busy:
             break
-    await asyncio.sleep(3)  # those that linger, and threads that settle
+    await asyncio.sleep(3)  # lingering connections and threads
 
 
 def _num_busy(port: int) -> float:
@@ -145,33 +148,33 @@ def _figure(port: int, name: str) -> float:
     return float(found[1])
 
 
-def num_wrong(wanted: Sequence[Body], heard: Heard, alone: Engine) -> int:
-    """Answers that differ from what the engine says alone, as far as they were read."""
-    said: dict[int, tuple[int, ...]] = {}
-    for number in sorted({number for number, _ in heard.whole + heard.parts}):
+def num_wrong(wanted: Sequence[Body], responses: Responses, engine: Engine) -> int:
+    """Number of responses that differ from the engine's, as far as they were read."""
+    expected: dict[int, tuple[int, ...]] = {}
+    for number in sorted({number for number, _ in responses.whole + responses.parts}):
         body = {key: each for key, each in wanted[number].items() if key != "return_token_ids"}
         prompt = body.pop("prompt")
-        said[number] = alone.generate([prompt], SamplingParams(**body))[0].token_ids
-    whole = sum(ids != said[number] for number, ids in heard.whole)
-    return whole + sum(ids != said[number][: len(ids)] for number, ids in heard.parts)
+        expected[number] = engine.generate([prompt], SamplingParams(**body))[0].token_ids
+    whole = sum(ids != expected[number] for number, ids in responses.whole)
+    return whole + sum(ids != expected[number][: len(ids)] for number, ids in responses.parts)
 
 
 def _report(
-    heard: Heard, samples: Sequence[Sample], wrong: int, num_leaked: float, minutes: float
+    responses: Responses, samples: Sequence[Sample], wrong: int, num_leaked: float, minutes: float
 ) -> Report:
     before, after = samples[0], samples[-1]
     early = [each for each in samples if each.at <= _two_thirds(samples)]
     late = [each.resident / 2**20 for each in samples[len(early) :]]
-    num_threads = max(each.num_threads for each in early)  # a pool's come when they are needed
+    num_threads = max(each.num_threads for each in early)  # thread pools grow on demand
     drift = (max(late) - min(late)) / 2
-    refused = [1000 * each for each in heard.refused_seconds]
+    refused = [1000 * each for each in responses.refused_seconds]
     refusal = percentile(refused, 99) if len(refused) > 1 else 0.0
     report: Report = {
-        "whole answers": len(heard.whole),
-        "parts": len(heard.parts),
+        "whole answers": len(responses.whole),
+        "parts": len(responses.parts),
         "refused": len(refused),
         "wrong": wrong,
-        "faults": dict(heard.faults),
+        "faults": dict(responses.faults),
         "leaked slots": int(num_leaked),
         "threads +": after.num_threads - num_threads,
         "fds +": after.num_fds - before.num_fds,
@@ -181,13 +184,13 @@ def _report(
     }
     leaks = max(report["leaked slots"], report["threads +"], report["fds +"])
     is_steady = minutes < MIN_MINUTES or drift <= MAX_DRIFT_MB
-    is_right = wrong == 0 and leaks <= 0 and not heard.faults and bool(heard.whole)
+    is_right = wrong == 0 and leaks <= 0 and not responses.faults and bool(responses.whole)
     report["passed"] = is_right and is_steady and refusal <= MAX_REFUSAL_MS
     return report
 
 
 def _two_thirds(samples: Sequence[Sample]) -> float:
-    """When the last two thirds of the time begin."""
+    """The time at which the last two thirds of the run begin."""
     first, last = samples[0].at, samples[-1].at
     return first + (last - first) / 3
 

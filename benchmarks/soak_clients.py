@@ -1,6 +1,6 @@
-"""The clients of the soak: those that behave, and those that leave, stall or send garbage.
+"""Clients of the soak test: well-behaved ones, and ones that disconnect, stall or send garbage.
 
-Each asks over bare sockets, one connection a request, and notes what it heard.
+They use plain sockets, one connection per request, and record the responses.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ from typing import Any
 
 Body = dict[str, Any]
 
-PATIENCE_SECONDS = 120.0
+TIMEOUT_SECONDS = 120.0
 STALL_SECONDS = (1.0, 8.0)
-GONE = (ConnectionError, asyncio.IncompleteReadError, asyncio.TimeoutError)
+DISCONNECTED = (ConnectionError, asyncio.IncompleteReadError, asyncio.TimeoutError)
 
 
 @dataclass(slots=True)
-class Heard:
-    """What all clients have heard. said: ids by the number of the body, whole or as far as read."""
+class Responses:
+    """Responses to all clients: ids by index of the request body, complete or as far as read."""
 
     whole: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
     parts: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
@@ -34,7 +34,7 @@ class Heard:
 
 
 def bodies(number: int, num_ids: int, chance: random.Random) -> list[Body]:
-    """Different requests, each with a seed, so that it says the same whenever it is sent."""
+    """Different request bodies, each with a seed, so that its response is always the same."""
     return [
         {
             "prompt": [chance.randrange(num_ids) for _ in range(chance.choice([3, 20, 150]))],
@@ -49,28 +49,29 @@ def bodies(number: int, num_ids: int, chance: random.Random) -> list[Body]:
 
 
 class Client:
-    """One of many, at a rate of its own."""
+    """One client with its own rate of requests."""
 
     def __init__(
-        self, port: int, wanted: Sequence[Body], heard: Heard, chance: random.Random
+        self, port: int, wanted: Sequence[Body], responses: Responses, chance: random.Random
     ) -> None:
         self._port = port
         self._wanted = wanted
-        self._heard = heard
+        self._responses = responses
         self._chance = chance
 
     async def run(self, kind: str, seconds_between: float, until: float) -> None:
-        """Ask at random times until then; `kind` is what it does."""
+        """Send requests at random times until `until`; `kind` is the behaviour."""
         work = {"leave": self.leave, "stall": self.stall, "garbage": self.garbage}
         pause = partial(self._chance.expovariate, 1 / seconds_between)
-        while (begin := time.monotonic() + pause()) < until:  # not all at once at the end
+        # random pauses end before `until`, so that clients do not all stop at once
+        while (begin := time.monotonic() + pause()) < until:
             await asyncio.sleep(begin - time.monotonic())
-            self._heard.kinds[kind] += 1
-            with suppress(*GONE):
+            self._responses.kinds[kind] += 1
+            with suppress(*DISCONNECTED):
                 await work.get(kind, self.behave)()
 
     async def behave(self) -> None:
-        """Ask, and read all of the answer."""
+        """Send a request and read the whole response."""
         number = self._chance.randrange(len(self._wanted))
         way = self._chance.choice(["stream", "stream", "whole", "turn"])
         if way == "turn":
@@ -79,7 +80,7 @@ class Client:
             await self._ask(number, {"stream": way == "stream"})
 
     async def _turn(self, number: int) -> None:
-        """The same as a turn of a session that is opened for it."""
+        """The same as a turn of a new session."""
         status, opened = await self._post("/v1/sessions", {})
         if status == 200:
             name = json.loads(opened)["id"]
@@ -91,18 +92,18 @@ class Client:
         if status == 200:
             ids = ids_of(raw)
             if not more.get("stream") or b"data: [DONE]" in raw:
-                self._heard.whole.append((number, ids))
+                self._responses.whole.append((number, ids))
             else:
-                self._heard.faults["cut stream"] += 1
+                self._responses.faults["cut stream"] += 1
         elif status != 429:
-            self._heard.faults[f"status {status}"] += 1
+            self._responses.faults[f"status {status}"] += 1
 
     async def _post(self, path: str, body: Body) -> tuple[int, bytes]:
         return await self._send("POST", path, json.dumps(body).encode())
 
     async def _send(self, method: str, path: str, raw: bytes) -> tuple[int, bytes]:
-        """The status and the body, chunked as it came."""
-        async with asyncio.timeout(PATIENCE_SECONDS):
+        """Status and body of a response; the body as received, possibly chunked."""
+        async with asyncio.timeout(TIMEOUT_SECONDS):
             reader, writer = await asyncio.open_connection("127.0.0.1", self._port)
             try:
                 began = time.monotonic()
@@ -110,17 +111,17 @@ class Client:
                 head = await reader.readuntil(b"\r\n\r\n")
                 status = int(head.split(b" ", 2)[1])
                 if status == 429:
-                    self._heard.refused_seconds.append(time.monotonic() - began)
+                    self._responses.refused_seconds.append(time.monotonic() - began)
                 return status, await reader.read()
             finally:
                 writer.close()
 
     async def leave(self) -> None:
-        """Read some of a stream, and go."""
+        """Read a part of a stream, then disconnect."""
         await self._read_some(self._chance.randrange(0, 4000), stall=0.0)
 
     async def stall(self) -> None:
-        """Begin a long stream, read nothing for a while, and go."""
+        """Start a long stream, read nothing for a while, then disconnect."""
         await self._read_some(100, stall=self._chance.uniform(*STALL_SECONDS))
 
     async def _read_some(self, num_bytes: int, stall: float) -> None:
@@ -130,21 +131,21 @@ class Client:
         try:
             began = time.monotonic()
             writer.write(request_of("POST", "/v1/completions", raw))
-            async with asyncio.timeout(PATIENCE_SECONDS):
+            async with asyncio.timeout(TIMEOUT_SECONDS):
                 head = await reader.readuntil(b"\r\n\r\n")
                 if b" 429 " in head[:16]:
-                    self._heard.refused_seconds.append(time.monotonic() - began)
+                    self._responses.refused_seconds.append(time.monotonic() - began)
                     return
                 received = b""
                 while len(received) < num_bytes and (more := await reader.read(1000)):
                     received += more
             await asyncio.sleep(stall)
-            self._heard.parts.append((number, ids_of(received)))
+            self._responses.parts.append((number, ids_of(received)))
         finally:
             writer.transport.abort()
 
     async def garbage(self) -> None:
-        """What is no request, or only half of one."""
+        """Send bytes that are not a request, or only a part of one."""
         chance = self._chance
         _, writer = await asyncio.open_connection("127.0.0.1", self._port)
         try:
@@ -161,13 +162,13 @@ class Client:
 
 
 def request_of(method: str, path: str, raw: bytes) -> bytes:
-    """A request after which the server closes."""
+    """A request after which the server closes the connection."""
     head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
     return f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw
 
 
 def ids_of(raw: bytes) -> tuple[int, ...]:
-    """The ids in an answer, whole or as events, as far as it goes."""
+    """Ids in a response, complete or as events, as far as it was read."""
     if b"data: {" not in raw:
         answer = json.loads(raw) if raw.startswith(b"{") else {}
         return tuple(answer["choices"][0]["token_ids"]) if "choices" in answer else ()

@@ -1,7 +1,7 @@
-"""A softmax GPT-J of `transformers` with its KV cache, for a step at a given context.
+"""A softmax GPT-J of `transformers` with a KV cache, for a decode step at a given context length.
 
-Both of its caches: the dynamic one, which is what it uses unless told, copies all keys and values
-at each token; the static one is allocated for the longest context and written in place.
+Both cache types: the dynamic cache, its default, copies all keys and values at each token; the
+static cache is allocated for the longest context and written in place.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ import torch
 from cottention.engine.models.gptj.config import GPTJConfig
 
 SPARE = 64
-"""Tokens that a stream may decode beyond its context."""
+"""Number of tokens that can be decoded beyond the context."""
 
 
 def build(config: GPTJConfig, longest: int) -> Any:
-    """A random float32 GPT-J of this shape, good for `longest` tokens of context."""
+    """A random float32 GPT-J of this shape, for contexts of up to `longest` tokens."""
     from transformers import GPTJConfig, GPTJForCausalLM
 
     shape = GPTJConfig(
@@ -32,7 +32,7 @@ def build(config: GPTJConfig, longest: int) -> Any:
 
 
 class Stream:
-    """`batch` sequences whose cache holds `context` tokens of noise; each call decodes one more."""
+    """`batch` sequences with a cache of `context` constant entries; each call decodes one token."""
 
     def __init__(self, model: Any, kind: str, batch: int, context: int) -> None:
         self._model = model

@@ -1,11 +1,11 @@
-"""The recurrent step alone: its bytes per second beside an in-place stream over the same bytes.
+"""The recurrent step alone: bytes per second, compared with a stream over the same memory.
 
-One measurement runs the step for every layer in turn, as decode does, on a pool of as many slots as
-the batch has rows. The stream multiplies the same memory in place; on a GPU it copies one half onto
-the other, and the step runs as a captured graph. `torch` is the better of two formulations: baddbmm
-and bmm, or a sum of outer products and a product with the query, on states that lie as these want
-them. `torch by slot` does the step's own work: it takes the rows' states out of the pool and puts
-them back. All take turns, so that a change in the memory's speed falls on all.
+A measurement runs the step for every layer in turn, as decode does, on a pool with as many slots as
+the batch has rows. The stream scales the same memory in place; on a GPU it copies one half onto the
+other, and the step runs as a captured graph. `torch` is the better of two formulations, baddbmm and
+bmm, or a sum of outer products and a product with the query, on contiguous states. `torch by slot`
+does the same work as the step: it gathers the states from the pool and writes them back. All are
+called in turn, so that changes in memory bandwidth affect all alike.
 """
 
 from collections.abc import Callable
@@ -23,22 +23,22 @@ from cottention.engine.ops import reference
 from cottention.engine.state.pool import available_memory
 
 BATCHES = (1, 8, 64, 512)
-MOST_MEMORY = 0.7
+MAX_MEMORY_FRACTION = 0.7
 TOLERANCE = 1e-5
 
 
 class Batch(NamedTuple):
-    """q, k, v [B, H, D], a whole pool [B, L, H, D, D] and the slots int32 [B] in mixed order."""
+    """q, k, v [B, H, D], a pool [B, L, H, D, D], and state_indices int32 [B] in random order."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     pool: Tensor
-    slots: Tensor
+    state_indices: Tensor
 
 
 def measure(quick: bool, device: Device | None = None) -> Report:
-    """A row for each shape and batch size that fits into memory."""
+    """One row for each shape and batch size that fits into memory."""
     device = device or Cpu()
     check(device)
     shapes = {name: SHAPES[name] for name in (("default", "300M") if quick else SHAPES)}
@@ -53,17 +53,17 @@ def measure(quick: bool, device: Device | None = None) -> Report:
 
 
 def check(device: Device) -> None:
-    """Refuse to measure a step that is wrong."""
+    """Exit if the step is wrong."""
     batch = _batch(SHAPES["300M"], 7, device)
     exact = batch.pool[:, 3].double()
     expected = reference.recurrent_step(
-        batch.q.double(), batch.k.double(), batch.v.double(), exact, None, batch.slots
+        batch.q.double(), batch.k.double(), batch.v.double(), exact, None, batch.state_indices
     )
     _step(batch, 3)
     out = _step(batch._replace(v=torch.zeros_like(batch.v)), 3)  # adds nothing, reads the same
     error = float((out - expected).abs().max() / expected.abs().max())
     if error > TOLERANCE:
-        raise SystemExit(f"the step is off by {error:.1e} from the reference: nothing is reported")
+        raise SystemExit(f"the step has a relative error of {error:.1e}: nothing is reported")
 
 
 def _batch(config: GPTJConfig, size: int, device: Device) -> Batch:
@@ -71,18 +71,18 @@ def _batch(config: GPTJConfig, size: int, device: Device) -> Batch:
     shape = size, config.n_head, config.head_dim
     q, k, v = (torch.randn(shape, generator=generator) / config.head_dim**0.5 for _ in range(3))
     pool = torch.full((size, *config.state_spec().shapes["state"]), 0.01, device=device.name)
-    slots = torch.randperm(size, generator=generator).int()
-    return Batch(*(x.to(device.name) for x in (q, k, v)), pool, slots.to(device.name))
+    state_indices = torch.randperm(size, generator=generator).int()
+    return Batch(*(x.to(device.name) for x in (q, k, v)), pool, state_indices.to(device.name))
 
 
 def _step(batch: Batch, layer: int) -> Tensor:
-    q, k, v, pool, slots = batch
-    return ops.recurrent_step(q, k, v, pool[:, layer], None, slots)
+    q, k, v, pool, state_indices = batch
+    return ops.recurrent_step(q, k, v, pool[:, layer], None, state_indices)
 
 
 def _fits(config: GPTJConfig, batch: int, device: Device) -> bool:
     needed = config.state_spec().bytes_per_slot * batch
-    return needed < MOST_MEMORY * available_memory(device.name)
+    return needed < MAX_MEMORY_FRACTION * available_memory(device.name)
 
 
 def _row(
@@ -104,7 +104,7 @@ def _row(
         "batch": size,
         "dtype": str(pool.dtype).removeprefix("torch."),
         "state MiB": pool.nbytes / 2**20,
-        "us a layer": 1e6 * step / config.n_layer,
+        "us/layer": 1e6 * step / config.n_layer,
         "GB/s": 1e-9 * moved / step,
         "stream GB/s": 1e-9 * stream.num_bytes / streamed,
         "step / stream": moved / step * streamed / stream.num_bytes,
@@ -115,7 +115,7 @@ def _row(
 
 
 def _peers(config: GPTJConfig, batch: Batch) -> list[Callable[[], object]]:
-    """Torch's formulations on the same memory, laid out as each layer would have it contiguous."""
+    """Torch formulations on the same memory, with contiguous states for each layer."""
     width = config.head_dim
     states = batch.pool.view(config.n_layer, -1, width, width)
     q, k, v = (x.flatten(0, 1) for x in batch[:3])
@@ -134,16 +134,16 @@ def _peers(config: GPTJConfig, batch: Batch) -> list[Callable[[], object]]:
 
 
 def _by_slot(config: GPTJConfig, batch: Batch) -> None:
-    """The same through the pool, as a server would have to without an op of its own."""
+    """The same through the pool, as a server without its own op would have to."""
     q, k, v = (x.flatten(0, 1) for x in batch[:3])
-    slots = batch.slots.long()
+    state_indices = batch.state_indices.long()
     for layer in range(config.n_layer):
         pool = batch.pool[:, layer]
-        states = pool[slots]
+        states = pool[state_indices]
         rows = states.flatten(0, 1)
         rows.baddbmm_(v.unsqueeze(2), k.unsqueeze(1))
         torch.bmm(rows, q.unsqueeze(2))
-        pool.index_copy_(0, slots, states)
+        pool.index_copy_(0, state_indices, states)
 
 
 if __name__ == "__main__":

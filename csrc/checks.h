@@ -1,6 +1,5 @@
-// What every op asks of its tensors before it touches their memory.
-//
-// Owns the wording of the errors: each names the op's argument and what it should have been.
+// Checks that every op makes on its tensors before it touches their memory. Each error names the
+// argument and what was expected.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -15,7 +14,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Device;
 using torch::stable::Tensor;
 
-// `device` is the CPU, or the CUDA device of an op's first tensor.
+// `device`: the CPU, or the CUDA device of the first tensor of an op.
 inline void check_device(const Tensor& x, const char* name, const Device& device) {
   if (device.is_cuda()) {
     STD_TORCH_CHECK(x.device() == device, name, " must be on the CUDA device of the others");
@@ -24,33 +23,33 @@ inline void check_device(const Tensor& x, const char* name, const Device& device
   }
 }
 
-inline void check_kind(const Tensor& x, const char* name, int64_t dim, ScalarType type,
-                       const Device& device = DeviceType::CPU) {
+inline void check_tensor(const Tensor& x, const char* name, int64_t dim, ScalarType type,
+                         const Device& device = DeviceType::CPU) {
   check_device(x, name, device);
   STD_TORCH_CHECK(x.scalar_type() == type, name, " has the wrong dtype");
   STD_TORCH_CHECK(x.dim() == dim, name, " must have ", dim, " dimensions, not ", x.dim());
 }
 
-// Queries, keys and values; what they move is float32 whatever their type.
+// Types of q, k and v. The state is float32 for all of them.
 inline void check_input_type(const Tensor& x, const char* name) {
   const ScalarType type = x.scalar_type();
-  const bool is_known = type == ScalarType::Float || type == ScalarType::BFloat16 ||
-                        type == ScalarType::Half;
+  const bool is_known =
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
   STD_TORCH_CHECK(is_known, name, " must be float32, bfloat16 or float16");
 }
 
-// A contiguous last dimension; the other strides are free.
+// The last dimension must be contiguous; the other strides are free.
 inline void check_rows(const Tensor& x, const char* name, int64_t dim,
                        ScalarType type = ScalarType::Float,
                        const Device& device = DeviceType::CPU) {
-  check_kind(x, name, dim, type, device);
+  check_tensor(x, name, dim, type, device);
   const bool contiguous = x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1;
   STD_TORCH_CHECK(contiguous, "the last dimension of ", name, " must be contiguous");
 }
 
 inline void check_contiguous(const Tensor& x, const char* name, int64_t dim, ScalarType type,
                              const Device& device = DeviceType::CPU) {
-  check_kind(x, name, dim, type, device);
+  check_tensor(x, name, dim, type, device);
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
 }
 

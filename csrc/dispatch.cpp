@@ -1,7 +1,5 @@
-// Picks the instruction set, once, when the first op runs.
-//
-// Owns the reading of COTTENTION_CPU_ISA (plain, avx2, avx512 or avx512_bf16: forces
-// one that the machine has).
+// Picks the instruction set when the first op runs. COTTENTION_CPU_ISA (plain, avx2, avx512 or
+// avx512_bf16) forces one that the machine supports.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -21,7 +19,7 @@ bool has_avx512() {
 
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
-const Kernels* named(const std::string& isa) {
+const Kernels* kernels_for(const std::string& isa) {
   if (isa == "plain") return &plain::kernels;
   if (isa == "avx2" && has_avx2()) return &avx2::kernels;
   if (isa == "avx512" && has_avx512()) return &avx512::kernels;
@@ -36,7 +34,9 @@ const char* best() {
                            : "plain";
 }
 #else
-const Kernels* named(const std::string& isa) { return isa == "plain" ? &plain::kernels : nullptr; }
+const Kernels* kernels_for(const std::string& isa) {
+  return isa == "plain" ? &plain::kernels : nullptr;
+}
 
 const char* best() { return "plain"; }
 #endif
@@ -44,10 +44,11 @@ const char* best() { return "plain"; }
 const Kernels& pick() {
   const char* forced = std::getenv("COTTENTION_CPU_ISA");
   const std::string isa = forced && *forced ? forced : best();
-  const Kernels* found = named(isa);
+  const Kernels* found = kernels_for(isa);
   if (!found)
-    throw std::runtime_error("COTTENTION_CPU_ISA=" + isa +
-                             ": not one of plain, avx2, avx512, avx512_bf16 that this machine runs");
+    throw std::runtime_error(
+        "COTTENTION_CPU_ISA=" + isa +
+        ": not one of plain, avx2, avx512, avx512_bf16 that this machine supports");
   return *found;
 }
 

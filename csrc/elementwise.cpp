@@ -1,8 +1,6 @@
-// rotary_table, cottention_features, gelu_new, elu_plus_one, layer_norm and likeliest on the CPU:
-// the checks and the calls.
-//
-// Owns the angles of rotary (float64 until the last cast). The rest of the arithmetic stands in
-// elementwise.h.
+// rotary_table, cottention_features, gelu_new, elu_plus_one, layer_norm and argmax on the CPU:
+// checks and calls. The rotary angles are computed here, in float64; the other arithmetic is in
+// elementwise.h and argmax.h.
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -21,14 +19,14 @@ constexpr int64_t kExponentialsPerThread = 16384;
 constexpr int64_t kNormsPerThread = 65536;
 constexpr int64_t kComparedPerThread = 262144;
 
-int64_t least_tasks(int64_t work, int64_t each) { return work / std::max<int64_t>(1, each); }
+int64_t grain_size(int64_t work, int64_t each) { return work / std::max<int64_t>(1, each); }
 
 Tensor each_row(const Tensor& x, void (*kernel)(const RowsParams&, int64_t)) {
   check_rows(x, "x", 2);
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   const RowsParams p{x.const_data_ptr<float>(), out.mutable_data_ptr<float>(), x.size(1),
                      x.stride(0), x.size(1)};
-  for_each_task(x.size(0), least_tasks(kExponentialsPerThread, x.size(1)),
+  for_each_task(x.size(0), grain_size(kExponentialsPerThread, x.size(1)),
                 [&](int64_t row) { kernel(p, row); });
   return out;
 }
@@ -45,7 +43,7 @@ void check_heads(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 }  // namespace
 
-// positions int64 [N], from 0 → cos, sin float32 [N, rotary_dim / 2] of
+// positions int64 [N], counted from 0 → cos, sin float32 [N, rotary_dim / 2] of
 // position × base^(−2i / rotary_dim).
 std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, int64_t rotary_dim, double base) {
   check_contiguous(positions, "positions", 1, ScalarType::Long);
@@ -59,7 +57,7 @@ std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, int64_t rotary_
   float* s = sin.mutable_data_ptr<float>();
   std::vector<double> frequency(pairs);
   for (int64_t i = 0; i < pairs; ++i) frequency[i] = std::pow(base, -2.0 * i / rotary_dim);
-  for_each_task(tokens, least_tasks(kAnglesPerThread, pairs), [&](int64_t t) {
+  for_each_task(tokens, grain_size(kAnglesPerThread, pairs), [&](int64_t t) {
     for (int64_t i = 0; i < pairs; ++i) {
       const double angle = static_cast<double>(position[t]) * frequency[i];
       c[t * pairs + i] = static_cast<float>(std::cos(angle));
@@ -69,8 +67,8 @@ std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, int64_t rotary_
   return {cos, sin};
 }
 
-// q, k, v [N, H, D] with free strides but the last; positions int64 [N], from 0; sigma float64
-// [H]; cos, sin [N, R / 2] → contiguous [N, H, D]: rotated and normalised q and k, and
+// q, k, v [N, H, D] with free strides but the last; positions int64 [N], counted from 0; sigma
+// float64 [H]; cos, sin [N, R / 2] → contiguous [N, H, D]: rotated and normalised q and k, and
 // v / (position + 1)^sigma.
 std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Tensor& k,
                                                        const Tensor& v, const Tensor& positions,
@@ -83,13 +81,13 @@ std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Te
   Tensor q_out = torch::stable::new_empty(q, {tokens, heads, width});
   Tensor k_out = torch::stable::new_empty(q, {tokens, heads, width});
   Tensor v_out = torch::stable::new_empty(q, {tokens, heads, width});
-  FeatureParams p = feature_params(head_view(q), head_view(k), head_view(v), positions, sigma, cos,
-                                   sin, width);
+  FeatureParams p =
+      feature_params(head_view(q), head_view(k), head_view(v), positions, sigma, cos, sin, width);
   p.q_out = q_out.mutable_data_ptr<float>();
   p.k_out = k_out.mutable_data_ptr<float>();
   p.v_out = v_out.mutable_data_ptr<float>();
   const Kernels& table = kernels();
-  for_each_task(tokens, least_tasks(kFeaturesPerThread, 3 * heads * width),
+  for_each_task(tokens, grain_size(kFeaturesPerThread, 3 * heads * width),
                 [&](int64_t token) { table.features(p, token); });
   return {q_out, k_out, v_out};
 }
@@ -99,16 +97,16 @@ Tensor gelu_new(const Tensor& x) { return each_row(x, kernels().gelu); }
 
 Tensor elu_plus_one(const Tensor& x) { return each_row(x, kernels().elu_plus_one); }
 
-// logits [R, N], rows any distance apart → int64 [R]: the first place of each row's largest
-// element, -1 where that is not finite or anything in the row is not a number.
-Tensor likeliest(const Tensor& logits) {
+// logits [R, N], rows any distance apart → int64 [R]: the first index of the largest element of
+// each row, -1 if that is not finite or the row has a NaN.
+Tensor argmax(const Tensor& logits) {
   check_rows(logits, "logits", 2);
   Tensor out = torch::stable::new_empty(logits, {logits.size(0)}, ScalarType::Long);
-  const LikeliestParams p{logits.const_data_ptr<float>(), out.mutable_data_ptr<int64_t>(),
-                          logits.size(1), logits.stride(0)};
+  const ArgmaxParams p{logits.const_data_ptr<float>(), out.mutable_data_ptr<int64_t>(),
+                       logits.size(1), logits.stride(0)};
   const Kernels& table = kernels();
-  for_each_task(logits.size(0), least_tasks(kComparedPerThread, logits.size(1)),
-                [&](int64_t row) { table.likeliest(p, row); });
+  for_each_task(logits.size(0), grain_size(kComparedPerThread, logits.size(1)),
+                [&](int64_t row) { table.argmax(p, row); });
   return out;
 }
 
@@ -128,7 +126,7 @@ void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, doubl
   p.x_stride = x.stride(0);
   p.epsilon = static_cast<float>(epsilon);
   const Kernels& table = kernels();
-  for_each_task(x.size(0), least_tasks(kNormsPerThread, x.size(1)),
+  for_each_task(x.size(0), grain_size(kNormsPerThread, x.size(1)),
                 [&](int64_t row) { table.layer_norm(p, row); });
 }
 

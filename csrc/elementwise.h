@@ -1,9 +1,8 @@
-// What happens to a token around the recurrence: rotary, normalisation, scaling, gelu_new, elu + 1,
-// and the norm before it.
+// Per-token operations around the recurrence: rotary embedding, unit norm, scaling by position,
+// gelu_new, elu + 1 and layer norm.
 //
-// Elementwise loops are left to the compiler to widen: with contraction off, an element's bits do
-// not depend on where it stands. Sums run over sixteen fixed lanes.
-// Included by kernels.cpp only.
+// The compiler vectorises the elementwise loops. With contraction off, the bits of an element do
+// not depend on its index. Sums run over sixteen fixed lanes. Included by kernels.cpp only.
 #pragma once
 
 #include "kernels.h"
@@ -37,7 +36,7 @@ inline void normalise(float* x, int64_t width) {
   for (int64_t i = 0; i < width; ++i) x[i] /= below;
 }
 
-// One head's features of a token: q, k and v [width].
+// The mapped q, k and v [width] of one head of a token.
 inline void map_head(const FeatureParams& p, int64_t token, int64_t head, float* q, float* k,
                      float* __restrict v) {
   const float* cos = p.cos + token * p.pairs;
@@ -79,7 +78,7 @@ inline void layer_norm(const NormParams& p, int64_t row) {
     out[i] = multiply_add(out[i] * scale, p.weight[i], p.bias[i]);
 }
 
-// e^x to about one unit in the last place; infinite from 88.4 on, e^-87 below -87.
+// e^x to about one unit in the last place; infinite above 88.4, e^-87 below -87.
 inline float exponential(float x) {
   constexpr float kShift = 12582912.0f;  // 1.5 × 2^23: adding it rounds to an integer
   x = x > 89.0f ? 89.0f : x;
@@ -114,7 +113,7 @@ inline void gelu(const RowsParams& p, int64_t row) {
   gelu_of(p.x + row * p.x_stride, p.columns, p.out + row * p.out_stride);
 }
 
-// The linear transformer's map: x + 1 from 0 on, e^x below.
+// elu(x) + 1: x + 1 for x >= 0, e^x below.
 inline void elu_plus_one(const RowsParams& p, int64_t row) {
   const float* x = p.x + row * p.x_stride;
   float* __restrict out = p.out + row * p.out_stride;

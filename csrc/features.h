@@ -1,17 +1,14 @@
-// Where tokens stand and how values are scaled by it: what is asked of it, and what kernels are told.
-//
-// Owns what cottention_features and cottention_mix have in common, on CUDA the checks alone. No
-// arithmetic.
+// Checks and parameters of the Cottention feature map, shared by cottention_features and
+// cottention_attention_gelu; the CUDA ops use the checks alone.
 #pragma once
 
 #include "checks.h"
 
 namespace cottention {
 
-// positions int64 [N], from 0; cos, sin [N, R / 2] of the first R of a head's `width`.
+// positions int64 [N], counted from 0; cos, sin [N, R / 2] rotate the first R of `width` channels.
 inline void check_positions(const Tensor& positions, const Tensor& cos, const Tensor& sin,
-                            int64_t tokens, int64_t width,
-                            const Device& device = DeviceType::CPU) {
+                            int64_t tokens, int64_t width, const Device& device = DeviceType::CPU) {
   check_contiguous(positions, "positions", 1, ScalarType::Long, device);
   check_contiguous(cos, "cos", 2, ScalarType::Float, device);
   check_contiguous(sin, "sin", 2, ScalarType::Float, device);
@@ -29,10 +26,10 @@ inline void check_sigma(const Tensor& sigma, int64_t heads,
   check_size(sigma, "sigma", 0, heads);
 }
 
-// All but the outputs, which are the caller's to fill in.
+// Everything but the outputs, which the caller fills in.
 inline FeatureParams feature_params(const HeadView& q, const HeadView& k, const HeadView& v,
-                                    const Tensor& positions, const Tensor& sigma,
-                                    const Tensor& cos, const Tensor& sin, int64_t width) {
+                                    const Tensor& positions, const Tensor& sigma, const Tensor& cos,
+                                    const Tensor& sin, int64_t width) {
   FeatureParams p{q, k, v};
   p.positions = positions.const_data_ptr<int64_t>();
   p.sigma = sigma.const_data_ptr<double>();

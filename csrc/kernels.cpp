@@ -1,21 +1,20 @@
-// The kernels of one instruction set, which COTTENTION_ISA names; compiled once for each.
+// The kernels of one instruction set, COTTENTION_ISA; compiled once for each.
 //
-// Includes no C++ library header: an inline function of one, compiled here for AVX-512, could
-// otherwise be the copy that the linker keeps for everybody.
+// Includes no C++ library header: the linker keeps one copy of an inline function, which could be
+// the one that was compiled here for AVX-512.
 #include "kernels.h"
 
+#include "argmax.h"
+#include "attention_gelu.h"
 #include "elementwise.h"
-#include "likeliest.h"
 #include "linear.h"
-#include "mix.h"
 #include "recurrent.h"
-#include "weigh.h"
+#include "sampling_weights.h"
 
 namespace cottention::COTTENTION_ISA {
 
-const Kernels kernels = {
-    denominators, recurrent, mix,  linear<FloatWord>, linear<PairWord>, round_row,
-    features,     gelu,      elu_plus_one,            layer_norm,         likeliest,
-    weigh};
+const Kernels kernels = {denominators,         recurrent,   attention_gelu, linear<Float32Word>,
+                         linear<BFloat16Pair>, to_bfloat16, features,       gelu,
+                         elu_plus_one,         layer_norm,  argmax,         sampling_weights};
 
 }  // namespace cottention::COTTENTION_ISA

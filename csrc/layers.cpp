@@ -1,11 +1,10 @@
-// cottention_layers on the CPU: all blocks of a model, each its norm, its two products and the mixer
-// between them, one after the other.
+// cottention_layers on the CPU: all blocks of a model in one call.
 //
-// Owns the order alone: every block is the four ops that it calls, bit for bit. One call for all of
-// them, since a caller in Python would wait for the interpreter's lock between any two. x [N, C] is
-// changed in place; weights are kWeightsPerLayer tensors for each block; state [S, L, H, D, D], its
-// rows changed in place; normed [N, C], joined [N, 3C + inner] and mixed [N, C + inner] are
-// overwritten; the rest as in cottention_mix.
+// Calls the four ops of each block in turn (layer_norm, linear_out, cottention_attention_gelu,
+// linear_add), so the bits are the same. One call from Python, because each call would otherwise
+// wait for the interpreter lock. x [N, C] is updated in place; weights has kWeightsPerLayer tensors
+// for each block; state [S, L, H, D, D] is updated in place; normed [N, C], joined [N, 3C + inner]
+// and attn_gelu [N, C + inner] are scratch buffers; the rest as in cottention_attention_gelu.
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
@@ -20,10 +19,10 @@ constexpr int64_t kWeightsPerLayer = 7;
 
 void cottention_layers(const Tensor& x, const std::vector<Tensor>& weights, double epsilon,
                        const Tensor& positions, const Tensor& cos, const Tensor& sin,
-                       const Tensor& state, const Tensor& slots,
-                       const std::optional<Tensor>& offsets, const Tensor& normed,
-                       const Tensor& joined, const Tensor& mixed) {
-  check_kind(state, "state", 5, ScalarType::Float);
+                       const Tensor& state, const Tensor& state_indices,
+                       const std::optional<Tensor>& cu_seqlens, const Tensor& normed,
+                       const Tensor& joined, const Tensor& attn_gelu) {
+  check_tensor(state, "state", 5, ScalarType::Float);
   const int64_t layers = state.size(1), given = weights.size();
   STD_TORCH_CHECK(given == layers * kWeightsPerLayer, "weights has ", given, " tensors for ",
                   layers, " layers of ", kWeightsPerLayer);
@@ -31,9 +30,10 @@ void cottention_layers(const Tensor& x, const std::vector<Tensor>& weights, doub
     const Tensor* w = &weights[layer * kWeightsPerLayer];
     layer_norm(x, w[0], w[1], epsilon, normed);
     linear_out(normed, w[2], w[3], joined);
-    cottention_mix(joined, positions, w[4], cos, sin, torch::stable::select(state, 1, layer), slots,
-                   offsets, mixed);
-    linear_add(mixed, w[5], w[6], x);
+    cottention_attention_gelu(joined, positions, w[4], cos, sin,
+                              torch::stable::select(state, 1, layer), state_indices, cu_seqlens,
+                              attn_gelu);
+    linear_add(attn_gelu, w[5], w[6], x);
   }
 }
 

@@ -1,8 +1,8 @@
-// The product of fixed order on the CPU: packing of weights, checks, the call.
+// Linear layers with a fixed order of summation on the CPU: packing of weights, checks and calls.
 //
-// Owns the packed layout [panels, words, 64]: panel i holds output columns 64 i to 64 i + 63 side by
-// side for each word of 32 bits, zeros behind the last column. A word is one channel in float32 or
-// two in bfloat16; torch sees [panels, C, 64] or [panels, C / 2, 128]. Owns no arithmetic.
+// Packed layout [panels, words, 64]: panel i has the output columns 64 i to 64 i + 63 side by side
+// for each 32-bit word of channels, padded with zeros. A word is one float32 channel or two
+// bfloat16 channels; the tensor is [panels, C, 64] or [panels, C / 2, 128].
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
@@ -15,11 +15,11 @@ namespace cottention {
 namespace {
 
 constexpr int64_t kProductsPerThread = 131072;
-constexpr int64_t kRoundedPerThread = 65536;
-constexpr int64_t kWordsBetween = 16;  // rows a power of two apart would share cache sets
-constexpr int64_t kPackedAtOnce = 16;  // words: a cache line or two of each of a panel's 64 rows
+constexpr int64_t kConvertedPerThread = 65536;
+constexpr int64_t kWordsBetween = 16;  // padding: rows a power of two apart share cache sets
+constexpr int64_t kPackedAtOnce = 16;  // words: one or two cache lines of each row of a panel
 
-// Weights as they come: rows of float or of the bits of bfloat16, `stride` apart.
+// An unpacked weight: rows of float, or of the bits of bfloat16, `stride` apart.
 template <class Element>
 struct Unpacked {
   static constexpr int64_t kPerWord = sizeof(float) / sizeof(Element);
@@ -50,8 +50,7 @@ Tensor pack(const Tensor& weight) {
   const int64_t panels = ceil_div(from.columns, kPanel), width = kPanel * from.kPerWord;
   Tensor packed = torch::stable::new_empty(weight, {panels, from.words(), width});
   auto* to = static_cast<Element*>(packed.mutable_data_ptr());
-  for_each_task(panels, 1,
-                [&](int64_t i) { pack_panel(from, i, to + i * from.words() * width); });
+  for_each_task(panels, 1, [&](int64_t i) { pack_panel(from, i, to + i * from.words() * width); });
   return packed;
 }
 
@@ -89,22 +88,22 @@ void run(const LinearParams& p, void (*kernel)(const LinearParams&, int64_t)) {
   for_each_task(tasks, kProductsPerThread / products, [&](int64_t task) { kernel(p, task); });
 }
 
-// All rows in bfloat16, once for all panels; the buffer stays for the thread's next call.
-void run_rounded(LinearParams p, int64_t channels) {
+// Converts all rows to bfloat16 once for all panels; the buffer is kept for the next call.
+void run_bfloat16(LinearParams p, int64_t channels) {
   static thread_local std::vector<float> buffer;
   const int64_t stride = p.words + kWordsBetween;
   buffer.resize(std::max<size_t>(buffer.size(), p.rows * stride));
-  const RoundParams round{p.x, buffer.data(), channels, p.x_stride, stride};
-  for_each_task(p.rows, kRoundedPerThread / std::max<int64_t>(1, channels),
-                [&](int64_t row) { kernels().round_row(round, row); });
+  const ToBFloat16Params conversion{p.x, buffer.data(), channels, p.x_stride, stride};
+  for_each_task(p.rows, kConvertedPerThread / std::max<int64_t>(1, channels),
+                [&](int64_t row) { kernels().to_bfloat16(conversion, row); });
   p.x = buffer.data();
   p.x_stride = stride;
-  run(p, kernels().linear_pairs);
+  run(p, kernels().linear_bfloat16);
 }
 
 void run(const LinearParams& p, const Tensor& x, const Tensor& packed) {
   if (packed.scalar_type() == ScalarType::Float) return run(p, kernels().linear);
-  run_rounded(p, x.size(1));
+  run_bfloat16(p, x.size(1));
 }
 
 }  // namespace
@@ -128,13 +127,13 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   return out;
 }
 
-// As linear, into out [N, out_features].
+// As linear, written to out [N, out_features].
 void linear_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                 const Tensor& out) {
   run(params(x, packed, bias, out), x, packed);
 }
 
-// As linear, added to what is in out [N, out_features].
+// As linear, added to out [N, out_features].
 void linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                 const Tensor& out) {
   LinearParams p = params(x, packed, bias, out);

@@ -1,16 +1,18 @@
-// The product x Wᵀ + bias in one order: every output is a single chain over the channels.
+// The product x Wᵀ + bias with a fixed order of summation: every output is one chain of
+// multiply-adds over the channels, whatever the number of rows.
 //
-// A panel of 64 output columns meets a few rows of x whose sums stay in registers. Channels are
-// taken in blocks so that a panel's block stays in the first cache while all rows of the task pass
-// it; between blocks the sums rest in a tile of float32, which leaves the chain as it was. The
-// groups of rows share the fetching of the next block, so that memory works while they compute.
-// Weights of float32 or bfloat16 differ in their words alone. Included by kernels.cpp only.
+// A panel of 64 output columns is multiplied with a few rows of x whose sums stay in registers.
+// Channels are processed in blocks, so that a block of a panel stays in the L1 cache for all rows
+// of the task; between blocks the sums are kept in a float32 tile, which leaves the chain
+// unchanged. Each group of rows prefetches a part of the next block, so that loads overlap with
+// arithmetic. Float32 and bfloat16 weights differ in the word type alone (bfloat16.h). Included by
+// kernels.cpp only.
 #pragma once
 
+#include "bfloat16.h"
 #include "kernels.h"
-#include "pages.h"
+#include "prefetch.h"
 #include "simd.h"
-#include "words.h"
 
 namespace cottention::COTTENTION_ISA {
 
@@ -25,8 +27,8 @@ constexpr int kMaxRows = 2;
 constexpr int across(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 
-constexpr int64_t kBlock = 64;   // words of a panel: half of a small first cache
-constexpr int64_t kFewRows = 4;  // so few take less time than their weights
+constexpr int64_t kBlock = 64;   // words of a panel: half of a small L1 cache
+constexpr int64_t kFewRows = 4;  // up to this many, reading the weights takes longest
 
 // Rows of words, `stride` words apart.
 struct RowBlock {
@@ -34,10 +36,10 @@ struct RowBlock {
   int64_t stride;
 };
 
-// A block of a panel's words, and the columns [first, last) of the next that are to be fetched.
+// A block of words of a panel, and the columns [first, last) of the next block to prefetch.
 struct PanelBlock {
   const float* data;
-  int64_t words, first_fetched, last_fetched;
+  int64_t words, first_prefetched, last_prefetched;
 };
 
 // Adds the block's terms to the sums of R rows and across(R) × 16 columns from `column` on.
@@ -50,8 +52,8 @@ inline void extend_chains(const RowBlock& x, const PanelBlock& block, int64_t co
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) sums[r][a] = load(tile + r * kPanel + a * kLanes);
   const int64_t end = column + A * kLanes;
-  const int64_t first = block.first_fetched > column ? block.first_fetched : column;
-  const int64_t last = least(block.last_fetched, end);
+  const int64_t first = block.first_prefetched > column ? block.first_prefetched : column;
+  const int64_t last = min(block.last_prefetched, end);
   const float* panel = block.data + column;
   const float* next = block.data + block.words * kPanel;
   for (int64_t c = 0; c < block.words; ++c, panel += kPanel, next += kPanel) {
@@ -63,8 +65,7 @@ inline void extend_chains(const RowBlock& x, const PanelBlock& block, int64_t co
     for (int r = 0; r < R; ++r) {
       const Lanes value = broadcast(x.words[r * x.stride + c]);
 #pragma GCC unroll 4
-      for (int a = 0; a < A; ++a)
-        sums[r][a] = Word::multiply_add(weights[a], value, sums[r][a]);
+      for (int a = 0; a < A; ++a) sums[r][a] = Word::multiply_add(weights[a], value, sums[r][a]);
     }
   }
 #pragma GCC unroll 8
@@ -97,9 +98,9 @@ inline ExtendRows extend_rows_for(int64_t rows) {
 // One block of words for few rows.
 template <class Word>
 inline void extend_few(const RowBlock& x, const PanelBlock& block, int64_t rows, float* tile) {
-  fetch_pages(block.data, block.words * kPanel);
+  prefetch_pages(block.data, block.words * kPanel);
   for (int64_t row = 0; row < rows; row += kMaxRows) {
-    const int64_t count = least(rows - row, kMaxRows);
+    const int64_t count = min(rows - row, kMaxRows);
     extend_rows_for<Word>(count)({x.words + row * x.stride, x.stride}, block, tile + row * kPanel);
   }
 }
@@ -111,8 +112,8 @@ inline void extend_many(const RowBlock& x, PanelBlock block, int64_t rows, float
   constexpr int64_t lines = kPanel / kLanes;
   for (int64_t g = 0, row = 0; g < groups; ++g) {
     const int64_t count = (rows - row + groups - g - 1) / (groups - g);
-    block.first_fetched = g * lines / groups * kLanes;
-    block.last_fetched = (g + 1) * lines / groups * kLanes;
+    block.first_prefetched = g * lines / groups * kLanes;
+    block.last_prefetched = (g + 1) * lines / groups * kLanes;
     const RowBlock group{x.words + row * x.stride, x.stride};
     extend_rows_for<Word>(count)(group, block, tile + row * kPanel);
     row += count;
@@ -121,7 +122,7 @@ inline void extend_many(const RowBlock& x, PanelBlock block, int64_t rows, float
 
 inline void write_rows(const LinearParams& p, int64_t first, int64_t rows, int64_t column,
                        const float* tile) {
-  const int64_t count = least(p.columns - column, kPanel);
+  const int64_t count = min(p.columns - column, kPanel);
   for (int64_t r = 0; r < rows; ++r) {
     float* out = p.out + (first + r) * p.columns + column;
     for (int64_t j = 0; j < count; ++j) {
@@ -134,7 +135,7 @@ inline void write_rows(const LinearParams& p, int64_t first, int64_t rows, int64
 template <class Word>
 inline void linear(const LinearParams& p, int64_t task) {
   alignas(64) float tile[kTaskRows * kPanel];
-  const int64_t panel = task / p.blocks();  // stays in the second cache while the rows pass
+  const int64_t panel = task / p.blocks();  // stays in the L2 cache for all its rows
   const int64_t block_of_rows = task % p.blocks();
   const int64_t first = p.rows * block_of_rows / p.blocks();
   const int64_t rows = p.rows * (block_of_rows + 1) / p.blocks() - first;
@@ -142,7 +143,7 @@ inline void linear(const LinearParams& p, int64_t task) {
   for (int64_t w = 0; w < p.words; w += kBlock) {
     const RowBlock x{p.x + first * p.x_stride + w, p.x_stride};
     const float* weights = p.packed + (panel * p.words + w) * kPanel;
-    const PanelBlock block{weights, least(p.words - w, kBlock), 0, 0};
+    const PanelBlock block{weights, min(p.words - w, kBlock), 0, 0};
     rows > kFewRows ? extend_many<Word>(x, block, rows, tile)
                     : extend_few<Word>(x, block, rows, tile);
   }

@@ -1,4 +1,4 @@
-// The ops as torch sees them; shapes and meaning stand with each definition.
+// The CPU ops as registered with torch; shapes and meaning are given at each definition.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -12,8 +12,8 @@ namespace cottention {
 using torch::stable::Tensor;
 
 Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
-                      const std::optional<Tensor>& z, const Tensor& slots,
-                      const std::optional<Tensor>& offsets);
+                      const std::optional<Tensor>& z, const Tensor& state_indices,
+                      const std::optional<Tensor>& cu_seqlens);
 Tensor pack_weight(const Tensor& weight);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               int64_t out_features);
@@ -30,15 +30,16 @@ Tensor gelu_new(const Tensor& x);
 Tensor elu_plus_one(const Tensor& x);
 void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon,
                 const Tensor& out);
-Tensor likeliest(const Tensor& logits);
-Tensor draw(const Tensor& logits, const Tensor& likeliest, const Tensor& wishes);
-void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
-                    const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
-                    const std::optional<Tensor>& offsets, const Tensor& out);
+Tensor argmax(const Tensor& logits);
+Tensor sample(const Tensor& logits, const Tensor& argmax, const Tensor& sampling_rows);
+void cottention_attention_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                               const Tensor& cos, const Tensor& sin, const Tensor& state,
+                               const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens,
+                               const Tensor& out);
 void cottention_layers(const Tensor& x, const std::vector<Tensor>& weights, double epsilon,
                        const Tensor& positions, const Tensor& cos, const Tensor& sin,
-                       const Tensor& state, const Tensor& slots,
-                       const std::optional<Tensor>& offsets, const Tensor& normed,
-                       const Tensor& joined, const Tensor& mixed);
+                       const Tensor& state, const Tensor& state_indices,
+                       const std::optional<Tensor>& cu_seqlens, const Tensor& normed,
+                       const Tensor& joined, const Tensor& attn_gelu);
 
 }  // namespace cottention

@@ -1,9 +1,9 @@
-// Shares independent tasks among torch's threads: each takes its own portion, then what others left.
+// Runs independent tasks on torch's threads: static ranges, with work stealing at the end.
 //
-// A portion is the same in every call over as many tasks, so that a thread meets memory that lies in
-// its own caches: threads may sit on parts of a machine that share none. Tasks may be of very
-// different length (a prefilled segment beside decoded tokens), so who is done takes from the rest.
-// Which thread does a task changes no bit of it.
+// Every thread first runs its own range, which is the same in every call with as many tasks, so
+// that its data stays in the caches of its core. Tasks may differ much in length (a prefilled
+// segment beside decoded tokens), so a thread that is done continues with the ranges of others. The
+// result does not depend on which thread runs a task.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -16,21 +16,23 @@ namespace cottention {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr int64_t kShortRuns = 32;
+constexpr int64_t kChunksPerThread = 32;
 
-// How many neighbouring tasks a thread takes at a time, so that it comes back `times` times: runs of
-// them lie side by side in memory. Tasks of one length allow long runs, tasks of many lengths none.
-inline int64_t even_run(int64_t count, int64_t times) {
-  return std::max<int64_t>(1, count / (times * int64_t(torch::stable::get_num_threads())));
+// Neighbouring tasks to take at a time, so that each thread takes `chunks_per_thread` chunks: the
+// data of a chunk is contiguous. Tasks of equal length allow large chunks, tasks of unequal length
+// do not.
+inline int64_t chunk_size(int64_t count, int64_t chunks_per_thread) {
+  return std::max<int64_t>(1,
+                           count / (chunks_per_thread * int64_t(torch::stable::get_num_threads())));
 }
 
-struct alignas(64) Portion {
+struct alignas(64) TaskRange {
   std::atomic<int64_t> next;
   int64_t end;
 };
 
-inline std::vector<Portion> portions(int64_t count, int64_t number) {
-  std::vector<Portion> all(number);
+inline std::vector<TaskRange> split_tasks(int64_t count, int64_t number) {
+  std::vector<TaskRange> all(number);
   for (int64_t i = 0; i < number; ++i) {
     all[i].next.store(count * i / number, std::memory_order_relaxed);
     all[i].end = count * (i + 1) / number;
@@ -38,35 +40,35 @@ inline std::vector<Portion> portions(int64_t count, int64_t number) {
   return all;
 }
 
-// What nobody has taken of a portion, `run` tasks at a time.
+// Runs the tasks of a range that no thread has taken yet, `chunk` at a time.
 template <class Task>
-void finish(Portion& portion, int64_t run, const Task& task) {
+void run_rest(TaskRange& range, int64_t chunk, const Task& task) {
   while (true) {
-    const int64_t first = portion.next.fetch_add(run, std::memory_order_relaxed);
-    if (first >= portion.end) return;
-    for (int64_t i = first; i < std::min(first + run, portion.end); ++i) task(i);
+    const int64_t first = range.next.fetch_add(chunk, std::memory_order_relaxed);
+    if (first >= range.end) return;
+    for (int64_t i = first; i < std::min(first + chunk, range.end); ++i) task(i);
   }
 }
 
-// Calls task(i) for i in [0, count), `run` at a time. `least` tasks are worth waking a thread for.
+// Calls task(i) for i in [0, count), `chunk` at a time; a thread is used per `grain_size` tasks.
 template <class Task>
-void for_each_task(int64_t count, int64_t least, int64_t run, const Task& task) {
+void for_each_task(int64_t count, int64_t grain_size, int64_t chunk, const Task& task) {
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t workers = std::min(threads, ceil_div(count, std::max<int64_t>(least, 1)));
+  const int64_t workers = std::min(threads, ceil_div(count, std::max<int64_t>(grain_size, 1)));
   if (workers <= 1) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  std::vector<Portion> all = portions(count, workers);
+  std::vector<TaskRange> all = split_tasks(count, workers);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t own = begin; own < end; ++own)
-      for (int64_t i = 0; i < workers; ++i) finish(all[(own + i) % workers], run, task);
+      for (int64_t i = 0; i < workers; ++i) run_rest(all[(own + i) % workers], chunk, task);
   });
 }
 
 template <class Task>
-void for_each_task(int64_t count, int64_t least, const Task& task) {
-  for_each_task(count, least, even_run(count, kShortRuns), task);
+void for_each_task(int64_t count, int64_t grain_size, const Task& task) {
+  for_each_task(count, grain_size, chunk_size(count, kChunksPerThread), task);
 }
 
 }  // namespace cottention

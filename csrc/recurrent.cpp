@@ -1,9 +1,9 @@
-// recurrent_step on the CPU: the checks and the calls.
+// recurrent_step on the CPU: checks and calls.
 //
-// Owns no arithmetic. q, k [N, H, K] and v [N, H, V], of one type (float32, bfloat16 or float16),
-// with free strides but the last; state [S, H, V, K] and z [S, H, K], float32 with a free first
-// stride, changed in place; slots int32 [B]; offsets int32 [B + 1] or none; returns [N, H, V] in the
-// type of v.
+// q, k [N, H, K] and v [N, H, V], of one type (float32, bfloat16 or float16), last dimension
+// contiguous; state [S, H, V, K] and z [S, H, K], float32 with a free first stride, updated in
+// place; state_indices int32 [B]; cu_seqlens int32 [B + 1] or none. Returns [N, H, V] in the type
+// of v.
 #include <torch/csrc/stable/ops.h>
 
 #include "ops.h"
@@ -27,28 +27,28 @@ Tensor widened(const Tensor& x) { return torch::stable::to(x, ScalarType::Float)
 void run(const RecurrentParams& p, int64_t tokens) {
   const Kernels& table = kernels();
   if (p.z) for_each_head(p, tokens, 1, [&](int64_t task) { table.denominators(p, task); });
-  for_each_head(p, tokens, p.shares(), [&](int64_t task) { table.recurrent(p, task); });
+  for_each_head(p, tokens, p.row_splits(), [&](int64_t task) { table.recurrent(p, task); });
 }
 
 }  // namespace
 
 Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
-                      const std::optional<Tensor>& z, const Tensor& slots,
-                      const std::optional<Tensor>& offsets) {
+                      const std::optional<Tensor>& z, const Tensor& state_indices,
+                      const std::optional<Tensor>& cu_seqlens) {
   check_inputs(q, k, v);
   if (q.scalar_type() != ScalarType::Float) {
     const Tensor out =
-        recurrent_step(widened(q), widened(k), widened(v), state, z, slots, offsets);
+        recurrent_step(widened(q), widened(k), widened(v), state, z, state_indices, cu_seqlens);
     return torch::stable::to(out, q.scalar_type());
   }
   const int64_t tokens = q.size(0), heads = q.size(1);
   check_state(state, heads, v.size(2), q.size(2));
   if (z) check_denominator(*z, state);
-  RecurrentParams p = pool_params(state, slots, offsets, tokens);
+  RecurrentParams p = pool_params(state, state_indices, cu_seqlens, tokens);
   Tensor out = torch::stable::new_empty(v, {tokens, heads, v.size(2)});
   if (tokens == 0 || heads == 0) return out;
-  std::optional<Tensor> below;
-  if (z) below = torch::stable::new_empty(v, {tokens, heads});
+  std::optional<Tensor> denominators;
+  if (z) denominators = torch::stable::new_empty(v, {tokens, heads});
   p.q = head_view(q);
   p.k = head_view(k);
   p.v = head_view(v);
@@ -56,7 +56,7 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
   p.z_stride = z ? z->stride(0) : 0;
   p.out = out.mutable_data_ptr<float>();
   p.out_stride = heads * v.size(2);
-  p.denominators = below ? below->mutable_data_ptr<float>() : nullptr;
+  p.denominators = denominators ? denominators->mutable_data_ptr<float>() : nullptr;
   run(p, tokens);
   return out;
 }

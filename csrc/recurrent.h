@@ -1,19 +1,19 @@
-// The recurrence on value rows: state += v ⊗ k, out = state q, token after token.
+// The recurrence on value rows: S ← S + v kᵀ, out = S q, token after token.
 //
-// A block of value rows stays in the first cache while a chunk of tokens runs through it, and a
-// head's rows in the second while the segment does, so prefill moves the state once. A token's
-// arithmetic (rows.h) is the same in prefill and in decode. Included by kernels.cpp only.
+// A block of value rows stays in the L1 cache for a chunk of tokens, and the rows of a head in the
+// L2 cache for the whole segment, so prefill reads and writes the state once. A token's arithmetic
+// (recurrent_rows.h) is the same in prefill and in decode. Included by kernels.cpp only.
 #pragma once
 
 #include "kernels.h"
-#include "rows.h"
+#include "recurrent_rows.h"
 #include "simd.h"
 
 namespace cottention::COTTENTION_ISA {
 
 constexpr int64_t kTokensAhead = 2;
-constexpr int64_t kTokenChunk = 32;       // its keys and queries stay in the second cache
-constexpr int64_t kBlockElements = 4096;  // 16 KB of state: half of a small first cache
+constexpr int64_t kTokenChunk = 32;       // its keys and queries stay in the L2 cache
+constexpr int64_t kBlockElements = 4096;  // 16 KB of state: half of a small L1 cache
 
 inline void zero_outputs(const RecurrentParams& p, int64_t segment, int64_t head, int64_t row,
                          int64_t rows) {
@@ -21,10 +21,10 @@ inline void zero_outputs(const RecurrentParams& p, int64_t segment, int64_t head
     __builtin_memset(p.out_at(t, head) + row, 0, rows * sizeof(float));
 }
 
-// A token's rows lie too far apart for the machine to foresee; above all its stores to `out`, which
-// retire in order, would hold up those to the state.
-inline void fetch_token(const RecurrentParams& p, int64_t token, int64_t head, int64_t row,
-                        int64_t rows) {
+// The rows of two tokens are too far apart for the hardware prefetcher. Above all, stores to `out`
+// that miss the cache would delay the stores to the state, since stores retire in order.
+inline void prefetch_token(const RecurrentParams& p, int64_t token, int64_t head, int64_t row,
+                           int64_t rows) {
   for (int64_t j = 0; j < p.key_width; j += kLanes) {
     __builtin_prefetch(p.q.at(token, head) + j);
     __builtin_prefetch(p.k.at(token, head) + j);
@@ -39,7 +39,7 @@ inline void fetch_token(const RecurrentParams& p, int64_t token, int64_t head, i
 inline void advance_tokens(const RecurrentParams& p, float* h, int64_t first, int64_t last,
                            bool is_start, int64_t head, int64_t row, int64_t rows) {
   for (int64_t t = first; t < last; ++t) {
-    if (t + kTokensAhead < last) fetch_token(p, t + kTokensAhead, head, row, rows);
+    if (t + kTokensAhead < last) prefetch_token(p, t + kTokensAhead, head, row, rows);
     const Token token = token_of(p, t, head, row);
     if (is_start && t == first)
       stream_block(token, h, p.key_width, rows);
@@ -48,58 +48,58 @@ inline void advance_tokens(const RecurrentParams& p, float* h, int64_t first, in
   }
 }
 
-// The part of one head of one segment that a task works on: tokens [first, last) on value rows
-// [begin, end).
-struct Share {
+// A task: value rows [begin, end) of one head of one segment, which has the tokens [first, last).
+struct HeadTask {
   int64_t segment, head, first, last, begin, end;
 };
 
-inline Share share_of(const RecurrentParams& p, int64_t task) {
-  const int64_t begin = task % p.shares() * p.share_rows;
-  const int64_t head = task / p.shares() % p.heads;
-  const int64_t segment = task / p.shares() / p.heads;
-  const int64_t end = least(begin + p.share_rows, p.value_width);
+inline HeadTask head_task(const RecurrentParams& p, int64_t task) {
+  const int64_t begin = task % p.row_splits() * p.rows_per_split;
+  const int64_t head = task / p.row_splits() % p.heads;
+  const int64_t segment = task / p.row_splits() / p.heads;
+  const int64_t end = min(begin + p.rows_per_split, p.value_width);
   return {segment, head, p.first(segment), p.first(segment + 1), begin, end};
 }
 
 inline float* head_state(const RecurrentParams& p, int64_t segment, int64_t head) {
-  return p.state + p.slots[segment] * p.state_stride + head * p.value_width * p.key_width;
+  return p.state + p.state_indices[segment] * p.state_stride + head * p.value_width * p.key_width;
 }
 
-// The next task's state, where that lies in another slot: fetch_pages has gone on in this one.
-inline void fetch_next_slot(const RecurrentParams& p, const Share& now, const Share& next) {
-  if (next.segment == now.segment || p.slots[next.segment] == kPaddingSlot) return;
+// The state of the next task, if that is in another slot; prefetch_pages covers the same slot.
+inline void prefetch_next_state(const RecurrentParams& p, const HeadTask& now,
+                                const HeadTask& next) {
+  if (next.segment == now.segment || p.state_indices[next.segment] == kPaddingSlot) return;
   const float* h = head_state(p, next.segment, next.head);
   __builtin_prefetch(h);
   __builtin_prefetch(h + kPage / sizeof(float));
 }
 
-// Tokens [t, stop) of a share, at most kTokenChunk of them.
-inline void advance_chunk(const RecurrentParams& p, const Share& s, int64_t t, int64_t stop) {
+// Tokens [t, stop) of a task, at most kTokenChunk of them.
+inline void advance_chunk(const RecurrentParams& p, const HeadTask& s, int64_t t, int64_t stop) {
   float* h = head_state(p, s.segment, s.head);
-  const int64_t fitting = kBlockElements / p.key_width / kRowGroup * kRowGroup;
-  for (int64_t row = s.begin; row < s.end; row += fitting)
+  const int64_t block_rows = kBlockElements / p.key_width / kRowGroup * kRowGroup;
+  for (int64_t row = s.begin; row < s.end; row += block_rows)
     advance_tokens(p, h + row * p.key_width, t, stop, t == s.first, s.head, row,
-                   least(fitting, s.end - row));
+                   min(block_rows, s.end - row));
 }
 
 inline void recurrent(const RecurrentParams& p, int64_t task) {
-  const Share s = share_of(p, task);
+  const HeadTask s = head_task(p, task);
   if (task + 1 < p.tasks()) {
-    const Share next = share_of(p, task + 1);
-    fetch_next_slot(p, s, next);
-    fetch_token(p, next.first, next.head, next.begin, next.end - next.begin);
+    const HeadTask next = head_task(p, task + 1);
+    prefetch_next_state(p, s, next);
+    prefetch_token(p, next.first, next.head, next.begin, next.end - next.begin);
   }
-  if (p.slots[s.segment] == kPaddingSlot)
+  if (p.state_indices[s.segment] == kPaddingSlot)
     return zero_outputs(p, s.segment, s.head, s.begin, s.end - s.begin);
   for (int64_t t = s.first; t < s.last; t += kTokenChunk)
-    advance_chunk(p, s, t, least(t + kTokenChunk, s.last));
+    advance_chunk(p, s, t, min(t + kTokenChunk, s.last));
 }
 
 // z += k along a segment; denominators[t] = max(z · q, floor).
 inline void denominators(const RecurrentParams& p, int64_t task) {
   const int64_t head = task % p.heads, segment = task / p.heads;
-  const int32_t slot = p.slots[segment];
+  const int32_t slot = p.state_indices[segment];
   if (slot == kPaddingSlot) return;
   float* z = p.z + slot * p.z_stride + head * p.key_width;
   for (int64_t t = p.first(segment); t < p.first(segment + 1); ++t) {

@@ -1,12 +1,12 @@
-// The schemas of the ops and their CPU implementations, entered with torch's dispatcher.
+// Schemas of the ops and their CPU implementations, registered with torch's dispatcher.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"
 
 STABLE_TORCH_LIBRARY(cottention, m) {
   m.def(
-      "recurrent_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor(b!)? z, Tensor slots, "
-      "Tensor? offsets=None) -> Tensor");
+      "recurrent_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor(b!)? z, "
+      "Tensor state_indices, Tensor? cu_seqlens=None) -> Tensor");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("rotary_table(Tensor positions, int rotary_dim, float base) -> (Tensor, Tensor)");
@@ -15,18 +15,19 @@ STABLE_TORCH_LIBRARY(cottention, m) {
       "Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)");
   m.def("gelu_new(Tensor x) -> Tensor");
   m.def("elu_plus_one(Tensor x) -> Tensor");
-  m.def("likeliest(Tensor logits) -> Tensor");
-  m.def("draw(Tensor logits, Tensor likeliest, Tensor wishes) -> Tensor");
+  m.def("argmax(Tensor logits) -> Tensor");
+  m.def("sample(Tensor logits, Tensor argmax, Tensor sampling_rows) -> Tensor");
   m.def("linear_out(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_add(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float epsilon, Tensor(a!) out) -> ()");
   m.def(
-      "cottention_mix(Tensor joined, Tensor positions, Tensor sigma, Tensor cos, Tensor sin, "
-      "Tensor(a!) state, Tensor slots, Tensor? offsets, Tensor(b!) out) -> ()");
+      "cottention_attention_gelu(Tensor joined, Tensor positions, Tensor sigma, Tensor cos, "
+      "Tensor sin, Tensor(a!) state, Tensor state_indices, Tensor? cu_seqlens, "
+      "Tensor(b!) out) -> ()");
   m.def(
       "cottention_layers(Tensor(a!) x, Tensor[] weights, float epsilon, Tensor positions, "
-      "Tensor cos, Tensor sin, Tensor(b!) state, Tensor slots, Tensor? offsets, "
-      "Tensor(c!) normed, Tensor(d!) joined, Tensor(e!) mixed) -> ()");
+      "Tensor cos, Tensor sin, Tensor(b!) state, Tensor state_indices, Tensor? cu_seqlens, "
+      "Tensor(c!) normed, Tensor(d!) joined, Tensor(e!) attn_gelu) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
@@ -37,11 +38,11 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("cottention_features", TORCH_BOX(&cottention::cottention_features));
   m.impl("gelu_new", TORCH_BOX(&cottention::gelu_new));
   m.impl("elu_plus_one", TORCH_BOX(&cottention::elu_plus_one));
-  m.impl("likeliest", TORCH_BOX(&cottention::likeliest));
-  m.impl("draw", TORCH_BOX(&cottention::draw));
+  m.impl("argmax", TORCH_BOX(&cottention::argmax));
+  m.impl("sample", TORCH_BOX(&cottention::sample));
   m.impl("linear_out", TORCH_BOX(&cottention::linear_out));
   m.impl("linear_add", TORCH_BOX(&cottention::linear_add));
   m.impl("layer_norm", TORCH_BOX(&cottention::layer_norm));
-  m.impl("cottention_mix", TORCH_BOX(&cottention::cottention_mix));
+  m.impl("cottention_attention_gelu", TORCH_BOX(&cottention::cottention_attention_gelu));
   m.impl("cottention_layers", TORCH_BOX(&cottention::cottention_layers));
 }

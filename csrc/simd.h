@@ -1,9 +1,8 @@
-// Sixteen floats that move together: one AVX-512 register, two AVX2 registers or four of 128 bits.
+// Vectors of sixteen floats: one AVX-512 register, two AVX2 registers or four of 128 bits.
 //
-// Owns the few vector operations that the kernels are written in. The lanes of a sum and the tree
-// that folds them are the same at every width, so AVX2 and AVX-512 give equal bits; the plain form
-// rounds after the multiplication as well, because it may not assume fused multiply-add.
-// Included by kernels.cpp only, once per instruction set.
+// The lanes of a sum and the tree that reduces them are the same at every width, so AVX2 and
+// AVX-512 give equal bits. The plain form rounds after the multiplication as well, because it
+// cannot assume fused multiply-add. Included by kernels.cpp only, once per instruction set.
 #pragma once
 
 #include <stdint.h>
@@ -19,7 +18,7 @@ typedef uint32_t Words __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 16;
 constexpr int64_t kHalf = 8;
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline float multiply_add(float a, float b, float c) {
 #if defined(__FMA__)
@@ -119,8 +118,8 @@ inline void store(float* p, Lanes x) {
   store_quad(p + 12, x.part[3]);
 }
 inline Lanes add(Lanes a, Lanes b) {
-  return {{a.part[0] + b.part[0], a.part[1] + b.part[1], a.part[2] + b.part[2],
-           a.part[3] + b.part[3]}};
+  return {
+      {a.part[0] + b.part[0], a.part[1] + b.part[1], a.part[2] + b.part[2], a.part[3] + b.part[3]}};
 }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {{a.part[0] * b.part[0] + c.part[0], a.part[1] * b.part[1] + c.part[1],
@@ -141,8 +140,8 @@ inline Quad fold(Lanes x) { return (x.part[0] + x.part[2]) + (x.part[1] + x.part
 #endif
 
 // Each lane of a and b holds two bfloat16: c + a1 b1 + a0 b0, each product added with one rounding
-// where the machine can. first_halves and second_halves widen them to float32 (the first is the
-// lower half).
+// if the CPU has FMA. first_halves and second_halves widen them to float32 (the first is the lower
+// half).
 inline Lanes multiply_add_pairs(Lanes a, Lanes b, Lanes c) {
 #if defined(__AVX512BF16__)
   return {_mm512_dpbf16_ps(c.all, (__m512bh)a.all, (__m512bh)b.all)};
@@ -152,7 +151,7 @@ inline Lanes multiply_add_pairs(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
-// Four folded sums brought to their ends side by side: each is (x0 + x2) + (x1 + x3).
+// The last reduction of four folded sums, side by side: each is (x0 + x2) + (x1 + x3).
 inline Quad finish(Quad a, Quad b, Quad c, Quad d) {
   const Quad ab =
       __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);

@@ -1,10 +1,10 @@
-"""The distribution's version."""
+"""The version of the installed package."""
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def package_version() -> str:
-    """As installed, or "unknown" in a tree that is not."""
+    """The version, or "unknown" if the package is not installed."""
     try:
         return version("cottention-server")
     except PackageNotFoundError:

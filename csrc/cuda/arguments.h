@@ -1,7 +1,7 @@
-// What the ops on CUDA ask of their tensors beyond what all ops ask, and what they take from torch.
+// Checks of the CUDA ops beyond those of all ops, their parameters, and what they take from torch.
 //
-// Looks at no slot, offset or position: they lie on the device, and whoever made them has checked
-// them.
+// State indices, cu_seqlens and positions are not checked: they are on the device, and reading them
+// would wait for it. The caller has checked them on the host.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -10,7 +10,7 @@
 #include "../pool.h"
 #include "params.h"
 
-// In libtorch_cuda. Weak, so that the library also loads (and registers) beside a torch without it.
+// In libtorch_cuda. Weak, so that the library also loads (and registers) with a torch without CUDA.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace cottention::cuda {
@@ -23,7 +23,7 @@ inline Type type_of(const Tensor& x, const char* name) {
   return x.scalar_type() == ScalarType::BFloat16 ? Type::kBFloat16 : Type::kHalf;
 }
 
-// Where an op runs; a first tensor that is elsewhere lies on none, and is refused.
+// The CUDA device that an op runs on; a first tensor on another kind of device fails the checks.
 inline Device device_of(const Tensor& first) {
   return Device(DeviceType::CUDA, first.get_device_index());
 }
@@ -46,39 +46,41 @@ inline void check_pools(const Tensor& state, const std::optional<Tensor>& z, int
   check_rows_aligned(*z, "z");
 }
 
-inline void check_segments(const Tensor& slots, const std::optional<Tensor>& offsets,
+inline void check_segments(const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens,
                            int64_t tokens, const Device& device) {
-  check_contiguous(slots, "slots", 1, ScalarType::Int, device);
-  STD_TORCH_CHECK(slots.size(0) > 0 || tokens == 0, "no slots for ", tokens, " tokens");
-  if (offsets) {
-    check_contiguous(*offsets, "offsets", 1, ScalarType::Int, device);
-    check_size(*offsets, "offsets", 0, slots.size(0) + 1);
+  check_contiguous(state_indices, "state_indices", 1, ScalarType::Int, device);
+  STD_TORCH_CHECK(state_indices.size(0) > 0 || tokens == 0, "no state_indices for ", tokens,
+                  " tokens");
+  if (cu_seqlens) {
+    check_contiguous(*cu_seqlens, "cu_seqlens", 1, ScalarType::Int, device);
+    check_size(*cu_seqlens, "cu_seqlens", 0, state_indices.size(0) + 1);
     return;
   }
-  STD_TORCH_CHECK(slots.size(0) == tokens, "without offsets there must be one slot per token: ",
-                  slots.size(0), " slots, ", tokens, " tokens");
+  STD_TORCH_CHECK(state_indices.size(0) == tokens,
+                  "without cu_seqlens there must be one state index per token: ",
+                  state_indices.size(0), " state_indices, ", tokens, " tokens");
 }
 
 inline View view_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1)}; }
 
-// Whether four elements may be moved at once wherever four divides the place.
+// Whether four elements can be loaded or stored at once at every index that is a multiple of four.
 inline bool is_aligned(const void* data, int64_t bytes, int64_t stride, int64_t other = 0) {
   return reinterpret_cast<uintptr_t>(data) % (4 * bytes) == 0 && stride % 4 == 0 && other % 4 == 0;
 }
 
-// The pool and the batch on it; q, k, v and out are the caller's to fill in.
+// The pool and the batch on it; the caller fills in q, k, v and out.
 inline StepParams step_params(const Tensor& state, const std::optional<Tensor>& z,
-                              const Tensor& slots, const std::optional<Tensor>& offsets,
+                              const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens,
                               int64_t tokens) {
   StepParams p{};
   p.state = static_cast<float*>(state.data_ptr());
   p.state_stride = state.stride(0);
   p.z = z ? static_cast<float*>(z->data_ptr()) : nullptr;
   p.z_stride = z ? z->stride(0) : 0;
-  p.slots = static_cast<const int32_t*>(slots.data_ptr());
-  p.offsets = offsets ? static_cast<const int32_t*>(offsets->data_ptr()) : nullptr;
+  p.state_indices = static_cast<const int32_t*>(state_indices.data_ptr());
+  p.cu_seqlens = cu_seqlens ? static_cast<const int32_t*>(cu_seqlens->data_ptr()) : nullptr;
   p.tokens = tokens;
-  p.segments = slots.size(0);
+  p.segments = state_indices.size(0);
   p.heads = static_cast<int>(state.size(1));
   p.value_width = static_cast<int>(state.size(2));
   p.key_width = static_cast<int>(state.size(3));

@@ -1,4 +1,4 @@
-// Four elements at a time, and what a compiler for the GPU and one for the host call differently.
+// Loads and stores of four elements, and macros that differ between nvcc and a host compiler.
 #pragma once
 
 #include <math.h>
@@ -18,13 +18,13 @@ namespace cottention::cuda {
 
 constexpr int kThreads = 128;  // per block
 
-COTTENTION_HD int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+COTTENTION_HD int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct alignas(16) Quad {
   float x[4];
 };
 
-// State passes through once: it must not drive the weights out of the cache.
+// Streaming loads and stores: the state is used once and must not evict the weights from the cache.
 COTTENTION_HD Quad load_state(const float* from) {
 #ifdef __CUDA_ARCH__
   const float4 four = __ldcs(reinterpret_cast<const float4*>(from));

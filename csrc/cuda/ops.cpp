@@ -1,7 +1,7 @@
-// recurrent_step and cottention_mix on CUDA as torch sees them: the checks and the calls.
+// recurrent_step and cottention_attention_gelu on CUDA: checks and calls.
 //
-// Owns no arithmetic. Arguments and shapes are those of the CPU's ops; q, k and v, and what mix
-// takes and gives, may be float32, bfloat16 or float16, all of one type.
+// Arguments and shapes are those of the CPU ops; q, k and v, and the joined and out of
+// cottention_attention_gelu, may be float32, bfloat16 or float16, all of one type.
 #include <torch/csrc/stable/library.h>
 
 #include "../features.h"
@@ -11,8 +11,8 @@ namespace cottention::cuda {
 namespace {
 
 Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
-                      const std::optional<Tensor>& z, const Tensor& slots,
-                      const std::optional<Tensor>& offsets) {
+                      const std::optional<Tensor>& z, const Tensor& state_indices,
+                      const std::optional<Tensor>& cu_seqlens) {
   const Type type = type_of(q, "q");
   const Device device = device_of(q);
   check_rows(q, "q", 3, q.scalar_type(), device);
@@ -23,10 +23,10 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const int64_t tokens = q.size(0), heads = q.size(1), key = q.size(2), value = v.size(2);
   check_widths(key, value);
   check_pools(state, z, heads, value, key, device);
-  check_segments(slots, offsets, tokens, device);
+  check_segments(state_indices, cu_seqlens, tokens, device);
   Tensor out = torch::stable::new_empty(v, {tokens, heads, value});
   if (tokens == 0 || heads == 0) return out;
-  StepParams p = step_params(state, z, slots, offsets, tokens);
+  StepParams p = step_params(state, z, state_indices, cu_seqlens, tokens);
   p.q = view_of(q);
   p.k = view_of(k);
   p.v = view_of(v);
@@ -40,27 +40,28 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
   return out;
 }
 
-void check_rooms(const Tensor& joined, const Tensor& state, const Tensor& out,
-                 const Device& device) {
+void check_shapes(const Tensor& joined, const Tensor& state, const Tensor& out,
+                  const Device& device) {
   check_contiguous(joined, "joined", 2, joined.scalar_type(), device);
   check_contiguous(out, "out", 2, joined.scalar_type(), device);
   STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
   const int64_t heads = state.size(1), width = state.size(2);
   check_pools(state, std::nullopt, heads, width, width, device);
   check_widths(width, width);
-  STD_TORCH_CHECK(joined.size(1) >= 3 * heads * width, "joined has no room for q, k and v");
+  STD_TORCH_CHECK(joined.size(1) >= 3 * heads * width, "joined is too narrow for q, k and v");
   check_size(out, "out", 0, joined.size(0));
   check_size(out, "out", 1, joined.size(1) - 2 * heads * width);
 }
 
-MapParams map_params(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
-                     const Tensor& cos, const Tensor& sin, const Tensor& out, int64_t width) {
+FeaturesGeluParams features_gelu_params(const Tensor& joined, const Tensor& positions,
+                                        const Tensor& sigma, const Tensor& cos, const Tensor& sin,
+                                        const Tensor& out, int64_t width) {
   const int64_t heads = sigma.size(0), channels = heads * width, stride = joined.size(1);
   const int64_t bytes = bytes_of(type_of(joined, "joined"));
   const char* x = static_cast<const char*>(joined.data_ptr());
-  MapParams m{{x, stride, width},
-              {x + channels * bytes, stride, width},
-              {x + 2 * channels * bytes, stride, width}};
+  FeaturesGeluParams m{{x, stride, width},
+                       {x + channels * bytes, stride, width},
+                       {x + 2 * channels * bytes, stride, width}};
   m.positions = static_cast<const int64_t*>(positions.data_ptr());
   m.sigma = static_cast<const double*>(sigma.data_ptr());
   m.cos = static_cast<const float*>(cos.data_ptr());
@@ -74,29 +75,29 @@ MapParams map_params(const Tensor& joined, const Tensor& positions, const Tensor
   m.width = static_cast<int>(width);
   m.pairs = static_cast<int>(cos.size(1));
   m.inner = static_cast<int>(stride - 3 * channels);
-  m.is_aligned =
-      is_aligned(m.up, bytes, m.up_stride) && is_aligned(m.gelu, bytes, m.gelu_stride);
+  m.is_aligned = is_aligned(m.up, bytes, m.up_stride) && is_aligned(m.gelu, bytes, m.gelu_stride);
   return m;
 }
 
-// Two kernels: q, k and v are mapped into memory of the op's own, beside them gelu; then the step.
-void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
-                    const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
-                    const std::optional<Tensor>& offsets, const Tensor& out) {
+// Two kernels: the first maps q, k and v into a temporary buffer and computes gelu; then the step.
+void cottention_attention_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                               const Tensor& cos, const Tensor& sin, const Tensor& state,
+                               const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens,
+                               const Tensor& out) {
   const Type type = type_of(joined, "joined");
   const Device device = device_of(joined);
-  check_rooms(joined, state, out, device);
+  check_shapes(joined, state, out, device);
   const int64_t tokens = joined.size(0), heads = state.size(1), width = state.size(2);
   check_positions(positions, cos, sin, tokens, width, device);
   check_sigma(sigma, heads, device);
-  check_segments(slots, offsets, tokens, device);
+  check_segments(state_indices, cu_seqlens, tokens, device);
   if (tokens == 0 || heads == 0) return;
   const Tensor mapped = torch::stable::new_empty(state, {3, tokens, heads, width});
-  MapParams m = map_params(joined, positions, sigma, cos, sin, out, width);
+  FeaturesGeluParams m = features_gelu_params(joined, positions, sigma, cos, sin, out, width);
   m.q_out = static_cast<float*>(mapped.data_ptr());
   m.k_out = m.q_out + tokens * heads * width;
   m.v_out = m.k_out + tokens * heads * width;
-  StepParams p = step_params(state, std::nullopt, slots, offsets, tokens);
+  StepParams p = step_params(state, std::nullopt, state_indices, cu_seqlens, tokens);
   p.q = {m.q_out, heads * width, width};
   p.k = {m.k_out, heads * width, width};
   p.v = {m.v_out, heads * width, width};
@@ -105,7 +106,7 @@ void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor&
   p.is_aligned = true;
   const DeviceGuard guard(device.index());
   void* stream = current_stream(device);
-  check_launch(launch_map(m, type, stream));
+  check_launch(launch_features_gelu(m, type, stream));
   check_launch(launch_step(p, Type::kFloat, type, stream));
 }
 
@@ -114,5 +115,5 @@ void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(cottention, CUDA, m) {
   m.impl("recurrent_step", TORCH_BOX(&cottention::cuda::recurrent_step));
-  m.impl("cottention_mix", TORCH_BOX(&cottention::cuda::cottention_mix));
+  m.impl("cottention_attention_gelu", TORCH_BOX(&cottention::cuda::cottention_attention_gelu));
 }

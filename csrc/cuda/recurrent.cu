@@ -1,6 +1,5 @@
-// recurrent_step on CUDA: what only a GPU can do, and the launch.
-//
-// Owns no arithmetic (recurrent.cuh) and no checks (ops.cpp). Never waits for the device.
+// recurrent_step on CUDA: warp reduction, barrier and launch; the arithmetic is in recurrent.cuh.
+// Never waits for the device.
 #include <cuda_runtime.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -10,40 +9,41 @@
 namespace cottention::cuda {
 namespace {
 
-constexpr int64_t kMaxTilesOfHead = 64;  // of 256 value rows, 4 at a time with the widest keys
+constexpr int64_t kMaxTilesOfHead = 64;  // 256 value rows in tiles of 4, for the widest keys
 
-// A thread among its block's: lanes sum by shuffles, and z waits for everybody.
-template <class In, class Out, class Shape>
-struct Member : Thread<In, Out, Shape> {
-  using Thread<In, Out, Shape>::Thread;
+// A thread on the GPU: sums are reduced by shuffles, and z is stored behind a barrier.
+template <class In, class Out, class TileShape>
+struct DeviceThread : Thread<In, Out, TileShape> {
+  using Thread<In, Out, TileShape>::Thread;
 
-  __device__ void fold() {
+  __device__ void reduce() {
 #pragma unroll
-    for (int distance = Shape::kLanes / 2; distance > 0; distance /= 2)
+    for (int distance = TileShape::kLanes / 2; distance > 0; distance /= 2)
 #pragma unroll
       for (float& sum : this->sums) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
   }
 
-  __device__ void settle(const StepParams& p, const Place& at) {
+  __device__ void sync_and_store_z(const StepParams& p, const BlockTask& task) {
     __syncthreads();
-    this->store_z(p, at);
+    this->store_z(p, task);
   }
 };
 
-template <class In, class Out, class Shape, bool kIsDecode>
-__global__ void __launch_bounds__(kThreads, Shape::kPieces == 1 ? 8 : 6)
+template <class In, class Out, class TileShape, bool kIsDecode>
+__global__ void __launch_bounds__(kThreads, TileShape::kPieces == 1 ? 8 : 6)
     step(const __grid_constant__ StepParams p) {
-  Member<In, Out, Shape> member(threadIdx.x);
-  run_block<Shape, kIsDecode>(p, blockIdx.x, member);
+  DeviceThread<In, Out, TileShape> thread(threadIdx.x);
+  run_block<TileShape, kIsDecode>(p, blockIdx.x, thread);
 }
 
 template <class In, class Out>
 void launch(const StepParams& p, cudaStream_t stream) {
-  with_shape(p.key_width, [&](auto shape) {
-    using Shape = decltype(shape);
-    static_assert(kMaxTilesOfHead * Shape::kTileRows >= kMaxValueWidth);
-    const auto kernel = p.offsets ? step<In, Out, Shape, false> : step<In, Out, Shape, true>;
-    kernel<<<static_cast<unsigned>(num_blocks<Shape>(p)), kThreads, 0, stream>>>(p);
+  with_tile_shape(p.key_width, [&](auto shape) {
+    using TileShape = decltype(shape);
+    static_assert(kMaxTilesOfHead * TileShape::kTileRows >= kMaxValueWidth);
+    const auto kernel =
+        p.cu_seqlens ? step<In, Out, TileShape, false> : step<In, Out, TileShape, true>;
+    kernel<<<static_cast<unsigned>(num_blocks<TileShape>(p)), kThreads, 0, stream>>>(p);
   });
 }
 

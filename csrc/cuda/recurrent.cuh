@@ -1,19 +1,20 @@
-// The recurrence as one CUDA thread sees it: state += v ⊗ k, out = state q, token after token.
+// The recurrence as the code of one CUDA thread: S ← S + v kᵀ, out = S q, token after token.
 //
-// A group of lanes lies along the keys of a value row, sixteen bytes a lane, and holds several rows
-// in registers, so that a row of state is read once and written once whatever the segment's
-// length. A row's sum runs over its lane's own elements first and then over the lanes, pairwise,
-// at distances that halve: one order whatever the batch. Owns all arithmetic; what only a GPU can
-// do (shuffle, barrier) is asked of a `Team`, which a host build replaces by loops.
+// A group of lanes covers the keys of a value row, 16 bytes a lane, and holds several rows in
+// registers, so that a row of state is read once and written once whatever the length of the
+// segment. The sum of a row runs over the elements of a lane first and then over the lanes,
+// pairwise, at distances that halve: one order whatever the batch. Shuffles and barriers are
+// methods of a `Team`; a host build replaces them by loops.
 #pragma once
 
 #include "memory.cuh"
-#include "place.cuh"
+#include "tiling.cuh"
 
 namespace cottention::cuda {
 
-// row += value · key; returns total + row · query.
-COTTENTION_HD float moved(Quad& row, float value, const Quad& key, const Quad& query, float total) {
+// row += value × key; returns total + row · query.
+COTTENTION_HD float update(Quad& row, float value, const Quad& key, const Quad& query,
+                           float total) {
   COTTENTION_UNROLL
   for (int i = 0; i < 4; ++i) {
     row.x[i] = fmaf(value, key.x[i], row.x[i]);
@@ -23,131 +24,129 @@ COTTENTION_HD float moved(Quad& row, float value, const Quad& key, const Quad& q
 }
 
 // One thread of a block; In is the type of q, k, v and Out that of the outputs.
-template <class In, class Out, class Shape>
+template <class In, class Out, class TileShape>
 struct Thread {
-  static constexpr int kSums = Shape::kRows + 1;
+  static constexpr int kSums = TileShape::kRows + 1;
 
   int thread, lane, group;
-  int row, rows_left;  // its first value row, and how many the head has from there
+  int row, rows_left;  // its first value row, and the rows of the head from there on
   float* own;          // the state at that row and at the lane's first key
-  Quad h[Shape::kRows][Shape::kPieces];
-  Quad z[Shape::kPieces];
+  Quad h[TileShape::kRows][TileShape::kPieces];
+  Quad z[TileShape::kPieces];
   float sums[kSums];  // of each row, and of the denominator
 
   COTTENTION_HD explicit Thread(int index)
-      : thread(index), lane(index % Shape::kLanes), group(index / Shape::kLanes) {}
+      : thread(index), lane(index % TileShape::kLanes), group(index / TileShape::kLanes) {}
 
   // Rows of a thread are kGroups apart, its pieces of a row kLanes quads.
-  COTTENTION_HD bool has_row(int r) const { return r * Shape::kGroups < rows_left; }
-  COTTENTION_HD int column(int i) const { return 4 * (lane + i * Shape::kLanes); }
+  COTTENTION_HD bool has_row(int r) const { return r * TileShape::kGroups < rows_left; }
+  COTTENTION_HD int column(int i) const { return 4 * (lane + i * TileShape::kLanes); }
   COTTENTION_HD float* piece(const StepParams& p, int r, int i) const {
-    return own + (r * Shape::kGroups * p.key_width + 4 * i * Shape::kLanes);
+    return own + (r * TileShape::kGroups * p.key_width + 4 * i * TileShape::kLanes);
   }
-  COTTENTION_HD float* z_piece(const StepParams& p, const Place& at, int i) const {
-    return p.z + at.slot * p.z_stride + int64_t(at.head) * p.key_width + column(i);
+  COTTENTION_HD float* z_piece(const StepParams& p, const BlockTask& task, int i) const {
+    return p.z + task.slot * p.z_stride + int64_t(task.head) * p.key_width + column(i);
   }
-  COTTENTION_HD static Out* output(const StepParams& p, const Place& at, int64_t token) {
-    return static_cast<Out*>(p.out) + token * p.out_stride + at.head * p.value_width;
+  COTTENTION_HD static Out* output(const StepParams& p, const BlockTask& task, int64_t token) {
+    return static_cast<Out*>(p.out) + token * p.out_stride + task.head * p.value_width;
   }
-  COTTENTION_HD static const In* input(const View& x, const Place& at, int64_t token) {
-    return static_cast<const In*>(x.data) + token * x.token_stride + at.head * x.head_stride;
+  COTTENTION_HD static const In* input(const View& x, const BlockTask& task, int64_t token) {
+    return static_cast<const In*>(x.data) + token * x.token_stride + task.head * x.head_stride;
   }
 
-  // A tile's rows from memory; what lies outside the head is zero and stays zero.
-  COTTENTION_HD void load(const StepParams& p, const Place& at, int tile) {
-    row = tile * Shape::kTileRows + group;
+  // Loads the rows of a tile; elements outside the head are zero and stay zero.
+  COTTENTION_HD void load(const StepParams& p, const BlockTask& task, int tile) {
+    row = tile * TileShape::kTileRows + group;
     rows_left = p.value_width - row;
-    own = p.state + at.slot * p.state_stride +
-          (int64_t(at.head) * p.value_width + row) * p.key_width + 4 * lane;
+    own = p.state + task.slot * p.state_stride +
+          (int64_t(task.head) * p.value_width + row) * p.key_width + 4 * lane;
     COTTENTION_UNROLL
-    for (int r = 0; r < Shape::kRows; ++r)
-      COTTENTION_UNROLL
-      for (int i = 0; i < Shape::kPieces; ++i)
-        h[r][i] = has_row(r) && column(i) < p.key_width ? load_state(piece(p, r, i)) : Quad{};
+    for (int r = 0; r < TileShape::kRows; ++r) COTTENTION_UNROLL
+    for (int i = 0; i < TileShape::kPieces; ++i)
+      h[r][i] = has_row(r) && column(i) < p.key_width ? load_state(piece(p, r, i)) : Quad{};
     if (!p.z) return;
     COTTENTION_UNROLL
-    for (int i = 0; i < Shape::kPieces; ++i)
-      z[i] = column(i) < p.key_width ? load_state(z_piece(p, at, i)) : Quad{};
+    for (int i = 0; i < TileShape::kPieces; ++i)
+      z[i] = column(i) < p.key_width ? load_state(z_piece(p, task, i)) : Quad{};
   }
 
-  // One token: this lane's share of every sum.
-  COTTENTION_HD void advance(const StepParams& p, const Place& at, int64_t token) {
-    const In* v = input(p.v, at, token) + row;
-    float value[Shape::kRows];
+  // Updates the state by one token; `sums` get this lane's part of every sum.
+  COTTENTION_HD void advance(const StepParams& p, const BlockTask& task, int64_t token) {
+    const In* v = input(p.v, task, token) + row;
+    float value[TileShape::kRows];
     COTTENTION_UNROLL
-    for (int r = 0; r < Shape::kRows; ++r)
-      value[r] = has_row(r) ? float(v[r * Shape::kGroups]) : 0.0f;
+    for (int r = 0; r < TileShape::kRows; ++r)
+      value[r] = has_row(r) ? float(v[r * TileShape::kGroups]) : 0.0f;
     COTTENTION_UNROLL
     for (int s = 0; s < kSums; ++s) sums[s] = 0.0f;
     COTTENTION_UNROLL
-    for (int i = 0; i < Shape::kPieces; ++i) {
+    for (int i = 0; i < TileShape::kPieces; ++i) {
       if (column(i) >= p.key_width) break;
-      const Quad key = load_input(input(p.k, at, token) + column(i), p.is_aligned);
-      const Quad query = load_input(input(p.q, at, token) + column(i), p.is_aligned);
+      const Quad key = load_input(input(p.k, task, token) + column(i), p.is_aligned);
+      const Quad query = load_input(input(p.q, task, token) + column(i), p.is_aligned);
       COTTENTION_UNROLL
-      for (int r = 0; r < Shape::kRows; ++r)
-        sums[r] = moved(h[r][i], value[r], key, query, sums[r]);
-      if (p.z) sums[Shape::kRows] = moved(z[i], 1.0f, key, query, sums[Shape::kRows]);
+      for (int r = 0; r < TileShape::kRows; ++r)
+        sums[r] = update(h[r][i], value[r], key, query, sums[r]);
+      if (p.z) sums[TileShape::kRows] = update(z[i], 1.0f, key, query, sums[TileShape::kRows]);
     }
   }
 
-  // The token's outputs, from sums that are whole.
-  COTTENTION_HD void write(const StepParams& p, const Place& at, int64_t token) {
+  // Stores the outputs of a token; the sums must be reduced over the lanes.
+  COTTENTION_HD void write(const StepParams& p, const BlockTask& task, int64_t token) {
     if (lane != 0) return;
     if (p.z) divide();
-    Out* out = output(p, at, token) + row;
+    Out* out = output(p, task, token) + row;
     COTTENTION_UNROLL
-    for (int r = 0; r < Shape::kRows; ++r)
-      if (has_row(r)) out[r * Shape::kGroups] = Out(sums[r]);
+    for (int r = 0; r < TileShape::kRows; ++r)
+      if (has_row(r)) out[r * TileShape::kGroups] = Out(sums[r]);
   }
 
   COTTENTION_HD void divide() {
-    const float total = sums[Shape::kRows];
-    const float below = total < kDenominatorFloor ? kDenominatorFloor : total;
+    const float total = sums[TileShape::kRows];
+    const float denominator = total < kDenominatorFloor ? kDenominatorFloor : total;
     COTTENTION_UNROLL
-    for (int r = 0; r < Shape::kRows; ++r) sums[r] /= below;
+    for (int r = 0; r < TileShape::kRows; ++r) sums[r] /= denominator;
   }
 
   COTTENTION_HD void store(const StepParams& p) const {
     COTTENTION_UNROLL
-    for (int r = 0; r < Shape::kRows; ++r)
-      COTTENTION_UNROLL
-      for (int i = 0; i < Shape::kPieces; ++i)
-        if (has_row(r) && column(i) < p.key_width) store_state(piece(p, r, i), h[r][i]);
+    for (int r = 0; r < TileShape::kRows; ++r) COTTENTION_UNROLL
+    for (int i = 0; i < TileShape::kPieces; ++i)
+      if (has_row(r) && column(i) < p.key_width) store_state(piece(p, r, i), h[r][i]);
   }
 
-  // Every group of lanes has the whole of z; one writes it, after all have read what stood there.
-  COTTENTION_HD void store_z(const StepParams& p, const Place& at) const {
+  // Every group of lanes holds all of z; one writes it, after all groups have read the old values.
+  COTTENTION_HD void store_z(const StepParams& p, const BlockTask& task) const {
     COTTENTION_UNROLL
-    for (int i = 0; i < Shape::kPieces; ++i)
-      if (group == 0 && column(i) < p.key_width) store_state(z_piece(p, at, i), z[i]);
+    for (int i = 0; i < TileShape::kPieces; ++i)
+      if (group == 0 && column(i) < p.key_width) store_state(z_piece(p, task, i), z[i]);
   }
 
-  // Zeros for a segment without a slot.
-  COTTENTION_HD void clear(const StepParams& p, const Place& at) const {
-    const int end = least(at.tile_end * Shape::kTileRows, p.value_width);
-    for (int64_t t = at.first; t < at.last; ++t)
-      for (int i = at.tile * Shape::kTileRows + thread; i < end; i += kThreads)
-        output(p, at, t)[i] = Out(0.0f);
+  // Writes zeros for a segment without a slot.
+  COTTENTION_HD void clear(const StepParams& p, const BlockTask& task) const {
+    const int end = min(task.tile_end * TileShape::kTileRows, p.value_width);
+    for (int64_t t = task.first; t < task.last; ++t)
+      for (int i = task.tile * TileShape::kTileRows + thread; i < end; i += kThreads)
+        output(p, task, t)[i] = Out(0.0f);
   }
 };
 
-// What a block does. A Team is its threads: one on a GPU, all of them in turn on a host.
-template <class Shape, bool kIsDecode, class Team>
+// The work of a block. A Team is its threads: one on a GPU, all of them in turn on a host.
+template <class TileShape, bool kIsDecode, class Team>
 COTTENTION_HD void run_block(const StepParams& p, uint32_t block, Team& team) {
-  const Place at = place_of<Shape, kIsDecode>(p, block);
-  if (!kIsDecode && at.first >= at.last) return;
-  if (!at.is_live) return team.clear(p, at);
-  for (int tile = at.tile; tile < at.tile_end; ++tile) {
-    team.load(p, at, tile);
-    for (int64_t t = at.first; t < at.last; ++t) {
-      team.advance(p, at, t);
-      team.fold();
-      team.write(p, at, t);
+  const BlockTask task = block_task<TileShape, kIsDecode>(p, block);
+  if (!kIsDecode && task.first >= task.last) return;
+  if (!task.is_active) return team.clear(p, task);
+  for (int tile = task.tile; tile < task.tile_end; ++tile) {
+    team.load(p, task, tile);
+    for (int64_t t = task.first; t < task.last; ++t) {
+      team.advance(p, task, t);
+      team.reduce();
+      team.write(p, task, t);
     }
     team.store(p);
   }
-  if (p.z) team.settle(p, at);
+  if (p.z) team.sync_and_store_z(p, task);
 }
 
 }  // namespace cottention::cuda

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.ops import PADDING_SLOT, check_slots
+from cottention.engine.ops import PADDING_SLOT, check_state_indices
 from cottention.engine.outputs import SampledToken
 from cottention.engine.sampling.sampler import Sampler, SamplingInput, as_sampled_token
 from cottention.engine.sampling.topk_topp import (
@@ -90,7 +90,7 @@ class DecodeGraphs(Generic[T]):
         `sampling_rows` are those of the first rows; the others keep values of earlier batches.
         Raises ValueError for a slot that is out of range or named twice.
         """
-        check_slots([row.slot for row in rows], self._num_slots)
+        check_state_indices([row.slot for row in rows], self._num_slots)
         size = next(size for size in self.sizes() if size >= len(rows))
         return self._graph(size).run(rows, sampling_rows)
 
@@ -245,7 +245,7 @@ class CapturedDecode:
         self, ids: Tensor, positions: Tensor, slots: Tensor, _sampling_rows: Tensor
     ) -> GreedyOutputs:
         logits = self._decode(ids, positions, slots)
-        return GreedyOutputs(logits, ops.likeliest(self._sampler.mask_unsampleable(logits)))
+        return GreedyOutputs(logits, ops.argmax(self._sampler.mask_unsampleable(logits)))
 
     def _random_step(
         self,
@@ -256,4 +256,4 @@ class CapturedDecode:
         sampling_rows: Tensor,
     ) -> Tensor:
         logits = self._sampler.mask_unsampleable(self._decode(ids, positions, slots))
-        return sample_ids(logits, ops.likeliest(logits), sampling_rows, mode)
+        return sample_ids(logits, ops.argmax(logits), sampling_rows, mode)

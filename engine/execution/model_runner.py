@@ -42,7 +42,9 @@ class ModelRunner:
         self._pool = pool
         self._sampler = sampler
         self._device = device
-        self._max_stepped = ops.max_stepped(device, pool.spec.key_width, pool.spec.value_width)
+        self._max_recurrent_tokens = ops.max_recurrent_tokens(
+            device, pool.spec.key_width, pool.spec.value_width
+        )
         self._captured: CapturedDecode | None = None
         if device.startswith("cuda"):
             self._captured = CapturedDecode(self._decode, sampler, pool.num_rows, device)
@@ -86,8 +88,8 @@ class ModelRunner:
     def _recurrence(self, segments: Sequence[Segment]) -> Recurrence:
         rows = [segment.row for segment in segments]
         lengths = [len(segment.ids) for segment in segments]
-        num_rows, max_stepped = self._pool.num_rows, self._max_stepped
-        packed = ops.Segments.of(rows, lengths, num_rows, self._device, max_stepped=max_stepped)
+        num_rows, limit = self._pool.num_rows, self._max_recurrent_tokens
+        packed = ops.Segments.of(rows, lengths, num_rows, self._device, max_recurrent_tokens=limit)
         return Recurrence(self._pool.tensors, packed)
 
     def _prompt_logprobs(self, hidden: Tensor, batch: Batch) -> dict[Request, list[TokenLogprob]]:

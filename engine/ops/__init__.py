@@ -1,10 +1,11 @@
-"""The ops of the engine: compiled where that is possible, plain torch where it is not.
+"""The recurrence and its neighbouring ops, and the choice between their implementations.
 
-Owns the dispatch. Tensors that are float32 and on the CPU go to the compiled ops (one arithmetic:
-a row's bits depend on nothing but the row), and to the recurrence those of 16 bits as well; on CUDA
-the recurrence goes to its kernel, long segments to products; other types and tensors that need
-gradients go to the reference. Widths that the kernel does not take are announced once. Knows no
-model, no session and no position in a conversation.
+Compiled ops take float32 tensors on the CPU, where the bits of a row depend on that row alone; the
+recurrence also takes bfloat16 and float16, and has a kernel for CUDA. Everything else runs the
+torch reference: other types, widths without a kernel (logged once), and tensors that need
+gradients.
+
+Letters: B segments, N tokens, R rows, H heads, K key width, V value width, S slots, D head width.
 """
 
 from collections.abc import Collection
@@ -15,42 +16,48 @@ from torch import Tensor
 from cottention.engine.ops import checks, loader, reference, varlen
 from cottention.engine.ops.build import BuildError
 from cottention.engine.ops.checks import kernel_has_width
-from cottention.engine.ops.fused import can_draw, can_mix, cottention_layers, cottention_mix, draw
+from cottention.engine.ops.fused import (
+    can_fuse_attention,
+    can_sample,
+    cottention_attention_gelu,
+    cottention_layers,
+    sample,
+)
 from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
-from cottention.engine.ops.loader import Backend, announce_reference, backend
-from cottention.engine.ops.reference import NO_PLACE, PADDING_SLOT, rotate
-from cottention.engine.ops.varlen import Segments, check_slots
+from cottention.engine.ops.loader import Backend, backend, warn_reference
+from cottention.engine.ops.reference import NO_INDEX, PADDING_SLOT, rotate
+from cottention.engine.ops.varlen import Segments, check_state_indices
 
 __all__ = [
-    "NO_PLACE",
+    "NO_INDEX",
     "PADDING_SLOT",
     "Backend",
     "BuildError",
     "FixedOrderLinear",
     "FixedOrderNorm",
     "Segments",
+    "argmax",
     "backend",
-    "can_draw",
-    "can_mix",
+    "can_fuse_attention",
     "can_pack",
-    "check_slots",
+    "can_sample",
+    "check_state_indices",
+    "cottention_attention_gelu",
     "cottention_features",
     "cottention_layers",
-    "cottention_mix",
-    "draw",
     "elu_plus_one",
     "gelu_new",
     "kernel_has_width",
-    "likeliest",
-    "max_stepped",
+    "max_recurrent_tokens",
     "recurrent_segments",
     "recurrent_step",
     "rotary_table",
     "rotate",
+    "sample",
 ]
 
-MAX_STEPPED = 32
-"""Longest segment that the CUDA kernel reads token by token; products have the longer ones."""
+MAX_RECURRENT_TOKENS = 32
+"""Longest segment that the CUDA kernel processes token by token."""
 
 
 def recurrent_step(
@@ -59,52 +66,59 @@ def recurrent_step(
     v: Tensor,
     state: Tensor,
     z: Tensor | None,
-    slots: Tensor,
-    offsets: Tensor | None = None,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Advance the named rows of the pool in place, in token order, and read each token's output.
+    """S ← S + v kᵀ, out = S q for each token, in token order; rows of the pool change in place.
 
-    q, k [N, H, K]; v [N, H, V], all of one type; state [S, H, V, K] and z [S, H, K] or None, moved
-    in place, float32 (float64 where q is), which is what products and sums are taken in; slots
-    int32 [B], −1 is padding and yields zeros; offsets int32 [B + 1] gives segment i the tokens
-    offsets[i]:offsets[i + 1], None means one token per slot. Returns [N, H, V] in the type of v.
-    Raises ValueError or RuntimeError before any memory is touched. On CUDA slots and offsets are
-    not looked at before: rows that are out of range are skipped; `Segments.of` checks them.
+    q, k [N, H, K] and v [N, H, V], of one type. state [S, H, V, K] and z [S, H, K] or None are
+    float32 (float64 for float64 q); sums are accumulated in their type. With z: z ← z + k and out
+    is divided by max(z·q, 1e-6). state_indices int32 [B] are the rows of the pool, each at most
+    once; −1 is padding, whose outputs are zero. cu_seqlens int32 [B + 1]: segment i has the tokens
+    cu_seqlens[i]:cu_seqlens[i + 1]; None: one token per segment. Returns [N, H, V] in the type of
+    v.
+
+    Raises ValueError or RuntimeError before any memory is changed. On CUDA, values of state_indices
+    and cu_seqlens are not checked, and rows out of range are skipped; `Segments.of` checks them.
     """
     is_compiled = _compiled_takes(q, k, v, types=checks.HALF_OR_SINGLE) or _on_cuda_with_ops(q)
     if is_compiled and _kernel_takes(q.shape[-1], v.shape[-1]):
-        checks.check_one_device(q, k, v, state, z, slots, offsets)
-        out: Tensor = torch.ops.cottention.recurrent_step(q, k, v, state, z, slots, offsets)
+        checks.check_one_device(q, k, v, state, z, state_indices, cu_seqlens)
+        step = torch.ops.cottention.recurrent_step
+        out: Tensor = step(q, k, v, state, z, state_indices, cu_seqlens)
         return out
-    checks.check_step(q, k, v, state, z, slots, offsets)
-    return reference.recurrent_step(q, k, v, state, z, slots, offsets)
+    checks.check_step(q, k, v, state, z, state_indices, cu_seqlens)
+    return reference.recurrent_step(q, k, v, state, z, state_indices, cu_seqlens)
 
 
 def recurrent_segments(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None, segments: Segments
 ) -> Tensor:
-    """`recurrent_step` on segments that were worked out ahead: on CUDA it waits for nothing."""
+    """`recurrent_step` on prepared segments; on CUDA it does not wait for the device."""
     if q.device.type == "cpu":
-        return recurrent_step(q, k, v, state, z, segments.slots, segments.offsets)
-    checks.check_one_device(q, k, v, state, z, segments.slots, segments.offsets)
+        return recurrent_step(q, k, v, state, z, segments.state_indices, segments.cu_seqlens)
+    checks.check_one_device(q, k, v, state, z, segments.state_indices, segments.cu_seqlens)
     if _on_cuda_with_ops(q) and _kernel_takes(q.shape[-1], v.shape[-1]):
         return varlen.advance_by_kernel(q, k, v, state, z, segments)
     return varlen.advance_by_torch(q, k, v, state, z, segments)
 
 
-def max_stepped(device: str, key: int, value: int) -> int | None:
-    """Longest segment to be moved token by token where keys and values are so wide; None: any."""
+def max_recurrent_tokens(device: str, key: int, value: int) -> int | None:
+    """Longest segment to process token by token, for these key and value widths; None: no limit.
+
+    Longer segments are computed as matrix products of chunks (`Segments.of`).
+    """
     if device == "cpu":
         return None
-    return MAX_STEPPED if loader.is_cuda_ready() and kernel_has_width(key, value) else 0
+    return MAX_RECURRENT_TOKENS if loader.is_cuda_ready() and kernel_has_width(key, value) else 0
 
 
 def rotary_table(
     positions: Tensor, rotary_dim: int, base: float, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [N, rotary_dim / 2] of position · base^(−2i / rotary_dim).
+    """cos and sin of position · base^(−2i / rotary_dim), each [N, rotary_dim / 2] in `dtype`.
 
-    positions int64 [N], counted from 0. The angles are taken in float64 whatever the `dtype`.
+    positions int64 [N], counted from 0. The angles are computed in float64.
     """
     if positions.device.type == "cpu" and dtype == torch.float32 and backend() == "compiled":
         cos, sin = torch.ops.cottention.rotary_table(positions, rotary_dim, base)
@@ -116,10 +130,12 @@ def rotary_table(
 def cottention_features(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, sigma: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated and normalised q and k, and v / (position + 1)^sigma.
+    """Cottention's feature map (arXiv 2409.18747): q′ = N(q), k′ = N(k), v′ = v / j^σ.
 
-    q, k, v [N, H, D] (the reference also takes leading dimensions); positions int64 [N], from 0;
-    sigma float64 [H]; cos, sin [N, rotary_dim / 2] (float32 spares a cast). Returns q's shape.
+    N divides by the Euclidean norm after rotary embedding, j is the position counted from 1. q, k,
+    v [N, H, D] (the reference also takes leading dimensions); positions int64 [N], counted from 0;
+    sigma float64 [H]; cos, sin [N, rotary_dim / 2], cast to float32 if needed. Returns q′, k′, v′
+    of the same shapes.
     """
     if q.dim() == 3 and _compiled_takes(q, k, v, sigma):
         checks.check_one_device(q, k, v, positions, sigma, cos, sin)
@@ -129,19 +145,19 @@ def cottention_features(
     return reference.cottention_features(q, k, v, positions, sigma, cos, sin)
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """The first place of each row's largest logit, −1 where that is not finite: int64 [R].
+def argmax(logits: Tensor) -> Tensor:
+    """Index of the first largest logit of each row: int64 [R]; −1 if it is not finite.
 
-    logits [R, N]. A row with anything that is not a number has no likeliest place.
+    logits [R, N]. A row with a NaN gives −1.
     """
     if _compiled_takes(logits):
-        out: Tensor = torch.ops.cottention.likeliest(logits)
+        out: Tensor = torch.ops.cottention.argmax(logits)
         return out
-    return reference.likeliest(logits)
+    return reference.argmax(logits)
 
 
 def gelu_new(x: Tensor) -> Tensor:
-    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), elementwise; x [N, C] for the compiled form."""
+    """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), elementwise. Compiled for x [N, C]."""
     if x.dim() == 2 and _compiled_takes(x):
         out: Tensor = torch.ops.cottention.gelu_new(x)
         return out
@@ -149,7 +165,7 @@ def gelu_new(x: Tensor) -> Tensor:
 
 
 def elu_plus_one(x: Tensor) -> Tensor:
-    """elu(x) + 1, elementwise: x + 1 from 0 on, exp(x) below. x [N, H, D] for the compiled form."""
+    """elu(x) + 1, elementwise: x + 1 for x ≥ 0, exp(x) below. Compiled for x [N, H, D]."""
     if x.dim() == 3 and _compiled_takes(x):
         out: Tensor = torch.ops.cottention.elu_plus_one(x.flatten(1))
         return out.view(x.shape)
@@ -159,7 +175,7 @@ def elu_plus_one(x: Tensor) -> Tensor:
 def _compiled_takes(
     x: Tensor, *others: Tensor, types: Collection[torch.dtype] = (torch.float32,)
 ) -> bool:
-    """x decides on type and device; a mismatch between arguments is the op's to refuse."""
+    """Whether the CPU op takes x. The op itself refuses arguments that do not match x."""
     if x.device.type != "cpu" or x.dtype not in types:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
@@ -174,5 +190,5 @@ def _on_cuda_with_ops(x: Tensor) -> bool:
 def _kernel_takes(key: int, value: int) -> bool:
     if kernel_has_width(key, value):
         return True
-    announce_reference(f"no kernel for key width {key} and value width {value}")
+    warn_reference(f"no kernel for key width {key} and value width {value}")
     return False

@@ -1,16 +1,12 @@
-"""Builds the compiled ops with ninja and finds what was built before.
+"""Builds the compiled ops with ninja, and finds those that were built before.
 
-Owns where a library may lie, how it is named and how it comes to be. Knows nothing of what is in
-it. A library's name carries the hash of its sources and flags, a cache's folder torch's version
-(the ABI is stable, so a library built ahead serves several versions).
+The CPU and the CUDA ops are two libraries. The file name of a library has the hash of its sources
+and flags; the cache has a folder for each version of torch. A library that was built ahead
+(`PREBUILT_DIR`) serves several versions, since the ABI is stable. Building the CUDA ops needs nvcc,
+but neither a GPU nor a torch with CUDA.
 
 Errors:
     BuildError    no sources, no compiler, no ninja, no writable cache, or a failed compilation
-
-Builds the CUDA ops with nvcc, as a library of its own beside the CPU's.
-
-Owns when that is worth trying, the flags of the device code and what is linked. How a library is
-found, cached and shared between processes is `build.py`'s. Needs no GPU and no torch with CUDA.
 """
 
 import fcntl
@@ -48,37 +44,41 @@ class BuildError(RuntimeError):
 
 
 def build(target_dir: Path | None = None) -> Path:
-    """Build into `target_dir` (default: the cache) unless it lies there; return the path."""
+    """Build the CPU ops into `target_dir` (default: the cache) unless they exist; return the path.
+
+    Raises BuildError.
+    """
     folder = target_dir or build_dir()
     return build_library(folder / library_name(), lambda: _ninja_file(compiler()))
 
 
 def build_library(library: Path, ninja_file: Callable[[], str]) -> Path:
-    """Build `library` unless it exists, by a file for ninja that links to `library.so`.
+    """Build `library` unless it exists, from a ninja file whose target is `library.so`.
 
-    Processes that build at once take turns; a library appears whole or not at all.
+    Concurrent builds in one folder run one after the other; a library is moved into place as a
+    whole. Raises BuildError.
     """
-    with _turn(library.parent):
+    with _locked(library.parent):
         if not library.exists():
             _build_into(library, ninja_file())
     return library
 
 
 def find() -> Path | None:
-    """The library built ahead, or the cached one; None where neither exists."""
+    """The CPU ops that were built ahead, or the cached ones; None if neither exists."""
     return find_library(library_name())
 
 
 def find_library(name: str) -> Path | None:
-    """The file of this name that was built ahead, or the cached one; None where neither exists."""
+    """The file of this name that was built ahead, or the cached one; None if neither exists."""
     candidates = (folder / name for folder in (PREBUILT_DIR, *cache_dirs()))
     return next((path for path in candidates if path.exists()), None)
 
 
 def cache_dirs() -> list[Path]:
-    """Where built libraries are kept, in the order of the search; none for a user without a home.
+    """Folders of built libraries in search order, builds go to the first.
 
-    Builds go to the first.
+    $COTTENTION_CACHE, then $XDG_CACHE_HOME or ~/.cache; empty for a user without a home directory.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = None if home.startswith("~") else Path(home, "cottention")
@@ -87,30 +87,30 @@ def cache_dirs() -> list[Path]:
 
 
 def build_dir() -> Path:
-    """Where libraries are built. Raises BuildError where there is no place for them."""
+    """The folder that libraries are built in. Raises BuildError if there is none."""
     folders = cache_dirs()
     if not folders:
-        raise BuildError("no place for what is built: the user has no home, set COTTENTION_CACHE")
+        raise BuildError("no cache folder: the user has no home directory, set COTTENTION_CACHE")
     return folders[0]
 
 
 def library_name() -> str:
-    """File name of the library that these sources and flags give on this kind of machine."""
+    """File name of the CPU ops with these sources and flags on this architecture."""
     sources = (path for path in source_dir().iterdir() if path.suffix in (".cpp", ".h"))
-    how = f"{flags()} {KERNEL_FLAGS} {platform.machine()}"
-    return f"cottention-{digest(how, sources)}.so"
+    settings = f"{flags()} {KERNEL_FLAGS} {platform.machine()}"
+    return f"cottention-{digest(settings, sources)}.so"
 
 
-def digest(how: str, sources: Iterable[Path]) -> str:
-    """A hash of how a library is built and of what."""
-    whole = hashlib.sha256(how.encode())
+def digest(settings: str, sources: Iterable[Path]) -> str:
+    """Hash of the build settings and of the names and contents of the sources: 16 hex digits."""
+    total = hashlib.sha256(settings.encode())
     for path in sorted(sources):
-        whole.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return whole.hexdigest()[:16]
+        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()[:16]
 
 
 def source_dir() -> Path:
-    """The C++ sources, which lie beside the engine in a checkout and in an installation alike."""
+    """The C++ sources: beside `engine` in a checkout and in an installation. Raises BuildError."""
     folder = Path(__file__).parents[2] / "csrc"
     if not (folder / KERNEL_SOURCE).exists():
         raise BuildError(f"no sources in {folder}")
@@ -118,13 +118,13 @@ def source_dir() -> Path:
 
 
 def flags() -> str:
-    """Flags of every C++ source."""
+    """Compiler flags of every C++ source, with $COTTENTION_CXXFLAGS."""
     return f"{FLAGS} {os.environ.get('COTTENTION_CXXFLAGS', '')}".strip()
 
 
 @contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock; it goes with the process, so none is ever left behind."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. The lock ends with the process, so none is left behind."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
@@ -145,7 +145,7 @@ def _build_into(library: Path, ninja_file: str) -> None:
 
 
 def compiler() -> str:
-    """The command of the C++ compiler. Raises BuildError where there is none."""
+    """Command of the C++ compiler: $CXX, c++, g++ or clang++. Raises BuildError without one."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(shlex.split(name)[0]):
             return name
@@ -161,7 +161,7 @@ def _ninja() -> str:
 
 
 def _ninja_file(command: str) -> str:
-    """One object per source, the kernels once per instruction set, one shared library."""
+    """One object per source, kernels.cpp once per instruction set, one shared library."""
     root = Path(torch.__file__).parent
     objects = {f"{path.stem}.o": (path, "") for path in sorted(source_dir().glob("*.cpp"))}
     kernels, _ = objects.pop("kernels.o")
@@ -181,7 +181,7 @@ def _ninja_file(command: str) -> str:
 
 
 CUDA_VARIABLE = "COTTENTION_CUDA"
-USUAL_HOME = "/usr/local/cuda"
+DEFAULT_CUDA_HOME = "/usr/local/cuda"
 DEVICE_FLAGS = (
     "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden --threads=2"
     " -gencode=arch=compute_80,code=sm_80 -gencode='arch=compute_90,code=[sm_90,compute_90]'"
@@ -189,9 +189,10 @@ DEVICE_FLAGS = (
 
 
 def is_cuda_wanted() -> bool:
-    """Whether torch can use a GPU, or COTTENTION_CUDA=1 asks for the library all the same.
+    """Whether the CUDA ops should be built or loaded.
 
-    COTTENTION_CUDA=0 says no.
+    COTTENTION_CUDA=1 and =0 decide; by default, whether torch was built with CUDA. Raises
+    ValueError for other values.
     """
     choice = os.environ.get(CUDA_VARIABLE) or "auto"
     if choice not in ("auto", "0", "1"):
@@ -200,38 +201,38 @@ def is_cuda_wanted() -> bool:
 
 
 def build_cuda(target_dir: Path | None = None) -> Path:
-    """Build into `target_dir` (default: the cache) unless the library lies there; return its path.
+    """Build the CUDA ops into `target_dir` (default: the cache) unless they exist; return the path.
 
-    Raises BuildError, in particular where nvcc is missing.
+    Raises BuildError, in particular without nvcc.
     """
     folder = target_dir or build_dir()
     return build_library(folder / cuda_library_name(), lambda: _cuda_ninja_file(nvcc(), compiler()))
 
 
 def find_cuda() -> Path | None:
-    """The library built ahead, or the cached one; None where neither exists."""
+    """The CUDA ops that were built ahead, or the cached ones; None if neither exists."""
     return find_library(cuda_library_name())
 
 
 def cuda_library_name() -> str:
-    """File name of the library that these sources and flags give on this kind of machine."""
+    """File name of the CUDA ops with these sources and flags on this architecture."""
     sources = [*(source_dir() / "cuda").iterdir(), *source_dir().glob("*.h")]
-    how = f"{flags()} {DEVICE_FLAGS} {torch.version.cuda is None} {platform.machine()}"
-    return f"cottention-cuda-{digest(how, sources)}.so"
+    settings = f"{flags()} {DEVICE_FLAGS} {torch.version.cuda is None} {platform.machine()}"
+    return f"cottention-cuda-{digest(settings, sources)}.so"
 
 
 def nvcc() -> str:
-    """Path of CUDA's compiler. Raises BuildError where there is none."""
-    homes = [os.environ.get("CUDA_HOME"), USUAL_HOME]
+    """Path of nvcc: on the PATH, in $CUDA_HOME or in /usr/local/cuda. Raises BuildError."""
+    homes = [os.environ.get("CUDA_HOME"), DEFAULT_CUDA_HOME]
     candidates = [shutil.which("nvcc"), *(f"{home}/bin/nvcc" for home in homes if home)]
     for path in candidates:
         if path and os.access(path, os.X_OK):
             return path
-    raise BuildError(f"no nvcc on the PATH, in CUDA_HOME or in {USUAL_HOME}")
+    raise BuildError(f"no nvcc on the PATH, in CUDA_HOME or in {DEFAULT_CUDA_HOME}")
 
 
 def _cuda_ninja_file(nvcc_path: str, command: str) -> str:
-    """The kernels by nvcc, what torch sees by the C++ compiler, linked with a static runtime."""
+    """Kernels by nvcc, host code by the C++ compiler, linked with the static CUDA runtime."""
     root, folder = Path(torch.__file__).parent, source_dir() / "cuda"
     torch_cuda = "-Xlinker=--no-as-needed -ltorch_cuda" if torch.version.cuda else ""
     lines = [

@@ -1,8 +1,7 @@
-"""What the ops ask of their tensors where the compiled op does not ask itself.
+"""Argument checks that the compiled ops cannot make themselves, and those of the reference step.
 
-Owns the widths that the kernels take, and the refusal, before memory is touched, of arguments on
-several devices, and for the reference step of wrong types, shapes, offsets and slots, in the words
-of the compiled one.
+The widths that the kernels support; tensors on several devices; and for `recurrent_step` by the
+reference the same conditions as in the compiled op: types, shapes, cu_seqlens and state_indices.
 """
 
 import torch
@@ -14,11 +13,11 @@ MAX_KEY_WIDTH = 512
 MAX_VALUE_WIDTH = 256
 
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-"""Types of queries, keys and values that the compiled step takes; the state is float32."""
+"""Types of q, k and v that the compiled step supports; the state is float32."""
 
 
 def kernel_has_width(key: int, value: int) -> bool:
-    """Whether the compiled step takes keys and values of these widths."""
+    """Whether the kernels support these widths: multiples of 8, at most 512 and 256."""
     fits = 8 <= key <= MAX_KEY_WIDTH and 8 <= value <= MAX_VALUE_WIDTH
     return fits and key % 8 == 0 and value % 8 == 0
 
@@ -29,8 +28,8 @@ def check_step(
     v: Tensor,
     state: Tensor,
     z: Tensor | None,
-    slots: Tensor,
-    offsets: Tensor | None,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments of `recurrent_step` fit together."""
     check_one_device(q, k, v, state, z)
@@ -46,16 +45,16 @@ def check_step(
     _check_types(q, k, v, state, z)
     for name, pool in (("state", state), ("z", z)):
         if pool is not None:
-            _check_rows_apart(pool, name)
-    _check_slots(slots, state.shape[0])
-    _check_offsets(offsets, len(slots), num_tokens)
+            _check_no_overlap(pool, name)
+    _check_state_indices(state_indices, state.shape[0])
+    _check_cu_seqlens(cu_seqlens, len(state_indices), num_tokens)
 
 
 def check_one_device(*tensors: Tensor | None) -> None:
-    """Raise ValueError unless all lie on one device: torch would choose the op by any of them."""
+    """Raise ValueError unless all tensors are on one device: torch dispatches by any of them."""
     devices = {x.device for x in tensors if x is not None}
     if len(devices) > 1:
-        raise ValueError(f"tensors must lie on one device, not on {sorted(map(str, devices))}")
+        raise ValueError(f"tensors must be on one device, not on {sorted(map(str, devices))}")
 
 
 def _check_dims(x: Tensor, name: str, dims: int) -> None:
@@ -75,35 +74,35 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | Non
     pairs = (("k", k, q.dtype), ("v", v, q.dtype), ("state", state, wide), ("z", z, wide))
     for name, x, expected in pairs:
         if x is not None and x.dtype != expected:
-            raise ValueError(f"{name} has the wrong dtype: {x.dtype} where q's asks for {expected}")
+            raise ValueError(f"{name} has the wrong dtype: {x.dtype} where q requires {expected}")
 
 
-def _check_rows_apart(pool: Tensor, name: str) -> None:
+def _check_no_overlap(pool: Tensor, name: str) -> None:
     if any(n > 1 and stride == 0 for n, stride in zip(pool.shape, pool.stride(), strict=True)):
         raise ValueError(f"{name} has rows that overlap")
 
 
-def _check_slots(slots: Tensor, pool_size: int) -> None:
-    if slots.dtype != torch.int32 or slots.dim() != 1:
-        raise ValueError("slots must be int32 with 1 dimension")
-    named = [slot for slot in slots.tolist() if slot != PADDING_SLOT]
-    for slot in named:
+def _check_state_indices(state_indices: Tensor, pool_size: int) -> None:
+    if state_indices.dtype != torch.int32 or state_indices.dim() != 1:
+        raise ValueError("state_indices must be int32 with 1 dimension")
+    used = [slot for slot in state_indices.tolist() if slot != PADDING_SLOT]
+    for slot in used:
         if not 0 <= slot < pool_size:
             raise ValueError(f"slot {slot} is out of range for a pool of {pool_size}")
-    if len(set(named)) != len(named):
+    if len(set(used)) != len(used):
         raise ValueError("a slot is named twice")
 
 
-def _check_offsets(offsets: Tensor | None, num_segments: int, num_tokens: int) -> None:
-    if offsets is None:
+def _check_cu_seqlens(cu_seqlens: Tensor | None, num_segments: int, num_tokens: int) -> None:
+    if cu_seqlens is None:
         if num_segments != num_tokens:
             raise ValueError(
-                "without offsets there must be one slot per token:"
-                f" {num_segments} slots, {num_tokens} tokens"
+                "without cu_seqlens there must be one state index per token:"
+                f" {num_segments} state_indices, {num_tokens} tokens"
             )
         return
-    if offsets.dtype != torch.int32 or offsets.shape != (num_segments + 1,):
-        raise ValueError(f"offsets must be int32 with {num_segments + 1} elements")
-    bounds = offsets.tolist()
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.shape != (num_segments + 1,):
+        raise ValueError(f"cu_seqlens must be int32 with {num_segments + 1} elements")
+    bounds = cu_seqlens.tolist()
     if bounds[0] != 0 or bounds[-1] != num_tokens or bounds != sorted(bounds):
-        raise ValueError(f"offsets must rise from 0 to {num_tokens}")
+        raise ValueError(f"cu_seqlens must rise from 0 to {num_tokens}")

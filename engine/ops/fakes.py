@@ -1,6 +1,6 @@
-"""The fake (meta) forms of the compiled ops: the shapes and types they return, without any memory.
+"""Fake (meta) implementations of the compiled ops: shapes and types of their outputs.
 
-Owns what the compiler of graphs and `opcheck` ask for. Knows no arithmetic.
+`torch.compile` and `torch.library.opcheck` use them.
 """
 # ruff: noqa: ARG001 - a fake takes all arguments of its op and looks at few
 
@@ -19,8 +19,8 @@ def recurrent_step(
     v: Tensor,
     state: Tensor,
     z: Tensor | None,
-    slots: Tensor,
-    offsets: Tensor | None = None,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     return v.new_empty(v.shape)
 
@@ -51,12 +51,12 @@ def elementwise(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
-def draw(logits: Tensor, likeliest: Tensor, wishes: Tensor) -> Tensor:
-    return likeliest.new_empty(likeliest.shape)
+def sample(logits: Tensor, argmax: Tensor, sampling_rows: Tensor) -> Tensor:
+    return argmax.new_empty(argmax.shape)
 
 
 def in_place(*arguments: object) -> None:
@@ -71,11 +71,11 @@ FAKES: dict[str, Callable[..., object]] = {
     "cottention_features": cottention_features,
     "gelu_new": elementwise,
     "elu_plus_one": elementwise,
-    "likeliest": likeliest,
-    "draw": draw,
+    "argmax": argmax,
+    "sample": sample,
     "linear_out": in_place,
     "linear_add": in_place,
     "layer_norm": in_place,
-    "cottention_mix": in_place,
+    "cottention_attention_gelu": in_place,
     "cottention_layers": in_place,
 }

@@ -1,4 +1,4 @@
-"""The ops that do the work of several in one call. Compiled only; they know no model.
+"""Compiled ops that do the work of several ops in one call. There is no reference behind them.
 
 Letters: R rows, N tokens, C channels, H heads, D head width, L layers, S slots, B segments.
 """
@@ -13,31 +13,33 @@ from cottention.engine.ops.checks import kernel_has_width
 from cottention.engine.ops.loader import backend
 
 
-def cottention_mix(
+def cottention_attention_gelu(
     joined: Tensor,
     positions: Tensor,
     sigma: Tensor,
     cos: Tensor,
     sin: Tensor,
     state: Tensor,
-    slots: Tensor,
-    offsets: Tensor | None,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
     out: Tensor,
 ) -> None:
-    """`cottention_features`, `recurrent_step` and `gelu_new` in one pass, bit for bit.
+    """`cottention_features`, `recurrent_step` and `gelu_new` in one pass; equal bits on the CPU.
 
-    joined [N, 3C + inner] is q, k, v and the MLP's input side by side, out [N, C + inner] gets the
-    attention's output and the gelu; both float32 and contiguous. The rest as in those ops, without
-    a denominator; heads of a width that the kernel takes. Compiled only. On CUDA joined and out may
-    also be bfloat16 or float16, and it is as close to those ops as they are to the reference.
+    joined [N, 3C + inner] has q, k, v and the MLP's input side by side; out [N, C + inner] receives
+    the output of attention and the gelu; both float32 and contiguous. positions int64 [N], counted
+    from 0; sigma float64 [H]; cos, sin float32 [N, rotary_dim / 2]; state [S, H, D, D] is updated
+    in place, there is no denominator; state_indices and cu_seqlens as in `recurrent_step`. On CUDA
+    joined and out may also be bfloat16 or float16, and equal the three ops to rounding. Raises
+    RuntimeError for arguments that do not fit and for a D without a kernel (`kernel_has_width`).
     """
-    torch.ops.cottention.cottention_mix(
-        joined, positions, sigma, cos, sin, state, slots, offsets, out
+    torch.ops.cottention.cottention_attention_gelu(
+        joined, positions, sigma, cos, sin, state, state_indices, cu_seqlens, out
     )
 
 
-def can_mix(device: str, width: int) -> bool:
-    """Whether `cottention_mix` takes heads of this width on a device other than the CPU."""
+def can_fuse_attention(device: str, width: int) -> bool:
+    """Whether `cottention_attention_gelu` takes heads of this width on a device but the CPU."""
     return device != "cpu" and kernel_has_width(width, width) and loader.is_cuda_ready()
 
 
@@ -49,35 +51,48 @@ def cottention_layers(
     cos: Tensor,
     sin: Tensor,
     state: Tensor,
-    slots: Tensor,
-    offsets: Tensor | None,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
     normed: Tensor,
     joined: Tensor,
-    mixed: Tensor,
+    attn_gelu: Tensor,
 ) -> None:
-    """All blocks of a packed model on x float32 [N, C], in place: norm, product, mixer, product.
+    """All blocks of a packed model, with the bits of the four ops of each; x [N, C] in place.
 
-    weights: for each block the norm's weight and bias [C], the packed weight and bias [3C + inner]
-    of the first product, sigma float64 [H], the packed weight and bias [C] of the second. state
-    [S, L, H, D, D], its rows changed in place; normed [N, C], joined [N, 3C + inner] and mixed
-    [N, C + inner] are overwritten; the rest as in `cottention_mix`, which it equals bit for bit.
+    x and all activations are float32. weights, for each block: weight and bias [C] of the norm;
+    packed weight and bias [3C + inner] of the first product; sigma float64 [H]; packed weight and
+    bias [C] of the second. state [S, L, H, D, D] is updated in place. normed [N, C], joined [N, 3C
+    + inner] and attn_gelu [N, C + inner] are scratch buffers. The rest as in
+    `cottention_attention_gelu`. Raises RuntimeError.
     """
     torch.ops.cottention.cottention_layers(
-        x, weights, epsilon, positions, cos, sin, state, slots, offsets, normed, joined, mixed
+        x,
+        weights,
+        epsilon,
+        positions,
+        cos,
+        sin,
+        state,
+        state_indices,
+        cu_seqlens,
+        normed,
+        joined,
+        attn_gelu,
     )
 
 
-def draw(logits: Tensor, likeliest: Tensor, wishes: Tensor) -> Tensor:
-    """An id by chance for each row of logits float32 [R, vocabulary], on the CPU: int64 [R].
+def sample(logits: Tensor, argmax: Tensor, sampling_rows: Tensor) -> Tensor:
+    """A random token id for each row, after temperature, min_p, top_k and top_p: int64 [R].
 
-    likeliest int64 [R]; wishes float64 [R, 5] is a number in [0, 1), temperature, min_p, top_k and
-    top_p. A row of temperature 0 gets its likeliest, and so does one whose likeliest is negative.
+    logits float32 [R, N] on the CPU; argmax int64 [R], from the op `argmax`; sampling_rows
+    float64 [R, 5]: a random number in [0, 1), temperature, min_p, top_k (0 or less: off) and top_p
+    (1: off). A row gets its argmax where the temperature is 0 or the argmax is negative.
     """
-    out: Tensor = torch.ops.cottention.draw(logits, likeliest, wishes)
+    out: Tensor = torch.ops.cottention.sample(logits, argmax, sampling_rows)
     return out
 
 
-def can_draw(logits: Tensor) -> bool:
-    """Whether `draw` takes these."""
+def can_sample(logits: Tensor) -> bool:
+    """Whether `sample` takes these logits: float32 on the CPU, with compiled ops."""
     is_single = logits.dtype == torch.float32 and logits.device.type == "cpu"
     return is_single and backend() == "compiled"

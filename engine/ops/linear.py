@@ -1,7 +1,7 @@
-"""A linear layer and a norm whose rows do not know each other.
+"""Linear layers and layer norms in which the bits of a row do not depend on the other rows.
 
-Owns the choice between packed weights (compiled ops) and torch products in tiles of one height.
-Knows no model.
+On the CPU weights are packed for the compiled product; without compiled ops torch's product runs in
+tiles of one height.
 """
 
 import torch
@@ -14,11 +14,11 @@ TILE_ROWS = 32
 
 
 class FixedOrderLinear(nn.Module):
-    """x Wᵀ + bias; on the CPU a row's bits do not depend on how many rows come with it.
+    """x Wᵀ + bias; on the CPU the bits of a row do not depend on the number of rows.
 
-    weight [out_features, C] and bias [out_features] or None are taken as they are, on the device
-    where the layer will run. Float32 and bfloat16 on the CPU are packed for the compiled product,
-    which takes and gives float32; for bfloat16 weights it rounds x and sums in float32. No
+    weight [out_features, C] and bias [out_features] or None, on the device where the layer runs.
+    Float32 and bfloat16 weights on the CPU are packed for the compiled product, which takes and
+    returns float32; for bfloat16 weights it rounds x to bfloat16 and accumulates in float32. No
     gradients.
     """
 
@@ -32,7 +32,7 @@ class FixedOrderLinear(nn.Module):
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if self.is_packed:
             weight = torch.ops.cottention.pack_weight(weight)
-            bias = None if bias is None else _kept(bias)
+            bias = None if bias is None else _float32_copy(bias)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
@@ -46,18 +46,18 @@ class FixedOrderLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def into(self, x: Tensor, out: Tensor) -> None:
-        """As `forward`, into out [N, out_features]; packed weights only."""
+        """As `forward`, written to out [N, out_features]; packed weights only."""
         torch.ops.cottention.linear_out(x, self.weight, self.bias, out)
 
     def add_to(self, x: Tensor, out: Tensor) -> None:
-        """As `forward`, added to what is in out [N, out_features]; packed weights only."""
+        """As `forward`, added to out [N, out_features]; packed weights only."""
         torch.ops.cottention.linear_add(x, self.weight, self.bias, out)
 
 
 class FixedOrderNorm(nn.Module):
     """(x − mean) / √(variance + ε) · weight + bias along rows, by the compiled op, in float32.
 
-    weight and bias [C], any float type, on the CPU. No gradients.
+    weight and bias [C], any floating-point type, on the CPU. No gradients.
     """
 
     weight: Tensor
@@ -66,8 +66,8 @@ class FixedOrderNorm(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor, epsilon: float) -> None:
         super().__init__()
         self.epsilon = epsilon
-        self.register_buffer("weight", _kept(weight), persistent=False)
-        self.register_buffer("bias", _kept(bias), persistent=False)
+        self.register_buffer("weight", _float32_copy(weight), persistent=False)
+        self.register_buffer("bias", _float32_copy(bias), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x float32 [N, C] → [N, C]."""
@@ -76,23 +76,23 @@ class FixedOrderNorm(nn.Module):
         return out
 
     def into(self, x: Tensor, out: Tensor) -> None:
-        """As `forward`, into out [N, C]."""
+        """As `forward`, written to out [N, C]."""
         torch.ops.cottention.layer_norm(x, self.weight, self.bias, self.epsilon, out)
 
 
-def _kept(x: Tensor) -> Tensor:
-    """A float32 copy: the original may be a view of a whole file, which would stay mapped."""
+def _float32_copy(x: Tensor) -> Tensor:
+    """A float32 copy: the original may be a view of a mapped file, which would stay mapped."""
     return x.detach().to(torch.float32, copy=True)
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether the compiled product takes a weight of this type, here."""
+    """Whether the compiled product takes this weight: float32 or bfloat16 on the CPU."""
     is_cpu = weight.device.type == "cpu"
     return is_cpu and weight.dtype in (torch.float32, torch.bfloat16) and backend() == "compiled"
 
 
 def linear_in_tiles(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x Wᵀ + bias by torch's product, in tiles of one height: its order of summation follows it.
+    """x Wᵀ + bias in tiles of one height: torch's order of summation depends on the height.
 
     x [N, C], weight [out_features, C], bias [out_features] or None → [N, out_features].
     """

@@ -1,10 +1,7 @@
-"""Loads the compiled ops once per process, or says once why the torch reference runs instead.
+"""Loads the compiled ops once per process, building them first if needed.
 
-Owns the choice between the two. Knows no arithmetic.
-
-Loads the CUDA ops once per process, or says once why torch's own operations run instead.
-
-Owns that choice. Knows no arithmetic. Whoever passes a tensor on a GPU asks `is_cuda_ready`.
+Without a compiler the torch reference runs instead, which is logged once. COTTENTION_OPS=compiled
+makes that an error, COTTENTION_OPS=reference skips the attempt.
 """
 
 import functools
@@ -33,16 +30,16 @@ _lock = threading.Lock()
 
 
 def backend() -> Backend:
-    """Which form of the ops this process runs; the first call finds, builds and loads them.
+    """The implementation that this process uses; the first call finds, builds and loads the ops.
 
-    COTTENTION_OPS=compiled makes a failure an error (BuildError), =reference skips the attempt.
+    Raises BuildError if COTTENTION_OPS=compiled and that fails, ValueError for an unknown value.
     """
     with _lock:
         return _choose()
 
 
 def must_compile() -> bool:
-    """Whether COTTENTION_OPS=compiled makes the absence of compiled ops an error."""
+    """Whether COTTENTION_OPS=compiled makes missing compiled ops an error."""
     return os.environ.get(CHOICE_VARIABLE) == "compiled"
 
 
@@ -70,8 +67,8 @@ def _load() -> None:
 
 
 @functools.cache
-def announce_reference(reason: str) -> None:
-    """Say once per reason that the torch reference runs where the compiled ops were expected."""
+def warn_reference(reason: str) -> None:
+    """Log a warning, once per reason, that the torch reference runs in place of a compiled op."""
     _logger.warning("the torch reference runs: %s", reason)
 
 
@@ -81,7 +78,7 @@ _cuda_lock = threading.Lock()
 def is_cuda_ready() -> bool:
     """Whether the CUDA ops are registered; the first call finds, builds and loads them.
 
-    COTTENTION_OPS=compiled makes a failure an error (BuildError), =reference skips the attempt.
+    Raises BuildError if COTTENTION_OPS=compiled and that fails.
     """
     with _cuda_lock:
         return _load_cuda()
@@ -96,6 +93,6 @@ def _load_cuda() -> bool:
     except (OSError, BuildError) as error:
         if must_compile():
             raise BuildError(f"the CUDA ops: {error}") from error
-        announce_reference(f"no CUDA ops: {error}")
+        warn_reference(f"no CUDA ops: {error}")
         return False
     return True

@@ -56,7 +56,7 @@ class SamplingInput:
 
 def as_sampled_token(token_id: int, logprob: TokenLogprob | None = None) -> SampledToken | None:
     """None where no id could be sampled."""
-    return None if token_id == ops.NO_PLACE else SampledToken(token_id, logprob)
+    return None if token_id == ops.NO_INDEX else SampledToken(token_id, logprob)
 
 
 def uniform(seed: int, choice: int, token_index: int) -> float:
@@ -92,7 +92,7 @@ class Sampler:
         """
         adjusted = self._adjusted(logits, inputs)
         rows = [each.sampling_row for each in inputs]
-        ids: list[int] = sample_each(adjusted, ops.likeliest(adjusted), rows).tolist()
+        ids: list[int] = sample_each(adjusted, ops.argmax(adjusted), rows).tolist()
         logprobs = _logprobs(logits, ids, inputs)
         return [as_sampled_token(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
 
@@ -118,7 +118,7 @@ def _logprobs(
 
     All rows are computed with the longest list of alternatives, and cut to their own length.
     """
-    sampled = (row for row, token_id in enumerate(ids) if token_id != ops.NO_PLACE)
+    sampled = (row for row, token_id in enumerate(ids) if token_id != ops.NO_INDEX)
     num_top = {row: n for row in sampled if (n := inputs[row].params.logprobs) is not None}
     if not num_top:
         return {}

@@ -64,8 +64,8 @@ def sample_each(logits: Tensor, argmax_ids: Tensor, rows: Sequence[SamplingRow])
     modes = [row.mode for row in rows]
     if all(mode is SamplingMode.GREEDY for mode in modes):
         return argmax_ids
-    if ops.can_draw(logits):
-        return ops.draw(logits, argmax_ids, as_tensor(rows))
+    if ops.can_sample(logits):
+        return ops.sample(logits, argmax_ids, as_tensor(rows))
     ids = argmax_ids.clone()
     for mode in set(modes):
         places = [place for place, each in enumerate(modes) if each is mode]

@@ -1,5 +1,4 @@
-"""Trains small Cottention models; the one that ships in the package is made here.
+"""Trains small models, from a folder of Python text to a Hugging Face model folder.
 
-Owns everything from a folder of Python text to a complete Hugging Face model folder. Knows nothing
-of serving: no slots, no scheduler, no requests. Run as `python -m cottention.engine.training`.
+The model that ships with the package was made here. Run `python -m cottention.engine.training`.
 """

@@ -1,4 +1,4 @@
-"""`python -m cottention.engine.training`: text in, model folder out."""
+"""`python -m cottention.engine.training`: trains a model on text and writes a model folder."""
 
 import os
 import sys
@@ -14,16 +14,11 @@ from cottention.engine.training.data import (
     standard_library,
     token_stream,
     train_tokenizer,
-    without_tables,
+    without_character_tables,
 )
 from cottention.engine.training.evaluate import PROMPTS, HeldOut, greedy_text, score
-from cottention.engine.training.export import (
-    card_of,
-    facts_of,
-    round_best,
-    write_folder,
-    write_json,
-)
+from cottention.engine.training.export import to_half_precision, write_folder, write_json
+from cottention.engine.training.model_card import model_card, training_facts
 from cottention.engine.training.progress import PlainProgress, open_progress
 from cottention.engine.training.settings import (
     TRAINING_PREFIX,
@@ -31,11 +26,11 @@ from cottention.engine.training.settings import (
     TrainingSettings,
     parse,
 )
-from cottention.engine.training.trainer import Run, keep_freed_memory
+from cottention.engine.training.trainer import Trainer, keep_freed_memory
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train as the arguments say; returns the exit status."""
+    """Train with the settings from `arguments`; returns the exit status."""
     resolved = parse(arguments, os.environ)
     settings = resolved.value
     for message in unknown_variables(os.environ, TRAINING_VARIABLES, TRAINING_PREFIX):
@@ -50,13 +45,13 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("stopped; run the same command to resume from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
 
 def train(settings: TrainingSettings, arguments: Sequence[str], progress: PlainProgress) -> None:
-    """Read the corpus, train tokenizer and model, and write the model folder.
+    """Read the corpus, train tokenizer and model, write the folder, and print sample texts.
 
     arguments: the flags that give these settings, for the model's card.
     """
@@ -64,20 +59,20 @@ def train(settings: TrainingSettings, arguments: Sequence[str], progress: PlainP
     tokenizer = train_tokenizer((file.text for file in corpus.training), settings.vocab_size)
     held_out = HeldOut.of(tokenizer, corpus.held_out, settings.context)
     stream = token_stream(tokenizer, corpus.training, settings.cut_every, settings.seed)
-    progress.say(f"{len(corpus.training)} files, {len(stream):,} tokens; corpus {corpus.sha256}")
-    run = Run(settings, stream, held_out, corpus.sha256)
-    outcome = run.train(progress)
-    rounded = round_best(outcome.weights, run.model_config, held_out)
-    write_folder(settings.output, run.model_config, rounded.dtype, rounded.weights, tokenizer)
-    code = HeldOut.of(tokenizer, without_tables(corpus.held_out), settings.context)
+    progress.log(f"{len(corpus.training)} files, {len(stream):,} tokens; corpus {corpus.sha256}")
+    trainer = Trainer(settings, stream, held_out, corpus.sha256)
+    outcome = trainer.train(progress)
+    rounded = to_half_precision(outcome.weights, trainer.model_config, held_out)
+    write_folder(settings.output, trainer.model_config, rounded.dtype, rounded.weights, tokenizer)
+    code = HeldOut.of(tokenizer, without_character_tables(corpus.held_out), settings.context)
     code_score = score(rounded.model, code, dtype=torch.float32)
-    facts = facts_of(settings, corpus, outcome, rounded, code_score, arguments)
+    facts = training_facts(settings, corpus, outcome, rounded, code_score, arguments)
     write_json(settings.output / "training.json", facts)
-    card = card_of(settings.output.name, facts)
+    card = model_card(settings.output.name, facts)
     (settings.output / "README.md").write_text(card, encoding="utf-8")
-    progress.say(f"{settings.output}: {rounded.score.bits_per_byte:.4f} held-out bits/byte")
+    progress.log(f"{settings.output}: {rounded.score.bits_per_byte:.4f} held-out bits/byte")
     for prompt in PROMPTS:
-        progress.say("---\n" + greedy_text(rounded.model, tokenizer, prompt))
+        progress.log("---\n" + greedy_text(rounded.model, tokenizer, prompt))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,10 @@
-"""Token windows: shuffled ones for training, every held-out token once for the score.
+"""From a folder of Python files to batches of token ids: corpus, tokenizer and windows.
 
-Owns how a corpus becomes tensors of ids. Knows nothing of models. A window's state starts at zero
-at its first token.
+Files are read, de-duplicated and split into training and held-out files; a byte-level BPE tokenizer
+is trained on the former. Training batches are shuffled windows of one long row of ids; held-out
+windows have every token once as a target. The model's state is zero at the start of a window.
 
-Letters: B windows, T tokens of one window.
-
-The text: which files, which of them are held out, and a hash that says it all.
-
-Owns the choice of files and the split. Knows nothing of tokens.
-
-The byte-level BPE of a trained model: made from the training files, loaded by any tool.
-
-Owns the tokenizer's form. Knows nothing of windows or models.
+Letters: B windows, T tokens of a window, N tokens of the training text.
 """
 
 import hashlib
@@ -27,34 +20,34 @@ from torch import Tensor
 
 from cottention.engine.errors import ConfigurationError
 
-LEFT_OUT_FOLDERS = frozenset(
+EXCLUDED_FOLDERS = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
-WRITTEN_BY_THE_BUILD = ("_sysconfigdata", "config-")
-"""Names of files and folders that differ from machine to machine."""
+GENERATED_PREFIXES = ("_sysconfigdata", "config-")
+"""Prefixes of files and folders that the build of Python generates; they differ by machine."""
 
 HELD_OUT_ONE_IN = 20
 
 CHARACTER_TABLES = "encodings/"
-"""The standard library's character tables: so much alike that a model knows the held-out ones."""
+"""Character tables of the standard library. They resemble each other, so scores leave them out."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file: its path below the corpus folder, with forward slashes, and its text."""
+    """One file: its path relative to the corpus folder, with forward slashes, and its text."""
 
     path: str
     text: str
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the text in UTF-8."""
+        """Length of the text in UTF-8."""
         return len(self.text.encode("utf-8"))
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Training files, held-out files and the hash over the paths and contents of both."""
+    """Training files, held-out files, and the hash of the paths and contents of both."""
 
     training: tuple[SourceFile, ...]
     held_out: tuple[SourceFile, ...]
@@ -62,12 +55,16 @@ class Corpus:
 
 
 def standard_library() -> Path:
-    """Where the running interpreter keeps its standard library."""
+    """Folder of the running interpreter's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def read_corpus(folder: Path) -> Corpus:
-    """Read `folder`'s Python files, sorted by path. Raises ConfigurationError if none are left."""
+    """Read the Python files below `folder`, sorted by path.
+
+    Tests, generated, empty, duplicate and non-UTF-8 files are skipped. Raises ConfigurationError if
+    there is no training file or no held-out file.
+    """
     files = tuple(_distinct(_source_files(folder)))
     held_out = tuple(file for file in files if is_held_out(file.path))
     training = tuple(file for file in files if not is_held_out(file.path))
@@ -80,18 +77,18 @@ def read_corpus(folder: Path) -> Corpus:
 
 
 def is_held_out(path: str) -> bool:
-    """One file in twenty, by the SHA-256 of its path alone: the split never depends on a score."""
+    """One file in twenty, by the SHA-256 of its path alone: independent of any score."""
     digest = hashlib.sha256(path.encode("utf-8")).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
 
 
-def without_tables(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
-    """Files that are no character tables: what a score means for code that people write."""
+def without_character_tables(files: Sequence[SourceFile]) -> tuple[SourceFile, ...]:
+    """The files outside `encodings/`."""
     return tuple(file for file in files if not file.path.startswith(CHARACTER_TABLES))
 
 
 def corpus_hash(files: Sequence[SourceFile]) -> str:
-    """SHA-256 over each file's path and text, each ended by a zero byte, in the files' order."""
+    """SHA-256 of the paths and texts in the given order, each followed by a zero byte."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.path.encode("utf-8") + b"\0" + file.text.encode("utf-8") + b"\0")
@@ -99,24 +96,24 @@ def corpus_hash(files: Sequence[SourceFile]) -> str:
 
 
 def _source_files(folder: Path) -> Iterator[SourceFile]:
-    """Every Python file that counts and is UTF-8, in the order of its path."""
+    """Every included Python file that is valid UTF-8, in the order of paths."""
     paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.py"))
     for path in paths:
-        if _counts(PurePosixPath(path)):
+        if _is_included(PurePosixPath(path)):
             try:
                 yield SourceFile(path, (folder / path).read_bytes().decode("utf-8"))
             except UnicodeDecodeError:
                 continue
 
 
-def _counts(path: PurePosixPath) -> bool:
-    if LEFT_OUT_FOLDERS.intersection(path.parts[:-1]):
+def _is_included(path: PurePosixPath) -> bool:
+    if EXCLUDED_FOLDERS.intersection(path.parts[:-1]):
         return False
-    return not any(part.startswith(WRITTEN_BY_THE_BUILD) for part in path.parts)
+    return not any(part.startswith(GENERATED_PREFIXES) for part in path.parts)
 
 
 def _distinct(files: Iterator[SourceFile]) -> Iterator[SourceFile]:
-    """The first file of each text; empty ones are dropped."""
+    """The first file of each text; empty files are skipped."""
     seen = {""}
     for file in files:
         if file.text not in seen:
@@ -128,9 +125,9 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A GPT-2 style tokenizer of `vocab_size` ids, in which END_OF_TEXT has id 0.
+    """A GPT-2 style byte-level BPE tokenizer of `vocab_size` ids; END_OF_TEXT has id 0.
 
-    Every byte has an id of its own, so that any text comes back exactly.
+    Every byte has an id, so any text can be encoded and decoded without loss.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -153,13 +150,13 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     return int(token)
 
 
-NO_TARGET = -100
-"""The target of a place behind a text's end: it is not scored."""
+IGNORE_INDEX = -100
+"""Target of padding positions: ignored by `cross_entropy`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Inputs and the tokens that follow them, both int64 [B, T]."""
+    """Input ids and the ids that follow them, both int64 [B, T]."""
 
     inputs: Tensor
     targets: Tensor
@@ -168,29 +165,29 @@ class Windows:
 def token_stream(
     tokenizer: Tokenizer, files: Sequence[SourceFile], cut_every: int = 0, seed: int = 0
 ) -> Tensor:
-    """All files in one row, int64 [N], each behind an end-of-text id and one more at the end.
+    """The ids of all files in a row, int64 [N], with an end-of-text id before each and at the end.
 
-    With `cut_every` each text is tokenised in pieces of about so many characters, as a prompt and
-    what follows it are.
+    With `cut_every`, texts are split into pieces of that many characters on average, which are
+    tokenised apart, like a prompt and its continuation.
     """
     end = end_of_text_id(tokenizer)
-    places = random.Random(seed)
+    rng = random.Random(seed)
     ids = [end]
     for file in files:
-        pieces = cut(file.text, cut_every, places) if cut_every else [file.text]
+        pieces = split_text(file.text, cut_every, rng) if cut_every else [file.text]
         for encoded in tokenizer.encode_batch(pieces):
             ids.extend(encoded.ids)
         ids.append(end)
     return torch.tensor(ids)
 
 
-def cut(text: str, mean: int, places: random.Random) -> list[str]:
+def split_text(text: str, mean: int, rng: random.Random) -> list[str]:
     """`text` in pieces of `mean` characters on average; every other cut is moved behind a space."""
     pieces = []
     start = 0
     while start < len(text):
-        stop = start + places.randint(1, 2 * mean)
-        if places.random() < 0.5:
+        stop = start + rng.randint(1, 2 * mean)
+        if rng.random() < 0.5:
             stop = text.find(" ", stop) + 1 or len(text)
         pieces.append(text[start:stop])
         start = stop
@@ -198,38 +195,37 @@ def cut(text: str, mean: int, places: random.Random) -> list[str]:
 
 
 def batches_per_epoch(stream: Tensor, context: int, batch: int) -> int:
-    """Full batches that one pass gives, whatever its offset. ConfigurationError where none."""
-    each = (len(stream) - 1 - context) // context // batch
-    if each < 1:
+    """Full batches in one pass, whatever its offset. Raises ConfigurationError if there is none."""
+    num_batches = (len(stream) - 1 - context) // context // batch
+    if num_batches < 1:
         raise ConfigurationError(
             f"the text has {len(stream)} tokens, too few for a batch of {batch} windows of"
             f" {context}: give more text, or a smaller --batch-tokens or --context"
         )
-    return each
+    return num_batches
 
 
-def epoch_batch(stream: Tensor, context: int, batch: int, seed: int, step: int) -> Windows:
-    """Batch number `step` of training: a function of its arguments alone, so runs can resume.
+def training_batch(stream: Tensor, context: int, batch: int, seed: int, step: int) -> Windows:
+    """Batch number `step`. A function of its arguments only, so that a run can be resumed.
 
-    Each pass over the stream cuts it at another random offset and shuffles the windows.
+    Each pass over the stream starts at another random offset and shuffles the windows.
     """
-    each = batches_per_epoch(stream, context, batch)
-    epoch, index = divmod(step, each)
+    epoch, index = divmod(step, batches_per_epoch(stream, context, batch))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     offset = int(torch.randint(context, (), generator=generator))
-    count = (len(stream) - 1 - offset) // context
-    order = torch.randperm(count, generator=generator)[index * batch : (index + 1) * batch]
-    places = (offset + order * context).unsqueeze(1) + torch.arange(context)
-    return Windows(stream[places], stream[places + 1])
+    num_windows = (len(stream) - 1 - offset) // context
+    order = torch.randperm(num_windows, generator=generator)[index * batch : (index + 1) * batch]
+    indices = (offset + order * context).unsqueeze(1) + torch.arange(context)
+    return Windows(stream[indices], stream[indices + 1])
 
 
 def held_out_windows(
     tokenizer: Tokenizer, files: Sequence[SourceFile], context: int
 ) -> list[Windows]:
-    """Non-overlapping windows, each [1, up to `context`], that have every token as a target once.
+    """Non-overlapping windows, each [1, up to `context`], that have every token once as a target.
 
-    A file's first window starts behind an end-of-text id; each later one behind the token before
-    it, which is all that it sees of what came earlier.
+    The first window of a file starts with an end-of-text id, each later one with the token before
+    its first target.
     """
     end = end_of_text_id(tokenizer)
     windows = []
@@ -243,16 +239,16 @@ def held_out_windows(
 
 
 def padded_batches(windows: Sequence[Windows], batch: int) -> Iterator[Windows]:
-    """Windows of like length together, `batch` at a time, short ones filled up behind their end."""
+    """Windows of similar length, `batch` at a time, padded at the end with IGNORE_INDEX targets."""
     ordered = sorted(windows, key=lambda window: -window.inputs.shape[1])
     for start in range(0, len(ordered), batch):
         group = ordered[start : start + batch]
         length = group[0].inputs.shape[1]
         yield Windows(
-            torch.cat([_filled(window.inputs, length, 0) for window in group]),
-            torch.cat([_filled(window.targets, length, NO_TARGET) for window in group]),
+            torch.cat([_padded(window.inputs, length, 0) for window in group]),
+            torch.cat([_padded(window.targets, length, IGNORE_INDEX) for window in group]),
         )
 
 
-def _filled(row: Tensor, length: int, value: int) -> Tensor:
+def _padded(row: Tensor, length: int, value: int) -> Tensor:
     return torch.nn.functional.pad(row, (0, length - row.shape[1]), value=value)

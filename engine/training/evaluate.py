@@ -1,11 +1,7 @@
-"""Bits per byte on the held-out files: the number that models are compared by.
+"""Evaluates a model: bits per byte on the held-out files, and greedy sample texts.
 
-Owns the arithmetic of the score. Knows nothing of training. Total −log₂ p of every held-out token,
-each once, in the windows of `data.held_out_windows`, divided by the bytes of the held-out files.
-
-Greedy text from a model just trained, for a person to look at.
-
-Owns the simplest of decoders: the last window of the text again for every token. Not for serving.
+Bits per byte are the sum of −log₂ p over all tokens of the held-out files, each predicted once in
+the windows of `data.held_out_windows`, divided by the bytes of the files.
 """
 
 import math
@@ -18,21 +14,21 @@ from torch import Tensor
 
 from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.training.data import (
-    NO_TARGET,
+    IGNORE_INDEX,
     SourceFile,
     Windows,
     end_of_text_id,
     held_out_windows,
     padded_batches,
 )
-from cottention.engine.training.forward import logits_of, nats
+from cottention.engine.training.forward import logits_of, token_losses
 
-FIRST_BORDER = 128
+FIRST_RANGE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """The held-out files, ready to be scored: windows, bytes in all and bytes of each token id."""
+    """Held-out files as windows of tokens, their bytes in total, and the bytes of each token id."""
 
     windows: tuple[Windows, ...]
     num_bytes: int
@@ -49,14 +45,14 @@ class HeldOut:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Bits per byte over everything, and by the position of the token in its window."""
+    """Bits per byte in total, and by the position of the token in its window."""
 
     bits_per_byte: float
     by_position: dict[str, float]
 
 
 def token_lengths(tokenizer: Tokenizer) -> Tensor:
-    """Bytes that each id stands for, int64: a byte-level token has one character for each byte."""
+    """Number of bytes of each token id, int64: byte-level tokens have a character per byte."""
     pieces = tokenizer.get_vocab()
     lengths = torch.zeros(len(pieces), dtype=torch.int64)
     for piece, token in pieces.items():
@@ -68,7 +64,7 @@ def token_lengths(tokenizer: Tokenizer) -> Tensor:
 def score(
     model: CottentionForCausalLM, held_out: HeldOut, *, dtype: torch.dtype, batch: int = 4
 ) -> Score:
-    """Score the model in evaluation mode, products in `dtype`; its mode is put back after."""
+    """Score the model in evaluation mode with products in `dtype`; then restore its mode."""
     was_training = model.training
     model.eval()
     device = model.lm_head.weight.device
@@ -78,14 +74,14 @@ def score(
     for group in padded_batches(held_out.windows, batch):
         logits = logits_of(model, group.inputs.to(device), dtype=dtype)
         length = group.inputs.shape[1]
-        total_nats[:length] += nats(logits, group.targets.to(device)).double().sum(0).cpu()
+        total_nats[:length] += token_losses(logits, group.targets.to(device)).double().sum(0).cpu()
         total_bytes[:length] += _bytes_by_position(group.targets, held_out.token_bytes)
     model.train(was_training)
     return summarise(total_nats, total_bytes, held_out.num_bytes)
 
 
 def summarise(total_nats: Tensor, total_bytes: Tensor, num_bytes: int) -> Score:
-    """From sums by position in the window, float64 [T]; the total divides by the files' bytes."""
+    """The score, from sums by position float64 [T]; `num_bytes` is the total of the files."""
     return Score(
         float(total_nats.sum()) / math.log(2) / num_bytes,
         {
@@ -97,8 +93,8 @@ def summarise(total_nats: Tensor, total_bytes: Tensor, num_bytes: int) -> Score:
 
 
 def position_ranges(length: int) -> list[tuple[int, int]]:
-    """0–128, 128–256, 256–512 and so on, each twice as far, until `length` is covered."""
-    ranges = [(0, FIRST_BORDER)]
+    """(0, 128), (128, 256), (256, 512) and so on, doubling until `length` is covered."""
+    ranges = [(0, FIRST_RANGE)]
     while ranges[-1][1] < length:
         ranges.append((ranges[-1][1], 2 * ranges[-1][1]))
     return ranges
@@ -106,7 +102,7 @@ def position_ranges(length: int) -> list[tuple[int, int]]:
 
 def _bytes_by_position(targets: Tensor, token_bytes: Tensor) -> Tensor:
     lengths = token_bytes[targets.clamp_min(0)]
-    return torch.where(targets == NO_TARGET, 0, lengths).sum(0).double()
+    return torch.where(targets == IGNORE_INDEX, 0, lengths).sum(0).double()
 
 
 PROMPTS = (
@@ -121,7 +117,10 @@ PROMPTS = (
 def greedy_text(
     model: CottentionForCausalLM, tokenizer: Tokenizer, prompt: str, num_tokens: int = 64
 ) -> str:
-    """`prompt` and what the model, on the CPU in float32, thinks most likely to follow it."""
+    """`prompt` and its greedy continuation by a float32 model on the CPU.
+
+    Computes the whole window again for every token.
+    """
     ids = [end_of_text_id(tokenizer), *tokenizer.encode(prompt).ids]
     for _ in range(num_tokens):
         logits = logits_of(model, torch.tensor([ids[-model.config.window :]]), dtype=torch.float32)

@@ -1,6 +1,6 @@
-"""One window through the model, differentiably: from a zero state, or with softmax.
+"""The differentiable forward pass of training: weight initialisation, loss and dropout.
 
-Owns first weights, precision and dropout of training. Does not know optimizers or the clock.
+Windows start from a zero state; attention is the chunked recurrence, or softmax.
 """
 
 import functools
@@ -16,36 +16,38 @@ from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import Attend, CottentionForCausalLM
 from cottention.engine.models.recurrence import Features
 from cottention.engine.ops.varlen import chunked
-from cottention.engine.training.data import NO_TARGET, Windows
+from cottention.engine.training.data import IGNORE_INDEX, Windows
 
-INITIAL_DEVIATION = 0.02
+INITIAL_STD = 0.02
 
-FIRST_DECAYS = 0.1, 0.6
-"""σ(m) of a layer's first and last head: alike in all heads it hardly moves apart in training."""
+INITIAL_SIGMA = 0.1, 0.6
+"""σ(m) of the first and last head of a layer. Heads with equal values hardly diverge."""
 
 
-def new_model(model: CottentionForCausalLM) -> CottentionForCausalLM:
-    """Draw first weights: normal, smaller where a product adds to the residual; biases zero.
+def init_weights(model: CottentionForCausalLM) -> CottentionForCausalLM:
+    """Initialise in place and return the model.
 
-    Cottention's m is spread so that σ(m) stands evenly apart between a layer's heads.
+    Matrices are normal with a standard deviation of 0.02, smaller before a residual addition (0.02
+    / √(2 n_layer)); biases are zero. Cottention's m is set so that σ(m) is evenly spaced over the
+    heads of a layer, from 0.1 to 0.6.
     """
-    residual = INITIAL_DEVIATION / (2 * model.config.n_layer) ** 0.5
+    residual = INITIAL_STD / (2 * model.config.n_layer) ** 0.5
     for name, weight in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(weight)
         elif name.endswith("norm_const"):
-            decays = torch.linspace(*FIRST_DECAYS, model.config.n_head)
+            decays = torch.linspace(*INITIAL_SIGMA, model.config.n_head)
             weight.data.copy_(torch.logit(decays).view_as(weight))
         elif weight.ndim == 2:
             ends_branch = "out_proj" in name or "fc_out" in name
-            nn.init.normal_(weight, std=residual if ends_branch else INITIAL_DEVIATION)
+            nn.init.normal_(weight, std=residual if ends_branch else INITIAL_STD)
     return model
 
 
 def attend_from_zero(config: GPTJConfig, dtype: torch.dtype) -> Attend:
-    """Whole windows: softmax, or the chunked form of what has a recurrent one. Products in `dtype`.
+    """Attention over whole windows from a zero state, with matrix products in `dtype`.
 
-    The running state is in float32.
+    Softmax, or the chunked form of a recurrent kind, whose running state is float32.
     """
     if config.attention_type == "softmax":
         return functools.partial(_attend_softmax, dtype)
@@ -61,13 +63,13 @@ def attend_from_zero(config: GPTJConfig, dtype: torch.dtype) -> Attend:
 
 
 def _attend_softmax(dtype: torch.dtype, _layer: int, features: Features) -> Tensor:
-    """Causal softmax attention, scaled by 1/√d, as a GPT-J has it."""
+    """Causal softmax attention, scaled by 1/√d, as in GPT-J."""
     q, k, v = (x.transpose(1, 2).to(dtype) for x in features)
     return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 def logits_of(model: CottentionForCausalLM, inputs: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Logits float32 [B, T, vocabulary] of int64 [B, T]; matrix products in `dtype`."""
+    """Logits float32 [B, T, vocabulary] of ids int64 [B, T]; matrix products in `dtype`."""
     positions = torch.arange(inputs.shape[1], device=inputs.device)
     with _autocast(inputs.device, dtype):
         logits = model(inputs, positions, attend_from_zero(model.config, dtype))
@@ -75,31 +77,31 @@ def logits_of(model: CottentionForCausalLM, inputs: Tensor, *, dtype: torch.dtyp
     return wide
 
 
-def nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """−ln p of each target, float32 [B, T]; zero where there is none."""
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """−ln p of each target, float32 [B, T]; 0 for IGNORE_INDEX."""
     flat = nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET, reduction="none"
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
     return flat.view(targets.shape)
 
 
 def mean_loss(model: CottentionForCausalLM, windows: Windows, *, dtype: torch.dtype) -> Tensor:
-    """Mean −ln p over a batch, to differentiate."""
+    """Mean of −ln p over a batch; differentiable."""
     logits = logits_of(model, windows.inputs, dtype=dtype)
     return nn.functional.cross_entropy(logits.flatten(0, 1), windows.targets.flatten())
 
 
 def add_dropout(model: CottentionForCausalLM, probability: float) -> None:
-    """Drop embeddings and what each block's norm hands to its branches, in training mode only."""
+    """Add dropout, in training mode, after the embedding and after every layer norm."""
     if probability == 0:
         return
-    for module in _dropped(model):
+    for module in _modules_with_dropout(model):
         module.register_forward_hook(
             lambda owner, _, out: nn.functional.dropout(out, probability, owner.training)
         )
 
 
-def _dropped(model: CottentionForCausalLM) -> list[nn.Module]:
+def _modules_with_dropout(model: CottentionForCausalLM) -> list[nn.Module]:
     norms = [block.get_submodule("ln_1") for block in model.transformer.h]
     return [model.transformer.wte, *norms, model.transformer.ln_f]
 
@@ -108,10 +110,13 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
     return torch.autocast(device.type, dtype=dtype, enabled=dtype.itemsize < 4)
 
 
-def first_model(config: GPTJConfig, begin_with: Path | None) -> CottentionForCausalLM:
-    """With fresh weights, or a finished model's of the same shape. Raises ModelFolderError."""
+def initial_model(config: GPTJConfig, begin_with: Path | None) -> CottentionForCausalLM:
+    """A model with fresh weights, or with those of a folder of the same shape.
+
+    Raises ModelFolderError.
+    """
     if begin_with is None:
-        return new_model(CottentionForCausalLM(config))
+        return init_weights(CottentionForCausalLM(config))
     model = load_model(begin_with, config, torch.float32).requires_grad_()
     assert isinstance(model, CottentionForCausalLM)
     return model

@@ -1,7 +1,4 @@
-"""Tells a person how training goes: a bar on a terminal, a plain line now and then elsewhere.
-
-Owns what is printed. Knows numbers only.
-"""
+"""Progress of training: a bar on a terminal, otherwise a plain line from time to time."""
 
 import sys
 import time
@@ -13,8 +10,8 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a run stands after a step; times in seconds."""
+class TrainingStatus:
+    """State of a run after a step; times in seconds."""
 
     step: int
     steps: int
@@ -24,7 +21,7 @@ class Standing:
     bits_per_byte: float | None
 
     def line(self) -> str:
-        """All of it in one line."""
+        """Everything in one line."""
         score = "—" if self.bits_per_byte is None else f"{self.bits_per_byte:.4f}"
         return (
             f"step {self.step}/{self.steps}  loss {self.loss:.3f}  held-out bits/byte {score}"
@@ -33,7 +30,7 @@ class Standing:
 
 
 class PlainProgress:
-    """Prints a line at most every so many seconds, and every message."""
+    """Prints every message, and a status line at most every 20 seconds."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -49,20 +46,20 @@ class PlainProgress:
     ) -> None:
         pass
 
-    def show(self, standing: Standing) -> None:
+    def update(self, status: TrainingStatus) -> None:
         """Report a step."""
         now = time.monotonic()
         if now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
-            print(standing.line(), flush=True)
+            print(status.line(), flush=True)
 
-    def say(self, message: str) -> None:
-        """Report anything else."""
+    def log(self, message: str) -> None:
+        """Print a message."""
         print(message, flush=True)
 
 
 class BarProgress(PlainProgress):
-    """The same as a bar of rich's, with messages above it."""
+    """A progress bar by rich, with messages above it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,20 +80,20 @@ class BarProgress(PlainProgress):
     ) -> None:
         self._bar.stop()
 
-    def show(self, standing: Standing) -> None:
+    def update(self, status: TrainingStatus) -> None:
         self._bar.update(
             self._task,
-            completed=standing.step,
-            total=standing.steps,
-            description=standing.line(),
+            completed=status.step,
+            total=status.steps,
+            description=status.line(),
         )
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         self._bar.console.print(message, highlight=False, markup=False)
 
 
 def open_progress() -> PlainProgress:
-    """A bar if someone watches and rich is installed, plain lines otherwise."""
+    """A bar if stdout is a terminal and rich is installed, otherwise plain lines."""
     if not sys.stdout.isatty():
         return PlainProgress()
     try:

@@ -1,20 +1,8 @@
-"""The run itself: steps, scores, checkpoints, from the first or from where a killed run stood.
+"""A training run: optimizer steps, scores and checkpoints, resumable from the last checkpoint.
 
-Owns the order of things and the clock. Does not know where text comes from or where a finished
-model goes.
-
-How weights move: Muon for the blocks' matrices, AdamW for the rest, and the rate over time.
-
-Owns optimizers and schedule. Knows nothing of data or of the clock.
-
-What survives a kill: weights, optimizers, random state and place, written whole or not at all.
-
-Owns the files of the checkpoint folder. Knows nothing of how a step is made.
-
-Keeps freed memory with the process: large tensors come and go with every step.
-
-Owns two settings of glibc's allocator. Measured: handing each freed tensor back to the system and
-taking it again, page by page, more than halves the tokens per second on two cores.
+Matrices of the blocks are optimized by Muon, the other weights by AdamW, under one learning-rate
+schedule. A checkpoint is replaced atomically and has all that a resumed run needs to end with the
+same weights: weights, optimizers, random generators and position.
 """
 
 import ctypes
@@ -31,14 +19,29 @@ from torch import Tensor, nn
 
 from cottention.engine.errors import ConfigurationError
 from cottention.engine.models.gptj.model import CottentionForCausalLM
-from cottention.engine.training.data import Windows, batches_per_epoch, epoch_batch
+from cottention.engine.training.data import Windows, batches_per_epoch, training_batch
 from cottention.engine.training.evaluate import HeldOut, score
-from cottention.engine.training.forward import add_dropout, first_model, mean_loss
-from cottention.engine.training.progress import PlainProgress, Standing
+from cottention.engine.training.forward import add_dropout, initial_model, mean_loss
+from cottention.engine.training.progress import PlainProgress, TrainingStatus
 from cottention.engine.training.settings import TrainingSettings
 
-LOSS_MEMORY = 0.98
-RATE_MEMORY = 0.9
+LOSS_DECAY = 0.98
+SPEED_DECAY = 0.9
+"""Decay per step of the running averages of loss and speed."""
+
+WARMUP_STEPS = 100
+DECAY_FROM = 0.3
+"""Fraction of the run that is done when the learning rate begins to fall."""
+
+MAX_GRAD_NORM = 1.0
+
+LATEST = "latest.pt"
+BEST = "best.pt"
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+TOP_PAD_BYTES = 256 << 20
+MAX_INT = 2**31 - 1
+"""Parameters of glibc's mallopt, and their values."""
 
 IDENTITY = (
     "seed",
@@ -55,12 +58,12 @@ IDENTITY = (
     "dropout",
     "cut_every",
 )
-"""Settings that a resumed run must share with the one it continues."""
+"""Settings that must be the same in a resumed run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """A finished run: the best weights and how they came to be."""
+class TrainingResult:
+    """The best weights of a finished run, and the length of the run."""
 
     weights: dict[str, Tensor]
     best_step: int
@@ -71,8 +74,8 @@ class Outcome:
 
 
 @dataclass(slots=True)
-class Place:
-    """Where a run stands: what a checkpoint holds besides weights, optimizers and random state."""
+class RunState:
+    """Progress of a run, as saved in a checkpoint."""
 
     step: int = 0
     seconds: float = 0.0
@@ -81,55 +84,58 @@ class Place:
     best_bits: float = float("inf")
 
 
-class Run:
-    """One training run over a token stream."""
+class Trainer:
+    """One training run over a token stream int64 [N]."""
 
     def __init__(
         self, settings: TrainingSettings, stream: Tensor, held_out: HeldOut, corpus_sha256: str
     ) -> None:
         self._settings, self._stream, self._held_out = settings, stream, held_out
-        self._device = device_of(settings)
+        self._device = training_device(settings)
         self._dtype = torch.bfloat16
         self._identity = {name: getattr(settings, name) for name in IDENTITY}
         self._identity["corpus"] = corpus_sha256
         torch.manual_seed(settings.seed)
         self.model_config = settings.model_config(end_of_text=int(stream[0]))
-        self._model = first_model(self.model_config, settings.begin_with)
+        self._model = initial_model(self.model_config, settings.begin_with)
         add_dropout(self._model, settings.dropout)
         self._model.to(self._device).train()
         self._optimizers = Optimizers(self._model, settings.learning_rate, settings.weight_decay)
         self._per_epoch = batches_per_epoch(stream, settings.context, settings.batch)
         self._steps = settings.steps or round(settings.epochs * self._per_epoch)
-        self._place = Place()
+        self._state = RunState()
         self._speed = 0.0
 
-    def train(self, progress: PlainProgress) -> Outcome:
-        """Run to the end, saving on the way; an interrupt leaves the last"""
+    def train(self, progress: PlainProgress) -> TrainingResult:
+        """Train to the end and save checkpoints; resume from the last one if settings allow.
+
+        Raises ConfigurationError if that checkpoint belongs to a run with other settings or text.
+        """
         if self._settings.resume:
             self._resume(progress)
         while self._done() < 1:
             self._step()
-            progress.show(self._standing())
+            progress.update(self._status())
             last = self._done() >= 1
-            if last or self._place.step % self._settings.eval_every == 0:
+            if last or self._state.step % self._settings.eval_every == 0:
                 self._score(progress)
-            if last or self._place.step % self._settings.save_every == 0:
+            if last or self._state.step % self._settings.save_every == 0:
                 self._save(LATEST)
-        return self._outcome()
+        return self._result()
 
     def _done(self) -> float:
-        """Share of the run that lies behind: of its steps or of its hours, whichever is more."""
-        by_steps = self._place.step / self._steps
+        """Fraction of the run that is done: of its steps or of its hours, whichever is larger."""
+        by_steps = self._state.step / self._steps
         if self._settings.hours is None:
             return by_steps
-        return max(by_steps, self._place.seconds / (3600 * self._settings.hours))
+        return max(by_steps, self._state.seconds / (3600 * self._settings.hours))
 
     def _step(self) -> None:
-        """One optimizer step over a batch, in micro-batches that weigh the same."""
+        """One optimizer step on a batch, in micro-batches weighted by their size."""
         began = time.monotonic()
-        place, settings = self._place, self._settings
-        batch = epoch_batch(
-            self._stream, settings.context, settings.batch, settings.seed, place.step
+        state, settings = self._state, self._settings
+        batch = training_batch(
+            self._stream, settings.context, settings.batch, settings.seed, state.step
         )
         loss = 0.0
         for micro in self._micro_batches(batch):
@@ -137,10 +143,10 @@ class Run:
             part = mean_loss(self._model, micro, dtype=self._dtype) * share
             part.backward()
             loss += part.item()
-        self._optimizers.step(rate_factor(place.step, self._done()))
-        place.step += 1
-        memory = min(LOSS_MEMORY, 1 - 1 / place.step)
-        place.loss = memory * place.loss + (1 - memory) * loss
+        self._optimizers.step(learning_rate_factor(state.step, self._done()))
+        state.step += 1
+        memory = min(LOSS_DECAY, 1 - 1 / state.step)
+        state.loss = memory * state.loss + (1 - memory) * loss
         self._count_time(time.monotonic() - began)
 
     def _micro_batches(self, batch: Windows) -> list[Windows]:
@@ -151,34 +157,34 @@ class Run:
         ]
 
     def _count_time(self, seconds: float) -> None:
-        self._place.seconds += seconds
+        self._state.seconds += seconds
         speed = self._settings.batch * self._settings.context / seconds
-        self._speed = RATE_MEMORY * (self._speed or speed) + (1 - RATE_MEMORY) * speed
+        self._speed = SPEED_DECAY * (self._speed or speed) + (1 - SPEED_DECAY) * speed
 
     def _score(self, progress: PlainProgress) -> None:
         began = time.monotonic()
         result = score(self._model, self._held_out, dtype=self._dtype)
-        place = self._place
-        progress.say(f"step {place.step}: {result.bits_per_byte:.4f} held-out bits/byte")
-        if result.bits_per_byte < place.best_bits:
-            place.best_bits, place.best_step = result.bits_per_byte, place.step
+        state = self._state
+        progress.log(f"step {state.step}: {result.bits_per_byte:.4f} held-out bits/byte")
+        if result.bits_per_byte < state.best_bits:
+            state.best_bits, state.best_step = result.bits_per_byte, state.step
             self._save(BEST)
-        place.seconds += time.monotonic() - began
+        state.seconds += time.monotonic() - began
 
-    def _standing(self) -> Standing:
-        place, done = self._place, self._done()
-        best = None if place.best_step == 0 else place.best_bits
-        left = place.seconds * (1 - done) / done
-        return Standing(place.step, self._steps, place.loss, self._speed, left, best)
+    def _status(self) -> TrainingStatus:
+        state, done = self._state, self._done()
+        best = None if state.best_step == 0 else state.best_bits
+        left = state.seconds * (1 - done) / done
+        return TrainingStatus(state.step, self._steps, state.loss, self._speed, left, best)
 
     def _save(self, name: str) -> None:
         content: dict[str, Any] = {"identity": self._identity, "model": self._model.state_dict()}
         if name == LATEST:
-            place = self._place
+            state = self._state
             content |= {
                 "optimizers": self._optimizers.state_dict(),
                 "random": random_state(self._device),
-                "place": {key: getattr(place, key) for key in Place.__slots__},
+                "state": {key: getattr(state, key) for key in RunState.__slots__},
             }
         save(self._settings.checkpoints, name, content)
 
@@ -189,37 +195,32 @@ class Run:
         self._model.load_state_dict(saved["model"])
         self._optimizers.load_state_dict(saved["optimizers"])
         set_random_state(saved["random"], self._device)
-        self._place = Place(**saved["place"])
-        progress.say(f"resumed at step {self._place.step}")
+        self._state = RunState(**saved["state"])
+        progress.log(f"resumed at step {self._state.step}")
 
-    def _outcome(self) -> Outcome:
+    def _result(self) -> TrainingResult:
         best = load(self._settings.checkpoints, BEST, self._identity)
         assert best is not None
-        place, settings = self._place, self._settings
-        return Outcome(
+        state, settings = self._state, self._settings
+        return TrainingResult(
             weights=best["model"],
-            best_step=place.best_step,
-            steps=place.step,
-            tokens=place.step * settings.batch * settings.context,
-            epochs=place.step / self._per_epoch,
-            seconds=place.seconds,
+            best_step=state.best_step,
+            steps=state.step,
+            tokens=state.step * settings.batch * settings.context,
+            epochs=state.step / self._per_epoch,
+            seconds=state.seconds,
         )
 
 
-def device_of(settings: TrainingSettings) -> torch.device:
-    """The device that the settings name."""
+def training_device(settings: TrainingSettings) -> torch.device:
+    """The device of the settings; "auto" is CUDA if available, otherwise the CPU."""
     if settings.device != "auto":
         return torch.device(settings.device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-WARMUP_STEPS = 100
-STABLE_UNTIL = 0.3
-GRADIENT_NORM_LIMIT = 1.0
-
-
 class Optimizers:
-    """Two optimizers that step, and are saved, as one."""
+    """Muon and AdamW, stepped and saved as one."""
 
     def __init__(
         self, model: CottentionForCausalLM, learning_rate: float, weight_decay: float
@@ -250,8 +251,8 @@ class Optimizers:
         self._weights = [*matrices, *tables, *others]
 
     def step(self, factor: float) -> None:
-        """Apply the gradients at `factor` of the learning rate, then drop them."""
-        torch.nn.utils.clip_grad_norm_(self._weights, GRADIENT_NORM_LIMIT)
+        """Apply the gradients with `factor` times the learning rate, then clear them."""
+        torch.nn.utils.clip_grad_norm_(self._weights, MAX_GRAD_NORM)
         for optimizer in self._each():
             for group in optimizer.param_groups:
                 group["lr"] = self._learning_rate * factor
@@ -259,11 +260,11 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Both optimizers' states."""
+        """The states of both optimizers."""
         return [optimizer.state_dict() for optimizer in self._each()]
 
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the result of `state_dict`."""
         for optimizer, state in zip(self._each(), states, strict=True):
             optimizer.load_state_dict(state)
 
@@ -272,18 +273,17 @@ class Optimizers:
         yield self._adam
 
 
-def rate_factor(step: int, done: float) -> float:
-    """Share of the learning rate at `step`, `done` of the way: warm-up, level, linear to zero."""
+def learning_rate_factor(step: int, done: float) -> float:
+    """Learning rate at `step`, as a fraction of the peak: warm-up, constant, linear to zero.
+
+    done: fraction of the run that is done.
+    """
     warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    return warm * min(1.0, max(0.0, (1 - done) / (1 - STABLE_UNTIL)))
-
-
-LATEST = "latest.pt"
-BEST = "best.pt"
+    return warm * min(1.0, max(0.0, (1 - done) / (1 - DECAY_FROM)))
 
 
 def save(folder: Path, name: str, content: dict[str, Any]) -> None:
-    """Write `content` beside its place, then move it there in one step."""
+    """Write `content` to a temporary file, then replace folder / name by it."""
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{name}.{os.getpid()}.unfinished"
     torch.save(content, unfinished)
@@ -291,9 +291,9 @@ def save(folder: Path, name: str, content: dict[str, Any]) -> None:
 
 
 def load(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The saved content, or None where nothing was saved.
+    """The saved content, or None if there is no such file.
 
-    Raises ConfigurationError where the file is of a run with another `identity`.
+    Raises ConfigurationError if the file belongs to a run with another `identity`.
     """
     path = folder / name
     if not path.exists():
@@ -303,14 +303,14 @@ def load(folder: Path, name: str, identity: dict[str, Any]) -> dict[str, Any] | 
     differing = sorted(key for key in identity if found.get(key) != identity[key])
     if differing:
         raise ConfigurationError(
-            f"{path} is of another run ({', '.join(differing)} differ):"
-            " give another --checkpoints folder, or --no-resume"
+            f"{path} belongs to another run ({', '.join(differing)} differ):"
+            " use another --checkpoints folder, or --no-resume"
         )
     return content
 
 
 def random_state(device: torch.device) -> list[Tensor]:
-    """Torch's generators, for `set_random_state`."""
+    """States of torch's random generators, for `set_random_state`."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
@@ -318,22 +318,21 @@ def random_state(device: torch.device) -> list[Tensor]:
 
 
 def set_random_state(states: list[Tensor], device: torch.device) -> None:
-    """Put the generators back to where `random_state` found them."""
+    """Restore the generators to a result of `random_state`."""
     torch.set_rng_state(states[0])
     if device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
 
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-TOP_PAD_BYTES = 256 << 20
-NEVER_TRIM = 2**31 - 1
-
-
 def keep_freed_memory() -> None:
-    """Tell glibc to serve large blocks from its own heap; does nothing on other systems."""
+    """Make glibc keep freed memory in the process; no effect with other C libraries.
+
+    Tensors of a step are large and are freed with it. Returning them to the system and faulting
+    them in again, page by page, more than halves the tokens per second on two cores.
+    """
     if platform.libc_ver()[0] != "glibc":
         return
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, NEVER_TRIM)
+    mallopt(M_TRIM_THRESHOLD, MAX_INT)
     mallopt(M_TOP_PAD, TOP_PAD_BYTES)

@@ -28,8 +28,8 @@ from cottention.server.limits.api_keys import (
     NAME_LENGTH,
     ApiKey,
     ApiKeyMiddleware,
-    asks_for_key,
-    owner_by,
+    owner_id,
+    requires_key,
 )
 from cottention.server.limits.key_limits import KeyLimits
 from cottention.server.limits.rate_limit import KeyUsage, RateLimitMiddleware
@@ -85,7 +85,7 @@ def create_app(
     app.state.context = Context(engine, config, registry, sessions, turns, template)
     for router in ROUTERS:
         app.include_router(router)
-    install_openapi(app, BODIES, lambda path: asks_for_key(path, config))
+    install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
     _add_middleware(app, keys, config, engine)
     return app
@@ -114,8 +114,8 @@ def _new_app(engine: AsyncEngine, turns: TurnQueue) -> FastAPI:
 def _usage_by_owner(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, KeyUsage]:
     """Usage by owner; without keys there is one for all clients."""
     if not keys:
-        return {"": KeyUsage("", KeyLimits.of(config))}
-    owners = [(owner_by(key.secret), key) for key in keys]
+        return {"": KeyUsage("", KeyLimits.from_config(config))}
+    owners = [(owner_id(key.secret), key) for key in keys]
     return {owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits) for owner, key in owners}
 
 
@@ -123,10 +123,10 @@ def _add_middleware(
     app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig, engine: AsyncEngine
 ) -> None:
     """From the innermost to the outermost: a 401 has CORS headers and a request id as well."""
-    accounts = _usage_by_owner(keys, config)
-    app.add_middleware(RateLimitMiddleware, accounts=accounts)
+    usage = _usage_by_owner(keys, config)
+    app.add_middleware(RateLimitMiddleware, usage_by_owner=usage)
     app.add_middleware(
-        ApiKeyMiddleware, owners=list(accounts) if keys else [], metrics_key=config.metrics_key
+        ApiKeyMiddleware, owners=list(usage) if keys else [], metrics_key=config.metrics_key
     )
     if config.cors_origin:
         app.add_middleware(

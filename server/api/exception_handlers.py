@@ -20,7 +20,13 @@ from cottention.engine.errors import (
     SnapshotMismatchError,
 )
 from cottention.server.generation.output_stream import OutputStreamClosed
-from cottention.server.http.errors import ApiError, damaged, invalid, of_session, unavailable
+from cottention.server.http.errors import (
+    ApiError,
+    invalid,
+    session_damaged,
+    session_error,
+    unavailable,
+)
 
 logger = logging.getLogger("cottention")
 
@@ -85,11 +91,11 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
         case EngineStoppedError():
             return unavailable(str(error))
         case SessionError():
-            return of_session(error)
+            return session_error(error)
         case SnapshotMismatchError():  # stored by a server with another model
             return ApiError(409, str(error), param="session_id", code="snapshot_mismatch")
         case SnapshotError():
-            return damaged(error)
+            return session_damaged(error)
         case RequestValidationError():
             first = error.errors()[0]
             return invalid(str(first["loc"][-1]), first["msg"])

@@ -25,7 +25,7 @@ from cottention.server.generation.sse import (
 from cottention.server.http.body import announced_bytes, parse_object, read_body, shown
 from cottention.server.http.errors import ApiError
 from cottention.server.http.request_id import request_id_of
-from cottention.server.limits.rate_limit import note
+from cottention.server.limits.rate_limit import track
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.sessions.turn_queue import caller_of, owner_of
 
@@ -90,7 +90,7 @@ async def _respond(
     stream = await context.engine.generate(
         name, generation_request, deadline=deadline, cache_scope=scope
     )
-    note(request.scope, generation_request, stream)
+    track(request.scope, generation_request, stream)
     if is_stream:
         formatter = EventFormatter(header, choices, generation_request)
         events = GenerationEvents(stream, formatter)

@@ -15,7 +15,7 @@ from cottention.server.generation.request import TurnOptions, prefill_request, t
 from cottention.server.generation.responses import collect_outputs
 from cottention.server.generation.sse import close_on_disconnect
 from cottention.server.http.request_id import request_id_of
-from cottention.server.limits.rate_limit import note
+from cottention.server.limits.rate_limit import track
 from cottention.server.schemas.base import validate
 from cottention.server.schemas.responses import JsonObject
 from cottention.server.schemas.session_responses import (
@@ -192,7 +192,7 @@ async def _prefill(
     generation_request = prefill_request(prompt_ids)
     name = f"session-{request_id_of(request)}"
     stream = await context.engine.generate(name, generation_request, start=start, deadline=deadline)
-    note(request.scope, generation_request, stream)
+    track(request.scope, generation_request, stream)
     async with close_on_disconnect(stream, request.receive):
         state = (await collect_outputs(stream))[0].state
     assert state is not None, "a prefill generates no text that could be cut"

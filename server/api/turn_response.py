@@ -27,7 +27,7 @@ from cottention.server.generation.sse import (
     usage_of,
 )
 from cottention.server.http.errors import expired
-from cottention.server.limits.rate_limit import note
+from cottention.server.limits.rate_limit import track
 from cottention.server.observability.access_log import RequestRecord, request_record
 from cottention.server.schemas.session_responses import etag_of, session_summary
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents
@@ -68,7 +68,7 @@ class TurnResponse(Response):
             turns = context.turns.turn(self._caller, options, receive)
             turn = await _begun_by(self._deadline, stack.enter_async_context(turns))
             request, stream = await self._generate(turn)
-            note(scope, request, stream)
+            track(scope, request, stream)
             stack.callback(stream.close)
             if options.on_disconnect == "continue":
                 response = await self._continued(
@@ -120,7 +120,7 @@ class TurnResponse(Response):
             stream, self._formatter(request), turn, live.log_ending_with, gathers=is_whole
         )
         key = (self._caller.owner, turn.session_id)
-        record.going_on = task = context.turns.detach(key, live, _run(events, live, stack))
+        record.background_turn = task = context.turns.detach(key, live, _run(events, live, stack))
         if not is_whole:
             follower = LiveEventFollower(live, 0)
             return EventStreamResponse(follower, context.config.sse_keep_alive_seconds)

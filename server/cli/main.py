@@ -25,7 +25,7 @@ from cottention.server.cli.options import (
     warn_of_unknown_variables,
 )
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
-from cottention.server.log_config import set_up
+from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version
 
 EXIT_FAILURE = 1
@@ -91,7 +91,7 @@ def _serve(given: argparse.Namespace) -> int:
     sources = sources_of(given, os.environ)
     config = sources.read(ServerConfig).value
     engine_config = sources.read(EngineConfig).value
-    set_up(config.log_level, config.log_format)
+    configure_logging(config.log_level, config.log_format)
     warn_of_unknown_variables(os.environ)
     return commands.serve(sources.read(ModelArgument).value.model, engine_config, config)
 

@@ -1,1 +1,1 @@
-"""The wire: limits against slow or malformed requests, bodies, errors, request ids."""
+"""The HTTP layer: connections and their limits, bodies, errors, request ids."""

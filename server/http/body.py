@@ -1,7 +1,6 @@
-"""A request's body, from bytes on the wire to one JSON object.
+"""A request's body, from bytes to one JSON object, with limits on its size, time and content.
 
-Owns the size limit and what is no JSON object: other encodings, a name twice, more nesting or more
-digits than Python reads. Does not know what the object means.
+Refused are encoded bodies, names given twice, and more nesting or digits than Python parses.
 """
 
 import asyncio
@@ -14,59 +13,59 @@ from starlette.requests import Request
 from cottention.server.http.errors import ApiError, invalid
 
 MIN_BYTES_PER_SECOND = 10_000
-PLAIN = "identity"
-NOT_JSON = "the body must be a JSON object"
+IDENTITY = "identity"
+NOT_AN_OBJECT = "the body must be a JSON object"
 
 
-async def read_body(request: Request, max_bytes: int, patience: float) -> bytes:
-    """All of the body. Raises ApiError 413 as soon as it is longer than `max_bytes`.
+async def read_body(request: Request, max_bytes: int, receive_seconds: float) -> bytes:
+    """All of the body.
 
-    Raises ApiError 408 where it is slower than MIN_BYTES_PER_SECOND and `patience` is over, and 415
-    where it says that it is encoded.
+    Raises ApiError 413 as soon as it is larger than `max_bytes`, 408 where it takes longer than
+    `receive_seconds` and is slower than MIN_BYTES_PER_SECOND, and 415 where it is encoded.
     """
-    if (encoding := request.headers.get("content-encoding", PLAIN).lower()) != PLAIN:
+    if (encoding := request.headers.get("content-encoding", IDENTITY).lower()) != IDENTITY:
         raise _encoded(encoding)
     if announced_bytes(request) > max_bytes:
-        raise _too_long(max_bytes)
+        raise _too_large(max_bytes)
     body = bytearray()
     began = asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout_at(began + patience) as time:
+        async with asyncio.timeout_at(began + receive_seconds) as timeout:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_bytes:
-                    raise _too_long(max_bytes)
-                time.reschedule(began + patience + len(body) / MIN_BYTES_PER_SECOND)
+                    raise _too_large(max_bytes)
+                timeout.reschedule(began + receive_seconds + len(body) / MIN_BYTES_PER_SECOND)
     except TimeoutError:
-        raise _too_slow() from None
+        raise _too_slow(receive_seconds) from None
     return bytes(body)
 
 
 def announced_bytes(request: Request) -> int:
-    """How long the body says that it is; 0 where it does not."""
+    """The body's Content-Length; 0 without one."""
     announced = request.headers.get("content-length", "0")
     return int(announced) if announced.isdecimal() else 0
 
 
 def parse_object(raw: bytes) -> dict[str, Any]:
-    """The JSON object that `raw` holds. Raises ApiError 400."""
+    """The JSON object in `raw`. Raises ApiError 400."""
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise invalid(None, f"the body is not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:
-        raise invalid(None, f"{NOT_JSON}; it is not JSON: {error}") from None
+        raise invalid(None, f"{NOT_AN_OBJECT}; it is not JSON: {error}") from None
     except RecursionError:
-        raise invalid(None, f"{NOT_JSON}; it is nested too deeply") from None
+        raise invalid(None, f"{NOT_AN_OBJECT}; it is nested too deeply") from None
     except ValueError:  # Python's own limit on the digits of an integer
         raise invalid(None, "the body has a number with too many digits") from None
     if not isinstance(value, dict):
-        raise invalid(None, f"{NOT_JSON}; it is {shown(value)}")
+        raise invalid(None, f"{NOT_AN_OBJECT}; it is {shown(value)}")
     return value
 
 
 def shown(value: Any) -> str:
-    """A JSON value as a message may quote it: short, and no container's contents."""
+    """A JSON value as messages quote it: short, and containers without their contents."""
     match value:
         case dict():
             return "an object"
@@ -81,7 +80,7 @@ def shown(value: Any) -> str:
 
 
 def is_text(value: str) -> bool:
-    """Whether every character of it is one; JSON can escape half of a UTF-16 pair."""
+    """Whether `value` is valid Unicode; JSON can escape half of a UTF-16 surrogate pair."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -89,24 +88,27 @@ def is_text(value: str) -> bool:
     return True
 
 
-def _too_long(max_bytes: int) -> ApiError:
-    message = f"the body is longer than the limit of {max_bytes} bytes"
+def _too_large(max_bytes: int) -> ApiError:
+    message = f"the body is larger than the limit of {max_bytes} bytes; send a smaller one"
     return ApiError(413, message, code="body_too_large")
 
 
 def _encoded(encoding: str) -> ApiError:
-    message = f"the body has Content-Encoding {shown(encoding)}; send it as it is, without"
+    message = f"Content-Encoding {shown(encoding)} is not supported; send the body unencoded"
     return ApiError(415, message, code="unsupported_encoding")
 
 
-def _too_slow() -> ApiError:
-    message = f"the body comes slower than {MIN_BYTES_PER_SECOND} bytes a second"
+def _too_slow(receive_seconds: float) -> ApiError:
+    message = (
+        f"the body came too slowly: after the first {receive_seconds:g} s it must average"
+        f" {MIN_BYTES_PER_SECOND} bytes per second"
+    )
     return ApiError(408, message, code="too_slow", headers={"Connection": "close"})
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise invalid(twice, f"the body has {shown(twice)} twice")
+        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise invalid(repeated, f"the body has {shown(repeated)} twice; send it once")
     return found

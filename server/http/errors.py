@@ -1,7 +1,7 @@
-"""Every refusal and failure in one form: `{"error": {"message", "type", "param", "code"}}`.
+"""Error responses, all of the form `{"error": {"message", "type", "param", "code"}}`.
 
-Owns the form and the statuses. Knows no engine beyond its errors; which exception is answered with
-what is `handlers.py`'s.
+`ApiError` is the exception, the functions below make the common ones.
+`api/exception_handlers.py` maps other exceptions to them.
 """
 
 import json
@@ -33,16 +33,15 @@ SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     SessionMovedError: (412, "session_moved"),
     StoreFullError: (507, "store_full"),
 }
-"""The status and the code of what cannot be done with a session."""
+"""Status and `code` by exception."""
 
-
-INVALID = "invalid_request_error"
-KINDS = {429: "rate_limit_error"}
-"""What is the client's to change: its `type` by status, where it is not INVALID."""
+INVALID_REQUEST = "invalid_request_error"
+ERROR_TYPES = {429: "rate_limit_error"}
+"""The `type` of a 4xx by status, where it is not INVALID_REQUEST."""
 
 
 class ApiError(Exception):
-    """An answer other than success: its status, what went wrong, and the field to change."""
+    """An error response: its status, what went wrong, and in `param` the field to change."""
 
     def __init__(
         self,
@@ -61,51 +60,53 @@ class ApiError(Exception):
 
     @property
     def body(self) -> str:
-        """The JSON text; ASCII, so that any text a client sent can be quoted in it."""
-        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, INVALID)
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        """The JSON text; in ASCII, so that it can quote whatever text a client sent."""
+        is_server_error = self.status >= 500
+        type_ = "server_error" if is_server_error else ERROR_TYPES.get(self.status, INVALID_REQUEST)
+        error = {"message": str(self), "type": type_, "param": self.param, "code": self.code}
         return json.dumps({"error": error})
 
     def response(self) -> Response:
-        """The answer to send."""
+        """The response to send."""
         return Response(self.body, self.status, self.headers, media_type="application/json")
 
 
 def invalid(param: str | None, message: str) -> ApiError:
-    """A 400: `param` names the field, `message` says what is allowed."""
+    """A 400; `param` names the field, `message` says what is allowed."""
     return ApiError(400, message, param=param)
 
 
 def too_many(message: str, seconds: float, code: str) -> ApiError:
-    """A 429 that may be tried again after so many seconds."""
+    """A 429 with Retry-After, in whole seconds and at least 1."""
     headers = {"Retry-After": str(max(1, math.ceil(seconds)))}
     return ApiError(429, message, code=code, headers=headers)
 
 
 def unavailable(message: str) -> ApiError:
-    """A 503 that may be tried again, here or elsewhere."""
+    """A 503 with Retry-After."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return ApiError(503, message, code="unavailable", headers=headers)
 
 
 def expired() -> ApiError:
-    """A 504 for a request whose time was over before anything was generated."""
-    return ApiError(504, "the request's time was over before its first token", code="timeout")
+    """A 504 for a request whose deadline passed before anything was generated."""
+    message = "the request timed out before its first token; retry later or with a longer timeout"
+    return ApiError(504, message, code="timeout")
 
 
 def engine_failed() -> ApiError:
-    """A 500 for a request that the engine took and could not finish; the log has the reason."""
-    return ApiError(500, "the engine failed on this request; the server's log has the reason")
+    """A 500 for a request that the engine accepted and could not finish."""
+    return ApiError(500, "the engine failed on this request; see the server's log for the reason")
 
 
-def of_session(error: SessionError) -> ApiError:
-    """What a client is told of a session that cannot do what was asked."""
+def session_error(error: SessionError) -> ApiError:
+    """The response to an operation that a session does not allow."""
     status, code = SESSION_ERRORS[type(error)]
     return ApiError(status, str(error), param="session_id", code=code)
 
 
-def damaged(error: SnapshotError) -> ApiError:
-    """A 500 for a stored session whose bytes are not what they were."""
+def session_damaged(error: SnapshotError) -> ApiError:
+    """A 500 for a stored session whose bytes have changed; the details are logged."""
     logger.error("a stored session is damaged: %s", error)
-    message = "what was stored of this session is damaged; the server's log has the details"
+    message = "the stored session is damaged; see the server's log for the details"
     return ApiError(500, message, code="session_damaged")

@@ -1,25 +1,21 @@
-"""HTTP connections whose clients mean no good: bounds on a request's head, and on its time.
+"""HTTP connections, with limits against slow or malformed requests before an endpoint sees them.
 
-Owns when a connection is refused or given up before an endpoint knows of it, and the form of that
-answer; and that no other protocol is spoken, whichever a client offers. A body's time is
-`body.py`'s. Knows uvicorn's protocol, and no endpoint.
+Limits: the bytes, lines and time of a request's head, the bytes that frame its body, the number of
+pipelined requests, and how long a body may go on after its answer. Offers to upgrade to another
+protocol are declined. Answers to HTTP/1.0, which has no chunked coding, are sent without it.
 
-Answers to HTTP/1.0, which knows no chunks: one of unknown length ends with its connection.
-
-Owns what is told to uvicorn, which would frame such an answer for HTTP/1.1. Knows no endpoint.
+`BoundedProtocol` derives from uvicorn's protocol, of which little is documented: what it uses of it
+is listed and checked in `tests/server/http/test_uvicorn.py`.
 """
 
 import asyncio
 import logging
+from collections import deque
+from http import HTTPStatus
 from typing import Any
 
-from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from cottention.server.http.errors import ApiError
 
@@ -27,198 +23,245 @@ logger = logging.getLogger("cottention")
 
 MAX_HEADERS = 128
 MAX_HEAD_BYTES = 64 * 1024
-"""Of a request's head, and then of what frames its body beyond the body's own length."""
+"""Limit of a request's head, and again of the chunk sizes, extensions and trailers of its body."""
 
 PIECE_BYTES = 16 * 1024
-"""So much is parsed at a time: a head without an end, or what frames a body, is that much longer
-when it is refused."""
+"""Bytes parsed at a time: how much longer than allowed a head without an end can become."""
 
-MAX_AHEAD = 1024
-"""Requests that a client may send before the answers to those before them."""
+MAX_PIPELINED = 1024
+"""Requests that a client may send before the first of them is answered."""
 
 LINGER_SECONDS = 2.0
-"""How long a client may go on sending a body that nobody wants, so that it can read why."""
+"""How long a body may go on after its answer: closing at once could lose the answer."""
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection."""
 
-    def __init__(self, *given: Any, receive_seconds: float, **named: Any) -> None:
-        """receive_seconds: how long a request's head may take."""
-        super().__init__(*given, **named)
+    def __init__(self, *args: Any, receive_seconds: float, **kwargs: Any) -> None:
+        """receive_seconds: limit of the time from the first byte of a request's head to its last.
+
+        The other arguments are uvicorn's.
+        """
+        super().__init__(*args, **kwargs)
         self._receive_seconds = receive_seconds
-        self._refusal = ApiError(400, "this is no HTTP request")
-        self._reads_head, self._reads_body = False, False
-        self._num_framing = 0
-        self._answered: RequestResponseCycle | None = None
+        self._socket: asyncio.Transport
+        self._refusal = _malformed()
+        self._in_head, self._in_body = False, False
+        self._num_head_bytes = self._num_framing_bytes = 0
+        self._unanswered: deque[RequestResponseCycle] = deque()
         self._timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The first request's time begins."""
-        super().connection_made(transport)  # type: ignore[arg-type]  # it is one of a socket
+    def connection_made(  # type: ignore[override]  # as uvicorn: it is one that writes
+        self, transport: asyncio.Transport
+    ) -> None:
+        """Limit the time until the first request."""
+        super().connection_made(transport)
+        self._socket = transport
         self._set_timer(self._receive_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nobody is there; the base class tells the last request that came, not who is answered."""
+        """Notify the request that is being answered; uvicorn would notify the newest one."""
         self._set_timer(None)
+        if self._unanswered:
+            self.cycle = self._unanswered[0]
         super().connection_lost(exc)
-        if self._answered is not None and not self._answered.response_complete:
-            self._answered.disconnected = True
-            self._answered.message_event.set()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, and refuse a request of which too much is no body."""
+        """Parse, and refuse requests with too many bytes outside of their bodies."""
         self._unset_keepalive_if_required()
         for start in range(0, len(data), PIECE_BYTES):
-            if self._is_closing():
+            if self._socket.is_closing():
                 return
             piece = data[start : start + PIECE_BYTES]
-            self._num_framing += len(piece)
+            self._num_framing_bytes += len(piece)
             self._parse(piece)
-            if self._num_framing > MAX_HEAD_BYTES and not self._is_closing():
-                self._refuse(_too_large())
+            if self._num_framing_bytes > MAX_HEAD_BYTES and not self._socket.is_closing():
+                self._refuse(_head_too_large())
 
     def _parse(self, piece: bytes) -> None:
         while piece:
             try:
                 self.parser.feed_data(piece)
                 return
-            except HttpParserUpgrade as offer:
-                piece = self._declined(piece[offer.args[0] :])
+            except HttpParserUpgrade as upgrade:
+                piece = self._without_upgrade(piece[upgrade.args[0] :])
             except HttpParserError:
                 self._refuse(self._refusal)
                 return
 
-    def _declined(self, rest: bytes) -> bytes:
-        """A request without its offer of another protocol, which the parser takes for accepted."""
-        if self.parser.get_method() == b"CONNECT":
-            self._refuse(self._refusal)
+    def _without_upgrade(self, rest: bytes) -> bytes:
+        """The request to parse in place of one whose Upgrade header the parser took as accepted."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(ApiError(400, "CONNECT is not supported: this server is not a proxy"))
             return b""
-        self.headers = [each for each in self.headers if each[0] != b"upgrade"]
-        head = self._head()
-        self.parser = HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as the base class
-        return head + rest
-
-    def _head(self) -> bytes:
-        """The head that was read, as clients usually write it."""
-        version = self.parser.get_http_version().encode()
-        first = b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)
-        return first + b"".join(b"%b: %b\r\n" % each for each in self.headers) + b"\r\n"
+        first = b"%b %b HTTP/%b\r\n" % (method, self.url, self.parser.get_http_version().encode())
+        lines = (b"%b: %b\r\n" % each for each in self.headers if each[0] != b"upgrade")
+        return first + b"".join(lines) + b"\r\n" + rest
 
     def on_message_begin(self) -> None:
-        """A request's first byte; what came before it is no part of its head."""
+        """Limit the time and the bytes of this request's head."""
         super().on_message_begin()
-        self._reads_head, self._num_framing = True, 0
+        self._in_head = True
+        self._num_head_bytes = self._num_framing_bytes = 0
         self._set_timer(self._receive_seconds)
 
+    def on_url(self, url: bytes) -> None:
+        """Count a part of the target."""
+        super().on_url(url)
+        self._num_head_bytes += len(url)
+
     def on_header(self, name: bytes, value: bytes) -> None:
-        """One more; too many end the parsing."""
+        """Count a header line."""
         super().on_header(name, value)
+        self._num_head_bytes += len(name) + len(value) + 4  # ": " and the line's end
         if len(self.headers) > MAX_HEADERS:
-            self._refusal = _too_large()
-            raise ValueError("too many headers")
+            self._stop_parsing(_head_too_large())
 
     def on_headers_complete(self) -> None:
-        """An endpoint takes over, unless the head is to be read again without an offer."""
-        if len(self._head()) > MAX_HEAD_BYTES:
-            self._refusal = _too_large()
-            raise ValueError("too many bytes")
+        """Start the application, unless the head has to be parsed again without its upgrade."""
+        self._num_head_bytes += len(self.parser.get_method()) + len(b"  HTTP/1.1\r\n\r\n")
+        if self._num_head_bytes > MAX_HEAD_BYTES:
+            self._stop_parsing(_head_too_large())
         if self.parser.should_upgrade():
             return
-        self._reads_head, self._reads_body, self._num_framing = False, True, 0
+        self._in_head, self._in_body, self._num_framing_bytes = False, True, 0
         self._set_timer(None)
         super().on_headers_complete()
-        if len(self.pipeline) > MAX_AHEAD:
-            self._refusal = ApiError(400, f"at most {MAX_AHEAD} requests may be sent ahead")
-            raise ValueError("too many requests")
+        self._unanswered.append(self.cycle)
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.transport = UnchunkedTransport(self._socket)
+        if len(self._unanswered) > MAX_PIPELINED + 1:
+            self._stop_parsing(_too_many_pipelined())
 
     def on_body(self, body: bytes) -> None:
-        """A part of it, which makes up for its own bytes and for as many that frame it."""
-        self._num_framing = max(0, self._num_framing - 2 * len(body))
+        """Allow a part of a body as many bytes of framing as it has itself."""
+        self._num_framing_bytes = max(0, self._num_framing_bytes - 2 * len(body))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """The body has come."""
         if self.parser.should_upgrade():
             return
-        self._reads_body = False
+        self._in_body = False
         self._set_timer(None)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """A body that goes on after its answer does so for a short while only."""
+        """Limit the time of a body that goes on after its answer."""
+        self._unanswered.popleft()
         super().on_response_complete()
-        if self._reads_body and self.cycle.response_complete and not self._is_closing():
+        if self._in_body and not self._unanswered and not self._socket.is_closing():
             self._set_timer(LINGER_SECONDS)
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        self._answered = cycle
-        if cycle.scope["http_version"] == "1.0":
-            app = Http10Middleware(app, cycle)
-        super()._start_asgi_task(cycle, app)
+    def _stop_parsing(self, error: ApiError) -> None:
+        """Make the parser fail, upon which the connection is refused with `error`."""
+        self._refusal = error
+        raise ValueError(str(error))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer, unless another answer is on its way, and close."""
-        logger.info("a connection is refused: %s", error)
+        """Close the connection, with an error unless that would break into another answer."""
+        logger.info("refused a connection: %s", error)
         self._set_timer(None)
-        if not self._answers():
+        if not self._is_answering():
             body = error.body.encode()
-            head = b"content-type: application/json\r\nconnection: close\r\n"
-            length = b"content-length: %d\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[error.status] + head + length + body)
-        self.transport.close()
+            phrase = HTTPStatus(error.status).phrase.encode()
+            head = b"HTTP/1.1 %d %b\r\nconnection: close\r\n" % (error.status, phrase)
+            content = b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+            self._socket.write(head + content + body)
+        self._socket.close()
 
-    def _answers(self) -> bool:
-        """Whether an answer is on its way, into the middle of which nothing may be put."""
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete:
-            return False
-        return cycle.response_started or bool(self.pipeline)
+    def _is_answering(self) -> bool:
+        """Whether an answer has begun, or several requests wait for theirs: none is an error's."""
+        if len(self._unanswered) == 1:
+            return self._unanswered[0].response_started
+        return bool(self._unanswered)
 
     def _set_timer(self, seconds: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None else self.loop.call_later(seconds, self._on_time)
+        loop = asyncio.get_running_loop()
+        self._timer = None if seconds is None else loop.call_later(seconds, self._on_timer)
 
-    def _on_time(self) -> None:
-        if self._reads_head:
-            self._refuse(ApiError(408, "the request's head took too long", code="too_slow"))
+    def _on_timer(self) -> None:
+        if self._in_head:
+            self._refuse(_head_too_slow(self._receive_seconds))
         else:
-            self.transport.close()
-
-    def _is_closing(self) -> bool:
-        return self.transport.is_closing()
+            self._socket.close()
 
 
-def _too_large() -> ApiError:
-    most = f"at most {MAX_HEADERS} lines and {MAX_HEAD_BYTES} bytes"
-    message = f"a request's head, and what frames its body, has {most}"
+class UnchunkedTransport(asyncio.Transport):
+    """Takes an answer in chunked coding, which HTTP/1.0 does not have, and writes it without.
+
+    uvicorn uses that coding for every answer of unknown length. Without it such an answer ends with
+    its connection, which uvicorn closes after each answer to HTTP/1.0.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        super().__init__()
+        self._transport = transport
+        self._parser = HttpResponseParser(self)
+        self._reason = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+
+    def write(self, data: Any) -> None:
+        """Write what of an answer has come."""
+        self._parser.feed_data(data)
+
+    def is_closing(self) -> bool:
+        """Whether the connection is being closed."""
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        """Close the connection after what has been written."""
+        self._transport.close()
+
+    def on_message_begin(self) -> None:
+        """The parser has found an answer, or an interim one (100 Continue) before it."""
+        self._headers.clear()
+
+    def on_status(self, reason: bytes) -> None:
+        """The parser has found the reason phrase."""
+        self._reason = reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """The parser has found a header line."""
+        if name.lower() != b"transfer-encoding":
+            self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """The parser has found the end of the head."""
+        head = b"HTTP/1.1 %d %b\r\n" % (self._parser.get_status_code(), self._reason)
+        head += b"".join(b"%b: %b\r\n" % each for each in self._headers)
+        self._transport.write(head + b"\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        """The parser has found a part of the body."""
+        self._transport.write(body)
+
+
+def _malformed() -> ApiError:
+    return ApiError(400, "this is not a valid HTTP/1.1 request; the server speaks HTTP without TLS")
+
+
+def _head_too_slow(seconds: float) -> ApiError:
+    message = f"the request's head took longer than the {seconds:g} s allowed; send it at once"
+    return ApiError(408, message, code="too_slow")
+
+
+def _head_too_large() -> ApiError:
+    message = (
+        f"the request's head is too large: at most {MAX_HEADERS} header lines and"
+        f" {MAX_HEAD_BYTES} bytes are allowed, and as many bytes of chunk sizes, extensions and"
+        " trailers for its body; send fewer or shorter headers, or larger chunks"
+    )
     return ApiError(431, message, code="head_too_large")
 
 
-class Http10Middleware:
-    """An application whose one answer goes as it is; the connection is closed after it anyway."""
-
-    def __init__(self, app: ASGIApp, cycle: RequestResponseCycle) -> None:
-        self._app = app
-        self._cycle = cycle
-        self._is_sized = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-
-        async def send_plain(message: Message) -> None:
-            self._prepare(message)
-            await send(message)
-
-        await self._app(scope, receive, send_plain)
-
-    def _prepare(self, message: Message) -> None:
-        """Each part of the body counts as all that was announced, so that none is too much."""
-        if message["type"] == "http.response.start":
-            names = {name.lower() for name, _ in message.get("headers", ())}
-            self._is_sized = b"content-length" in names
-            self._cycle.chunked_encoding = None if self._is_sized else False
-        elif not self._is_sized:
-            self._cycle.expected_content_length = len(message.get("body", b""))
+def _too_many_pipelined() -> ApiError:
+    message = (
+        f"at most {MAX_PIPELINED} requests may be pipelined;"
+        " wait for answers before sending more on this connection"
+    )
+    return ApiError(400, message)

@@ -1,1 +1,1 @@
-"""API keys, and what each may use."""
+"""API keys and the limits of each."""

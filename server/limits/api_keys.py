@@ -1,11 +1,7 @@
-"""Who may ask: API keys as bearer tokens.
+"""API keys: where they are configured, and the middleware that requires one as a bearer token.
 
-Owns the comparison, what is open to everybody, and the 401. A request that was let in carries an
-owner, so that what one key keeps here stays invisible to another. Knows no endpoint beyond paths.
-
-Where keys come from: one by one, or a file of them.
-
-Owns what such files may hold. Knows no request.
+A request with a key has an owner, a digest of the key: sessions and cached prompts of one owner are
+invisible to others.
 """
 
 import hashlib
@@ -29,40 +25,40 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 METRICS_PATH = "/metrics"
 
 
-def asks_for_key(path: str, config: ServerConfig) -> bool:
-    """Whether a path is closed to those without a key."""
+def requires_key(path: str, config: ServerConfig) -> bool:
+    """Whether requests of `path` need a key."""
     if path == METRICS_PATH:
         return config.metrics_key is not None
     return path not in OPEN_PATHS and bool(config.api_key or config.api_key_file)
 
 
 class ApiKeyMiddleware:
-    """Middleware that asks for a key: one of these, and for the figures the one of their own."""
+    """Requires one of the keys, and for /metrics the key of its own; sets the request's owner."""
 
     def __init__(self, app: ASGIApp, owners: Collection[str], metrics_key: str | None) -> None:
-        """Keys are known by their digests alone, as `owner_by` tells them."""
+        """owners: digests of the keys, as `owner_id` makes them; empty requires none."""
         self._app = app
         self._owners = owners
-        self._metrics_owners = [] if metrics_key is None else [owner_by(metrics_key)]
+        self._metrics_owners = [] if metrics_key is None else [owner_id(metrics_key)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on one request, or refuse it before its body is read."""
-        if scope["type"] == "http" and (owners := self._asked_for(scope["path"])):
-            owner = _owner(Headers(scope=scope).get("authorization", ""), owners)
+        """Handle one request; without a valid key it is refused before its body is read."""
+        if scope["type"] == "http" and (owners := self._owners_for(scope["path"])):
+            owner = _matching_owner(Headers(scope=scope).get("authorization", ""), owners)
             if owner is None:
-                await refusal().response()(scope, receive, send)
+                await invalid_api_key().response()(scope, receive, send)
                 return
             scope.setdefault("state", {})["owner"] = owner
         await self._app(scope, receive, send)
 
-    def _asked_for(self, path: str) -> Collection[str]:
+    def _owners_for(self, path: str) -> Collection[str]:
         if path == METRICS_PATH:
             return self._metrics_owners
         return () if path in OPEN_PATHS else self._owners
 
 
-def refusal() -> ApiError:
-    """The 401, as clients know it; litellm tells it by OpenAI's first four words."""
+def invalid_api_key() -> ApiError:
+    """The 401; litellm recognises it by its first four words, which are OpenAI's."""
     return ApiError(
         401,
         'Incorrect API key provided, or none: send "Authorization: Bearer KEY"',
@@ -71,74 +67,74 @@ def refusal() -> ApiError:
     )
 
 
-def owner_by(key: str) -> str:
-    """What a key's sessions and account are kept under."""
+def owner_id(key: str) -> str:
+    """The owner that a key stands for: its SHA-256 in hexadecimal."""
     return hashlib.sha256(key.encode("utf-8", errors="replace")).hexdigest()
 
 
-def _owner(authorization: str, owners: Collection[str]) -> str | None:
-    """Which key was sent, in as much time for any; None where it is none of them."""
+def _matching_owner(authorization: str, owners: Collection[str]) -> str | None:
+    """The owner whose key was sent, or None; the time taken tells nothing about the keys."""
     scheme, _, key = authorization.partition(" ")
-    given = owner_by(key.strip())
-    matches = [hmac.compare_digest(given, each) for each in owners]
-    return given if any(matches) and scheme.lower() == "bearer" else None
+    owner = owner_id(key.strip())
+    matches = [hmac.compare_digest(owner, each) for each in owners]
+    return owner if any(matches) and scheme.lower() == "bearer" else None
 
 
 NAME_LENGTH = 8
-"""Digits of a key's digest that stand for it in the log, where it has no name of its own."""
+"""How many digits of its digest the log shows for a key without a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key, what the log calls its owner ("" is a part of its digest), and what it may."""
+    """A key, its name in the log ("" shows the start of its digest), and its limits."""
 
     secret: str
     name: str
     limits: KeyLimits
 
 
-def api_keys(config: ServerConfig) -> tuple[ApiKey, ...]:
-    """Keys given one by one and those of the file. Raises ConfigurationError."""
-    limits = KeyLimits.of(config)
+def load_api_keys(config: ServerConfig) -> tuple[ApiKey, ...]:
+    """The keys of --api-key and --api-key-file. Raises ConfigurationError."""
+    limits = KeyLimits.from_config(config)
     path = config.api_key_file
-    found = tuple(ApiKey(each, "", limits) for each in config.api_key)
+    keys = tuple(ApiKey(each, "", limits) for each in config.api_key)
     if path is not None:
-        in_file = _named if path.endswith(".json") else _listed
-        found += tuple(in_file(_text_of(path), limits, f"--api-key-file {path}"))
-        if len(found) == len(config.api_key):
+        parse = _parse_json if path.endswith(".json") else _parse_lines
+        keys += tuple(parse(_read_text(path), limits, f"--api-key-file {path}"))
+        if len(keys) == len(config.api_key):
             raise ConfigurationError(f"--api-key-file {path} has no key in it")
-    if not all(_can_be_sent(key.secret) for key in found):
-        raise ConfigurationError("each --api-key must be printable ASCII without spaces around it")
-    return found
+    if not all(_is_sendable(key.secret) for key in keys):
+        raise ConfigurationError("each API key must be printable ASCII without spaces around it")
+    return keys
 
 
-def _can_be_sent(key: str) -> bool:
+def _is_sendable(key: str) -> bool:
     return key.isascii() and key.isprintable() and key.strip() == key != ""
 
 
-def _text_of(path: str) -> str:
+def _read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--api-key-file {path} cannot be read: {error}") from None
 
 
-def _listed(text: str, limits: KeyLimits, _where: str) -> Iterator[ApiKey]:
-    """A line each."""
+def _parse_lines(text: str, limits: KeyLimits, _source: str) -> Iterator[ApiKey]:
+    """One key per line; lines that start with # are comments."""
     for line in text.splitlines():
         if line.strip() and not line.startswith("#"):
             yield ApiKey(line.strip(), "", limits)
 
 
-def _named(text: str, limits: KeyLimits, where: str) -> Iterator[ApiKey]:
-    """{"name": {"key": "...", "max_requests": 4}}: what is not said is as the flags have it."""
+def _parse_json(text: str, limits: KeyLimits, source: str) -> Iterator[ApiKey]:
+    """{"name": {"key": "...", "max_requests": 4}}; other limits are those of the flags."""
     try:
         content = parse_object(text.encode())
     except ApiError as error:
-        raise ConfigurationError(f"{where}: {error}") from None
-    for name, given in content.items():
-        known: dict[str, Any] = dict(given) if isinstance(given, dict) else {}
-        secret = known.pop("key", None)
+        raise ConfigurationError(f"{source}: {error}") from None
+    for name, entry in content.items():
+        overrides: dict[str, Any] = dict(entry) if isinstance(entry, dict) else {}
+        secret = overrides.pop("key", None)
         if not isinstance(secret, str):
-            raise ConfigurationError(f'{where}: {json.dumps(name)} must be {{"key": "..."}}')
-        yield ApiKey(secret, name, limits.but(known, f"{where}, {json.dumps(name)}"))
+            raise ConfigurationError(f'{source}: {json.dumps(name)} must be {{"key": "..."}}')
+        yield ApiKey(secret, name, limits.override(overrides, f"{source}, {json.dumps(name)}"))

@@ -1,7 +1,7 @@
-"""What one key may ask for: at a time, per minute and in one request.
+"""Limits of one API key: on concurrent requests, tokens per minute, and what one request asks for.
 
-Owns the names of the limits, as flags and in a file of keys, and the refusal of a request that asks
-for too much. What a key has used is `accounts.py`'s.
+They come from flags for all keys, and from the key file for single ones. What a key has used is
+counted in `rate_limit.py`.
 """
 
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from cottention.server.config import ServerConfig
 from cottention.server.generation.request import ParsedRequest
 from cottention.server.http.errors import invalid
 
-FLAGS = "key_"
-"""What the names of the settings that hold for every key begin with."""
+CONFIG_PREFIX = "key_"
+"""Each limit is also a setting for all keys, whose name begins with this."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyLimits:
-    """None is no limit; the server's own hold beside them."""
+    """None is unlimited; the server's own limits hold as well."""
 
     max_requests: int | None = None
     max_tokens_per_minute: int | None = None
@@ -29,35 +29,41 @@ class KeyLimits:
     max_stop: int | None = None
 
     @classmethod
-    def of(cls, config: ServerConfig) -> Self:
-        """Those of the flags."""
-        return cls(**{item.name: getattr(config, FLAGS + item.name) for item in fields(cls)})
+    def from_config(cls, config: ServerConfig) -> Self:
+        """The limits that the settings give every key."""
+        names = (item.name for item in fields(cls))
+        return cls(**{name: getattr(config, CONFIG_PREFIX + name) for name in names})
 
-    def but(self, given: Mapping[str, Any], where: str) -> Self:
-        """These, but for what a file says of one key. Raises ConfigurationError."""
+    def override(self, limits: Mapping[str, Any], source: str) -> Self:
+        """A copy with some limits replaced.
+
+        Raises ConfigurationError, which begins with `source`, for unknown names and bad values.
+        """
         names = [item.name for item in fields(self)]
-        for name, value in given.items():
+        for name, value in limits.items():
             if name not in names:
                 raise ConfigurationError(
-                    f"{where}: there is no {name}; there are {', '.join(names)}"
+                    f"{source}: there is no limit {name}; the limits are {', '.join(names)}"
                 )
             if value is not None and (type(value) is not int or value < 1):
-                raise ConfigurationError(f"{where}: {name} must be a whole number from 1, or null")
-        return replace(self, **given)
+                raise ConfigurationError(
+                    f"{source}: {name} must be a whole number from 1, or null for no limit"
+                )
+        return replace(self, **limits)
 
     def check(self, request: ParsedRequest) -> None:
-        """Raise ApiError 400 for a request that asks for more than one of this key may."""
-        tries = "n" if request.params.n == request.body.n else "best_of"
-        _check("max_tokens", request.params.max_tokens, self.max_tokens)
-        _check(tries, request.params.n, self.max_n)
+        """Raise ApiError 400 if the request asks for more than this key allows."""
+        params = request.params
+        _check("max_tokens", params.max_tokens, self.max_tokens)
+        _check("n" if params.n == request.body.n else "best_of", params.n, self.max_n)
         _check("stop", len(request.body.stop), self.max_stop)
 
 
-def least(server: int, own: int | None) -> int:
-    """The tighter of the server's bound and a key's own."""
-    return server if own is None else min(server, own)
+def least(server: int, key: int | None) -> int:
+    """The stricter of the server's limit and a key's."""
+    return server if key is None else min(server, key)
 
 
-def _check(param: str, value: int, most: int | None) -> None:
-    if most is not None and value > most:
-        raise invalid(param, f"{param} must be at most {most} with this key; it is {value}")
+def _check(param: str, value: int, limit: int | None) -> None:
+    if limit is not None and value > limit:
+        raise invalid(param, f"{param} must be at most {limit} with this key; it is {value}")

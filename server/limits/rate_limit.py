@@ -1,7 +1,6 @@
-"""What each key has used, and that none uses more than it may.
+"""Rate limits: concurrent requests and tokens per minute of each API key.
 
-Owns the counts of what runs and the tokens of the last minute. Without keys everybody shares one
-account. Lives on the event loop.
+Without keys all clients share one count. Everything here runs on the event loop.
 """
 
 import time
@@ -20,29 +19,40 @@ LIMIT_CODE = "rate_limit_exceeded"
 
 
 class KeyUsage:
-    """One key's."""
+    """What one key uses: its running requests, and a bucket of tokens that refills by the minute.
+
+    A request may overdraw the bucket, since its length is not known before its end; the next one
+    has to wait until the bucket is above zero.
+    """
 
     def __init__(
         self, name: str, limits: KeyLimits, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        """name: of the key, in the log; "" is for all clients of a server without keys."""
         self.name = name
         self.limits = limits
         self._clock = clock
-        self._filled_at = clock()
+        self._refilled_at = clock()
         self._tokens = float(limits.max_tokens_per_minute or 0)
         self._num_running = 0
 
     def enter(self) -> None:
-        """One more request runs. Raises ApiError 429."""
-        most = self.limits.max_requests
-        if most is not None and self._num_running >= most:
-            message = f"this key may have {most} requests at a time"
+        """A request starts. Raises ApiError 429."""
+        max_requests = self.limits.max_requests
+        if max_requests is not None and self._num_running >= max_requests:
+            message = (
+                f"the limit of concurrent requests for {self._whose} is {max_requests};"
+                " retry when one of them has ended"
+            )
             raise too_many(message, RETRY_AFTER_SECONDS, LIMIT_CODE)
         per_minute = self.limits.max_tokens_per_minute
         if per_minute is not None:
-            self._fill(per_minute)
+            self._refill(per_minute)
             if self._tokens <= 0:
-                message = f"this key may have {per_minute} tokens a minute"
+                message = (
+                    f"the limit of tokens per minute for {self._whose} is {per_minute}, and they"
+                    " are used up; retry after the seconds in Retry-After"
+                )
                 seconds = 60 * (1 - self._tokens) / per_minute
                 raise too_many(message, seconds, LIMIT_CODE)
         self._num_running += 1
@@ -52,62 +62,69 @@ class KeyUsage:
         self._num_running -= 1
 
     def charge(self, num_tokens: int) -> None:
-        """So many were used; what is overdrawn has to come back before the next request."""
+        """Take tokens out of the bucket."""
         self._tokens -= num_tokens
 
-    def _fill(self, per_minute: int) -> None:
+    @property
+    def _whose(self) -> str:
+        return "this API key" if self.name else "all clients together"
+
+    def _refill(self, per_minute: int) -> None:
         now = self._clock()
-        gained = (now - self._filled_at) * per_minute / 60
+        gained = (now - self._refilled_at) * per_minute / 60
         self._tokens = min(per_minute, self._tokens + gained)
-        self._filled_at = now
+        self._refilled_at = now
 
 
 class RateLimitMiddleware:
-    """Middleware that counts what is posted; the rest costs nothing worth counting."""
+    """Counts POST requests and refuses those beyond their key's limits; other methods are free."""
 
-    def __init__(self, app: ASGIApp, accounts: Mapping[str, KeyUsage]) -> None:
-        """By owner, as `Keys` tells them."""
+    def __init__(self, app: ASGIApp, usage_by_owner: Mapping[str, KeyUsage]) -> None:
+        """usage_by_owner: by what `api_keys.owner_id` makes of a key; "" is without keys."""
         self._app = app
-        self._accounts = accounts
+        self._usage_by_owner = usage_by_owner
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on one request, or refuse it before its body is read."""
-        account = None
+        """Handle one request; one that is refused is refused before its body is read."""
+        usage = None
         if scope["type"] == "http":
-            account = self._accounts.get(scope["state"].get("owner", ""))
-        if account is None:
+            usage = self._usage_by_owner.get(scope["state"].get("owner", ""))
+        if usage is None:
             await self._app(scope, receive, send)
             return
         record = request_record(scope)
-        scope["state"]["account"], record.key = account, account.name
+        scope["state"]["key_usage"], record.key_name = usage, usage.name
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         try:
-            account.enter()
+            usage.enter()
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
         try:
             await self._app(scope, receive, send)
         finally:
-            record.when_ended(partial(_ended, account, record))
+            record.on_end(partial(_release, usage, record))
 
 
-def _ended(account: KeyUsage, record: RequestRecord) -> None:
-    account.leave()
-    account.charge(record.num_generated)
+def _release(usage: KeyUsage, record: RequestRecord) -> None:
+    usage.leave()
+    usage.charge(record.num_generated)
 
 
 def limits_of(scope: Scope) -> KeyLimits:
-    """What the key of this request may."""
-    account: KeyUsage | None = scope["state"].get("account")
-    return KeyLimits() if account is None else account.limits
+    """The limits of this request's key."""
+    usage: KeyUsage | None = scope["state"].get("key_usage")
+    return KeyLimits() if usage is None else usage.limits
 
 
-def note(scope: Scope, order: GenerationRequest, reading: OutputStream) -> None:
-    """An order of this request runs: its prompts are paid now, its text at the end."""
-    request_record(scope).add(order.prompts, reading)
-    account: KeyUsage | None = scope["state"].get("account")
-    if account is not None:
-        account.charge(order.num_prompt_tokens)
+def track(scope: Scope, request: GenerationRequest, stream: OutputStream) -> None:
+    """Record a generation that begins; its key is charged with its prompts now.
+
+    The generated tokens are charged when the HTTP request has ended.
+    """
+    request_record(scope).add(request.prompts, stream)
+    usage: KeyUsage | None = scope["state"].get("key_usage")
+    if usage is not None:
+        usage.charge(request.num_prompt_tokens)

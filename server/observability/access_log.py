@@ -1,11 +1,7 @@
-"""One line in the log for each request: who asked, what it took, how it ended.
+"""The access log: one line per request, with its key, its tokens, its times and how it ended.
 
-Owns what the line tells. A prompt's text is told only where the server was asked to.
-
-What becomes of one HTTP request: who asked, what was read and said, when and why it ended.
-
-Owns the figures alone, and when they are all there: a turn may go on when its client has left. What
-is done with them is others'.
+`RequestRecord` collects what is logged and what a key is charged. A turn of a session may go on
+after its client has left: its line is written when the turn has ended.
 """
 
 import asyncio
@@ -20,102 +16,99 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cottention.server.generation.output_stream import OutputStream
 from cottention.server.log_config import FIELDS
 
-LEFT = "client_left"
-"""How a request ended whose client did not wait for its end."""
+logger = logging.getLogger("cottention.requests")
+
+CLIENT_DISCONNECTED = "client_disconnected"
+"""The finish reason of a request whose client left before its end."""
+
+UNLOGGED_METHODS = ("GET", "HEAD", "OPTIONS")
+"""Health checks and scrapes come every few seconds."""
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """key: the name of the one that was sent. num_prompt: tokens of all prompts.
+    """What is known of one HTTP request.
 
-    prompt_ids: of the first prompt. going_on: a turn that ends by itself, whoever waits for it.
+    key_name: the name of its API key. num_prompt: tokens of all its prompts. prompt_ids: those of
+    the first prompt. streams: one per prompt. background_turn: a session's turn that does not end
+    with its client.
     """
 
-    key: str = ""
+    key_name: str = ""
     num_prompt: int = 0
     prompt_ids: Sequence[int] = ()
-    readings: list[OutputStream] = field(default_factory=list)
-    going_on: asyncio.Task[None] | None = None
+    streams: list[OutputStream] = field(default_factory=list)
+    background_turn: asyncio.Task[None] | None = None
 
-    def add(self, prompts: Sequence[Sequence[int]], reading: OutputStream) -> None:
-        """The engine works for this request."""
+    def add(self, prompts: Sequence[Sequence[int]], stream: OutputStream) -> None:
+        """Add the output of prompts, each a sequence of ids."""
         self.num_prompt += sum(map(len, prompts))
         self.prompt_ids = self.prompt_ids or prompts[0]
-        self.readings.append(reading)
+        self.streams.append(stream)
 
-    def when_ended(self, tell: Callable[[], None]) -> None:
-        """The request has been answered, or left: call `tell` when nothing is done for it."""
-        if self.going_on is None or self.is_finished:
-            tell()
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call `callback` now, or when the turn that goes on in the background has ended."""
+        if self.background_turn is None or self.is_finished:
+            callback()
         else:
-            self.going_on.add_done_callback(lambda _: tell())
+            self.background_turn.add_done_callback(lambda _: callback())
 
     @property
     def is_finished(self) -> bool:
-        """Whether every choice has ended by itself."""
-        return all(reading.is_finished for reading in self.readings)
+        """Whether all choices are finished."""
+        return all(stream.is_finished for stream in self.streams)
 
     @property
     def num_generated(self) -> int:
         """Tokens of all choices."""
-        return sum(reading.num_generated for reading in self.readings)
+        return sum(stream.num_generated for stream in self.streams)
 
     @property
     def num_cached(self) -> int:
-        """Tokens of prompts that were not read again."""
-        return sum(reading.num_cached for reading in self.readings)
+        """Prompt tokens that came from the prefix cache."""
+        return sum(stream.num_cached for stream in self.streams)
 
     @property
     def started(self) -> float | None:
-        """When the first prompt had its slots."""
-        return min((r.started for r in self.readings if r.started is not None), default=None)
+        """When the first prompt got its slots, by the monotonic clock."""
+        return min((s.started for s in self.streams if s.started is not None), default=None)
 
     @property
     def first_token(self) -> float | None:
-        """When the first token came."""
-        return min((r.first_token for r in self.readings if r.first_token), default=None)
+        """When the first token came, by the monotonic clock."""
+        return min((s.first_token for s in self.streams if s.first_token), default=None)
 
     @property
-    def ended(self) -> str:
-        """How its choices ended, each way once."""
+    def finish_reason(self) -> str:
+        """The distinct finish reasons of all choices, separated by commas."""
         if not self.is_finished:
-            return LEFT
-        reasons = dict.fromkeys(each for reading in self.readings for each in reading.reasons)
-        return ",".join(reasons)
+            return CLIENT_DISCONNECTED
+        return ",".join(dict.fromkeys(each for stream in self.streams for each in stream.reasons))
 
 
 def request_record(scope: Scope) -> RequestRecord:
-    """The one of this request."""
+    """The record of the request of this scope."""
     record: RequestRecord = scope["state"].setdefault("record", RequestRecord())
     return record
 
 
-logger = logging.getLogger("cottention.requests")
-
-QUIET_METHODS = ("GET", "HEAD", "OPTIONS")
-"""Probes and scrapes come every few seconds."""
-
-
 class AccessLogMiddleware:
-    """Middleware that writes the line when nothing more is done for the request.
-
-    The answer has been sent by then or is not wanted any more, and a turn that goes on has ended.
-    """
+    """Logs each request after its response, or after its turn where that goes on for longer."""
 
     def __init__(self, app: ASGIApp, num_characters: int, table: Sequence[bytes]) -> None:
-        """num_characters: of each request's prompt; table: the bytes of ids."""
+        """num_characters: of each prompt to log; table: the bytes of each token id."""
         self._app = app
         self._num_characters = num_characters
         self._table = table
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on one request."""
-        if scope["type"] != "http" or scope["method"] in QUIET_METHODS:
+        """Handle one request."""
+        if scope["type"] != "http" or scope["method"] in UNLOGGED_METHODS:
             await self._app(scope, receive, send)
             return
         began, status = time.monotonic(), 0
 
-        async def sending(message: Message) -> None:
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -123,39 +116,39 @@ class AccessLogMiddleware:
 
         record = request_record(scope)
         try:
-            await self._app(scope, receive, sending)
+            await self._app(scope, receive, send_and_note_status)
         finally:
-            record.when_ended(lambda: self._tell(_told(scope, record, status, began), record))
+            record.on_end(lambda: self._log(_fields(scope, record, status, began), record))
 
-    def _tell(self, told: dict[str, Any], record: RequestRecord) -> None:
+    def _log(self, fields: dict[str, Any], record: RequestRecord) -> None:
         if self._num_characters and record.prompt_ids:
-            told["prompt"] = self._text(record.prompt_ids)
-        logger.info("request", extra={FIELDS: told})
+            fields["prompt"] = self._text(record.prompt_ids)
+        logger.info("request", extra={FIELDS: fields})
 
     def _text(self, ids: Sequence[int]) -> str:
-        """An id has a character, or a part of one, at least."""
+        """The first characters; an id has at least one byte, a character at most four."""
         raw = b"".join(self._table[each] for each in ids[: 4 * self._num_characters])
         return raw.decode("utf-8", errors="replace")[: self._num_characters]
 
 
-def _told(scope: Scope, record: RequestRecord, status: int, began: float) -> dict[str, Any]:
-    """Times are in seconds from the request's head; what there is not is left out."""
-    told: dict[str, Any] = {
+def _fields(scope: Scope, record: RequestRecord, status: int, began: float) -> dict[str, Any]:
+    """Names and values of one line. Times are in seconds since the request's head had arrived."""
+    fields: dict[str, Any] = {
         "id": scope["state"]["request_id"],
-        "key": record.key,
+        "key": record.key_name,
         "method": scope["method"],
         "path": scope["path"],
         "status": status,
         "seconds": round(time.monotonic() - began, 4),
     }
-    if not record.readings:
-        return told
-    for name, at in (("started", record.started), ("first_token", record.first_token)):
+    if not record.streams:
+        return fields
+    for name, at in (("start", record.started), ("first_token", record.first_token)):
         if at is not None:
-            told[f"{name}_after"] = round(at - began, 4)
-    return told | {
+            fields[f"seconds_to_{name}"] = round(at - began, 4)
+    return fields | {
         "prompt_tokens": record.num_prompt,
         "cached_tokens": record.num_cached,
         "completion_tokens": record.num_generated,
-        "ended": record.ended,
+        "finish_reason": record.finish_reason,
     }

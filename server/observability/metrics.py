@@ -1,6 +1,7 @@
-"""The engine's figures for Prometheus, under vLLM's names where they mean the same.
+"""Prometheus metrics, under vLLM's names where they mean the same, with the prefix `cottention:`.
 
-Owns names and help texts; buckets are `timings.py`'s. Figures are taken when they are asked for.
+Names and help texts are here; the histograms' buckets are in `generation/latency.py`. Values are
+read when /metrics is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,136 +21,162 @@ from cottention.engine.sessions.memory_usage import SessionBytes
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.latency import Histogram, LatencyStats
 
-if TYPE_CHECKING:  # it brings torch with it, which the server does not know
+if TYPE_CHECKING:  # importing it at run time would load torch
     from cottention.engine.sessions.types import SessionCounts
+
+# In these tables: a metric's name, the attribute with its value, a label if it has one, its help.
 
 GAUGES = {
     "num_requests_running": ("num_running", "Requests in the running batch."),
-    "num_requests_waiting": ("num_waiting", "Requests that wait for slots."),
-    "num_requests_paused": ("num_paused", "Requests that wait for their readers."),
-    "num_states_paused": ("num_paused_states", "States on the host, for their readers."),
-    "max_states_paused": ("max_paused_states", "How many of them there may be."),
-    "num_slots": ("num_slots", "States in the pool."),
-    "num_free_slots": ("num_free_slots", "States in the pool that nobody uses."),
-    "state_pool_bytes": ("pool_bytes", "Memory of the pool, allocated at start."),
-    "bytes_per_session": ("bytes_per_slot", "Memory of a state and its spare, whatever the age."),
+    "num_requests_waiting": ("num_waiting", "Requests waiting for slots."),
+    "num_requests_paused": (
+        "num_paused",
+        "Requests paused until their clients have read what was sent.",
+    ),
+    "num_states_paused": ("num_paused_states", "States of paused requests in host memory."),
+    "max_states_paused": ("max_paused_states", "Limit of num_states_paused."),
+    "num_slots": ("num_slots", "Slots in the state pool."),
+    "num_free_slots": ("num_free_slots", "Unused slots in the state pool."),
+    "state_pool_bytes": ("pool_bytes", "Memory of the state pool, allocated at start-up."),
+    "bytes_per_slot": (
+        "bytes_per_slot",
+        "Memory of one slot: a state and its spare for renewal, at any length of the session.",
+    ),
 }
 SESSION_GAUGES = {
-    "num_sessions_resident": ("num_resident", "Sessions whose turn runs."),
-    "num_sessions_parked": ("num_parked", "Sessions that wait in memory."),
-    "num_sessions_stored": ("num_stored", "Sessions that are on the disk alone."),
-    "sessions_parked_bytes": ("parked_bytes", "Memory of the sessions that wait there."),
-    "sessions_stored_bytes": ("stored_bytes", "What all sessions take on the disk."),
-    "num_sessions_not_durable": ("num_unsaved", "Sessions ahead of what a full disk took."),
+    "num_sessions_resident": ("num_resident", "Sessions with a running turn."),
+    "num_sessions_parked": ("num_parked", "Idle sessions in host memory."),
+    "num_sessions_stored": ("num_stored", "Idle sessions that are only on disk."),
+    "sessions_parked_bytes": ("parked_bytes", "Host memory of idle sessions."),
+    "sessions_stored_bytes": ("stored_bytes", "Disk space of all sessions."),
+    "num_sessions_not_durable": (
+        "num_unsaved",
+        "Sessions whose last turns are only in memory because the disk was full.",
+    ),
 }
-COST_GAUGES = {
-    "session_bytes": ("items", "item", "What one session takes, by what it holds; at most."),
-    "session_bytes_in": ("places", "place", "What one session takes in each place; at most."),
+SESSION_SIZE_GAUGES = {
+    "session_bytes": ("items", "item", "Maximum size of one session, by what it consists of."),
+    "session_bytes_by_place": ("places", "place", "Maximum size of one session in each place."),
 }
-CACHE_GAUGES = {"prefix_cache_bytes": ("nbytes", "Memory of states after prompts.")}
+CACHE_GAUGES = {"prefix_cache_bytes": ("nbytes", "Memory of the prefix cache.")}
 CACHE_COUNTERS = {
-    "prefix_cache_queries": ("num_queried", "Prompt tokens that may have been read before."),
-    "prefix_cache_hits": ("num_hit", "Prompt tokens that were, and were not read again."),
+    "prefix_cache_queries": ("num_queried", "Prompt tokens looked up in the prefix cache."),
+    "prefix_cache_hits": ("num_hit", "Prompt tokens found in the prefix cache."),
 }
 COUNTERS = {
-    "prompt_tokens": ("num_prompt_tokens", "Prompt tokens read."),
+    "prompt_tokens": ("num_prompt_tokens", "Prompt tokens processed."),
     "generation_tokens": ("num_generated_tokens", "Tokens generated."),
     "engine_steps": ("num_steps", "Steps of the engine."),
-    "engine_faults": ("num_faults", "Requests that ended with a fault of the engine."),
-    "undrawn_choices": ("num_undrawn", "Choices with all tokens forbidden, or no finite logit."),
+    "engine_faults": ("num_faults", "Requests that an error in the engine ended."),
+    "sampling_failures": (
+        "num_undrawn",
+        "Choices ended because every token was masked or no logit was finite.",
+    ),
 }
-LINE_GAUGES = {
-    "num_prompts_in_line": ("num_requests", "Prompts without their first token."),
-    "num_tokens_in_line": ("num_tokens", "Tokens of such prompts."),
+QUEUE_GAUGES = {
+    "num_requests_queued": ("num_requests", "Prompts that have no token yet."),
+    "num_tokens_queued": ("num_tokens", "Tokens of the prompts that have no token yet."),
 }
-LINE_COUNTERS = {"requests_refused": ("num_refused", "Requests that a full line refused.")}
+QUEUE_COUNTERS = {
+    "requests_refused": ("num_refused", "Requests answered with 429 because the queue was full."),
+}
 HISTOGRAMS = {
-    "time_to_first_token_seconds": ("first_token", "From a prompt's arrival to its first token."),
-    "inter_token_latency_seconds": ("between_tokens", "Between two tokens of a choice."),
-    "request_time_per_output_token_seconds": ("per_token", "Mean of a request, after the first."),
-    "e2e_request_latency_seconds": ("whole", "From a prompt's arrival to its last token."),
-    "request_queue_time_seconds": ("queue", "From a prompt's arrival to its slots."),
-    "request_prefill_time_seconds": ("prefill", "From the slots to the first token."),
-    "request_decode_time_seconds": ("decode", "From the first token to the last."),
+    "time_to_first_token_seconds": (
+        "first_token",
+        "Time from a prompt's arrival to its first token.",
+    ),
+    "inter_token_latency_seconds": ("between_tokens", "Time between two tokens of a choice."),
+    "request_time_per_output_token_seconds": (
+        "per_token",
+        "Mean time between the tokens of a request.",
+    ),
+    "e2e_request_latency_seconds": ("whole", "Time from a prompt's arrival to its last token."),
+    "request_queue_time_seconds": ("queue", "Time from a prompt's arrival to its slots."),
+    "request_prefill_time_seconds": ("prefill", "Time from the slots to the first token."),
+    "request_decode_time_seconds": ("decode", "Time from the first token to the last."),
     "request_prompt_tokens": ("prompt_tokens", "Tokens of a prompt."),
     "request_generation_tokens": ("generated_tokens", "Tokens of all choices of a prompt."),
 }
 
 
 def make_registry(
-    bridge: AsyncEngine, sizes: Callable[[], "SessionCounts"], cost: SessionBytes, model_name: str
+    async_engine: AsyncEngine,
+    session_counts: Callable[[], "SessionCounts"],
+    session_size: SessionBytes,
+    model_name: str,
 ) -> CollectorRegistry:
-    """A registry of the application's own."""
+    """A registry for one application, with the metrics of its engine and of the process."""
     registry = CollectorRegistry()
-    registry.register(EngineCollector(bridge, sizes, cost, model_name))
+    registry.register(EngineCollector(async_engine, session_counts, session_size, model_name))
     ProcessCollector(registry=registry)
     return registry
 
 
 class EngineCollector(Collector):
-    """Reads everything once per scrape, in whatever thread."""
+    """The metrics of an engine and its sessions; may be scraped in any thread."""
 
     def __init__(
         self,
-        bridge: AsyncEngine,
-        sizes: Callable[[], "SessionCounts"],
-        cost: SessionBytes,
+        async_engine: AsyncEngine,
+        session_counts: Callable[[], "SessionCounts"],
+        session_size: SessionBytes,
         model_name: str,
     ) -> None:
-        self._bridge = bridge
-        self._sizes = sizes
-        self._cost = cost
+        """session_size: of one session at most, by item and by place."""
+        self._async_engine = async_engine
+        self._session_counts = session_counts
+        self._session_size = session_size
         self._model_name = model_name
 
     def describe(self) -> list[Metric]:
-        """Nothing, so that registering does not read the figures of an engine not yet started."""
+        """Nothing: registering must not read the values of an engine that has not started."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """All families of one moment."""
-        bridge = self._bridge
-        stats = bridge.stats()
+        """All metrics, with one reading of the engine's counts."""
+        engine = self._async_engine
+        stats = engine.stats()
         yield from self._gauges(GAUGES, stats)
-        yield from self._gauges(SESSION_GAUGES, self._sizes())
-        yield from self._costs()
+        yield from self._gauges(SESSION_GAUGES, self._session_counts())
+        yield from self._session_sizes()
         yield from self._gauges(CACHE_GAUGES, stats.prefix_cache)
         yield from self._counters(CACHE_COUNTERS, stats.prefix_cache)
         yield from self._counters(COUNTERS, stats)
-        yield from self._gauges(LINE_GAUGES, bridge.admission_queue)
-        yield from self._counters(LINE_COUNTERS, bridge.admission_queue)
-        yield from self._histograms(bridge.latency)
+        yield from self._gauges(QUEUE_GAUGES, engine.admission_queue)
+        yield from self._counters(QUEUE_COUNTERS, engine.admission_queue)
+        yield from self._histograms(engine.latency)
         yield self._finished(stats)
 
-    def _gauges(self, names: Mapping[str, tuple[str, str]], figures: Any) -> Iterator[Metric]:
-        for name, (attribute, text) in names.items():
+    def _gauges(self, table: Mapping[str, tuple[str, str]], values: Any) -> Iterator[Metric]:
+        for name, (attribute, text) in table.items():
             gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name"])
-            gauge.add_metric([self._model_name], getattr(figures, attribute))
+            gauge.add_metric([self._model_name], getattr(values, attribute))
             yield gauge
 
-    def _costs(self) -> Iterator[Metric]:
-        for name, (attribute, label, text) in COST_GAUGES.items():
+    def _session_sizes(self) -> Iterator[Metric]:
+        for name, (attribute, label, text) in SESSION_SIZE_GAUGES.items():
             gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name", label])
-            for each, nbytes in getattr(self._cost, attribute).items():
+            for each, nbytes in getattr(self._session_size, attribute).items():
                 gauge.add_metric([self._model_name, each], nbytes)
             yield gauge
         per_gb = GaugeMetricFamily(
             "cottention:sessions_per_gb",
-            "How many fit into a billion bytes of each place, at least.",
+            "Minimum number of sessions that fit into 1 GB (10^9 bytes) of each place.",
             labels=["model_name", "place"],
         )
-        for place, num in self._cost.per_gb().items():
+        for place, num in self._session_size.per_gb().items():
             per_gb.add_metric([self._model_name, place], num)
         yield per_gb
 
-    def _counters(self, names: Mapping[str, tuple[str, str]], figures: Any) -> Iterator[Metric]:
-        for name, (attribute, text) in names.items():
+    def _counters(self, table: Mapping[str, tuple[str, str]], values: Any) -> Iterator[Metric]:
+        for name, (attribute, text) in table.items():
             counter = CounterMetricFamily(f"cottention:{name}", text, labels=["model_name"])
-            counter.add_metric([self._model_name], getattr(figures, attribute))
+            counter.add_metric([self._model_name], getattr(values, attribute))
             yield counter
 
-    def _histograms(self, timings: LatencyStats) -> Iterator[Metric]:
+    def _histograms(self, latencies: LatencyStats) -> Iterator[Metric]:
         for name, (attribute, text) in HISTOGRAMS.items():
-            histogram: Histogram = getattr(timings, attribute)
+            histogram: Histogram = getattr(latencies, attribute)
             family = HistogramMetricFamily(f"cottention:{name}", text, labels=["model_name"])
             family.add_metric([self._model_name], histogram.buckets(), histogram.total)
             yield family
@@ -157,7 +184,7 @@ class EngineCollector(Collector):
     def _finished(self, stats: EngineStats) -> Metric:
         labels = ["model_name", "finished_reason"]
         family = CounterMetricFamily(
-            "cottention:request_success", "Choices that ended, by how they did.", labels=labels
+            "cottention:request_success", "Finished choices, by finish reason.", labels=labels
         )
         for reason in FinishReason:
             family.add_metric([self._model_name, reason], stats.num_finished.get(reason, 0))

@@ -6,14 +6,14 @@ from pydantic import Field, PlainValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
 
 from cottention.server.http.body import is_text, shown
-from cottention.server.http.request_id import HARMLESS
+from cottention.server.http.request_id import REQUEST_ID_PATTERN
 
 Prompt = str | list[int]
 
 PROMPTS = "text, a list of texts, a list of token ids, or a list of lists of token ids"
 BIASES = "an object of token ids, as strings, with a number from -100 to 100 each"
 MAX_ID_DIGITS = 10
-PATTERN = f"^{HARMLESS.pattern}$"
+PATTERN = f"^{REQUEST_ID_PATTERN.pattern}$"
 
 
 FIELD_ERROR = "field_error"
@@ -43,7 +43,7 @@ def _text(value: Any, info: ValidationInfo) -> str:
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not HARMLESS.fullmatch(value):
+    if not isinstance(value, str) or not REQUEST_ID_PATTERN.fullmatch(value):
         raise wrong_type()
     return value
 

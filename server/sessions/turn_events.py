@@ -9,7 +9,7 @@ from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.server.generation.choice_format import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.sse import EventFormatter
-from cottention.server.http.errors import ApiError, engine_failed, of_session
+from cottention.server.http.errors import ApiError, engine_failed, session_error
 from cottention.server.schemas.session_responses import session_summary
 from cottention.server.sessions.turn import RunningTurn
 
@@ -99,7 +99,7 @@ class TurnEvents:
                 delta, lambda session: self._log_ending_with(last_events(session))
             )
         except SessionError as error:
-            self.error = of_session(error)
+            self.error = session_error(error)
             return self._formatter.error(self.error)
         self.error = failed
         return last_events(self.session)

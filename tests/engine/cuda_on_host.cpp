@@ -1,7 +1,7 @@
-// The CUDA ops on a host: a block's threads one after the other, through the same functions.
+// The CUDA ops on a host: the threads of a block in turn, through the same functions.
 //
-// Owns what replaces the GPU: the shuffle becomes an exchange between array elements, the barrier
-// the end of a loop. Registers begin as NaN, so that reading one that was never written shows.
+// A shuffle becomes an exchange between array elements, a barrier the end of a loop. Registers
+// start as NaN, so that a read before the first write shows.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "../../csrc/cuda/map.cuh"
+#include "../../csrc/cuda/features_gelu.cuh"
 #include "../../csrc/cuda/recurrent.cuh"
 
 namespace cottention::cuda {
@@ -17,7 +17,7 @@ namespace {
 
 constexpr float kUnset = std::numeric_limits<float>::quiet_NaN();
 
-// What a shuffle does to one number of each lane: every sum gets that of the lane so far away.
+// A butterfly shuffle and sum of one number per lane: adds that of the lane at `distance`.
 template <int kCount, class Get>
 void exchange(int distance, const Get& get) {
   std::array<float, kCount> before;
@@ -25,14 +25,14 @@ void exchange(int distance, const Get& get) {
   for (int i = 0; i < kCount; ++i) get(i) += before[i ^ distance];
 }
 
-template <class In, class Out, class Shape>
+template <class In, class Out, class TileShape>
 struct Block {
-  using Member = Thread<In, Out, Shape>;
-  std::vector<Member> threads;
+  using DeviceThread = Thread<In, Out, TileShape>;
+  std::vector<DeviceThread> threads;
 
   Block() {
     for (int i = 0; i < kThreads; ++i) {
-      Member thread(i);
+      DeviceThread thread(i);
       for (float& sum : thread.sums) sum = kUnset;
       for (auto& row : thread.h)
         for (Quad& quad : row) quad = {{kUnset, kUnset, kUnset, kUnset}};
@@ -40,47 +40,47 @@ struct Block {
       threads.push_back(thread);
     }
   }
-  void load(const StepParams& p, const Place& at, int tile) {
-    for (auto& thread : threads) thread.load(p, at, tile);
+  void load(const StepParams& p, const BlockTask& task, int tile) {
+    for (auto& thread : threads) thread.load(p, task, tile);
   }
-  void advance(const StepParams& p, const Place& at, int64_t token) {
-    for (auto& thread : threads) thread.advance(p, at, token);
+  void advance(const StepParams& p, const BlockTask& task, int64_t token) {
+    for (auto& thread : threads) thread.advance(p, task, token);
   }
-  void fold() {
-    for (int distance = Shape::kLanes / 2; distance > 0; distance /= 2)
-      for (int s = 0; s < Member::kSums; ++s)
+  void reduce() {
+    for (int distance = TileShape::kLanes / 2; distance > 0; distance /= 2)
+      for (int s = 0; s < DeviceThread::kSums; ++s)
         exchange<kThreads>(distance, [&](int i) -> float& { return threads[i].sums[s]; });
   }
-  void write(const StepParams& p, const Place& at, int64_t token) {
-    for (auto& thread : threads) thread.write(p, at, token);
+  void write(const StepParams& p, const BlockTask& task, int64_t token) {
+    for (auto& thread : threads) thread.write(p, task, token);
   }
   void store(const StepParams& p) {
     for (auto& thread : threads) thread.store(p);
   }
-  void settle(const StepParams& p, const Place& at) {
-    for (auto& thread : threads) thread.store_z(p, at);
+  void sync_and_store_z(const StepParams& p, const BlockTask& task) {
+    for (auto& thread : threads) thread.store_z(p, task);
   }
-  void clear(const StepParams& p, const Place& at) {
-    for (auto& thread : threads) thread.clear(p, at);
+  void clear(const StepParams& p, const BlockTask& task) {
+    for (auto& thread : threads) thread.clear(p, task);
   }
 };
 
 template <class In, class Out>
 void step(const StepParams& p) {
-  with_shape(p.key_width, [&](auto shape) {
-    using Shape = decltype(shape);
-    for (int64_t i = 0; i < num_blocks<Shape>(p); ++i) {
-      Block<In, Out, Shape> block;
-      if (p.offsets)
-        run_block<Shape, false>(p, i, block);
+  with_tile_shape(p.key_width, [&](auto shape) {
+    using TileShape = decltype(shape);
+    for (int64_t i = 0; i < num_blocks<TileShape>(p); ++i) {
+      Block<In, Out, TileShape> block;
+      if (p.cu_seqlens)
+        run_block<TileShape, false>(p, i, block);
       else
-        run_block<Shape, true>(p, i, block);
+        run_block<TileShape, true>(p, i, block);
     }
   });
 }
 
 template <class T, int kPairs>
-void map_head(const MapParams& p, int64_t warp) {
+void map_head(const FeaturesGeluParams& p, int64_t warp) {
   std::vector<Lane<T, kPairs>> lanes;
   for (int i = 0; i < kWarp; ++i) lanes.emplace_back(p, warp, i);
   for (auto& lane : lanes) lane.read(p);
@@ -91,12 +91,12 @@ void map_head(const MapParams& p, int64_t warp) {
 }
 
 template <class T>
-void map(const MapParams& p) {
+void features_gelu(const FeaturesGeluParams& p) {
   with_pairs(p.width, [&](auto pairs) {
     for (int64_t i = 0; i < p.tokens * p.heads; ++i) map_head<T, decltype(pairs)::value>(p, i);
   });
   for (int64_t i = 0; i < p.tokens * gelu_blocks_of_token(p); ++i)
-    for (int thread = 0; thread < kThreads; ++thread) map_gelu<T>(p, i, thread);
+    for (int thread = 0; thread < kThreads; ++thread) gelu_block<T>(p, i, thread);
 }
 
 }  // namespace
@@ -111,10 +111,10 @@ const char* launch_step(const StepParams& p, Type in, Type out, void*) {
   return nullptr;
 }
 
-const char* launch_map(const MapParams& p, Type type, void*) {
-  if (type == Type::kFloat) map<float>(p);
-  if (type == Type::kBFloat16) map<c10::BFloat16>(p);
-  if (type == Type::kHalf) map<c10::Half>(p);
+const char* launch_features_gelu(const FeaturesGeluParams& p, Type type, void*) {
+  if (type == Type::kFloat) features_gelu<float>(p);
+  if (type == Type::kBFloat16) features_gelu<c10::BFloat16>(p);
+  if (type == Type::kHalf) features_gelu<c10::Half>(p);
   return nullptr;
 }
 
@@ -126,6 +126,6 @@ extern "C" void step_on_host(const cuda::StepParams* p, int in, int out) {
   cuda::launch_step(*p, cuda::Type(in), cuda::Type(out), nullptr);
 }
 
-extern "C" void map_on_host(const cuda::MapParams* p, int type) {
-  cuda::launch_map(*p, cuda::Type(type), nullptr);
+extern "C" void features_gelu_on_host(const cuda::FeaturesGeluParams* p, int type) {
+  cuda::launch_features_gelu(*p, cuda::Type(type), nullptr);
 }

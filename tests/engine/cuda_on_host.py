@@ -40,8 +40,8 @@ class StepParams(ctypes.Structure):
         ("z_stride", ctypes.c_int64),
         ("out", ctypes.c_void_p),
         ("out_stride", ctypes.c_int64),
-        ("slots", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
+        ("state_indices", ctypes.c_void_p),
+        ("cu_seqlens", ctypes.c_void_p),
         ("tokens", ctypes.c_int64),
         ("segments", ctypes.c_int64),
         ("heads", ctypes.c_int),
@@ -52,7 +52,7 @@ class StepParams(ctypes.Structure):
     )
 
 
-class MapParams(ctypes.Structure):
+class FeaturesGeluParams(ctypes.Structure):
     """As in csrc/cuda/params.h."""
 
     _fields_ = (
@@ -80,30 +80,30 @@ class MapParams(ctypes.Structure):
 
 
 def step_on_host(case: Case) -> Tensor:
-    """What the op does on CUDA, on tensors of the CPU; outputs begin as NaN."""
+    """recurrent_step as on CUDA, on CPU tensors; outputs start as NaN."""
     out = torch.full(case.v.shape, float("nan"), dtype=case.v.dtype)
     _step(case, out, out.stride(0))
     return out
 
 
-def mix_on_host(
+def attention_gelu_on_host(
     joined: Tensor,
     positions: Tensor,
     sigma: Tensor,
     cos: Tensor,
     sin: Tensor,
     state: Tensor,
-    slots: Tensor,
-    offsets: Tensor | None,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
     out: Tensor,
 ) -> None:
-    """What cottention_mix does on CUDA, likewise."""
+    """cottention_attention_gelu as on CUDA, on CPU tensors."""
     tokens, (_, heads, width, _) = len(joined), state.shape
     channels = heads * width
     mapped = torch.full((3, tokens, heads, width), float("nan"))
     q, k, v = joined[:, : 3 * channels].view(tokens, 3, heads, width).unbind(1)
     up, gelu = joined[:, 3 * channels :], out[:, channels:]
-    params = MapParams(
+    params = FeaturesGeluParams(
         *(View(x.data_ptr(), joined.stride(0), width) for x in (q, k, v)),
         *(x.data_ptr() for x in (positions, sigma, cos, sin, *mapped, up, gelu)),
         up_stride=joined.stride(0),
@@ -115,12 +115,12 @@ def mix_on_host(
         inner=up.shape[1],
         is_aligned=_is_aligned(up) and _is_aligned(gelu),
     )
-    _library().map_on_host(ctypes.byref(params), TYPES[joined.dtype])
-    _step(Case(*mapped, state, None, slots, offsets), out, out.stride(0))
+    _library().features_gelu_on_host(ctypes.byref(params), TYPES[joined.dtype])
+    _step(Case(*mapped, state, None, state_indices, cu_seqlens), out, out.stride(0))
 
 
 def _step(case: Case, out: Tensor, out_stride: int) -> None:
-    """Into out, whose tokens lie `out_stride` elements apart."""
+    """Write to out, whose tokens are `out_stride` elements apart."""
     tokens, heads, value = case.v.shape
     params = StepParams(
         *(View(x.data_ptr(), *x.stride()[:2]) for x in case[:3]),
@@ -130,10 +130,10 @@ def _step(case: Case, out: Tensor, out_stride: int) -> None:
         z_stride=0 if case.z is None else case.z.stride(0),
         out=out.data_ptr(),
         out_stride=out_stride,
-        slots=case.slots.data_ptr(),
-        offsets=None if case.offsets is None else case.offsets.data_ptr(),
+        state_indices=case.state_indices.data_ptr(),
+        cu_seqlens=None if case.cu_seqlens is None else case.cu_seqlens.data_ptr(),
         tokens=tokens,
-        segments=len(case.slots),
+        segments=len(case.state_indices),
         heads=heads,
         key_width=case.q.shape[2],
         value_width=value,
@@ -144,7 +144,7 @@ def _step(case: Case, out: Tensor, out_stride: int) -> None:
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether four elements may be moved at once wherever four divides the place."""
+    """Whether four elements can be accessed at once at every index that is a multiple of four."""
     strides = [stride % 4 for stride in x.stride()[:-1]]
     return x.data_ptr() % (4 * x.element_size()) == 0 and not any(strides)
 

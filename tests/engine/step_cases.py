@@ -15,8 +15,8 @@ class Case(NamedTuple):
     v: Tensor
     state: Tensor
     z: Tensor | None
-    slots: Tensor
-    offsets: Tensor | None = None
+    state_indices: Tensor
+    cu_seqlens: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> "Case":
         """Copies, floats in `dtype`."""
@@ -26,7 +26,7 @@ class Case(NamedTuple):
 
 def make(
     lengths: list[int],
-    slots: list[int],
+    state_indices: list[int],
     key: int = 64,
     value: int = 64,
     heads: int = 2,
@@ -44,8 +44,8 @@ def make(
     pool = torch.randn(pool_size, 3, heads, value, key, generator=generator)
     z = torch.rand(pool_size, 3, heads, key, generator=generator)[:, 1] if denominator else None
     ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    offsets = torch.tensor(ends, dtype=torch.int32)
-    return Case(q, k, v, pool[:, 1], z, torch.tensor(slots, dtype=torch.int32), offsets)
+    cu_seqlens = torch.tensor(ends, dtype=torch.int32)
+    return Case(q, k, v, pool[:, 1], z, torch.tensor(state_indices, dtype=torch.int32), cu_seqlens)
 
 
 FAR_ROWS = 1100
@@ -53,9 +53,9 @@ FAR_SHAPE = 16, 256, 512  # H, V, K: rows from 1024 on begin beyond 2^31 element
 
 
 def far_pools(device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Pools [S, H, V, K] with equal last rows: a small one, and one of 9 GB that nobody touches.
+    """Pools [S, H, V, K] with equal last rows: a small one, and one of 9 GB that is not touched.
 
-    Skips the test where so much cannot be had.
+    Skips the test if that much memory cannot be reserved.
     """
     near = torch.randn(1, *FAR_SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
     try:

@@ -14,7 +14,7 @@ from cottention.server.cli.serve import bind_socket, run_server, url_of
 from cottention.server.config import ServerConfig
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.async_engine import AsyncEngine
-from cottention.server.limits.api_keys import api_keys
+from cottention.server.limits.api_keys import load_api_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
 
@@ -28,7 +28,7 @@ def main() -> int:
     sock = bind_socket(config.host, config.port)
     url = url_of(sock)
     sessions: Any = FakeSessions()
-    app = create_app(async_engine, config, api_keys(config), sessions)
+    app = create_app(async_engine, config, load_api_keys(config), sessions)
     return run_server(app, async_engine, config, sock, lambda: print(url, flush=True))
 
 

@@ -19,7 +19,7 @@ from cottention.server.config import ServerConfig
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate
-from cottention.server.limits.api_keys import api_keys
+from cottention.server.limits.api_keys import load_api_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
 
@@ -112,7 +112,7 @@ def serving(
         engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes
     )
     sessions = sessions or FakeSessions()
-    app = create_app(async_engine, config, api_keys(config), sessions, template)
+    app = create_app(async_engine, config, load_api_keys(config), sessions, template)
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)

@@ -65,7 +65,7 @@ def half_wave(max_length: int, dtype: torch.dtype, device: torch.device) -> Tens
 
 
 class Mix(Protocol):
-    """A compiled op from a layer's first product to its second, as `ops.cottention_mix`."""
+    """A compiled op from a layer's first product to its second: `ops.cottention_attention_gelu`."""
 
     def __call__(
         self,
@@ -75,8 +75,8 @@ class Mix(Protocol):
         cos: Tensor,
         sin: Tensor,
         state: Tensor,
-        slots: Tensor,
-        offsets: Tensor | None,
+        state_indices: Tensor,
+        cu_seqlens: Tensor | None,
         out: Tensor,
     ) -> None: ...
 
@@ -93,11 +93,11 @@ class AllLayers(Protocol):
         cos: Tensor,
         sin: Tensor,
         state: Tensor,
-        slots: Tensor,
-        offsets: Tensor | None,
+        state_indices: Tensor,
+        cu_seqlens: Tensor | None,
         normed: Tensor,
         joined: Tensor,
-        mixed: Tensor,
+        attn_gelu: Tensor,
     ) -> None: ...
 
 
@@ -129,7 +129,7 @@ class Cottention:
     N(x) = x / max(‖x‖₂, 1e-12). There is no denominator and no 1/√d.
     """
 
-    mix: Mix | None = ops.cottention_mix
+    mix: Mix | None = ops.cottention_attention_gelu
     layers: AllLayers | None = ops.cottention_layers
 
     def __call__(

@@ -90,7 +90,7 @@ class TorchLayers:
     def __init__(self, config: GPTJConfig, device: str, blocks: Iterable[Block]) -> None:
         self._config = config
         self._layers = [_torch_layer(block, device) for block in blocks]
-        fits = ops.can_mix(device, config.head_dim)
+        fits = ops.can_fuse_attention(device, config.head_dim)
         self._mix: Mix | None = FEATURE_MAPS[config.attention_type].mix if fits else None
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
@@ -117,7 +117,9 @@ class TorchLayers:
         out = joined.new_empty(len(joined), joined.shape[1] - 2 * self._config.n_embd)
         state, _ = recurrence.layer(index)
         rows, sigma = recurrence.segments, self._layers[index].sigma
-        self._mix(joined, at.index, sigma, at.cos, at.sin, state, rows.slots, rows.offsets, out)
+        self._mix(
+            joined, at.index, sigma, at.cos, at.sin, state, rows.state_indices, rows.cu_seqlens, out
+        )
         return out
 
 
@@ -158,7 +160,7 @@ class PackedLayers:
                 layer.add_to(x, at, recurrence, *buffers)
             return x
         places = at.index, at.cos, at.sin
-        rows = recurrence.state, recurrence.segments.slots, recurrence.segments.offsets
+        rows = recurrence.state, recurrence.segments.state_indices, recurrence.segments.cu_seqlens
         self._in_one(x, self._weights, self._epsilon, *places, *rows, *buffers)
         return x
 

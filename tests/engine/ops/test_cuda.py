@@ -1,7 +1,6 @@
-"""recurrent_step on CUDA against float64; where there is no GPU, its threads emulated on the host.
+"""recurrent_step on CUDA against float64; without a GPU, its threads are emulated on the host.
 
-Both run the same functions of csrc/cuda/recurrent.cuh; only the shuffle, the barrier and the launch
-are the GPU's own.
+Both run the functions of csrc/cuda/recurrent.cuh; only shuffle, barrier and launch differ.
 """
 
 from collections.abc import Callable
@@ -62,7 +61,7 @@ def assert_parity(step: Step, case: Case) -> None:
     exact = case.to(torch.float64)
     expected = reference.recurrent_step(*exact)
     untouched = torch.ones(len(case.state), dtype=torch.bool)
-    untouched[case.slots[case.slots >= 0].long()] = False
+    untouched[case.state_indices[case.state_indices >= 0].long()] = False
     before = case.to(torch.float32)
     out = step(case)
     assert out.dtype == case.v.dtype
@@ -98,14 +97,14 @@ def test_types(step: Step, key: int, value: int, dtype: torch.dtype, denominator
 @pytest.mark.parametrize("tokens", [1, 3, 63])
 def test_decode_on_permuted_slots_with_padding(step: Step, tokens: int) -> None:
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1))[:tokens]
-    slots = order.tolist()
-    slots[tokens // 2] = -1
-    assert_parity(step, make([1] * tokens, slots)._replace(offsets=None))
+    state_indices = order.tolist()
+    state_indices[tokens // 2] = -1
+    assert_parity(step, make([1] * tokens, state_indices)._replace(cu_seqlens=None))
 
 
 @pytest.mark.parametrize("slot", [-1, -7, 70, 2**31 - 1])
 @pytest.mark.parametrize("denominator", [False, True])
-def test_rows_that_are_not_there_yield_zeros(step: Step, slot: int, denominator: bool) -> None:
+def test_indices_out_of_range_yield_zeros(step: Step, slot: int, denominator: bool) -> None:
     case = make([3, 2], [slot, 4], denominator=denominator)
     before = case.to(torch.float32)
     out = step(case)
@@ -117,9 +116,9 @@ def test_rows_that_are_not_there_yield_zeros(step: Step, slot: int, denominator:
         assert torch.equal(case.z[others], before.z[others])
 
 
-def test_offsets_that_leave_the_batch_are_cut(step: Step) -> None:
+def test_cu_seqlens_beyond_the_batch_are_clamped(step: Step) -> None:
     case = make([2, 3], [1, 0])
-    wild = case._replace(offsets=torch.tensor([-4, 2, 900], dtype=torch.int32))
+    wild = case._replace(cu_seqlens=torch.tensor([-4, 2, 900], dtype=torch.int32))
     expected = case.to(torch.float32)
     assert torch.equal(step(wild), step(expected))
     assert torch.equal(case.state, expected.state)
@@ -129,7 +128,7 @@ def test_no_tokens(step: Step) -> None:
     assert step(make([], [])).shape == (0, 2, 64)
 
 
-def test_denominator_is_held_above_its_floor(step: Step) -> None:
+def test_denominator_is_clamped(step: Step) -> None:
     case = make([1], [0], 8, 8, denominator=True)
     assert case.z is not None
     case.z.zero_()
@@ -140,7 +139,7 @@ def test_denominator_is_held_above_its_floor(step: Step) -> None:
 
 @pytest.mark.parametrize("denominator", [False, True])
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (24, 40), (128, 256), (264, 8)])
-def test_a_segment_has_equal_bits_however_it_is_cut(
+def test_a_split_segment_has_equal_bits(
     step: Step, key: int, value: int, denominator: bool
 ) -> None:
     whole = make([12, 1], [2, 3], key, value, denominator=denominator)
@@ -148,9 +147,11 @@ def test_a_segment_has_equal_bits_however_it_is_cut(
     expected = step(whole)
     for start, stop in pairwise([0, 5, 5, 6, 12, 13]):
         q, k, v = (x[start:stop] for x in parts[:3])
-        slots = parts.slots[: 1 if stop <= 12 else 2][-1:]
-        offsets = None if stop - start == 1 else torch.tensor([0, stop - start], dtype=torch.int32)
-        out = step(Case(q, k, v, parts.state, parts.z, slots, offsets))
+        state_indices = parts.state_indices[: 1 if stop <= 12 else 2][-1:]
+        cu_seqlens = (
+            None if stop - start == 1 else torch.tensor([0, stop - start], dtype=torch.int32)
+        )
+        out = step(Case(q, k, v, parts.state, parts.z, state_indices, cu_seqlens))
         assert torch.equal(out, expected[start:stop])
     assert torch.equal(parts.state, whole.state)
 
@@ -169,10 +170,12 @@ def test_a_query_at_any_address(step: Step, key: int, dtype: torch.dtype) -> Non
 
 
 def test_a_row_beyond_two_to_the_31st_element() -> None:
-    """On the host; on a GPU, see test_ops_on_gpu.py."""
+    """On the host; on a GPU, see test_on_gpu.py."""
     near, far = far_pools()
     case = make([1], [0], 512, 256, heads=16)
     expected = step_on_host(case._replace(state=near))
-    slots = torch.tensor([len(far) - 1], dtype=torch.int32)
-    assert torch.equal(step_on_host(case._replace(state=far, slots=slots)), expected)
+    state_indices = torch.tensor([len(far) - 1], dtype=torch.int32)
+    assert torch.equal(
+        step_on_host(case._replace(state=far, state_indices=state_indices)), expected
+    )
     assert torch.equal(far[-1], near[0])

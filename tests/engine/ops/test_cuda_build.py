@@ -16,7 +16,7 @@ LOAD = """
 import torch
 from cottention.engine.ops import build, loader
 from tests.engine import step_cases
-from tests.engine.ops import test_mix
+from tests.engine.ops import test_attention_gelu
 build.build_cuda()
 print(loader.is_cuda_ready(), loader.is_cuda_ready())
 print(torch._C._dispatch_has_kernel_for_dispatch_key("cottention::recurrent_step", "CUDA"))
@@ -24,7 +24,7 @@ on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 ops = torch.ops.cottention
 for op, case in (
     (ops.recurrent_step, step_cases.make([2], [1], 16, 16)),
-    (ops.cottention_mix, test_mix.make([2], [1], 16)),
+    (ops.cottention_attention_gelu, test_attention_gelu.make([2], [1], 16)),
 ):
     try:
         op.default.redispatch(on_cuda, *case)
@@ -53,7 +53,7 @@ def _nvcc_or_skip() -> None:
         pytest.skip(str(error))
 
 
-def test_they_compile_register_and_refuse_what_is_on_the_cpu(tmp_path: Path) -> None:
+def test_they_compile_register_and_refuse_cpu_tensors(tmp_path: Path) -> None:
     """For sm_80, sm_90 and PTX; loading needs neither a GPU nor a torch that could use one."""
     _nvcc_or_skip()
     changes = {"COTTENTION_CUDA": "1", "COTTENTION_CACHE": str(tmp_path)}
@@ -64,7 +64,7 @@ def test_they_compile_register_and_refuse_what_is_on_the_cpu(tmp_path: Path) -> 
     assert len(list(folder.glob("cottention-cuda-*.so"))) == 1
 
 
-def test_nobody_builds_them_for_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_not_built_for_a_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COTTENTION_CUDA", raising=False)
     assert build.is_cuda_wanted() == (torch.version.cuda is not None)
     for choice in ("0", "1"):
@@ -75,7 +75,7 @@ def test_nobody_builds_them_for_a_torch_without_cuda(monkeypatch: pytest.MonkeyP
         build.is_cuda_wanted()
 
 
-def test_without_nvcc_torch_runs_and_says_so_once(tmp_path: Path) -> None:
+def test_without_nvcc_torch_runs_with_one_warning(tmp_path: Path) -> None:
     changes = {"COTTENTION_CUDA": "1", "COTTENTION_CACHE": str(tmp_path)}
     raising = (
         "from cottention.engine.ops import build, loader\n"
@@ -93,10 +93,10 @@ def test_without_nvcc_torch_runs_and_says_so_once(tmp_path: Path) -> None:
     assert _run(raising, **changes, COTTENTION_OPS="reference") == ("False False\n", "")
 
 
-def test_nvcc_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nvcc_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(build, "USUAL_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "DEFAULT_CUDA_HOME", str(tmp_path))
     with pytest.raises(BuildError, match="no nvcc"):
         build.nvcc()
     compiler = tmp_path / "bin" / "nvcc"

@@ -70,13 +70,13 @@ def test_features(width: int, rotary: int) -> None:
         torch.testing.assert_close(got.double(), expected, rtol=4e-7, atol=4e-7)
 
 
-def test_features_of_nothing_are_nothing() -> None:
+def test_features_of_no_tokens() -> None:
     q, k, v, *rest = _features(64, 64)
     mapped = ops.cottention_features(torch.zeros_like(q), k, v, *rest)
     assert torch.equal(mapped[0], torch.zeros_like(q))
 
 
-def test_a_token_has_equal_features_in_any_company() -> None:
+def test_a_token_has_equal_features_in_any_batch() -> None:
     arguments = _features(80, 32, tokens=65)
     together = ops.cottention_features(*arguments)
     q, k, v, positions, sigma, cos, sin = arguments
@@ -103,13 +103,13 @@ def test_gelu_accuracy() -> None:
     assert (error <= 2e-7 * x.double().abs()).all()
 
 
-def test_gelu_keeps_what_is_not_a_number() -> None:
+def test_gelu_keeps_nan() -> None:
     out = ops.gelu_new(torch.tensor([[float("nan"), float("inf"), 1.0]]))[0]
     assert out.isnan().tolist() == [True, False, False]
     assert out[1] == float("inf")
 
 
-def test_gelu_of_an_element_does_not_depend_on_its_place() -> None:
+def test_gelu_of_an_element_does_not_depend_on_its_index() -> None:
     x = torch.randn(101)
     whole = ops.gelu_new(x.unsqueeze(0))[0]
     for start in range(0, 40):
@@ -121,7 +121,7 @@ def test_gelu_of_an_element_does_not_depend_on_its_place() -> None:
     assert ops.gelu_new(rows).is_contiguous()
 
 
-def test_elu_plus_one_accuracy_and_what_is_not_a_number() -> None:
+def test_elu_plus_one_accuracy_and_nan() -> None:
     x = torch.cat([torch.linspace(-80, 30, 100_003), torch.tensor([0.0, -1e-30, 1e30])])
     exact = reference.elu_plus_one(x.double())
     got = ops.elu_plus_one(x[None, None])[0, 0].double()
@@ -131,7 +131,7 @@ def test_elu_plus_one_accuracy_and_what_is_not_a_number() -> None:
     assert 0 <= float(out[1]) < 1e-37
 
 
-def test_elu_plus_one_of_an_element_does_not_depend_on_its_place() -> None:
+def test_elu_plus_one_of_an_element_does_not_depend_on_its_index() -> None:
     x = torch.randn(9, 5, 24)
     whole = ops.elu_plus_one(x)
     assert torch.equal(ops.elu_plus_one(x[3:4]), whole[3:4])

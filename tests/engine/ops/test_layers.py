@@ -1,4 +1,4 @@
-"""cottention_layers: the four ops of each block in turn, to the bit."""
+"""cottention_layers equals the four ops of each block in turn, bit for bit."""
 
 from typing import NamedTuple
 
@@ -23,11 +23,11 @@ class Case(NamedTuple):
     cos: Tensor
     sin: Tensor
     state: Tensor
-    slots: Tensor
-    offsets: Tensor | None
+    state_indices: Tensor
+    cu_seqlens: Tensor | None
     normed: Tensor
     joined: Tensor
-    mixed: Tensor
+    attn_gelu: Tensor
 
 
 def _block(dtype: torch.dtype) -> list[Tensor]:
@@ -41,7 +41,7 @@ def _block(dtype: torch.dtype) -> list[Tensor]:
 
 
 def _case(dtype: torch.dtype, poison: float) -> Case:
-    """Two segments of unlike length on a full pool; what is to be overwritten is poisoned."""
+    """Two segments of different lengths on a full pool; scratch buffers are poisoned."""
     assert ops.backend() == "compiled"
     torch.manual_seed(0)
     tokens = 6
@@ -49,11 +49,14 @@ def _case(dtype: torch.dtype, poison: float) -> Case:
     weights = [weight for _ in range(LAYERS) for weight in _block(dtype)]
     table = ops.rotary_table(positions, 8, 1e4, torch.float32)
     state = torch.randn(5, LAYERS, HEADS, WIDTH, WIDTH)
-    slots = torch.tensor([3, 1], dtype=torch.int32), torch.tensor([0, 5, 6], dtype=torch.int32)
+    rows = (
+        torch.tensor([3, 1], dtype=torch.int32),
+        torch.tensor([0, 5, 6], dtype=torch.int32),
+    )
     widths = CHANNELS, 3 * CHANNELS + INNER, CHANNELS + INNER
     buffers = [torch.full((tokens, width), poison) for width in widths]
     x = torch.randn(tokens, CHANNELS)
-    return Case(x, weights, EPSILON, positions, *table, state, *slots, *buffers)
+    return Case(x, weights, EPSILON, positions, *table, state, *rows, *buffers)
 
 
 def _one_after_the_other(case: Case) -> None:
@@ -62,13 +65,18 @@ def _one_after_the_other(case: Case) -> None:
         scale, shift, first, first_bias, sigma, second, second_bias = case.weights[7 * layer :][:7]
         compiled.layer_norm(case.x, scale, shift, case.epsilon, case.normed)
         compiled.linear_out(case.normed, first, first_bias, case.joined)
-        places, rows = (case.cos, case.sin), (case.state[:, layer], case.slots, case.offsets)
-        compiled.cottention_mix(case.joined, case.positions, sigma, *places, *rows, case.mixed)
-        compiled.linear_add(case.mixed, second, second_bias, case.x)
+        places, rows = (
+            (case.cos, case.sin),
+            (case.state[:, layer], case.state_indices, case.cu_seqlens),
+        )
+        compiled.cottention_attention_gelu(
+            case.joined, case.positions, sigma, *places, *rows, case.attn_gelu
+        )
+        compiled.linear_add(case.attn_gelu, second, second_bias, case.x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_its_ops_one_after_the_other(dtype: torch.dtype) -> None:
+def test_equals_its_ops_in_turn(dtype: torch.dtype) -> None:
     together, apart = _case(dtype, float("nan")), _case(dtype, float("nan"))
     ops.cottention_layers(*together)
     _one_after_the_other(apart)

@@ -29,7 +29,7 @@ def test_close_to_float64(channels: int, columns: int, with_bias: bool) -> None:
 
 
 @pytest.mark.parametrize(("channels", "columns"), SHAPES)
-def test_a_row_has_equal_bits_in_any_company(channels: int, columns: int) -> None:
+def test_a_row_has_equal_bits_in_any_batch(channels: int, columns: int) -> None:
     layer = ops.FixedOrderLinear(*_weights(channels, columns))
     x = torch.randn(130, channels)
     together = layer(x)
@@ -38,7 +38,7 @@ def test_a_row_has_equal_bits_in_any_company(channels: int, columns: int) -> Non
         assert torch.equal(layer(x[-rows:]), together[-rows:])
 
 
-def test_threads_change_no_bit() -> None:
+def test_bits_do_not_depend_on_threads() -> None:
     layer = ops.FixedOrderLinear(*_weights(300, 700))
     x = torch.randn(111, 300)
     together = layer(x)
@@ -50,7 +50,7 @@ def test_threads_change_no_bit() -> None:
         torch.set_num_threads(threads)
 
 
-def test_rows_and_weights_may_lie_apart() -> None:
+def test_rows_and_weights_with_strides() -> None:
     weight, bias = _weights(90, 80)
     x = torch.randn(37, 200)[:, 7:97]
     expected = ops.FixedOrderLinear(weight, bias)(x.contiguous())
@@ -64,7 +64,7 @@ def test_rows_are_broadcast_without_a_copy() -> None:
     assert torch.equal(layer(x.expand(9, 64)), layer(x).expand(9, 64))
 
 
-def test_other_types_take_torch() -> None:
+def test_other_types_run_in_torch() -> None:
     weight, bias = _weights(60, 257)
     layer = ops.FixedOrderLinear(weight.double(), bias.double())
     x = torch.randn(40, 60, dtype=torch.float64)
@@ -73,7 +73,7 @@ def test_other_types_take_torch() -> None:
 
 
 @pytest.mark.parametrize(("channels", "columns"), [(256, 1792), (60, 257)])
-def test_tiles_of_one_height_keep_a_rows_bits(channels: int, columns: int) -> None:
+def test_tiles_of_one_height_keep_the_bits_of_a_row(channels: int, columns: int) -> None:
     weight, bias = _weights(channels, columns)
     x = torch.randn(100, channels)
     together = linear_in_tiles(x, weight, bias)

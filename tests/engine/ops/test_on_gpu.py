@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, the op's refusals, its schema. Skipped elsewhere."""
+"""What only a GPU can show: graphs, streams, checks of the op, its schema. Skipped without one."""
 
 from collections.abc import Callable
 
@@ -25,22 +25,22 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("denominator", [False, True])
-def test_a_captured_step_reads_its_slots_anew(denominator: bool) -> None:
-    case = make([1, 1, 1], [5, -1, 3], denominator=denominator)._replace(offsets=None)
+def test_a_captured_step_reads_its_state_indices_again(denominator: bool) -> None:
+    case = make([1, 1, 1], [5, -1, 3], denominator=denominator)._replace(cu_seqlens=None)
     exact, there = case.to(torch.float64), on_gpu(case)
     run = CudaCapture()(lambda: ops.recurrent_step(*there))
     there.state.copy_(case.state)
     if there.z is not None and case.z is not None:
         there.z.copy_(case.z)
-    for slots in ([5, -1, 3], [0, 1, 2], [-1, 5, 0]):
-        there.slots.copy_(torch.tensor(slots))
-        exact.slots.copy_(torch.tensor(slots))
+    for state_indices in ([5, -1, 3], [0, 1, 2], [-1, 5, 0]):
+        there.state_indices.copy_(torch.tensor(state_indices))
+        exact.state_indices.copy_(torch.tensor(state_indices))
         close(run(), reference.recurrent_step(*exact))
     close(there.state, exact.state)
 
 
 def test_it_runs_on_the_current_stream() -> None:
-    case = make([1] * 60, list(range(60)), 128, 128, heads=16)._replace(offsets=None)
+    case = make([1] * 60, list(range(60)), 128, 128, heads=16)._replace(cu_seqlens=None)
     exact, there = case.to(torch.float64), on_gpu(case)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -56,11 +56,11 @@ def test_it_runs_on_the_current_stream() -> None:
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (20, 12)])
 def test_segments_of_any_length_and_width(key: int, value: int, denominator: bool) -> None:
     """Short ones by the kernel, long ones by products; odd widths by torch alone."""
-    lengths, slots = [1, 200, 3, 0, 65], [4, 2, -1, 1, 0]
-    case = make(lengths, slots, key, value, denominator=denominator)
+    lengths, state_indices = [1, 200, 3, 0, 65], [4, 2, -1, 1, 0]
+    case = make(lengths, state_indices, key, value, denominator=denominator)
     exact, there = case.to(torch.float64), on_gpu(case)
-    limit = ops.max_stepped("cuda", key, value)
-    segments = Segments.of(slots, lengths, 70, "cuda", max_stepped=limit)
+    limit = ops.max_recurrent_tokens("cuda", key, value)
+    segments = Segments.of(state_indices, lengths, 70, "cuda", max_recurrent_tokens=limit)
     out = ops.recurrent_segments(*there[:5], segments)
     expected = reference.recurrent_step(*exact)
     assert ((out.cpu().double() - expected).abs() <= 2e-5 * expected.abs().amax()).all()
@@ -74,17 +74,19 @@ def test_a_row_beyond_two_to_the_31st_element() -> None:
     near, far = far_pools("cuda")
     there = on_gpu(make([1], [0], 512, 256, heads=16))
     expected = ops.recurrent_step(*there._replace(state=near))
-    slots = torch.tensor([len(far) - 1], dtype=torch.int32, device="cuda")
-    assert torch.equal(ops.recurrent_step(*there._replace(state=far, slots=slots)), expected)
+    state_indices = torch.tensor([len(far) - 1], dtype=torch.int32, device="cuda")
+    assert torch.equal(
+        ops.recurrent_step(*there._replace(state=far, state_indices=state_indices)), expected
+    )
     assert torch.equal(far[-1], near[0])
 
 
-def test_no_slots_for_tokens_are_refused() -> None:
+def test_no_state_indices_for_tokens_are_refused() -> None:
     there = on_gpu(make([2], [1]))
     nothing = torch.zeros(0, dtype=torch.int32, device="cuda")
     ends = torch.zeros(1, dtype=torch.int32, device="cuda")
-    with pytest.raises(RuntimeError, match="no slots for 2 tokens"):
-        ops.recurrent_step(*there._replace(slots=nothing, offsets=ends))
+    with pytest.raises(RuntimeError, match="no state_indices for 2 tokens"):
+        ops.recurrent_step(*there._replace(state_indices=nothing, cu_seqlens=ends))
 
 
 @pytest.mark.parametrize("denominator", [False, True])
@@ -104,9 +106,9 @@ WRONG: dict[str, Callable[[Case], Case]] = {
     "contiguous behind": lambda c: c._replace(state=c.state.mT),
     "overlap": lambda c: c._replace(state=c.state[:1].expand_as(c.state)),
     "z.size": lambda c: c._replace(z=c.state[:, :, 0, :8]),
-    "slots has the wrong dtype": lambda c: c._replace(slots=c.slots.long()),
-    "offsets.size": lambda c: c._replace(offsets=c.offsets[:2]),
-    "one slot per token": lambda c: c._replace(offsets=None),
+    "state_indices has the wrong dtype": lambda c: c._replace(state_indices=c.state_indices.long()),
+    "cu_seqlens.size": lambda c: c._replace(cu_seqlens=c.cu_seqlens[:2]),
+    "one state index per token": lambda c: c._replace(cu_seqlens=None),
 }
 
 

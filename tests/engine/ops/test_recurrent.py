@@ -19,7 +19,7 @@ def assert_parity(case: Case) -> None:
     exact = case.to(torch.float64)
     expected = reference.recurrent_step(*exact)
     untouched = torch.ones(len(case.state), dtype=torch.bool)
-    untouched[case.slots[case.slots >= 0].long()] = False
+    untouched[case.state_indices[case.state_indices >= 0].long()] = False
     before = case.state.clone()
     out = ops.recurrent_step(*case)
     scale = expected.abs().amax().clamp_min(1e-3) if expected.numel() else torch.tensor(1.0)
@@ -59,14 +59,14 @@ def test_key_widths(key: int, denominator: bool) -> None:
 @pytest.mark.parametrize("tokens", [1, 3, 63])
 def test_decode_on_permuted_slots_with_padding(tokens: int) -> None:
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1))[:tokens]
-    slots = order.tolist()
-    slots[tokens // 2] = -1
-    case = make([1] * tokens, slots)._replace(offsets=None)
+    state_indices = order.tolist()
+    state_indices[tokens // 2] = -1
+    case = make([1] * tokens, state_indices)._replace(cu_seqlens=None)
     poison(case)
     assert_parity(case)
 
 
-def test_padding_yields_zeros_and_moves_nothing() -> None:
+def test_padding_yields_zeros_and_changes_nothing() -> None:
     case = make([3, 2], [-1, 4], denominator=True)
     before = case.to(torch.float32)
     poison(case)
@@ -82,8 +82,10 @@ def test_a_row_beyond_two_to_the_31st_element() -> None:
     near, far = far_pools()
     case = make([1], [0], 512, 256, heads=16)
     expected = ops.recurrent_step(*case._replace(state=near))
-    slots = torch.tensor([len(far) - 1], dtype=torch.int32)
-    assert torch.equal(ops.recurrent_step(*case._replace(state=far, slots=slots)), expected)
+    state_indices = torch.tensor([len(far) - 1], dtype=torch.int32)
+    assert torch.equal(
+        ops.recurrent_step(*case._replace(state=far, state_indices=state_indices)), expected
+    )
     assert torch.equal(far[-1], near[0])
 
 
@@ -92,7 +94,7 @@ def test_no_tokens() -> None:
     assert ops.recurrent_step(*case).shape == (0, 2, 64)
 
 
-def test_denominator_is_held_above_its_floor() -> None:
+def test_denominator_is_clamped() -> None:
     case = make([1], [0], 8, 8, denominator=True)
     assert case.z is not None
     case.z.zero_()
@@ -113,15 +115,17 @@ def test_a_split_segment_has_equal_bits(
     outs, start = [], 0
     for length in cuts:
         q, k, v = (x[start : start + length] for x in parts[:3])
-        offsets = torch.tensor([0, length], dtype=torch.int32)
-        outs.append(ops.recurrent_step(q, k, v, parts.state, parts.z, parts.slots, offsets))
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+        outs.append(
+            ops.recurrent_step(q, k, v, parts.state, parts.z, parts.state_indices, cu_seqlens)
+        )
         start += length
     assert torch.equal(torch.cat(outs), expected)
     assert torch.equal(parts.state, whole.state)
 
 
 @pytest.mark.parametrize("denominator", [False, True])
-def test_company_and_threads_change_no_bit(denominator: bool) -> None:
+def test_bits_do_not_depend_on_batch_or_threads(denominator: bool) -> None:
     lengths = [30, 1, 1, 7, 0, 2]
     together = make(lengths, [9, 0, 3, -1, 5, 6], 64, 128, denominator=denominator)
     alone, single = together.to(torch.float32), together.to(torch.float32)
@@ -135,9 +139,9 @@ def test_company_and_threads_change_no_bit(denominator: bool) -> None:
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     for i, (a, b) in enumerate(pairwise(bounds)):
         q, k, v = (x[a:b] for x in alone[:3])
-        offsets = torch.tensor([0, b - a], dtype=torch.int32)
-        slots = alone.slots[i : i + 1]
-        out = ops.recurrent_step(q, k, v, alone.state, alone.z, slots, offsets)
+        cu_seqlens = torch.tensor([0, b - a], dtype=torch.int32)
+        state_indices = alone.state_indices[i : i + 1]
+        out = ops.recurrent_step(q, k, v, alone.state, alone.z, state_indices, cu_seqlens)
         assert torch.equal(out, expected[a:b])
     assert torch.equal(alone.state, together.state)
     assert torch.equal(single.state, together.state)
@@ -147,12 +151,12 @@ def test_company_and_threads_change_no_bit(denominator: bool) -> None:
 @pytest.mark.parametrize("lengths", [[1], [1, 1, 1], [3, 0, 2]])
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (24, 40), (512, 256), (20, 12)])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_inputs_of_16_bits_move_a_state_of_32(
+def test_16_bit_inputs_update_a_float32_state(
     dtype: torch.dtype, key: int, value: int, lengths: list[int], denominator: bool
 ) -> None:
     """What is read is rounded once, at its end; the state moves as by inputs of 32."""
-    slots = [5, -1, 3][-len(lengths) :]
-    case = make(lengths, slots, key, value, denominator=denominator)
+    state_indices = [5, -1, 3][-len(lengths) :]
+    case = make(lengths, state_indices, key, value, denominator=denominator)
     q, k, v = (x.to(dtype) for x in case[:3])
     short = case.to(torch.float32)._replace(q=q, k=k, v=v)
     wide = case.to(torch.float32)._replace(q=q.float(), k=k.float(), v=v.float())
@@ -168,15 +172,15 @@ def test_inputs_of_16_bits_move_a_state_of_32(
         assert torch.equal(short.z, wide.z)
 
 
-def test_slices_of_16_bits() -> None:
+def test_16_bit_slices() -> None:
     """As the engine makes them: heads side by side in one row of a product."""
     stacked = torch.randn(5, 3 * 2 * 16 + 3).bfloat16()
     q, k, v = stacked[:, :96].view(5, 3, 2, 16).unbind(1)
     pools = torch.zeros(5, 2, 16, 16), torch.zeros(5, 2, 16, 16)
-    slots = torch.tensor([4, 0, 2, 1, 3], dtype=torch.int32)
-    out = ops.recurrent_step(q, k, v, pools[0], None, slots)
+    state_indices = torch.tensor([4, 0, 2, 1, 3], dtype=torch.int32)
+    out = ops.recurrent_step(q, k, v, pools[0], None, state_indices)
     whole = (x.contiguous() for x in (q, k, v))
-    assert torch.equal(out, ops.recurrent_step(*whole, pools[1], None, slots))
+    assert torch.equal(out, ops.recurrent_step(*whole, pools[1], None, state_indices))
     assert torch.equal(*pools)
 
 

@@ -1,4 +1,4 @@
-"""What recurrent_step refuses before it touches memory, compiled and reference alike."""
+"""Arguments that recurrent_step refuses before it changes memory, compiled and reference alike."""
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ def _int(*values: int) -> Tensor:
 
 
 WRONG = {
-    "out of range": lambda c: c._replace(slots=_int(70, 1)),
-    "named twice": lambda c: c._replace(slots=_int(1, 1)),
-    r"must (rise|run)": lambda c: c._replace(offsets=_int(0, 2, 4)),
-    r"must (rise|not fall)": lambda c: c._replace(offsets=_int(0, 6, 5)),
-    "one slot per token": lambda c: c._replace(offsets=None),
-    "offsets": lambda c: c._replace(offsets=_int(0, 5)),
-    "slots": lambda c: c._replace(slots=c.slots.long()),
+    "out of range": lambda c: c._replace(state_indices=_int(70, 1)),
+    "named twice": lambda c: c._replace(state_indices=_int(1, 1)),
+    "must rise from 0 to 5": lambda c: c._replace(cu_seqlens=_int(0, 2, 4)),
+    "cu_seqlens must rise": lambda c: c._replace(cu_seqlens=_int(0, 6, 5)),
+    "one state index per token": lambda c: c._replace(cu_seqlens=None),
+    "cu_seqlens": lambda c: c._replace(cu_seqlens=_int(0, 5)),
+    "state_indices": lambda c: c._replace(state_indices=c.state_indices.long()),
     r"\bk\b": lambda c: c._replace(k=c.k[:, :1]),
     r"\bv\b": lambda c: c._replace(v=c.v[:3]),
     "state": lambda c: c._replace(state=c.state[..., :8]),
@@ -51,7 +51,7 @@ def test_wrong_arguments_are_refused_before_memory_is_touched(message: str, widt
     ("message", "name"),
     [("dtype", "state"), ("contiguous", "q"), ("contiguous behind", "state"), ("overlap", "state")],
 )
-def test_the_kernel_refuses_layouts_it_would_misread(message: str, name: str) -> None:
+def test_the_kernel_refuses_unsupported_layouts(message: str, name: str) -> None:
     case = make([2, 3], [1, 0], 16, 16)
     wrong = {
         "dtype": case.state.double(),

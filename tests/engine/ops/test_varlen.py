@@ -1,6 +1,6 @@
-"""Segments of any lengths in torch's own operations, as a GPU runs them: against float64.
+"""Segments of different lengths, computed in torch as on a GPU, against float64.
 
-What runs here on the CPU is what runs on CUDA; where there is a device, it runs there as well.
+Runs on the CPU, and on CUDA where there is a device.
 """
 
 import pytest
@@ -20,19 +20,21 @@ LENGTHS = [
 ]
 
 
-def on(case: Case, device: str, max_stepped: int) -> tuple[Case, Segments]:
+def on(case: Case, device: str, max_recurrent_tokens: int) -> tuple[Case, Segments]:
     """The case on a device, and its segments as the runner makes them."""
-    assert case.offsets is not None
-    lengths = case.offsets.diff().tolist()
-    slots, size = case.slots.tolist(), len(case.state)
-    segments = Segments.of(slots, lengths, size, device, max_stepped=max_stepped)
+    assert case.cu_seqlens is not None
+    lengths = case.cu_seqlens.diff().tolist()
+    state_indices, size = case.state_indices.tolist(), len(case.state)
+    segments = Segments.of(
+        state_indices, lengths, size, device, max_recurrent_tokens=max_recurrent_tokens
+    )
     return Case(*(None if x is None else x.to(device) for x in case)), segments
 
 
-def assert_parity(case: Case, device: str, max_stepped: int, tolerance: float) -> None:
+def assert_parity(case: Case, device: str, max_recurrent_tokens: int, tolerance: float) -> None:
     exact = case.to(torch.float64)
     expected = reference.recurrent_step(*exact)
-    there, segments = on(case, device, max_stepped)
+    there, segments = on(case, device, max_recurrent_tokens)
     out = varlen.advance_by_torch(*there[:5], segments)
     scale = expected.abs().amax().clamp_min(1e-3)
     assert out.dtype == case.v.dtype
@@ -40,7 +42,7 @@ def assert_parity(case: Case, device: str, max_stepped: int, tolerance: float) -
     top = exact.state.abs().amax()
     assert ((there.state.cpu().double() - exact.state).abs() <= tolerance * top).all()
     untouched = torch.ones(len(case.state), dtype=torch.bool)
-    untouched[case.slots[case.slots >= 0].long()] = False
+    untouched[case.state_indices[case.state_indices >= 0].long()] = False
     assert torch.equal(there.state.cpu()[untouched], case.state[untouched])
     if there.z is not None and exact.z is not None:
         torch.testing.assert_close(there.z.cpu().double(), exact.z, rtol=1e-5, atol=1e-5)
@@ -48,27 +50,27 @@ def assert_parity(case: Case, device: str, max_stepped: int, tolerance: float) -
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("denominator", [False, True])
-@pytest.mark.parametrize("max_stepped", [0, 16])
+@pytest.mark.parametrize("max_recurrent_tokens", [0, 16])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["double", "float"]
 )
 def test_close_to_the_recurrence(
     lengths: list[int],
-    max_stepped: int,
+    max_recurrent_tokens: int,
     denominator: bool,
     device: str,
     dtype: torch.dtype,
     tolerance: float,
 ) -> None:
-    slots = [7, 0, -1, 3, 5, 2][-len(lengths) :]
-    case = make(lengths, slots, 24, 40, denominator=denominator, pool_size=9)
-    assert_parity(case.to(dtype), device, max_stepped, tolerance)
+    state_indices = [7, 0, -1, 3, 5, 2][-len(lengths) :]
+    case = make(lengths, state_indices, 24, 40, denominator=denominator, pool_size=9)
+    assert_parity(case.to(dtype), device, max_recurrent_tokens, tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("denominator", [False, True])
-def test_what_is_not_a_number_stays_with_its_segment(device: str, denominator: bool) -> None:
+def test_nan_stays_in_its_segment(device: str, denominator: bool) -> None:
     case = make([70, 70, 1], [1, -1, 2], 16, 8, denominator=denominator)
     clean = case.to(torch.float32)
     expected = reference.recurrent_step(*clean)
@@ -82,12 +84,12 @@ def test_what_is_not_a_number_stays_with_its_segment(device: str, denominator: b
 
 @pytest.mark.parametrize("slot", [-1, 70])
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_outside_the_pool_move_nothing(device: str, slot: int) -> None:
+def test_indices_outside_the_pool_change_nothing(device: str, slot: int) -> None:
     case = make([1, 1], [slot, 3], denominator=True)
     nan = torch.full_like(case.k[:1], float("nan"))
     case = case._replace(k=torch.cat([nan, case.k[1:]]))
     there = Case(*(None if x is None else x.to(device) for x in case))
-    out = varlen.advance_rows(*there[:5], there.slots).cpu()
+    out = varlen.advance_rows(*there[:5], there.state_indices).cpu()
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     assert not out[1].isnan().any()
     others = [i for i in range(70) if i != 3]
@@ -98,14 +100,14 @@ def test_a_segment_may_be_resumed() -> None:
     whole = make([150], [2], 16, 16, denominator=True).to(torch.float64)
     parts = whole.to(torch.float64)
     expected = varlen.advance_by_torch(
-        *whole[:5], Segments.of([2], [150], 70, "cpu", max_stepped=0)
+        *whole[:5], Segments.of([2], [150], 70, "cpu", max_recurrent_tokens=0)
     )
     outs = [
         varlen.advance_by_torch(
             *(x[start : start + n] for x in parts[:3]),
             parts.state,
             parts.z,
-            Segments.of([2], [n], 70, "cpu", max_stepped=0),
+            Segments.of([2], [n], 70, "cpu", max_recurrent_tokens=0),
         )
         for start, n in ((0, 100), (100, 1), (101, 49))
     ]
@@ -113,7 +115,7 @@ def test_a_segment_may_be_resumed() -> None:
     torch.testing.assert_close(parts.state, whole.state, rtol=1e-11, atol=1e-11)
 
 
-def test_a_kernel_takes_the_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_computes_short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """The op gets −1 in place of what is cut; with it, the whole is what the reference computes."""
     case = make([1, 100, 3, 1], [4, 2, 0, -1], 16, 16, denominator=True).to(torch.float64)
     exact = case.to(torch.float64)
@@ -133,20 +135,20 @@ def test_a_kernel_takes_the_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slots", "message"),
+    ("state_indices", "message"),
     [
         ([0, 9], "slot 9 is out of range for a pool of 9"),
         ([-2], "slot -2"),
         ([3, 3], "named twice"),
     ],
 )
-def test_slots_are_checked_on_the_host(slots: list[int], message: str) -> None:
+def test_state_indices_are_checked_on_the_host(state_indices: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Segments.of(slots, [1] * len(slots), 9, "cpu")
+        Segments.of(state_indices, [1] * len(state_indices), 9, "cpu")
 
 
-def test_padding_may_be_named_twice() -> None:
-    segments = Segments.of([-1, 2, -1], [1, 1, 1], 9, "cpu", max_stepped=0)
-    assert segments.offsets is None
+def test_padding_may_be_repeated() -> None:
+    segments = Segments.of([-1, 2, -1], [1, 1, 1], 9, "cpu", max_recurrent_tokens=0)
+    assert segments.cu_seqlens is None
     assert segments.chunks is None
-    assert segments.slots.tolist() == [-1, 2, -1]
+    assert segments.state_indices.tolist() == [-1, 2, -1]

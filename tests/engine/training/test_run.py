@@ -22,18 +22,23 @@ from cottention.engine.models.registry import read_config
 from cottention.engine.settings.command_line import to_arguments
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.engine.training.__main__ import train
-from cottention.engine.training.progress import BarProgress, PlainProgress, Standing, open_progress
+from cottention.engine.training.progress import (
+    BarProgress,
+    PlainProgress,
+    TrainingStatus,
+    open_progress,
+)
 from cottention.engine.training.settings import TrainingSettings, parse
 
 SOURCE = "class Counter{n}:\n    def __init__(self, start={n}):\n        self.start = start\n\n"
 
 
 class Killed(Exception):
-    """Stands for a kill in the middle of a run."""
+    """Simulates a kill in the middle of a run."""
 
 
 class Listener(PlainProgress):
-    """Keeps what it is told, and kills the run after step `until`."""
+    """Records losses and messages, and kills the run after step `until`."""
 
     def __init__(self, until: int | None = None) -> None:
         super().__init__()
@@ -41,18 +46,18 @@ class Listener(PlainProgress):
         self.messages: list[str] = []
         self._until = until
 
-    def show(self, standing: Standing) -> None:
+    def update(self, standing: TrainingStatus) -> None:
         self.losses.append(standing.loss)
         if standing.step == self._until:
             raise Killed
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         self.messages.append(message)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small only wait for each other on several threads."""
+    """Several threads are slower on tensors this small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -172,7 +177,7 @@ def test_hours_end_a_run(settings: TrainingSettings) -> None:
 def test_other_kinds_of_attention_are_trained_alike(
     settings: TrainingSettings, attention: str
 ) -> None:
-    """As many parameters but for Cottention's m; served are those with a state of fixed size."""
+    """Same parameters except Cottention's m; kinds with a state of fixed size are served."""
     listener = Listener()
     train(replace(settings, steps=40, attention=attention), [], listener)
     assert listener.losses[-1] < listener.losses[0] - 0.3
@@ -252,13 +257,13 @@ def test_a_wrong_setting_ends_the_run_with_a_line(
 
 
 def test_progress_is_lines_or_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    standing = Standing(3, 10, 2.5, 1234.5, 90.0, 1.5)
+    standing = TrainingStatus(3, 10, 2.5, 1234.5, 90.0, 1.5)
     assert isinstance(open_progress(), PlainProgress)
     for progress in (PlainProgress(), BarProgress()):
         with progress:
-            progress.show(standing)
-            progress.show(standing)
-            progress.say("done")
+            progress.update(standing)
+            progress.update(standing)
+            progress.log("done")
     printed = capsys.readouterr().out
     assert len(re.findall(r"(?m)^step 3/10  loss 2.500 ", printed)) == 1
     assert "1,234 tokens/s" in printed

@@ -1,4 +1,4 @@
-"""Training's arithmetic: the forward pass, bits per byte, the optimizers and their rate."""
+"""Forward pass, bits per byte, optimizers and learning rate of training."""
 
 import math
 from dataclasses import replace
@@ -14,10 +14,10 @@ from cottention.engine.models.recurrence import Features
 from cottention.engine.ops import reference
 from cottention.engine.training.data import SourceFile, train_tokenizer
 from cottention.engine.training.evaluate import HeldOut, position_ranges, score, summarise
-from cottention.engine.training.export import round_best
-from cottention.engine.training.forward import add_dropout, logits_of, new_model
+from cottention.engine.training.export import to_half_precision
+from cottention.engine.training.forward import add_dropout, init_weights, logits_of
 from cottention.engine.training.settings import TrainingSettings
-from cottention.engine.training.trainer import Optimizers, rate_factor
+from cottention.engine.training.trainer import Optimizers, learning_rate_factor
 
 SMALL = TrainingSettings(context=16, layers=2, width=16, heads=2, vocab_size=300)
 
@@ -25,7 +25,7 @@ SMALL = TrainingSettings(context=16, layers=2, width=16, heads=2, vocab_size=300
 @pytest.fixture
 def model() -> CottentionForCausalLM:
     torch.manual_seed(0)
-    return new_model(CottentionForCausalLM(SMALL.model_config(0)))
+    return init_weights(CottentionForCausalLM(SMALL.model_config(0)))
 
 
 def held_out() -> HeldOut:
@@ -44,7 +44,7 @@ def test_the_chunked_form_is_the_parallel_one(attention: str) -> None:
         return reference.parallel(q, k, v, denominator=is_divided).transpose(1, 2)
 
     shape = replace(SMALL, attention=attention, context=300).model_config(0)
-    model = new_model(CottentionForCausalLM(shape)).double()
+    model = init_weights(CottentionForCausalLM(shape)).double()
     ids = torch.randint(300, (2, 300))
     expected = model(ids, torch.arange(300), attend)
     torch.testing.assert_close(
@@ -84,7 +84,7 @@ def test_positions_are_counted_apart() -> None:
 
 
 def test_weights_are_rounded_to_the_type_that_scores_better(model: CottentionForCausalLM) -> None:
-    rounded = round_best(model.state_dict(), model.config, held_out())
+    rounded = to_half_precision(model.state_dict(), model.config, held_out())
     assert {weight.dtype for weight in rounded.weights.values()} == {getattr(torch, rounded.dtype)}
     again = score(rounded.model, held_out(), dtype=torch.float32)
     assert again.bits_per_byte == rounded.score.bits_per_byte
@@ -104,10 +104,10 @@ def test_only_matrices_and_tables_decay(model: CottentionForCausalLM) -> None:
 
 
 def test_the_rate_warms_up_stays_and_ends_at_zero() -> None:
-    assert rate_factor(0, 0.0) == pytest.approx(0.01)
-    assert rate_factor(500, 0.2) == 1.0
-    assert rate_factor(500, 0.65) == pytest.approx(0.5)
-    assert rate_factor(500, 1.0) == 0.0
+    assert learning_rate_factor(0, 0.0) == pytest.approx(0.01)
+    assert learning_rate_factor(500, 0.2) == 1.0
+    assert learning_rate_factor(500, 0.65) == pytest.approx(0.5)
+    assert learning_rate_factor(500, 1.0) == 0.0
 
 
 def test_dropout_acts_in_training_only(model: CottentionForCausalLM) -> None:

@@ -1,4 +1,4 @@
-"""The model that ships in the package: small, complete and honest about itself."""
+"""The model that ships with the package: complete, small, and as its card says."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""Training's text: the choice of files, the split, the tokenizer, the windows."""
+"""Text of training: choice of files, split, tokenizer, windows."""
 
 import random
 from pathlib import Path
@@ -10,18 +10,18 @@ from tokenizers import Tokenizer
 from cottention.engine.errors import ConfigurationError
 from cottention.engine.training.data import (
     END_OF_TEXT,
-    NO_TARGET,
+    IGNORE_INDEX,
     SourceFile,
     batches_per_epoch,
-    cut,
     end_of_text_id,
-    epoch_batch,
     held_out_windows,
     is_held_out,
     padded_batches,
     read_corpus,
+    split_text,
     token_stream,
     train_tokenizer,
+    training_batch,
 )
 
 
@@ -107,13 +107,13 @@ def test_the_stream_separates_files(tokenizer: Tokenizer) -> None:
 def test_an_epoch_shows_each_window_once_and_the_next_one_others() -> None:
     stream = torch.arange(1000)
     each = batches_per_epoch(stream, 8, 4)
-    batches = [epoch_batch(stream, 8, 4, seed=1, step=step) for step in range(each + 1)]
+    batches = [training_batch(stream, 8, 4, seed=1, step=step) for step in range(each + 1)]
     for batch in batches:
         assert torch.equal(batch.inputs + 1, batch.targets)
     starts = torch.cat([batch.inputs[:, 0] for batch in batches[:-1]]).tolist()
     assert len(set(starts)) == len(starts) == 4 * each
     assert len({start % 8 for start in starts}) == 1
-    again = epoch_batch(stream, 8, 4, seed=1, step=each)
+    again = training_batch(stream, 8, 4, seed=1, step=each)
     assert torch.equal(again.inputs, batches[-1].inputs)
     assert not torch.equal(batches[-1].inputs, batches[0].inputs)
 
@@ -132,16 +132,16 @@ def test_every_held_out_token_is_a_target_once(tokenizer: Tokenizer) -> None:
     assert torch.cat([window.targets[0] for window in windows]).tolist() == ids
     assert torch.cat([window.inputs[0] for window in windows]).tolist() == [0, *ids[:-1]]
     padded = torch.cat([batch.targets.flatten() for batch in padded_batches(windows, 3)])
-    assert sorted(padded[padded != NO_TARGET].tolist()) == sorted(ids)
+    assert sorted(padded[padded != IGNORE_INDEX].tolist()) == sorted(ids)
 
 
 def test_cut_text_is_whole_and_is_cut_behind_spaces_too() -> None:
     text = "def __init__(self, name):\n    self.name = name\n" * 20
-    pieces = cut(text, 30, random.Random(1))
+    pieces = split_text(text, 30, random.Random(1))
     assert "".join(pieces) == text
     assert 15 < len(text) / len(pieces) < 60
     assert sum(piece.endswith(" ") for piece in pieces) >= len(pieces) // 3
-    assert cut("", 30, random.Random(1)) == []
+    assert split_text("", 30, random.Random(1)) == []
 
 
 def test_a_cut_stream_spells_the_same_text() -> None:

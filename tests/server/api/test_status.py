@@ -42,7 +42,7 @@ def test_figures_follow_the_work() -> None:
     assert told["cottention:num_slots{}"] == 64
     assert told["cottention:num_free_slots{}"] == 62
     assert told["cottention:state_pool_bytes{}"] == 64_000
-    assert told["cottention:bytes_per_session{}"] == 1000
+    assert told["cottention:bytes_per_slot{}"] == 1000
     assert told["process_resident_memory_bytes"] > 0
 
 
@@ -90,8 +90,8 @@ def test_the_line_and_its_refusals_are_told() -> None:
             live.complete(prompt="x")
             told = figures(live)
             live.engine.may_step.set()
-    assert told["cottention:num_prompts_in_line{}"] == 1
-    assert told["cottention:num_tokens_in_line{}"] == 3
+    assert told["cottention:num_requests_queued{}"] == 1
+    assert told["cottention:num_tokens_queued{}"] == 3
     assert told["cottention:requests_refused_total{}"] == 1
 
 

@@ -1,4 +1,4 @@
-"""HTTP/1.0, which proxies speak by default: streams without chunks, ended by their connection."""
+"""HTTP/1.0, which old proxies speak: streams without chunked coding, ended by their connection."""
 
 import json
 import socket
@@ -20,13 +20,15 @@ def slow(shared: Live) -> Iterator[Live]:
     shared.engine.step_seconds = 0.0
 
 
-def ask(live: Live, path: str, body: Any = None, *, method: str = "POST") -> socket.socket:
+def ask(
+    live: Live, path: str, body: Any = None, *, method: str = "POST", header: str = "X: y"
+) -> socket.socket:
     """A request of HTTP/1.0 by hand, its answer unread."""
     host, port = live.url.removeprefix("http://").split(":")
     sock = socket.create_connection((host, int(port)), timeout=20)
     raw = b"" if body is None else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(raw)}\r\n"
-    sock.sendall(f"{head}\r\n".encode() + raw)
+    sock.sendall(f"{head}{header}\r\n\r\n".encode() + raw)
     return sock
 
 
@@ -51,6 +53,16 @@ def test_a_stream_is_events_and_nothing_else(shared: Live, num_tokens: int) -> N
     *told, last = read_told(text)
     assert last.data == "[DONE]"
     assert text_of(told) == (ALPHABET * 12)[:num_tokens]
+
+
+def test_an_interim_response_stays_apart_from_the_answer(shared: Live) -> None:
+    """Its head must not get into the one of the answer that follows it."""
+    body = {"prompt": "x", "max_tokens": 3, "stream": True}
+    interim, rest = answer(ask(shared, "/v1/completions", body, header="Expect: 100-continue"))
+    assert interim == ["http/1.1 100 continue"]
+    head, _, text = rest.partition("\r\n\r\n")
+    check_plain(head.lower().split("\r\n"))
+    assert text_of(read_told(text)) == "abc"
 
 
 def test_the_events_of_a_turn_that_goes_on(slow: Live) -> None:

@@ -8,7 +8,7 @@ import pytest
 from cottention.engine.errors import ConfigurationError
 from cottention.server.cli.serve import bind_socket, describe_access, warn_of_open_access
 from cottention.server.config import ServerConfig
-from cottention.server.limits.api_keys import api_keys
+from cottention.server.limits.api_keys import load_api_keys
 from tests.server.http.test_bad_input import refused
 from tests.server.live import serving
 
@@ -66,13 +66,13 @@ def test_without_keys_any_key_is_taken() -> None:
 )
 def test_keys_that_cannot_be_sent_are_refused_at_the_start(config: Any) -> None:
     with pytest.raises(ConfigurationError):
-        api_keys(ServerConfig(**config))
+        load_api_keys(ServerConfig(**config))
 
 
 def test_an_empty_file_of_keys_opens_nothing(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n# none\n")
     with pytest.raises(ConfigurationError, match="no key"):
-        api_keys(ServerConfig(api_key_file=str(tmp_path / "keys")))
+        load_api_keys(ServerConfig(api_key_file=str(tmp_path / "keys")))
 
 
 @pytest.mark.parametrize("given", ["", "a b", "x" * 129, 'a"b', "a\tb"])

@@ -10,7 +10,7 @@ from cottention.engine.errors import ConfigurationError
 from cottention.server.config import ServerConfig
 from cottention.server.generation.chat_template import find_template
 from cottention.server.http.errors import ApiError
-from cottention.server.limits.api_keys import api_keys
+from cottention.server.limits.api_keys import load_api_keys
 from cottention.server.limits.key_limits import KeyLimits
 from cottention.server.limits.rate_limit import KeyUsage
 from tests.server.generation.test_admission import Clock
@@ -19,37 +19,37 @@ from tests.server.live import eventually, serving
 from tests.server.observability.test_access_log import leave_early
 
 
-def seconds_refused(account: KeyUsage) -> int:
+def seconds_refused(usage: KeyUsage) -> int:
     with pytest.raises(ApiError) as caught:
-        account.enter()
+        usage.enter()
     assert (caught.value.status, caught.value.code) == (429, "rate_limit_exceeded")
     assert caught.value.headers
     return int(caught.value.headers["Retry-After"])
 
 
 def test_requests_at_a_time() -> None:
-    account = KeyUsage("a", KeyLimits(max_requests=2))
-    account.enter()
-    account.enter()
-    assert seconds_refused(account)
-    account.leave()
-    account.enter()
+    usage = KeyUsage("a", KeyLimits(max_requests=2))
+    usage.enter()
+    usage.enter()
+    assert seconds_refused(usage)
+    usage.leave()
+    usage.enter()
 
 
 def test_tokens_of_a_minute_come_back_with_time() -> None:
     clock = Clock()
-    account = KeyUsage("a", KeyLimits(max_tokens_per_minute=600), clock)
-    account.enter()
-    account.charge(700)
-    assert seconds_refused(account) == 11  # 100 overdrawn and one more, at 10 a second
+    usage = KeyUsage("a", KeyLimits(max_tokens_per_minute=600), clock)
+    usage.enter()
+    usage.charge(700)
+    assert seconds_refused(usage) == 11  # 100 overdrawn and one more, at 10 a second
     clock.now += 11
-    account.enter()
-    account.charge(10)
-    assert seconds_refused(account) == 1
+    usage.enter()
+    usage.charge(10)
+    assert seconds_refused(usage) == 1
     clock.now += 3600
-    account.enter()
-    account.charge(600)
-    assert seconds_refused(account) == 1
+    usage.enter()
+    usage.charge(600)
+    assert seconds_refused(usage) == 1
 
 
 def test_a_key_s_requests_at_a_time_are_bounded_and_another_s_are_not() -> None:
@@ -86,14 +86,17 @@ def test_a_turn_that_goes_on_without_its_client_is_counted_to_its_end(stream: bo
     with serving(key_max_tokens_per_minute=60, key_max_requests=1) as live:
         leave_early(live, prompt="y", max_tokens=100, stream=stream)
         refused = live.complete(prompt="x", max_tokens=1).json()["error"]
-        assert refused["message"] == "this key may have 1 requests at a time"
+        assert refused["message"] == (
+            "the limit of concurrent requests for all clients together is 1;"
+            " retry when one of them has ended"
+        )
         live.engine.step_seconds = 0.0
         live.engine.may_step.set()
         eventually(lambda: not live.sessions.leased)
 
         def overdrawn() -> bool:
             error = live.complete(prompt="x", max_tokens=1).json()["error"]
-            return str(error["message"]) == "this key may have 60 tokens a minute"
+            return "tokens per minute for all clients together is 60" in error["message"]
 
         eventually(overdrawn)
         seconds = int(live.complete(prompt="x").headers["retry-after"])
@@ -136,7 +139,7 @@ def test_a_chat_ends_where_its_key_does(tmp_path: Path) -> None:
 
 def keys_in(path: Path, content: Any, **settings: Any) -> Any:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return api_keys(ServerConfig(api_key_file=str(path), **settings))
+    return load_api_keys(ServerConfig(api_key_file=str(path), **settings))
 
 
 def test_a_file_names_keys_and_their_limits(tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_a_file_names_keys_and_their_limits(tmp_path: Path) -> None:
         ({}, "no key"),
         ({"a": "one"}, "must be"),
         ({"a": {"max_n": 1}}, "must be"),
-        ({"a": {"key": "one", "max_m": 1}}, "no max_m"),
+        ({"a": {"key": "one", "max_m": 1}}, "no limit max_m"),
         ({"a": {"key": "one", "max_n": 0}}, "whole number from 1"),
         ({"a": {"key": "one", "max_n": True}}, "whole number from 1"),
         ({"a": {"key": " one"}}, "printable"),

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from cottention.server.log_config import FIELDS, JsonLines, Lines
+from cottention.server.log_config import FIELDS, JsonFormatter, TextFormatter
 from tests.server.limits.test_api_keys import bearer
 from tests.server.live import Live, eventually, serving
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def lines(caplog: pytest.LogCaptureFixture) -> Any:
-    """What is told of each request so far."""
+    """The fields of each line so far."""
     caplog.set_level(logging.INFO, "cottention.requests")
     return lambda: [getattr(r, FIELDS) for r in caplog.records if r.name == "cottention.requests"]
 
@@ -39,12 +39,12 @@ def test_a_request_is_one_line(lines: Any) -> None:
             headers={"X-Request-Id": "mine"},
         )
         assert answer.status_code == 200
-        told = only(lines)
+        fields = only(lines)
     seconds, started, first = (
-        told.pop(name) for name in ("seconds", "started_after", "first_token_after")
+        fields.pop(name) for name in ("seconds", "seconds_to_start", "seconds_to_first_token")
     )
     assert 0 <= started <= first <= seconds < 10
-    assert told == {
+    assert fields == {
         "id": "mine",
         "key": "",
         "method": "POST",
@@ -53,7 +53,7 @@ def test_a_request_is_one_line(lines: Any) -> None:
         "prompt_tokens": 5,
         "cached_tokens": 0,
         "completion_tokens": 12,
-        "ended": "length",
+        "finish_reason": "length",
     }
 
 
@@ -69,8 +69,8 @@ def test_a_request_is_one_line(lines: Any) -> None:
 def test_how_it_ended(lines: Any, body: dict[str, Any], status: int, ended: str | None) -> None:
     with serving() as live:
         live.complete(**body)
-        told = only(lines)
-        assert (told["status"], told.get("ended")) == (status, ended)
+        fields = only(lines)
+        assert (fields["status"], fields.get("finish_reason")) == (status, ended)
 
 
 def test_a_client_that_leaves_has_a_line_too(lines: Any) -> None:
@@ -78,9 +78,9 @@ def test_a_client_that_leaves_has_a_line_too(lines: Any) -> None:
         live.engine.step_seconds = 0.01
         with live.connect(prompt="x", max_tokens=100_000, stream=True):
             eventually(lambda: live.engine.num_generated > 3)
-        told = only(lines)
-        assert (told["status"], told["ended"]) == (200, "client_left")
-        assert told["completion_tokens"] > 3
+        fields = only(lines)
+        assert (fields["status"], fields["finish_reason"]) == (200, "client_disconnected")
+        assert fields["completion_tokens"] > 3
 
 
 def leave_early(live: Live, **body: Any) -> None:
@@ -103,9 +103,13 @@ def test_a_turn_that_goes_on_has_its_line_when_it_ends(
         live.engine.step_seconds = 0.0
         live.engine.may_step.set()
         eventually(lambda: len(lines()) == 2)
-        told = lines()[-1]
-        assert (told["status"], told["ended"], told["completion_tokens"]) == (status, "length", 100)
-        assert told["seconds"] > told["first_token_after"]
+        fields = lines()[-1]
+        assert (fields["status"], fields["finish_reason"], fields["completion_tokens"]) == (
+            status,
+            "length",
+            100,
+        )
+        assert fields["seconds"] > fields["seconds_to_first_token"]
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -113,7 +117,7 @@ def test_a_turn_that_goes_on_and_is_stopped_with_the_server(lines: Any, stream: 
     with serving() as live:
         leave_early(live, prompt="y", max_tokens=100_000, stream=stream)
         live.engine.may_step.set()
-    assert lines()[-1]["ended"] == "cancelled"
+    assert lines()[-1]["finish_reason"] == "cancelled"
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -122,7 +126,7 @@ def test_a_turn_that_goes_on_with_its_client_has_one_line(lines: Any, stream: bo
         body = {"prompt": "y", "session_id": live.opened("x"), "max_tokens": 3, "stream": stream}
         live.client.post("/v1/completions", json=body | {"on_disconnect": "continue"})
         eventually(lambda: len(lines()) == 2)
-        assert (lines()[-1]["status"], lines()[-1]["ended"]) == (200, "length")
+        assert (lines()[-1]["status"], lines()[-1]["finish_reason"]) == (200, "length")
     assert len(lines()) == 2
 
 
@@ -144,7 +148,9 @@ def test_probes_have_none(lines: Any, shared: Live) -> None:
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0, None), (4, "abcé"), (100, "abcédef")])
-def test_a_prompt_is_told_as_far_as_wanted(lines: Any, number: int, expected: str | None) -> None:
+def test_as_much_of_a_prompt_is_logged_as_is_asked_for(
+    lines: Any, number: int, expected: str | None
+) -> None:
     with serving(log_prompt_characters=number) as live:
         live.complete(prompt="abcédef")
         assert only(lines).get("prompt") == expected
@@ -157,21 +163,23 @@ def record(message: str, **fields: Any) -> logging.LogRecord:
 
 
 def test_a_line_for_people_is_one_line() -> None:
-    line = Lines().format(record("request", id="mine", path="/v1", seconds=0.5, prompt='a\nb "c"'))
+    line = TextFormatter().format(
+        record("request", id="mine", path="/v1", seconds=0.5, prompt='a\nb "c"')
+    )
     assert line.endswith(' INFO request id=mine path="/v1" seconds=0.5 prompt="a\\nb \\"c\\""')
     assert "\n" not in line
-    assert Lines().format(logging.makeLogRecord({"msg": "plain"})).endswith(" plain")
+    assert TextFormatter().format(logging.makeLogRecord({"msg": "plain"})).endswith(" plain")
 
 
 def test_a_line_for_machines_is_an_object() -> None:
-    told = json.loads(JsonLines().format(record("request", id="mine", path=Path("/x"))))
-    assert told.pop("time") > 0
-    assert told == {"level": "info", "message": "request", "id": "mine", "path": "/x"}
+    fields = json.loads(JsonFormatter().format(record("request", id="mine", path=Path("/x"))))
+    assert fields.pop("time") > 0
+    assert fields == {"level": "info", "message": "request", "id": "mine", "path": "/x"}
     try:
         raise ValueError("broken")
     except ValueError:
         made = logging.makeLogRecord({"msg": "oh", "exc_info": sys.exc_info()})
-    line = JsonLines().format(made)
+    line = JsonFormatter().format(made)
     assert "\n" not in line
     assert "ValueError: broken" in json.loads(line)["exception"]
 
@@ -207,8 +215,8 @@ def test_a_server_that_is_asked_for_json_says_nothing_else(gptj_folder: Path) ->
 
 def test_what_libraries_warn_of_is_in_the_log() -> None:
     script = (
-        "import warnings; from cottention.server.log_config import set_up;"
-        "set_up('info', 'json'); warnings.warn('old')"
+        "import warnings; from cottention.server.log_config import configure_logging;"
+        "configure_logging('info', 'json'); warnings.warn('old')"
     )
     command = [sys.executable, "-c", script]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -352,7 +352,7 @@ def test_capacity_and_metrics_tell_where_sessions_are(live: Live) -> None:
     found = {name: float(figure) for name, figure in lines}
     for name, label, told in (
         ("session_bytes", "item", capacity["bytes_per_session"]),
-        ("session_bytes_in", "place", places),
+        ("session_bytes_by_place", "place", places),
         ("sessions_per_gb", "place", per_gb),
     ):
         for what, figure in told.items():

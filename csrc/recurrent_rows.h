@@ -1,12 +1,12 @@
-// One token on a block of value rows: state += v ⊗ k, out = state q.
+// One token on a block of value rows: S ← S + v kᵀ, out = S q.
 //
-// Rows in the cache advance side by side, rows from memory one after the other; the arithmetic is
-// the same: one chain of sixteen lanes along the keys, folded in one order. Included by kernels.cpp
-// only.
+// Rows in the cache are updated side by side, rows from memory one after the other. The arithmetic
+// is the same: one chain of sixteen lanes along the keys, reduced in one order. Included by
+// kernels.cpp only.
 #pragma once
 
 #include "kernels.h"
-#include "pages.h"
+#include "prefetch.h"
 #include "simd.h"
 
 namespace cottention::COTTENTION_ISA {
@@ -21,7 +21,7 @@ inline Quad finish_four(const Lanes* total) {
   return finish(fold(total[0]), fold(total[1]), fold(total[2]), fold(total[3]));
 }
 
-// Sixteen keys of one row: h += value × key; total gains what q finds there.
+// Sixteen keys of one row: h += value × key, total += h × query.
 inline Lanes advance_lanes(float* h, Lanes value, Lanes key, Lanes query, Lanes total) {
   const Lanes row = multiply_add(value, key, load(h));
   store(h, row);
@@ -34,8 +34,8 @@ inline Lanes advance_half(float* h, Lanes value, const float* k, const float* q,
   return multiply_add(row, load_half(q), total);
 }
 
-// One token on kRowGroup value rows that lie in the cache, h [kRowGroup, width] in place, total[r]
-// = h_r · q in sixteen lanes: a key is loaded once for all rows.
+// One token on kRowGroup value rows in the cache: updates h [kRowGroup, width] in place, total[r] =
+// h_r · q in sixteen lanes. Each key is loaded once for all rows.
 inline void advance_rows(float* h, const float* k, const float* q, const float* v, int64_t width,
                          Lanes* total) {
   Lanes value[kRowGroup];
@@ -57,10 +57,10 @@ inline void advance_rows(float* h, const float* k, const float* q, const float* 
     total[r] = advance_half(h + r * width + j, value[r], k + j, q + j, total[r]);
 }
 
-// The same on rows that come from memory, in the order in which they lie there.
+// The same on rows that are read from memory, in memory order.
 inline void stream_rows(float* h, const float* k, const float* q, const float* v, int64_t width,
                         Lanes* total) {
-  fetch_pages(h, kRowGroup * width);
+  prefetch_pages(h, kRowGroup * width);
   for (int r = 0; r < kRowGroup; ++r, h += width) {
     const Lanes value = broadcast(v[r]);
     Lanes sum = broadcast(0.0f);
@@ -71,11 +71,11 @@ inline void stream_rows(float* h, const float* k, const float* q, const float* v
   }
 }
 
-// stream_rows with the key and query of a common width in registers.
+// stream_rows for the common widths, with key and query in registers.
 template <int kHeld>
 inline void stream_held_rows(float* h, const Lanes* key, const Lanes* query, const float* v,
                              Lanes* total) {
-  fetch_pages(h, kRowGroup * kHeld * kLanes);
+  prefetch_pages(h, kRowGroup * kHeld * kLanes);
 #pragma GCC unroll 8
   for (int r = 0; r < kRowGroup; ++r, h += kHeld * kLanes) {
     const Lanes value = broadcast(v[r]);
@@ -86,25 +86,28 @@ inline void stream_held_rows(float* h, const Lanes* key, const Lanes* query, con
   }
 }
 
-// Where one token's work on a block of rows lies; out is divided by `below` if it has_denominator.
+// The operands of one token on a block of rows; out is divided by `denominator` if there is one.
 struct Token {
   const float *q, *k, *v;
   float* out;
   bool has_denominator;
-  float below;
+  float denominator;
 };
 
 inline Token token_of(const RecurrentParams& p, int64_t token, int64_t head, int64_t row) {
-  return {p.q.at(token, head), p.k.at(token, head), p.v.at(token, head) + row,
-          p.out_at(token, head) + row, p.denominators != nullptr,
-          p.denominators ? p.denominators[token * p.heads + head] : 1.0f};
+  return {
+      p.q.at(token, head),       p.k.at(token, head),
+      p.v.at(token, head) + row, p.out_at(token, head) + row,
+      p.denominators != nullptr, p.denominators ? p.denominators[token * p.heads + head] : 1.0f};
 }
 
 inline void write_outputs(const Token& t, int64_t row, const Lanes* total) {
 #pragma GCC unroll 2
   for (int r = 0; r < kRowGroup; r += 4) {
     const Quad sums = finish_four(total + r);
-    const Quad result = t.has_denominator ? sums / Quad{t.below, t.below, t.below, t.below} : sums;
+    const Quad result =
+        t.has_denominator ? sums / Quad{t.denominator, t.denominator, t.denominator, t.denominator}
+                          : sums;
     __builtin_memcpy(t.out + row + r, &result, sizeof result);
   }
 }
@@ -124,7 +127,7 @@ inline void stream_held(const Token& t, float* h, int64_t rows) {
   }
 }
 
-// One token on a block of rows [rows, width] that come from memory.
+// One token on a block of rows [rows, width] from memory.
 inline void stream_block(const Token& t, float* h, int64_t width, int64_t rows) {
   if (width == 4 * kLanes) return stream_held<4>(t, h, rows);
   if (width == 8 * kLanes) return stream_held<8>(t, h, rows);
@@ -135,7 +138,7 @@ inline void stream_block(const Token& t, float* h, int64_t width, int64_t rows) 
   }
 }
 
-// One token on a block of rows [rows, width] that lie in the cache.
+// One token on a block of rows [rows, width] in the cache.
 inline void advance_block(const Token& t, float* h, int64_t width, int64_t rows) {
   Lanes total[kRowGroup];
   for (int64_t r = 0; r < rows; r += kRowGroup) {

@@ -1,10 +1,10 @@
-// cottention_mix on the CPU: the checks and the call.
+// cottention_attention_gelu on the CPU: checks and call.
 //
-// Owns no arithmetic. joined [N, 3C + inner] is a layer's first product: q, k, v and the MLP's
-// input side by side. positions int64 [N], from 0; sigma float64 [H]; cos, sin [N, R / 2]; state
-// [S, H, D, D] with a free first stride, changed in place, C = H D; slots int32 [B]; offsets int32
-// [B + 1] or none. Fills out [N, C + inner], the second product's input, as cottention_features,
-// recurrent_step and gelu_new would, bit for bit.
+// joined [N, 3C + inner] is the first product of a block: q, k, v and the MLP's input side by side.
+// positions int64 [N], counted from 0; sigma float64 [H]; cos, sin [N, R / 2]; state [S, H, D, D],
+// C = H D, updated in place; state_indices int32 [B]; cu_seqlens int32 [B + 1] or none. Writes out
+// [N, C + inner], the input of the second product, with the bits of cottention_features,
+// recurrent_step and gelu_new in turn.
 #include <torch/csrc/stable/ops.h>
 
 #include "features.h"
@@ -14,21 +14,21 @@
 namespace cottention {
 namespace {
 
-void check_rooms(const Tensor& joined, const Tensor& sigma, const Tensor& state,
-                 const Tensor& out) {
+void check_shapes(const Tensor& joined, const Tensor& sigma, const Tensor& state,
+                  const Tensor& out) {
   check_contiguous(joined, "joined", 2, ScalarType::Float);
   check_contiguous(out, "out", 2, ScalarType::Float);
-  check_kind(state, "state", 4, ScalarType::Float);
+  check_tensor(state, "state", 4, ScalarType::Float);
   const int64_t heads = state.size(1), width = state.size(2);
   check_state(state, heads, width, width);
   check_widths(width, width);
   check_sigma(sigma, heads);
-  STD_TORCH_CHECK(joined.size(1) >= 3 * heads * width, "joined has no room for q, k and v");
+  STD_TORCH_CHECK(joined.size(1) >= 3 * heads * width, "joined is too narrow for q, k and v");
   check_size(out, "out", 0, joined.size(0));
   check_size(out, "out", 1, joined.size(1) - 2 * heads * width);
 }
 
-// q, k and v side by side in a row of `joined`.
+// Parameters of the feature map on q, k and v, which are side by side in a row of `joined`.
 FeatureParams features(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                        const Tensor& cos, const Tensor& sin, int64_t width) {
   const int64_t channels = sigma.size(0) * width, stride = joined.size(1);
@@ -45,20 +45,22 @@ RowsParams gelu(const Tensor& joined, const Tensor& out, int64_t channels) {
 
 }  // namespace
 
-void cottention_mix(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
-                    const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& slots,
-                    const std::optional<Tensor>& offsets, const Tensor& out) {
-  check_rooms(joined, sigma, state, out);
+void cottention_attention_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                               const Tensor& cos, const Tensor& sin, const Tensor& state,
+                               const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens,
+                               const Tensor& out) {
+  check_shapes(joined, sigma, state, out);
   const int64_t tokens = joined.size(0), heads = state.size(1), width = state.size(2);
   check_positions(positions, cos, sin, tokens, width);
-  MixParams m{features(joined, positions, sigma, cos, sin, width),
-              pool_params(state, slots, offsets, tokens), gelu(joined, out, heads * width)};
+  AttentionGeluParams m{features(joined, positions, sigma, cos, sin, width),
+                        pool_params(state, state_indices, cu_seqlens, tokens),
+                        gelu(joined, out, heads * width)};
   m.recurrent.out = out.mutable_data_ptr<float>();
   m.recurrent.out_stride = out.size(1);
   if (tokens == 0 || heads == 0) return;
   const Kernels& table = kernels();
-  for_each_head(m.recurrent, tokens, m.recurrent.shares(),
-                [&](int64_t task) { table.mix(m, task); });
+  for_each_head(m.recurrent, tokens, m.recurrent.row_splits(),
+                [&](int64_t task) { table.attention_gelu(m, task); });
 }
 
 }  // namespace cottention

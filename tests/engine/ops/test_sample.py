@@ -1,4 +1,4 @@
-"""The compiled draw against the drawing in torch: the same ids, whatever is asked."""
+"""The compiled op `sample` against sampling in torch: the same ids for all parameters."""
 
 import math
 import random
@@ -30,7 +30,7 @@ def some(rows: int, columns: int, seed: int) -> Tensor:
     return logits[:, :columns]
 
 
-def wishes(rows: int, columns: int, seed: int) -> list[SamplingRow]:
+def sampling_rows(rows: int, columns: int, seed: int) -> list[SamplingRow]:
     rng = random.Random(seed)
     return [
         SamplingRow(
@@ -51,22 +51,22 @@ def by_torch(logits: Tensor, wanted: list[SamplingRow]) -> list[int]:
 
 
 def by_op(logits: Tensor, wanted: list[SamplingRow]) -> list[int]:
-    return ops.draw(logits, logits.argmax(-1), as_tensor(wanted)).tolist()
+    return ops.sample(logits, logits.argmax(-1), as_tensor(wanted)).tolist()
 
 
 @pytest.mark.parametrize("columns", ODD_WIDTHS)
 @pytest.mark.parametrize("rows", [1, 3, 65])
 def test_ids_are_those_of_torch(rows: int, columns: int) -> None:
     """Weights differ in their last bit; where a number falls between two ids, so may these."""
-    logits, wanted = some(rows, columns, seed=rows), wishes(rows, columns, seed=columns)
+    logits, wanted = some(rows, columns, seed=rows), sampling_rows(rows, columns, seed=columns)
     ids, expected = by_op(logits, wanted), by_torch(logits, wanted)
     assert sum(a != b for a, b in zip(ids, expected, strict=True)) <= rows // 30
     assert all(logits[row, token_id].isfinite() for row, token_id in enumerate(ids))
 
 
-def test_a_row_does_not_know_its_company() -> None:
-    logits, wanted = some(70, 333, seed=4), wishes(70, 333, seed=4)
-    alone = [by_op(logits[i : i + 1], [wish])[0] for i, wish in enumerate(wanted)]
+def test_a_row_does_not_depend_on_the_others() -> None:
+    logits, wanted = some(70, 333, seed=4), sampling_rows(70, 333, seed=4)
+    alone = [by_op(logits[i : i + 1], [row])[0] for i, row in enumerate(wanted)]
     assert by_op(logits, wanted) == alone
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -77,80 +77,84 @@ def test_a_row_does_not_know_its_company() -> None:
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-40, 1e300])
-def test_any_temperature_can_be_asked_for(temperature: float) -> None:
-    """The coldest draw the likeliest, the hottest one of all that are possible."""
+def test_extreme_temperatures(temperature: float) -> None:
+    """The lowest temperatures give the argmax, the highest a uniform distribution."""
     logits = some(50, 333, seed=2)
     wanted = [GREEDY_ROW._replace(temperature=temperature, uniform=i / 50) for i in range(50)]
     ids = by_op(logits, wanted)
     assert ids == by_torch(logits, wanted)
     if temperature < 1:
-        likeliest = logits.amax(-1)
-        assert all(logits[row, token_id] == likeliest[row] for row, token_id in enumerate(ids))
+        argmax = logits.amax(-1)
+        assert all(logits[row, token_id] == argmax[row] for row, token_id in enumerate(ids))
     else:
         assert ids == sorted(ids)
         assert len(set(ids)) == 50
 
 
 @pytest.mark.parametrize("temperature", [1e6, 1e8, 1e308])
-def test_heat_does_not_change_who_is_first(temperature: float) -> None:
+def test_high_temperatures_keep_the_order_of_logits(temperature: float) -> None:
     """All weights are 1 in float32; the three largest logits are still the first three."""
     logits = torch.randn(1, 333, generator=torch.Generator().manual_seed(5))
     three = set(logits.topk(3).indices[0].tolist())
     top_k = [SamplingRow((i + 0.5) / 9, temperature, 0.0, 3, 1.0) for i in range(9)]
-    top_p = [wish._replace(top_k=0, top_p=3 / 333) for wish in top_k]
+    top_p = [row._replace(top_k=0, top_p=3 / 333) for row in top_k]
     for wanted in (top_k, top_p):
         rows = logits.repeat(9, 1)
         assert set(by_op(rows, wanted)) == set(by_torch(rows, wanted)) == three
 
 
-def test_equal_ids_are_cut_in_their_own_order() -> None:
+def test_ties_are_ordered_by_id() -> None:
     logits = torch.zeros(10, 333)
     wanted = [SamplingRow((i + 0.5) / 10, 1.0, 0.0, 10, 1.0) for i in range(10)]
     assert by_op(logits, wanted) == list(range(10))
-    halves = [wish._replace(top_p=0.5) for wish in wanted]
+    halves = [row._replace(top_p=0.5) for row in wanted]
     assert by_op(logits, halves) == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_what_cannot_be_drawn_stays() -> None:
+def test_rows_without_an_argmax_keep_it() -> None:
     logits = some(3, 40, seed=1)
     logits[1] = torch.nan
-    likeliest = torch.tensor([5, -1, 7])
+    argmax = torch.tensor([5, -1, 7])
     wanted = as_tensor([GREEDY_ROW, GREEDY_ROW._replace(temperature=1.0), GREEDY_ROW])
-    assert ops.draw(logits, likeliest, wanted).tolist() == [5, -1, 7]
-    assert ops.draw(logits[:0], likeliest[:0], wanted[:0]).shape == (0,)
+    assert ops.sample(logits, argmax, wanted).tolist() == [5, -1, 7]
+    assert ops.sample(logits[:0], argmax[:0], wanted[:0]).shape == (0,)
 
 
-def test_each_row_is_drawn_by_its_own_way_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, wanted = some(40, 333, seed=3), wishes(40, 333, seed=3)
+def test_each_row_uses_its_own_mode_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, wanted = some(40, 333, seed=3), sampling_rows(40, 333, seed=3)
     expected = sample_each(logits, logits.argmax(-1), wanted).tolist()
-    monkeypatch.setattr(ops, "can_draw", lambda _: False)
+    monkeypatch.setattr(ops, "can_sample", lambda _: False)
     assert sample_each(logits, logits.argmax(-1), wanted).tolist() == expected
 
 
-@pytest.mark.parametrize("likeliest", [0, 3])
+@pytest.mark.parametrize("argmax", [0, 3])
 @pytest.mark.parametrize(
     "nonsense", [SamplingRow(2.0, 1.0, 2.0, -5, -1.0), SamplingRow(*[math.nan] * 5)]
 )
-def test_nonsense_draws_something(nonsense: SamplingRow, likeliest: int) -> None:
-    """The op itself is told what to believe, but leaves no memory of its own for that."""
+def test_invalid_parameters_stay_in_bounds(nonsense: SamplingRow, argmax: int) -> None:
+    """The op does not check its parameters, but must not access memory out of bounds."""
     logits = torch.tensor([[0.0, torch.inf, torch.nan, -torch.inf, 50.0]])
-    ids = ops.draw(logits, torch.tensor([likeliest]), as_tensor([nonsense])).tolist()
+    ids = ops.sample(logits, torch.tensor([argmax]), as_tensor([nonsense])).tolist()
     assert 0 <= ids[0] < 5
 
 
 def test_arguments_are_checked() -> None:
     logits, wanted = torch.zeros(2, 5), as_tensor([GREEDY_ROW] * 2)
-    likeliest = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match=r"wishes.size\(0\) must be 2"):
-        ops.draw(logits, likeliest, wanted[:1])
-    with pytest.raises(RuntimeError, match="wishes has the wrong dtype"):
-        ops.draw(logits, likeliest, wanted.float())
-    with pytest.raises(RuntimeError, match="likeliest of row 1 is out of range"):
-        ops.draw(logits, torch.tensor([0, 5]), wanted)
+    argmax = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"sampling_rows.size\(0\) must be 2"):
+        ops.sample(logits, argmax, wanted[:1])
+    with pytest.raises(RuntimeError, match="sampling_rows has the wrong dtype"):
+        ops.sample(logits, argmax, wanted.float())
+    with pytest.raises(RuntimeError, match="argmax of row 1 is out of range"):
+        ops.sample(logits, torch.tensor([0, 5]), wanted)
     with pytest.raises(RuntimeError, match="logits has the wrong dtype"):
-        ops.draw(logits.double(), likeliest, wanted)
+        ops.sample(logits.double(), argmax, wanted)
 
 
 def test_opcheck() -> None:
-    arguments = (some(3, 40, seed=1), torch.tensor([0, 1, 2]), as_tensor(wishes(3, 40, seed=1)))
-    torch.library.opcheck(torch.ops.cottention.draw.default, arguments)
+    arguments = (
+        some(3, 40, seed=1),
+        torch.tensor([0, 1, 2]),
+        as_tensor(sampling_rows(3, 40, seed=1)),
+    )
+    torch.library.opcheck(torch.ops.cottention.sample.default, arguments)

@@ -1,8 +1,8 @@
-"""Bits per byte far past the trained length: exact, renewed, and softmax with a sliding window.
+"""Bits per byte far beyond the trained length: exact, renewed, and softmax with a sliding window.
 
-Owns three ways to score a long text, in float32 and independent of the engine: windows and chunks
-of whole layers. The text is all held-out code in one row, as often as needed; a stream begins at
-any place of it.
+Three ways to score a long text in float32, independent of the engine: whole layers over windows or
+chunks. The text is all held-out code in a row, repeated as needed; streams start at evenly spaced
+positions.
 
 Letters: B streams, T tokens, W window, R kept tokens.
 """
@@ -26,15 +26,15 @@ from cottention.engine.training.forward import attend_from_zero
 
 BORDERS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 KEPT_PART = 8
-"""R = W / 8, the least that was tried; the engine keeps W / 4, which scores the same."""
+"""R = W / 8, the smallest value tried; the engine keeps W / 4, which scores the same."""
 
 Nats = Callable[[CottentionForCausalLM, Tensor], Tensor]
-"""A model and ids [T + 1] → −ln p of the T ids that follow the first, float32 [T]."""
+"""A model and ids [T + 1] → −ln p of the last T ids, float32 [T]."""
 
 
 @torch.inference_mode()
 def exact(model: CottentionForCausalLM, ids: Tensor, *, piece: int = 4096) -> Tensor:
-    """The recurrence to the letter, from a zero state: its state goes from piece to piece."""
+    """The recurrence from a zero state; the state is carried from piece to piece."""
     carried = _Carried(model.config)
     places = torch.arange(len(ids) - 1)
     parts = places.split(piece)
@@ -43,10 +43,10 @@ def exact(model: CottentionForCausalLM, ids: Tensor, *, piece: int = 4096) -> Te
 
 @torch.inference_mode()
 def renewed(model: CottentionForCausalLM, ids: Tensor, *, kept: int) -> Tensor:
-    """At index W, then every W − kept, the state becomes that of the last `kept` ids at 1…kept.
+    """At index W, then every W − kept tokens, the state is recomputed from the last `kept` ids.
 
-    A window of W tokens from a zero state tells of all its tokens if it is the first, else of those
-    behind the kept ones.
+    Computed as windows of W tokens from a zero state, of which the first scores all its tokens and
+    each later one those behind the kept ids.
     """
     window, count = model.config.window, len(ids) - 1
     attend = attend_from_zero(model.config, torch.float32)
@@ -60,7 +60,7 @@ def renewed(model: CottentionForCausalLM, ids: Tensor, *, kept: int) -> Tensor:
 
 @torch.inference_mode()
 def sliding(model: CottentionForCausalLM, ids: Tensor) -> Tensor:
-    """Softmax whose every token sees the W tokens up to itself, as a cache of W entries gives."""
+    """Softmax attention to the last W tokens, as with a KV cache of W entries."""
     places = torch.arange(len(ids) - 1)
     attend = functools.partial(_attend_sliding, model.config.window)
     return _nats(model, ids, places, places, attend)
@@ -68,10 +68,10 @@ def sliding(model: CottentionForCausalLM, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """Bits per byte of the tokens between two BORDERS; of the same tokens in fresh windows.
+    """Bits per byte of the tokens between two BORDERS.
 
-    fresh says how hard the text is that happens to stand there. level is per_byte as it would be
-    of text that is as hard as all of it.
+    fresh: those of the same tokens in windows from a zero state, which tells how hard the text is
+    at that place. level: per_byte scaled to text of average difficulty.
     """
 
     per_byte: float
@@ -86,10 +86,10 @@ def bits_by_position(
     num_streams: int,
     length: int,
 ) -> Iterator[tuple[str, dict[str, Bits]]]:
-    """Between BORDERS, up to `length` tokens, for each of the ways, which agree inside the window.
+    """Bits per byte between BORDERS up to `length` tokens, for each of the ways.
 
-    There every token of the text counts, in windows side by side; behind it `num_streams` streams
-    tell, which begin at places evenly apart.
+    Inside the window, where all ways agree, every token of the text is scored in adjacent windows;
+    beyond it, `num_streams` streams from evenly spaced positions are scored.
     """
     window = model.config.window
     fresh = torch.zeros(len(text.ids))
@@ -105,7 +105,7 @@ def bits_by_position(
 
 
 class _Sums:
-    """Nats, nats in a fresh window and bytes by position, float64 [T]."""
+    """Nats, nats in fresh windows, and bytes, by position: float64 [T]."""
 
     def __init__(self, text: LongText, length: int) -> None:
         self._token_bytes = text.token_bytes
@@ -117,11 +117,11 @@ class _Sums:
         self._bytes += self._token_bytes[ids[1:]]
 
     def total(self) -> float:
-        """Bits per byte in fresh windows, of all that was added."""
+        """Bits per byte in fresh windows, of everything added."""
         return float(self._fresh.sum() / self._bytes.sum()) / math.log(2)
 
     def bits(self, start: int, stop: int, hardness: float | None) -> dict[str, Bits]:
-        """Between the borders from start to stop; `hardness` None where each has all the text."""
+        """Between the borders from start to stop; hardness: bits per byte of average text."""
         borders = [border for border in BORDERS if start <= border <= stop]
         return {f"{a}-{b}": self._between(slice(a, b), hardness) for a, b in pairwise(borders)}
 
@@ -139,7 +139,7 @@ def _nats(
 
 
 class _Carried:
-    """An `Attend` whose state goes on from call to call."""
+    """An `Attend` whose state is carried from call to call."""
 
     def __init__(self, config: GPTJConfig) -> None:
         spec = config.state_spec()
@@ -158,7 +158,7 @@ class _Carried:
 
 
 def _attend_sliding(window: int, _layer: int, features: Features) -> Tensor:
-    """Blocks of W queries, each with its own keys and those of the block before it."""
+    """Blocks of W queries, each with its own keys and those of the block before."""
     length = features.q.shape[1]
     padding = -length % window
     q, k, v = (nn.functional.pad(x[0], (0, 0, 0, 0, 0, padding)) for x in features)

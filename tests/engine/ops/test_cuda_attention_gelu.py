@@ -1,4 +1,4 @@
-"""cottention_mix on CUDA against float64; without a GPU, its threads emulated on the host."""
+"""cottention_attention_gelu on CUDA against float64; without a GPU, emulated on the host."""
 
 from collections.abc import Callable
 
@@ -9,18 +9,18 @@ from torch import Tensor
 from cottention.engine import ops
 from cottention.engine.ops import reference
 from cottention.engine.ops.loader import is_cuda_ready
-from tests.engine.cuda_on_host import mix_on_host
+from tests.engine.cuda_on_host import attention_gelu_on_host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
-Mix = Callable[..., None]
+AttentionGelu = Callable[..., None]
 
 
-def mix_on_cuda(*arguments: Tensor | None) -> None:
+def attention_gelu_on_cuda(*arguments: Tensor | None) -> None:
     """The op on copies on the GPU; state and out come back to where they were."""
     there = [None if x is None else x.cuda() for x in arguments]
-    torch.ops.cottention.cottention_mix(*there)
+    torch.ops.cottention.cottention_attention_gelu(*there)
     for i in (5, 8):
         here, moved = arguments[i], there[i]
         assert here is not None
@@ -29,19 +29,24 @@ def mix_on_cuda(*arguments: Tensor | None) -> None:
 
 
 @pytest.fixture(params=["host", "cuda"])
-def mix(request: pytest.FixtureRequest) -> Mix:
+def attention_gelu(request: pytest.FixtureRequest) -> AttentionGelu:
     if request.param == "host":
-        return mix_on_host
+        return attention_gelu_on_host
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     assert is_cuda_ready(), "the CUDA ops must build where there is a device"
-    return mix_on_cuda
+    return attention_gelu_on_cuda
 
 
 def arguments_of(
-    lengths: list[int], slots: list[int], width: int, inner: int, rotary: int, dtype: torch.dtype
+    lengths: list[int],
+    state_indices: list[int],
+    width: int,
+    inner: int,
+    rotary: int,
+    dtype: torch.dtype,
 ) -> list[Tensor | None]:
-    """As a layer makes them: a first product, far and near positions, a whole pool, NaN for out."""
+    """As a block makes them: a first product, small and large positions, a pool, NaN in out."""
     generator = torch.Generator().manual_seed(width + inner)
     tokens, heads = sum(lengths), 3
     joined = torch.randn(tokens, 3 * heads * width + inner, generator=generator).to(dtype)
@@ -51,15 +56,15 @@ def arguments_of(
     cos, sin = ops.rotary_table(positions, rotary, 1e4, torch.float32)
     pool = torch.randn(9, 2, heads, width, width, generator=generator)
     ends = torch.tensor([sum(lengths[:i]) for i in range(len(lengths) + 1)], dtype=torch.int32)
-    offsets = None if all(n == 1 for n in lengths) else ends
+    cu_seqlens = None if all(n == 1 for n in lengths) else ends
     out = torch.full((tokens, heads * width + inner), float("nan"), dtype=dtype)
-    rows = torch.tensor(slots, dtype=torch.int32)
-    return [joined, positions, sigma, cos, sin, pool[:, 1], rows, offsets, out]
+    rows = torch.tensor(state_indices, dtype=torch.int32)
+    return [joined, positions, sigma, cos, sin, pool[:, 1], rows, cu_seqlens, out]
 
 
 def exactly(arguments: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     """Output and state in float64 by the reference's three operations."""
-    joined, positions, sigma, cos, sin, pool, slots, offsets, _ = arguments
+    joined, positions, sigma, cos, sin, pool, state_indices, cu_seqlens, _ = arguments
     assert joined is not None
     assert pool is not None
     state = pool.double()
@@ -67,7 +72,7 @@ def exactly(arguments: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     *qkv, up = joined.double().split([heads * width] * 3 + [joined.shape[1] - 3 * heads * width], 1)
     q, k, v = (x.unflatten(1, (heads, width)) for x in qkv)
     features = reference.cottention_features(q, k, v, positions, sigma, cos, sin)
-    out = reference.recurrent_step(*features, state, None, slots, offsets)
+    out = reference.recurrent_step(*features, state, None, state_indices, cu_seqlens)
     return torch.cat([out.flatten(1), reference.gelu_new(up)], dim=1), state
 
 
@@ -78,7 +83,12 @@ def exactly(arguments: list[Tensor | None]) -> tuple[Tensor, Tensor]:
     [(8, 40, 8), (24, 7, 6), (64, 513, 64), (128, 0, 64), (80, 3, 0), (256, 12, 32)],
 )
 def test_parity(
-    mix: Mix, width: int, inner: int, rotary: int, lengths: list[int], dtype: torch.dtype
+    attention_gelu: AttentionGelu,
+    width: int,
+    inner: int,
+    rotary: int,
+    lengths: list[int],
+    dtype: torch.dtype,
 ) -> None:
     arguments = arguments_of(lengths, [4, -1, 0], width, inner, rotary, dtype)
     expected, expected_state = exactly(arguments)
@@ -86,7 +96,7 @@ def test_parity(
     assert out is not None
     assert state is not None
     before = state.clone()
-    mix(*arguments)
+    attention_gelu(*arguments)
     scale = expected.abs().amax()
     assert ((out.double() - expected).abs() <= ROUNDING[dtype] * scale).all()
     torch.testing.assert_close(state.double(), expected_state, rtol=1e-6, atol=1e-5)
@@ -94,23 +104,23 @@ def test_parity(
     assert torch.equal(state[others], before[others])
 
 
-def test_what_is_zero_stays_zero(mix: Mix) -> None:
+def test_zeros_stay_zero(attention_gelu: AttentionGelu) -> None:
     arguments = arguments_of([1], [2], 16, 5, 8, torch.float32)
     joined, out = arguments[0], arguments[8]
     assert joined is not None
     assert out is not None
     joined.zero_()
-    mix(*arguments)
+    attention_gelu(*arguments)
     assert torch.equal(out, torch.zeros_like(out))
 
 
-def test_gelu_at_its_ends(mix: Mix) -> None:
+def test_gelu_of_extreme_values(attention_gelu: AttentionGelu) -> None:
     arguments = arguments_of([1], [2], 8, 9, 8, torch.float32)
     joined, out = arguments[0], arguments[8]
     assert joined is not None
     assert out is not None
     values = torch.tensor([-1e4, -30, -5, -1e-30, 0, 1e-30, 5, 30, 1e4])
     joined[0, -9:] = values
-    mix(*arguments)
+    attention_gelu(*arguments)
     exact = reference.gelu_new(values.double())
     assert ((out[0, -9:].double() - exact).abs() <= 3e-7 * values.double().abs()).all()

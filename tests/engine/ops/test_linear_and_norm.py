@@ -1,4 +1,4 @@
-"""What surrounds the mixer: products into buffers, weights in bfloat16, the norm."""
+"""Linear layers with bfloat16 weights and output buffers, the layer norm, and argmax."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_bfloat16_weights_are_close_to_float64(channels: int, columns: int) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_equal_bits_in_any_company(dtype: torch.dtype) -> None:
+def test_a_row_has_equal_bits_in_any_batch(dtype: torch.dtype) -> None:
     weight, bias = _weights(515, 130)
     layer = ops.FixedOrderLinear(weight.to(dtype), bias)
     x = torch.randn(200, 515)
@@ -43,7 +43,7 @@ def test_a_row_has_equal_bits_in_any_company(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
 
 
-def test_bfloat16_keeps_what_is_not_a_number() -> None:
+def test_bfloat16_keeps_nan() -> None:
     layer = ops.FixedOrderLinear(torch.ones(3, 40).bfloat16())
     x = torch.ones(3, 40)
     x[0, 7], x[1, 39] = float("nan"), float("inf")
@@ -113,20 +113,20 @@ def test_opcheck() -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 15, 16, 33, 4096])
-def test_likeliest_is_the_first_of_the_largest(columns: int) -> None:
+def test_argmax_is_the_first_largest(columns: int) -> None:
     logits = torch.randn(9, columns + 2)[:, :columns].round()
     logits[7] = -torch.inf
     logits[8, -1] = -torch.inf
-    expected = reference.likeliest(logits)
-    assert torch.equal(ops.likeliest(logits), expected)
+    expected = reference.argmax(logits)
+    assert torch.equal(ops.argmax(logits), expected)
     for wrong in (float("nan"), float("inf")):
         for place in (0, columns // 2, columns - 1):
             row = torch.randn(1, columns)
             row[0, place] = wrong
-            assert ops.likeliest(row).tolist() == reference.likeliest(row).tolist() == [-1]
+            assert ops.argmax(row).tolist() == reference.argmax(row).tolist() == [-1]
 
 
-def test_likeliest_of_nothing() -> None:
-    assert ops.likeliest(torch.zeros(0, 5)).shape == (0,)
-    assert torch.ops.cottention.likeliest(torch.zeros(2, 0)).tolist() == [-1, -1]
-    torch.library.opcheck(torch.ops.cottention.likeliest.default, (torch.randn(3, 20),))
+def test_argmax_of_no_rows_or_columns() -> None:
+    assert ops.argmax(torch.zeros(0, 5)).shape == (0,)
+    assert torch.ops.cottention.argmax(torch.zeros(2, 0)).tolist() == [-1, -1]
+    torch.library.opcheck(torch.ops.cottention.argmax.default, (torch.randn(3, 20),))

@@ -1,10 +1,9 @@
-"""Four kinds of attention, trained alike: quality by position, training speed, memory at decode.
+"""The kinds of attention, trained alike: quality by position, training speed, memory at decode.
 
-Give the folders that `python -m cottention.engine.training --attention KIND` wrote. Bits per byte
-are those of all held-out code, character tables left out, in windows side by side, weights as
-stored, float32. Training speed is that of steps by turns from fresh weights, so that whatever else
-the machine does falls on all kinds. Memory is computed, as `StateSpec` and a float32 cache of keys
-and values have it.
+Takes folders written by `python -m cottention.engine.training --attention KIND`. Bits per byte are
+those of all held-out code without character tables, in adjacent windows, with the stored weights in
+float32. Training speed is measured in steps from fresh weights, the kinds in turn, so that other
+load affects all alike. Memory is computed, from `StateSpec` and the size of a float32 KV cache.
 """
 
 import statistics
@@ -21,9 +20,14 @@ from benchmarks.memory import kv_cache_bytes
 from cottention.engine.models.gptj.attention import FEATURE_MAPS, TRAINED_MAPS
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import CottentionForCausalLM
-from cottention.engine.training.data import Windows, read_corpus, standard_library, without_tables
+from cottention.engine.training.data import (
+    Windows,
+    read_corpus,
+    standard_library,
+    without_character_tables,
+)
 from cottention.engine.training.evaluate import HeldOut, score
-from cottention.engine.training.forward import add_dropout, mean_loss, new_model
+from cottention.engine.training.forward import add_dropout, init_weights, mean_loss
 from cottention.engine.training.settings import TrainingSettings
 from cottention.engine.training.trainer import Optimizers
 
@@ -32,10 +36,10 @@ AGES = (1_000, 8_000, 64_000, 1_000_000)
 
 
 def main() -> None:
-    """Score the folders that are given; time and compute the rest."""
+    """Score the given folders, measure training, compute memory."""
     options = parser(__doc__)
-    options.add_argument("folders", nargs="*", type=Path, help="trained twins")
-    options.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
+    options.add_argument("folders", nargs="*", type=Path, help="trained model folders")
+    options.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     arguments = options.parse_args()
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -53,14 +57,14 @@ def main() -> None:
 _TABLES = {
     "Held-out bits per byte, by position in the window": "quality",
     "Training, tokens per second": "training",
-    "Bytes of one stream at decode, by its age in tokens": "memory",
+    "Bytes per stream at decode, by number of tokens": "memory",
 }
 
 
 def _quality(folder: Path) -> dict[str, object]:
     model = load(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    files = without_tables(read_corpus(standard_library()).held_out)
+    files = without_character_tables(read_corpus(standard_library()).held_out)
     held_out = HeldOut.of(tokenizer, files, model.config.n_positions)
     result = score(model, held_out, dtype=torch.float32)
     return {
@@ -72,7 +76,7 @@ def _quality(folder: Path) -> dict[str, object]:
 
 
 def _training(num_rounds: int) -> list[dict[str, object]]:
-    """Median of steps by turns, the first of each left out."""
+    """Medians of steps in turn, without the first step of each."""
     steps = {kind: _Step(kind) for kind in TRAINED_MAPS}
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     for number in range(num_rounds + 1):
@@ -86,17 +90,17 @@ def _training(num_rounds: int) -> list[dict[str, object]]:
         {
             "attention": kind,
             "tokens/s": SETTINGS.batch_tokens / median,
-            "to softmax": medians["softmax"] / median,
+            "vs softmax": medians["softmax"] / median,
         }
         for kind, median in medians.items()
     ]
 
 
 class _Step:
-    """An optimizer step on noise, from fresh weights."""
+    """An optimizer step on random ids, from fresh weights."""
 
     def __init__(self, kind: str) -> None:
-        self._model = new_model(CottentionForCausalLM(_config(kind))).train()
+        self._model = init_weights(CottentionForCausalLM(_config(kind))).train()
         add_dropout(self._model, SETTINGS.dropout)
         settings = SETTINGS.learning_rate, SETTINGS.weight_decay
         self._optimizers = Optimizers(self._model, *settings)

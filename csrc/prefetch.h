@@ -1,6 +1,5 @@
-// Fetching ahead what the machine does not foresee: where the next pages begin.
-//
-// Included by kernels.cpp only.
+// Software prefetch across page borders, where the hardware prefetcher stops. Included by
+// kernels.cpp only.
 #pragma once
 
 #include <stdint.h>
@@ -9,9 +8,10 @@ namespace cottention::COTTENTION_ISA {
 
 constexpr uintptr_t kPage = 4096;  // bytes
 
-// The machine foresees the lines of a page, but not pages: where one begins in these `count` elements,
-// a line of that two pages ahead is asked for. Asking for every line, or to write it, is slower.
-inline void fetch_pages(const float* data, int64_t count) {
+// The hardware prefetches the lines of a page, but not the next page. For each page that begins in
+// these `count` elements, prefetch one line of the page two further on. Prefetching every line, or
+// for writing, measured slower.
+inline void prefetch_pages(const float* data, int64_t count) {
   const auto begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t end = begin + count * sizeof(float);
   for (uintptr_t page = (begin + kPage - 1) / kPage * kPage; page < end; page += kPage)

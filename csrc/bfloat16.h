@@ -1,7 +1,6 @@
-// The words of 32 bits that a product's weights and rows are made of: one channel in float32, or
-// two neighbouring channels in bfloat16, the first in the lower half.
-//
-// Owns how rows of float32 become words. Included by kernels.cpp only.
+// The 32-bit words that weights and rows of a product are made of: one channel in float32, or two
+// neighbouring channels in bfloat16 (the first in the lower half); and the conversion to bfloat16.
+// Included by kernels.cpp only.
 #pragma once
 
 #include "kernels.h"
@@ -9,27 +8,27 @@
 
 namespace cottention::COTTENTION_ISA {
 
-struct FloatWord {
+struct Float32Word {
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     return COTTENTION_ISA::multiply_add(a, b, c);
   }
 };
 
-struct PairWord {
+struct BFloat16Pair {
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return multiply_add_pairs(a, b, c); }
 };
 
 inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
 
-// To the nearest, ties to even; what is not a number stays none.
+// Rounds to nearest, ties to even; NaN stays NaN.
 inline uint32_t bfloat16_bits(float x) {
   const uint32_t bits = bits_of(x);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   return x != x ? 0x7fc0 : rounded;
 }
 
-// One row of x → words, a zero behind an odd end.
-inline void round_row(const RoundParams& p, int64_t row) {
+// Converts one row of x to words; an odd number of channels is padded with a zero.
+inline void to_bfloat16(const ToBFloat16Params& p, int64_t row) {
   const float* x = p.x + row * p.x_stride;
   float* words = p.words + row * p.words_stride;
   int64_t c = 0;

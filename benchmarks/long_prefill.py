@@ -1,6 +1,6 @@
-"""Running streams beside a long prompt: how much longer their tokens take while it is read.
+"""Time between tokens of running streams while a long prompt is prefilled.
 
-Inter-token times are those of bare sockets against a real server, before the prompt is sent and
+Measured by a client on plain sockets against a real server: before the long prompt is sent, and
 from then until its first token.
 """
 
@@ -18,18 +18,18 @@ from benchmarks.common import Report, percentile, run, show
 from benchmarks.serving import Arrivals, Reader, port_of
 
 STREAMS = 16
-QUIET_TOKENS = 400
-"""Tokens of each stream before the long prompt is sent."""
+WARMUP_TOKENS = 400
+"""Tokens that each stream receives before the long prompt is sent."""
 
 SHORT = {"prompt": [5], "max_tokens": 100_000, "temperature": 0, "ignore_eos": True, "stream": True}
 
 
 def measure(quick: bool) -> Report:
-    """A row for each bound on the prompt tokens of a step."""
+    """One row for each limit of prompt tokens per step."""
     length = 4096 if quick else 32_768
     rows = [_row(length, flags) for flags in ([], ["--max-prefill-tokens", "512"])]
-    show(f"{STREAMS} streams of the default model beside a prompt of {length:,} tokens", rows)
-    return {"company": rows}
+    show(f"{STREAMS} streams of the default model during prefill of {length:,} tokens", rows)
+    return {"long_prefill": rows}
 
 
 def _row(length: int, flags: list[str]) -> dict[str, object]:
@@ -43,7 +43,7 @@ def _row(length: int, flags: list[str]) -> dict[str, object]:
         "--prefix-cache-bytes",
         "0",
     ]
-    command += ["--context-policy", "exact"]  # renewal would read only the prompt's last tokens
+    command += ["--context-policy", "exact"]  # renewal prefills the end of the prompt only
     with subprocess.Popen(
         [*command, *flags],
         stdout=subprocess.PIPE,
@@ -52,24 +52,24 @@ def _row(length: int, flags: list[str]) -> dict[str, object]:
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     ) as server:
         try:
-            streams, long = uvloop.run(_together(port_of(server), length))
+            streams, long = uvloop.run(_measure(port_of(server), length))
         finally:
             server.terminate()
-    quiet = percentile(_gaps(streams, 0, long.sent), 99)
-    beside = percentile(_gaps(streams, long.sent, long.events[0]), 99)
+    before = percentile(_gaps(streams, 0, long.sent), 99)
+    during = percentile(_gaps(streams, long.sent, long.events[0]), 99)
     return {
-        "prompt tokens a step": flags[-1] if flags else "as many as run",
-        "quiet p99 ms": quiet,
-        "beside p99 ms": beside,
-        "beside / quiet": beside / quiet,
-        "prompt read in s": long.events[0] - long.sent,
+        "max prefill tokens": flags[-1] if flags else "default",
+        "before p99 ms": before,
+        "during p99 ms": during,
+        "during / before": during / before,
+        "prefill s": long.events[0] - long.sent,
     }
 
 
-async def _together(port: int, length: int) -> tuple[list[Arrivals], Arrivals]:
+async def _measure(port: int, length: int) -> tuple[list[Arrivals], Arrivals]:
     opened = [await _open(port, SHORT) for _ in range(STREAMS)]
     streams = [arrivals for _, arrivals in opened]
-    while min(len(one.events) for one in streams) < QUIET_TOKENS:
+    while min(len(one.events) for one in streams) < WARMUP_TOKENS:
         await asyncio.sleep(0.01)
     prompt = [1 + place % 1000 for place in range(length)]
     _, long = await _open(port, {**SHORT, "prompt": prompt, "max_tokens": 1})
@@ -79,7 +79,7 @@ async def _together(port: int, length: int) -> tuple[list[Arrivals], Arrivals]:
 
 
 async def _open(port: int, body: dict[str, object]) -> tuple[asyncio.BaseTransport, Arrivals]:
-    """A request, and the times of its events."""
+    """Send a request; the times of its events are recorded."""
     raw = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
     arrivals = Arrivals(time.perf_counter())
@@ -91,7 +91,7 @@ async def _open(port: int, body: dict[str, object]) -> tuple[asyncio.BaseTranspo
 
 
 def _gaps(streams: list[Arrivals], begin: float, end: float) -> list[float]:
-    """Milliseconds between the tokens of each stream that came between two times."""
+    """Milliseconds between consecutive tokens of each stream, of those between two times."""
     gaps = []
     for one in streams:
         times = [each for each in one.events[8:] if begin <= each <= end]

@@ -1,4 +1,4 @@
-"""Scores of long texts, as the benchmarks take them: each way against its definition."""
+"""Scores of long texts in the benchmarks: each method against its definition."""
 
 import functools
 import random
@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import endless
+from benchmarks import long_context
 from benchmarks.held_out import LongText, load
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.models.recurrence import Features
 from cottention.engine.state.context_window import KEPT_PART
-from cottention.engine.training.forward import logits_of, new_model
+from cottention.engine.training.forward import init_weights, logits_of
 from cottention.engine.training.settings import TrainingSettings
 from tests.engine.making import attention_folder
 from tests.engine.windows import folder_of
@@ -29,7 +29,7 @@ def model_of(attention: str) -> CottentionForCausalLM:
         context=WINDOW, attention=attention, layers=2, width=16, heads=2, vocab_size=50
     )
     torch.manual_seed(0)
-    model = new_model(CottentionForCausalLM(settings.model_config(0)))
+    model = init_weights(CottentionForCausalLM(settings.model_config(0)))
     for block in model.blocks():  # large enough that what is attended to matters
         block.attn.v_proj.weight.data.mul_(50)
     return model.eval().requires_grad_(False)
@@ -48,14 +48,14 @@ def nats_of(logits: Tensor, ids: Tensor) -> Tensor:
 def test_exact_is_the_whole_text_at_once(attention: str, piece: int) -> None:
     model, ids = model_of(attention), ids_of()
     expected = nats_of(logits_of(model, ids[None, :-1], dtype=torch.float32)[0], ids)
-    torch.testing.assert_close(endless.exact(model, ids, piece=piece), expected)
+    torch.testing.assert_close(long_context.exact(model, ids, piece=piece), expected)
 
 
 @pytest.mark.parametrize("length", [1, WINDOW, WINDOW + 1, WINDOW + 12, LENGTH])
 @pytest.mark.parametrize("kept", [2, 4, 8])
 @pytest.mark.parametrize("attention", ["cottention", "linear", "cosformer"])
 def test_renewed_token_by_token(attention: str, kept: int, length: int) -> None:
-    """At index W, and then every W − kept, the text begins again with its last `kept` ids."""
+    """At index W, and then every W − kept, the state is recomputed from the last `kept` ids."""
     model, ids = model_of(attention), ids_of(length)
     expected = []
     for index in range(length):
@@ -63,12 +63,12 @@ def test_renewed_token_by_token(attention: str, kept: int, length: int) -> None:
         start = 0 if index < WINDOW else (1 + (index - WINDOW) // stride) * stride
         logits = logits_of(model, ids[None, start : index + 1], dtype=torch.float32)[0, -1:]
         expected.append(nats_of(logits, ids[index : index + 2]))
-    got = endless.renewed(model, ids, kept=kept)
+    got = long_context.renewed(model, ids, kept=kept)
     torch.testing.assert_close(got, torch.cat(expected))
 
 
 @pytest.mark.every_attention
-@pytest.mark.parametrize("part", [KEPT_PART, endless.KEPT_PART])
+@pytest.mark.parametrize("part", [KEPT_PART, long_context.KEPT_PART])
 @pytest.mark.parametrize("is_drawn", [False, True])
 @pytest.mark.parametrize("folder_for", [functools.partial(folder_of, WINDOW), attention_folder])
 def test_renewed_is_what_the_engine_makes_of_it(
@@ -78,16 +78,16 @@ def test_renewed_is_what_the_engine_makes_of_it(
     folder_for: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Over several windows, read at once or drawn one by one; W and R the same."""
+    """Over several windows, prefilled or generated; W and R the same."""
     monkeypatch.setattr("cottention.engine.state.context_window.KEPT_PART", part)
     folder = folder_for(attention)
     engine = Engine(folder, EngineConfig(max_slots=2, context_policy="renew", dtype="float32"))
     window, kept = engine.policies.window, engine.policies.window // part
     length = 4 * window + 7
     ids, logprobs = drawn(engine, length) if is_drawn else read(engine, length)
-    expected = -endless.renewed(load(folder), torch.tensor(ids), kept=kept)
+    expected = -long_context.renewed(load(folder), torch.tensor(ids), kept=kept)
     torch.testing.assert_close(torch.tensor(logprobs), expected[-len(logprobs) :])
-    other = -endless.renewed(load(folder), torch.tensor(ids), kept=kept + 1)
+    other = -long_context.renewed(load(folder), torch.tensor(ids), kept=kept + 1)
     assert (other - expected).abs().max() > 0.01, "R would not show"
 
 
@@ -104,7 +104,7 @@ def read(engine: Engine, length: int) -> Scored:
 
 
 def drawn(engine: Engine, length: int) -> Scored:
-    """One id and what was said after it, with its log-probabilities."""
+    """One id and the ids generated after it, with their log-probabilities."""
     params = SamplingParams(max_tokens=length, logprobs=0, seed=1, ignore_eos=True)
     outputs = [*engine.stream([7], params)]
     ids = [7, *(i for out in outputs for i in out.token_ids)]
@@ -122,13 +122,13 @@ def test_sliding_sees_one_window(length: int) -> None:
         return out.transpose(1, 2)
 
     expected = nats_of(model(ids[None, :-1], torch.arange(length), attend)[0], ids)
-    torch.testing.assert_close(endless.sliding(model, ids), expected)
+    torch.testing.assert_close(long_context.sliding(model, ids), expected)
 
 
 def test_each_position_has_the_same_tokens_in_fresh_windows() -> None:
     model, text = model_of("cottention"), LongText(ids_of(640)[:-1], torch.ones(50).long())
-    ways = {"exact": endless.exact, "renewed": functools.partial(endless.renewed, kept=4)}
-    told = dict(endless.bits_by_position(model, text, ways, 2, 256))
+    ways = {"exact": long_context.exact, "renewed": functools.partial(long_context.renewed, kept=4)}
+    told = dict(long_context.bits_by_position(model, text, ways, 2, 256))
     exact, renewed = (told[how] for how in ways)
     assert list(exact) == list(renewed) == ["128-256"]
     assert exact["128-256"].fresh == renewed["128-256"].fresh
@@ -137,9 +137,9 @@ def test_each_position_has_the_same_tokens_in_fresh_windows() -> None:
 
 def test_inside_the_window_all_are_fresh() -> None:
     settings = TrainingSettings(context=256, layers=1, width=16, heads=2, vocab_size=50)
-    model = new_model(CottentionForCausalLM(settings.model_config(0))).eval()
+    model = init_weights(CottentionForCausalLM(settings.model_config(0))).eval()
     text = LongText(ids_of(600)[:-1], torch.full((50,), 2))
-    [(_, bits)] = endless.bits_by_position(model, text, {"exact": endless.exact}, 1, 512)
+    [(_, bits)] = long_context.bits_by_position(model, text, {"exact": long_context.exact}, 1, 512)
     assert list(bits) == ["0-128", "128-256", "256-512"]
     for each in bits.values():  # fresh weights know nothing: about log₂ 50 bits for two bytes
         assert each.fresh == pytest.approx(2.82, abs=0.05)

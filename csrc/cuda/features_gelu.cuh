@@ -1,8 +1,8 @@
-// What happens to a token before the step, as one CUDA thread sees it: rotary, normalisation,
-// scaling by the position, and the MLP's gelu beside it.
+// The Cottention feature map (rotary, unit norm, scaling by position) and the MLP's gelu, as the
+// code of one CUDA thread. A host compiler takes it as well.
 //
-// A warp has one head of one token, a lane some of its pairs (2i, 2i + 1). The sums of squares run
-// over a lane's own elements first and then over the lanes, pairwise. Owns all arithmetic.
+// A warp has one head of one token, a lane some of its pairs (2i, 2i + 1). Sums of squares run over
+// the elements of a lane first and then over the lanes, pairwise.
 #pragma once
 
 #include <type_traits>
@@ -15,11 +15,11 @@ namespace cottention::cuda {
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
-COTTENTION_HD int64_t num_map_blocks(const MapParams& p) {
+COTTENTION_HD int64_t num_head_blocks(const FeaturesGeluParams& p) {
   return (p.tokens * p.heads + kWarps - 1) / kWarps;
 }
 
-COTTENTION_HD int64_t gelu_blocks_of_token(const MapParams& p) {
+COTTENTION_HD int64_t gelu_blocks_of_token(const FeaturesGeluParams& p) {
   return (p.inner + 4 * kThreads - 1) / (4 * kThreads);
 }
 
@@ -28,9 +28,9 @@ COTTENTION_HD float gelu_new(float x) {
   return 0.5f * x * (1.0f + tanhf(inside));
 }
 
-// A thread's four elements of gelu in block `block` of these.
+// The four elements of gelu of a thread in gelu block `block`.
 template <class T>
-COTTENTION_HD void map_gelu(const MapParams& p, int64_t block, int thread) {
+COTTENTION_HD void gelu_block(const FeaturesGeluParams& p, int64_t block, int thread) {
   const int64_t blocks = gelu_blocks_of_token(p), token = block / blocks;
   const int64_t column = (block % blocks * kThreads + thread) * 4;
   const T* from = static_cast<const T*>(p.up) + token * p.up_stride + column;
@@ -49,7 +49,7 @@ struct Pair {
   float a, b;
 };
 
-// One lane of a warp; kPairs of it cover half a head. T is the type of q, k and v.
+// One lane of a warp, with up to kPairs pairs of a head. T is the type of q, k and v.
 template <class T, int kPairs>
 struct Lane {
   int lane;
@@ -58,35 +58,35 @@ struct Lane {
   Pair q[kPairs], k[kPairs], v[kPairs];
   float sums[2];  // of squares of q and of k
 
-  COTTENTION_HD Lane(const MapParams& p, int64_t warp, int index)
+  COTTENTION_HD Lane(const FeaturesGeluParams& p, int64_t warp, int index)
       : lane(index), token(warp / p.heads), head(int(warp % p.heads)) {}
 
   COTTENTION_HD int pair(int i) const { return lane + i * kWarp; }
-  COTTENTION_HD bool has(const MapParams& p, int i) const { return 2 * pair(i) < p.width; }
+  COTTENTION_HD bool has(const FeaturesGeluParams& p, int i) const { return 2 * pair(i) < p.width; }
 
   COTTENTION_HD Pair load(const View& x, int i) const {
     const T* from = static_cast<const T*>(x.data) + token * x.token_stride + head * x.head_stride;
     return {float(from[2 * pair(i)]), float(from[2 * pair(i) + 1])};
   }
-  COTTENTION_HD void store(const MapParams& p, float* out, int i, const Pair& x) const {
+  COTTENTION_HD void store(const FeaturesGeluParams& p, float* out, int i, const Pair& x) const {
     float* to = out + (token * p.heads + head) * p.width + 2 * pair(i);
     to[0] = x.a;
     to[1] = x.b;
   }
 
-  COTTENTION_HD Pair turned(const MapParams& p, const Pair& x, int i) const {
+  COTTENTION_HD Pair rotated(const FeaturesGeluParams& p, const Pair& x, int i) const {
     if (pair(i) >= p.pairs) return x;
     const float cos = p.cos[token * p.pairs + pair(i)], sin = p.sin[token * p.pairs + pair(i)];
     return {x.a * cos - x.b * sin, x.b * cos + x.a * sin};
   }
 
-  COTTENTION_HD void read(const MapParams& p) {
+  COTTENTION_HD void read(const FeaturesGeluParams& p) {
     sums[0] = sums[1] = 0.0f;
     COTTENTION_UNROLL
     for (int i = 0; i < kPairs; ++i) {
       if (!has(p, i)) break;
-      q[i] = turned(p, load(p.q, i), i);
-      k[i] = turned(p, load(p.k, i), i);
+      q[i] = rotated(p, load(p.q, i), i);
+      k[i] = rotated(p, load(p.k, i), i);
       v[i] = load(p.v, i);
       sums[0] += q[i].a * q[i].a + q[i].b * q[i].b;
       sums[1] += k[i].a * k[i].a + k[i].b * k[i].b;
@@ -99,8 +99,8 @@ struct Lane {
     return root < kNormFloor ? kNormFloor : root;
   }
 
-  // From sums that are whole.
-  COTTENTION_HD void write(const MapParams& p) const {
+  // Normalises, scales and stores; the sums must be reduced over the warp.
+  COTTENTION_HD void write(const FeaturesGeluParams& p) const {
     const float q_norm = norm(sums[0]), k_norm = norm(sums[1]);
     const float below = float(pow(double(p.positions[token]) + 1.0, p.sigma[head]));
     COTTENTION_UNROLL
@@ -113,7 +113,7 @@ struct Lane {
   }
 };
 
-// Calls visit(integral constant) with the pairs a lane has in heads of up to 256.
+// Calls visit(integral constant) with the pairs per lane, for heads of up to 256 channels.
 template <class Visit>
 void with_pairs(int width, const Visit& visit) {
   if (width <= 2 * kWarp) return visit(std::integral_constant<int, 1>{});
