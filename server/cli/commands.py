@@ -51,14 +51,14 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         check_folder(config)
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = Engine(model, engine_config)
-        bridge = AsyncEngine(
+        async_engine = AsyncEngine(
             engine,
             partial(EngineWorker, engine),
             AdmissionQueue.of(config),
             config.stream_buffer_bytes,
         )
         with open_sessions(engine, config) as sessions:
-            app = create_app(bridge, config, keys, sessions, template)
+            app = create_app(async_engine, config, keys, sessions, template)
             warn_of_open_access(sock, config)
             facts = {
                 "sessions": describe_storage(config),
@@ -66,7 +66,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
                 "ready": url_of(sock),
             }
             announce = partial(_announce, engine, facts, config.log_format)
-            return run_server(app, bridge, config, sock, announce)
+            return run_server(app, async_engine, config, sock, announce)
 
 
 def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -> int:

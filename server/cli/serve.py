@@ -90,7 +90,7 @@ def bounded(receive_seconds: float) -> type[asyncio.Protocol]:
 
 def run_server(
     app: FastAPI,
-    bridge: AsyncEngine,
+    engine: AsyncEngine,
     config: ServerConfig,
     sock: socket.socket,
     announce: Callable[[], None],
@@ -108,12 +108,12 @@ def run_server(
         timeout_graceful_shutdown=FINAL_EVENT_SECONDS,  # type: ignore[arg-type]  # takes parts, too
         backlog=BACKLOG,
     )
-    server = DrainingServer(settings, bridge, config.drain_seconds, announce)
+    server = DrainingServer(settings, engine, config.drain_seconds, announce)
     gc.freeze()  # what is loaded stays: collecting it would stop all streams for a while
     try:
         server.run(sockets=[sock])
     finally:
-        bridge.stop()
+        engine.stop()
     return server.exit_status
 
 
@@ -123,14 +123,14 @@ class DrainingServer(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
-        bridge: AsyncEngine,
+        engine: AsyncEngine,
         drain_seconds: float,
         announce: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self.exit_status = 0
         self._draining = False
-        self._bridge = bridge
+        self._engine = engine
         self._drain_seconds = drain_seconds
         self._announce = announce
         self._tasks: set[asyncio.Task[None]] = set()
@@ -168,21 +168,21 @@ class DrainingServer(uvicorn.Server):
 
     def _stop_now(self, number: int) -> None:
         self.exit_status = 128 + number
-        self._bridge.cancel_all()
+        self._engine.cancel_all()
         self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
         logger.info("shutting down: running requests have %g s to finish", self._drain_seconds)
-        self._bridge.drain()
+        self._engine.drain()
         try:
             async with asyncio.timeout(self._drain_seconds):
-                await self._bridge.wait_idle()
+                await self._engine.wait_idle()
         except TimeoutError:
-            self._bridge.cancel_all()
+            self._engine.cancel_all()
         self.should_exit = True
 
     async def _exit_when_engine_fails(self) -> None:
-        await self._bridge.failed.wait()
+        await self._engine.failed.wait()
         self.exit_status = 1
         await asyncio.sleep(FAILURE_SECONDS)
         self.should_exit = True
