@@ -1,12 +1,13 @@
-"""Sessions without a disk: the face of `engine.sessions.Sessions`, in a dictionary.
+"""Sessions without a disk, in a dictionary: what the server uses of a `SessionManager`.
 
-What it does to leases can be watched, and it can be told to fail.
+That it does the same is shown in tests/contract. Its leases can be watched, and it can be made to
+fail.
 """
 
 import itertools
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -55,10 +56,15 @@ class FakeSession:
         return len(self.states) - 1
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeTurn:
     session: FakeSession
     state: SessionState
+
+
+def is_over(session: FakeSession) -> bool:
+    """Whether its time to live is over."""
+    return session.expires_at is not None and session.expires_at < time.time()
 
 
 @dataclass
@@ -71,7 +77,7 @@ class FakeSessions:
 
     def __post_init__(self) -> None:
         self.kept: dict[str, FakeSession] = {}
-        self.leased: set[str] = set()
+        self.leased: dict[str, FakeTurn] = {}
         self.ends: list[str] = []
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -91,14 +97,16 @@ class FakeSessions:
 
     def find(self, owner: str, session_id: str) -> FakeSession:
         found = self.kept.get(session_id)
-        if found is None or found.owner != owner or (found.expires_at or 1e99) < time.time():
+        if found is None or found.owner != owner or is_over(found):
             raise SessionNotFoundError(f"no session {session_id!r}")
-        return found
+        return replace(found, residence="resident") if session_id in self.leased else found
 
     def page(self, owner: str, after: str | None, limit: int) -> tuple[list[FakeSession], bool]:
         mine = [each for each in reversed(self.kept.values()) if each.owner == owner]
+        mine = [each for each in mine if not is_over(each)]
         if after is not None:
-            mine = mine[mine.index(self.find(owner, after)) + 1 :]
+            self.find(owner, after)
+            mine = mine[[each.id for each in mine].index(after) + 1 :]
         return mine[:limit], len(mine) > limit
 
     def delete(self, owner: str, session_id: str) -> None:
@@ -110,11 +118,18 @@ class FakeSessions:
         with self._lock:
             session = self._check_free(owner, session_id)
             self._check_position(session, expected_position)
-            self.leased.add(session_id)
-        return FakeTurn(session, session.states[-1])
+            self.leased[session_id] = turn = FakeTurn(session, session.states[-1])
+        return turn
 
-    def commit(self, turn: FakeTurn, state: SessionState, outbox: Any) -> FakeSession:
+    def commit(
+        self,
+        turn: FakeTurn,
+        state: SessionState,
+        outbox: Callable[[bool], EventLog] = lambda _: EventLog(),
+    ) -> FakeSession:
         self._may_fail("commit")
+        if not self._runs(turn):
+            raise SessionMovedError("the turn has ended")
         old, state = turn.session, replace(state, outbox=outbox(not self.is_full))
         new = replace(
             old,
@@ -122,20 +137,27 @@ class FakeSessions:
             version=old.version + 1,
             position=state.num_tokens,
             is_durable=not self.is_full,
+            residence="parked",
         )
         self.kept[old.id] = new
         self._release(turn, "commit")
         return new
 
     def abandon(self, turn: FakeTurn) -> None:
-        self._release(turn, "abandon")
+        if self._runs(turn):
+            self._release(turn, "abandon")
 
     def fork(
         self, owner: str, session_id: str, n: int, expected_position: int | None = None
     ) -> list[FakeSession]:
         session = self._check_free(owner, session_id)
         self._check_position(session, expected_position)
-        return [self.open(owner, session.states[-1], session.metadata, None) for _ in range(n)]
+        made = [self.open(owner, session.states[-1], session.metadata, None) for _ in range(n)]
+        forks = [
+            replace(each, states=session.states, expires_at=session.expires_at) for each in made
+        ]
+        self.kept |= {each.id: each for each in forks}
+        return forks
 
     def rewind(
         self, owner: str, session_id: str, expected_position: int | None = None
@@ -190,9 +212,11 @@ class FakeSessions:
             raise SessionMovedError(f"it is at {session.position}, not at {expected}")
 
     def _release(self, turn: FakeTurn, how: str) -> None:
-        assert turn.session.id in self.leased
-        self.leased.remove(turn.session.id)
+        del self.leased[turn.session.id]
         self.ends.append(how)
+
+    def _runs(self, turn: FakeTurn) -> bool:
+        return self.leased.get(turn.session.id) is turn
 
     def _may_fail(self, name: str) -> None:
         time.sleep(self.slow.get(name, 0))

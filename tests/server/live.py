@@ -89,7 +89,7 @@ class Live:
         raw = json.dumps(body).encode()
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.settimeout(20)
+        sock.settimeout(PATIENCE)
         sock.connect((host, int(port)))
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
         if key := self.client.headers.get("authorization"):
@@ -122,20 +122,24 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
-        with httpx.Client(base_url=url, timeout=20) as client:
+        with httpx.Client(base_url=url, timeout=PATIENCE) as client:
             yield Live(engine, bridge, sessions, app.state.context.turns, url, client, server)
     finally:
         if isinstance(engine, FakeEngine):  # a test that failed may have left it waiting
             engine.may_step.set()
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         sock.close()
     assert not thread.is_alive()
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 10) -> None:
-    """Wait until `condition` holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+PATIENCE = 60.0
+"""Seconds after which something hangs, on a machine that does other things as well."""
+
+
+def eventually(read: Callable[[], Any], *, equals: Any = True) -> None:
+    """Wait until what `read` returns is true, or equals a given value."""
+    deadline = time.monotonic() + PATIENCE
+    while (value := read()) != equals and not (equals is True and value):
+        assert time.monotonic() < deadline, f"after {PATIENCE:.0f} s it is still {value!r}"
         time.sleep(0.005)

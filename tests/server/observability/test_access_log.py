@@ -102,7 +102,7 @@ def test_a_turn_that_goes_on_has_its_line_when_it_ends(
         assert [line["path"] for line in lines()] == ["/v1/sessions"], "it still runs"
         live.engine.step_seconds = 0.0
         live.engine.may_step.set()
-        eventually(lambda: len(lines()) == 2)
+        eventually(lambda: len(lines()), equals=2)
         told = lines()[-1]
         assert (told["status"], told["ended"], told["completion_tokens"]) == (status, "length", 100)
         assert told["seconds"] > told["first_token_after"]
@@ -121,7 +121,7 @@ def test_a_turn_that_goes_on_with_its_client_has_one_line(lines: Any, stream: bo
     with serving() as live:
         body = {"prompt": "y", "session_id": live.opened("x"), "max_tokens": 3, "stream": stream}
         live.client.post("/v1/completions", json=body | {"on_disconnect": "continue"})
-        eventually(lambda: len(lines()) == 2)
+        eventually(lambda: len(lines()), equals=2)
         assert (lines()[-1]["status"], lines()[-1]["ended"]) == (200, "length")
     assert len(lines()) == 2
 
@@ -132,7 +132,7 @@ def test_a_turn_and_a_refused_key_have_lines(lines: Any, tmp_path: Path) -> None
     with serving(api_key_file=str(tmp_path / "keys.json"), api_key=("two",)) as live:
         for key in ("one", "two", "three"):
             live.client.post("/v1/sessions", json={"prompt": "abc"}, headers=bearer(key))
-        eventually(lambda: len(lines()) == 3)
+        eventually(lambda: len(lines()), equals=3)
         named = [(line["key"], line["status"], line.get("prompt_tokens")) for line in lines()]
         assert named == [("alice", 200, 3), ("3fc4ccfe", 200, 3), ("", 401, None)]
 

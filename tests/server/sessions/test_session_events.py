@@ -203,7 +203,7 @@ def test_a_client_that_leaves_cancels_unless_it_says_otherwise(live: Live) -> No
     body = going_on(session_id, num=1_000_000, on_disconnect="cancel")
     with live.connect(**body) as sock:
         read_events(sock, 3)
-    eventually(lambda: live.sessions.ends == ["commit"])
+    eventually(lambda: live.sessions.ends, equals=["commit"])
     eventually(lambda: live.engine.cancelled)
     assert after(live, session_id).status_code == 204
 
@@ -298,7 +298,7 @@ def test_a_server_that_stops_ends_a_turn_that_goes_on(live: Live) -> None:
     session_id = live.opened("x")
     begun = left_after(live, 3, **going_on(session_id, num=1_000_000))
     live.loop_call(live.bridge.cancel_all)
-    eventually(lambda: live.sessions.ends == ["commit"])
+    eventually(lambda: live.sessions.ends, equals=["commit"])
     told = begun + missed(live, session_id, begun[-1].id)
     assert told[-2].json["choices"][0]["finish_reason"] == "cancelled"
     kept = live.text_of(session_id)
@@ -315,7 +315,7 @@ def test_a_server_drains_until_the_turn_has_ended() -> None:
         live.loop_call(live.bridge.drain)
         assert not live.bridge._routes._idle.is_set()
         eventually(live.bridge._routes._idle.is_set)
-        eventually(lambda: live.sessions.ends == ["commit"])
+        eventually(lambda: live.sessions.ends, equals=["commit"])
         assert len(live.text_of(session_id)) == 52
 
 
@@ -340,7 +340,7 @@ def test_who_stalls_falls_behind_and_keeps_nobody() -> None:
         session_id = live.opened("x")
         body = going_on(session_id, num=2000, prompt="loud")
         with live.connect(**body) as sock:
-            eventually(lambda: live.sessions.ends == ["commit"])
+            eventually(lambda: live.sessions.ends, equals=["commit"])
             raw = b""
             while b"events_gone" not in raw[-2000:]:
                 raw += sock.recv(1 << 20)
