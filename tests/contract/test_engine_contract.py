@@ -109,7 +109,7 @@ def test_log_probabilities_come_with_their_ids(engine: Any) -> None:
     assert prompts == [of(outputs, "a")[0].prompt_logprobs]
     [(none, *scored)] = prompts
     assert none is None
-    assert [logprob.token_id for logprob in scored] == PROMPT[1:]
+    assert [logprob and logprob.token_id for logprob in scored] == PROMPT[1:]
 
 
 def test_without_being_asked_for_there_are_none(engine: Any) -> None:

@@ -186,8 +186,7 @@ def test_what_expects_another_position_changes_nothing(sessions: Any, verb: str)
 def test_a_rewind_takes_back_turn_after_turn(sessions: Any) -> None:
     session_id = opened(sessions)
     versions = [sessions.find(OWNER, session_id).version]
-    for text in (b"de", b"f"):
-        versions.append(take_turn(sessions, session_id, text).version)
+    versions += [take_turn(sessions, session_id, text).version for text in (b"de", b"f")]
     for text in (b"abcde", b"abc"):
         session = sessions.rewind(OWNER, session_id)
         versions.append(session.version)

@@ -1,7 +1,7 @@
 """An engine without a model: every choice says the alphabet, one letter per step.
 
-It does what `EngineWorker` and the server use of an `Engine`, as tests/contract shows. Text is a function of the
-prompt, so that a test can ask for a fault or for a certain text:
+It does what `EngineWorker` and the server use of an `Engine`, as tests/contract shows. Text is a
+function of the prompt, so that a test can ask for a fault or for a certain text:
 
     "fail"        ends with an error after one letter
     "die"         kills the engine's thread

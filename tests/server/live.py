@@ -23,6 +23,9 @@ from cottention.server.limits.api_keys import api_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
 
+LOOP_TURNS = 5
+"""In which an output has gone from the engine's thread through its reader's task to the socket."""
+
 
 class Live:
     """A running server and its client."""
@@ -82,6 +85,24 @@ class Live:
     def loop_call(self, work: Callable[[], None]) -> None:
         """Have something done on the server's event loop."""
         self.bridge._loop.call_soon_threadsafe(work)
+
+    def step_with_loop(self) -> None:
+        """Let each step of the engine wait until the event loop has passed on what came before.
+
+        Else a busy machine merges tokens into one event, or draws all of them before a reader that
+        stalls is noticed.
+        """
+        step = self.engine.step
+
+        def stepping() -> Any:
+            for _ in range(LOOP_TURNS):
+                turned = threading.Event()
+                with contextlib.suppress(RuntimeError):  # the loop has closed
+                    self.loop_call(turned.set)
+                    turned.wait(PATIENCE)
+            return step()
+
+        self.engine.step = stepping
 
     def connect(self, **body: Any) -> socket.socket:
         """Send a request by hand and leave the answer unread."""

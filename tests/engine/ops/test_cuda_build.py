@@ -53,6 +53,7 @@ def _nvcc_or_skip() -> None:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_they_compile_register_and_refuse_what_is_on_the_cpu(tmp_path: Path) -> None:
     """For sm_80, sm_90 and PTX; loading needs neither a GPU nor a torch that could use one."""
     _nvcc_or_skip()

@@ -83,6 +83,7 @@ def test_every_instruction_set_agrees_with_the_reference() -> None:
     assert not answers["avx1024"][0]
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once_into_an_empty_cache(tmp_path: Path) -> None:
     changes = {"COTTENTION_CACHE": str(tmp_path), "COTTENTION_CXXFLAGS": "-O1 -DTWO_AT_ONCE"}
     both = [_start(SAY_BACKEND, **changes) for _ in range(2)]

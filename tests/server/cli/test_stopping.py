@@ -21,6 +21,8 @@ import pytest
 
 from tests.server.process import served
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = int(os.environ.get("COTTENTION_STOP_ROUNDS", "2"))
 DRAIN_SECONDS = 1.0
 MARGIN_SECONDS = 1.0 if ROUNDS >= 50 else 60.0

@@ -191,7 +191,8 @@ def test_who_leaves_while_prompts_are_handed_in_leaves_nothing_behind() -> None:
         with pytest.raises(asyncio.CancelledError):
             await opening
         may_go.set()
-        await until(lambda: worker.cancelled[-2:] == ["r-0-0", "r-0-1"])
+        await until(lambda: len(worker.cancelled) == 4)  # by whoever left, and once handed in
         assert set(worker.submitted) == {"r-0-0", "r-0-1"}
+        assert worker.cancelled[-2:] == ["r-0-0", "r-0-1"]
 
     asyncio.run(run())

@@ -93,6 +93,7 @@ def test_a_paused_stream_gives_its_slot_away_and_says_the_same(gptj_folder: Path
     engine = Engine(gptj_folder, EngineConfig(max_slots=1))
     body: dict[str, Any] = {"prompt": "abc", "max_tokens": 6000, "seed": 1, "ignore_eos": True}
     with serving(engine, stream_buffer_bytes=2000) as live:
+        live.step_with_loop()
         with live.connect(**body, stream=True, return_token_ids=True) as sock:
             eventually(lambda: engine.stats().num_paused, equals=1)
             assert engine.stats().num_free_slots == 1
@@ -115,9 +116,10 @@ def test_many_that_read_nothing_hold_so_many_states_and_no_more(gptj_folder: Pat
     num_held = []
     with serving(engine, stream_buffer_bytes=2000) as live, contextlib.ExitStack() as open_ones:
         streams = []
+        live.step_with_loop()
         for number in range(1, 7):
             streams.append(open_ones.enter_context(live.connect(**body, stream=True)))
-            eventually(lambda: num_ended(live) + engine.stats().num_paused, equals=number)  # noqa: B023
+            eventually(lambda: num_ended(live) + engine.stats().num_paused, equals=number)
             num_held.append(engine.stats().num_paused_states)
         expected = live.complete(**body).json()["choices"][0]["text"]
         assert num_held == [1, 2, 2, 2, 2, 2]
@@ -153,6 +155,7 @@ def test_a_session_keeps_what_it_was_told_before_nobody_read(
         kept_sessions(engine, settings) as sessions,
         serving(engine, sessions=sessions, stream_buffer_bytes=2000) as live,
     ):
+        live.step_with_loop()
         session_id = live.opened("abc")
         turn = body | {"session_id": session_id, "prompt": "d", "return_token_ids": True}
         with live.connect(**turn, stream=True) as sock:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cottention.server.generation.chat_template import OvertimeError, at_most, find_template
-from cottention.server.http.protocol import LINGER_SECONDS, MAX_AHEAD, MAX_HEAD_BYTES
+from cottention.server.http.protocol import MAX_AHEAD, MAX_HEAD_BYTES
 from tests.server.generation.test_slow_clients import ALPHABET, read_to_the_end, text_of
 from tests.server.live import Live, eventually, serving
 
@@ -196,14 +196,20 @@ def test_a_long_body_in_small_chunks_is_read(live: Live) -> None:
         assert answer(sock).startswith(b"HTTP/1.1 200 ")
 
 
+def flood(sock: socket.socket) -> None:
+    """Send pieces of a body until the server has had enough."""
+    while True:
+        sock.sendall(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
+        time.sleep(0.001)
+
+
 def test_a_body_that_never_ends_is_not_read_for_ever(live: Live) -> None:
     """Also where an endpoint wants no body, and where its answer came long ago."""
     for head in (POST, b"GET /health HTTP/1.1\r\nHost: x\r\n"):
-        with connection(live) as sock, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        with connection(live) as sock:
             sock.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
-            while True:
-                sock.sendall(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
-                time.sleep(0.001)
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                flood(sock)
 
 
 @pytest.mark.parametrize(

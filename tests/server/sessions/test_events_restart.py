@@ -10,6 +10,8 @@ import pytest
 from tests.server.process import served
 from tests.server.sse import Told, read_told, text_of
 
+pytestmark = pytest.mark.slow
+
 TURN = {"prompt": "def f(x):", "ignore_eos": True, "seed": 7, "stream": True}
 
 

@@ -22,6 +22,7 @@ SECONDS = 0.005
 def live() -> Iterator[Live]:
     with serving() as live:
         live.engine.step_seconds = SECONDS
+        live.step_with_loop()
         yield live
         eventually(lambda: not live.sessions.leased)
         eventually(lambda: not live.turns._live)
@@ -153,6 +154,7 @@ def test_a_whole_answer_is_the_same_as_without(live: Live) -> None:
 
 def test_who_was_away_too_long_is_told_so() -> None:
     with serving(session_outbox=2000) as live:
+        live.step_with_loop()
         session_id = live.opened("x")
         told = read_told(
             live.client.post("/v1/completions", json=going_on(session_id, num=60)).text
