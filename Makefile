@@ -25,7 +25,7 @@ serve: setup ## Serve the model that ships in the package (ARGS="--port 9000")
 	$(BIN)/cottention serve $(ARGS)
 
 # A process per core. Each begins with a half of the tests that lie together and share fixtures, and
-# takes over from others when it is done. What one test computes with needs no second thread.
+# takes over from others when it is done.
 PARALLEL := -n auto --dist worksteal
 
 test: setup ## Run the tests with the coverage gate, without those of test-slow

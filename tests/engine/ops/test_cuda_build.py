@@ -41,7 +41,7 @@ def _run(code: str, **changes: str) -> tuple[str, str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=250,
     )
     return run.stdout, run.stderr
 

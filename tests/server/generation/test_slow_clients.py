@@ -204,7 +204,7 @@ def test_one_that_is_gone_without_a_word_is_noticed_by_the_comments() -> None:
 
 def test_the_system_asks_idle_connections_whether_they_are_there(shared: Live) -> None:
     host, port = shared.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20):
+    with socket.create_connection((host, int(port)), timeout=60):
         connections = shared.server.server_state.connections
         eventually(lambda: connections)
         inherited = [each.transport.get_extra_info("socket") for each in connections]

@@ -46,7 +46,7 @@ def live() -> Iterator[Live]:
 @contextlib.contextmanager
 def connection(live: Live) -> Iterator[socket.socket]:
     host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as sock:
+    with socket.create_connection((host, int(port)), timeout=60) as sock:
         yield sock
 
 

@@ -192,9 +192,9 @@ def test_a_server_that_is_asked_for_json_says_nothing_else(gptj_folder: Path) ->
         first = iter(popen.stderr.readline, "")
         logged = [json.loads(next(first)), json.loads(next(first))]
         url = logged[1]["ready"]
-        httpx.post(f"{url}/v1/completions", json={"prompt": "secret", "max_tokens": 3}, timeout=30)
+        httpx.post(f"{url}/v1/completions", json={"prompt": "secret", "max_tokens": 3}, timeout=60)
         popen.send_signal(signal.SIGTERM)
-        printed, errors = popen.communicate(timeout=30)
+        printed, errors = popen.communicate(timeout=60)
     assert (popen.returncode, printed) == (0, "")
     logged += [json.loads(line) for line in errors.splitlines()]
     assert "--without-key" in logged[0]["message"]
