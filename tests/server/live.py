@@ -83,8 +83,11 @@ class Live:
         return bytes(self.sessions.state_of(session_id).recent).decode()
 
     def loop_call(self, work: Callable[[], None]) -> None:
-        """Have something done on the server's event loop."""
+        """Have something done on the server's event loop, and wait until it is."""
+        done = threading.Event()
         self.bridge._loop.call_soon_threadsafe(work)
+        self.bridge._loop.call_soon_threadsafe(done.set)
+        assert done.wait(PATIENCE), "the event loop is busy, or has ended"
 
     def step_with_loop(self) -> None:
         """Let each step of the engine wait until the event loop has passed on what came before.
@@ -96,10 +99,8 @@ class Live:
 
         def stepping() -> Any:
             for _ in range(LOOP_TURNS):
-                turned = threading.Event()
                 with contextlib.suppress(RuntimeError):  # the loop has closed
-                    self.loop_call(turned.set)
-                    turned.wait(PATIENCE)
+                    self.loop_call(lambda: None)
             return step()
 
         self.engine.step = stepping
