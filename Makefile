@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clients docker-test fuzz asan crash faults stops soak check bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-clients docker-test fuzz asan crash faults stops soak check bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,8 +24,15 @@ $(VENV)/ready: pyproject.toml constraints.txt
 serve: setup ## Serve the model that ships in the package (ARGS="--port 9000")
 	$(BIN)/cottention serve $(ARGS)
 
-test: setup ## Run all tests with the coverage gate
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+# A process per core. Each begins with a half of the tests that lie together and share fixtures, and
+# takes over from others when it is done.
+PARALLEL := -n auto --dist worksteal
+
+test: setup ## Run the tests with the coverage gate, without those of test-slow
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --cov --cov-report=term $(ARGS)
+
+test-slow: setup ## Run the tests that kill, flood, soak or compile for long
+	$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
 
 # Not those that build libraries of their own. What is compiled here takes longer than a test may.
 OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \

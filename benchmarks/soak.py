@@ -6,6 +6,7 @@ exceeded; the memory limit applies to runs of 25 minutes or more.
 """
 
 import asyncio
+import os
 import random
 import re
 import subprocess
@@ -29,10 +30,14 @@ SLOTS = 16
 QUEUE = 32
 NUM_BODIES = 400
 WARM_SECONDS = 10.0
+SETTLE_SECONDS = 60.0
+"""Longest wait for what runs to end, and for connections that linger to be closed."""
 MISBEHAVING = ("leave", "stall", "garbage")
 
 MAX_REFUSAL_MS = 50.0
 MAX_DRIFT_MB = 5.0
+POOL_THREADS = min(32, (os.cpu_count() or 1) + 4)
+"""asyncio's own bound on the pool of `to_thread`."""
 MIN_MINUTES = 25.0
 """Minimum duration for the limit on memory."""
 
@@ -97,8 +102,7 @@ async def _load(
     clients = [Client(port, wanted, warm, random.Random(n)) for n in range(SLOTS)]
     await asyncio.gather(*(client.run("behave", 0.01, until) for client in clients))
     pause = num_clients * seconds / (2 * len(warm.whole))
-    await _settled(port)
-    samples = [_sample(process)]
+    samples = [await _settled(port, process)]
     responses, until = Responses(), time.monotonic() + 60 * minutes
     watching = asyncio.create_task(_watch(process, samples, 60 * minutes / 60))
     kinds = [MISBEHAVING[n // 3 % 3] if n % 3 == 0 else "behave" for n in range(num_clients)]
@@ -109,8 +113,7 @@ async def _load(
         )
     )
     watching.cancel()
-    await _settled(port)
-    samples.append(_sample(process))
+    samples.append(await _settled(port, process))
     return responses, samples
 
 
@@ -126,14 +129,15 @@ def _sample(process: psutil.Process) -> Sample:
         return Sample(time.monotonic(), process.memory_info().rss, threads, fds)
 
 
-async def _settled(port: int) -> None:
-    """Wait until no request runs and the last connections are closed."""
-    for _ in range(100):
+async def _settled(port: int, process: psutil.Process) -> Sample:
+    """The process when nothing runs and its descriptors have been as many for three seconds."""
+    until, num_same, before = time.monotonic() + SETTLE_SECONDS, 0, _sample(process)
+    while num_same < 10 and time.monotonic() < until:
         await asyncio.sleep(0.3)
-        busy = await asyncio.to_thread(_num_busy, port)
-        if not busy:
-            break
-    await asyncio.sleep(3)  # lingering connections and threads
+        busy, sample = await asyncio.to_thread(_num_busy, port), _sample(process)
+        num_same = 0 if busy or sample.num_fds != before.num_fds else num_same + 1
+        before = sample
+    return before
 
 
 def _num_busy(port: int) -> float:
@@ -165,7 +169,8 @@ def _report(
     before, after = samples[0], samples[-1]
     early = [each for each in samples if each.at <= _two_thirds(samples)]
     late = [each.resident / 2**20 for each in samples[len(early) :]]
-    num_threads = max(each.num_threads for each in early)  # thread pools grow on demand
+    # The event loop's pool starts a thread when all are busy, up to a bound, and ends none.
+    num_threads = before.num_threads + POOL_THREADS
     drift = (max(late) - min(late)) / 2
     refused = [1000 * each for each in responses.refused_seconds]
     refusal = percentile(refused, 99) if len(refused) > 1 else 0.0

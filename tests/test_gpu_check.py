@@ -79,6 +79,7 @@ def test_what_it_runs_needs_nothing_else(bare: dict[str, str]) -> None:
     assert benchmarks
     assert tests is not None
     files = [f"tests/engine/{name}.py" for name in tests[1].split()]
+    assert [file for file in files if not (ROOT / file).is_file()] == []
     options = ["-c", "/dev/null", "--rootdir=.", "--collect-only", "-q", "-p", "no:cacheprovider"]
     code = f"""
 import sys, pytest, {", ".join(benchmarks)}

@@ -15,7 +15,7 @@ from cottention.engine.scheduling.scheduler import Scheduler
 from cottention.engine.worker import EngineWorker
 from tests.engine.making import make_request
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds after which something hangs."""
 
 LONG = SamplingParams(max_tokens=100_000, ignore_eos=True)

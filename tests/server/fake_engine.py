@@ -1,7 +1,7 @@
 """An engine without a model: every choice says the alphabet, one letter per step.
 
-It has the face of `engine.Engine` that `EngineWorker` and the server use. Text is a function of the
-prompt, so that a test can ask for a fault or for a certain text:
+It does what `EngineWorker` and the server use of an `Engine`, as tests/contract shows. Text is a
+function of the prompt, so that a test can ask for a fault or for a certain text:
 
     "fail"        ends with an error after one letter
     "die"         kills the engine's thread
@@ -131,16 +131,26 @@ class FakeEngine:
             raise ParameterError("n", f"n must be at most {self.num_slots}; it is {params.n}")
         if params.max_tokens > self.config.max_tokens_limit:
             raise ParameterError("max_tokens", "max_tokens must be at most 1000000")
-        if self._closed:
-            raise EngineStoppedError("the engine has stopped")
+        if start is not None:
+            self._check_turn(params)
         prompt = bytes(prompt_ids).decode(errors="replace")
         with self._lock:
+            if self._closed:
+                raise EngineStoppedError("the engine has stopped")
+            if request_id in self.running:
+                raise ParameterError("request_id", "there is an unfinished request of that id")
             self.num_prompt += len(prompt_ids)
             self.running[request_id] = Running(
                 prompt, params, prompt_ids, priority, unfinished=set(range(params.n)), start=start
             )
             self.seen.append(self.running[request_id])
         return request_id
+
+    def _check_turn(self, params: SamplingParams) -> None:
+        if params.n > 1:
+            raise ParameterError("n", f"n must be 1 with a session; it is {params.n}")
+        if params.prompt_logprobs is not None:
+            raise ParameterError("prompt_logprobs", "prompt_logprobs is not told with a session")
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
         with self._lock:
@@ -167,15 +177,17 @@ class FakeEngine:
             return [out for name in list(self.running) for out in self._step_one(name)]
 
     def close(self) -> list[Output]:
-        self._closed = True
         with self._lock:
+            self._closed = True
             return [out for name in list(self.running) for out in self._cancel_one(name)]
 
     def stats(self) -> EngineStats:
+        running = list(self.running.values())
+        num_paused = sum(each.is_paused for each in running)
         return EngineStats(
-            num_running=len(self.running),
+            num_running=len(running) - num_paused,
             num_waiting=0,
-            num_paused=0,
+            num_paused=num_paused,
             num_paused_states=0,
             max_paused_states=self.num_slots,
             num_finished=dict(self.finished),
@@ -185,7 +197,7 @@ class FakeEngine:
             num_faults=0,
             num_undrawn=0,
             num_slots=self.num_slots,
-            num_free_slots=self.num_slots - sum(len(r.unfinished) for r in self.running.values()),
+            num_free_slots=self.num_slots - sum(len(r.unfinished) for r in running),
             pool_bytes=1000 * self.num_slots,
             bytes_per_slot=1000,
         )

@@ -1,8 +1,9 @@
 """A process that serves a fake engine as `cottention serve` serves a real one; for signals.
 
-Arguments: seconds per step, seconds to drain.
+Arguments: seconds per step, seconds to drain. After SIGUSR1 a step takes no time.
 """
 
+import signal
 import sys
 from functools import partial
 from typing import Any, cast
@@ -20,7 +21,9 @@ from tests.server.fake_sessions import FakeSessions
 
 
 def main() -> int:
-    engine = cast(Engine, FakeEngine(step_seconds=float(sys.argv[1])))
+    fake = FakeEngine(step_seconds=float(sys.argv[1]))
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(fake, "step_seconds", 0.0))
+    engine = cast(Engine, fake)
     config = ServerConfig(port=0, drain_seconds=float(sys.argv[2]))
     async_engine = AsyncEngine(
         engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes

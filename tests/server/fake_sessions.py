@@ -1,6 +1,7 @@
-"""Sessions without a disk: the interface of `SessionManager`, in a dictionary.
+"""Sessions without a disk, in a dictionary: what the server uses of a `SessionManager`.
 
-Its leases can be inspected, and its calls can be made to fail.
+tests/contract shows that it behaves alike. Its leases can be inspected, and its calls can be made
+to fail.
 """
 
 import itertools
@@ -56,10 +57,15 @@ class FakeSession:
         return len(self.states) - 1
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeTurn:
     session: FakeSession
     state: SessionState
+
+
+def is_over(session: FakeSession) -> bool:
+    """Whether its time to live is over."""
+    return session.expires_at is not None and session.expires_at < time.time()
 
 
 @dataclass
@@ -72,7 +78,7 @@ class FakeSessions:
 
     def __post_init__(self) -> None:
         self.kept: dict[str, FakeSession] = {}
-        self.leased: set[str] = set()
+        self.leased: dict[str, FakeTurn] = {}
         self.ends: list[str] = []
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -92,14 +98,16 @@ class FakeSessions:
 
     def find(self, owner: str, session_id: str) -> FakeSession:
         found = self.kept.get(session_id)
-        if found is None or found.owner != owner or (found.expires_at or 1e99) < time.time():
+        if found is None or found.owner != owner or is_over(found):
             raise SessionNotFoundError(f"no session {session_id!r}")
-        return found
+        return replace(found, residence="resident") if session_id in self.leased else found
 
     def page(self, owner: str, after: str | None, limit: int) -> tuple[list[FakeSession], bool]:
         mine = [each for each in reversed(self.kept.values()) if each.owner == owner]
+        mine = [each for each in mine if not is_over(each)]
         if after is not None:
-            mine = mine[mine.index(self.find(owner, after)) + 1 :]
+            self.find(owner, after)
+            mine = mine[[each.id for each in mine].index(after) + 1 :]
         return mine[:limit], len(mine) > limit
 
     def delete(self, owner: str, session_id: str) -> None:
@@ -111,36 +119,49 @@ class FakeSessions:
         with self._lock:
             session = self._check_free(owner, session_id)
             self._check_position(session, expected_position)
-            self.leased.add(session_id)
-        return FakeTurn(session, session.states[-1])
+            self.leased[session_id] = turn = FakeTurn(session, session.states[-1])
+        return turn
 
     def preview(self, turn: FakeTurn, state: SessionState) -> FakeSession:
         states = (*turn.session.states, state)
         return replace(turn.session, states=states, position=state.num_tokens, is_durable=True)
 
     def commit(
-        self, turn: FakeTurn, state: SessionState, events: EventLog, unsaved_events: EventLog
+        self,
+        turn: FakeTurn,
+        state: SessionState,
+        events: EventLog = NO_EVENTS,
+        unsaved_events: EventLog = NO_EVENTS,
     ) -> FakeSession:
         self._may_fail("commit")
+        if not self._runs(turn):
+            raise SessionMovedError("the turn has ended")
         new = replace(
             self.preview(turn, state),
             logs=(*turn.session.logs, unsaved_events if self.is_full else events),
             version=turn.session.version + 1,
             is_durable=not self.is_full,
+            residence="parked",
         )
         self.kept[new.id] = new
         self._release(turn, "commit")
         return new
 
     def abandon(self, turn: FakeTurn) -> None:
-        self._release(turn, "abandon")
+        if self._runs(turn):
+            self._release(turn, "abandon")
 
     def fork(
         self, owner: str, session_id: str, n: int, expected_position: int | None = None
     ) -> list[FakeSession]:
         session = self._check_free(owner, session_id)
         self._check_position(session, expected_position)
-        return [self.open(owner, session.states[-1], session.metadata, None) for _ in range(n)]
+        made = [self.open(owner, session.states[-1], session.metadata, None) for _ in range(n)]
+        forks = [
+            replace(each, states=session.states, expires_at=session.expires_at) for each in made
+        ]
+        self.kept |= {each.id: each for each in forks}
+        return forks
 
     def rewind(
         self, owner: str, session_id: str, expected_position: int | None = None
@@ -197,9 +218,11 @@ class FakeSessions:
             raise SessionMovedError(f"it is at {session.position}, not at {expected}")
 
     def _release(self, turn: FakeTurn, how: str) -> None:
-        assert turn.session.id in self.leased
-        self.leased.remove(turn.session.id)
+        del self.leased[turn.session.id]
         self.ends.append(how)
+
+    def _runs(self, turn: FakeTurn) -> bool:
+        return self.leased.get(turn.session.id) is turn
 
     def _may_fail(self, name: str) -> None:
         time.sleep(self.slow.get(name, 0))

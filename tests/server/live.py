@@ -23,6 +23,9 @@ from cottention.server.limits.api_keys import load_api_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
 
+LOOP_TURNS = 5
+"""In which an output has gone from the engine's thread through its reader's task to the socket."""
+
 
 class Live:
     """A running server and its client."""
@@ -80,8 +83,27 @@ class Live:
         return bytes(self.sessions.state_of(session_id).recent).decode()
 
     def loop_call(self, work: Callable[[], None]) -> None:
-        """Have something done on the server's event loop."""
+        """Have something done on the server's event loop, and wait until it is."""
+        done = threading.Event()
         self.async_engine._loop.call_soon_threadsafe(work)
+        self.async_engine._loop.call_soon_threadsafe(done.set)
+        assert done.wait(PATIENCE), "the event loop is busy, or has ended"
+
+    def step_with_loop(self) -> None:
+        """Let each step of the engine wait until the event loop has passed on what came before.
+
+        Else a busy machine merges tokens into one event, or draws all of them before a reader that
+        stalls is noticed.
+        """
+        step = self.engine.step
+
+        def stepping() -> Any:
+            for _ in range(LOOP_TURNS):
+                with contextlib.suppress(RuntimeError):  # the loop has closed
+                    self.loop_call(lambda: None)
+            return step()
+
+        self.engine.step = stepping
 
     def connect(self, **body: Any) -> socket.socket:
         """Send a request by hand and leave the answer unread."""
@@ -89,7 +111,7 @@ class Live:
         raw = json.dumps(body).encode()
         sock = socket.socket()
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.settimeout(20)
+        sock.settimeout(PATIENCE)
         sock.connect((host, int(port)))
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
         if key := self.client.headers.get("authorization"):
@@ -122,20 +144,24 @@ def serving(
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
-        with httpx.Client(base_url=url, timeout=20) as client:
+        with httpx.Client(base_url=url, timeout=PATIENCE) as client:
             yield Live(engine, async_engine, sessions, app.state.context.turns, url, client, server)
     finally:
         if isinstance(engine, FakeEngine):  # a test that failed may have left it waiting
             engine.may_step.set()
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE)
         sock.close()
     assert not thread.is_alive()
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 10) -> None:
-    """Wait until `condition` holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+PATIENCE = 60.0
+"""Seconds after which something hangs, on a machine that does other things as well."""
+
+
+def eventually(read: Callable[[], Any], *, equals: Any = True) -> None:
+    """Wait until what `read` returns is true, or equals a given value."""
+    deadline = time.monotonic() + PATIENCE
+    while (value := read()) != equals and not (equals is True and value):
+        assert time.monotonic() < deadline, f"after {PATIENCE:.0f} s it is still {value!r}"
         time.sleep(0.005)

@@ -28,7 +28,7 @@ def served(
             assert popen.stdout
             lines = iter(popen.stdout.readline, "")
             url = next(line.split()[-1] for line in lines if line.startswith("ready"))
-            with httpx.Client(base_url=url, timeout=30) as client:
+            with httpx.Client(base_url=url, timeout=60) as client:
                 yield popen, client
         finally:
             popen.kill()

@@ -114,6 +114,7 @@ def cuda_build_step() -> dict[str, str]:
     return dict(pair.split("=") for pair in variables.split())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(280)
 def test_the_cuda_image_s_build_step_runs() -> None:
     """Up to nvcc, where there is one; not into the user's cache, where other tests want none."""

@@ -81,7 +81,7 @@ def test_64_streams_of_which_a_third_leaves(live: Live, solo: Engine) -> None:
         if client % 3:
             with sock:
                 assert read_stream(sock) == (expected(solo, request(client)), "length")
-    eventually(lambda: live.engine.stats().num_free_slots == NUM_CLIENTS)
+    eventually(lambda: live.engine.stats().num_free_slots, equals=NUM_CLIENTS)
     stats = live.engine.stats()
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_finished[FinishReason.CANCELLED] == len(leaving)

@@ -41,7 +41,7 @@ def _run(code: str, **changes: str) -> tuple[str, str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=250,
     )
     return run.stdout, run.stderr
 
@@ -53,6 +53,7 @@ def _nvcc_or_skip() -> None:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_they_compile_register_and_refuse_cpu_tensors(tmp_path: Path) -> None:
     """For sm_80, sm_90 and PTX; loading needs neither a GPU nor a torch that could use one."""
     _nvcc_or_skip()

@@ -67,7 +67,7 @@ def _start(code: str, **changes: str) -> subprocess.Popen[str]:
 
 def _run(code: str, **changes: str) -> tuple[str, str]:
     process = _start(code, **changes)
-    out, err = process.communicate(timeout=100)
+    out, err = process.communicate(timeout=250)
     return out.strip(), err
 
 
@@ -75,7 +75,7 @@ def test_every_instruction_set_agrees_with_the_reference() -> None:
     backend()
     sets = ["plain", "avx2", "avx512", "avx512_bf16", "avx1024"]
     processes = {isa: _start(COMPARE_COMPILED, COTTENTION_CPU_ISA=isa) for isa in sets}
-    answers = {isa: process.communicate(timeout=100) for isa, process in processes.items()}
+    answers = {isa: process.communicate(timeout=250) for isa, process in processes.items()}
     for isa, (out, err) in answers.items():
         if f"COTTENTION_CPU_ISA={isa}: not one of" not in err:
             assert (isa, out, err) == (isa, "compiled\n", "")
@@ -83,10 +83,11 @@ def test_every_instruction_set_agrees_with_the_reference() -> None:
     assert not answers["avx1024"][0]
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once_into_an_empty_cache(tmp_path: Path) -> None:
     changes = {"COTTENTION_CACHE": str(tmp_path), "COTTENTION_CXXFLAGS": "-O1 -DTWO_AT_ONCE"}
     both = [_start(SAY_BACKEND, **changes) for _ in range(2)]
-    answers = [process.communicate(timeout=100) for process in both]
+    answers = [process.communicate(timeout=250) for process in both]
     assert [(out.strip(), err) for out, err in answers] == [("compiled compiled", "")] * 2
     (folder,) = tmp_path.iterdir()
     assert sorted(path.suffix for path in folder.iterdir()) == ["", ".so"]

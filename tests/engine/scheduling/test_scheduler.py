@@ -330,7 +330,10 @@ class Simulation:
             self.waits(made)
 
 
-@pytest.mark.parametrize(("budget", "num_arrivals"), [(2, 40), (3, 60), (16, 300), (64, 10_000)])
+@pytest.mark.parametrize(
+    ("budget", "num_arrivals"),
+    [(2, 40), (3, 60), (16, 300), pytest.param(64, 10_000, marks=pytest.mark.slow)],
+)
 def test_nobody_starves(budget: int, num_arrivals: int) -> None:
     simulation = Simulation(budget, seed=budget)
     num_arrived = 0

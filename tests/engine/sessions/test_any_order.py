@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -187,15 +188,21 @@ class OfLinear(AnyOrder):
     attention = "linear"
 
 
+class AtLength(AnyOrder):
+    """More of the same."""
+
+
 TestAnyOrder = AnyOrder.TestCase
+TestAnyOrderAtLength = pytest.mark.slow(AtLength.TestCase)
 TestAnyOrderOfCosformer = OfCosformer.TestCase
 TestAnyOrderOfLinear = OfLinear.TestCase
 TestAnyOrder.settings = settings(
-    max_examples=25,
+    max_examples=10,
     stateful_step_count=20,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestAnyOrderOfCosformer.settings = TestAnyOrderOfLinear.settings = settings(
-    TestAnyOrder.settings, max_examples=10
+    TestAnyOrder.settings, max_examples=5
 )
+TestAnyOrderAtLength.settings = settings(TestAnyOrder.settings, max_examples=50)

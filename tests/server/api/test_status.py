@@ -145,7 +145,7 @@ def test_a_dead_engine_ends_streams_with_an_error_and_health_with_503() -> None:
         with live.connect(prompt="x", stream=True, max_tokens=100) as stream:
             eventually(lambda: live.engine.running)
             with live.connect(prompt="die"):
-                eventually(lambda: len(live.engine.running) == 2)
+                eventually(lambda: len(live.engine.running), equals=2)
                 live.engine.may_step.set()
                 received = b""
                 while not received.endswith(b"0\r\n\r\n"):

@@ -21,10 +21,12 @@ import pytest
 
 from tests.server.process import served
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = int(os.environ.get("COTTENTION_STOP_ROUNDS", "2"))
 DRAIN_SECONDS = 1.0
-MARGIN_SECONDS = 1.0 if ROUNDS >= 50 else 5.0
-"""A machine that does other things meanwhile may take longer; fifty stops want one that is free."""
+MARGIN_SECONDS = 1.0 if ROUNDS >= 50 else 60.0
+"""Fifty stops (`make stops`) measure a machine that is free; a few only find what hangs."""
 NUM_STREAMS = 12
 NUM_TURNS = 6
 NUM_STALLED = 2
@@ -83,7 +85,7 @@ def stall(client: httpx.Client) -> socket.socket:
 def stop_in_time(popen: "subprocess.Popen[str]") -> float:
     began = time.monotonic()
     popen.send_signal(signal.SIGTERM)
-    assert popen.wait(30) == 0
+    assert popen.wait(90) == 0
     return time.monotonic() - began
 
 
@@ -98,7 +100,7 @@ def test_a_stop_is_in_time_and_cuts_nobody(gptj_folder: Path, tmp_path: Path) ->
             opened = [client.post("/v1/sessions", json={}).json()["id"] for _ in range(NUM_TURNS)]
             wanted = bodies(opened, chance)
             all_heard = [Heard() for _ in wanted]
-            clients = httpx.Client(base_url=client.base_url, timeout=30, limits=httpx.Limits())
+            clients = httpx.Client(base_url=client.base_url, timeout=90, limits=httpx.Limits())
             threads = [
                 threading.Thread(target=listen, args=(clients, body, heard))
                 for body, heard in zip(wanted, all_heard, strict=True)
@@ -106,7 +108,7 @@ def test_a_stop_is_in_time_and_cuts_nobody(gptj_folder: Path, tmp_path: Path) ->
             for thread in threads:
                 thread.start()
             stalled = [stall(client) for _ in range(NUM_STALLED)]
-            assert all(heard.has_begun.wait(30) for heard in all_heard)
+            assert all(heard.has_begun.wait(90) for heard in all_heard)
             time.sleep(chance.uniform(0, 0.5))
             took.append(stop_in_time(popen))
             for thread in threads:

@@ -1,7 +1,10 @@
 """Who is let in: the line's bounds and rate, by themselves and at a live server; deadlines."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -92,18 +95,16 @@ def test_a_full_line_refuses_before_the_body_is_tokenised() -> None:
         encode, texts = live.engine.tokenizer.encode, []
         live.engine.tokenizer.encode = lambda text: (texts.append(text), encode(text))[1]
         with live.connect(prompt="a"), live.connect(prompt="b"):
-            eventually(lambda: len(live.engine.running) == 2)
-            began = time.monotonic()
+            eventually(lambda: len(live.engine.running), equals=2)
             for path in ("/v1/completions", "/v1/sessions"):
                 response = live.client.post(path, json={"prompt": "refused"})
                 assert response.status_code == 429
                 error = response.json()["error"]
                 assert (error["code"], error["type"]) == ("queue_full", "rate_limit_error")
                 assert int(response.headers["retry-after"]) == RETRY_AFTER_SECONDS
-            assert time.monotonic() - began < 5
             assert "refused" not in texts
             live.engine.may_step.set()
-        eventually(lambda: line_of(live) == (0, 0))
+        eventually(lambda: line_of(live), equals=(0, 0))
         assert live.complete(prompt="c").status_code == 200
         assert "c" in texts
 
@@ -146,23 +147,20 @@ def test_whoever_has_a_token_leaves_and_whoever_goes_does_too() -> None:
         eventually(lambda: not live.engine.running)
         live.engine.may_step.clear()
         with live.connect(prompt="abc", max_tokens=10_000, stream=True):
-            eventually(lambda: line_of(live) == (1, 3))
-        eventually(lambda: line_of(live) == (0, 0))
+            eventually(lambda: line_of(live), equals=(1, 3))
+        eventually(lambda: line_of(live), equals=(0, 0))
         live.engine.may_step.set()
         assert live.complete(prompt="x", timeout=0).status_code == 400
         assert live.complete(prompt=[999]).status_code == 400
         assert line_of(live) == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("settings", "body"), [({}, {"timeout": 0.2}), ({"max_request_seconds": 0.2}, {"timeout": 60})]
-)
-def test_time_that_is_over_ends_with_what_there_is(
-    settings: dict[str, float], body: dict[str, float]
-) -> None:
-    with serving(**settings) as live:
+@pytest.mark.parametrize("is_setting", [True, False])
+def test_time_that_is_over_ends_with_what_there_is(is_setting: bool) -> None:
+    limit = {"max_request_seconds": 1.0} if is_setting else {}
+    body = {"timeout": 600.0 if is_setting else 1.0}
+    with serving(**limit) as live:
         live.engine.step_seconds = 0.01
-        began = time.monotonic()
         whole = live.complete(prompt="x", max_tokens=100_000, **body)
         assert whole.status_code == 200
         (choice,) = whole.json()["choices"]
@@ -170,14 +168,28 @@ def test_time_that_is_over_ends_with_what_there_is(
         assert choice["text"].startswith("abc")
         *_, last, done = live.events(prompt="x", max_tokens=100_000, **body)
         assert (last["choices"][0]["finish_reason"], done) == ("timeout", "[DONE]")
-        assert time.monotonic() - began < 5
-        assert live.engine.running == {}
+        eventually(lambda: live.engine.running, equals={})
+
+
+@contextlib.contextmanager
+def no_step_before_it_is_cancelled(live: Live) -> Iterator[None]:
+    """Hold the engine until the request in the block is over for the server."""
+
+    def let_go() -> None:
+        eventually(lambda: any(r.cancelled_at is not None for r in live.engine.running.values()))
+        live.engine.may_step.set()
+
+    live.engine.may_step.clear()
+    with ThreadPoolExecutor() as pool:
+        letting = pool.submit(let_go)
+        yield
+        letting.result()
 
 
 def test_time_that_is_over_before_the_first_token_is_a_504() -> None:
     with serving() as live:
-        live.engine.step_seconds = 0.3
-        response = live.complete(prompt="x", timeout=0.05)
+        with no_step_before_it_is_cancelled(live):
+            response = live.complete(prompt="x", timeout=0.05)
         assert response.status_code == 504
         assert response.json()["error"]["code"] == "timeout"
         assert live.complete(prompt="x", max_tokens=1, timeout=30).status_code == 200
@@ -198,8 +210,8 @@ def test_time_passes_while_a_prompt_is_tokenised(monkeypatch: pytest.MonkeyPatch
 
 def test_time_is_over_for_a_prompt_that_a_session_reads() -> None:
     with serving(max_request_seconds=0.05) as live:
-        live.engine.step_seconds = 0.3
-        response = live.client.post("/v1/sessions", json={"prompt": "x"})
+        with no_step_before_it_is_cancelled(live):
+            response = live.client.post("/v1/sessions", json={"prompt": "x"})
         assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
 
 

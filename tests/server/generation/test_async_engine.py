@@ -38,6 +38,13 @@ class HandWorker:
         self.cancelled.append(request_id)
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what another thread or task does."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
 def engine() -> AsyncEngine:
     made = AsyncEngine(FakeEngine(), HandWorker, AdmissionQueue(8, 10**6), 100)  # type: ignore[arg-type]
     made.start()
@@ -159,19 +166,21 @@ def test_who_leaves_while_prompts_are_handed_in_leaves_nothing_behind() -> None:
         made = engine()
         worker: Any = made._worker
         submit, may_go = worker.submit, threading.Event()
+        threads: list[threading.Thread] = []
 
         def submitting(*given: Any, **named: Any) -> None:
-            may_go.wait(10)
+            threads.append(threading.current_thread())
+            may_go.wait(60)
             submit(*given, **named)
 
         worker.submit = submitting
         opening = asyncio.create_task(made.generate("r", request([1] * MAX_INLINE_TOKENS, [2])))
-        await asyncio.sleep(0.01)
+        await until(lambda: threads)
         opening.cancel()
         with pytest.raises(asyncio.CancelledError):
             await opening
         may_go.set()
-        await asyncio.sleep(0.05)
+        await until(lambda: len(worker.cancelled) == 4)  # by whoever left, and once handed in
         assert set(worker.submitted) == {"r-0-0", "r-0-1"}
         assert worker.cancelled[-2:] == ["r-0-0", "r-0-1"]
 

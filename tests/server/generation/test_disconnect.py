@@ -9,7 +9,7 @@ ENDLESS = {"prompt": "x", "max_tokens": 1_000_000}
 
 def left_promptly(live: Live, num_requests: int) -> None:
     """Every request was cancelled, and none outlived the step that was running then."""
-    eventually(lambda: len(live.engine.cancelled) == num_requests)
+    eventually(lambda: len(live.engine.cancelled), equals=num_requests)
     assert all(each.ended_at - each.asked_at <= 1 for each in live.engine.cancelled)
     assert live.engine.stats().num_free_slots == live.engine.num_slots
     eventually(
@@ -31,7 +31,7 @@ def test_a_client_that_leaves_before_the_first_token(stream: bool) -> None:
     with serving() as live:
         live.engine.may_step.clear()
         with live.connect(prompt=["x", "y"], max_tokens=50, stream=stream):
-            eventually(lambda: len(live.engine.running) == 2)
+            eventually(lambda: len(live.engine.running), equals=2)
         eventually(lambda: all(r.cancelled_at is not None for r in live.engine.running.values()))
         live.engine.may_step.set()
         left_promptly(live, 2)
@@ -50,7 +50,7 @@ def test_others_do_not_notice() -> None:
     with serving() as live:
         live.engine.step_seconds = 0.002
         socks = [live.connect(prompt="x", max_tokens=200, stream=True) for _ in range(12)]
-        eventually(lambda: len(live.engine.running) == 12)
+        eventually(lambda: len(live.engine.running), equals=12)
         for sock in socks[::3]:
             sock.close()
         for sock in socks[1::3] + socks[2::3]:

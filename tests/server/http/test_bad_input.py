@@ -210,7 +210,7 @@ def test_a_body_longer_than_the_limit_is_refused_while_it_comes(shared: Live) ->
 
 def test_a_body_that_never_ends_is_refused_before_its_end(shared: Live) -> None:
     host, port = shared.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as sock:
+    with socket.create_connection((host, int(port)), timeout=60) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
         sock.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
         for _ in range(21):
@@ -220,7 +220,7 @@ def test_a_body_that_never_ends_is_refused_before_its_end(shared: Live) -> None:
 
 def test_a_client_that_leaves_within_its_body_harms_nobody(shared: Live) -> None:
     host, port = shared.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as sock:
+    with socket.create_connection((host, int(port)), timeout=60) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{")
     assert shared.complete(prompt="x").status_code == 200
 

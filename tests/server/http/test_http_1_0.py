@@ -25,7 +25,7 @@ def ask(
 ) -> socket.socket:
     """A request of HTTP/1.0 by hand, its answer unread."""
     host, port = live.url.removeprefix("http://").split(":")
-    sock = socket.create_connection((host, int(port)), timeout=20)
+    sock = socket.create_connection((host, int(port)), timeout=60)
     raw = b"" if body is None else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(raw)}\r\n"
     sock.sendall(f"{head}{header}\r\n\r\n".encode() + raw)

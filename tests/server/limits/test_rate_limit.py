@@ -57,7 +57,7 @@ def test_a_key_s_requests_at_a_time_are_bounded_and_another_s_are_not() -> None:
         live.engine.may_step.clear()
         live.client.headers.update(bearer("one"))
         socks = [live.connect(prompt="x") for _ in range(2)]
-        eventually(lambda: len(live.engine.running) == 2)
+        eventually(lambda: len(live.engine.running), equals=2)
         refused = live.complete(prompt="x")
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
@@ -67,7 +67,7 @@ def test_a_key_s_requests_at_a_time_are_bounded_and_another_s_are_not() -> None:
         assert other.status_code == 200
         for sock in socks:
             sock.close()
-        eventually(lambda: live.complete(prompt="x").status_code == 200)
+        eventually(lambda: live.complete(prompt="x").status_code, equals=200)
 
 
 def test_tokens_read_and_said_are_counted() -> None:

@@ -102,7 +102,7 @@ def test_a_turn_that_goes_on_has_its_line_when_it_ends(
         assert [line["path"] for line in lines()] == ["/v1/sessions"], "it still runs"
         live.engine.step_seconds = 0.0
         live.engine.may_step.set()
-        eventually(lambda: len(lines()) == 2)
+        eventually(lambda: len(lines()), equals=2)
         fields = lines()[-1]
         assert (fields["status"], fields["finish_reason"], fields["completion_tokens"]) == (
             status,
@@ -125,7 +125,7 @@ def test_a_turn_that_goes_on_with_its_client_has_one_line(lines: Any, stream: bo
     with serving() as live:
         body = {"prompt": "y", "session_id": live.opened("x"), "max_tokens": 3, "stream": stream}
         live.client.post("/v1/completions", json=body | {"on_disconnect": "continue"})
-        eventually(lambda: len(lines()) == 2)
+        eventually(lambda: len(lines()), equals=2)
         assert (lines()[-1]["status"], lines()[-1]["finish_reason"]) == (200, "length")
     assert len(lines()) == 2
 
@@ -136,7 +136,7 @@ def test_a_turn_and_a_refused_key_have_lines(lines: Any, tmp_path: Path) -> None
     with serving(api_key_file=str(tmp_path / "keys.json"), api_key=("two",)) as live:
         for key in ("one", "two", "three"):
             live.client.post("/v1/sessions", json={"prompt": "abc"}, headers=bearer(key))
-        eventually(lambda: len(lines()) == 3)
+        eventually(lambda: len(lines()), equals=3)
         named = [(line["key"], line["status"], line.get("prompt_tokens")) for line in lines()]
         assert named == [("alice", 200, 3), ("3fc4ccfe", 200, 3), ("", 401, None)]
 
@@ -200,9 +200,9 @@ def test_a_server_that_is_asked_for_json_says_nothing_else(gptj_folder: Path) ->
         first = iter(popen.stderr.readline, "")
         logged = [json.loads(next(first)), json.loads(next(first))]
         url = logged[1]["ready"]
-        httpx.post(f"{url}/v1/completions", json={"prompt": "secret", "max_tokens": 3}, timeout=30)
+        httpx.post(f"{url}/v1/completions", json={"prompt": "secret", "max_tokens": 3}, timeout=60)
         popen.send_signal(signal.SIGTERM)
-        printed, errors = popen.communicate(timeout=30)
+        printed, errors = popen.communicate(timeout=60)
     assert (popen.returncode, printed) == (0, "")
     logged += [json.loads(line) for line in errors.splitlines()]
     assert "--allow-unauthenticated" in logged[0]["message"]

@@ -25,6 +25,8 @@ from tests.engine.making import ATTENTIONS, attention_folder
 from tests.server.process import served
 from tests.server.sse import read_told, text_of
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = int(os.environ.get("COTTENTION_CRASH_ROUNDS", "3"))
 NUM_SESSIONS = 32
 NUM_TOKENS = 5

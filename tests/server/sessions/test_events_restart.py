@@ -10,6 +10,8 @@ import pytest
 from tests.server.process import served
 from tests.server.sse import Told, read_told, text_of
 
+pytestmark = pytest.mark.slow
+
 TURN = {"prompt": "def f(x):", "ignore_eos": True, "seed": 7, "stream": True}
 
 
@@ -49,7 +51,7 @@ def test_a_turn_that_ended_is_told_after_kill_9(gptj_folder: Path, tmp_path: Pat
         whole = read_told(client.post("/v1/completions", json=going_on(twin, 40)).text)
         assert text_of(told) == text_of(whole)
         popen.send_signal(signal.SIGKILL)
-        popen.wait(30)
+        popen.wait(60)
     with served(gptj_folder, tmp_path) as (_, client):
         assert events(client, session_id) == told
         assert begun + events(client, session_id, begun[-1].id) == told
@@ -65,7 +67,7 @@ def test_a_turn_that_kill_9_cut_was_none(gptj_folder: Path, tmp_path: Path) -> N
         first = read_told(client.post("/v1/completions", json=going_on(session_id, 5)).text)
         begun = left_after(client, 4, going_on(session_id, 1_000_000))
         popen.send_signal(signal.SIGKILL)
-        popen.wait(30)
+        popen.wait(60)
     with served(gptj_folder, tmp_path) as (_, client):
         assert client.get(f"/v1/sessions/{session_id}").json()["interrupted"] is True
         assert events(client, session_id) == first

@@ -6,7 +6,11 @@ import signal
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.server.process import served
+
+pytestmark = pytest.mark.slow
 
 
 def test_what_a_stop_could_not_store_is_told_and_only_that_is_lost(

@@ -8,6 +8,8 @@ import pytest
 from cottention.server.sessions.storage import PREFIX
 from tests.server.process import served
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_a_killed_server_left_the_next_start_removes(
     gptj_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

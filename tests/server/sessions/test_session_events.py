@@ -22,6 +22,7 @@ SECONDS = 0.005
 def live() -> Iterator[Live]:
     with serving() as live:
         live.engine.step_seconds = SECONDS
+        live.step_with_loop()
         yield live
         eventually(lambda: not live.sessions.leased)
         eventually(lambda: not live.turns._live)
@@ -153,6 +154,7 @@ def test_a_whole_answer_is_the_same_as_without(live: Live) -> None:
 
 def test_who_was_away_too_long_is_told_so() -> None:
     with serving(session_event_log_bytes=2000) as live:
+        live.step_with_loop()
         session_id = live.opened("x")
         told = read_told(
             live.client.post("/v1/completions", json=going_on(session_id, num=60)).text
@@ -203,7 +205,7 @@ def test_a_client_that_leaves_cancels_unless_it_says_otherwise(live: Live) -> No
     body = going_on(session_id, num=1_000_000, on_disconnect="cancel")
     with live.connect(**body) as sock:
         read_events(sock, 3)
-    eventually(lambda: live.sessions.ends == ["commit"])
+    eventually(lambda: live.sessions.ends, equals=["commit"])
     eventually(lambda: live.engine.cancelled)
     assert after(live, session_id).status_code == 204
 
@@ -298,7 +300,7 @@ def test_a_server_that_stops_ends_a_turn_that_goes_on(live: Live) -> None:
     session_id = live.opened("x")
     begun = left_after(live, 3, **going_on(session_id, num=1_000_000))
     live.loop_call(live.async_engine.cancel_all)
-    eventually(lambda: live.sessions.ends == ["commit"])
+    eventually(lambda: live.sessions.ends, equals=["commit"])
     told = begun + missed(live, session_id, begun[-1].id)
     assert told[-2].json["choices"][0]["finish_reason"] == "cancelled"
     kept = live.text_of(session_id)
@@ -315,7 +317,7 @@ def test_a_server_drains_until_the_turn_has_ended() -> None:
         live.loop_call(live.async_engine.drain)
         assert not live.async_engine._dispatcher._idle.is_set()
         eventually(live.async_engine._dispatcher._idle.is_set)
-        eventually(lambda: live.sessions.ends == ["commit"])
+        eventually(lambda: live.sessions.ends, equals=["commit"])
         assert len(live.text_of(session_id)) == 52
 
 
@@ -340,7 +342,7 @@ def test_who_stalls_falls_behind_and_keeps_nobody() -> None:
         session_id = live.opened("x")
         body = going_on(session_id, num=2000, prompt="loud")
         with live.connect(**body) as sock:
-            eventually(lambda: live.sessions.ends == ["commit"])
+            eventually(lambda: live.sessions.ends, equals=["commit"])
             raw = b""
             while b"events_gone" not in raw[-2000:]:
                 raw += sock.recv(1 << 20)

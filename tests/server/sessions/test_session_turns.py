@@ -50,7 +50,7 @@ def test_the_second_of_two_turns_is_refused_or_waits() -> None:
         for letter in "uvw":
             body = turn | {"prompt": letter, "on_conflict": "wait"}
             waiting.append(pool.submit(lambda body=body: live.complete(**body)))
-            eventually(lambda: len(line_of(live, session_id)) == len(waiting) + 1)
+            eventually(lambda: len(line_of(live, session_id)), equals=len(waiting) + 1)
         live.engine.may_step.set()
         assert [each.result().status_code for each in (first, *waiting)] == [200] * 4
         assert live.text_of(session_id) == "xyabuabvabwab"
@@ -69,8 +69,8 @@ def test_who_waits_and_leaves_is_not_waited_for() -> None:
         first = pool.submit(lambda: live.complete(**turn))
         eventually(lambda: live.sessions.leased)
         with live.connect(**turn, on_conflict="wait"):
-            eventually(lambda: len(line_of(live, session_id)) == 2)
-        eventually(lambda: len(line_of(live, session_id)) == 1)
+            eventually(lambda: len(line_of(live, session_id)), equals=2)
+        eventually(lambda: len(line_of(live, session_id)), equals=1)
         live.engine.may_step.set()
         assert first.result().status_code == 200
         assert live.text_of(session_id) == "xyab"
@@ -83,7 +83,7 @@ def test_a_cut_stream_keeps_what_was_delivered() -> None:
         live.engine.step_seconds = 0.005
         with live.connect(**ENDLESS, session_id=session_id, stream=True) as sock:
             text = received(sock, least=5)
-        eventually(lambda: live.sessions.ends == ["commit"])
+        eventually(lambda: live.sessions.ends, equals=["commit"])
         kept = live.text_of(session_id)
         assert kept.startswith("xy" + text)
         assert len(kept) <= len("xy" + text) + 30, "what was sent, and no more"
@@ -97,7 +97,7 @@ def test_a_stalled_reader_keeps_what_was_written_to_its_socket() -> None:
         body = {"prompt": "loud", "max_tokens": 1_000_000, "session_id": session_id}
         with live.connect(**body, stream=True):
             eventually(lambda: any(each.is_paused for each in live.engine.running.values()))
-        eventually(lambda: live.sessions.ends == ["commit"])
+        eventually(lambda: live.sessions.ends, equals=["commit"])
         assert live.sessions.state_of(session_id).num_tokens < live.engine.num_generated
         assert is_free(live, session_id)
 
@@ -109,7 +109,7 @@ def test_a_cut_stream_may_be_rolled_back() -> None:
         body = ENDLESS | {"session_id": session_id, "on_cancel": "rollback"}
         with live.connect(**body, stream=True) as sock:
             received(sock, least=3)
-        eventually(lambda: live.sessions.ends == ["abandon"])
+        eventually(lambda: live.sessions.ends, equals=["abandon"])
         assert live.text_of(session_id) == "x"
         assert is_free(live, session_id)
 
@@ -124,7 +124,7 @@ def test_a_turn_of_which_nothing_was_sent_was_none(stream: bool) -> None:
             eventually(lambda: live.engine.running)
         eventually(lambda: not live.async_engine.streams)  # the server has seen that it left
         live.engine.may_step.set()
-        eventually(lambda: live.sessions.ends == ["abandon"])
+        eventually(lambda: live.sessions.ends, equals=["abandon"])
         assert live.text_of(session_id) == "x"
         assert is_free(live, session_id)
 
@@ -140,7 +140,7 @@ def test_an_append_whose_client_leaves_was_none() -> None:
                 live.client.post(url, json={"prompt": "y"}, timeout=0.2)
 
         pool.submit(impatient).result()
-        eventually(lambda: live.sessions.ends == ["abandon"])
+        eventually(lambda: live.sessions.ends, equals=["abandon"])
         live.engine.may_step.set()
         assert live.text_of(session_id) == "x"
         assert is_free(live, session_id)

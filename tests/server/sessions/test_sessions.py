@@ -383,7 +383,7 @@ def test_a_turn_that_cannot_be_kept_is_not_told_as_if_it_were(stream: bool) -> N
             assert "session_moved" in last
         else:
             assert error_of(live.complete(**body))[0] == 412
-        eventually(lambda: live.sessions.ends == ["abandon"])
+        eventually(lambda: live.sessions.ends, equals=["abandon"])
         assert live.text_of(session_id) == "x"
 
 

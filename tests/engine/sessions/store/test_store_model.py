@@ -182,10 +182,16 @@ class StoreMachine(RuleBasedStateMachine):
         )
 
 
+class AtLength(StoreMachine):
+    """More of the same."""
+
+
 TestStore = StoreMachine.TestCase
+TestStoreAtLength = pytest.mark.slow(AtLength.TestCase)
 TestStore.settings = settings(
-    max_examples=40,
+    max_examples=15,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+TestStoreAtLength.settings = settings(TestStore.settings, max_examples=80)
