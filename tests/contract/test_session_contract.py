@@ -24,7 +24,7 @@ from cottention.engine.sessions.store import SqliteStore
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.state.spec import StateSpec, recurrence_tensors
 from tests.server.fake_sessions import FakeSessions
 from tests.server.live import eventually
 
@@ -37,7 +37,7 @@ def sessions(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     if request.param == "fake":
         yield FakeSessions()
         return
-    spec = StateSpec(layers=1, heads=1, value_width=8, key_width=8, has_denominator=False)
+    spec = StateSpec(recurrence_tensors(layers=1, heads=1, value_width=8, key_width=8))
     prints = Fingerprint("w", "t", "c", "l")
     made = SessionManager(
         SqliteStore(tmp_path),
@@ -89,7 +89,7 @@ VERBS: dict[str, Callable[[Any, str, str], Any]] = {
     "rewind": lambda sessions, owner, name: sessions.rewind(owner, name),
     "delete": lambda sessions, owner, name: sessions.delete(owner, name),
     "export": lambda sessions, owner, name: sessions.export(owner, name),
-    "outbox": lambda sessions, owner, name: sessions.outbox(owner, name),
+    "events": lambda sessions, owner, name: sessions.events(owner, name),
 }
 CHANGING = ("begin", "fork", "rewind", "delete")
 
@@ -282,9 +282,9 @@ def test_what_is_no_snapshot_or_of_no_use_makes_no_session(sessions: Any) -> Non
 
 def test_of_a_turn_without_events_none_are_kept(sessions: Any) -> None:
     session_id = opened(sessions)
-    assert sessions.outbox(OWNER, session_id) == EventLog()
+    assert sessions.events(OWNER, session_id) == EventLog()
     take_turn(sessions, session_id)
-    assert sessions.outbox(OWNER, session_id) == EventLog()
+    assert sessions.events(OWNER, session_id) == EventLog()
 
 
 def test_each_session_is_counted_once(sessions: Any) -> None:
