@@ -105,14 +105,14 @@ class Engine:
             self._commands.put(lambda: self._request_manager.add(request))
         return request_id
 
-    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request in the next step; does nothing if it is unknown or has ended."""
         self._commands.put(lambda: self._request_manager.cancel(request_id, reason))
 
     def pause(self, request_id: str) -> None:
         """Stop decoding until `resume` and give the slots to others; prefill is not interrupted.
 
-        Above --max-paused-states the requests paused longest end with FinishReason.UNREAD.
+        Above --max-paused-states the requests paused longest end with FinishReason.SLOW_READER.
         """
         self._commands.put(lambda: self._request_manager.pause(request_id))
 

@@ -17,9 +17,9 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
-    CANCELLED = "cancelled"
+    ABORT = "abort"
     TIMEOUT = "timeout"
-    UNREAD = "unread"
+    SLOW_READER = "slow_reader"
     ERROR = "error"
 
 

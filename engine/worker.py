@@ -64,7 +64,7 @@ class EngineWorker:
         self._wake.set()
         return request_id
 
-    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """As Engine.cancel."""
         self._engine.cancel(request_id, reason)
         self._wake.set()
@@ -84,7 +84,7 @@ class EngineWorker:
         return self._engine.stats()
 
     def stop(self) -> None:
-        """Stop after the current step; unfinished requests get CANCELLED outputs."""
+        """Stop after the current step; unfinished requests get ABORT outputs."""
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():

@@ -113,13 +113,13 @@ class RequestManager:
         """Park a request's states, if there is such a request and its prompt is prefilled.
 
         Until then there is no output that its reader could be behind with. Where too many states
-        would be parked, requests end with UNREAD; the outputs are theirs.
+        would be parked, requests end with SLOW_READER; the outputs are theirs.
         """
         request = self._requests.get(request_id)
         if request is None or request.status is RequestStatus.PAUSED or not request.is_prefilled:
             return []
         victims = self._preemption.victims(request)
-        outputs = [out for each in victims for out in self.finish(each, FinishReason.UNREAD)]
+        outputs = [out for each in victims for out in self.finish(each, FinishReason.SLOW_READER)]
         if request not in victims:
             self._scheduler.remove_request(request)
             self._preemption.park(request)
@@ -134,9 +134,7 @@ class RequestManager:
             self._scheduler.add_resumed(request)
         return []
 
-    def cancel(
-        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
-    ) -> list[Output]:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> list[Output]:
         """End a request, if there is such a request."""
         request = self._requests.get(request_id)
         return self.finish(request, reason) if request else []

@@ -31,27 +31,33 @@ class SessionBytes:
 
     @classmethod
     def of(
-        cls, spec: StateSpec, *, num_ids: int, window: int, max_checkpoints: int, max_outbox: int
+        cls,
+        spec: StateSpec,
+        *,
+        num_ids: int,
+        window: int,
+        max_checkpoints: int,
+        max_event_log_bytes: int,
     ) -> Self:
-        """num_ids: of the tokenizer. window: recent ids kept. max_outbox: bytes of events."""
+        """num_ids: of the tokenizer. window: recent ids kept. max_event_log_bytes: bytes of events."""
         slot = spec.itemised_bytes()
         rows = spec.bytes_per_row
         num_kept = window + 1  # the last id waits outside the state, for the next turn
         counts, ids = num_ids * COUNT_BYTES, num_kept * ID_BYTES
         lists = num_kept * STORED_ID_BYTES + num_ids * STORED_COUNT_BYTES
-        snapshot = rows + lists + max_outbox + HEADER_BYTES
+        snapshot = rows + lists + max_event_log_bytes + HEADER_BYTES
         items = {
             **slot,
             "logits": 0,
             "counts": counts,
             "ids": ids,
-            "outbox": max_outbox,
+            "event_log": max_event_log_bytes,
             "turn_copy": rows,
             "checkpoints": max_checkpoints * snapshot,
         }
         places = {
             "resident": spec.bytes_per_slot,
-            "parked": rows + counts + ids + max_outbox,
+            "parked": rows + counts + ids + max_event_log_bytes,
             "stored": (1 + max_checkpoints) * snapshot,
         }
         return cls(items, places)

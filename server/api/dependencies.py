@@ -76,7 +76,7 @@ def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
         num_ids=engine.tokenizer.num_ids,
         window=engine.policies.window,
         max_checkpoints=config.session_checkpoints,
-        max_outbox=config.session_event_log_bytes,
+        max_event_log_bytes=config.session_event_log_bytes,
     )
 
 

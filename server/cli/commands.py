@@ -198,7 +198,7 @@ def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:
         "logits": ", computed again from the last token",
         "counts": " of memory at most",
         "ids": " of memory",
-        "outbox": " of memory at most",
+        "event_log": " of memory at most",
         "turn_copy": " of memory while a turn runs",
         "checkpoints": f" of disk at most, for {config.session_checkpoints} turns",
     }

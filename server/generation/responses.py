@@ -50,7 +50,7 @@ async def collect_outputs(stream: OutputStream) -> dict[int, OutputDelta]:
     if not stream.num_generated:
         if FinishReason.TIMEOUT in reasons:
             raise expired()
-        if FinishReason.CANCELLED in reasons:
+        if FinishReason.ABORT in reasons:
             raise unavailable(Phase.DRAINING)
     return deltas
 

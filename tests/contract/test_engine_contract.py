@@ -152,7 +152,7 @@ def test_an_id_is_one_request_s_until_it_ends(engine: Any) -> None:
     assert ends(steps(engine)) == [("a", 0, FinishReason.LENGTH)]
 
 
-@pytest.mark.parametrize("reason", [FinishReason.CANCELLED, FinishReason.TIMEOUT])
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.TIMEOUT])
 def test_a_cancelled_request_ends_in_the_next_step(engine: Any, reason: FinishReason) -> None:
     engine.submit(PROMPT, LONG, request_id="a")
     engine.submit(PROMPT, SHORT, request_id="b")
@@ -168,7 +168,7 @@ def test_cancelled_before_its_first_step_it_says_nothing(engine: Any) -> None:
     engine.submit(PROMPT, params(n=2), request_id="a")
     engine.cancel("a")
     outputs = steps(engine)
-    assert ends(outputs) == [("a", n, FinishReason.CANCELLED) for n in range(2)]
+    assert ends(outputs) == [("a", n, FinishReason.ABORT) for n in range(2)]
     assert ids_of(outputs) == []
 
 
@@ -211,7 +211,7 @@ def test_a_paused_request_can_be_cancelled(engine: Any) -> None:
     steps(engine)
     engine.cancel("a")
     assert engine.has_work()
-    assert ends(steps(engine)) == [("a", 0, FinishReason.CANCELLED)]
+    assert ends(steps(engine)) == [("a", 0, FinishReason.ABORT)]
     assert engine.stats().num_paused == 0
 
 
@@ -232,7 +232,7 @@ def test_figures(engine: Any) -> None:
     assert (after.num_running, after.num_waiting, after.num_paused) == (0, 0, 0)
     assert after.num_free_slots == NUM_SLOTS
     finished = {reason: num for reason, num in after.num_finished.items() if num}
-    assert finished == {FinishReason.LENGTH: 2, FinishReason.CANCELLED: 1}
+    assert finished == {FinishReason.LENGTH: 2, FinishReason.ABORT: 1}
     assert after.num_prompt_tokens == 2 * len(PROMPT)
     assert after.num_generated_tokens >= len(ids_of(outputs))
     assert after.num_steps > 0
@@ -246,7 +246,7 @@ def test_closing_ends_all_and_takes_no_more(engine: Any) -> None:
     engine.submit(PROMPT, SHORT, request_id="not begun")
     engine.pause("b")
     names = [("a", 0), ("a", 1), ("b", 0), ("not begun", 0)]
-    assert ends(engine.close()) == [(*each, FinishReason.CANCELLED) for each in names]
+    assert ends(engine.close()) == [(*each, FinishReason.ABORT) for each in names]
     assert engine.close() == []
     assert not engine.has_work()
     with pytest.raises(EngineStoppedError):
@@ -349,7 +349,7 @@ def test_a_worker_delivers_every_request_s_end_once(worker: EngineWorker, reader
     for thread in threads:
         thread.join()
     reader.wait(lambda outputs: len(ends(outputs)) == len(names))
-    kinds = (FinishReason.LENGTH, FinishReason.CANCELLED)
+    kinds = (FinishReason.LENGTH, FinishReason.ABORT)
     assert ends(reader.outputs) == sorted((name, 0, kinds[int(name) % 2]) for name in names)
     assert worker.stats().num_free_slots == NUM_SLOTS
 
@@ -360,6 +360,6 @@ def test_a_worker_that_stops_ends_everybody(worker: EngineWorker, reader: Reader
     worker.pause("paused")
     reader.wait(lambda outputs: len(of(outputs, "a")) >= 2)
     worker.stop()
-    assert ends(reader.outputs) == [(name, 0, FinishReason.CANCELLED) for name in ("a", "paused")]
+    assert ends(reader.outputs) == [(name, 0, FinishReason.ABORT) for name in ("a", "paused")]
     with pytest.raises(EngineStoppedError):
         worker.submit(PROMPT, SHORT, request_id="late")

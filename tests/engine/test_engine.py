@@ -281,7 +281,7 @@ def test_cancel_at_every_stage(engine: Engine, steps: int) -> None:
     engine.cancel("a")
     outputs = engine.step()
     assert [(out.choice, out.finish_reason) for out in outputs] == [
-        (index, FinishReason.CANCELLED) for index in range(3)
+        (index, FinishReason.ABORT) for index in range(3)
     ]
     check_all_ended(engine, {})
     assert not engine.has_work()
@@ -295,7 +295,7 @@ def test_cancel_of_one_that_waits_for_slots(engine: Engine) -> None:
     engine.cancel("waits")
     outputs = engine.step()
     assert [out for out in outputs if out.request_id == "waits"] == [
-        Output("waits", 0, "", (), FinishReason.CANCELLED)
+        Output("waits", 0, "", (), FinishReason.ABORT)
     ]
     assert len(collect(engine)) == 4
     check_all_ended(engine, {})
@@ -316,7 +316,7 @@ def test_cancel_twice_and_in_the_step_of_submission(engine: Engine) -> None:
     engine.submit([1], LONG, request_id="a")
     engine.cancel("a")
     engine.cancel("a")
-    assert [out.finish_reason for out in engine.step()] == [FinishReason.CANCELLED]
+    assert [out.finish_reason for out in engine.step()] == [FinishReason.ABORT]
     check_all_ended(engine, {})
 
 
@@ -444,7 +444,7 @@ def test_a_stream_ends_when_the_engine_is_closed(engine: Engine) -> None:
     stream = engine.stream("abc", LONG)
     next(stream)
     engine.close()
-    assert [out.finish_reason for out in stream][-1] is FinishReason.CANCELLED
+    assert [out.finish_reason for out in stream][-1] is FinishReason.ABORT
     check_all_ended(engine, {})
 
 
@@ -568,7 +568,7 @@ def test_close_with_everything_in_flight(engine: Engine) -> None:
         for name in ("running", "reading", "waiting", "in the queue")
         for index in range(2)
     }
-    assert all(out.finish_reason is FinishReason.CANCELLED for out in outputs)
+    assert all(out.finish_reason is FinishReason.ABORT for out in outputs)
     assert len(outputs) == 8
     check_all_ended(engine, {})
     assert engine.close() == []
@@ -601,7 +601,7 @@ def test_stats_count(engine: Engine) -> None:
     assert after.num_prompt_tokens == 11
     assert after.num_generated_tokens == 2 * 2 * 3
     assert after.num_finished[FinishReason.LENGTH] == 4
-    assert after.num_finished[FinishReason.CANCELLED] == 1
+    assert after.num_finished[FinishReason.ABORT] == 1
     assert after.num_finished.keys() == set(FinishReason)
     assert after.num_steps > 0
 

@@ -98,7 +98,7 @@ def test_cancel(worker: EngineWorker, reader: Reader) -> None:
     worker.submit([1], LONG, request_id="a")
     reader.wait(lambda: len(reader.of("a")) >= 3)
     worker.cancel("a")
-    assert reader.wait_end("a") is FinishReason.CANCELLED
+    assert reader.wait_end("a") is FinishReason.ABORT
     assert worker.stats().num_free_slots == worker.stats().num_slots
 
 
@@ -109,7 +109,7 @@ def test_stop_ends_everybody(worker: EngineWorker, reader: Reader) -> None:
     reader.wait(lambda: reader.outputs)
     worker.stop()
     for number in range(8):
-        assert [out.finish_reason for out in reader.of(str(number))][-1] is FinishReason.CANCELLED
+        assert [out.finish_reason for out in reader.of(str(number))][-1] is FinishReason.ABORT
     assert worker.stats().num_free_slots == worker.stats().num_slots
     assert not reader.deaths
     worker.stop()

@@ -84,7 +84,7 @@ class Running:
     cancelled_at: int | None = None
     is_paused: bool = False
     started: float = field(default_factory=time.monotonic)
-    reason: FinishReason = FinishReason.CANCELLED
+    reason: FinishReason = FinishReason.ABORT
     start: SessionState | None = None
     drawn: list[int] = field(default_factory=list)
     unfinished: set[int] = field(default_factory=set)
@@ -152,7 +152,7 @@ class FakeEngine:
         if params.prompt_logprobs is not None:
             raise ParameterError("prompt_logprobs", "prompt_logprobs is not told with a session")
 
-    def cancel(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         with self._lock:
             if request := self.running.get(request_id):
                 request.cancelled_at, request.reason = self.num_steps, reason

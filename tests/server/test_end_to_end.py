@@ -84,7 +84,7 @@ def test_64_streams_of_which_a_third_leaves(live: Live, solo: Engine) -> None:
     eventually(lambda: live.engine.stats().num_free_slots, equals=NUM_CLIENTS)
     stats = live.engine.stats()
     assert (stats.num_running, stats.num_waiting) == (0, 0)
-    assert stats.num_finished[FinishReason.CANCELLED] == len(leaving)
+    assert stats.num_finished[FinishReason.ABORT] == len(leaving)
 
 
 def test_what_the_real_engine_refuses_names_the_field(live: Live) -> None:

@@ -182,7 +182,9 @@ def test_a_fingerprint_has_its_name_shape_and_dtype(counter_folder: Path, spec: 
 
 
 def test_capacity_itemises_it(spec: StateSpec) -> None:
-    cost = SessionBytes.of(spec, num_ids=10, window=WINDOW, max_checkpoints=0, max_outbox=0)
+    cost = SessionBytes.of(
+        spec, num_ids=10, window=WINDOW, max_checkpoints=0, max_event_log_bytes=0
+    )
     state, shift = 4 * DEPTH * WIDTH * WIDTH, 4 * DEPTH * WIDTH
     assert list(cost.items)[:4] == ["state", "denominator", "shift", "spare"]
     assert [cost.items[name] for name in ("state", "denominator", "shift")] == [state, 0, shift]

@@ -74,7 +74,7 @@ def test_stop_ids_are_not_text() -> None:
 
 @pytest.mark.parametrize(
     ("reason", "expected"),
-    [(FinishReason.CANCELLED, "abc"), (FinishReason.TIMEOUT, "abc"), (FinishReason.ERROR, "")],
+    [(FinishReason.ABORT, "abc"), (FinishReason.TIMEOUT, "abc"), (FinishReason.ERROR, "")],
 )
 def test_text_that_was_held_back_is_sent_unless_there_was_an_error(
     reason: FinishReason, expected: str
@@ -114,7 +114,7 @@ def test_a_session_state_has_the_turns_ids_and_no_rows_of_them() -> None:
     )
     choice = made.choices[0]
     assert process(choice, 3).state is None
-    assert PROCESSOR.finish(choice, FinishReason.CANCELLED).state is None
+    assert PROCESSOR.finish(choice, FinishReason.ABORT).state is None
     state = process(choice, 4).state
     assert state is not None
     assert (state.pending, state.recent) == ((9, 1, 2, 3, 4), (9, 1, 2, 3, 4))

@@ -127,7 +127,7 @@ def test_the_end_of_one_that_pauses(engine: Engine, verb: str) -> None:
         outputs = engine.step()
     else:
         outputs = engine.close()
-    assert [out.finish_reason for out in outputs] == [FinishReason.CANCELLED]
+    assert [out.finish_reason for out in outputs] == [FinishReason.ABORT]
     assert engine.stats().num_paused == 0
     check_all_ended(engine, {})
 
@@ -194,10 +194,10 @@ def test_past_the_bound_who_has_paused_longest_ends(gptj_folder: Path) -> None:
     engine = Engine(gptj_folder, EngineConfig(max_slots=1, max_paused_states=2))
     [expected] = engine.generate([PROMPT], WHILE)
     assert paused(engine, "a") == paused(engine, "b") == []
-    assert reasons(paused(engine, "c")) == [("a", FinishReason.UNREAD)]
+    assert reasons(paused(engine, "c")) == [("a", FinishReason.SLOW_READER)]
     stats = engine.stats()
     assert (stats.num_paused, stats.num_paused_states, stats.max_paused_states) == (2, 2, 2)
-    assert stats.num_finished[FinishReason.UNREAD] == 1
+    assert stats.num_finished[FinishReason.SLOW_READER] == 1
     assert engine.pool.num_free == 1
     for name in ("a", "b", "c"):
         engine.resume(name)
@@ -211,14 +211,14 @@ def test_past_the_bound_who_has_paused_longest_ends(gptj_folder: Path) -> None:
 def test_each_choice_counts_and_one_with_too_many_ends_alone(gptj_folder: Path) -> None:
     engine = Engine(gptj_folder, EngineConfig(max_slots=4, max_paused_states=3))
     assert paused(engine, "a") == paused(engine, "b") == []
-    assert reasons(paused(engine, "two", n=2)) == [("a", FinishReason.UNREAD)]
+    assert reasons(paused(engine, "two", n=2)) == [("a", FinishReason.SLOW_READER)]
     assert engine.stats().num_paused_states == 3
-    assert reasons(paused(engine, "four", n=4)) == [("four", FinishReason.UNREAD)] * 4
+    assert reasons(paused(engine, "four", n=4)) == [("four", FinishReason.SLOW_READER)] * 4
     assert engine.stats().num_paused_states == 3
     assert reasons(paused(engine, "three", n=3)) == [
-        ("b", FinishReason.UNREAD),
-        ("two", FinishReason.UNREAD),
-        ("two", FinishReason.UNREAD),
+        ("b", FinishReason.SLOW_READER),
+        ("two", FinishReason.SLOW_READER),
+        ("two", FinishReason.SLOW_READER),
     ]
     assert engine.pool.num_free == 4
     engine.cancel("three")
@@ -238,7 +238,7 @@ def test_a_resumed_request_is_not_ended_for_one_that_pauses(gptj_folder: Path) -
     assert engine.stats().num_waiting == 1
     engine.pause("slow")
     outputs = engine.step()
-    assert ("slow", FinishReason.UNREAD) in reasons(outputs)
+    assert ("slow", FinishReason.SLOW_READER) in reasons(outputs)
     parts = collect(engine)
     assert parts["read", 0][-1].finish_reason is FinishReason.LENGTH
     check_all_ended(engine, parts)
@@ -246,7 +246,7 @@ def test_a_resumed_request_is_not_ended_for_one_that_pauses(gptj_folder: Path) -
 
 def test_no_room_at_all(gptj_folder: Path) -> None:
     engine = Engine(gptj_folder, EngineConfig(max_slots=1, max_paused_states=0))
-    assert reasons(paused(engine, "slow")) == [("slow", FinishReason.UNREAD)]
+    assert reasons(paused(engine, "slow")) == [("slow", FinishReason.SLOW_READER)]
     check_all_ended(engine, {})
 
 

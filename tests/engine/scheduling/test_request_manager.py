@@ -117,7 +117,7 @@ def test_a_request_from_its_arrival_to_its_end() -> None:
     parts.step()
     assert (request.status, parts.pool.num_free) == (RUNNING, 0)
     (last,) = parts.manager.cancel("a")
-    assert (request.status, last.finish_reason) == (FINISHED, FinishReason.CANCELLED)
+    assert (request.status, last.finish_reason) == (FINISHED, FinishReason.ABORT)
     parts.check()
 
 
@@ -167,4 +167,7 @@ def test_status_slots_and_queues_agree_after_any_verbs(seed: int) -> None:
     parts.check()
     assert all(each.status is FINISHED for each in parts.requests)
     assert len(parts.ends) == sum(len(each.choices) for each in parts.requests)
-    assert {out.finish_reason for out in parts.ends} >= {FinishReason.LENGTH, FinishReason.UNREAD}
+    assert {out.finish_reason for out in parts.ends} >= {
+        FinishReason.LENGTH,
+        FinishReason.SLOW_READER,
+    }

@@ -13,7 +13,7 @@ from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.state.spec import StateSpec, recurrence_tensors
 
-NUM_IDS, WINDOW, OUTBOX = 500, 64, 3000
+NUM_IDS, WINDOW, EVENT_LOG_BYTES = 500, 64, 3000
 CONFIG = " ".join(f"{'n' * 12}{n}={10**6}" for n in range(14))
 PRINTS = Fingerprint("a" * 64, "b" * 64, CONFIG, "c" * 100)
 
@@ -26,7 +26,7 @@ def test_the_largest_session_takes_what_is_said(has_denominator: bool) -> None:
         )
     )
     cost = SessionBytes.of(
-        spec, num_ids=NUM_IDS, window=WINDOW, max_checkpoints=2, max_outbox=OUTBOX
+        spec, num_ids=NUM_IDS, window=WINDOW, max_checkpoints=2, max_event_log_bytes=EVENT_LOG_BYTES
     )
     state, events = value = largest(spec)
     codec = SnapshotCodec(PRINTS, spec, NUM_IDS, context_schedules(WINDOW), WINDOW)

@@ -159,7 +159,7 @@ def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder
     assert told["attention"] == "cottention"
     assert told["logits"].startswith("0 bytes, computed again")
     assert told["turn_copy"].startswith("8,192 bytes of memory")
-    assert {"counts", "ids", "outbox", "checkpoints", "parked", "stored"} <= told.keys()
+    assert {"counts", "ids", "event_log", "checkpoints", "parked", "stored"} <= told.keys()
 
 
 def test_info_of_a_cosformer_names_its_fixed_length(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,7 +89,7 @@ def test_what_runs_past_the_drain_ends_with_a_final_event() -> None:
         server.signal()
         rest = list(lines)
         assert rest[-2] == "data: [DONE]"
-        assert '"finish_reason":"cancelled"' in rest[-4]
+        assert '"finish_reason":"abort"' in rest[-4]
         assert server.wait(CLOSING) == 0
         assert time.monotonic() - started > 0.4
 
@@ -107,7 +107,7 @@ def test_a_second_signal_stops_now() -> None:
         eventually(server.is_draining)
         server.signal(signal.SIGTERM)
         assert server.wait(CLOSING) == 128 + signal.SIGTERM
-        assert '"finish_reason":"cancelled"' in list(lines)[-4]
+        assert '"finish_reason":"abort"' in list(lines)[-4]
 
 
 def test_an_idle_server_stops_at_once() -> None:

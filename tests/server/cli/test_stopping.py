@@ -128,9 +128,9 @@ def check_ends(opened: Sequence[str], all_heard: Sequence[Heard]) -> dict[str, i
     for place, heard in enumerate(all_heard):
         assert heard.status == 200
         assert heard.is_done, f"stream {place} was cut after {len(heard.chunks)} events"
-        assert heard.last_reason in ("cancelled", "length")
+        assert heard.last_reason in ("abort", "length")
     for name, heard in zip(opened, all_heard[-len(opened) :], strict=True):
-        assert heard.last_reason == "cancelled"
+        assert heard.last_reason == "abort"
         told[name] = heard.chunks[-1]["session"]["position"]
         assert told[name] > 0
     return told

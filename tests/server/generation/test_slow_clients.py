@@ -133,7 +133,7 @@ def test_many_that_read_nothing_hold_so_many_states_and_no_more(gptj_folder: Pat
         )
         told = [read_to_the_end(sock) for sock in streams]
     reasons = [chunks[-1]["choices"][0]["finish_reason"] for chunks in told]
-    assert reasons == ["unread"] * 4 + ["length"] * 2
+    assert reasons == ["slow_reader"] * 4 + ["length"] * 2
     for chunks, reason in zip(told, reasons, strict=True):
         text = text_of(chunks)
         assert text == expected if reason == "length" else expected.startswith(text) and text
@@ -141,7 +141,7 @@ def test_many_that_read_nothing_hold_so_many_states_and_no_more(gptj_folder: Pat
 
 
 def num_ended(live: Live) -> int:
-    num: int = live.engine.stats().num_finished["unread"]
+    num: int = live.engine.stats().num_finished["slow_reader"]
     return num
 
 
@@ -163,7 +163,7 @@ def test_a_session_keeps_what_it_was_told_before_nobody_read(
             chunks = read_to_the_end(sock)
         ids = [i for chunk in chunks for i in chunk["choices"][0]["token_ids"]]
         last = chunks[-1]
-        assert last["choices"][0]["finish_reason"] == "unread"
+        assert last["choices"][0]["finish_reason"] == "slow_reader"
         assert 0 < len(ids) < 300
         position = live.session(session_id)["position"]
         assert position == last["session"]["position"]

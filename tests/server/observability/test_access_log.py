@@ -117,7 +117,7 @@ def test_a_turn_that_goes_on_and_is_stopped_with_the_server(lines: Any, stream: 
     with serving() as live:
         leave_early(live, prompt="y", max_tokens=100_000, stream=stream)
         live.engine.may_step.set()
-    assert lines()[-1]["finish_reason"] == "cancelled"
+    assert lines()[-1]["finish_reason"] == "abort"
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -90,7 +90,7 @@ def test_a_server_that_is_told_to_stop(
         told = events(client, session_id)
         assert told[-1].data == "[DONE]"
         end = told[-2].json
-        assert end["choices"][0]["finish_reason"] == (reason or "cancelled")
+        assert end["choices"][0]["finish_reason"] == (reason or "abort")
         assert (
             end["session"]["position"]
             == client.get(f"/v1/sessions/{session_id}").json()["position"]

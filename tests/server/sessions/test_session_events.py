@@ -302,7 +302,7 @@ def test_a_server_that_stops_ends_a_turn_that_goes_on(live: Live) -> None:
     live.loop_call(live.async_engine.cancel_all)
     eventually(lambda: live.sessions.ends, equals=["commit"])
     told = begun + missed(live, session_id, begun[-1].id)
-    assert told[-2].json["choices"][0]["finish_reason"] == "cancelled"
+    assert told[-2].json["choices"][0]["finish_reason"] == "abort"
     kept = live.text_of(session_id)
     assert kept == "xy" + text_of(told)
     assert told[-2].json["session"]["position"] == len(kept)

@@ -334,7 +334,7 @@ def test_capacity_and_metrics_tell_where_sessions_are(live: Live) -> None:
         "logits": 0,
         "counts": 120 * 256,
         "ids": 40 * 513,
-        "outbox": 262_144,
+        "event_log": 262_144,
         "turn_copy": 500,
         "checkpoints": 4 * snapshot,
     }
