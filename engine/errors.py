@@ -1,4 +1,4 @@
-"""Everything that can go wrong and be told to a user, as one tree.
+"""The errors that carry a message for a user, as one tree.
 
 CottentionError
 ├── ModelFolderError      a model that cannot be served: what is wrong with its folder

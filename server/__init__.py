@@ -1,1 +1,1 @@
-"""The HTTP face and the command line of a Cottention engine. Knows no torch."""
+"""The HTTP server and the command line of the engine. Loads no torch."""
