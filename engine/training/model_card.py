@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 import torch
 
+from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.training.data import Corpus, SourceFile
 from cottention.engine.training.evaluate import Score
 from cottention.engine.training.export import HalfPrecision
@@ -153,21 +154,11 @@ contents: `{corpus_sha256}`.
 tokenizer are under the licence of cottention-server (Apache-2.0).
 """
 
-DESCRIPTIONS = {
-    "cottention": """\
-A small causal Cottention model (arXiv 2409.18747: cosine similarity in place of softmax, a GPT-J
-block around it) that continues Python source text. It ships with cottention-server so that the
-server runs without a download.""",
-    "cosformer": """\
-A small causal cosFormer (arXiv 2202.08791: ReLU reweighted by the cosine of the distance, a GPT-J
-block around it) that continues Python source text.""",
-    "linear": """\
-A small causal linear transformer (arXiv 2006.16236: elu + 1 in place of softmax, a GPT-J block
-around it) that continues Python source text.""",
-    "softmax": """\
-A small causal GPT-J with softmax attention that continues Python source text, for comparison.
-cottention-server trains and measures it, but does not serve it.""",
-}
+SHIPPED = """ It ships with cottention-server so that the
+server runs without a download."""
+
+COMPARED = """ It is for
+comparison: cottention-server trains and measures it, but does not serve it."""
 
 
 def model_card(name: str, facts: dict[str, Any]) -> str:
@@ -183,7 +174,7 @@ def model_card(name: str, facts: dict[str, Any]) -> str:
     rows = _rows(facts)
     return CARD.format(
         name=name,
-        what=DESCRIPTIONS[attention],
+        what=_description(attention),
         tags="cottention, linear-attention" if attention == "cottention" else attention,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         positions="\n".join(positions),
@@ -193,6 +184,15 @@ def model_card(name: str, facts: dict[str, Any]) -> str:
         python=training["python"],
         corpus_sha256=corpus["sha256"],
     )
+
+
+def _description(attention: str) -> str:
+    """What the model is, in a sentence or two."""
+    kind = ATTENTION_KINDS[attention]
+    text = f"A small {kind.description}, in a\nGPT-J block, that continues Python source text."
+    if attention == "cottention":
+        return text + SHIPPED
+    return text if kind.is_recurrent else text + COMPARED
 
 
 def _rows(facts: dict[str, Any]) -> dict[str, str]:

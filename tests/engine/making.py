@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from cottention.engine.models.checkpoint import read_weights
-from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
+from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
 from cottention.engine.outputs import SampledToken
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import BatchResult, Sample
@@ -28,11 +28,10 @@ def small_tokenizer() -> Tokenizer:
     return Tokenizer.from_folder(_FOLDER)
 
 
-ATTENTIONS: dict[str, dict[str, Any]] = {
-    "cottention": {},
+_SETTINGS: dict[str, dict[str, Any]] = {
     "cosformer": {"rotary_dim": 0, "attention_bias": True, "cosformer_max_length": 20_000},
-    "linear": {},
 }
+ATTENTIONS = {kind: _SETTINGS.get(kind, {}) for kind in RECURRENT_KINDS}
 """Every kind that is served, and what its small model's config.json says beside the golden one's.
 
 M is far beyond what tests reach, so that they are the same for all kinds.

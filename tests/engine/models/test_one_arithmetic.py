@@ -1,6 +1,6 @@
 """On the CPU in float32 there is one arithmetic: who runs beside a request changes no bit of it.
 
-200 requests, a third of them for the other feature maps, greedy and seeded, run alone, and then in
+200 requests, a third as many for each other feature map, greedy and seeded, run alone, and then in
 company: batches of up to 64, prompts cut into chunks of other sizes, another order of arrival.
 Their logits are compared with torch.equal.
 """
@@ -19,7 +19,7 @@ from cottention.engine.scheduling.batch import Batch, BatchResult
 
 pytestmark = pytest.mark.every_attention
 
-NUM_REQUESTS = {"cottention": 200, "cosformer": 68, "linear": 68}
+NUM_REQUESTS = {"cottention": 200}
 
 
 class Recorded:
@@ -93,7 +93,10 @@ class Case:
 @pytest.fixture(scope="module")
 def cases(attention: str, gptj_folder: Path) -> list[Case]:
     num_ids = Engine(gptj_folder, EngineConfig(max_slots=1)).tokenizer.num_ids
-    return [Case(number, num_ids) for number in range(NUM_REQUESTS[attention])]
+    return [
+        Case(number, num_ids)
+        for number in range(NUM_REQUESTS.get(attention, 68))
+    ]
 
 
 @pytest.fixture(scope="module")

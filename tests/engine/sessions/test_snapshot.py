@@ -278,7 +278,7 @@ def test_a_tensor_that_is_missing(kind: str, name: str) -> None:
 def test_another_kind_has_other_rows() -> None:
     """Where the fingerprints agree, as they never do, the shapes still tell."""
     for here, codec in CODECS.items():
-        for there in set(RECURRENT_KINDS) - {here}:
+        for there in (kind for kind in SPECS if SPECS[kind].shapes != SPECS[here].shapes):
             with pytest.raises(SnapshotError):
                 codec.decode(RAWS[there])
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cottention.engine import Engine, SamplingParams
 from cottention.engine.errors import ContextPolicyError, ParameterError
+from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.state.context_window import (
     ExactSchedule,
     RenewalSchedule,
@@ -35,7 +36,7 @@ from tests.engine.windows import (
 )
 
 WINDOW = 16
-WITHOUT_END = ["cottention", "linear"]
+WITHOUT_END = [kind for kind in RECURRENT_KINDS if kind != "cosformer"]
 """Kinds that go past the window under `exact`, too: cosFormer's M is the window here."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks import long_context
 from benchmarks.held_out import LongText, load
 from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.models.recurrence import Features
 from cottention.engine.state.context_window import KEPT_PART
@@ -44,7 +45,7 @@ def nats_of(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("piece", [7, 64, 1000])
-@pytest.mark.parametrize("attention", ["cottention", "linear"])
+@pytest.mark.parametrize("attention", [kind for kind in RECURRENT_KINDS if kind != "cosformer"])
 def test_exact_is_the_whole_text_at_once(attention: str, piece: int) -> None:
     model, ids = model_of(attention), ids_of()
     expected = nats_of(logits_of(model, ids[None, :-1], dtype=torch.float32)[0], ids)
@@ -53,7 +54,7 @@ def test_exact_is_the_whole_text_at_once(attention: str, piece: int) -> None:
 
 @pytest.mark.parametrize("length", [1, WINDOW, WINDOW + 1, WINDOW + 12, LENGTH])
 @pytest.mark.parametrize("kept", [2, 4, 8])
-@pytest.mark.parametrize("attention", ["cottention", "linear", "cosformer"])
+@pytest.mark.parametrize("attention", RECURRENT_KINDS)
 def test_renewed_token_by_token(attention: str, kept: int, length: int) -> None:
     """At index W, and then every W − kept, the state is recomputed from the last `kept` ids."""
     model, ids = model_of(attention), ids_of(length)
