@@ -24,10 +24,14 @@ def folder(path: Path, **config: Any) -> Path:
     return path
 
 
-def found(source: str, path: Path, **config: Any) -> ChatTemplate:
-    template = find_template(None, folder(path, chat_template=source, **config))
-    assert template
+def usable(choice: str | None, path: Path) -> ChatTemplate:
+    template = find_template(choice, path)
+    assert isinstance(template, ChatTemplate)
     return template
+
+
+def found(source: str, path: Path, **config: Any) -> ChatTemplate:
+    return usable(None, folder(path, chat_template=source, **config))
 
 
 def test_none_where_the_folder_has_none(tmp_path: Path) -> None:
@@ -46,8 +50,7 @@ def test_the_folder_s_own(tmp_path: Path) -> None:
 def test_a_file_of_its_own_goes_before_the_configuration(tmp_path: Path) -> None:
     folder(tmp_path, chat_template="config")
     (tmp_path / "chat_template.jinja").write_text("file")
-    template = find_template(None, tmp_path)
-    assert template
+    template = usable(None, tmp_path)
     assert template.render(MESSAGES, {}) == "file"
 
 
@@ -55,14 +58,12 @@ def test_named_ones_are_chosen_by_name(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "d"}, {"name": "rag", "template": "r"}]
     folder(tmp_path, chat_template=named)
     for choice, says in ((None, "d"), ("rag", "r")):
-        template = find_template(choice, tmp_path)
-        assert template
+        template = usable(choice, tmp_path)
         assert template.render(MESSAGES, {}) == says
 
 
 def test_the_plain_one(tmp_path: Path) -> None:
-    template = find_template("plain", tmp_path)
-    assert template
+    template = usable("plain", tmp_path)
     past = [{"role": "system", "content": "Be brief.\n"}, *MESSAGES]
     assert template.render(past, {"add_generation_prompt": True}) == (
         "System: Be brief.\n\nUser: hi <b>\n\nAssistant:"
@@ -72,8 +73,7 @@ def test_the_plain_one(tmp_path: Path) -> None:
 
 def test_a_file_is_chosen_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("mine")
-    template = find_template(str(tmp_path / "mine.jinja"), tmp_path)
-    assert template
+    template = usable(str(tmp_path / "mine.jinja"), tmp_path)
     assert template.render(MESSAGES, {}) == "mine"
 
 
@@ -115,7 +115,8 @@ BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def test_what_follows_an_assistant_s_message(
     source: str, follows: tuple[str, str] | None, tmp_path: Path
 ) -> None:
-    assert render_after(found(source, tmp_path, bos_token="<s>"), MESSAGES, {}) == follows
+    after = render_after(found(source, tmp_path, bos_token="<s>"), MESSAGES, {})
+    assert (after and (after[0].text, after[1])) == follows
 
 
 @pytest.mark.parametrize(("choice", "says"), [("nowhere", "nor one of: plain"), (".", "neither")])
