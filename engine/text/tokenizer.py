@@ -83,14 +83,13 @@ class Tokenizer:
         if not spans or not control_ids:
             return self.encode(text)
         encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
-        begins, offsets = [begin for begin, _ in spans], encoding.offsets
+        begins = [begin for begin, _ in spans]
         ids: list[int] = []
         for place, token_id in enumerate(encoding.ids):
-            if token_id in control_ids:
-                begin, end = offsets[place]
-                written = text[begin:end]  # with white space, if the token takes that in
-                first = begin + len(written) - len(written.lstrip())
-                if _overlaps(spans, begins, first, begin + len(written.rstrip())):
+            if token_id in control_ids and (found := encoding.token_to_chars(place)):
+                written = text[found[0] : found[1]]  # with white space, if the token takes that in
+                first = found[0] + len(written) - len(written.lstrip())
+                if _overlaps(spans, begins, first, found[0] + len(written.rstrip())):
                     ids += self._encode_ordinary(written, control_ids)
                     continue
             ids.append(token_id)

@@ -25,12 +25,13 @@ from jinja2 import Template
 from cottention.engine.errors import ConfigurationError
 from cottention.server.generation.control_tokens import (
     ControlTokens,
-    MarksExhaustedError,
     Message,
     RenderedChat,
+    UntrackableError,
     track,
 )
 from cottention.server.generation.template_environment import compile_template, literals_of
+from cottention.server.http.body import is_text
 
 if TYPE_CHECKING:
     from cottention.engine.text.tokenizer import Tokenizer
@@ -137,12 +138,17 @@ class ChatTemplate:
         control: ControlTokens | None,
     ) -> RenderedChat:
         """The prompt, and which parts of it come from the messages. Raises ChatTemplateError."""
+
+        def render_marked(marked: Sequence[Message]) -> str | None:
+            try:
+                return self.render(marked, variables)
+            except ChatTemplateError:
+                return None
+
         try:
-            return track(lambda given: self.render(given, variables), messages, control)
-        except MarksExhaustedError:
-            raise ChatTemplateError(
-                "the messages have too many different private-use characters"
-            ) from None
+            return track(self.render(messages, variables), render_marked, messages, control)
+        except UntrackableError as error:
+            raise ChatTemplateError(f"the chat template {error}") from None
 
 
 def find_template(choice: str | None, folder: Path) -> ChatTemplate | UnusableTemplate | None:
@@ -231,14 +237,13 @@ def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, _Source
         case None:
             return {}
         case list() if all(isinstance(each, dict) for each in found):
-            named = {each.get("name"): each.get("template") for each in found}
+            named = {str(each.get("name")): each.get("template") for each in found}
         case dict():
             named = found
         case _:
             named = {"default": found}
-    for name, source in named.items():
-        if not isinstance(name, str) or not isinstance(source, str):
-            raise _DamagedError(f"{where} is neither text nor texts with names")
+    if not all(isinstance(source, str) for source in named.values()):
+        raise _DamagedError(f"{where} is neither text nor texts with names")
     return {name: _Source(source, (), where) for name, source in named.items()}
 
 
@@ -256,7 +261,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     named = {name: _content(value) for name, value in found.items() if _is_named(name, extra)}
     if _is_gpt_2(folder, config):
         named = dict.fromkeys(GPT_2_NAMES, GPT_2_TOKEN) | named
-    return {name: text for name, text in named.items() if isinstance(text, str)}
+    return {name: text for name, text in named.items() if isinstance(text, str) and is_text(text)}
 
 
 def _is_named(name: str, extra: Any) -> bool:

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from cottention.engine.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-Render = Callable[[Sequence[Message]], str]
+Render = Callable[[Sequence[Message]], str | None]
 Spans = tuple[tuple[int, int], ...]
 
 TEXT_FIELDS = ("content", "name")
@@ -26,8 +27,8 @@ MARKS = range(0xE000, 0xF900)
 """Private-use characters. A template treats them as letters that have no case."""
 
 
-class MarksExhaustedError(Exception):
-    """The messages have every character that could mark them."""
+class UntrackableError(Exception):
+    """What comes from the messages cannot be found; the message completes "the template ..."."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,7 @@ class ControlTokens:
         if not found:
             return None
         spellings = frozenset(found.values())
-        pattern = re.compile(_any_of(sorted(spellings)), re.IGNORECASE)
-        return cls(frozenset(found), spellings, pattern)
+        return cls(frozenset(found), spellings, _pattern_of(spellings))
 
     def in_text(self, text: str) -> list[str]:
         """The control tokens that are spelled in a text."""
@@ -88,22 +88,27 @@ class RenderedChat:
 
 
 def track(
-    render: Render, messages: Sequence[Message], control: ControlTokens | None
+    text: str, render: Render, messages: Sequence[Message], control: ControlTokens | None
 ) -> RenderedChat:
-    """Render messages, and find what in the text comes from them.
+    """Find what in the text of a chat comes from its messages.
 
-    The text is `render(messages)`, unless it has a control token that may be a message's and cannot
-    be followed: then it is what the template makes of messages with marks in them, without these.
-    Raises what `render` does, and MarksExhaustedError.
+    text: the messages as the template renders them. render: renders messages with marks in them;
+    None where the template rejects these.
+    The result has the same text, unless that has a control token that may be a message's and cannot
+    be followed: then it is what the template makes of the messages with marks, without these.
+    Raises UntrackableError.
     """
-    text = render(messages)
     if control is None:
         return RenderedChat(text)
     marks = _Marks.unused_in([text, *_strings(messages)])
-    whole = marks.removed(render([_marked(each, marks, control) for each in messages]))
+    marked = render([_marked(each, marks, control) for each in messages])
+    whole = None if marked is None else marks.removed(marked)
     if whole is not None and whole.text == text:
         return whole
-    spelled = marks.broken(render([marks.around_each(each, control) for each in messages]))
+    marked = render([marks.around_each(each, control) for each in messages])
+    if marked is None:
+        raise UntrackableError("rejects messages with special tokens in their text")
+    spelled = marks.broken(marked)
     if spelled.text == text or control.in_text(text) != _outside(spelled, control):
         return spelled
     return RenderedChat(text)  # all of its control tokens are the template's
@@ -121,7 +126,7 @@ class _Marks:
         used = set().union(*(text for text in texts if not text.isascii()))
         free = [chr(each) for each in MARKS if chr(each) not in used]
         if len(free) < 2:
-            raise MarksExhaustedError
+            raise UntrackableError("cannot be given so many different private-use characters")
         return cls(*random.sample(free, 2))
 
     @property
@@ -218,6 +223,12 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for each in value:
             yield from _strings(each)
+
+
+@lru_cache(maxsize=4)
+def _pattern_of(texts: frozenset[str]) -> re.Pattern[str]:
+    """Finds texts, the longest first, in any case."""
+    return re.compile(_any_of(sorted(texts)), re.IGNORECASE)
 
 
 def _any_of(texts: Sequence[str]) -> str:

@@ -248,6 +248,24 @@ def test_all_of_a_text_may_be_marks(
         ids_of(tokenizer, chosen, said("\ue000\ue001"))
 
 
+PICKY = "{% if messages[0].content[0] != '<' %}{{ raise_exception('no') }}{% endif %}" + PLAIN
+EXACT = "{% if '</s>b' not in messages[0].content %}{{ raise_exception('no') }}{% endif %}" + PLAIN
+
+
+def test_a_template_may_reject_marks(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Texts without spellings are rendered all the same; others are refused, if they must be."""
+    chosen = template(tmp_path, PICKY)
+    assert ids_of(tokenizer, chosen, said("<a")) == tokenizer.encode(chosen.render(said("<a"), {}))
+    assert "</s>" not in controls(tokenizer, chosen, ids_of(tokenizer, chosen, said("< </s>")))
+    with pytest.raises(ChatTemplateError, match="no"):
+        ids_of(tokenizer, chosen, said("a"))
+    chosen = template(tmp_path, EXACT)
+    assert "</s>" not in controls(tokenizer, chosen, ids_of(tokenizer, chosen, said("</s>b")))
+    chosen = template(tmp_path, EXACT.replace("not in", "!="))
+    with pytest.raises(ChatTemplateError, match="special tokens in their text"):
+        ids_of(tokenizer, chosen, said("</s>b"))
+
+
 def test_without_control_tokens_nothing_is_followed(tmp_path: Path) -> None:
     backend = Backend(models.BPE({"a": 0}, []))
     backend.decoder = decoders.ByteLevel()
