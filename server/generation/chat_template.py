@@ -1,15 +1,13 @@
 """Chat templates: from messages to the text of a prompt, and to that of a session's later turn.
 
-Templates are found in the model folder as transformers finds them, by name or as a file, and
-rendered within a time limit. A turn of a session renders only its new messages: `render_after`
-finds what a template writes after an assistant's message, and `ChatContinuation` leaves out what
-the session already ends with.
+Templates are rendered within a time limit. A turn of a session renders only its new messages:
+`render_after` finds what a template writes after an assistant's message, and `ChatContinuation`
+leaves out what the session already ends with.
 """
 
 import contextlib
 import ctypes
 import io
-import json
 import logging
 import secrets
 import threading
@@ -18,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template
 
@@ -31,7 +29,13 @@ from cottention.server.generation.control_tokens import (
     track,
 )
 from cottention.server.generation.template_environment import compile_template, literals_of
-from cottention.server.http.body import is_text
+from cottention.server.generation.template_files import (
+    DamagedFileError,
+    choose_source,
+    one_line,
+    read_json,
+    special_tokens,
+)
 
 if TYPE_CHECKING:
     from cottention.engine.text.tokenizer import Tokenizer
@@ -40,33 +44,12 @@ if TYPE_CHECKING:
 MAX_SECONDS = 2.0
 MAX_CHARACTERS = 64 * 1024**2
 
-PLAIN = """\
-{%- for message in messages %}
-{{- message.role | capitalize }}: {{ message.content | trim }}
-
-{% endfor %}
-{%- if add_generation_prompt %}Assistant:{% endif -%}
-"""
-"""For models that were trained on plain text: "User: ...", "Assistant: ..."."""
-
-BUILT_IN_TEMPLATES: Mapping[str, tuple[str, tuple[str, ...]]] = {"plain": (PLAIN, ("\nUser:",))}
-"""Built-in templates by name, each with the stop strings of the assistant's messages."""
-
-NEWER_FOLDER = "additional_chat_templates"
-"""Where newer model folders have templates other than the default one, a file each."""
-
 DEFAULT_VARIABLES: Mapping[str, Any] = {
     "tools": None,
     "documents": None,
     "add_generation_prompt": False,
 }
 """What transformers gives every template."""
-
-GPT_2_TOKENIZERS = ("GPT2Tokenizer", "GPT2TokenizerFast")
-GPT_2_MODELS = ("gpt2", "gptj")
-GPT_2_NAMES = ("bos_token", "eos_token", "unk_token")
-GPT_2_TOKEN = "<|endoftext|>"
-"""The special token of GPT-2's tokenizer, where its files name none."""
 
 logger = logging.getLogger("cottention")
 
@@ -157,22 +140,22 @@ def find_template(choice: str | None, folder: Path) -> ChatTemplate | UnusableTe
     choice: the name of a template in the folder or of a built-in one, or a file.
     A file that is damaged is logged. Raises ConfigurationError for a choice that is nothing.
     """
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     where = str(folder)
     try:
-        source, stop, where = _chosen(choice, folder, config)
+        source, stop, where = choose_source(choice, folder, config)
         if source is None:
             return None
         compiled = compile_template(source)
         template = ChatTemplate(
-            compiled, stop, _special_tokens(folder, config), literals=literals_of(source)
+            compiled, stop, special_tokens(folder, config), literals=literals_of(source)
         )
     except ConfigurationError:
         raise
-    except _DamagedError as error:
+    except DamagedFileError as error:
         reason = str(error)
     except Exception as error:  # Jinja and Python's compiler raise many kinds
-        reason = f"{where} is not a valid template: {_one_line(error)}"
+        reason = f"{where} is not a valid template: {one_line(error)}"
     else:
         return replace(template, opening=_opening(template))
     logger.warning("chats are refused: %s", reason)
@@ -189,120 +172,6 @@ def _opening(template: ChatTemplate) -> str:
     except ChatTemplateError:  # the template rejects such a conversation
         return token
     return "" if longer.startswith(past + token) else token
-
-
-class _DamagedError(Exception):
-    """A file that should have the template does not; the message names both."""
-
-
-class _Source(NamedTuple):
-    """A template's text, its stop strings, and the name of the file that has it."""
-
-    text: str | None
-    stop: tuple[str, ...] = ()
-    where: str = ""
-
-
-def _chosen(choice: str | None, folder: Path, config: Mapping[str, Any]) -> _Source:
-    try:
-        own = _own_templates(folder, config)
-    except _DamagedError:
-        if choice is None:
-            raise
-        own = {}
-    if choice is None:
-        return own.get("default", _Source(None))
-    if choice in own:
-        return own[choice]
-    if choice in BUILT_IN_TEMPLATES:
-        return _Source(*BUILT_IN_TEMPLATES[choice], choice)
-    try:
-        return _Source(Path(choice).expanduser().read_text(encoding="utf-8-sig"), (), choice)
-    except (OSError, ValueError, RuntimeError):
-        names = ", ".join([*own, *BUILT_IN_TEMPLATES])
-        message = f"--chat-template {choice} is neither a text file nor one of: {names}"
-        raise ConfigurationError(message) from None
-
-
-def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, _Source]:
-    """The folder's templates by name: from files of their own, else from tokenizer_config.json."""
-    files = {each.stem: each for each in sorted((folder / NEWER_FOLDER).glob("*.jinja"))}
-    if (single := folder / "chat_template.jinja").exists():
-        files = {"default": single} | files
-    if files:
-        return {name: _Source(_read_text(file), (), str(file)) for name, file in files.items()}
-    where = f"chat_template in {folder / 'tokenizer_config.json'}"
-    found = config.get("chat_template")
-    match found:
-        case None:
-            return {}
-        case list() if all(isinstance(each, dict) for each in found):
-            named = {str(each.get("name")): each.get("template") for each in found}
-        case dict():
-            named = found
-        case _:
-            named = {"default": found}
-    if not all(isinstance(source, str) for source in named.values()):
-        raise _DamagedError(f"{where} is neither text nor texts with names")
-    return {name: _Source(source, (), where) for name, source in named.items()}
-
-
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and similar by name, from the files that transformers reads them from.
-
-    special_tokens_map.json, which older folders have, goes before tokenizer_config.json, unless
-    that lists all added tokens. GPT-2's tokenizer has defaults.
-    """
-    found = dict(config)
-    if "added_tokens_decoder" not in config:
-        found |= _read_json(folder / "special_tokens_map.json")
-    extra = found.get("extra_special_tokens")
-    found |= extra if isinstance(extra, dict) else {}
-    named = {name: _content(value) for name, value in found.items() if _is_named(name, extra)}
-    if _is_gpt_2(folder, config):
-        named = dict.fromkeys(GPT_2_NAMES, GPT_2_TOKEN) | named
-    return {name: text for name, text in named.items() if isinstance(text, str) and is_text(text)}
-
-
-def _is_named(name: str, extra: Any) -> bool:
-    return name.endswith("_token") or (isinstance(extra, dict) and name in extra)
-
-
-def _content(token: Any) -> Any:
-    """The text of a token, which files have as text or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
-def _is_gpt_2(folder: Path, config: Mapping[str, Any]) -> bool:
-    if "tokenizer_class" in config:
-        return config["tokenizer_class"] in GPT_2_TOKENIZERS
-    return _read_json(folder / "config.json").get("model_type") in GPT_2_MODELS
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise _DamagedError(f"{path} cannot be read: {_one_line(error)}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A file's object; empty where the file is absent, or damaged, which is logged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        logger.warning("%s cannot be read: %s", path, _one_line(error))
-        return {}
-    if isinstance(content, dict):
-        return content
-    logger.warning("%s is not a JSON object", path)
-    return {}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # Continuing a session

@@ -17,6 +17,7 @@ from cottention.server.generation.chat_template import (
     find_template,
     render_after,
 )
+from cottention.server.generation.template_files import PLAIN
 
 MESSAGES = [{"role": "user", "content": "hi <b>"}]
 
@@ -103,7 +104,7 @@ BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 @pytest.mark.parametrize(
     ("source", "follows"),
     [
-        (templates.PLAIN, ("\n\nUser: hi <b>\n\n", "\n\nUser: ")),
+        (PLAIN, ("\n\nUser: hi <b>\n\n", "\n\nUser: ")),
         (ONCE, ("][hi <b>]", "][")),
         (EACH, ("<s>[hi <b>]", "<s>[")),
         (BARE, ("hi <b>", "")),
@@ -178,7 +179,9 @@ def test_files_as_windows_writes_them(bom: bytes, end: str, tmp_path: Path) -> N
         assert usable(choice, tmp_path).render(MESSAGES, {}) == "<s>\nx"
 
 
-def test_newer_folders_have_a_file_for_each_name(tmp_path: Path) -> None:
+def test_newer_folders_have_a_file_for_each_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder(tmp_path, chat_template="config")
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("t")
@@ -186,6 +189,9 @@ def test_newer_folders_have_a_file_for_each_name(tmp_path: Path) -> None:
     assert usable("tool_use", tmp_path).render(MESSAGES, {}) == "t"
     (tmp_path / "chat_template.jinja").write_text("d")
     assert usable(None, tmp_path).render(MESSAGES, {}) == "d"
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_bytes(b"\xff")
+    assert usable(None, tmp_path).render(MESSAGES, {}) == "d"
+    assert "rag.jinja cannot be read" in caplog.text
 
 
 NAMES = "{{ bos_token }},{{ eos_token }},{{ pad_token }},{{ image_token }}"
