@@ -97,6 +97,9 @@ class ServerConfig:
         "template file, name of a template in the model folder, or plain",
         unset="the model's own",
     )
+    allow_special_tokens_in_messages: bool = setting(
+        False, "let the text of chat messages write special tokens, instead of their spelling"
+    )
     api_key: tuple[str, ...] = setting(
         (), "API key to require; may be repeated", unset="none required", is_secret=True
     )

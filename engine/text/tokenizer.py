@@ -6,7 +6,8 @@ bytes may be part of a character: streams are decoded by `detokenizer.py`.
 
 import json
 import re
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ class Tokenizer:
     """A byte-level BPE tokenizer and the bytes of each of its ids.
 
     token_bytes: of each id, empty for special tokens. written_bytes: the same with special tokens
-    written out. sampleable_ids: those that may be generated, in order.
+    written out. sampleable_ids: those that may be generated, in order. added_tokens: by id, those
+    that are found in a text before it is split into words.
     """
 
     def __init__(self, backend: Backend, where: str) -> None:
@@ -37,6 +39,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._before, self._after = _frame(backend)
+        self.added_tokens: dict[int, AddedToken] = backend.get_added_tokens_decoder()
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.num_ids = max(vocabulary.values()) + 1
         self.token_bytes = _token_bytes(backend, vocabulary, self.num_ids)
@@ -69,6 +72,44 @@ class Tokenizer:
         """
         return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
+    def encode_untrusted(
+        self, text: str, spans: Sequence[tuple[int, int]], control_ids: Collection[int]
+    ) -> list[int]:
+        """As `encode`, but each of `control_ids` whose spelling overlaps a span is ordinary text.
+
+        spans: (begin, end) in characters of `text`, in order and apart; an empty one is overlapped
+        by what has characters on both sides of it. All other ids are those of `encode`.
+        """
+        if not spans or not control_ids:
+            return self.encode(text)
+        encoding = self._backend.encode_batch([text], add_special_tokens=False)[0]
+        begins = [begin for begin, _ in spans]
+        ids: list[int] = []
+        for place, token_id in enumerate(encoding.ids):
+            if token_id in control_ids and (found := encoding.token_to_chars(place)):
+                written = text[found[0] : found[1]]  # with white space, if the token takes that in
+                first = found[0] + len(written) - len(written.lstrip())
+                if _overlaps(spans, begins, first, found[0] + len(written.rstrip())):
+                    ids += self._encode_ordinary(written, control_ids)
+                    continue
+            ids.append(token_id)
+        return ids
+
+    def _encode_ordinary(self, text: str, control_ids: Collection[int]) -> list[int]:
+        """Ids of `text` without added tokens; its bytes' ids where those do not write it."""
+        backend, normalized = self._backend, text
+        if backend.normalizer is not None:
+            normalized = backend.normalizer.normalize_str(text)
+        words = [normalized]
+        if backend.pre_tokenizer is not None:
+            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(normalized)]
+        ids = [token.id for word in words for token in backend.model.tokenize(word)]
+        is_ordinary = not any(each in control_ids for each in ids)
+        if is_ordinary and b"".join(self.token_bytes[each] for each in ids) == text.encode():
+            return ids
+        of_bytes = (backend.token_to_id(_CHARACTER_OF_BYTE[each]) for each in text.encode())
+        return [each for each in of_bytes if each is not None]
+
     def framed(self, ids: list[int]) -> list[int]:
         """Add the special ids that the tokenizer puts around a text; GPT-J's adds none."""
         return [*self._before, *ids, *self._after] if self._before or self._after else ids
@@ -80,6 +121,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens left out, incomplete characters as U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def _overlaps(
+    spans: Sequence[tuple[int, int]], begins: Sequence[int], first: int, last: int
+) -> bool:
+    """Whether one of `spans`, which begin at `begins`, has characters of `first` to `last`."""
+    place = bisect_right(begins, last - 1) - 1  # the last that begins before; it also ends last
+    return place >= 0 and spans[place][1] > first
 
 
 def _frame(backend: Backend) -> tuple[list[int], list[int]]:
@@ -122,6 +171,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_alphabet()
+_CHARACTER_OF_BYTE = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
 
 
 def _from_vocab_and_merges(folder: Path) -> Backend:

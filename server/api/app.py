@@ -22,7 +22,7 @@ from cottention.server.api.exception_handlers import add_exception_handlers
 from cottention.server.api.openapi import install_openapi
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
-from cottention.server.generation.chat_template import ChatTemplate
+from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.http.request_id import HEADER, RequestIdMiddleware
 from cottention.server.limits.api_keys import (
     NAME_LENGTH,
@@ -70,7 +70,7 @@ def create_app(
     config: ServerConfig,
     keys: Sequence[ApiKey],
     sessions: "SessionManager",
-    template: ChatTemplate | None = None,
+    template: ChatTemplate | UnusableTemplate | None = None,
 ) -> FastAPI:
     """An application that serves an engine, which it starts and stops.
 

@@ -14,20 +14,16 @@ from cottention.server.generation.chat_template import (
     ChatContinuation,
     ChatTemplate,
     ChatTemplateError,
-    Message,
+    UnusableTemplate,
     render_after,
 )
 from cottention.server.generation.choice_format import ChatFormatter
-from cottention.server.generation.request import (
-    OutputOptions,
-    ParsedRequest,
-    encode_text,
-    truncate_prompt,
-)
+from cottention.server.generation.control_tokens import ControlTokens, Message, RenderedChat
+from cottention.server.generation.request import OutputOptions, ParsedRequest, truncate_prompt
 from cottention.server.generation.responses import EndpointFormat
 from cottention.server.http.body import is_text
 from cottention.server.http.errors import invalid
-from cottention.server.schemas.chat import ChatRequest, chat_request
+from cottention.server.schemas.chat import ChatRequest, chat_request, unknown_keys
 from cottention.server.schemas.responses import ChatCompletion
 
 if TYPE_CHECKING:
@@ -68,37 +64,55 @@ def parse_chat(fields: dict[str, Any], context: Context) -> ParsedRequest:
     body = chat_request(fields)
     check_model(body.model, context)
     template = template_of(context)
+    context.ignored_keys.warn(unknown_keys(fields["messages"]))
     params = _params(body, context, template.stop)
-    text = render(template, body.messages, body.add_generation_prompt, body.chat_template_kwargs)
-    tokenizer = context.tokenizer
-    ids = encode_text(text, tokenizer, add_special_tokens=body.add_special_tokens)
+    tokenizer, control = context.tokenizer, control_tokens(context, template)
+    chat = render(
+        template, body.messages, body.add_generation_prompt, body.chat_template_kwargs, control
+    )
+    ids = encode_chat(chat, tokenizer, control, add_special_tokens=body.add_special_tokens)
     prompts = [truncate_prompt(ids, body, context.trained_length)]
     continuation = None
     if body.session_id is not None:
-        continuation = _continuation(body, template, text, tokenizer)
+        continuation = _continuation(body, template, chat, tokenizer, control)
     return ParsedRequest(body, params, _output_options(body), prompts, continuation=continuation)
 
 
 def _continuation(
-    body: ChatRequest, template: ChatTemplate, text: str, tokenizer: "Tokenizer"
+    body: ChatRequest,
+    template: ChatTemplate,
+    chat: RenderedChat,
+    tokenizer: "Tokenizer",
+    control: ControlTokens | None,
 ) -> ChatContinuation:
-    """The prompt of a turn in a session that is not empty; `text` is that in an empty session.
+    """The prompt of a turn in a session that is not empty; `chat` is that in an empty session.
 
     Raises ApiError.
     """
     variables = body.chat_template_kwargs | {"add_generation_prompt": body.add_generation_prompt}
-    found = render_after(template, body.messages, variables)
-    later, seam = (text.removeprefix(template.opening), "") if found is None else found
-    return ChatContinuation(
-        tokenizer.encode(_checked(later)), seam, template.end_texts, body.add_special_tokens
-    )
+    found = render_after(template, body.messages, variables, control)
+    if found is None:
+        is_opened = chat.text.startswith(template.opening)
+        found = chat.after(len(template.opening) if is_opened else 0), ""
+    later, seam = found
+    ids = _checked(later).encode(tokenizer, control)
+    return ChatContinuation(ids, seam, template.end_texts, body.add_special_tokens)
 
 
 def template_of(context: Context) -> ChatTemplate:
-    """The server's template. Raises ApiError if it has none."""
+    """The server's template. Raises ApiError if it has none, or one that cannot be used."""
     if context.template is None:
         raise invalid("messages", NO_TEMPLATE)
+    if isinstance(context.template, UnusableTemplate):
+        raise invalid("messages", f"this server answers no chats: {context.template.reason}")
     return context.template
+
+
+def control_tokens(context: Context, template: ChatTemplate) -> ControlTokens | None:
+    """The tokens that messages cannot write; None if they may write all."""
+    if context.config.allow_special_tokens_in_messages:
+        return None
+    return ControlTokens.of(context.tokenizer, template.literals)
 
 
 def render(
@@ -106,23 +120,36 @@ def render(
     messages: Sequence[Message],
     add_generation_prompt: bool,
     kwargs: dict[str, Any],
-) -> str:
+    control: ControlTokens | None,
+) -> RenderedChat:
     """The text of a chat's prompt. Raises ApiError."""
     variables = kwargs | {"add_generation_prompt": add_generation_prompt}
     try:
-        text = template.render(messages, variables)
+        chat = template.track(messages, variables, control)
     except ChatTemplateError as error:
         raise invalid("messages", str(error)) from None
-    if not text:
+    if not chat.text:
         raise invalid("messages", "the chat template renders these messages as an empty prompt")
-    return _checked(text)
+    return _checked(chat)
 
 
-def _checked(text: str) -> str:
-    if not is_text(text):
+def encode_chat(
+    chat: RenderedChat,
+    tokenizer: "Tokenizer",
+    control: ControlTokens | None,
+    *,
+    add_special_tokens: bool,
+) -> list[int]:
+    """Token ids of a chat's prompt, with or without the special tokens that its tokenizer adds."""
+    ids = chat.encode(tokenizer, control)
+    return tokenizer.framed(ids) if add_special_tokens else ids
+
+
+def _checked(chat: RenderedChat) -> RenderedChat:
+    if not is_text(chat.text):
         message = "chat_template_kwargs has a lone surrogate, which is not a character"
         raise invalid("chat_template_kwargs", message)
-    return text
+    return chat
 
 
 def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> SamplingParams:

@@ -1,6 +1,9 @@
 """The context that endpoints depend on: engine, settings, sessions, metrics, key limits."""
 
-from dataclasses import dataclass, replace
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
@@ -9,7 +12,8 @@ from prometheus_client import CollectorRegistry
 from cottention.engine.sessions.memory_usage import SessionBytes
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
-from cottention.server.generation.chat_template import ChatTemplate
+from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
+from cottention.server.http.body import shown
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import limits_of
 from cottention.server.sessions.turn_queue import TurnQueue
@@ -21,6 +25,28 @@ if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.text.tokenizer import Tokenizer
 
 
+MAX_IGNORED_KEYS = 64
+"""Unknown keys that are logged; there is no end to those that clients may send."""
+
+logger = logging.getLogger("cottention")
+
+
+class IgnoredKeys:
+    """Logs each unknown key of chat messages once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._logged: set[str] = set()
+
+    def warn(self, keys: Iterable[str]) -> None:
+        """Log the keys that are new, up to MAX_IGNORED_KEYS of them in all."""
+        with self._lock:
+            for key in keys:
+                if key not in self._logged and len(self._logged) < MAX_IGNORED_KEYS:
+                    self._logged.add(key)
+                    logger.warning("unknown keys of chat messages are ignored: %s", shown(key))
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Shared by all requests of an application, except `limits`, which are those of the key."""
@@ -30,8 +56,9 @@ class Context:
     registry: CollectorRegistry
     sessions: "SessionManager"
     turns: TurnQueue
-    template: ChatTemplate | None = None
+    template: ChatTemplate | UnusableTemplate | None = None
     limits: KeyLimits = KeyLimits()
+    ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)
 
     @property
     def tokenizer(self) -> "Tokenizer":

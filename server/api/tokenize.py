@@ -7,13 +7,19 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from cottention.server.api.chat import ALWAYS_IN_THREAD, render, template_of
+from cottention.server.api.chat import (
+    ALWAYS_IN_THREAD,
+    control_tokens,
+    encode_chat,
+    render,
+    template_of,
+)
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, read_parsed
 from cottention.server.api.openapi import request_docs
 from cottention.server.generation.request import decode_ids, encode_text
 from cottention.server.schemas.base import RequestModel, validate
-from cottention.server.schemas.chat import MESSAGES, Messages
+from cottention.server.schemas.chat import MESSAGES, Messages, unknown_keys
 from cottention.server.schemas.field_types import Text, TokenIds
 from cottention.server.schemas.responses import Detokenized, JsonObject, Tokenized
 from cottention.server.schemas.sampling import BOOLEAN, IDS
@@ -78,13 +84,13 @@ def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
     if body.get("messages") is not None:
         chat = validate(TokenizeChatRequest, body)
         check_model(chat.model, context)
-        text = render(
-            template_of(context),
-            chat.messages,
-            chat.add_generation_prompt,
-            chat.chat_template_kwargs,
+        template = template_of(context)
+        context.ignored_keys.warn(unknown_keys(body["messages"]))
+        control = control_tokens(context, template)
+        rendered = render(
+            template, chat.messages, chat.add_generation_prompt, chat.chat_template_kwargs, control
         )
-        ids = encode_text(text, tokenizer, add_special_tokens=chat.add_special_tokens)
+        ids = encode_chat(rendered, tokenizer, control, add_special_tokens=chat.add_special_tokens)
         return _response(ids, chat.return_token_strs, context)
     request = validate(TokenizeRequest, body)
     check_model(request.model, context)

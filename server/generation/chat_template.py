@@ -1,7 +1,6 @@
 """Chat templates: from messages to the text of a prompt, and to that of a session's later turn.
 
-Templates are found in the model folder, by name or as a file, and rendered in Jinja's sandbox as
-transformers does, within a time limit. A turn of a session renders only its new messages:
+Templates are rendered within a time limit. A turn of a session renders only its new messages:
 `render_after` finds what a template writes after an assistant's message, and `ChatContinuation`
 leaves out what the session already ends with.
 """
@@ -9,22 +8,34 @@ leaves out what the session already ends with.
 import contextlib
 import ctypes
 import io
-import json
+import logging
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import Template
 
 from cottention.engine.errors import ConfigurationError
+from cottention.server.generation.control_tokens import (
+    ControlTokens,
+    Message,
+    RenderedChat,
+    UntrackableError,
+    track,
+)
+from cottention.server.generation.template_environment import compile_template, literals_of
+from cottention.server.generation.template_files import (
+    DamagedFileError,
+    choose_source,
+    one_line,
+    read_json,
+    special_tokens,
+)
 
 if TYPE_CHECKING:
     from cottention.engine.text.tokenizer import Tokenizer
@@ -33,19 +44,14 @@ if TYPE_CHECKING:
 MAX_SECONDS = 2.0
 MAX_CHARACTERS = 64 * 1024**2
 
-PLAIN = """\
-{%- for message in messages %}
-{{- message.role | capitalize }}: {{ message.content | trim }}
+DEFAULT_VARIABLES: Mapping[str, Any] = {
+    "tools": None,
+    "documents": None,
+    "add_generation_prompt": False,
+}
+"""What transformers gives every template."""
 
-{% endfor %}
-{%- if add_generation_prompt %}Assistant:{% endif -%}
-"""
-"""For models that were trained on plain text: "User: ...", "Assistant: ..."."""
-
-BUILT_IN_TEMPLATES: Mapping[str, tuple[str, tuple[str, ...]]] = {"plain": (PLAIN, ("\nUser:",))}
-"""Built-in templates by name, each with the stop strings of the assistant's messages."""
-
-Message = Mapping[str, Any]
+logger = logging.getLogger("cottention")
 
 PROBE_MESSAGES: Sequence[Message] = [
     {"role": role, "content": "?"} for role in ("user", "assistant", "user")
@@ -58,18 +64,27 @@ class ChatTemplateError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class UnusableTemplate:
+    """A template that cannot be used, and why: chats are refused, everything else works."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ChatTemplate:
     """A compiled template.
 
     stop: stop strings, in addition to the client's own.
     variables: the special tokens, by name.
     opening: the token at the beginning of a conversation, unless every turn has it; else empty.
+    literals: the texts that are written in the template.
     """
 
     template: Template
     stop: tuple[str, ...]
     variables: Mapping[str, str]
     opening: str = ""
+    literals: str = ""
 
     @property
     def end_texts(self) -> tuple[str, ...]:
@@ -79,7 +94,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
         """The prompt, rendered with more variables. Raises ChatTemplateError."""
-        given = {**self.variables, **variables, "messages": messages}
+        given = {**DEFAULT_VARIABLES, **self.variables, **variables, "messages": messages}
         text = io.StringIO()
         try:
             with time_limit(MAX_SECONDS):
@@ -99,21 +114,52 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template rejects these messages: {error}") from None
         return text.getvalue()
 
+    def track(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        control: ControlTokens | None,
+    ) -> RenderedChat:
+        """The prompt, and which parts of it come from the messages. Raises ChatTemplateError."""
 
-def find_template(choice: str | None, folder: Path) -> ChatTemplate | None:
+        def render_marked(marked: Sequence[Message]) -> str | None:
+            try:
+                return self.render(marked, variables)
+            except ChatTemplateError:
+                return None
+
+        try:
+            return track(self.render(messages, variables), render_marked, messages, control)
+        except UntrackableError as error:
+            raise ChatTemplateError(f"the chat template {error}") from None
+
+
+def find_template(choice: str | None, folder: Path) -> ChatTemplate | UnusableTemplate | None:
     """The chosen template, else the model folder's own, else None.
 
     choice: the name of a template in the folder or of a built-in one, or a file.
-    Raises ConfigurationError.
+    A file that is damaged is logged. Raises ConfigurationError for a choice that is nothing.
     """
-    config = _read_json(folder / "tokenizer_config.json")
-    own = _own_templates(folder, config)
-    source, stop = _chosen(choice, own)
-    if source is None:
-        return None
-    compiled = _compiled(source, choice or str(folder))
-    template = ChatTemplate(compiled, stop, _special_tokens(config))
-    return replace(template, opening=_opening(template))
+    config = read_json(folder / "tokenizer_config.json")
+    where = str(folder)
+    try:
+        source, stop, where = choose_source(choice, folder, config)
+        if source is None:
+            return None
+        compiled = compile_template(source)
+        template = ChatTemplate(
+            compiled, stop, special_tokens(folder, config), literals=literals_of(source)
+        )
+    except ConfigurationError:
+        raise
+    except DamagedFileError as error:
+        reason = str(error)
+    except Exception as error:  # Jinja and Python's compiler raise many kinds
+        reason = f"{where} is not a valid template: {one_line(error)}"
+    else:
+        return replace(template, opening=_opening(template))
+    logger.warning("chats are refused: %s", reason)
+    return UnusableTemplate(reason)
 
 
 def _opening(template: ChatTemplate) -> str:
@@ -126,80 +172,6 @@ def _opening(template: ChatTemplate) -> str:
     except ChatTemplateError:  # the template rejects such a conversation
         return token
     return "" if longer.startswith(past + token) else token
-
-
-def _chosen(choice: str | None, own: Mapping[str, str]) -> tuple[str | None, tuple[str, ...]]:
-    if choice is None:
-        return own.get("default"), ()
-    if choice in own:
-        return own[choice], ()
-    if choice in BUILT_IN_TEMPLATES:
-        return BUILT_IN_TEMPLATES[choice]
-    try:
-        return Path(choice).read_text(encoding="utf-8"), ()
-    except (OSError, ValueError):
-        names = ", ".join([*own, *BUILT_IN_TEMPLATES])
-        message = f"--chat-template {choice} is neither a text file nor one of: {names}"
-        raise ConfigurationError(message) from None
-
-
-def _own_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The folder's templates by name: from chat_template.jinja, else from tokenizer_config.json."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return {"default": file.read_text(encoding="utf-8")}
-    match config.get("chat_template"):
-        case str() as source:
-            return {"default": source}
-        case list() as named:
-            return {str(each["name"]): str(each["template"]) for each in named}
-    return {}
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """`bos_token` and similar, which tokenizer_config.json has as text or as an object."""
-    found = {}
-    for name, value in config.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            found[name] = text
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # loading the tokenizer reports files that it needs
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _compiled(source: str, where: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise ConfigurationError(
-            f"the chat template of {where} is not valid Jinja: {error}"
-        ) from None
-
-
-def _tojson(value: Any, indent: int | None = None, **_: Any) -> str:
-    """Jinja's own filter would escape for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 # Continuing a session
@@ -234,8 +206,11 @@ class ChatContinuation:
 
 
 def render_after(
-    template: ChatTemplate, messages: Sequence[Message], variables: Mapping[str, Any]
-) -> tuple[str, str] | None:
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    variables: Mapping[str, Any],
+    control: ControlTokens | None = None,
+) -> tuple[RenderedChat, str] | None:
     """What a template writes after an assistant's message, and the seam with which that begins.
 
     None if the template rejects `messages` at that place.
@@ -244,14 +219,16 @@ def render_after(
     past = [PROBE_MESSAGES[0], {"role": "assistant", "content": mark}]
     marked = [*past, {**messages[0], "content": mark}]
     try:
-        texts = template.render([*past, *messages], variables).split(mark)
+        whole = template.track([*past, *messages], variables, control)
         seams = template.render(marked, variables).split(mark)
     except ChatTemplateError:
         return None
-    if (len(texts), len(seams)) != (2, 3) or not texts[1]:
+    before, _, text = whole.text.partition(mark)
+    if not text or mark in text or len(seams) != 3:
         return None
-    text, seam = texts[1], seams[1]
-    return text, seam if text.startswith(seam) else ""
+    seam = seams[1]
+    later = whole.after(len(before) + len(mark))
+    return later, seam if text.startswith(seam) else ""
 
 
 def _num_present(seam: bytes, head: Sequence[bytes], tail: bytes, stops: Sequence[bytes]) -> int:

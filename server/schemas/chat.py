@@ -1,6 +1,6 @@
 """The body of POST /v1/chat/completions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PlainValidator
@@ -16,16 +16,28 @@ from cottention.server.schemas.unsupported import CHAT, NeutralValues, is_neutra
 TEXT_NAMES = ("role", "content", "name")
 
 NEUTRAL_IN_MESSAGES: NeutralValues = {
-    "refusal": (None,),
-    "annotations": (None, []),
-    "audio": (None,),
-    "function_call": (None,),
-    "tool_calls": (None, []),
-    "tool_call_id": (None,),
-    "reasoning": (None,),
-    "reasoning_content": (None,),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "tool_call_id": (),
 }
-"""Fields of an assistant's message that clients send back, with values without effect."""
+"""Fields of a message that are refused, except values without effect; null counts as absent."""
+
+KNOWN_KEYS = {*TEXT_NAMES, *NEUTRAL_IN_MESSAGES, "annotations", "cache_control", "refusal"}
+"""Keys of a message that are not logged as unknown; some are ignored."""
+
+TEXT_PARTS: Mapping[str, str] = {
+    "text": "text",
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+}
+"""Types of a content's parts that are text, and the key that has it."""
+
+KNOWN_PART_KEYS = {"type", "annotations", "cache_control"}
+
+UNUSED_TOOLS: Mapping[str, str] = {"tool_choice": "tools", "function_call": "functions"}
+"""Where the first is "none", the second is not used."""
 
 
 class TextPart(BaseModel):
@@ -39,7 +51,7 @@ class ChatMessage(BaseModel):
     """A message of a chat."""
 
     role: str
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
     name: str | None = None
 
 
@@ -53,16 +65,17 @@ def _messages(value: Any) -> list[dict[str, str]]:
 
 
 def _message(value: Any, where: str) -> dict[str, str]:
+    """A message's text fields. An assistant's content may be absent: it is empty."""
     if not isinstance(value, dict):
         raise field_error(f"{where} must be an object; it is {shown(value)}")
-    for name in value.keys() - set(TEXT_NAMES):
-        if name not in NEUTRAL_IN_MESSAGES:
-            raise field_error(f"{where} has no field {shown(name)}")
-        if not is_neutral(NEUTRAL_IN_MESSAGES[name], value[name]):
+    given = _given(value)
+    for name in given.keys() & NEUTRAL_IN_MESSAGES.keys():
+        if not is_neutral(NEUTRAL_IN_MESSAGES[name], given[name]):
             raise field_error(f"{where}.{name} is not supported yet: leave it out")
-    found = {"role": value.get("role"), "content": _content(value.get("content"), where)}
-    if value.get("name") is not None:
-        found["name"] = value["name"]
+    default = "" if given.get("role") == "assistant" else None
+    found = {"role": given.get("role"), "content": _content(given.get("content", default), where)}
+    if "name" in given:
+        found["name"] = given["name"]
     for name, text in found.items():
         if text is None:
             raise field_error(f"{where}.{name} is required; it must be a string")
@@ -75,12 +88,41 @@ def _message(value: Any, where: str) -> dict[str, str]:
 def _content(value: Any, where: str) -> Any:
     if not isinstance(value, list):
         return value
-    for place, part in enumerate(value):
-        if not isinstance(part, dict) or part.keys() != {"type", "text"} or part["type"] != "text":
-            raise field_error(f'{where}.content[{place}] must be {{"type": "text", "text": ...}}')
-        if not isinstance(part["text"], str):
-            raise field_error(f"{where}.content[{place}].text must be a string")
-    return "\n".join(part["text"] for part in value)
+    return "\n".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(value))
+
+
+def _part(value: Any, where: str) -> str:
+    """The text of a content's part."""
+    if not isinstance(value, dict):
+        raise field_error(f'{where} must be {{"type": "text", "text": ...}}; it is {shown(value)}')
+    given = _given(value)
+    kind = given.get("type")
+    if not isinstance(kind, str) or kind not in TEXT_PARTS:
+        is_kind = f"it is {shown(kind)}" if "type" in given else "it is absent"
+        raise field_error(
+            f'{where}.type must be "text", since this model takes text only; {is_kind}'
+        )
+    name = TEXT_PARTS[kind]
+    if name not in given:
+        raise field_error(f"{where}.{name} is required; it must be a string")
+    text = given[name]
+    if not isinstance(text, str):
+        raise field_error(f"{where}.{name} must be a string; it is {shown(text)}")
+    return text
+
+
+def _given(value: dict[str, Any]) -> dict[str, Any]:
+    """An object's keys with values; null counts as absent."""
+    return {name: each for name, each in value.items() if each is not None}
+
+
+def unknown_keys(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """Keys of valid messages, and of parts of their contents, that are ignored as unknown."""
+    for message in messages:
+        yield from _given(message).keys() - KNOWN_KEYS
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            yield from _given(part).keys() - KNOWN_PART_KEYS - {TEXT_PARTS[part["type"]]}
 
 
 Messages = Annotated[
@@ -114,7 +156,9 @@ class ChatRequest(SamplingBody):
 
 def chat_request(body: Mapping[str, Any]) -> ChatRequest:
     """Validate a body. Raises ApiError 400 naming the field."""
-    request = validate(ChatRequest, body)
+    unused = {tools for choice, tools in UNUSED_TOOLS.items() if body.get(choice) == "none"}
+    is_used = {name: name not in unused or not isinstance(body[name], list) for name in body}
+    request = validate(ChatRequest, {name: body[name] for name in body if is_used[name]})
     request.check_together(request.n, "n")
     check_turn(request, num_prompts=1)
     both = (request.max_tokens, request.max_completion_tokens)

@@ -109,7 +109,14 @@ REASONS: Mapping[str, str] = {
 
 def is_neutral(neutral: tuple[Any, ...], value: Any) -> bool:
     """Whether `value` is one of those without effect; true is not 1 and false is not 0."""
-    return any(
-        each is ANY or (each == value and isinstance(each, bool) == isinstance(value, bool))
-        for each in neutral
-    )
+    return any(each is ANY or _is_same(each, value) for each in neutral)
+
+
+def _is_same(neutral: Any, value: Any) -> bool:
+    """Whether two JSON values are equal, where null in an object of `value` counts as absent."""
+    if isinstance(neutral, dict) and isinstance(value, dict):
+        given = {name: each for name, each in value.items() if each is not None}
+        return neutral.keys() == given.keys() and all(
+            _is_same(neutral[name], given[name]) for name in neutral
+        )
+    return bool(neutral == value) and isinstance(neutral, bool) == isinstance(value, bool)

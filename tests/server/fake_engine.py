@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from cottention.engine.errors import EngineStoppedError, ParameterError
 from cottention.engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
@@ -32,6 +32,7 @@ class FakeTokenizer:
     num_ids = 256
     token_bytes: ClassVar = [bytes([each]) for each in range(256)]
     written_bytes = token_bytes
+    added_tokens: ClassVar[dict[int, Any]] = {}
     before: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:

@@ -18,7 +18,7 @@ from cottention.server.cli.serve import bind_socket, bounded, url_of
 from cottention.server.config import ServerConfig
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.async_engine import AsyncEngine
-from cottention.server.generation.chat_template import ChatTemplate
+from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.limits.api_keys import load_api_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
@@ -123,7 +123,7 @@ class Live:
 @contextlib.contextmanager
 def serving(
     engine: Any = None,
-    template: ChatTemplate | None = None,
+    template: ChatTemplate | UnusableTemplate | None = None,
     sessions: Any = None,
     **settings: Any,
 ) -> Iterator[Live]:

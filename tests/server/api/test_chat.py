@@ -17,7 +17,7 @@ SAY = "say:{{ messages[-1].content }}{{ tail }}"
 def template(tmp_path: Path, source: str = SAY) -> ChatTemplate:
     (tmp_path / "chat_template.jinja").write_text(source)
     found = find_template(None, tmp_path)
-    assert found
+    assert isinstance(found, ChatTemplate)
     return found
 
 
@@ -111,6 +111,82 @@ def test_parts_of_text_and_null_fields_are_taken(live: Live) -> None:
     assert answer["choices"][0]["message"]["content"] == "a\nb"
 
 
+CALL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+CACHED = {"cache_control": {"type": "ephemeral"}}
+TEXT = {"type": "text", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"role": "assistant", "content": None}, ""),
+        ({"role": "assistant"}, ""),
+        ({"role": "assistant", "content": None, "refusal": "no", "tool_calls": []}, ""),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "no"),
+        ({"role": "assistant", "content": [{"type": "output_text", "text": "a"}]}, "a"),
+        ({"role": "user", "content": [TEXT | CACHED]}, "a"),
+        ({"role": "user", "content": [TEXT | {"annotations": None, "image_url": None}]}, "a"),
+        ({"role": "user", "content": [TEXT | CACHED, TEXT]} | CACHED, "a\na"),
+        ({"role": "user", "content": []}, ""),
+        ({"role": "user", "content": "a", "name": None, "tool_call_id": None, "id": "m1"}, "a"),
+        ({"role": "user", "content": "a", "audio": None, "reasoning_content": "so"}, "a"),
+    ],
+)
+def test_messages_as_clients_send_them(tmp_path: Path, message: Any, says: str) -> None:
+    with serving(template=template(tmp_path, "say:<{{ messages[0].content }}>")) as live:
+        body = {"messages": [message, {"role": "user", "content": "x"}]}
+        response = live.client.post("/v1/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"][0]["message"]["content"] == f"<{says}>"
+        assert live.client.post("/tokenize", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [CALL], "tool_choice": "none"},
+        {"functions": [CALL["function"]], "function_call": "none"},
+        {"response_format": {"type": "text", "json_schema": None}},
+        {"stream_options": {"include_usage": None}, "stream": True},
+        {"tools": None, "tool_choice": None, "metadata": None},
+    ],
+    ids=repr,
+)
+def test_fields_without_effect_are_accepted(live: Live, fields: Any) -> None:
+    assert live.chat("x", **fields).status_code == 200
+
+
+def test_unknown_keys_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once each, none of those that are known to have no effect, and not without bound."""
+
+    def send(live: Live, path: str, **more: Any) -> None:
+        text = TEXT | CACHED | {"mark\n": 1}
+        body = {"messages": [{"role": "user", "content": [text], "refusal": None} | CACHED | more]}
+        assert live.client.post(path, json=body).status_code == 200
+
+    with serving(template=template(tmp_path)) as live:
+        for path in ("/v1/chat/completions", "/tokenize", "/v1/chat/completions"):
+            send(live, path, id="m1", status="done", empty=None)
+        told = [each.getMessage() for each in caplog.records if "ignored" in each.getMessage()]
+        assert sorted(each.rpartition(" ")[2] for each in told) == ['"id"', '"mark\\n"', '"status"']
+        caplog.clear()
+        send(live, "/tokenize", **{f"key{place}": 1 for place in range(200)})
+        assert sum("ignored" in each.getMessage() for each in caplog.records) == 61
+
+
+def test_a_template_that_does_not_compile_stops_chats_alone(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    with serving(template=find_template(None, tmp_path)) as live:
+        for response in (
+            live.chat("x"),
+            live.client.post("/tokenize", json={"messages": [MESSAGE]}),
+        ):
+            message = refused(response)["message"]
+            assert str(tmp_path / "chat_template.jinja") in message
+            assert "is not a valid template: Expected an expression" in message
+        assert live.complete(prompt="x").status_code == 200
+
+
 @pytest.mark.parametrize("role", ["system", "developer", "tool", "ipython"])
 def test_which_roles_there_are_is_the_template_s(tmp_path: Path, role: str) -> None:
     with serving(template=template(tmp_path, "say:{{ messages[0].role }}")) as live:
@@ -133,6 +209,10 @@ def test_neutral_values_are_accepted(live: Live) -> None:
 MESSAGE = {"role": "user", "content": "x"}
 
 
+def part(each: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [each]}]}
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "says"),
     [
@@ -145,9 +225,17 @@ MESSAGE = {"role": "user", "content": "x"}
         ({"messages": [MESSAGE | {"role": None}]}, "messages", "messages[0].role is required; it"),
         ({"messages": [MESSAGE | {"role": 1}]}, "messages", "role must be a string; it is 1"),
         ({"messages": [MESSAGE | {"tool_call_id": "1"}]}, "messages", "tool_call_id is not suppor"),
-        ({"messages": [MESSAGE | {"extra": 1}]}, "messages", 'no field "extra"'),
+        ({"mesages": [MESSAGE]}, "mesages", 'no field "mesages"'),
+        ({"messages": [MESSAGE | {"content": None}]}, "messages", "content is required"),
         ({"messages": [MESSAGE | {"tool_calls": [1]}]}, "messages", "tool_calls is not supported"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "type"),
+        (part({"type": "image_url"}), "messages", 'content[0].type must be "text", since this'),
+        (part({"type": None, "text": "x"}), "messages", "takes text only; it is absent"),
+        (part({"type": ["text"]}), "messages", "it is a list"),
+        (part({"type": "text", "text": None}), "messages", "content[0].text is required"),
+        (part({"type": "text", "text": 1}), "messages", "content[0].text must be a string"),
+        (part("x"), "messages", 'content[0] must be {"type": "text"'),
+        ({"tools": [{}], "tool_choice": "auto"}, "tools", "tool calls are not supported"),
+        ({"tools": {}, "tool_choice": "none"}, "tools", "tool calls are not supported"),
         ({"messages": [MESSAGE | {"content": "\ud800"}]}, "messages", "lone surrogate"),
         ({"chat_template_kwargs": {"tail": "\ud800"}}, "chat_template_kwargs", "lone surrogate"),
         ({"tools": [{}]}, "tools", "tool calls are not supported"),

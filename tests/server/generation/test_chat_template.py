@@ -1,6 +1,7 @@
 """Chat templates: where they are found, what they may use, what stops them."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from cottention.server.generation import chat_template as templates
 from cottention.server.generation.chat_template import (
     ChatTemplate,
     ChatTemplateError,
+    UnusableTemplate,
     find_template,
     render_after,
 )
+from cottention.server.generation.template_files import PLAIN
 
 MESSAGES = [{"role": "user", "content": "hi <b>"}]
 
@@ -24,10 +27,14 @@ def folder(path: Path, **config: Any) -> Path:
     return path
 
 
-def found(source: str, path: Path, **config: Any) -> ChatTemplate:
-    template = find_template(None, folder(path, chat_template=source, **config))
-    assert template
+def usable(choice: str | None, path: Path) -> ChatTemplate:
+    template = find_template(choice, path)
+    assert isinstance(template, ChatTemplate)
     return template
+
+
+def found(source: str, path: Path, **config: Any) -> ChatTemplate:
+    return usable(None, folder(path, chat_template=source, **config))
 
 
 def test_none_where_the_folder_has_none(tmp_path: Path) -> None:
@@ -46,8 +53,7 @@ def test_the_folder_s_own(tmp_path: Path) -> None:
 def test_a_file_of_its_own_goes_before_the_configuration(tmp_path: Path) -> None:
     folder(tmp_path, chat_template="config")
     (tmp_path / "chat_template.jinja").write_text("file")
-    template = find_template(None, tmp_path)
-    assert template
+    template = usable(None, tmp_path)
     assert template.render(MESSAGES, {}) == "file"
 
 
@@ -55,14 +61,12 @@ def test_named_ones_are_chosen_by_name(tmp_path: Path) -> None:
     named = [{"name": "default", "template": "d"}, {"name": "rag", "template": "r"}]
     folder(tmp_path, chat_template=named)
     for choice, says in ((None, "d"), ("rag", "r")):
-        template = find_template(choice, tmp_path)
-        assert template
+        template = usable(choice, tmp_path)
         assert template.render(MESSAGES, {}) == says
 
 
 def test_the_plain_one(tmp_path: Path) -> None:
-    template = find_template("plain", tmp_path)
-    assert template
+    template = usable("plain", tmp_path)
     past = [{"role": "system", "content": "Be brief.\n"}, *MESSAGES]
     assert template.render(past, {"add_generation_prompt": True}) == (
         "System: Be brief.\n\nUser: hi <b>\n\nAssistant:"
@@ -72,8 +76,7 @@ def test_the_plain_one(tmp_path: Path) -> None:
 
 def test_a_file_is_chosen_by_its_path(tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("mine")
-    template = find_template(str(tmp_path / "mine.jinja"), tmp_path)
-    assert template
+    template = usable(str(tmp_path / "mine.jinja"), tmp_path)
     assert template.render(MESSAGES, {}) == "mine"
 
 
@@ -101,7 +104,7 @@ BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 @pytest.mark.parametrize(
     ("source", "follows"),
     [
-        (templates.PLAIN, ("\n\nUser: hi <b>\n\n", "\n\nUser: ")),
+        (PLAIN, ("\n\nUser: hi <b>\n\n", "\n\nUser: ")),
         (ONCE, ("][hi <b>]", "][")),
         (EACH, ("<s>[hi <b>]", "<s>[")),
         (BARE, ("hi <b>", "")),
@@ -115,7 +118,8 @@ BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 def test_what_follows_an_assistant_s_message(
     source: str, follows: tuple[str, str] | None, tmp_path: Path
 ) -> None:
-    assert render_after(found(source, tmp_path, bos_token="<s>"), MESSAGES, {}) == follows
+    after = render_after(found(source, tmp_path, bos_token="<s>"), MESSAGES, {})
+    assert (after and (after[0].text, after[1])) == follows
 
 
 @pytest.mark.parametrize(("choice", "says"), [("nowhere", "nor one of: plain"), (".", "neither")])
@@ -124,9 +128,117 @@ def test_a_choice_that_is_nothing(choice: str, says: str, tmp_path: Path) -> Non
         find_template(choice, tmp_path)
 
 
-def test_what_is_no_jinja_is_told_at_the_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="not valid Jinja"):
-        found("{% for %}", tmp_path)
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("chat_template.jinja", b"{% for %}", "chat_template.jinja is not a valid template"),
+        ("chat_template.jinja", b"{% unknown %}", "unknown tag 'unknown'"),
+        ("chat_template.jinja", b"\xff\xfe{", "chat_template.jinja cannot be read"),
+        ("chat_template.jinja", b"{% for a in b %}" * 50 + b"{% endfor %}" * 50, "nested"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template in .* is neither text"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "a"}]}', "is neither text nor"),
+        ("tokenizer_config.json", b'{"chat_template": "{{"}', "is not a valid template"),
+    ],
+)
+def test_a_damaged_template_stops_chats_alone(
+    file: str, content: bytes, says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line names the file and the reason; another template can be chosen."""
+    (tmp_path / file).write_bytes(content)
+    template = find_template(None, tmp_path)
+    assert isinstance(template, UnusableTemplate)
+    assert str(tmp_path / file) in template.reason
+    (record,) = caplog.records
+    assert re.search(says, record.getMessage())
+    assert template.reason in record.getMessage()
+    assert "\n" not in record.getMessage()
+    assert usable("plain", tmp_path).stop
+
+
+def test_a_damaged_configuration_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ')
+    assert find_template(None, tmp_path) is None
+    (record,) = caplog.records
+    assert str(tmp_path / "tokenizer_config.json") in record.getMessage()
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_files_as_windows_writes_them(bom: bytes, end: str, tmp_path: Path) -> None:
+    source = end.join(("{{ bos_token }}", "{% if true %}", "x{% endif %}"))
+    config = json.dumps({"bos_token": "<s>", "chat_template": source}, indent=1)
+    (tmp_path / "tokenizer_config.json").write_bytes(bom + config.replace("\n", end).encode())
+    assert usable(None, tmp_path).render(MESSAGES, {}) == "<s>\nx"
+    for file, choice in (
+        ("chat_template.jinja", None),
+        ("mine.jinja", str(tmp_path / "mine.jinja")),
+    ):
+        (tmp_path / file).write_bytes(bom + source.encode())
+        assert usable(choice, tmp_path).render(MESSAGES, {}) == "<s>\nx"
+
+
+def test_newer_folders_have_a_file_for_each_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder(tmp_path, chat_template="config")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("t")
+    assert find_template(None, tmp_path) is None, "files go before the configuration"
+    assert usable("tool_use", tmp_path).render(MESSAGES, {}) == "t"
+    (tmp_path / "chat_template.jinja").write_text("d")
+    assert usable(None, tmp_path).render(MESSAGES, {}) == "d"
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_bytes(b"\xff")
+    assert usable(None, tmp_path).render(MESSAGES, {}) == "d"
+    assert "rag.jinja cannot be read" in caplog.text
+
+
+NAMES = "{{ bos_token }},{{ eos_token }},{{ pad_token }},{{ image_token }}"
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({}, ",,,"),
+        ({"tokenizer_config": {"bos_token": "<a>", "image_token": "<i>"}}, "<a>,,,<i>"),
+        (
+            {
+                "tokenizer_config": {"bos_token": "<a>", "pad_token": "<p>"},
+                "special_tokens_map": {"bos_token": {"content": "<b>"}, "pad_token": None},
+            },
+            "<b>,,,",
+        ),
+        (
+            {
+                "tokenizer_config": {"bos_token": "<a>", "added_tokens_decoder": {}},
+                "special_tokens_map": {"bos_token": "<b>"},
+            },
+            "<a>,,,",
+        ),
+        ({"tokenizer_config": {"extra_special_tokens": {"image_token": "<i>"}}}, ",,,<i>"),
+        ({"config": {"model_type": "gptj"}}, "<|endoftext|>,<|endoftext|>,,"),
+        (
+            {
+                "config": {"model_type": "gptj"},
+                "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"},
+            },
+            ",,,",
+        ),
+        (
+            {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<e>"}},
+            "<|endoftext|>,<e>,,",
+        ),
+    ],
+)
+def test_special_tokens_are_named_as_transformers_reads_them(
+    files: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """As `special_tokens_map` of transformers 5.23's AutoTokenizer for such folders."""
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "chat_template.jinja").write_text(NAMES)
+    assert usable(None, tmp_path).render(MESSAGES, {}) == says
 
 
 @pytest.mark.parametrize(
@@ -136,6 +248,27 @@ def test_what_is_no_jinja_is_told_at_the_start(tmp_path: Path) -> None:
         ("{% for n in range(9) %}{% if n == 2 %}{% break %}{% endif %}{{ n }}{% endfor %}", "01"),
         ("{% if strftime_now('%Y') | int > 2000 %}yes{% endif %}", "yes"),
         ("  {% if true %}\n  x\n  {% endif %}\n", "  x\n"),
+        ("{% generation %}{{ messages[0].role }}{% endgeneration %}!", "user!"),
+        ("{%- generation -%} a {%- endgeneration -%} b", "ab"),
+        ("{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}", "21"),
+        (
+            "{% for m in messages * 2 %}{% generation %}{{ loop.index }}{% endgeneration %}"
+            "{% continue %}x{% endfor %}",
+            "12",
+        ),
+        ("{{ 'é' | tojson }}{{ 'é' | tojson(ensure_ascii=true) }}", '"é""\\u00e9"'),
+        ("{{ {'b': 1, 'a': [2]} | tojson(sort_keys=true) }}", '{"a": [2], "b": 1}'),
+        ("{{ {'b': 1, 'a': 2} | tojson(separators=(',', ':')) }}", '{"b":1,"a":2}'),
+        ("{{ [1] | tojson(indent=2) }}", "[\n  1\n]"),
+        ("{{ [1] | tojson(false, 1) }}", "[\n 1\n]"),
+        ("{{ tools is none }}{{ documents is none }}{{ add_generation_prompt }}", "TrueTrueFalse"),
+        ("{% if tools is not none %}tools{% endif %}{{ tools or 'no tools' }}", "no tools"),
+        ("{{ date_string is defined }}{{ enable_thinking is defined }}", "FalseFalse"),
+        (
+            "{% set n = namespace(a=1) %}{% for i in range(3) %}{% set n.a = i %}{% endfor %}"
+            "{{ n.a }}{{ dict(a=1).a }}{{ strftime_now(format='%%') }}",
+            "21%",
+        ),
     ],
 )
 def test_what_published_templates_use(source: str, says: str, tmp_path: Path) -> None:

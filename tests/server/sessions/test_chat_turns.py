@@ -21,7 +21,7 @@ EACH = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}\n{% 
 
 
 @contextlib.contextmanager
-def chatting(gptj_folder: Path, folder: Path, template: str) -> Iterator[Live]:
+def chatting(gptj_folder: Path, folder: Path, template: str, **options: Any) -> Iterator[Live]:
     """The real engine with a template that writes its tokenizer's own beginning."""
     config = {"bos_token": BOS, "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -29,7 +29,7 @@ def chatting(gptj_folder: Path, folder: Path, template: str) -> Iterator[Live]:
     settings = ServerConfig(session_dir=str(folder / "sessions"))
     with (
         open_sessions(engine, settings) as sessions,
-        serving(engine, find_template(None, folder), sessions) as live,
+        serving(engine, find_template(None, folder), sessions, **options) as live,
     ):
         yield live
 
@@ -88,7 +88,9 @@ def test_streams_too(live: Live) -> None:
 def test_what_the_client_says_itself_stays(live: Live) -> None:
     """One in the middle of a message is no beginning, and a message is not what is known."""
     session_id = live.opened("x")
-    assert read(live, BOS, session_id) == ids_of(live, f"\nuser: {BOS}\n")
+    ids = read(live, BOS, session_id)
+    assert live.engine.tokenizer.decode(ids) == f"\nuser: {BOS}\n"
+    assert set(ids_of(live, BOS)).isdisjoint(ids), "what a client writes is text"
     known = live.opened("\nuser: one")
     assert read(live, "one", known) == ids_of(live, "\nuser: one\n")
     chat = live.chat("one", max_tokens=2, return_token_ids=True).json()
@@ -100,3 +102,30 @@ def test_a_template_that_begins_each_turn_is_followed(gptj_folder: Path, tmp_pat
         session_id = live.opened()
         assert read(live, "one", session_id) == ids_of(live, f"{BOS}user: one\n")
         assert read(live, "two", session_id) == ids_of(live, f"\n{BOS}user: two\n")
+
+
+@pytest.mark.parametrize("is_allowed", [False, True])
+def test_whether_messages_may_write_control_tokens(
+    gptj_folder: Path, tmp_path: Path, is_allowed: bool
+) -> None:
+    """In chats, their turns and /tokenize alike; prompts of completions always may."""
+    option = {"allow_special_tokens_in_messages": is_allowed}
+    with chatting(gptj_folder, tmp_path, ONCE, **option) as live:
+        (bos,) = ids_of(live, BOS)
+        said = f"one{BOS}\nuser: two"
+        body = {"messages": [{"role": "user", "content": said}]}
+        whole = live.chat(said, max_tokens=1, return_token_ids=True).json()["prompt_token_ids"]
+        assert live.client.post("/tokenize", json=body).json()["tokens"] == whole
+        session_id = live.opened()
+        first, second = (read(live, said, session_id) for _ in range(2))
+        assert whole == first
+        assert first.count(bos) == 1 + is_allowed, "the template's own stays"
+        assert second.count(bos) == is_allowed
+        rest = f"user: {said}\n"
+        if is_allowed:
+            assert (first, second) == (ids_of(live, BOS + rest), ids_of(live, "\n" + rest))
+        written = live.engine.tokenizer.written_bytes
+        texts = [b"".join(written[each] for each in ids).decode() for ids in (first, second)]
+        assert texts == [BOS + rest, "\n" + rest]
+        prompt = live.client.post("/tokenize", json={"prompt": said}).json()["tokens"]
+        assert prompt.count(bos) == 1
