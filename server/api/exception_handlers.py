@@ -122,4 +122,5 @@ def _methods_at(path: str, paths: Mapping[str, Mapping[str, Any]]) -> list[str]:
     templates = [path]
     if path not in paths:
         templates = [each for each in paths if compile_path(each)[0].match(path)]
-    return sorted({method.upper() for each in templates for method in paths[each]})
+    methods = {method.upper() for each in templates for method in paths[each]}
+    return sorted(methods | ({"HEAD"} if "GET" in methods else set()))

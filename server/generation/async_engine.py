@@ -146,7 +146,11 @@ class AsyncEngine:
         start: "SessionState | None",
         cache_scope: str | None,
     ) -> None:
-        """In any thread. The stream may be closed meanwhile; then its prompts are cancelled."""
+        """In any thread.
+
+        Meanwhile the deadline may pass, the stream be closed or the server stop: the engine, which
+        did not know the prompt yet, is asked to cancel it again.
+        """
         for request_id, prompt_ids in zip(request_ids, request.prompts, strict=True):
             self._worker.submit(
                 prompt_ids,
@@ -156,8 +160,8 @@ class AsyncEngine:
                 start=start,
                 cache_scope=cache_scope,
             )
-            if stream.is_closed:
-                self._worker.cancel(request_id)
+            if (reason := stream.cancel_reason) is not None:
+                self._worker.cancel(request_id, reason)
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones continue."""
