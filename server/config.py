@@ -143,7 +143,14 @@ class ServerConfig:
         None, "API key to require for /metrics", unset="none required", is_secret=True
     )
     cors_origin: tuple[str, ...] = setting(
-        (), "origin whose web pages may send requests; may be repeated, * is any"
+        (),
+        "origin whose web pages may send requests; may be repeated or separated by commas, * is"
+        " any",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (),
+        "host name with dots that requests may be addressed to where no API key is set; may be"
+        " repeated or separated by commas, *.NAME is all names below NAME, * is any",
     )
     log_level: LogLevel = setting("info", "minimum severity of messages to log")
     log_format: LogFormat = setting("text", "log lines as text, or as one JSON object each")

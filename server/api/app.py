@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from starlette.middleware.cors import CORSMiddleware
 
 from cottention.server.api import (
     chat,
@@ -23,11 +22,19 @@ from cottention.server.api.openapi import install_openapi
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
-from cottention.server.http.request_id import HEADER, RequestIdMiddleware
+from cottention.server.http.origin import (
+    HostMiddleware,
+    OriginMiddleware,
+    allowed_hosts,
+    allowed_origins,
+)
+from cottention.server.http.request_id import RequestIdMiddleware
+from cottention.server.http.routing import RoutingMiddleware
 from cottention.server.limits.api_keys import (
     NAME_LENGTH,
     ApiKey,
     ApiKeyMiddleware,
+    checks_host,
     owner_id,
     requires_key,
 )
@@ -108,6 +115,7 @@ def _new_app(engine: AsyncEngine, turns: TurnQueue) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
 
 
@@ -128,16 +136,15 @@ def _add_middleware(
     app.add_middleware(
         ApiKeyMiddleware, owners=list(usage) if keys else [], metrics_key=config.metrics_key
     )
-    if config.cors_origin:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.cors_origin,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=[HEADER, "Retry-After", "ETag"],
-        )
+    app.add_middleware(
+        HostMiddleware,
+        hosts=allowed_hosts(config),
+        is_checked=lambda path: checks_host(path, config),
+    )
+    app.add_middleware(OriginMiddleware, origins=allowed_origins(config))
     table = engine.engine.tokenizer.written_bytes
     app.add_middleware(
         AccessLogMiddleware, num_characters=config.log_prompt_characters, table=table
     )
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(RoutingMiddleware)

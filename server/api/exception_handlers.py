@@ -112,14 +112,15 @@ def _of_route(request: Request, error: HTTPException) -> ApiError:
     }
     message, headers = messages.get(error.status_code, phrase), dict(error.headers or {})
     paths = request.app.openapi()["paths"]
-    if error.status_code == 405 and (methods := _methods_at(path, paths)):
-        headers["Allow"] = ", ".join(methods)
+    if error.status_code == 405:
+        methods = _methods_at(path, paths) or set(headers.get("Allow", "").split(", "))
+        headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
     return ApiError(error.status_code, message, headers=headers)
 
 
-def _methods_at(path: str, paths: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _methods_at(path: str, paths: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """The methods of all routes of a path; the framework reports only those of the first."""
     templates = [path]
     if path not in paths:
         templates = [each for each in paths if compile_path(each)[0].match(path)]
-    return sorted({method.upper() for each in templates for method in paths[each]})
+    return {method.upper() for each in templates for method in paths[each]}

@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
 from cottention.server.api.dependencies import Context
 from cottention.server.api.turn_response import TurnResponse
-from cottention.server.config import ServerConfig
+from cottention.server.generation.deadline import deadline_of, timeout_of, wait_for_client
 from cottention.server.generation.request import ParsedRequest
 from cottention.server.generation.responses import (
     EndpointFormat,
@@ -66,11 +67,26 @@ async def _read_request(
     queue.check(1, queue.estimate_tokens(announced_bytes(request)))
     raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
     arrived_at = asyncio.get_running_loop().time()
-    with queue.tokenizing(len(raw)):
-        parsed = await _parse(raw, context, parse, max_inline_bytes)
+    with ExitStack() as stack:
+        stack.enter_context(queue.tokenizing(len(raw)))
+        if len(raw) <= max_inline_bytes:
+            parsed = parse(parse_object(raw), context)
+        else:
+            fields = await asyncio.to_thread(parse_object, raw)
+            deadline = deadline_of(arrived_at, context.config, timeout_of(fields))
+            work = _parse_in_thread(fields, context, parse, stack.pop_all())
+            parsed = await wait_for_client(deadline, request.receive, work)
     queue.record_tokens(len(raw), parsed.num_prompt_tokens)
     context.limits.check(parsed)
     return parsed, arrived_at
+
+
+async def _parse_in_thread(
+    fields: dict[str, Any], context: Context, parse: Parser[Parsed], place: ExitStack
+) -> Parsed:
+    """The parsed body; `place` in the admission queue is left when the thread is done."""
+    with place:
+        return await asyncio.to_thread(parse, fields, context)
 
 
 async def _respond(
@@ -111,30 +127,15 @@ async def read_parsed(
 ) -> Parsed:
     """The body as `parse` returns it; bodies above `max_inline_bytes` are parsed in a thread."""
     raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
-    return await _parse(raw, context, parse, max_inline_bytes)
+    if len(raw) <= max_inline_bytes:
+        return parse(parse_object(raw), context)
+    return await asyncio.to_thread(lambda: parse(parse_object(raw), context))
 
 
 async def read_empty(request: Request, context: Context) -> None:
     """For an endpoint without fields: the body must be empty or an object without fields."""
     if raw := await read_body(request, context.max_body_bytes, context.config.receive_seconds):
         validate(RequestModel, parse_object(raw))
-
-
-async def _parse(
-    raw: bytes, context: Context, parse: Parser[Parsed], max_inline_bytes: int
-) -> Parsed:
-    if len(raw) <= max_inline_bytes:
-        return parse(parse_object(raw), context)
-    return await asyncio.to_thread(lambda: parse(parse_object(raw), context))
-
-
-def deadline_of(
-    arrived_at: float, config: ServerConfig, timeout: float | None = None
-) -> float | None:
-    """When a request ends that arrived then, by the shorter of its own timeout and the server's."""
-    limits = (timeout, config.max_request_seconds)
-    seconds = min((each for each in limits if each is not None), default=None)
-    return None if seconds is None else arrived_at + seconds
 
 
 def check_model(requested: str | None, context: Context) -> None:

@@ -18,6 +18,7 @@ Responses = dict[int | str, Schema]
 ERRORS = {
     400: "A field is invalid; `param` names it.",
     401: "The API key is missing or wrong.",
+    403: "The Origin or the Host of the request is not allowed.",
     404: "There is no such model or session.",
     409: "Another turn has the session, or the request does not fit its state.",
     410: "The events after this one are no longer kept.",
@@ -45,6 +46,12 @@ EMPTY_BODY: Schema = {
     "content": {"application/json": {"schema": {"type": "object", "additionalProperties": False}}}
 }
 """The body of an endpoint without fields, which may be left out."""
+
+FORBIDDEN: Schema = {
+    "description": ERRORS[403],
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+}
+"""A response of every path, from the middleware."""
 
 _BODY_ERRORS = (400, 401, 404, 413, 415, 429, 500, 503, 504)
 
@@ -103,6 +110,7 @@ def _complete(
     for path, operations in description["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)  # FastAPI's own, which is never sent
+            operation["responses"]["403"] = FORBIDDEN
             operation["security"] = [{"key": []}] if requires_key(path) else []
     return description
 

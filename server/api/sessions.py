@@ -8,9 +8,14 @@ from pydantic import Field
 
 from cottention.engine.errors import SessionMovedError
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import deadline_of, read_empty, read_parsed
+from cottention.server.api.generate import read_empty, read_parsed
 from cottention.server.api.openapi import EMPTY_BODY, error_responses, request_docs
 from cottention.server.api.query_params import must_be, only_query_params
+from cottention.server.generation.deadline import (
+    deadline_of,
+    entered_before,
+    wait_for_client,
+)
 from cottention.server.generation.request import TurnOptions, prefill_request, turn_prompt
 from cottention.server.generation.responses import collect_outputs
 from cottention.server.generation.sse import close_on_disconnect
@@ -56,10 +61,14 @@ async def open_session(request: Request, context: ContextDep) -> Response:
     context.engine.check_accepting()
     owner = caller_of(request).owner
     body = await read_parsed(request, context, lambda fields, _: session_request(fields))
+    deadline = _deadline_from_now(context)
     state = context.policies.new_session(body.context_policy)
     if body.prompt:
-        ids, is_text = await _encode(body.prompt, context), isinstance(body.prompt, str)
-        state = await _prefill(request, context, ids, state, add_special_tokens_if_empty=is_text)
+        is_text = isinstance(body.prompt, str)
+        ids = await _encode(body.prompt, request, context, deadline)
+        state = await _prefill(
+            request, context, ids, state, deadline, add_special_tokens_if_empty=is_text
+        )
     create = context.sessions.open
     return session_response(
         await asyncio.to_thread(create, owner, state, body.metadata, body.ttl_seconds)
@@ -117,16 +126,18 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
     context.engine.check_accepting()
     caller = caller_of(request)
     body = await read_parsed(request, context, lambda fields, _: validate(AppendRequest, fields))
+    deadline = _deadline_from_now(context)
     if not body.prompt:
-        async with context.turns.exclusive(
-            caller.owner, session_id, body.on_conflict, request.receive
-        ):
+        place = context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive)
+        async with entered_before(deadline, place):
             return session_response(await _find_at_position(caller, session_id, context))
-    ids, is_text = await _encode(body.prompt, context), isinstance(body.prompt, str)
+    is_text = isinstance(body.prompt, str)
+    ids = await _encode(body.prompt, request, context, deadline)
     options = TurnOptions(session_id, body.on_conflict, "rollback")
-    async with context.turns.turn(caller, options, request.receive) as turn:
+    turns = context.turns.turn(caller, options, request.receive)
+    async with entered_before(deadline, turns) as turn:
         state = await _prefill(
-            request, context, ids, turn.state, add_special_tokens_if_empty=is_text
+            request, context, ids, turn.state, deadline, add_special_tokens_if_empty=is_text
         )
         return session_response(await turn.commit(state))
 
@@ -142,7 +153,8 @@ async def fork_session(session_id: str, request: Request, context: ContextDep) -
     caller = caller_of(request)
     body = await read_parsed(request, context, lambda fields, _: fork_request(fields))
     fork, position = context.sessions.fork, caller.expected_position
-    async with context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive):
+    place = context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive)
+    async with entered_before(_deadline_from_now(context), place):
         forks = await asyncio.to_thread(fork, caller.owner, session_id, body.n, position)
     return session_list_response(forks, has_more=False)
 
@@ -162,12 +174,23 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
         return session_response(await asyncio.to_thread(rewind, caller.owner, session_id, position))
 
 
-async def _encode(prompt: str | list[int], context: Context) -> list[int]:
-    """Token ids of a prompt."""
+def _deadline_from_now(context: Context) -> float | None:
+    """The deadline of a request whose body has arrived; it has no timeout of its own."""
+    return deadline_of(asyncio.get_running_loop().time(), context.config)
+
+
+async def _encode(
+    prompt: str | list[int], request: Request, context: Context, deadline: float | None
+) -> list[int]:
+    """Token ids of a prompt. Raises ApiError 504; OutputStreamClosed where the client leaves."""
     if isinstance(prompt, list):
         return prompt
-    with context.engine.admission_queue.tokenizing(len(prompt)):
-        return await asyncio.to_thread(context.tokenizer.encode, prompt)
+
+    async def encode() -> list[int]:
+        with context.engine.admission_queue.tokenizing(len(prompt)):
+            return await asyncio.to_thread(context.tokenizer.encode, prompt)
+
+    return await wait_for_client(deadline, request.receive, encode())
 
 
 async def _prefill(
@@ -175,6 +198,7 @@ async def _prefill(
     context: Context,
     prompt_ids: list[int],
     start: "SessionState",
+    deadline: float | None,
     *,
     add_special_tokens_if_empty: bool,
 ) -> "SessionState":
@@ -182,7 +206,6 @@ async def _prefill(
 
     Raises ParameterError, EngineStoppedError, ApiError.
     """
-    deadline = deadline_of(asyncio.get_running_loop().time(), context.config)
     prompt_ids = turn_prompt(
         prompt_ids,
         start,

@@ -6,10 +6,11 @@ from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import check_model
+from cottention.server.api.generate import unknown_model
 from cottention.server.api.openapi import error_responses
 from cottention.server.generation.async_engine import Phase
 from cottention.server.http.errors import unavailable
+from cottention.server.http.routing import plain_path
 from cottention.server.schemas.responses import JsonObject, Model, ModelList, Status, Version
 from cottention.server.schemas.session_responses import Capacity
 from cottention.server.version import package_version
@@ -26,7 +27,9 @@ async def list_models(context: ContextDep) -> JsonObject:
 @router.get("/v1/models/{model_id:path}", response_model=Model, responses=error_responses(401, 404))
 async def get_model(model_id: str, context: ContextDep) -> JsonObject:
     """The served model, by its id."""
-    check_model(model_id, context)
+    name = context.model_name  # a name may begin with a slash, which a path does not keep
+    if plain_path(f"/{model_id}") != plain_path(f"/{name}"):
+        raise unknown_model(model_id, name)
     return _model(context)
 
 

@@ -4,8 +4,6 @@ The turn begins, runs and ends while the response is sent, so that a session kee
 turn what was written to the socket. With `on_disconnect` "continue" it runs in a task of its own.
 """
 
-import asyncio
-from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cottention.server.api.dependencies import Context
+from cottention.server.generation.deadline import entered_before
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.request import GenerationRequest, ParsedRequest
 from cottention.server.generation.responses import (
@@ -24,16 +23,16 @@ from cottention.server.generation.sse import (
     EventFormatter,
     EventStreamResponse,
     close_on_disconnect,
+    until_done,
     usage_of,
 )
-from cottention.server.http.errors import expired
 from cottention.server.limits.rate_limit import track
 from cottention.server.observability.access_log import RequestRecord, request_record
 from cottention.server.schemas.session_responses import etag_of, session_summary
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents
 from cottention.server.sessions.turn import RunningTurn
 from cottention.server.sessions.turn_events import TurnEvents
-from cottention.server.sessions.turn_queue import Caller, until_done
+from cottention.server.sessions.turn_queue import Caller
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
     from cottention.engine.sessions.types import Session
@@ -66,7 +65,7 @@ class TurnResponse(Response):
         assert options is not None
         async with AsyncExitStack() as stack:
             turns = context.turns.turn(self._caller, options, receive)
-            turn = await _begun_by(self._deadline, stack.enter_async_context(turns))
+            turn = await stack.enter_async_context(entered_before(self._deadline, turns))
             request, stream = await self._generate(turn)
             track(scope, request, stream)
             stack.callback(stream.close)
@@ -147,15 +146,6 @@ class TurnResponse(Response):
         endpoint, context = self._endpoint, self._context
         header = endpoint.header(self._name, context.model_name, is_stream=True)
         return EventFormatter(header, endpoint.formatter(request, context.tokenizer), request)
-
-
-async def _begun_by(deadline: float | None, begin: Awaitable[RunningTurn]) -> RunningTurn:
-    """The turn, if it begins before the deadline. Raises ApiError 504."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await begin
-    except TimeoutError:
-        raise expired() from None
 
 
 async def _run(events: TurnEvents, live: LiveEvents, stack: AsyncExitStack) -> None:

@@ -44,10 +44,12 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from cottention.server.generation.admission import AdmissionQueue
         from cottention.server.generation.async_engine import AsyncEngine
         from cottention.server.generation.chat_template import find_template
+        from cottention.server.http.origin import check_access
         from cottention.server.limits.api_keys import load_api_keys
         from cottention.server.sessions.storage import check_folder, describe_storage, open_sessions
 
         keys = load_api_keys(config)
+        check_access(config)
         check_folder(config)
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = Engine(model, engine_config)

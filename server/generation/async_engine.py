@@ -21,6 +21,7 @@ from cottention.server.generation.dispatch import OutputDispatcher
 from cottention.server.generation.latency import LatencyStats
 from cottention.server.generation.output_stream import OutputStream
 from cottention.server.generation.request import MAX_INLINE_TOKENS, GenerationRequest
+from cottention.server.http.errors import expired
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.engine import Engine
@@ -113,10 +114,12 @@ class AsyncEngine:
         deadline: event loop time at which the request ends with what it has.
         cache_scope: prompts share cached prefixes within one scope; None: no prefix caching.
 
-        Raises ParameterError, EngineStoppedError, ApiError (queue full); then nothing is left
-        running.
+        Raises ParameterError, EngineStoppedError, ApiError (queue full, or the deadline has
+        passed); then nothing is left running.
         """
         self.check_accepting()
+        if deadline is not None and deadline <= asyncio.get_running_loop().time():
+            raise expired()
         name = f"{name}-{next(self._counter)}"
         request_ids = [f"{name}-{place}" for place in range(len(request.prompts))]
         stream = self._dispatcher.open_stream(
@@ -146,7 +149,11 @@ class AsyncEngine:
         start: "SessionState | None",
         cache_scope: str | None,
     ) -> None:
-        """In any thread. The stream may be closed meanwhile; then its prompts are cancelled."""
+        """In any thread.
+
+        Meanwhile the deadline may pass, the stream be closed or the server stop: the engine, which
+        did not know the prompt yet, is asked to cancel it again.
+        """
         for request_id, prompt_ids in zip(request_ids, request.prompts, strict=True):
             self._worker.submit(
                 prompt_ids,
@@ -156,8 +163,8 @@ class AsyncEngine:
                 start=start,
                 cache_scope=cache_scope,
             )
-            if stream.is_closed:
-                self._worker.cancel(request_id)
+            if (reason := stream.cancel_reason) is not None:
+                self._worker.cancel(request_id, reason)
 
     def drain(self) -> None:
         """Refuse new requests from now on; running ones continue."""

@@ -113,8 +113,8 @@ class OutputDispatcher:
 
     def cancel_all(self) -> None:
         """Cancel all prompts; their streams get the final outputs."""
-        for request_id in self._prompts:
-            self._control.cancel(request_id)
+        for stream in self._streams:
+            self._cancel(stream, FinishReason.ABORT)
 
     async def wait_idle(self) -> None:
         """Return when every stream is closed."""
@@ -182,12 +182,18 @@ class OutputDispatcher:
 
     def _on_deadline(self, stream: OutputStream) -> None:
         """Unfinished choices end with what they have."""
+        self._cancel(stream, FinishReason.TIMEOUT)
+
+    def _cancel(self, stream: OutputStream, reason: FinishReason) -> None:
+        """Prompts that are still being submitted are cancelled then: see `cancel_reason`."""
+        stream.cancel_reason = stream.cancel_reason or reason
         for request_id in self._streams[stream]:
-            self._control.cancel(request_id, FinishReason.TIMEOUT)
+            self._control.cancel(request_id, reason)
 
     def _on_close(self, stream: OutputStream) -> None:
         if stream.timer is not None:
             stream.timer.cancel()
+        stream.cancel_reason = stream.cancel_reason or FinishReason.ABORT
         for request_id in self._streams.pop(stream):
             prompt = self._prompts.pop(request_id)
             if prompt.is_queued:

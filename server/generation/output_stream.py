@@ -97,12 +97,15 @@ class OutputStream:
     ) -> None:
         """max_unread_bytes: the stream `is_full` above it; None: never.
 
-        The dispatcher keeps the ids of its prompts that wait for a reader in `paused`.
+        The dispatcher keeps the ids of its prompts that wait for a reader in `paused`, and in
+        `cancel_reason` why its prompts were cancelled: the engine forgets a cancellation of a
+        prompt that it does not know yet.
         """
         self._keeps_token_ids = keeps_token_ids
         self._max_unread_bytes = max_unread_bytes
         self._num_unread_bytes = 0
         self.paused: set[str] = set()
+        self.cancel_reason: FinishReason | None = None
         self._unread: dict[int, OutputDelta] = {}
         self._unfinished = set(range(num_choices))
         self._on_close = on_close

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -174,6 +174,21 @@ async def wait_disconnected(receive: Receive) -> None:
     """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def until_done(task: asyncio.Task[Any], receive: Receive) -> None:
+    """Wait for a task, which is not cancelled with its caller. Raises what the task raises.
+
+    OutputStreamClosed where the client leaves first.
+    """
+    leaving = asyncio.create_task(wait_disconnected(receive))
+    try:
+        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise OutputStreamClosed
+        task.result()
+    finally:
+        leaving.cancel()
 
 
 def usage_of(num_prompt_tokens: int, num_generated: int, num_cached: int = 0) -> JsonObject:

@@ -2,7 +2,8 @@
 
 Limits: the bytes, lines and time of a request's head, the bytes that frame its body, the number of
 pipelined requests, and how long a body may go on after its answer. Offers to upgrade to another
-protocol are declined. Answers to HTTP/1.0, which has no chunked coding, are sent without it.
+protocol are declined. Answers to HTTP/1.0, which has no chunked coding, are sent without it. A
+target with a host of its own replaces the Host header.
 
 `BoundedProtocol` derives from uvicorn's protocol, of which little is documented: what it uses of it
 is listed and checked in `tests/server/http/test_uvicorn.py`.
@@ -14,7 +15,7 @@ from collections import deque
 from http import HTTPStatus
 from typing import Any
 
-from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser, parse_url
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from cottention.server.http.errors import ApiError
@@ -128,12 +129,24 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._in_head, self._in_body, self._num_framing_bytes = False, True, 0
         self._set_timer(None)
+        self._use_host_of_target()
         super().on_headers_complete()
         self._unanswered.append(self.cycle)
         if self.parser.get_http_version() == "1.0":
             self.cycle.transport = UnchunkedTransport(self._socket)
         if len(self._unanswered) > MAX_PIPELINED + 1:
             self._stop_parsing(_too_many_pipelined())
+
+    def _use_host_of_target(self) -> None:
+        """A target in absolute form takes precedence over the Host header (RFC 9112, 3.2.2)."""
+        if self.url.startswith(b"/"):
+            return
+        target = parse_url(self.url)
+        if target.host and sum(name == b"host" for name, _ in self.headers) <= 1:
+            host = b"[%b]" % target.host if b":" in target.host else target.host
+            port = b":%d" % target.port if target.port else b""
+            others = [each for each in self.headers if each[0] != b"host"]
+            self.headers[:] = [*others, (b"host", host + port)]  # in place: it is in the scope
 
     def on_body(self, body: bytes) -> None:
         """Allow a part of a body as many bytes of framing as it has itself."""

@@ -32,6 +32,15 @@ def requires_key(path: str, config: ServerConfig) -> bool:
     return path not in OPEN_PATHS and bool(config.api_key or config.api_key_file)
 
 
+def checks_host(path: str, config: ServerConfig) -> bool:
+    """Whether requests of `path` must be addressed to a host that is allowed.
+
+    A web page does not know the server's keys, so that there is nothing to check with them.
+    """
+    has_keys = bool(config.api_key or config.api_key_file)
+    return path not in OPEN_PATHS and not has_keys and not requires_key(path, config)
+
+
 class ApiKeyMiddleware:
     """Requires one of the keys, and for /metrics the key of its own; sets the request's owner."""
 

@@ -17,9 +17,8 @@ from fastapi import Request
 from starlette.types import Receive
 
 from cottention.engine.errors import SessionBusyError
-from cottention.server.generation.output_stream import OutputStreamClosed
 from cottention.server.generation.request import TurnOptions
-from cottention.server.generation.sse import wait_disconnected
+from cottention.server.generation.sse import until_done
 from cottention.server.http.errors import ApiError
 from cottention.server.schemas.sampling import OnConflict
 from cottention.server.sessions.live_events import LiveEvents
@@ -175,18 +174,3 @@ async def _until(mine: asyncio.Event, receive: Receive) -> None:
         await until_done(waiting, receive)
     finally:
         waiting.cancel()
-
-
-async def until_done(task: asyncio.Task[Any], receive: Receive) -> None:
-    """Wait for a task, which is not cancelled with its caller. Raises what the task raises.
-
-    OutputStreamClosed where the client leaves first.
-    """
-    leaving = asyncio.create_task(wait_disconnected(receive))
-    try:
-        await asyncio.wait([task, leaving], return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise OutputStreamClosed
-        task.result()
-    finally:
-        leaving.cancel()

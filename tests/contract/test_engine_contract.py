@@ -164,11 +164,13 @@ def test_a_cancelled_request_ends_in_the_next_step(engine: Any, reason: FinishRe
     assert engine.stats().num_free_slots == NUM_SLOTS
 
 
-def test_cancelled_before_its_first_step_it_says_nothing(engine: Any) -> None:
+@pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.TIMEOUT])
+def test_cancelled_before_its_first_step_it_says_nothing(engine: Any, reason: FinishReason) -> None:
+    """Its id is reserved, and the engine has not queued it yet."""
     engine.submit(PROMPT, params(n=2), request_id="a")
-    engine.cancel("a")
+    engine.cancel("a", reason)
     outputs = steps(engine)
-    assert ends(outputs) == [("a", n, FinishReason.ABORT) for n in range(2)]
+    assert ends(outputs) == [("a", n, reason) for n in range(2)]
     assert ids_of(outputs) == []
 
 

@@ -25,6 +25,7 @@ class HandWorker:
     def __init__(self, deliver: Callable[[list[Output]], None], _: Any) -> None:
         self.deliver = deliver
         self.cancelled: list[str] = []
+        self.reasons: list[FinishReason] = []
         self.submitted: list[str] = []
 
     def start(self) -> None:
@@ -34,8 +35,9 @@ class HandWorker:
         assert more == {"priority": 3, "start": None, "cache_scope": None}
         self.submitted.append(request_id)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         self.cancelled.append(request_id)
+        self.reasons.append(reason)
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -408,10 +408,11 @@ def test_ids_count_once_their_text_is_out(
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("/v1/sessions", "GET, POST"),
-        ("/v1/sessions/one", "DELETE, GET"),
+        ("/v1/sessions", "GET, HEAD, POST"),
+        ("/v1/sessions/one", "DELETE, GET, HEAD"),
         ("/v1/sessions/import", "POST"),
-        ("/v1/models/owner/name", "GET"),
+        ("/v1/models/owner/name", "GET, HEAD"),
+        ("/openapi.json", "GET, HEAD"),
     ],
 )
 def test_a_405_tells_all_that_a_path_takes(live: Live, path: str, allowed: str) -> None:
