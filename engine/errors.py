@@ -18,8 +18,6 @@ CottentionError
     └── StoreFullError          the disk takes no more
 """
 
-from collections.abc import Collection, Mapping
-
 
 class CottentionError(Exception):
     """Base of all errors that carry a message for a person."""
@@ -87,22 +85,3 @@ class ContextPolicyError(SessionError):
 
 class StoreFullError(SessionError):
     """The disk takes no more; what was stored before is as it was."""
-
-
-MAX_SHOWN = 40
-"""Longer values are cut in messages."""
-
-
-def shortened(value: object) -> str:
-    """A value as messages quote it."""
-    if isinstance(value, int) and value.bit_length() > 128:  # Python writes no very long ones
-        return "a number of more than 38 digits"
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]} ..."
-
-
-def out_of_vocabulary(what: str, ids: Collection[int], num_ids: int) -> str:
-    """The message that names the first of `ids` beyond the vocabulary. what: the ids, in plural."""
-    place, found = next((i, each) for i, each in enumerate(ids) if not 0 <= each < num_ids)
-    where = "" if isinstance(ids, Mapping) else f" (at index {place})"
-    return f"{what} must be from 0 to {num_ids - 1}; {shortened(found)}{where} is not"

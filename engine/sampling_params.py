@@ -2,11 +2,11 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from cottention.engine.errors import ParameterError, shortened
+from cottention.engine.errors import ParameterError
 from cottention.engine.state.context_window import ContextPolicy
 
 GREEDY_BELOW = 1e-5
@@ -19,6 +19,9 @@ MAX_TOP_K = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
+
+MAX_SHOWN = 40
+"""Longer values are cut in messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +108,21 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         """Whether the most probable id is always taken."""
         return self.temperature < GREEDY_BELOW
+
+
+def shortened(value: object) -> str:
+    """A value as messages quote it."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python writes no very long ones
+        return "a number of more than 38 digits"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]} ..."
+
+
+def out_of_vocabulary(what: str, ids: Collection[int], num_ids: int) -> str:
+    """The message that names the first of `ids` beyond the vocabulary. what: the ids, in plural."""
+    place, found = next((i, each) for i, each in enumerate(ids) if not 0 <= each < num_ids)
+    where = "" if isinstance(ids, Mapping) else f" (at index {place})"
+    return f"{what} must be from 0 to {num_ids - 1}; {shortened(found)}{where} is not"
 
 
 def _check_integer(

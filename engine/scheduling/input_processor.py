@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from cottention.engine.config import EngineConfig
-from cottention.engine.errors import ParameterError, out_of_vocabulary, shortened
-from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.errors import ParameterError
+from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary, shortened
 from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.scheduling.request import Request
 from cottention.engine.state.pool import StatePool

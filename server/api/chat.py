@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from cottention.engine.errors import ParameterError, shortened
-from cottention.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams
+from cottention.engine.errors import ParameterError
+from cottention.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shortened
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, generate
 from cottention.server.api.openapi import error_responses, request_docs

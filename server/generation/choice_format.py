@@ -185,7 +185,8 @@ class CompletionFormatter(ChoiceFormatter):
 
     def whole(self, index: int, delta: OutputDelta) -> JsonObject:
         """The JSON object of a choice that has ended; its optional fields are null if absent."""
-        return dict.fromkeys(OPTIONAL_FIELDS) | self._choice(index, delta)
+        choice = self._choice(index, delta)
+        return choice | {name: choice.get(name) for name in OPTIONAL_FIELDS}
 
     def _choice(self, index: int, delta: OutputDelta) -> JsonObject:
         """The JSON object of a choice or its delta; the first one includes the echoed prompt."""

@@ -72,7 +72,8 @@ async def format_response(
         best = best_choices(deltas, request)
         formatted = [choices.whole(index, delta) for index, delta in best.items()]
         more = choices.top_level_fields(best) | extra
-        fields = {"choices": formatted, "usage": {"prompt_tokens_details": None} | usage}
+        details = {"prompt_tokens_details": usage.get("prompt_tokens_details")}
+        fields = {"choices": formatted, "usage": usage | details}
         return JSONResponse(asdict(header) | fields | dict.fromkeys(NULL_FIELDS) | more)
 
     if usage["total_tokens"] > MAX_INLINE_TOKENS:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from cottention.engine.errors import ConfigurationError, shortened
+from cottention.engine.errors import ConfigurationError
+from cottention.engine.sampling_params import shortened
 from cottention.server.config import ServerConfig
 from cottention.server.generation.request import ParsedRequest
 from cottention.server.http.errors import invalid

@@ -135,8 +135,10 @@ def check_turn(request: SamplingBody, num_prompts: int) -> None:
         found = f"there are {num_prompts} prompts: send one"
         raise invalid("prompt", f"prompt must be {PROMPT} with session_id; {found}")
     for name, allowed in WITH_SESSION.items():
-        if getattr(request, name, allowed[0]) not in allowed:
-            raise invalid(name, f"{name} is not possible with session_id: leave it out")
+        value = getattr(request, name, allowed[0])
+        if value not in allowed:
+            found = f"it is {shown(value)}: leave it out"
+            raise invalid(name, f"{name} is not possible with session_id; {found}")
 
 
 def _check_ttl(seconds: float | None) -> None:

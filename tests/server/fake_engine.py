@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
-from cottention.engine.errors import EngineStoppedError, ParameterError, out_of_vocabulary
+from cottention.engine.errors import EngineStoppedError, ParameterError
 from cottention.engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
-from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
 from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
