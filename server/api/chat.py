@@ -142,7 +142,8 @@ def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> Sampl
     except ParameterError as error:
         names = {"max_tokens": name, "logprobs": "top_logprobs"}
         param = names.get(error.param, error.param)
-        raise invalid(param, str(error).replace(error.param, param)) from None
+        message = str(error).replace(error.param, param).replace("(max_tokens)", f"({name})")
+        raise invalid(param, message) from None
 
 
 def _output_options(body: ChatRequest) -> OutputOptions:

@@ -217,6 +217,11 @@ MESSAGE = {"role": "user", "content": "x"}
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20"),
         ({"max_completion_tokens": -1}, "max_completion_tokens", "from 1; it is -1"),
         ({"max_tokens": -1}, "max_tokens", "from 1; it is -1"),
+        (
+            {"max_completion_tokens": 3, "min_tokens": 4},
+            "min_tokens",
+            "to 3 (max_completion_tokens); it is 4",
+        ),
         ({"max_tokens": "5"}, "max_tokens", 'from 1; it is "5"'),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "from 1; it is 0"),
         ({"max_tokens": 10**400}, "max_tokens", "at least 1 and at most 1000000; it is a number"),
