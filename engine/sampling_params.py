@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -19,6 +19,9 @@ MAX_TOP_K = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
+
+MAX_SHOWN = 40
+"""Longer values are cut in messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +76,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_integer("max_tokens", self.max_tokens, 0, None)
-        _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _check_integer("min_tokens", self.min_tokens, 0, self.max_tokens, "max_tokens")
         _check_integer("n", self.n, 1, None)
         _check_integer("top_k", self.top_k, -1, MAX_TOP_K)
         _check_number("temperature", self.temperature, 0.0, math.inf)
-        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_positive("top_p", self.top_p, 1.0)
         _check_number("min_p", self.min_p, 0.0, 1.0)
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.0, math.inf)
-        for name in ("top_p", "repetition_penalty"):
-            if getattr(self, name) == 0:
-                raise ParameterError(name, f"{name} must be greater than 0; it is 0")
+        _check_positive("repetition_penalty", self.repetition_penalty, math.inf)
         if self.seed is not None:
             _check_integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         for name in ("logprobs", "prompt_logprobs"):
@@ -110,37 +110,69 @@ class SamplingParams:
         return self.temperature < GREEDY_BELOW
 
 
-def _check_integer(name: str, value: Any, low: int, high: int | None) -> None:
+def shortened(value: object) -> str:
+    """A value as messages quote it."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python writes no very long ones
+        return "a number of more than 38 digits"
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 4]} ..."
+
+
+def out_of_vocabulary(what: str, ids: Collection[int], num_ids: int) -> str:
+    """The message that names the first of `ids` beyond the vocabulary. what: the ids, in plural."""
+    place, found = next((i, each) for i, each in enumerate(ids) if not 0 <= each < num_ids)
+    where = "" if isinstance(ids, Mapping) else f" (at index {place})"
+    return f"{what} must be from 0 to {num_ids - 1}; {shortened(found)}{where} is not"
+
+
+def _check_integer(
+    name: str, value: Any, low: int, high: int | None, high_name: str | None = None
+) -> None:
+    """high_name: the parameter that `high` is the value of."""
     allowed = f"a whole number from {low}" + ("" if high is None else f" to {high}")
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ParameterError(name, f"{name} must be {allowed}; it is {value!r}")
-    if value < low or (high is not None and value > high):
-        raise ParameterError(name, f"{name} must be {allowed}; it is {value}")
+    allowed += f" ({high_name})" if high_name else ""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if not is_integer or value < low or (high is not None and value > high):
+        raise ParameterError(name, f"{name} must be {allowed}; it is {shortened(value)}")
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    allowed = f"a finite number from {low:g}" + ("" if high == math.inf else f" to {high:g}")
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise ParameterError(name, f"{name} must be {allowed}; it is {value!r}")
-    if not low <= value <= min(high, sys.float_info.max):  # false for NaN, exact for any int
-        raise ParameterError(name, f"{name} must be {allowed}; it is {value}")
+def _is_number(value: Any, high: float) -> bool:
+    """Whether `value` is a finite number of at most `high`; false for NaN, exact for any int."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and -sys.float_info.max <= value <= min(high, sys.float_info.max)
+
+
+def _check_number(name: str, value: Any, low: float, high: float, which: str = "") -> None:
+    """which: the entry of the parameter that `value` is, as messages name it."""
+    if not _is_number(value, high) or value < low:
+        allowed = f"a finite number from {low:g}" + ("" if high == math.inf else f" to {high:g}")
+        message = f"{which or name} must be {allowed}; it is {shortened(value)}"
+        raise ParameterError(name, message)
+
+
+def _check_positive(name: str, value: Any, high: float) -> None:
+    if not _is_number(value, high) or value <= 0:
+        allowed = "a finite number greater than 0"
+        allowed += "" if high == math.inf else f", up to {high:g}"
+        raise ParameterError(name, f"{name} must be {allowed}; it is {shortened(value)}")
 
 
 def _check_strings(name: str, strings: Sequence[str], limit: int) -> None:
     if len(strings) > limit:
         raise ParameterError(name, f"{name} takes at most {limit} strings; it has {len(strings)}")
-    for text in strings:
+    for place, text in enumerate(strings):
         if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_LENGTH:
-            raise ParameterError(
-                name, f"each string of {name} must have 1 to {MAX_STOP_LENGTH} characters"
-            )
+            allowed = f"each string of {name} must have 1 to {MAX_STOP_LENGTH} characters"
+            found = f"at index {place} is {shortened(text)}"
+            found += f", of {len(text)} characters" if isinstance(text, str) else ""
+            raise ParameterError(name, f"{allowed}; {found}")
 
 
 def _check_policy(policy: str | None) -> None:
     if policy is not None and policy not in get_args(ContextPolicy):
         allowed = " or ".join(f'"{each}"' for each in get_args(ContextPolicy))
         raise ParameterError(
-            "context_policy", f"context_policy must be {allowed}; it is {policy!r}"
+            "context_policy", f"context_policy must be {allowed}; it is {shortened(policy)}"
         )
 
 
@@ -149,5 +181,5 @@ def _check_biases(logit_bias: Mapping[int, float]) -> None:
         raise ParameterError(
             "logit_bias", f"logit_bias takes at most {MAX_BIASES} ids; it has {len(logit_bias)}"
         )
-    for bias in logit_bias.values():
-        _check_number("logit_bias", bias, -100.0, 100.0)
+    for token_id, bias in logit_bias.items():
+        _check_number("logit_bias", bias, -100.0, 100.0, f"logit_bias of id {shortened(token_id)}")

@@ -9,7 +9,7 @@ from typing import Self
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ParameterError
-from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary, shortened
 from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.scheduling.request import Request
 from cottention.engine.state.pool import StatePool
@@ -46,11 +46,11 @@ class RequestLimits:
             _check_turn(params)
         self._check_ids("prompt", "prompt ids", prompt_ids)
         self._check_ids("stop_token_ids", "stop_token_ids", params.stop_token_ids)
-        self._check_ids("logit_bias", "the ids in logit_bias", params.logit_bias)
+        self._check_ids("logit_bias", "ids in logit_bias", params.logit_bias)
         if params.allowed_token_ids is not None:
             self._check_allowed(params.allowed_token_ids)
-        _check_at_most("n", params.n, self.num_slots)
-        _check_at_most("max_tokens", params.max_tokens, self.max_tokens)
+        _check_at_most("n", params.n, self.num_slots, "the engine's slots")
+        _check_at_most("max_tokens", params.max_tokens, self.max_tokens, "the engine's limit")
 
     def check_first_token(self, params: SamplingParams, masked_token_ids: Collection[int]) -> None:
         """Raise ParameterError where `masked_token_ids` leave no id for the first token."""
@@ -60,19 +60,22 @@ class RequestLimits:
             raise ParameterError(
                 "stop_token_ids" if allowed is None else "allowed_token_ids",
                 "no token is left to begin with: allowed_token_ids, bad_words and, while there are"
-                " fewer than min_tokens, stop_token_ids and the model's end forbid every one",
+                " fewer than min_tokens, stop_token_ids and the model's end forbid every one;"
+                " allow more ids",
             )
 
     def _check_ids(self, param: str, what: str, ids: Collection[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.num_ids:
-            raise ParameterError(param, f"{what} must be from 0 to {self.num_ids - 1}")
+            raise ParameterError(param, out_of_vocabulary(what, ids, self.num_ids))
 
     def _check_allowed(self, allowed: Sequence[int]) -> None:
-        self._check_ids("allowed_token_ids", "allowed_token_ids", allowed)
+        name = "allowed_token_ids"
+        self._check_ids(name, name, allowed)
+        if not allowed:
+            raise ParameterError(name, f"{name} must hold an id; it is empty: leave it out")
         if self.sampleable_ids.isdisjoint(allowed):
-            raise ParameterError(
-                "allowed_token_ids", "allowed_token_ids must hold an id that the tokenizer has"
-            )
+            found = f"{allowed[0]} has none" + ", nor has any other" * (len(allowed) > 1)
+            raise ParameterError(name, f"{name} must hold an id that has a token; {found}")
 
 
 def _check_turn(params: SamplingParams) -> None:
@@ -80,12 +83,14 @@ def _check_turn(params: SamplingParams) -> None:
     if params.n > 1:
         raise ParameterError("n", f"n must be 1 with a session; it is {params.n}: fork the session")
     if params.prompt_logprobs is not None:
-        raise ParameterError("prompt_logprobs", "prompt_logprobs is not available with a session")
+        message = "prompt_logprobs is not available with a session: leave it out"
+        raise ParameterError("prompt_logprobs", message)
 
 
-def _check_at_most(param: str, value: int, limit: int) -> None:
+def _check_at_most(param: str, value: int, limit: int, what: str) -> None:
     if value > limit:
-        raise ParameterError(param, f"{param} must be at most {limit}; it is {value}")
+        allowed = f"at least 1 and at most {limit} ({what})"
+        raise ParameterError(param, f"{param} must be {allowed}; it is {shortened(value)}")
 
 
 Prompt = str | Sequence[int]

@@ -118,6 +118,13 @@ class Tokenizer:
         """Text of one id by itself, special tokens written out."""
         return self.written_bytes[token_id].decode("utf-8", errors="replace")
 
+    def id_to_token(self, token_id: int) -> str:
+        """The vocabulary's own string of an id, such as "Ġthe": unlike text, it loses no byte.
+
+        Empty for an id without a token.
+        """
+        return self._backend.id_to_token(token_id) or ""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens left out, incomplete characters as U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")

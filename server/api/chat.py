@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from cottention.engine.errors import ParameterError
-from cottention.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams
+from cottention.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shortened
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, generate
 from cottention.server.api.openapi import error_responses, request_docs
@@ -158,7 +158,8 @@ def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> Sampl
     most = context.max_tokens
     default = min(context.config.default_max_tokens, most)
     if limit is not None and limit > most:
-        raise invalid(name, f"{name} must be at most {most}; it is {limit}")
+        message = f"{name} must be at least 1 and at most {most}; it is {shortened(limit)}"
+        raise invalid(name, message)
     try:
         return body.engine_params(
             max_tokens=default if limit is None else limit,
@@ -168,7 +169,8 @@ def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> Sampl
     except ParameterError as error:
         names = {"max_tokens": name, "logprobs": "top_logprobs"}
         param = names.get(error.param, error.param)
-        raise invalid(param, str(error).replace(error.param, param)) from None
+        message = str(error).replace(error.param, param).replace("(max_tokens)", f"({name})")
+        raise invalid(param, message) from None
 
 
 def _output_options(body: ChatRequest) -> OutputOptions:

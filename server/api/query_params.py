@@ -13,10 +13,13 @@ from cottention.server.schemas.field_types import field_error
 def only_query_params(*names: str) -> Any:
     """A dependency of a route that takes these query parameters; any other is an ApiError 400."""
 
+    known = " and ".join(names)
+
     async def check(request: Request) -> None:
         for name in request.query_params:
             if name not in names:
-                raise invalid(name, f"there is no field {shown(name)} in the query")
+                message = f"there is no field {shown(name)} in the query; it may have {known}"
+                raise invalid(name, message)
 
     return Depends(check)
 

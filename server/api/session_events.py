@@ -12,6 +12,7 @@ from fastapi import APIRouter, Header, Request, Response
 from cottention.server.api.dependencies import ContextDep
 from cottention.server.api.openapi import EVENTS, error_responses
 from cottention.server.generation.sse import SSE_HEADERS, EventStreamResponse
+from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
 from cottention.server.sessions.live_events import LiveEventFollower, gone, with_ids
 from cottention.server.sessions.turn_queue import owner_of
@@ -64,7 +65,8 @@ def _event_id(text: str | None) -> EventId | None:
         return None
     found = EVENT_ID.fullmatch(text)
     if found is None:
-        raise invalid("Last-Event-ID", "Last-Event-ID must be the id of an event of this session")
+        message = "Last-Event-ID must be the id of an event of this session"
+        raise invalid("Last-Event-ID", f"{message}; it is {shown(text)}")
     return EventId(found[1], int(found[2]))
 
 
@@ -75,7 +77,8 @@ def _next(last: EventId | None, turn: str, first: int, stop: int) -> int:
     if last.turn != turn:
         raise gone("that event is of another turn than the one whose events are kept")
     if last.number >= stop:
-        raise invalid("Last-Event-ID", "no event with that id has been sent")
+        message = f"no event with that id has been sent; the next is {turn}-{stop}"
+        raise invalid("Last-Event-ID", message)
     if last.number + 1 < first:
         raise gone(f"events are only kept from {turn}-{first} on; some that were missed are gone")
     return last.number + 1

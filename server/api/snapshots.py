@@ -10,7 +10,7 @@ from cottention.engine.errors import SnapshotError, SnapshotMismatchError
 from cottention.server.api.dependencies import ContextDep
 from cottention.server.api.openapi import Schema, error_responses
 from cottention.server.api.query_params import must_be, only_query_params
-from cottention.server.http.body import read_body
+from cottention.server.http.body import read_body, shown
 from cottention.server.http.errors import ApiError, invalid
 from cottention.server.schemas.session_responses import SessionObject, etag_of, session_response
 from cottention.server.schemas.sessions import METADATA, TTL, SessionOptions, session_options
@@ -73,5 +73,6 @@ def _options(metadata: str | None, ttl_seconds: float | None) -> SessionOptions:
         try:
             given["metadata"] = json.loads(metadata)
         except (ValueError, RecursionError):
-            raise invalid("metadata", f"metadata must be {METADATA}, as JSON") from None
+            message = f"metadata must be {METADATA}, as JSON; it is {shown(metadata)}"
+            raise invalid("metadata", message) from None
     return session_options(given)

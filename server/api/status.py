@@ -67,11 +67,16 @@ async def metrics(context: ContextDep) -> Response:
 
 
 def _model(context: Context) -> JsonObject:
+    """As in vLLM: `root` is the model's own name, whatever it is served as; without adapters no
+    model has a parent.
+    """
     return {
         "id": context.model_name,
         "object": "model",
         "created": context.engine.created,
         "owned_by": "cottention",
+        "root": context.engine.engine.name,
+        "parent": None,
         "max_model_len": context.trained_length,
     }
 

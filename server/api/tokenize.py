@@ -100,7 +100,7 @@ def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
 
 def _response(ids: list[int], with_strings: bool, context: Context) -> JsonObject:
     tokenizer, length = context.tokenizer, context.trained_length
-    strings = [tokenizer.token_text(each) for each in ids] if with_strings else None
+    strings = [tokenizer.id_to_token(each) for each in ids] if with_strings else None
     return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": strings}
 
 

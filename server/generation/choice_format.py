@@ -123,6 +123,9 @@ def _ranked(entry: TokenLogprob, names: TokenNames, num_top: int) -> JsonObject:
     }
 
 
+OPTIONAL_FIELDS = ("prompt_logprobs", "prompt_token_ids", "token_ids")
+"""Fields of a whole response that are null unless requested, as in vLLM."""
+
 compact = json.JSONEncoder(separators=(",", ":")).encode
 """Encodes JSON in ASCII: some clients take U+2028 and similar characters for a line end."""
 
@@ -173,7 +176,7 @@ class CompletionFormatter(ChoiceFormatter):
     def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
         """One chunk; text alone has a fast path."""
         if not self._is_text_only:
-            yield f'"choices":[{compact(self.whole(index, delta))}]'
+            yield f'"choices":[{compact(self._choice(index, delta))}]'
             return
         yield (
             f'"choices":[{{"index":{index},"text":{quoted(delta.text)},"logprobs":null,'
@@ -181,6 +184,11 @@ class CompletionFormatter(ChoiceFormatter):
         )
 
     def whole(self, index: int, delta: OutputDelta) -> JsonObject:
+        """The JSON object of a choice that has ended; its optional fields are null if absent."""
+        choice = self._choice(index, delta)
+        return choice | {name: choice.get(name) for name in OPTIONAL_FIELDS}
+
+    def _choice(self, index: int, delta: OutputDelta) -> JsonObject:
         """The JSON object of a choice or its delta; the first one includes the echoed prompt."""
         tokens = delta.tokens or TokenDeltas()
         place, output = self._prompt_of(index), self._output
@@ -220,6 +228,10 @@ class CompletionFormatter(ChoiceFormatter):
         return {name: echo[name] + new[name] for name in new}
 
 
+NO_MESSAGE_PARTS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning")
+"""Parts of a message in OpenAI's and vLLM's responses that no model of this server generates."""
+
+
 class ChatFormatter(ChoiceFormatter):
     """Choices of POST /v1/chat/completions."""
 
@@ -232,7 +244,9 @@ class ChatFormatter(ChoiceFormatter):
             )
             ids = self._request.prompts[0] if self._output.token_ids else None
             yield role + (f',"prompt_token_ids":{compact(ids)}' if ids else "")
-        text = f'"content":{quoted(delta.text)}' if delta.text else ""
+        text = ""
+        if delta.text or delta.finish_reason is None:  # as OpenAI, nothing at the end only
+            text = f'"content":{quoted(delta.text)}'
         if self._is_text_only:
             yield f'{head}{text}}},"logprobs":null,"finish_reason":{finish_fields(delta)}}}]'
             return
@@ -243,21 +257,23 @@ class ChatFormatter(ChoiceFormatter):
 
     def whole(self, index: int, delta: OutputDelta) -> JsonObject:
         """The JSON object of a choice that has ended."""
+        message: JsonObject = {"role": "assistant", "content": delta.text}
         choice: JsonObject = {
             "index": index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": message | dict.fromkeys(NO_MESSAGE_PARTS),
             "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
             "context_start": delta.context_start if delta.finish_reason else None,
+            "token_ids": None,
         }
         if delta.tokens and self._output.token_ids:
             choice["token_ids"] = delta.tokens.ids
         return choice
 
     def top_level_fields(self, deltas: Mapping[int, OutputDelta]) -> JsonObject:
-        """The prompt's ids and log-probabilities, if requested."""
-        found: JsonObject = {}
+        """The prompt's ids and log-probabilities; null unless requested."""
+        found: JsonObject = {"prompt_token_ids": None, "prompt_logprobs": None}
         if self._output.token_ids:
             found["prompt_token_ids"] = self._request.prompts[0]
         if (num_top := self._output.prompt_logprobs) is not None:

@@ -6,6 +6,7 @@ of its unread text, not an object per token. A stream runs on the event loop.
 
 import asyncio
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ class TokenDeltas:
 class OutputDelta:
     """Unread output of one choice, merged from any number of steps.
 
-    tokens: None where only text is needed.
+    tokens: None where only text is needed. num_tokens: their number, counted in either case.
     state: of the session after its turn, if the turn has ended by itself.
     context_start: index of the oldest token that the model's state still covers.
     """
@@ -55,6 +56,7 @@ class OutputDelta:
     stop_reason: str | int | None = None
     state: "SessionState | None" = None
     context_start: int = 0
+    num_tokens: int = 0
     _text: io.StringIO = field(default_factory=io.StringIO)
 
     @property
@@ -65,6 +67,7 @@ class OutputDelta:
     def add(self, output: Output) -> None:
         """Append the output of one step; the first finish reason is kept."""
         self._text.write(output.text)
+        self.num_tokens += len(output.token_ids)
         if self.tokens is not None:
             self.tokens.add(output)
         if self.finish_reason is None:
@@ -76,6 +79,7 @@ class OutputDelta:
     def merge(self, later: "OutputDelta") -> None:
         """Append a later delta of the same choice."""
         self._text.write(later.text)
+        self.num_tokens += later.num_tokens
         if later.tokens is not None:
             self.tokens = self.tokens or TokenDeltas()
             self.tokens.merge(later.tokens)
@@ -107,6 +111,7 @@ class OutputStream:
         self.paused: set[str] = set()
         self.cancel_reason: FinishReason | None = None
         self._unread: dict[int, OutputDelta] = {}
+        self._num_without_text: Counter[int] = Counter()
         self._unfinished = set(range(num_choices))
         self._on_close = on_close
         self._on_take = on_take
@@ -147,6 +152,8 @@ class OutputStream:
         self.num_cached += output.num_cached
         if output.text or output.finish_reason or self._keeps_token_ids:
             self._add(choice, output)
+        else:  # counted with the choice's next text
+            self._num_without_text[choice] += len(output.token_ids)
 
     def fail(self) -> None:
         """End every unfinished choice with FinishReason.ERROR: the engine has stopped."""
@@ -198,6 +205,8 @@ class OutputStream:
                 TokenDeltas() if self._keeps_token_ids else None
             )
         delta.add(output)
+        if self._num_without_text:
+            delta.num_tokens += self._num_without_text.pop(choice, 0)
         if self._max_unread_bytes is not None:
             self._num_unread_bytes += approximate_bytes(output)
         if output.finish_reason:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
 from cottention.server.generation.chat_template import ChatContinuation
 from cottention.server.http.errors import invalid
 from cottention.server.schemas.sampling import (
@@ -185,7 +185,7 @@ def encode_text(text: str, tokenizer: "Tokenizer", *, add_special_tokens: bool) 
 def decode_ids(ids: list[int], tokenizer: "Tokenizer", param: str) -> str:
     """The text of token ids, special tokens included. Raises ApiError for an unknown id."""
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.num_ids:
-        raise invalid(param, f"{param} ids must be from 0 to {tokenizer.num_ids - 1}")
+        raise invalid(param, out_of_vocabulary(f"ids in {param}", ids, tokenizer.num_ids))
     written = tokenizer.written_bytes
     return b"".join(written[each] for each in ids).decode("utf-8", errors="replace")
 

@@ -16,6 +16,9 @@ from cottention.server.generation.sse import ResponseHeader
 from cottention.server.http.errors import engine_failed, expired, unavailable
 from cottention.server.schemas.responses import JsonObject
 
+NULL_FIELDS = ("service_tier", "system_fingerprint", "kv_transfer_params")
+"""Fields of OpenAI's and vLLM's whole responses for which this server has no value."""
+
 
 @dataclass(frozen=True, slots=True)
 class EndpointFormat:
@@ -69,7 +72,9 @@ async def format_response(
         best = best_choices(deltas, request)
         formatted = [choices.whole(index, delta) for index, delta in best.items()]
         more = choices.top_level_fields(best) | extra
-        return JSONResponse(asdict(header) | {"choices": formatted, "usage": usage} | more)
+        details = {"prompt_tokens_details": usage.get("prompt_tokens_details")}
+        fields = {"choices": formatted, "usage": usage | details}
+        return JSONResponse(asdict(header) | fields | dict.fromkeys(NULL_FIELDS) | more)
 
     if usage["total_tokens"] > MAX_INLINE_TOKENS:
         return await asyncio.to_thread(format_now)

@@ -6,7 +6,8 @@ request (`GenerationEvents`), a session's turn, or the events of a turn that ano
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -46,9 +47,14 @@ class EventFormatter:
     ) -> None:
         self._head = f"data: {compact(asdict(header))[:-1]},"
         self._choices = choices
-        self._num_prompt_tokens = request.num_prompt_tokens
+        self._request = request
         self._is_slow = request.is_slow_to_format
-        self._options = request.stream_options
+        options = request.stream_options
+        self._includes_usage = options.include_usage
+        self._has_usage_in_chunks = options.include_usage and options.continuous_usage_stats
+        has_null = options.include_usage and not self._has_usage_in_chunks
+        self._tail = ',"usage":null}\n\n' if has_null else "}\n\n"
+        self._num_tokens: Counter[int] = Counter()
 
     async def chunks(self, deltas: Mapping[int, OutputDelta]) -> list[str]:
         """The chunk of each delta, and one more for a choice that begins. Call once per delta."""
@@ -56,16 +62,16 @@ class EventFormatter:
             return await asyncio.to_thread(self._chunks, deltas)
         return self._chunks(deltas)
 
-    def frame(self, chunks: Sequence[str], num_generated: int, extra: str = "") -> str:
+    def frame(self, chunks: Sequence[str], extra: str = "") -> str:
         """Events of chunks. extra: more fields for each, as JSON that begins with a comma."""
-        head, tail = self._head, extra + self._tail(num_generated)
+        head, tail = self._head, extra + self._tail
         return "".join([f"{head}{chunk}{tail}" for chunk in chunks])
 
     def end(self, num_generated: int, num_cached: int = 0) -> str:
         """The events that end a complete stream."""
-        if not self._options.include_usage:
+        if not self._includes_usage:
             return DONE
-        usage = compact(usage_of(self._num_prompt_tokens, num_generated, num_cached))
+        usage = compact(usage_of(self._request.num_prompt_tokens, num_generated, num_cached))
         return f'{self._head}"choices":[],"usage":{usage}}}\n\n{DONE}'
 
     @staticmethod
@@ -74,14 +80,19 @@ class EventFormatter:
         return f"data: {error.body}\n\n"
 
     def _chunks(self, deltas: Mapping[int, OutputDelta]) -> list[str]:
-        return [
-            chunk for index, delta in deltas.items() for chunk in self._choices.chunks(index, delta)
-        ]
+        format_chunks = self._with_usage if self._has_usage_in_chunks else self._choices.chunks
+        return [chunk for index, delta in deltas.items() for chunk in format_chunks(index, delta)]
 
-    def _tail(self, num_generated: int) -> str:
-        if self._options.continuous_usage_stats:
-            return f',"usage":{compact(usage_of(self._num_prompt_tokens, num_generated))}}}\n\n'
-        return ',"usage":null}\n\n' if self._options.include_usage else "}\n\n"
+    def _with_usage(self, index: int, delta: OutputDelta) -> Iterator[str]:
+        """Chunks with the usage of their choice up to them, as in vLLM: its role has no token."""
+        num_prompt_tokens = len(self._request.prompts[index // self._request.num_choices])
+        *before, last = self._choices.chunks(index, delta)
+        for chunk in before:
+            usage = usage_of(num_prompt_tokens, self._num_tokens[index])
+            yield f'{chunk},"usage":{compact(usage)}'
+        self._num_tokens[index] += delta.num_tokens
+        usage = usage_of(num_prompt_tokens, self._num_tokens[index])
+        yield f'{last},"usage":{compact(usage)}'
 
 
 class Closable(Protocol):
@@ -142,7 +153,7 @@ class GenerationEvents:
         while stream.has_more:
             deltas = await stream.take(idle_seconds)
             chunks = await formatter.chunks(deltas)
-            yield formatter.frame(chunks, stream.num_generated).encode()
+            yield formatter.frame(chunks).encode()
             if any(delta.finish_reason is FinishReason.ERROR for delta in deltas.values()):
                 yield formatter.error(engine_failed()).encode()
                 return

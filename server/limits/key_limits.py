@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from cottention.engine.errors import ConfigurationError
+from cottention.engine.sampling_params import shortened
 from cottention.server.config import ServerConfig
 from cottention.server.generation.request import ParsedRequest
 from cottention.server.http.errors import invalid
@@ -56,7 +57,10 @@ class KeyLimits:
         params = request.params
         _check("max_tokens", params.max_tokens, self.max_tokens)
         _check("n" if params.n == request.body.n else "best_of", params.n, self.max_n)
-        _check("stop", len(request.body.stop), self.max_stop)
+        num_stop = len(request.body.stop)
+        if self.max_stop is not None and num_stop > self.max_stop:
+            allowed = f"takes at most {self.max_stop} strings with this key"
+            raise invalid("stop", f"stop {allowed}; it has {num_stop}")
 
 
 def least(server: int, key: int | None) -> int:
@@ -66,4 +70,5 @@ def least(server: int, key: int | None) -> int:
 
 def _check(param: str, value: int, limit: int | None) -> None:
     if limit is not None and value > limit:
-        raise invalid(param, f"{param} must be at most {limit} with this key; it is {value}")
+        allowed = f"at least 1 and at most {limit} with this key"
+        raise invalid(param, f"{param} must be {allowed}; it is {shortened(value)}")

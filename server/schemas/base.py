@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -9,7 +10,7 @@ from pydantic_core import ErrorDetails
 
 from cottention.server.http.body import shown
 from cottention.server.http.errors import ApiError, invalid
-from cottention.server.schemas.field_types import FIELD_ERROR
+from cottention.server.schemas.field_types import FIELD_ERROR, WRONG_ELEMENT
 from cottention.server.schemas.unsupported import REASONS, NeutralValues, is_neutral
 
 
@@ -41,13 +42,20 @@ def _supported(model: type[RequestModel], body: Mapping[str, Any], prefix: str) 
     given = {name: value for name, value in body.items() if value is not None}
     for name in given.keys() - model.model_fields.keys():
         if name not in model.neutral:
-            raise invalid(prefix + name, f"there is no field {shown(prefix + name)}")
+            raise _unknown(model, name, prefix)
         if not is_neutral(model.neutral[name], given.pop(name)):
             raise _unsupported(prefix + name, model.neutral[name])
     for name, inner in model.nested.items():
         if isinstance(given.get(name), dict):
             given[name] = _supported(inner, given[name], f"{prefix}{name}.")
     return given
+
+
+def _unknown(model: type[RequestModel], name: str, prefix: str) -> ApiError:
+    """The error for a field that does not exist, with the most similar name that does."""
+    similar = get_close_matches(name, model.model_fields, n=1)
+    hint = f"did you mean {similar[0]}?" if similar else "leave it out"
+    return invalid(prefix + name, f"there is no field {shown(prefix + name)}: {hint}")
 
 
 def _unsupported(name: str, neutral: tuple[Any, ...]) -> ApiError:
@@ -67,4 +75,5 @@ def _as_api_error(model: type[RequestModel], error: ErrorDetails) -> ApiError:
     allowed = model.model_fields[path[-1]].description
     if error["type"] == "missing":
         return invalid(param, f"{param} is required; it must be {allowed}")
-    return invalid(param, f"{param} must be {allowed}; it is {shown(error['input'])}")
+    found = error["msg"] if error["type"] == WRONG_ELEMENT else f"it is {shown(error['input'])}"
+    return invalid(param, f"{param} must be {allowed}; {found}")

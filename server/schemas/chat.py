@@ -163,10 +163,13 @@ def chat_request(body: Mapping[str, Any]) -> ChatRequest:
     check_turn(request, num_prompts=1)
     both = (request.max_tokens, request.max_completion_tokens)
     if None not in both and both[0] != both[1]:
-        raise invalid("max_tokens", "max_tokens and max_completion_tokens differ: give one of them")
-    if 0 in both:  # valid for completions, to score a prompt
-        name, _ = request.limit
-        raise invalid(name, f"{name} must be a whole number from 1; it is 0")
+        values = " and ".join(map(shown, both))
+        message = f"max_tokens and max_completion_tokens differ ({values}): give one of them"
+        raise invalid("max_tokens", message)
+    name, limit = request.limit
+    if limit is not None and limit < 1:  # 0 is valid for completions, to score a prompt
+        raise invalid(name, f"{name} must be a whole number from 1; it is {shown(limit)}")
     if request.top_logprobs is not None and not request.logprobs:
-        raise invalid("top_logprobs", "top_logprobs is only allowed if logprobs is true")
+        message = "top_logprobs is only allowed if logprobs is true: leave it out"
+        raise invalid("top_logprobs", message)
     return request

@@ -6,12 +6,15 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from cottention.engine.sampling_params import SamplingParams
+from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
 from cottention.server.schemas.base import validate
 from cottention.server.schemas.field_types import PROMPTS, Prompts
 from cottention.server.schemas.sampling import BOOLEAN, MAX_CHOICES, SamplingBody, ranged
 from cottention.server.schemas.sessions import check_turn
 from cottention.server.schemas.unsupported import COMPLETION, NeutralValues
+
+MAX_TOKENS = "a whole number from 1, or 0 with echo or prompt_logprobs, to score the prompt"
 
 
 class CompletionRequest(SamplingBody):
@@ -20,7 +23,7 @@ class CompletionRequest(SamplingBody):
     neutral: ClassVar[NeutralValues] = COMPLETION
 
     prompt: Prompts = Field(description=PROMPTS)
-    max_tokens: int = ranged(16, "a whole number from 0", 0)
+    max_tokens: int = ranged(16, MAX_TOKENS, 0)
     echo: bool = Field(False, description=BOOLEAN)
     logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)
     best_of: int | None = ranged(None, "a whole number from n", 1, MAX_CHOICES)
@@ -69,15 +72,16 @@ def completion_request(body: Mapping[str, Any]) -> CompletionRequest:
 
 def _check_max_tokens(request: CompletionRequest) -> None:
     """Generating nothing is only allowed if the response includes the prompt."""
-    if request.max_tokens == 0 and not request.echo and request.prompt_logprobs is None:
-        allowed = "a whole number from 1, or 0 with echo or prompt_logprobs, to score the prompt"
-        raise invalid("max_tokens", f"max_tokens must be {allowed}; it is 0")
+    can_be_0 = request.echo or request.prompt_logprobs is not None
+    if request.max_tokens < (0 if can_be_0 else 1):
+        message = f"max_tokens must be {MAX_TOKENS}; it is {shown(request.max_tokens)}"
+        raise invalid("max_tokens", message)
 
 
 def _check_best_of(request: CompletionRequest) -> None:
     if request.num_tried < request.n:
-        message = f"best_of must be at least n ({request.n}); it is {request.best_of}"
+        message = f"best_of must be at least n ({request.n}); it is {shown(request.best_of)}"
         raise invalid("best_of", message)
     if request.num_tried > request.n and request.stream:
-        message = "best_of greater than n is not possible in a stream"
+        message = "best_of greater than n is not possible in a stream: leave one of them out"
         raise invalid("best_of", message)

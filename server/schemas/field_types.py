@@ -1,11 +1,12 @@
 """Types of request fields: prompts, strings, token ids and biases, with validation messages."""
 
+import re
 from typing import Annotated, Any
 
 from pydantic import Field, PlainValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from cottention.server.http.body import is_text, shown
+from cottention.server.http.body import shown
 from cottention.server.http.request_id import REQUEST_ID_PATTERN
 
 Prompt = str | list[int]
@@ -13,10 +14,12 @@ Prompt = str | list[int]
 PROMPTS = "text, a list of texts, a list of token ids, or a list of lists of token ids"
 BIASES = "an object of token ids, as strings, with a number from -100 to 100 each"
 MAX_ID_DIGITS = 10
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 PATTERN = f"^{REQUEST_ID_PATTERN.pattern}$"
 
 
 FIELD_ERROR = "field_error"
+WRONG_ELEMENT = "wrong_element"
 
 
 def field_error(message: str) -> PydanticCustomError:
@@ -29,10 +32,17 @@ def wrong_type() -> PydanticCustomError:
     return PydanticCustomError("wrong_type", "wrong type")
 
 
+def wrong_element(place: int, element: Any) -> PydanticCustomError:
+    """The same for a list, of which one element has the wrong type."""
+    found = f"at index {place} is {shown(element)}"
+    return PydanticCustomError(WRONG_ELEMENT, "{found}", {"found": found})
+
+
 def check_text(name: str, text: str) -> None:
     """Raise unless `text` is valid Unicode."""
-    if not is_text(text):
-        raise field_error(f"{name} has a lone surrogate, which is not a character")
+    if found := LONE_SURROGATE.search(text):
+        which = f"U+{ord(found[0]):04X} at index {found.start()}"
+        raise field_error(f"{name} has a lone surrogate, which is not a character: {which}")
 
 
 def _text(value: Any, info: ValidationInfo) -> str:
@@ -62,8 +72,12 @@ def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
             prompts = value
         case _:
             raise wrong_type()
-    if not prompts or "" in prompts or [] in prompts:
+    if not prompts:
         raise field_error("prompt must not be empty")
+    for place, each in enumerate(prompts):
+        if each in ("", []):
+            where = f"; at index {place} it is" if prompts is value else ""
+            raise field_error(f"prompt must not be empty{where}")
     if not (all(isinstance(each, str) for each in prompts) or all(map(_is_ids, prompts))):
         raise field_error(f"prompt must be {PROMPTS}; {describe_mismatch(value)}")
     for each in prompts:
@@ -96,9 +110,11 @@ def _is_ids(value: Any) -> bool:
 def _strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     """One string or a list of them."""
     strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(each, str) for each in strings):
+    if not isinstance(strings, list):
         raise wrong_type()
-    for each in strings:
+    for place, each in enumerate(strings):
+        if not isinstance(each, str):
+            raise wrong_element(place, each)
         check_text(str(info.field_name), each)
     return tuple(strings)
 
@@ -110,8 +126,11 @@ def _listed_strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
-    if not _is_ids(value):
+    if not isinstance(value, list):
         raise wrong_type()
+    for place, each in enumerate(value):
+        if type(each) is not int:
+            raise wrong_element(place, each)
     return tuple(value)
 
 
@@ -121,7 +140,7 @@ def _biases(value: Any) -> dict[int, float]:
         raise wrong_type()
     for key, bias in value.items():
         if isinstance(bias, bool) or not isinstance(bias, (int, float)):
-            raise field_error(f"logit_bias must be {BIASES}; that of {shown(key)} is {shown(bias)}")
+            raise field_error(f"logit_bias must be {BIASES}; {shown(key)} has {shown(bias)}")
         if not _is_id(key):
             raise field_error(f"logit_bias must be {BIASES}; {shown(key)} is not a token id")
     return {int(key): bias for key, bias in value.items()}

@@ -34,7 +34,7 @@ class SessionSummary(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    """Prompt tokens that were restored from the prefix cache; absent if there are none."""
+    """Prompt tokens that were restored from the prefix cache; null if there are none."""
 
     cached_tokens: int
 
@@ -91,6 +91,9 @@ class Completion(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+    service_tier: None
+    system_fingerprint: None
+    kv_transfer_params: None
     session: SessionSummary | None = None
 
 
@@ -121,6 +124,11 @@ class Message(BaseModel):
     role: Literal["assistant"]
     content: str
     refusal: None
+    annotations: None
+    audio: None
+    function_call: None
+    tool_calls: None
+    reasoning: None
 
 
 class ChatChoice(BaseModel):
@@ -144,18 +152,26 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    service_tier: None
+    system_fingerprint: None
+    kv_transfer_params: None
     session: SessionSummary | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 
 
 class Model(BaseModel):
-    """The served model; `max_model_len` is its trained length, which is not a limit."""
+    """The served model; `max_model_len` is its trained length, which is not a limit.
+
+    root: the model's own name, also where it is served under another one.
+    """
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: None
     max_model_len: int
 
 
@@ -179,7 +195,7 @@ class Version(BaseModel):
 
 
 class Tokenized(BaseModel):
-    """Token ids of a text or a chat."""
+    """Token ids of a text or a chat, and the tokenizer's own strings of them if requested."""
 
     count: int
     max_model_len: int

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.state.context_window import ContextPolicy
+from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
 from cottention.server.schemas.base import RequestModel
 from cottention.server.schemas.field_types import (
@@ -113,20 +114,23 @@ class SamplingBody(RequestModel):
         choices_param: the field that is named if there are too many choices.
         """
         if num_choices > MAX_CHOICES:
-            message = f"prompts times n must be at most {MAX_CHOICES}; it is {num_choices}"
+            found = f"it is {shown(num_choices)}"
+            message = f"prompts times n must be at most {MAX_CHOICES}; {found}: ask for fewer"
             raise invalid(choices_param, message)
         if self.stream_options and not self.stream:
-            raise invalid("stream_options", "stream_options is only allowed if stream is true")
+            message = "stream_options is only allowed if stream is true: leave it out"
+            raise invalid("stream_options", message)
         if self.prompt_logprobs is not None and self.stream:
-            raise invalid("prompt_logprobs", "prompt_logprobs is not supported in a stream")
+            message = "prompt_logprobs is not supported in a stream: leave one of them out"
+            raise invalid("prompt_logprobs", message)
         length = self.truncate_prompt_tokens
         if length is not None and (length < -1 or length == 0):
-            message = f"truncate_prompt_tokens must be {TRUNCATION}; it is {length}"
+            message = f"truncate_prompt_tokens must be {TRUNCATION}; it is {shown(length)}"
             raise invalid("truncate_prompt_tokens", message)
         if self.timeout is not None and not 0 < self.timeout < math.inf:  # false for NaN
-            raise invalid("timeout", f"timeout must be {TIMEOUT}; it is {self.timeout}")
+            raise invalid("timeout", f"timeout must be {TIMEOUT}; it is {shown(self.timeout)}")
         if abs(self.priority) > MAX_PRIORITY:
-            raise invalid("priority", f"priority must be {PRIORITY}; it is {self.priority}")
+            raise invalid("priority", f"priority must be {PRIORITY}; it is {shown(self.priority)}")
 
 
 _ENGINE_FIELDS = [

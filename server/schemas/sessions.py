@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 
 from cottention.engine.state.context_window import ContextPolicy
-from cottention.server.http.body import is_text, shown
+from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.schemas.field_types import Prompt, check_text, field_error, wrong_type
@@ -49,12 +49,22 @@ def _prompt(value: Any) -> Prompt:
 
 
 def _metadata(value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or len(value) > MAX_METADATA:
-        raise field_error(f"metadata must be {METADATA}")
+    if not isinstance(value, dict):
+        raise field_error(f"metadata must be {METADATA}; it is {shown(value)}")
+    if len(value) > MAX_METADATA:
+        raise field_error(f"metadata must be {METADATA}; it has {len(value)}")
     for name, text in value.items():
-        is_fit = isinstance(text, str) and len(name) <= MAX_KEY and len(text) <= MAX_VALUE
-        if not (is_fit and is_text(name) and is_text(text)):
-            raise field_error(f"metadata must be {METADATA}; {shown(name)} is not")
+        check_text("a name in metadata", name)
+        if len(name) > MAX_KEY:
+            found = f"the name {shown(name)} has {len(name)} characters"
+        elif not isinstance(text, str):
+            found = f"{shown(name)} is {shown(text)}"
+        elif len(text) > MAX_VALUE:
+            found = f"{shown(name)} has {len(text)} characters"
+        else:
+            check_text(f"metadata of {shown(name)}", text)
+            continue
+        raise field_error(f"metadata must be {METADATA}; {found}")
     return value
 
 
@@ -110,7 +120,7 @@ def fork_request(body: Mapping[str, Any]) -> ForkRequest:
     """Validate a body. Raises ApiError 400 naming the field."""
     request = validate(ForkRequest, body)
     if not 1 <= request.n <= MAX_FORKS:
-        raise invalid("n", f"n must be {FORKS}; it is {request.n}")
+        raise invalid("n", f"n must be {FORKS}; it is {shown(request.n)}")
     return request
 
 
@@ -119,13 +129,16 @@ def check_turn(request: SamplingBody, num_prompts: int) -> None:
     if request.session_id is None:
         for name, neutral in WITHOUT_SESSION.items():
             if getattr(request, name) != neutral:
-                raise invalid(name, f"{name} is only allowed with session_id")
+                raise invalid(name, f"{name} is only allowed with session_id: leave it out")
         return
     if num_prompts != 1:
-        raise invalid("prompt", f"prompt must be {PROMPT} with session_id; there are {num_prompts}")
+        found = f"there are {num_prompts} prompts: send one"
+        raise invalid("prompt", f"prompt must be {PROMPT} with session_id; {found}")
     for name, allowed in WITH_SESSION.items():
-        if getattr(request, name, allowed[0]) not in allowed:
-            raise invalid(name, f"{name} is not possible with session_id: leave it out")
+        value = getattr(request, name, allowed[0])
+        if value not in allowed:
+            found = f"it is {shown(value)}: leave it out"
+            raise invalid(name, f"{name} is not possible with session_id; {found}")
 
 
 def _check_ttl(seconds: float | None) -> None:

@@ -81,7 +81,7 @@ class TurnEvents:
             if delta.finish_reason is not None:
                 yield await self._ended(delta, chunks)
                 return
-            yield self._framed(chunks)
+            yield self._formatter.frame(chunks)
             if not stream.is_closed:
                 turn.add_delivered(delta)
 
@@ -92,7 +92,7 @@ class TurnEvents:
         def last_events(session: "Session") -> str:
             extra = f',"session":{compact(session_summary(session))}'
             end = self._formatter.error(failed) if failed else self._last()
-            return self._framed(chunks, extra) + end
+            return self._formatter.frame(chunks, extra) + end
 
         try:
             self.session = await self._turn.finish(
@@ -103,9 +103,6 @@ class TurnEvents:
             return self._formatter.error(self.error)
         self.error = failed
         return last_events(self.session)
-
-    def _framed(self, chunks: Sequence[str], extra: str = "") -> str:
-        return self._formatter.frame(chunks, self._stream.num_generated, extra)
 
     def _last(self) -> str:
         return self._formatter.end(self._stream.num_generated)

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI, OpenAI, types
 
 from tests.clients.conftest import ROOT, SERVER_PYTHON, Served
 from tests.clients.expected import PROMPT, SAID, WAYS, texts
@@ -111,6 +111,54 @@ def test_n_and_extra_fields(client: OpenAI, served: Served) -> None:
 def test_models(client: OpenAI, served: Served) -> None:
     assert [model.id for model in client.models.list()] == [served.model]
     assert client.models.retrieve(served.model).id == served.model
+
+
+BODIES: list[tuple[str, dict[str, Any], Any]] = [
+    ("completions", {"prompt": PROMPT, "logprobs": 2}, types.Completion),
+    ("completions", {"prompt": PROMPT, "best_of": 2, "return_token_ids": True}, types.Completion),
+    ("chat/completions", {"messages": MESSAGES}, types.chat.ChatCompletion),
+    ("chat/completions", {"messages": MESSAGES, "logprobs": True}, types.chat.ChatCompletion),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "model"), BODIES, ids=repr)
+def test_whole_answers_are_valid_by_its_own_models(
+    served: Served, path: str, body: dict[str, Any], model: Any
+) -> None:
+    """It builds its objects without validation; clients in stricter languages do validate."""
+    answer = post(served, path, {"max_tokens": 8} | body).json()
+    found = model.model_validate(answer)
+    assert found.usage.prompt_tokens_details is found.service_tier is None
+    assert {"system_fingerprint", "service_tier", "kv_transfer_params"} <= answer.keys()
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": True, "top_logprobs": 2}, {"n": 2}], ids=repr)
+def test_chunks_are_valid_by_its_own_models(served: Served, more: dict[str, Any]) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"messages": MESSAGES, "max_tokens": 8, "stream": True, "stream_options": options}
+    events = post(served, "chat/completions", body | more).text.split("\n\n")
+    *chunks, last = [
+        types.chat.ChatCompletionChunk.model_validate_json(each.removeprefix("data: "))
+        for each in events[:-2]
+    ]
+    counts: dict[int, list[int]] = {}
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        assert chunk.usage
+        counts.setdefault(choice.index, []).append(chunk.usage.completion_tokens)
+        assert choice.finish_reason or choice.delta.content is not None
+    for found in counts.values():
+        assert found[0] == 0
+        assert found == sorted(set(found))
+    assert last.usage
+    assert last.usage.completion_tokens == sum(found[-1] for found in counts.values())
+
+
+def post(served: Served, path: str, body: dict[str, Any]) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {served.key}"}
+    answer = httpx.post(f"{served.base_url}/{path}", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer
 
 
 def test_refusals_are_its_own_exceptions(client: OpenAI, served: Served) -> None:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from cottention.engine.errors import EngineStoppedError, ParameterError
 from cottention.engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
-from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
 from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
@@ -40,6 +40,9 @@ class FakeTokenizer:
 
     def framed(self, ids: list[int]) -> list[int]:
         return [*self.before, *ids]
+
+    def id_to_token(self, token_id: int) -> str:
+        return f"<{token_id:02X}>"
 
     def token_text(self, token_id: int) -> str:
         return bytes([token_id]).decode(errors="replace")
@@ -127,7 +130,7 @@ class FakeEngine:
         if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
         if not all(0 <= each < 256 for each in prompt_ids):
-            raise ParameterError("prompt", "prompt ids must be from 0 to 255")
+            raise ParameterError("prompt", out_of_vocabulary("prompt ids", prompt_ids, 256))
         if params.n > self.num_slots:
             raise ParameterError("n", f"n must be at most {self.num_slots}; it is {params.n}")
         if params.max_tokens > self.config.max_tokens_limit:

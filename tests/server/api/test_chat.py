@@ -46,15 +46,73 @@ def test_a_whole_answer_has_openai_s_form(live: Live) -> None:
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": "one", "refusal": None},
+                "message": {
+                    "role": "assistant",
+                    "content": "one",
+                    "refusal": None,
+                    "annotations": None,
+                    "audio": None,
+                    "function_call": None,
+                    "tool_calls": None,
+                    "reasoning": None,
+                },
                 "logprobs": None,
                 "finish_reason": "stop",
                 "stop_reason": None,
                 "context_start": 0,
+                "token_ids": None,
             }
         ],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+        "usage": {
+            "prompt_tokens": 7,
+            "completion_tokens": 3,
+            "total_tokens": 10,
+            "prompt_tokens_details": None,
+        },
+        "service_tier": None,
+        "system_fingerprint": None,
+        "kv_transfer_params": None,
+        "prompt_token_ids": None,
+        "prompt_logprobs": None,
     }
+
+
+def test_an_answer_can_be_sent_back_as_it_is(live: Live) -> None:
+    """Clients append the message that they got; its nulls must not be refused."""
+    message = live.chat("one").json()["choices"][0]["message"]
+    messages = [{"role": "user", "content": "x"}, message, {"role": "user", "content": "two"}]
+    answer = live.client.post("/v1/chat/completions", json={"messages": messages}).json()
+    assert answer["choices"][0]["message"]["content"] == "two"
+
+
+HELD_BACK = [
+    {"logprobs": True},
+    {"logprobs": True, "top_logprobs": 3, "n": 2},
+    {"return_token_ids": True},
+    {"return_token_ids": True, "stream_options": {"include_usage": True}},
+]
+
+
+@pytest.mark.parametrize("details", HELD_BACK, ids=repr)
+def test_a_token_whose_text_is_held_back_has_an_empty_content(tmp_path: Path, details: Any) -> None:
+    """Clients read `delta.content` of every chunk but the last."""
+    with serving(template=template(tmp_path, "quiet")) as live:
+        live.step_with_loop()
+        found = chunks(live, "x", max_tokens=3, ignore_eos=True, **details)
+        choices = [choice for chunk in found for choice in chunk["choices"]]
+        contents = [each["delta"]["content"] for each in choices if not each["finish_reason"]]
+        assert set(contents) == {""}
+        assert len(contents) == details.get("n", 1) * 3  # the role, and two tokens
+        ends = [each["delta"] for each in choices if each["finish_reason"]]
+        assert ends == [{"content": "c"}] * details.get("n", 1)
+
+
+def test_a_turn_s_token_whose_text_is_held_back_has_an_empty_content(tmp_path: Path) -> None:
+    with serving(template=template(tmp_path, "quiet")) as live:
+        live.step_with_loop()
+        found = chunks(live, "x", max_tokens=3, ignore_eos=True, session_id=live.opened())
+        deltas = [chunk["choices"][0]["delta"] for chunk in found]
+        assert [each["content"] for each in deltas] == ["", "", "", "c"]
 
 
 @pytest.mark.parametrize("details", [{}, {"logprobs": True, "return_token_ids": True}])
@@ -245,9 +303,18 @@ def part(each: Any) -> dict[str, Any]:
         ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
         ({"logprobs": 1}, "logprobs", "true or false"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20"),
-        ({"max_completion_tokens": -1}, "max_completion_tokens", "from 0"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "from 1; it is -1"),
+        ({"max_tokens": -1}, "max_tokens", "from 1; it is -1"),
+        (
+            {"max_completion_tokens": 3, "min_tokens": 4},
+            "min_tokens",
+            "to 3 (max_completion_tokens); it is 4",
+        ),
+        ({"max_tokens": "5"}, "max_tokens", 'from 1; it is "5"'),
+        ({"max_completion_tokens": 0}, "max_completion_tokens", "from 1; it is 0"),
+        ({"max_tokens": 10**400}, "max_tokens", "at least 1 and at most 1000000; it is a number"),
         ({"max_completion_tokens": 10**7}, "max_completion_tokens", "at most 1000000"),
-        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens", "differ (1 and 2)"),
         ({"max_tokens": 0}, "max_tokens", "from 1"),
         ({"n": 129}, "n", "at most 128"),
         ({"prompt": "x"}, "prompt", "no field"),

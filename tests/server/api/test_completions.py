@@ -20,9 +20,20 @@ def test_a_whole_answer_has_openai_s_form(shared: Live) -> None:
                 "finish_reason": "length",
                 "stop_reason": None,
                 "context_start": 0,
+                "prompt_logprobs": None,
+                "prompt_token_ids": None,
+                "token_ids": None,
             }
         ],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+        "usage": {
+            "prompt_tokens": 5,
+            "completion_tokens": 3,
+            "total_tokens": 8,
+            "prompt_tokens_details": None,
+        },
+        "service_tier": None,
+        "system_fingerprint": None,
+        "kv_transfer_params": None,
     }
 
 

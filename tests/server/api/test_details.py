@@ -16,6 +16,7 @@ def joined(live: Live, **body: Any) -> list[Choice]:
     *chunks, _ = live.events(**body)
     for chunk in chunks:
         (choice,) = chunk["choices"]
+        choice = dict.fromkeys(("prompt_logprobs", "prompt_token_ids", "token_ids")) | choice
         so_far = found.setdefault(choice["index"], choice)
         if so_far is choice:
             continue
@@ -24,7 +25,7 @@ def joined(live: Live, **body: Any) -> list[Choice]:
             so_far[name] = choice.get(name)
         for name, more in (choice["logprobs"] or {}).items():
             so_far["logprobs"][name] += more
-        if "token_ids" in choice:
+        if choice["token_ids"] is not None:
             assert choice["prompt_token_ids"] is None
             so_far["token_ids"] += choice["token_ids"]
     return [found[index] for index in sorted(found)]
@@ -67,7 +68,12 @@ def test_max_tokens_0_scores_a_prompt(shared: Live) -> None:
     assert [choice["text"] for choice in answer["choices"]] == ["xyz", "ab"]
     assert answer["choices"][1]["logprobs"]["token_logprobs"] == [None, -0.98]
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 0, "total_tokens": 5}
+    assert answer["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": 0,
+        "total_tokens": 5,
+        "prompt_tokens_details": None,
+    }
 
 
 def test_ids_are_echoed_as_their_text(shared: Live) -> None:

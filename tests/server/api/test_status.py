@@ -23,6 +23,14 @@ def test_the_model_is_listed_and_described(shared: Live) -> None:
     assert model == shared.client.get("/v1/models/fake").json()
     assert (model["id"], model["object"]) == ("fake", "model")
     assert model["created"] > 1_600_000_000
+    assert (model["root"], model["parent"]) == ("fake", None)
+
+
+def test_a_model_served_under_another_name_has_its_own_as_root() -> None:
+    with serving(served_model_name="org/other") as live:
+        (model,) = live.client.get("/v1/models").json()["data"]
+        assert (model["id"], model["root"], model["parent"]) == ("org/other", "fake", None)
+        assert live.client.get("/v1/models/org/other").json() == model
 
 
 def test_figures_follow_the_work() -> None:

@@ -4,7 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
+from cottention.engine.config import EngineConfig
+from cottention.engine.engine import Engine
 from cottention.server.generation.chat_template import find_template
 from cottention.server.version import package_version
 from tests.server.http.test_bad_input import refused
@@ -22,8 +25,23 @@ def test_a_text_s_ids(shared: Live) -> None:
         "tokens": [97, 98],
         "token_strs": None,
     }
-    assert tokenize(shared, prompt="ab", return_token_strs=True).json()["token_strs"] == ["a", "b"]
+    answer = tokenize(shared, prompt="ab", return_token_strs=True).json()
+    assert answer["token_strs"] == ["<61>", "<62>"]
     assert tokenize(shared, prompt="", model="fake").json()["count"] == 0
+
+
+PIECES = ["a\u00e9", "\N{HUGGING FACE} x", "\u6771\u4eac", " \t\n", "a<|endoftext|>b", "\x00"]
+
+
+@pytest.mark.parametrize("text", PIECES)
+def test_token_strs_are_the_tokenizer_s_own_pieces(gptj_folder: Path, text: str) -> None:
+    """Parts of characters would all be U+FFFD as text; clients count and align by these."""
+    with serving(Engine(gptj_folder, EngineConfig(max_slots=1))) as live:
+        answer = tokenize(live, prompt=text, return_token_strs=True).json()
+        backend = Tokenizer.from_file(str(gptj_folder / "tokenizer.json"))
+        assert answer["token_strs"] == backend.encode(text).tokens
+        tokens = [backend.token_to_id(each) for each in answer["token_strs"]]
+        assert tokens == answer["tokens"]
 
 
 def test_a_chat_s_ids(tmp_path: Path) -> None:

@@ -2,12 +2,16 @@
 
 import asyncio
 import json
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
 
 from cottention.engine.outputs import FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.text.tokenizer import Tokenizer
-from cottention.server.generation.choice_format import CompletionFormatter
+from cottention.server.generation.chat_template import find_template
+from cottention.server.generation.choice_format import ChatFormatter, CompletionFormatter
 from cottention.server.generation.output_stream import OutputDelta
 from cottention.server.generation.request import GenerationRequest, OutputOptions
 from cottention.server.generation.sse import EventFormatter, ResponseHeader
@@ -19,14 +23,14 @@ HEADER = ResponseHeader("cmpl-1", "text_completion", 7, "m")
 HEAD = '"id":"cmpl-1","object":"text_completion","created":7,"model":"m"'
 
 
-def delta(text: str, reason: FinishReason | None = None) -> OutputDelta:
+def delta(text: str, reason: FinishReason | None = None, num_tokens: int = 1) -> OutputDelta:
     made = OutputDelta()
-    made.add(Output("r", 0, text, (), reason))
+    made.add(Output("r", 0, text, (1,) * num_tokens, reason))
     return made
 
 
-def formatter(header: ResponseHeader = HEADER, **options: bool) -> EventFormatter:
-    request = GenerationRequest(
+def request(**options: bool) -> GenerationRequest:
+    return GenerationRequest(
         [[1]],
         SamplingParams(n=2),
         OutputOptions(),
@@ -35,16 +39,19 @@ def formatter(header: ResponseHeader = HEADER, **options: bool) -> EventFormatte
         is_stream=True,
         stream_options=StreamOptions.model_validate(options),
     )
-    choices = CompletionFormatter(request, cast(Tokenizer, FakeTokenizer()))
-    return EventFormatter(header, choices, request)
 
 
-def events(made: EventFormatter, deltas: dict[int, OutputDelta], num_generated: int) -> str:
-    return made.frame(asyncio.run(made.chunks(deltas)), num_generated)
+def formatter(header: ResponseHeader = HEADER, **options: bool) -> EventFormatter:
+    choices = CompletionFormatter(request(**options), cast(Tokenizer, FakeTokenizer()))
+    return EventFormatter(header, choices, request(**options))
+
+
+def events(made: EventFormatter, deltas: dict[int, OutputDelta]) -> str:
+    return made.frame(asyncio.run(made.chunks(deltas)))
 
 
 def test_an_event_s_bytes() -> None:
-    assert events(formatter(), {0: delta('a"\u2028é\n')}, 1) == (
+    assert events(formatter(), {0: delta('a"\u2028é\n')}) == (
         f'data: {{{HEAD},"choices":[{{"index":0,"text":"a\\"\\u2028\\u00e9\\n","logprobs":null,'
         '"finish_reason":null}]}\n\n'
     )
@@ -53,7 +60,7 @@ def test_an_event_s_bytes() -> None:
 
 def test_an_event_s_bytes_beside_usage() -> None:
     made = formatter(include_usage=True)
-    assert events(made, {1: delta("", FinishReason.LENGTH)}, 1) == (
+    assert events(made, {1: delta("", FinishReason.LENGTH)}) == (
         f'data: {{{HEAD},"choices":[{{"index":1,"text":"","logprobs":null,'
         '"finish_reason":"length","stop_reason":null,"context_start":0}],"usage":null}\n\n'
     )
@@ -61,18 +68,81 @@ def test_an_event_s_bytes_beside_usage() -> None:
     assert made.end(2) == f'data: {{{HEAD},"choices":[],"usage":{usage}}}\n\ndata: [DONE]\n\n'
 
 
+def test_the_end_of_a_chat_without_text_has_an_empty_delta() -> None:
+    """As OpenAI sends it; before the end every delta has a content."""
+    made = ChatFormatter(request(), cast(Tokenizer, FakeTokenizer()))
+    _, *chunks = [*made.chunks(0, delta("")), *made.chunks(0, delta("", FinishReason.STOP))]
+    assert [json.loads(f"{{{chunk}}}")["choices"][0]["delta"] for chunk in chunks] == [
+        {"content": ""},
+        {},
+    ]
+
+
 def test_usage_beside_every_event() -> None:
+    made = formatter(include_usage=True, continuous_usage_stats=True)
+    for num_tokens in (2, 5):
+        usage = f'{{"prompt_tokens":1,"completion_tokens":{num_tokens},'
+        usage += f'"total_tokens":{num_tokens + 1}}}'
+        sent = events(made, {1: delta("x", num_tokens=2 if num_tokens == 2 else 3)})
+        assert sent.endswith(f'"finish_reason":null}}],"usage":{usage}}}\n\n')
+    assert '"choices":[],"usage":{' in made.end(5)
+
+
+def test_usage_beside_every_event_needs_include_usage() -> None:
     made = formatter(continuous_usage_stats=True)
-    usage = '{"prompt_tokens":1,"completion_tokens":5,"total_tokens":6}'
-    assert events(made, {1: delta("x")}, 5).endswith(
-        f'"finish_reason":null}}],"usage":{usage}}}\n\n'
-    )
-    assert made.end(5) == "data: [DONE]\n\n"
+    assert '"usage"' not in events(made, {1: delta("x")})
+    assert made.end(1) == "data: [DONE]\n\n"
+
+
+USAGES: list[tuple[str, dict[str, Any]]] = [
+    ("completions", {"prompt": ["ab", "c"], "n": 2}),
+    ("completions", {"prompt": "say:one two", "logprobs": 1, "echo": True}),
+    ("completions", {"prompt": "ab", "return_token_ids": True}),
+    ("chat/completions", {"n": 2}),
+    ("chat/completions", {"logprobs": True}),
+    ("chat/completions", {"session_id": True}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), USAGES, ids=repr)
+def test_usage_so_far_is_0_at_a_role_and_then_grows(
+    path: str, body: dict[str, Any], tmp_path: Path
+) -> None:
+    """Clients that meter take the difference of two chunks; a role is no token."""
+    with serving(template=find_template("plain", tmp_path)) as live:
+        live.step_with_loop()
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        body = {"max_tokens": 6, "stream": True, "stream_options": options} | body
+        if path == "chat/completions":
+            body["messages"] = [{"role": "user", "content": "x"}]
+        if "session_id" in body:
+            body["session_id"] = live.opened()
+        text = live.client.post(f"/v1/{path}", json=body).text
+        *chunks, last = [json.loads(each[6:]) for each in text.split("\n\n")[:-2]]
+        counts: dict[int, list[int]] = {}
+        for chunk in chunks:
+            (choice,), usage = chunk["choices"], chunk["usage"]
+            assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+            counts.setdefault(choice["index"], []).append(usage["completion_tokens"])
+        for found in counts.values():
+            assert (found[0] == 0) == (path == "chat/completions")
+            assert len(found) > 1
+            assert found == sorted(set(found))
+        assert sum(found[-1] for found in counts.values()) == last["usage"]["completion_tokens"]
+
+
+def test_usage_so_far_counts_tokens_without_text() -> None:
+    with serving() as live:
+        live.step_with_loop()
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        *chunks, last, _ = live.events(prompt="quiet", max_tokens=5, stream_options=options)
+        assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [5]
+        assert last["usage"]["completion_tokens"] == 5
 
 
 def test_a_model_name_is_escaped_in_every_event() -> None:
     made = formatter(ResponseHeader("i", "o", 1, 'a"\n'))
-    assert json.loads(events(made, {0: delta("x")}, 1)[6:])["model"] == 'a"\n'
+    assert json.loads(events(made, {0: delta("x")})[6:])["model"] == 'a"\n'
 
 
 def test_a_stream_s_headers_and_end(shared: Live) -> None:

@@ -95,6 +95,7 @@ def test_no_prompt_is_too_long_and_all_of_it_is_counted(live: Live) -> None:
         "prompt_tokens": 5000,
         "completion_tokens": 2,
         "total_tokens": 5002,
+        "prompt_tokens_details": None,
     }
 
 
