@@ -1,7 +1,8 @@
 """The context that endpoints depend on: engine, settings, sessions, metrics, key limits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
@@ -42,6 +43,11 @@ class Context:
     def policies(self) -> "ContextPolicies":
         """The context policies that the engine supports."""
         return self.engine.engine.policies
+
+    @property
+    def default_sampling_params(self) -> Mapping[str, Any]:
+        """The model's own values of sampling parameters that a request does not have."""
+        return self.engine.engine.default_sampling_params
 
     @property
     def model_name(self) -> str:
