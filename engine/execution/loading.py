@@ -18,6 +18,7 @@ from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.generation_config import (
     FILE_NAME,
+    SAMPLING_FIELDS,
     GenerationConfig,
     read_generation_config,
 )
@@ -152,12 +153,18 @@ def _sampling_defaults(
         return {}
     defaults: dict[str, Any] = {}
     for name, value in generation.sampling.items():
+        param = SAMPLING_FIELDS[name]
         try:
-            SamplingParams(**{name: value})  # type: ignore[arg-type]  # this is the check
+            SamplingParams(**{param: value})  # type: ignore[arg-type]  # this is the check
+            if value == 0 and param == "max_tokens":
+                raise ParameterError(param, f"{param} must be a whole number from 1; it is 0")
         except ParameterError as error:
-            _log.warning("%s: %s; it is ignored", folder / FILE_NAME, error)
+            reason = str(error).replace(param, name)
+            _log.warning("%s: %s; it is ignored", folder / FILE_NAME, reason)
         else:
-            defaults[name] = value
+            defaults[param] = value
+    if "max_tokens" in defaults:
+        defaults["max_tokens"] = min(defaults["max_tokens"], config.max_tokens_limit)
     if defaults:
         _log.info(
             "sampling defaults of %s: %s; --generation-config vllm ignores them",

@@ -35,7 +35,7 @@ class GenerationConfig:
     """The facts of a generation_config.json.
 
     eos_token_ids: as listed, whether or not the model has them.
-    sampling: values of sampling parameters by name, not yet checked.
+    sampling: values of `SAMPLING_FIELDS` by the names that the file has, not yet checked.
     """
 
     eos_token_ids: tuple[int, ...] = ()
@@ -51,7 +51,5 @@ def read_generation_config(folder: Path) -> GenerationConfig:
         eos_token_ids = token_ids(raw, "eos_token_id", str(path))
     except ModelFolderError as error:
         _log.warning("%s; it is ignored", error)
-    sampling = {
-        param: raw[name] for name, param in SAMPLING_FIELDS.items() if raw.get(name) is not None
-    }
+    sampling = {name: raw[name] for name in SAMPLING_FIELDS if raw.get(name) is not None}
     return GenerationConfig(eos_token_ids, sampling)
