@@ -47,11 +47,13 @@ def _not_utf8(raw: bytes) -> str | None:
     for mark, name in _WIDE_MARKS:
         if raw.startswith(mark):
             return f"it is {name}"
+    if b"\0" in raw:
+        return "it has zero bytes, as UTF-16 has"
     try:
         raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return f"it is not UTF-8 at byte {error.start}"
-    return "it has zero bytes, as UTF-16 has" if b"\0" in raw else None
+    return None
 
 
 def read_json(path: Path) -> dict[str, Any]:

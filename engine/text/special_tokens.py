@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 PADDING = re.compile(r"<\|extratoken_\d+\|>")
 """GPT-J pads its vocabulary to 50,400 with these; they are special, and never sampled."""
 
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""In the order in which transformers gives ids to those that the vocabulary lacks."""
+
 _LISTS = ("extra_special_tokens", "additional_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 
@@ -60,6 +63,7 @@ def read_token_facts(folder: Path, *, is_needed: bool) -> TokenFacts:
     more = dict(_named(read_side_json(map_path), map_path, is_needed=False))
     has_decoder = isinstance(config.get("added_tokens_decoder"), dict)
     named = more | roles if has_decoder else roles | more
+    named = dict(sorted(named.items(), key=lambda item: _rank(item[0])))
     added = _decoder(config, config_path)
     listed = {each.token.content for each in added}
     specials = {token.content for token in named.values()}
@@ -70,6 +74,14 @@ def read_token_facts(folder: Path, *, is_needed: bool) -> TokenFacts:
     return TokenFacts(sorted(added, key=lambda each: each.token_id), named)
 
 
+def _rank(role: str) -> int:
+    """Place of a role among the named tokens: a model's own after the usual ones, lists last."""
+    name = role.removesuffix("_token")
+    if name in _ROLES:
+        return _ROLES.index(name)
+    return len(_ROLES) + (name == role)
+
+
 def _named(
     raw: Mapping[str, Any], path: Path, *, is_needed: bool
 ) -> Iterator[tuple[str, AddedToken]]:
@@ -77,7 +89,7 @@ def _named(
     for role, value in raw.items():
         if role in _LISTS and value is not None:
             yield from _listed(value, role, path)
-        elif role.endswith("_token") and role != "add_prefix_space" and value is not None:
+        elif role.endswith("_token") and value is not None:
             if isinstance(value, bool):  # add_bos_token and add_eos_token are switches
                 continue
             token = _token(value, is_special=True)
