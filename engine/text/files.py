@@ -35,7 +35,7 @@ def read_text(path: Path, kind: str = "text") -> str:
         raise ModelFolderError(_missing(path)) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ModelFolderError(f"{path} cannot be read: {reason}") from None
+        raise ModelFolderError(f"{path} cannot be read as {kind}: {reason}") from None
     fault = _not_utf8(raw)
     if fault is not None:
         raise ModelFolderError(f"{path} cannot be read as {kind}: {fault}; save it as UTF-8")
