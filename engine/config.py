@@ -48,6 +48,11 @@ class EngineConfig:
         " text good, at twice the memory per slot; exact is the recurrence as published; auto is"
         " the default of the model's family, renew for gptj",
     )
+    generation_config: Literal["auto", "vllm"] = setting(
+        "auto",
+        "sampling defaults of requests; auto is the model's generation_config.json, vllm ignores"
+        " what it says about sampling",
+    )
     max_batch_tokens: int = setting(
         512,
         "maximum number of tokens computed in a step, over all sequences",

@@ -48,6 +48,7 @@ class Engine:
         self.name, self.device, self.dtype = loaded.name, loaded.device, loaded.dtype
         self.model_config, self.tokenizer = loaded.model_config, loaded.tokenizer
         self.num_parameters, self._folder = loaded.num_parameters, loaded.folder
+        self.default_sampling_params = loaded.default_sampling_params
         self.pool, self.spec = loaded.pool, loaded.pool.spec
         self.policies = ContextPolicies.of(self.model_config, loaded.context_policy)
         limits = RequestLimits.of(self.tokenizer, self.pool, self.config)
@@ -222,7 +223,7 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
         """Generate in this thread and yield outputs as they come; closing the iterator cancels."""
         prompts = {uuid.uuid4().hex: self._input_processor.tokenize(prompt)}
-        yield from self._generate(prompts, params or SamplingParams())
+        yield from self._generate(prompts, params or self._default_params())
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None
@@ -231,7 +232,7 @@ class Engine:
 
         Raises RequestFailedError where a request ended with an error.
         """
-        params = params or SamplingParams()
+        params = params or self._default_params()
         prompt_ids = {uuid.uuid4().hex: self._input_processor.tokenize(each) for each in prompts}
         parts: dict[tuple[str, int], list[Output]] = {
             (request_id, index): [] for request_id in prompt_ids for index in range(params.n)
@@ -239,6 +240,10 @@ class Engine:
         for output in self._generate(prompt_ids, params):
             parts[output.request_id, output.choice].append(output)
         return [Completion.of(outputs) for outputs in parts.values()]
+
+    def _default_params(self) -> SamplingParams:
+        """Of a call that gives none: the model's own where it has some."""
+        return SamplingParams(**self.default_sampling_params)
 
     def _generate(
         self, prompts: Mapping[str, Sequence[int]], params: SamplingParams

@@ -9,6 +9,9 @@ from cottention.server.log_config import LogFormat
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+_UNSET = "that of the model's generation_config.json, else {}"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelArgument:
     """Which model a command loads."""
@@ -89,8 +92,12 @@ class ServerConfig:
     max_snapshot_bytes: int = setting(
         256 * 1024**2, "maximum size of a session to import", minimum=1, unit="bytes"
     )
-    default_max_tokens: int = setting(
-        1024, "max_tokens of a chat request that sets none", minimum=1, unit="tokens"
+    default_max_tokens: int | None = setting(
+        None,
+        "max_tokens of a chat request that sets none",
+        unset="max_new_tokens of the model's generation_config.json, else 1024",
+        minimum=1,
+        unit="tokens",
     )
     chat_template: str | None = setting(
         None,
@@ -169,11 +176,31 @@ class GenerateConfig:
     model: str | None = setting(
         None, "model folder or Hugging Face id", unset="the model that ships with the package"
     )
-    max_tokens: int = setting(256, "maximum number of tokens to generate", minimum=1, unit="tokens")
-    temperature: float = setting(1.0, "sampling temperature; 0 is greedy", minimum=0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens up to this total probability")
-    top_k: int = setting(0, "sample from this many of the likeliest tokens; 0 is all")
-    min_p: float = setting(0.0, "minimum probability of a token, relative to that of the likeliest")
+    max_tokens: int | None = setting(
+        None,
+        "maximum number of tokens to generate",
+        unset="max_new_tokens of the model's generation_config.json, else 256",
+        minimum=1,
+        unit="tokens",
+    )
+    temperature: float | None = setting(
+        None, "sampling temperature; 0 is greedy", unset=_UNSET.format(1), minimum=0
+    )
+    top_p: float | None = setting(
+        None,
+        "sample from the likeliest tokens up to this total probability",
+        unset=_UNSET.format(1),
+    )
+    top_k: int | None = setting(
+        None,
+        "sample from this many of the likeliest tokens; 0 is all",
+        unset=_UNSET.format(0),
+    )
+    min_p: float | None = setting(
+        None,
+        "minimum probability of a token, relative to that of the likeliest",
+        unset=_UNSET.format(0),
+    )
     seed: int | None = setting(None, "random seed", unset="a new one each time")
     stop: tuple[str, ...] = setting((), "stop string; may be repeated")
 

@@ -3,22 +3,34 @@
 The model's family, device, dtype and context policy are chosen here.
 """
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cottention.engine.config import EngineConfig
-from cottention.engine.errors import ConfigurationError, ModelFolderError
+from cottention.engine.errors import ConfigurationError, ModelFolderError, ParameterError
 from cottention.engine.execution.model_runner import ModelRunner
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.generation_config import (
+    FILE_NAME,
+    SAMPLING_FIELDS,
+    GenerationConfig,
+    read_generation_config,
+)
 from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.models.registry import family_of, read_config
 from cottention.engine.sampling.sampler import Sampler
+from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.pool import StatePool
 from cottention.engine.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,7 +39,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class LoadedModel:
     """A model ready to run, and the pool that it runs on.
 
-    context_policy: of requests that do not name one.
+    context_policy: of requests that do not name one. model_config: with the ends of text of all
+    files. default_sampling_params: fields of SamplingParams for requests that do not name them.
     """
 
     name: str
@@ -38,6 +51,7 @@ class LoadedModel:
     model_config: ModelConfig
     context_policy: ContextPolicy
     tokenizer: Tokenizer
+    default_sampling_params: Mapping[str, Any]
     pool: StatePool
     runner: ModelRunner
 
@@ -58,6 +72,8 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(folder, model_config)
+    generation_config = read_generation_config(folder)
+    model_config = _with_all_ends(model_config, generation_config, tokenizer, folder)
     weights = load_model(folder, model_config, _DTYPES[dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
     served = family_of(model_config).implementation().serve(weights, device)
@@ -72,6 +88,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
         model_config=model_config,
         context_policy=context_policy,
         tokenizer=tokenizer,
+        default_sampling_params=_sampling_defaults(config, generation_config, folder),
         pool=pool,
         runner=ModelRunner(served, pool, sampler, device),
     )
@@ -101,10 +118,57 @@ def _dtype(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
 
 
 def _tokenizer(folder: Path, model_config: ModelConfig) -> Tokenizer:
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = Tokenizer.from_folder(folder, model_config.vocab_size)
     if tokenizer.num_ids > model_config.vocab_size:
         raise ModelFolderError(
             f"{folder}: the tokenizer has ids up to {tokenizer.num_ids - 1}, the model only"
             f" {model_config.vocab_size} embeddings (vocab_size)"
         )
     return tokenizer
+
+
+def _with_all_ends(
+    model_config: ModelConfig, generation: GenerationConfig, tokenizer: Tokenizer, folder: Path
+) -> ModelConfig:
+    """The configuration with the ends of text that all files name."""
+    ends = [*model_config.eos_token_ids, *generation.eos_token_ids]
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    whole = replace(model_config, eos_token_ids=tuple(dict.fromkeys(ends)))
+    unreachable = sorted(set(whole.eos_token_ids) - set(whole.reachable_ends))
+    if unreachable:
+        _log.warning(
+            "%s: eos_token_id names ids that the model does not have, which are ignored: %s",
+            folder,
+            ", ".join(map(str, unreachable)),
+        )
+    return whole
+
+
+def _sampling_defaults(
+    config: EngineConfig, generation: GenerationConfig, folder: Path
+) -> dict[str, Any]:
+    """What generation_config.json sets, without the values that no request may have."""
+    if config.generation_config == "vllm":
+        return {}
+    defaults: dict[str, Any] = {}
+    for name, value in generation.sampling.items():
+        param = SAMPLING_FIELDS[name]
+        try:
+            SamplingParams(**{param: value})  # type: ignore[arg-type]  # this is the check
+            if value == 0 and param == "max_tokens":
+                raise ParameterError(param, f"{param} must be a whole number from 1; it is 0")
+        except ParameterError as error:
+            reason = str(error).replace(param, name)
+            _log.warning("%s: %s; it is ignored", folder / FILE_NAME, reason)
+        else:
+            defaults[param] = value
+    if "max_tokens" in defaults:
+        defaults["max_tokens"] = min(defaults["max_tokens"], config.max_tokens_limit)
+    if defaults:
+        _log.info(
+            "sampling defaults of %s: %s; --generation-config vllm ignores them",
+            folder / FILE_NAME,
+            ", ".join(f"{name} {value}" for name, value in defaults.items()),
+        )
+    return defaults

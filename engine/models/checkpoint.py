@@ -1,15 +1,17 @@
 """Weights from the files of a Hugging Face folder into a model's modules.
 
 Reads `model.safetensors`, `pytorch_model.bin` and sharded indices of either, and checks that they
-hold exactly the model's keys and shapes. Nothing that a file brings is executed: a `.bin` is read
-with `weights_only=True`, other pickles are never opened.
+hold exactly the model's keys and shapes, but for the names that wrappers of training code give and
+the constants that it stores. Nothing that a file brings is executed: a `.bin` is read with
+`weights_only=True`, other pickles are never opened.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -17,9 +19,16 @@ from torch import Tensor, nn
 
 from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.family import ModelImplementation
 from cottention.engine.models.registry import family_of
+from cottention.engine.text.files import read_json
+
+_log = logging.getLogger(__name__)
 
 Reader = Callable[[Path], dict[str, Tensor]]
+
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch's wrappers (DataParallel, compile, FSDP, checkpoint) add to the names of weights."""
 
 
 def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
@@ -30,7 +39,8 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Modu
     implementation = family_of(config).implementation()
     with torch.device("meta"):
         model: nn.Module = implementation.build(config)
-    weights = read_weights(folder)
+    weights = without_wrappers(read_weights(folder), model.state_dict().keys(), folder)
+    weights = _without_constants(weights, model, implementation, folder)
     faults = weight_faults(weights, model)
     if faults:
         hint = implementation.weights_hint(weights, config)
@@ -43,12 +53,69 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Modu
     return model.requires_grad_(False)
 
 
+def without_wrappers(
+    weights: dict[str, Tensor], expected: Collection[str], folder: Path
+) -> dict[str, Tensor]:
+    """The weights under the names that they have without `WRAPPERS`, at any depth.
+
+    Names that are `expected` stay. Raises ModelFolderError where two become one.
+    """
+    renamed: dict[str, Tensor] = {}
+    removed: dict[str, None] = {}
+    for name, weight in weights.items():
+        parts = name.split(".")
+        kept = [part for part in parts if part not in WRAPPERS]
+        if name in expected or len(kept) == len(parts):
+            kept = parts
+        removed.update((part, None) for part in parts if part not in kept)
+        new = ".".join(kept)
+        if new in renamed:
+            raise ModelFolderError(
+                f"the weights in {folder} have {new} twice, with and without a wrapper's name"
+            )
+        renamed[new] = weight
+    if removed:
+        _log.info(
+            "%s: names of weights are read without %s",
+            folder,
+            ", ".join(f"{part}." for part in removed),
+        )
+    return renamed
+
+
+def _without_constants(
+    weights: dict[str, Tensor],
+    model: nn.Module,
+    implementation: ModelImplementation[Any, Any],
+    folder: Path,
+) -> dict[str, Tensor]:
+    """The weights without the constants that the family's training code stores beside them."""
+    expected = model.state_dict().keys()
+    constants = [
+        name
+        for name, weight in weights.items()
+        if name not in expected and implementation.is_constant(name, tuple(weight.shape))
+    ]
+    if constants:
+        _log.info(
+            "%s: %d constants of training code among the weights are left out, such as %s",
+            folder,
+            len(constants),
+            constants[0],
+        )
+    return {name: weight for name, weight in weights.items() if name not in constants}
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of `folder`, from whichever format it has. Raises ModelFolderError."""
     found = _found(folder)
     weights: dict[str, Tensor] = {}
     for path in found.files:
-        weights |= _read_file(path, found.read)
+        more = _read_file(path, found.read)
+        for name in weights.keys() & more.keys():
+            if not torch.equal(weights[name], more[name]):
+                raise ModelFolderError(f"{path} has {name} with other values than an earlier file")
+        weights |= more
     return weights
 
 
@@ -65,6 +132,7 @@ def weight_faults(weights: dict[str, Tensor], model: nn.Module) -> list[str]:
         *_listed("missing", expected.keys() - weights.keys()),
         *_listed("unexpected", weights.keys() - expected.keys()),
         *_listed("of another shape", _misshapen(weights, expected)),
+        *_listed("not of floating point", _of_another_kind(weights, expected)),
     ]
 
 
@@ -73,6 +141,13 @@ def _misshapen(weights: dict[str, Tensor], expected: dict[str, tuple[int, ...]])
         found = tuple(weights[name].shape)
         if found != expected[name]:
             yield f"{name} {list(found)} instead of {list(expected[name])}"
+
+
+def _of_another_kind(weights: dict[str, Tensor], expected: Collection[str]) -> Iterator[str]:
+    """Weights whose conversion would lose what they mean: quantized, counted or complex ones."""
+    for name in weights.keys() & expected:
+        if not weights[name].is_floating_point():
+            yield f"{name} {str(weights[name].dtype).removeprefix('torch.')}"
 
 
 def _listed(what: str, names: Iterable[str], most: int = 8) -> Iterator[str]:
@@ -129,9 +204,11 @@ def _found(folder: Path) -> _Found:
 def _shards(folder: Path, index: Path) -> list[Path]:
     """The shards that an index names, which must be in the same folder."""
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = read_json(index)["weight_map"].values()
         shards = sorted({Path(name) for name in names})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except ModelFolderError as error:
+        raise ModelFolderError(f"{index} is not a weights index: {error}") from None
+    except (KeyError, AttributeError, TypeError) as error:
         raise ModelFolderError(f"{index} is not a weights index: {error!r}") from error
     suffix = Path(index.name.removesuffix(".index.json")).suffix
     for shard in shards:

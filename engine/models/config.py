@@ -4,14 +4,13 @@ A family's own configuration derives from `ModelConfig`. Everything here raises 
 `where` names the file in the message. Loads no torch.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from cottention.engine.errors import ModelFolderError
+from cottention.engine.settings.declaration import shown
 from cottention.engine.state.spec import StateSpec, StateTensor
 
 
@@ -87,32 +86,27 @@ class ModelConfig(ABC):
         return " ".join([f"model_type={self.model_type}", *values])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of a model folder."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFolderError(
-            f"{path.parent} has no {path.name}: give a Hugging Face model folder"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelFolderError(f"{path} must hold a JSON object")
-    return raw
+MAX_SIZE = 2**31 - 1
 
 
 def size(
-    raw: dict[str, Any], name: str, where: str, default: int | None = None, least: int = 1
+    raw: dict[str, Any],
+    name: str,
+    where: str,
+    default: int | None = None,
+    least: int = 1,
+    most: int = MAX_SIZE,
 ) -> int:
-    """A whole number from `least`; the default where it is null or absent."""
+    """A whole number from `least` to `most`; the default where it is null or absent."""
     value = raw.get(name)
     if value is None and default is not None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ModelFolderError(
-            f"{where}: {name} must be a whole number from {least}, it is {value!r}"
+            f"{where}: {name} must be a whole number from {least}, it is {shown(value)}"
         )
+    if value > most:
+        raise ModelFolderError(f"{where}: {name} must be at most {most}, it is {shown(value)}")
     return value
 
 
@@ -120,7 +114,7 @@ def switch(raw: dict[str, Any], name: str, where: str) -> bool:
     """true or false; false where it is absent."""
     value = raw.get(name, False)
     if not isinstance(value, bool):
-        raise ModelFolderError(f"{where}: {name} must be true or false, it is {value!r}")
+        raise ModelFolderError(f"{where}: {name} must be true or false, it is {shown(value)}")
     return value
 
 
@@ -128,7 +122,9 @@ def epsilon(raw: dict[str, Any], name: str, where: str, default: float) -> float
     """A number between 0 and 1, which are excluded."""
     value = raw.get(name, default)
     if not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ModelFolderError(f"{where}: {name} must be a number between 0 and 1, it is {value!r}")
+        raise ModelFolderError(
+            f"{where}: {name} must be a number between 0 and 1, it is {shown(value)}"
+        )
     return float(value)
 
 
@@ -138,6 +134,6 @@ def token_ids(raw: dict[str, Any], name: str, where: str) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(each) is int for each in ids):
         raise ModelFolderError(
-            f"{where}: {name} must be a whole number, a list of them or null, it is {value!r}"
+            f"{where}: {name} must be a whole number, a list of them or null, it is {shown(value)}"
         )
     return tuple(ids)

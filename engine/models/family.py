@@ -35,6 +35,11 @@ class ServedModel(Protocol):
         ...
 
 
+def has_no_constants(_name: str, _shape: tuple[int, ...]) -> bool:
+    """The `is_constant` of a family whose training code stores nothing but weights."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class ModelImplementation(Generic[ConfigT, ModelT]):
     """The part of a family that needs torch.
@@ -46,12 +51,15 @@ class ModelImplementation(Generic[ConfigT, ModelT]):
     to follow the list of faults in the message, or "".
     serve: (model with its weights, device) → the model arranged for inference. It may take the
     model apart.
+    is_constant: (name, shape of a tensor that the model lacks) → whether it is a constant that
+    training code has stored beside the weights, to be left out.
     """
 
     build: Callable[[ConfigT], ModelT]
     weight_dtype: "Callable[[str, torch.dtype], torch.dtype]"
     weights_hint: Callable[[Iterable[str], ConfigT], str]
     serve: Callable[[ModelT, str], ServedModel]
+    is_constant: Callable[[str, tuple[int, ...]], bool] = has_no_constants
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ def resolve_model(model: str | Path | None) -> NamedFolder:
         os.path.expanduser(model)
     )  # os.path never raises for strings that cannot be a path
     if os.path.isdir(folder):
-        return NamedFolder(folder.resolve().name, folder)
+        return NamedFolder(_name_of(folder), folder)
     if os.path.exists(folder):
         raise ModelFolderError(f"{model} is a file: give the model's folder")
     if not _looks_like_hub_id(str(model)):
@@ -38,6 +38,17 @@ def resolve_model(model: str | Path | None) -> NamedFolder:
             f"{model} does not exist: give a model folder or a Hugging Face id such as owner/name"
         )
     return NamedFolder(str(model), _fetch(str(model)))
+
+
+def _name_of(folder: Path) -> str:
+    """The last part of a path as it was given, and not of what a link leads to."""
+    if folder.name not in ("", ".."):
+        return folder.name
+    if folder.name == "" and not folder.is_absolute():  # the working folder, as the shell names it
+        shells = os.environ.get("PWD", "")
+        if os.path.isdir(shells) and os.path.samefile(shells, folder):
+            return Path(shells).name or shells
+    return folder.resolve().name or str(folder)
 
 
 def _looks_like_hub_id(model: str) -> bool:

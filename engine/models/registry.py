@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.config import ModelConfig, read_json
+from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import AnyFamily
 from cottention.engine.models.gptj.family import GPTJ
+from cottention.engine.settings.declaration import shown
+from cottention.engine.text.files import read_json
 
 FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in (GPTJ,)}
 
@@ -17,7 +19,8 @@ def find_family(model_type: object, where: str) -> AnyFamily:
     if family is None:
         known = ", ".join(map(repr, sorted(FAMILIES)))
         raise ModelFolderError(
-            f"{where}: model_type is {model_type!r}, which is not supported; supported are: {known}"
+            f"{where}: model_type is {shown(model_type)}, which is not supported;"
+            f" supported are: {known}"
         )
     return family
 

@@ -1,1 +1,1 @@
-"""Tokenizer and incremental detokenizer."""
+"""Tokenizer, incremental detokenizer, and text files as people save them."""

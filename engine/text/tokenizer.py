@@ -1,13 +1,16 @@
 """The byte-level BPE tokenizer of a model folder: text to ids, and ids to bytes.
 
-Reads `tokenizer.json`, or the older `vocab.json`, `merges.txt` and `added_tokens.json`. An id's
-bytes may be part of a character: streams are decoded by `detokenizer.py`.
+Reads `tokenizer.json`, or the older `vocab.json` and `merges.txt`, and what `special_tokens.py`
+finds beside them. An id's bytes may be part of a character: streams are decoded by
+`detokenizer.py`.
 """
 
 import json
-import re
+import logging
+import os
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,15 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from cottention.engine.errors import ModelFolderError
+from cottention.engine.text.files import parse_json, read_json, read_text
+from cottention.engine.text.special_tokens import (
+    PADDING,
+    NumberedToken,
+    TokenFacts,
+    read_token_facts,
+)
 
-_PADDING = re.compile(r"<\|extratoken_\d+\|>")
-"""GPT-J pads its vocabulary to 50,400 with these; they are never sampled."""
+_log = logging.getLogger(__name__)
 
 
 class Tokenizer:
@@ -25,44 +34,54 @@ class Tokenizer:
 
     token_bytes: of each id, empty for special tokens. written_bytes: the same with special tokens
     written out. sampleable_ids: those that may be generated, in order. added_tokens: by id, those
-    that are found in a text before it is split into words.
+    that are found in a text before it is split into words. eos_token_id: of the token that the
+    tokenizer's files name, if they name one.
     """
 
-    def __init__(self, backend: Backend, where: str) -> None:
-        decoder = json.loads(backend.to_str())["decoder"] or {}
-        if decoder.get("type") != "ByteLevel":
-            raise ModelFolderError(
-                f"{where}: the tokenizer's decoder is {decoder.get('type')}; only byte-level BPE"
-                " (decoder ByteLevel) is supported"
-            )
+    def __init__(self, backend: Backend, where: str, eos_token: str | None = None) -> None:
+        _check_kind(json.loads(backend.to_str()), where)
         backend.no_truncation()  # a folder may have it enabled from training; prompts are whole
         backend.no_padding()
         self._backend = backend
         self._before, self._after = _frame(backend)
         self.added_tokens: dict[int, AddedToken] = backend.get_added_tokens_decoder()
         vocabulary = backend.get_vocab(with_added_tokens=True)
+        _check_ids(vocabulary, where)
         self.num_ids = max(vocabulary.values()) + 1
         self.token_bytes = _token_bytes(backend, vocabulary, self.num_ids)
         self.written_bytes = _with_specials(backend, self.token_bytes)
         self.sampleable_ids = sorted(
-            token_id for token, token_id in vocabulary.items() if not _PADDING.fullmatch(token)
+            token_id for token, token_id in vocabulary.items() if not PADDING.fullmatch(token)
         )
+        self.eos_token_id = None if eos_token is None else backend.token_to_id(eos_token)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> "Tokenizer":
-        """Read the tokenizer of a model folder. Raises ModelFolderError."""
+    def from_folder(cls, folder: Path, max_ids: int | None = None) -> "Tokenizer":
+        """Read the tokenizer of a model folder. Raises ModelFolderError.
+
+        max_ids: ids that the model has embeddings for. A special token that is named and that the
+        vocabulary lacks gets the next id below it, as with transformers.
+        """
+        is_new = os.path.lexists(folder / "tokenizer.json")
+        if not is_new and not all((folder / name).is_file() for name in _OLDER_FILES):
+            raise ModelFolderError(
+                f"{folder} has no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt"
+            )
+        where = str(folder / "tokenizer.json") if is_new else str(folder)
         try:
-            if (folder / "tokenizer.json").is_file():
-                return cls(Backend.from_file(str(folder / "tokenizer.json")), str(folder))
-            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                return cls(_from_vocab_and_merges(folder), str(folder))
-        except ModelFolderError:
-            raise
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise ModelFolderError(f"the tokenizer in {folder} cannot be read: {error}") from error
-        raise ModelFolderError(
-            f"{folder} has no tokenizer: it needs tokenizer.json, or vocab.json and merges.txt"
-        )
+            backend = _from_tokenizer_json(folder) if is_new else _from_vocab_and_merges(folder)
+            facts = read_token_facts(folder, is_needed=not is_new)
+            _add_tokens(backend, facts.added)
+            _add_specials(backend, facts, folder, max_ids)
+            eos_token = facts.named.get("eos_token")
+            return cls(backend, where, None if eos_token is None else eos_token.content)
+        except _UnsupportedTokenizerError as error:
+            raise ModelFolderError(str(error)) from None
+        except BaseException as error:  # the tokenizers library raises Exception, and panics
+            if not _is_of_library(error):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ModelFolderError(f"the tokenizer in {where} cannot be read: {reason}") from None
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without special tokens around it; those written in it become their ids.
@@ -154,10 +173,18 @@ def _token_bytes(backend: Backend, vocabulary: dict[str, int], num_ids: int) -> 
     added = backend.get_added_tokens_decoder()
     for token, token_id in vocabulary.items():
         if token_id not in added:
-            table[token_id] = bytes(_BYTE_OF_CHARACTER[character] for character in token)
+            table[token_id] = _bytes_of(token)
         elif not added[token_id].special:
             table[token_id] = token.encode()
     return table
+
+
+def _bytes_of(token: str) -> bytes:
+    """Bytes of an entry of the vocabulary; one that spells no bytes is text as it is."""
+    try:
+        return bytes(_BYTE_OF_CHARACTER[character] for character in token)
+    except KeyError:
+        return token.encode()
 
 
 def _with_specials(backend: Backend, token_bytes: list[bytes]) -> list[bytes]:
@@ -181,32 +208,151 @@ _BYTE_OF_CHARACTER = _byte_alphabet()
 _CHARACTER_OF_BYTE = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}
 
 
-def _from_vocab_and_merges(folder: Path) -> Backend:
-    """Read the three older files. Ids of added tokens must follow those of the vocabulary."""
-    backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    added = _json(folder / "added_tokens.json")
-    for token, token_id in sorted(added.items(), key=lambda item: item[1]):
-        backend.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        if backend.token_to_id(token) != token_id:
-            raise ModelFolderError(
-                f"{folder}/added_tokens.json gives {token!r} the id {token_id}; the next free id"
-                f" is {backend.token_to_id(token)}"
+_OLDER_FILES = ("vocab.json", "merges.txt")
+
+
+class _UnsupportedTokenizerError(ModelFolderError):
+    """A tokenizer that is read and is of another kind, or contradicts itself."""
+
+
+def _is_of_library(error: BaseException) -> bool:
+    """Whether this is an exception, or a panic of a library in Rust, which is none of Python's."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _check_kind(raw: dict[str, Any], where: str) -> None:
+    """Refuse what is no byte-level BPE."""
+    decoder = (raw["decoder"] or {}).get("type")
+    if decoder != "ByteLevel":
+        raise _UnsupportedTokenizerError(
+            f"{where}: the tokenizer's decoder is {decoder}; only byte-level BPE"
+            " (decoder ByteLevel) is supported"
+        )
+    if raw["model"].get("type") != "BPE":
+        raise _UnsupportedTokenizerError(
+            f"{where}: the tokenizer's model is {raw['model'].get('type')}; only byte-level BPE"
+            " (model BPE) is supported"
+        )
+    steps = [*_steps(raw["pre_tokenizer"]), *_steps(raw["normalizer"])]
+    if "ByteLevel" not in steps:
+        raise _UnsupportedTokenizerError(
+            f"{where}: the tokenizer splits text by {', '.join(steps) or 'nothing'}; only"
+            " byte-level BPE (pre_tokenizer ByteLevel) is supported"
+        )
+
+
+def _steps(raw: dict[str, Any] | None) -> Iterator[str]:
+    """Types of a pre-tokenizer or normalizer and of those that it consists of."""
+    if raw is not None:
+        yield raw["type"]
+        for each in [*raw.get("pretokenizers", ()), *raw.get("normalizers", ())]:
+            yield from _steps(each)
+
+
+def _check_ids(vocabulary: dict[str, int], where: str) -> None:
+    """Refuse a vocabulary without tokens, or with two of one id; warn of bytes without a token."""
+    if not vocabulary:
+        raise _UnsupportedTokenizerError(f"{where}: the tokenizer has no tokens")
+    ((token_id, count),) = Counter(vocabulary.values()).most_common(1)
+    if count > 1:
+        tokens = sorted(token for token, each in vocabulary.items() if each == token_id)
+        raise _UnsupportedTokenizerError(
+            f"{where}: {tokens[0]!r} and {tokens[1]!r} have one id, {token_id}"
+        )
+    missing = _BYTE_OF_CHARACTER.keys() - vocabulary.keys()
+    if missing:
+        _log.warning(
+            "%s: the vocabulary has no token for %d of the 256 bytes; they are left out of prompts",
+            where,
+            len(missing),
+        )
+
+
+def _from_tokenizer_json(folder: Path) -> Backend:
+    path = folder / "tokenizer.json"
+    text = read_text(path)
+    backend = Backend.from_str(text)
+    for each in parse_json(text, path).get("added_tokens") or ():
+        found = backend.token_to_id(each["content"])
+        if found != each["id"]:
+            _log.warning(
+                "%s gives %r the id %s; it has %s", path, each["content"], each["id"], found
             )
-    backend.add_special_tokens(_named_specials(_json(folder / "tokenizer_config.json")))
     return backend
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file is absent."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+def _from_vocab_and_merges(folder: Path) -> Backend:
+    """Read the two older files."""
+    vocabulary = read_json(folder / "vocab.json")
+    for token, token_id in vocabulary.items():
+        if type(token_id) is not int or not 0 <= token_id < 2**32:
+            raise ModelFolderError(f"vocab.json: {token!r} must have an id, it has {token_id!r}")
+    merges = list(_merges(folder / "merges.txt"))
+    backend = Backend(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
-def _named_specials(config: dict[str, Any]) -> list[AddedToken]:
-    """The bos, eos, unk and pad tokens that tokenizer_config.json names."""
-    named = (config.get(f"{role}_token") for role in ("bos", "eos", "unk", "pad"))
-    contents = [token["content"] if isinstance(token, dict) else token for token in named]
-    unique = dict.fromkeys(token for token in contents if token)
-    return [AddedToken(token, special=True, normalized=False) for token in unique]
+def _merges(path: Path) -> Iterator[tuple[str, str]]:
+    """The pairs of merges.txt, whose lines may end as on Windows."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        parts = line.removesuffix("\r").split(" ")
+        if line.startswith("#version") or parts == [""]:
+            continue
+        if len(parts) != 2 or not all(parts):
+            raise ModelFolderError(f"merges.txt: line {number} is not two tokens and a space")
+        yield parts[0], parts[1]
+
+
+def _add_tokens(backend: Backend, added: Iterable[NumberedToken]) -> None:
+    """Add tokens to the vocabulary, and make those special that are.
+
+    Their ids must be what they get here, which follow those of the vocabulary.
+    """
+    for each in added:
+        content = each.token.content
+        known = backend.token_to_id(content)
+        found = _next_id(backend) if known is None else known
+        if found != each.token_id:
+            what = "the next free id is" if known is None else "its id is"
+            message = f"{each.file} gives {content!r} the id {each.token_id}; {what} {found}"
+            if each.is_required:
+                raise _UnsupportedTokenizerError(message)
+            _log.warning("%s; it is ignored", message)
+        else:
+            _add(backend, each.token)
+
+
+def _add_specials(backend: Backend, facts: TokenFacts, folder: Path, max_ids: int | None) -> None:
+    """Make the named tokens special; unknown ones are added where the model has ids for them."""
+    for role, token in facts.named.items():
+        is_known = backend.token_to_id(token.content) is not None
+        if is_known or max_ids is None or _next_id(backend) < max_ids:
+            _add(backend, token)
+        else:
+            _log.warning(
+                "%s: %s is %r, which is not in the vocabulary, and the model has no embedding for"
+                " it; it is ignored",
+                folder,
+                role,
+                token.content,
+            )
+
+
+def _add(backend: Backend, token: AddedToken) -> None:
+    """Add a token, or make a known one special; a known one that is special stays as it is."""
+    token_id = backend.token_to_id(token.content)
+    known = None if token_id is None else backend.get_added_tokens_decoder().get(token_id)
+    if known is not None and (known.special or not token.special):
+        return
+    if token.special:
+        backend.add_special_tokens([token])
+    else:
+        backend.add_tokens([token])
+
+
+def _next_id(backend: Backend) -> int:
+    """The id that the next added token gets."""
+    added = backend.get_added_tokens_decoder()
+    return max(backend.get_vocab_size(with_added_tokens=False), max(added, default=-1) + 1)

@@ -33,6 +33,9 @@ router = APIRouter()
 
 CHAT = EndpointFormat("chatcmpl", "chat.completion", "chat.completion.chunk", ChatFormatter)
 
+DEFAULT_MAX_TOKENS = 1024
+"""Where neither the request nor --default-max-tokens nor the model's files limit an answer."""
+
 ALWAYS_IN_THREAD = 0
 """As `max_inline_bytes`: templates are code of the model's author, and never run on the loop."""
 
@@ -153,16 +156,18 @@ def _checked(chat: RenderedChat) -> RenderedChat:
 
 
 def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> SamplingParams:
-    """The engine's parameters; without a limit of the client the server's default holds."""
+    """The engine's parameters; without a limit of the client that of the server or model holds."""
     name, limit = body.limit
     most = context.max_tokens
-    default = min(context.config.default_max_tokens, most)
+    own = context.default_sampling_params
+    default = context.config.default_max_tokens or own.get("max_tokens", DEFAULT_MAX_TOKENS)
     if limit is not None and limit > most:
         message = f"{name} must be at least 1 and at most {most}; it is {shortened(limit)}"
         raise invalid(name, message)
     try:
         return body.engine_params(
-            max_tokens=default if limit is None else limit,
+            own,
+            max_tokens=min(default, most) if limit is None else limit,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             stop=(*body.stop, *stop) if len(body.stop) < MAX_STOP_STRINGS else body.stop,
         )

@@ -1,6 +1,5 @@
 """POST /v1/completions."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -17,12 +16,10 @@ from cottention.server.generation.request import (
     truncate_prompt,
 )
 from cottention.server.generation.responses import EndpointFormat
-from cottention.server.limits.key_limits import least
 from cottention.server.schemas.completions import CompletionRequest, completion_request
 from cottention.server.schemas.responses import Completion
 
 if TYPE_CHECKING:
-    from cottention.engine.sampling_params import SamplingParams
     from cottention.engine.text.tokenizer import Tokenizer
 
 router = APIRouter()
@@ -52,7 +49,7 @@ def parse_completion(fields: dict[str, Any], context: Context) -> ParsedRequest:
     """Validate a body and tokenize its prompts. Raises ApiError, ParameterError."""
     body = completion_request(fields)
     check_model(body.model, context)
-    params = _params(body, context)
+    params = body.sampling_params(context.default_sampling_params, context.max_tokens)
     tokenizer, length = context.tokenizer, context.trained_length
     prompts = [truncate_prompt(ids, body, length) for ids in _token_ids(body, tokenizer)]
     return ParsedRequest(
@@ -64,14 +61,6 @@ def parse_completion(fields: dict[str, Any], context: Context) -> ParsedRequest:
         add_special_tokens_if_empty=body.adds_special_tokens is None
         and isinstance(body.prompt[0], str),
     )
-
-
-def _params(body: CompletionRequest, context: Context) -> "SamplingParams":
-    """The engine's parameters; the default of max_tokens is at most what the key may have."""
-    params = body.sampling_params()
-    if "max_tokens" in body.model_fields_set:
-        return params
-    return replace(params, max_tokens=least(params.max_tokens, context.limits.max_tokens))
 
 
 def _token_ids(body: CompletionRequest, tokenizer: "Tokenizer") -> list[list[int]]:

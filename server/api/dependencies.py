@@ -2,9 +2,9 @@
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
@@ -69,6 +69,11 @@ class Context:
     def policies(self) -> "ContextPolicies":
         """The context policies that the engine supports."""
         return self.engine.engine.policies
+
+    @property
+    def default_sampling_params(self) -> Mapping[str, Any]:
+        """The model's own values of sampling parameters that a request does not have."""
+        return self.engine.engine.default_sampling_params
 
     @property
     def model_name(self) -> str:

@@ -6,7 +6,7 @@ torch and the HTTP stack are imported inside of commands: they take seconds, `--
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,10 @@ logger = logging.getLogger("cottention")
 
 HIDDEN = "********"
 """Stands for a secret."""
+
+
+GENERATE_MAX_TOKENS = 256
+"""Where neither --max-tokens nor the model's files limit what `generate` prints."""
 
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -76,16 +80,9 @@ def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -
     from cottention.engine.engine import Engine
 
     text = _standard_input() if prompt == "-" else prompt
-    params = SamplingParams(
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        seed=config.seed,
-        stop=config.stop,
-    )
+    _sampling_params(config, {})  # a flag that is wrong is reported before the model is loaded
     engine = Engine(config.model, engine_config)
+    params = _sampling_params(config, engine.default_sampling_params)
     status = 0
     for output in engine.stream(text, params):
         print(output.text, end="", flush=True)
@@ -94,6 +91,14 @@ def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -
             status = 1
     print()
     return status
+
+
+def _sampling_params(config: GenerateConfig, defaults: Mapping[str, Any]) -> SamplingParams:
+    """The flags' values, else the model's own."""
+    names = ("max_tokens", "temperature", "top_p", "top_k", "min_p")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    whole = {"max_tokens": GENERATE_MAX_TOKENS, **defaults, **given}
+    return SamplingParams(seed=config.seed, stop=config.stop, **whole)
 
 
 def info(model: str | None, engine_config: EngineConfig) -> int:

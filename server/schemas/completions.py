@@ -41,11 +41,18 @@ class CompletionRequest(SamplingBody):
         """Choices generated for each prompt, of which the n best are returned."""
         return self.n if self.best_of is None else self.best_of
 
-    def sampling_params(self) -> SamplingParams:
-        """The engine's sampling parameters. Raises ParameterError."""
+    def sampling_params(self, defaults: Mapping[str, Any], most: int) -> SamplingParams:
+        """The engine's sampling parameters. Raises ParameterError.
+
+        defaults: the model's own. most: what max_tokens is at most where the body has none.
+        """
+        max_tokens = self.max_tokens
+        if "max_tokens" not in self.model_fields_set:
+            max_tokens = min(defaults.get("max_tokens", max_tokens), most)
         return self.engine_params(
+            defaults,
             n=self.num_tried,
-            max_tokens=self.max_tokens,
+            max_tokens=max_tokens,
             logprobs=0 if self.logprobs is None and self.num_tried > self.n else self.logprobs,
             prompt_logprobs=self._num_prompt_logprobs(),
         )

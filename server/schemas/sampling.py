@@ -100,13 +100,15 @@ class SamplingBody(RequestModel):
     on_cancel: OnCancel = Field("keep", description='"keep" or "rollback"')
     on_disconnect: OnDisconnect = Field("cancel", description='"cancel" or "continue"')
 
-    def engine_params(self, **more: Any) -> SamplingParams:
+    def engine_params(self, defaults: Mapping[str, Any], **more: Any) -> SamplingParams:
         """The engine's sampling parameters: the fields of the same names, and `more`.
 
+        defaults: the model's own values of fields that the body does not have.
         Raises ParameterError.
         """
         given = {name: getattr(self, name) for name in _ENGINE_FIELDS}
-        return SamplingParams(**given | more)
+        own = {name: defaults[name] for name in defaults.keys() - self.model_fields_set}
+        return SamplingParams(**given | own | more)
 
     def check_together(self, num_choices: int, choices_param: str) -> None:
         """Check fields that depend on each other. Raises ApiError.

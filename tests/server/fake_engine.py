@@ -101,6 +101,7 @@ class FakeEngine:
         self.tokenizer = FakeTokenizer()
         self.model_config = FakeModelConfig()
         self.config = FakeEngineConfig()
+        self.default_sampling_params: dict[str, float] = {}
         self.policies = ContextPolicies("renew", 512, None, context_schedules(512))
         self.spec = FakeSpec()
         self.seen: list[Running] = []

@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.config import ModelConfig, epsilon, size, switch, token_ids
+from cottention.engine.models.config import (
+    MAX_SIZE,
+    ModelConfig,
+    epsilon,
+    size,
+    switch,
+    token_ids,
+)
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
+from cottention.engine.settings.declaration import shown
 from cottention.engine.state.spec import StateTensor, recurrence_tensors
 
 
@@ -87,7 +95,7 @@ class GPTJConfig(ModelConfig):
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str) -> Self:
         _check_switches(raw, where)
-        sizes = {name: size(raw, name, where) for name in _SIZES}
+        sizes = {name: size(raw, name, where, most=most) for name, most in _SIZES.items()}
         config = cls(
             **sizes,
             rotary_dim=size(raw, "rotary_dim", where, default=_GPTJ_ROTARY_DIM, least=0),
@@ -106,7 +114,14 @@ class GPTJConfig(ModelConfig):
 _GPTJ_ROTARY_DIM = 64
 """What transformers takes where a GPT-J's config.json does not say."""
 
-_SIZES = ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions")
+_SIZES = {
+    "vocab_size": MAX_SIZE,
+    "n_embd": 2**20,
+    "n_layer": 4096,
+    "n_head": 2**20,
+    "n_positions": MAX_SIZE,
+}
+"""Required sizes and their limits: beyond them a damaged number would take minutes or overflow."""
 
 
 def _check_switches(raw: dict[str, Any], where: str) -> None:
@@ -114,10 +129,10 @@ def _check_switches(raw: dict[str, Any], where: str) -> None:
     attention = raw.get("attention_type", "cottention")
     if not isinstance(attention, str) or attention not in ATTENTION_KINDS:
         known = ", ".join(sorted(ATTENTION_KINDS))
-        raise ModelFolderError(f"{where}: attention_type {attention!r} is not one of: {known}")
+        raise ModelFolderError(f"{where}: attention_type {shown(attention)} is not one of: {known}")
     for name, allowed in (("activation_function", "gelu_new"), ("tie_word_embeddings", False)):
         if raw.get(name, allowed) != allowed:
-            raise ModelFolderError(f"{where}: {name} must be {allowed!r}, it is {raw[name]!r}")
+            raise ModelFolderError(f"{where}: {name} must be {allowed!r}, it is {shown(raw[name])}")
 
 
 def _max_length(raw: dict[str, Any], where: str) -> int | None:

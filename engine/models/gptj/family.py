@@ -13,6 +13,7 @@ def _implementation() -> "ModelImplementation[GPTJConfig, CottentionForCausalLM]
     from cottention.engine.models.gptj.inference import ServedGPTJ
     from cottention.engine.models.gptj.model import (
         CottentionForCausalLM,
+        is_constant,
         weight_dtype,
         weights_hint,
     )
@@ -22,6 +23,7 @@ def _implementation() -> "ModelImplementation[GPTJConfig, CottentionForCausalLM]
         weight_dtype=weight_dtype,
         weights_hint=weights_hint,
         serve=ServedGPTJ,
+        is_constant=is_constant,
     )
 
 

@@ -6,7 +6,8 @@ that the caller gives, so that the parallel, chunked and recurrent forms are one
 Letters: N tokens (any leading shape), H heads, D head width, V value width, C channels.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -147,6 +148,25 @@ def split_heads(
 def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a weight is kept: Cottention's m is float32 in a model of any type."""
     return torch.float32 if name.endswith("norm_const") else dtype
+
+
+_CONSTANTS: Mapping[str, Callable[[tuple[int, ...]], bool]] = {
+    "bias": lambda shape: len(shape) >= 2 and shape[-1] == shape[-2],
+    "masked_bias": lambda shape: math.prod(shape) == 1,
+    "scale_attn": lambda shape: math.prod(shape) == 1,
+    "inv_freq": lambda shape: len(shape) == 1,
+    "embed_positions": lambda shape: len(shape) == 2,
+}
+"""Buffers of an attention's training code, and which shapes they have.
+
+Causal mask and its value, 1 / √D, and the rotary embedding's frequencies and table.
+"""
+
+
+def is_constant(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether this is one of `_CONSTANTS` in an attention, as GPT-J's code has stored them."""
+    *path, last = name.split(".")
+    return "attn" in path[-2:] and last in _CONSTANTS and _CONSTANTS[last](shape)
 
 
 def weights_hint(names: Iterable[str], config: GPTJConfig) -> str:

@@ -21,6 +21,34 @@ def test_a_folder_is_called_by_its_name(gptj_folder: Path, monkeypatch: pytest.M
     assert resolve_model(".").name == gptj_folder.resolve().name
 
 
+def test_a_link_is_called_by_its_own_name(
+    gptj_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a hub's cache, whose snapshots are named by commits."""
+    snapshot = tmp_path / "snapshots" / "0f1e2d3c"
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(gptj_folder.resolve(), target_is_directory=True)
+    link = tmp_path / "my-model"
+    link.symlink_to(snapshot, target_is_directory=True)
+    for given in (link, f"{link}/", f"{link}/.", tmp_path / "snapshots" / ".." / "my-model"):
+        assert resolve_model(given).name == "my-model"
+    assert resolve_model(snapshot).name == "0f1e2d3c"
+    monkeypatch.chdir(tmp_path)
+    for given in ("my-model", "./my-model", "my-model/"):
+        assert resolve_model(given).name == "my-model"
+    monkeypatch.chdir(link)
+    monkeypatch.setenv("PWD", str(link))  # as a shell has it after `cd`
+    assert resolve_model(".").name == "my-model"
+    monkeypatch.setenv("PWD", str(tmp_path))
+    assert resolve_model(".").name == gptj_folder.resolve().name
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_model("~/my-model").name == "my-model"
+    (tmp_path / "in" / "side").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "in" / "side")
+    assert resolve_model("..").name == "in"
+    assert resolve_model("/").name == "/"
+
+
 def test_home_is_understood(
     gptj_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

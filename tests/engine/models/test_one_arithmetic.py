@@ -93,10 +93,7 @@ class Case:
 @pytest.fixture(scope="module")
 def cases(attention: str, gptj_folder: Path) -> list[Case]:
     num_ids = Engine(gptj_folder, EngineConfig(max_slots=1)).tokenizer.num_ids
-    return [
-        Case(number, num_ids)
-        for number in range(NUM_REQUESTS.get(attention, 68))
-    ]
+    return [Case(number, num_ids) for number in range(NUM_REQUESTS.get(attention, 68))]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file as read_part
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -111,6 +112,100 @@ def test_missing_unexpected_and_misshapen_keys_are_named(
     assert "unexpected: transformer.h.0.attn.bias" in message
     assert f"of another shape: lm_head.bias [{size - 1}] instead of [{size}]" in message
     assert "attention_type" not in message
+
+
+CONSTANTS = {
+    "bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril(),
+    "masked_bias": torch.tensor(-1e9),
+    "scale_attn": torch.tensor(4.0),
+    "rotary_emb.inv_freq": torch.ones(4),
+    "embed_positions": torch.ones(64, 8),
+}
+
+
+@pytest.mark.parametrize("names", [["bias", "masked_bias"], ["rotary_emb.inv_freq"], CONSTANTS])
+def test_constants_of_training_code_are_left_out(
+    bare: Path, weights: dict[str, Tensor], names: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Older GPT-J code stores them; transformers drops them by name."""
+    more = {
+        f"transformer.h.{layer}.attn.{name}": CONSTANTS[name].clone()
+        for name in names
+        for layer in range(2)
+    }
+    save_file(weights | more, bare / "model.safetensors")
+    with caplog.at_level("INFO"):
+        loaded = load(bare).state_dict()
+    assert loaded.keys() == weights.keys()
+    (message,) = caplog.messages
+    assert f"{bare}: {len(more)} constants of training code among the weights are left" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer.h.0.attn.bias", "transformer.h.0.mlp.bias", "lm_head.masked_bias"]
+)
+def test_what_only_resembles_a_constant_is_refused(
+    bare: Path, weights: dict[str, Tensor], name: str
+) -> None:
+    """A bias that was learned would be lost."""
+    save_file(weights | {name: torch.ones(64)}, bare / "model.safetensors")
+    assert f"unexpected: {name}" in refusal(bare)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.module.{name}",
+        lambda name: name.replace(".attn.", "._orig_mod.attn."),
+        lambda name: f"_fsdp_wrapped_module.{name}".replace(
+            ".h.0.", ".h.0._checkpoint_wrapped_module."
+        ),
+    ],
+)
+def test_names_of_wrappers_are_removed(
+    bare: Path,
+    weights: dict[str, Tensor],
+    wrap: Callable[[str], str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    save_file({wrap(name): weight for name, weight in weights.items()}, bare / "model.safetensors")
+    with caplog.at_level("INFO"):
+        loaded = load(bare).state_dict()
+    for name, weight in weights.items():
+        assert torch.equal(loaded[name], weight)
+    (message,) = caplog.messages
+    assert message.startswith(f"{bare}: names of weights are read without ")
+
+
+def test_a_weight_with_and_without_a_wrapper_is_refused(
+    bare: Path, weights: dict[str, Tensor]
+) -> None:
+    again = {"module.lm_head.bias": weights["lm_head.bias"].clone()}
+    save_file(weights | again, bare / "model.safetensors")
+    assert "have lm_head.bias twice, with and without a wrapper's name" in refusal(bare)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_numbers_of_floating_point(
+    bare: Path, weights: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    wrong = weights | {"lm_head.bias": weights["lm_head.bias"].to(dtype)}
+    torch.save(wrong, bare / "pytorch_model.bin")
+    name = str(dtype).removeprefix("torch.")
+    assert f"not of floating point: lm_head.bias {name}" in refusal(bare)
+
+
+def test_shards_that_disagree_are_refused(bare: Path, weights: dict[str, Tensor]) -> None:
+    write_shards(weights, bare, *FORMATS[0])
+    first, second = sorted(bare.glob("model-*.safetensors"))
+    part = read_part(second)
+    name = next(iter(read_part(first)))
+    save_file(part | {name: weights[name].clone()}, second)
+    load(bare)
+    save_file(part | {name: weights[name] + 1}, second)
+    assert refusal(bare) == f"{second} has {name} with other values than an earlier file"
 
 
 def test_norm_const_is_required(bare: Path, weights: dict[str, Tensor]) -> None:

@@ -1,0 +1,109 @@
+"""Text and JSON files as people save them: UTF-8 with or without a byte order mark.
+
+Everything here raises ModelFolderError in one line that names the file and what is wrong with it.
+Loads neither torch nor tokenizers.
+"""
+
+import codecs
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from cottention.engine.errors import ModelFolderError
+
+_log = logging.getLogger(__name__)
+
+_WIDE_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+"""Byte order marks of other encodings; UTF-32's begins with UTF-16's."""
+
+
+def read_text(path: Path, kind: str = "text") -> str:
+    """The text of a UTF-8 file, without a byte order mark; line ends are kept as they are.
+
+    kind: what the file should be, for messages.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelFolderError(_missing(path)) from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ModelFolderError(f"{path} cannot be read as {kind}: {reason}") from None
+    fault = _not_utf8(raw)
+    if fault is not None:
+        raise ModelFolderError(f"{path} cannot be read as {kind}: {fault}; save it as UTF-8")
+    return raw.decode("utf-8-sig")
+
+
+def _not_utf8(raw: bytes) -> str | None:
+    """Why bytes are no text in UTF-8; None where they are."""
+    for mark, name in _WIDE_MARKS:
+        if raw.startswith(mark):
+            return f"it is {name}"
+    if b"\0" in raw:
+        return "it has zero bytes, as UTF-16 has"
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"it is not UTF-8 at byte {error.start}"
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. A key that is there twice has its last value, with a warning."""
+    content = parse_json(read_text(path, "JSON"), path)
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{path} must hold a JSON object")
+    return content
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """The value of a JSON text that was read from `path`."""
+    repeated: dict[str, None] = {}
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            repeated.update((name, None) for name in found if names.count(name) > 1)
+        return found
+
+    try:
+        content = json.loads(text, object_pairs_hook=table)
+    except (ValueError, RecursionError) as error:
+        what = str(error) or type(error).__name__
+        raise ModelFolderError(f"{path} cannot be read as JSON: {what}") from None
+    if repeated:
+        _log.warning(
+            "%s has keys more than once, of which the last counts: %s",
+            path,
+            ", ".join(map(repr, list(repeated)[:8])),
+        )
+    return content
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The object in a file that a model can do without: empty where it is absent."""
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def read_side_json(path: Path) -> dict[str, Any]:
+    """As `read_optional_json`; where the file is damaged, a warning says so and it is empty."""
+    try:
+        return read_optional_json(path)
+    except ModelFolderError as error:
+        _log.warning("%s; the model is served without this file", error)
+        return {}
+
+
+def _missing(path: Path) -> str:
+    if os.path.lexists(path):
+        return f"{path} is a link to a file that does not exist"
+    return f"{path.parent} has no {path.name}: give a Hugging Face model folder"
