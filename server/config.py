@@ -18,6 +18,7 @@ class ModelArgument:
         "model folder or Hugging Face id",
         unset="the model that ships with the package",
         is_positional=True,
+        is_path=True,
     )
 
 
@@ -69,7 +70,7 @@ class ServerConfig:
         None, "maximum request duration", unset="unlimited", minimum=0.001, unit="seconds"
     )
     session_dir: str | None = setting(
-        None, "folder to store sessions in", unset="a temporary one, removed at exit"
+        None, "folder to store sessions in", unset="a temporary one, removed at exit", is_path=True
     )
     session_memory: int = setting(
         1024**3,
@@ -96,12 +97,13 @@ class ServerConfig:
         None,
         "template file, name of a template in the model folder, or plain",
         unset="the model's own",
+        is_path=True,
     )
     api_key: tuple[str, ...] = setting(
         (), "API key to require; may be repeated", unset="none required", is_secret=True
     )
     api_key_file: str | None = setting(
-        None, "file with an API key per line, or .json with limits per key"
+        None, "file with an API key per line, or .json with limits per key", is_path=True
     )
     key_max_requests: int | None = setting(
         None, "maximum number of concurrent requests per API key", unset="unlimited", minimum=1
@@ -157,7 +159,10 @@ class GenerateConfig:
     """Settings of `cottention generate`, with the names and meanings of the HTTP API."""
 
     model: str | None = setting(
-        None, "model folder or Hugging Face id", unset="the model that ships with the package"
+        None,
+        "model folder or Hugging Face id",
+        unset="the model that ships with the package",
+        is_path=True,
     )
     max_tokens: int = setting(256, "maximum number of tokens to generate", minimum=1, unit="tokens")
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy", minimum=0)
