@@ -1,4 +1,4 @@
-"""The command line `cottention COMMAND`: its parser, and the exit status of each command.
+"""The command line `cottention COMMAND`: its parser, and how each command reads its settings.
 
 Loads neither torch nor the HTTP stack, so that `--help` stays quick.
 """
@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from cottention.engine.config import EngineConfig
-from cottention.engine.errors import ConfigurationError, CottentionError
-from cottention.engine.settings.command_line import EXIT_USAGE, OneLineParser
+from cottention.engine.settings.command_line import OneLineParser
 from cottention.engine.settings.sources import Resolved, unknown_variables
+from cottention.engine.standard_streams import write_notice
 from cottention.server.cli import commands
 from cottention.server.cli.options import (
     GENERATE_SETTINGS,
@@ -28,38 +28,18 @@ from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version
 
-EXIT_FAILURE = 1
-EXIT_INTERRUPTED = 130
-
 PRECEDENCE = (
     "A flag takes precedence over its variable, named in [brackets], and a variable over the file"
     " that --config names."
 )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status. Every error is one line on standard error."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command line. Exits with status 2 and one line where they are wrong."""
     given, unknown = _parser().parse_known_args(arguments)
     if unknown:
         given.parser.error(f"unknown argument {unknown[0].partition('=')[0]}")
-    try:
-        return COMMANDS[given.command].run(given)
-    except CottentionError as error:
-        print(f"cottention {given.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
-
-
-def run() -> NoReturn:
-    """Run `main` as a process: exit without finalizing torch, which would only take time."""
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    return given
 
 
 def _parser() -> OneLineParser:
@@ -128,7 +108,7 @@ def _config(given: argparse.Namespace) -> int:
         sources.read(config_type) for config_type in SERVE_SETTINGS.values()
     ]
     for message in unknown_variables(os.environ, KNOWN_VARIABLES):
-        print(f"warning: {message}", file=sys.stderr)
+        write_notice(f"warning: {message}\n", sys.stderr)
     return commands.config(resolved, as_json=given.json)
 
 
