@@ -21,6 +21,7 @@ class ModelArgument:
         "model folder or Hugging Face id",
         unset="the model that ships with the package",
         is_positional=True,
+        is_path=True,
     )
 
 
@@ -72,7 +73,7 @@ class ServerConfig:
         None, "maximum request duration", unset="unlimited", minimum=0.001, unit="seconds"
     )
     session_dir: str | None = setting(
-        None, "folder to store sessions in", unset="a temporary one, removed at exit"
+        None, "folder to store sessions in", unset="a temporary one, removed at exit", is_path=True
     )
     session_memory: int = setting(
         1024**3,
@@ -103,6 +104,7 @@ class ServerConfig:
         None,
         "template file, name of a template in the model folder, or plain",
         unset="the model's own",
+        is_path=True,
     )
     allow_special_tokens_in_messages: bool = setting(
         False, "let the text of chat messages write special tokens, instead of their spelling"
@@ -111,7 +113,7 @@ class ServerConfig:
         (), "API key to require; may be repeated", unset="none required", is_secret=True
     )
     api_key_file: str | None = setting(
-        None, "file with an API key per line, or .json with limits per key"
+        None, "file with an API key per line, or .json with limits per key", is_path=True
     )
     key_max_requests: int | None = setting(
         None, "maximum number of concurrent requests per API key", unset="unlimited", minimum=1
@@ -174,7 +176,10 @@ class GenerateConfig:
     """Settings of `cottention generate`, with the names and meanings of the HTTP API."""
 
     model: str | None = setting(
-        None, "model folder or Hugging Face id", unset="the model that ships with the package"
+        None,
+        "model folder or Hugging Face id",
+        unset="the model that ships with the package",
+        is_path=True,
     )
     max_tokens: int | None = setting(
         None,

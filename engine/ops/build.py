@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -79,10 +79,14 @@ def cache_dirs() -> list[Path]:
     """Folders of built libraries in search order, builds go to the first.
 
     $COTTENTION_CACHE, then $XDG_CACHE_HOME or ~/.cache; empty for a user without a home directory.
+    Raises BuildError for a ~ that stands for no directory.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = None if home.startswith("~") else Path(home, "cottention")
-    roots = [os.environ.get("COTTENTION_CACHE"), own]
+    given = os.path.expanduser(os.environ.get("COTTENTION_CACHE", ""))
+    if given.startswith("~"):
+        raise BuildError(f"COTTENTION_CACHE={given}: there is no home directory for this ~")
+    roots = [given, own]
     return [Path(root, f"torch-{torch.__version__}") for root in roots if root]
 
 
@@ -138,10 +142,25 @@ def _locked(folder: Path) -> Iterator[None]:
 def _build_into(library: Path, ninja_file: str) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as work:
         Path(work, "build.ninja").write_text(ninja_file)
-        run = subprocess.run([_ninja(), "-C", work], capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise BuildError(f"compilation failed:\n{run.stdout[-4000:]}{run.stderr[-1000:]}")
+        status, output, errors = _run([_ninja(), "-C", work])
+        if status:
+            raise BuildError(f"compilation failed:\n{output[-4000:]}{errors[-1000:]}")
         os.replace(Path(work, "library.so"), library)
+
+
+def _run(command: Sequence[str]) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of a command; an exception ends it.
+
+    Ninja ends its compilers at SIGTERM; killed, it would leave them running.
+    """
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as popen:
+        try:
+            output, errors = popen.communicate()
+        except BaseException:
+            popen.terminate()
+            raise
+    return popen.returncode, output, errors
 
 
 def compiler() -> str:

@@ -4,6 +4,7 @@ A dataclass whose fields are made by `setting` is the only place that names a se
 variable, its key in the configuration file, its help text and its checks derive from the field.
 """
 
+import os
 import types
 from collections.abc import Callable, Collection
 from dataclasses import Field, dataclass, field, fields
@@ -26,6 +27,7 @@ def setting(
     choices: Collection[str] = (),
     is_secret: bool = False,
     is_positional: bool = False,
+    is_path: bool = False,
 ) -> Any:
     """Declare a field of a settings dataclass.
 
@@ -37,6 +39,8 @@ def setting(
     choices: allowed strings, where the type is not a `Literal`.
     is_secret: the value is never printed.
     is_positional: on the command line it is an argument without a flag.
+    is_path: of a `str` that is a path, or may be one; a `Path` always is. A leading `~` or `~user`
+    of a path stands for a home directory.
     """
     metadata = {
         "help": help,
@@ -47,6 +51,7 @@ def setting(
         "choices": tuple(choices),
         "is_secret": is_secret,
         "is_positional": is_positional,
+        "is_path": is_path,
     }
     return field(default=default, metadata=metadata)
 
@@ -67,6 +72,7 @@ class Setting:
     choices: tuple[str, ...]
     is_secret: bool
     is_positional: bool
+    is_path: bool
 
     @property
     def flag(self) -> str:
@@ -87,7 +93,9 @@ class Setting:
             return self.unit.upper()
         if self.is_positional:
             return self.name.upper()
-        return {int: "N", float: "N", Path: "PATH"}.get(self.type, "TEXT")
+        if self.is_path:
+            return "PATH"
+        return {int: "N", float: "N"}.get(self.type, "TEXT")
 
     def from_text(self, text: str) -> Any:
         """A value as a flag or a variable gives it. Raises ValueError."""
@@ -154,6 +162,21 @@ def check_settings(config: Any) -> None:
         each.check(getattr(config, each.name))
 
 
+def expand_user(path: str) -> str:
+    """A path with its leading `~` or `~user` as a home directory. Raises ConfigurationError."""
+    try:
+        expanded = os.path.expanduser(path)
+    except ValueError:  # a null character
+        expanded = path
+    if path.startswith("~") and expanded == path:
+        name = path.partition("/")[0]
+        raise ConfigurationError(
+            f"no home directory is known for {name}; give the whole path, or ./{name} for a file"
+            " or folder of that name"
+        )
+    return expanded
+
+
 def shown(value: Any) -> str:
     """A wrong value in a message, cut where it is long."""
     try:
@@ -167,6 +190,7 @@ def _setting_of(item: Field[Any]) -> Setting:
     is_list = get_origin(item.type) is tuple
     kind = str if is_list else _without_none(item.type)
     facts = dict(item.metadata)
+    facts["is_path"] |= kind is Path
     if get_origin(kind) is Literal:
         kind, facts["choices"] = str, get_args(kind)
     return Setting(name=item.name, type=kind, is_list=is_list, default=item.default, **facts)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.settings.declaration import Setting, settings_of, shown
+from cottention.engine.settings.declaration import Setting, expand_user, settings_of, shown
 
 Config = TypeVar("Config")
 
@@ -129,6 +129,7 @@ def read_config_file(path: str, known: Collection[str], source: str) -> ConfigFi
 
     known: names that are allowed. source: the flag or variable that names the file.
     """
+    path = _expanded(path, f"{source} {path}")
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -186,17 +187,31 @@ def _unknown_key(key: str, value: Any, known: Collection[str]) -> str:
 
 
 def _convert(setting: Setting, given: Any, origin: Origin) -> Any:
-    """A value of the setting's type. Raises ConfigurationError."""
+    """A value of the setting's type; a `~` is expanded. Raises ConfigurationError."""
+    label = _label(setting, origin)
     try:
-        if origin.kind == "file":
-            return setting.from_toml(given)
-        if setting.is_list:
-            return (given,) if isinstance(given, str) else tuple(given)
-        return setting.from_text(given) if isinstance(given, str) else given
+        value = _typed(setting, given, origin)
     except ValueError:
         found = "" if setting.is_secret else f"; it is {shown(given)}"
-        label = _label(setting, origin)
         raise ConfigurationError(f"{label} must be {setting.allowed}{found}") from None
+    return setting.type(_expanded(str(value), f"{label} {value}")) if setting.is_path else value
+
+
+def _typed(setting: Setting, given: Any, origin: Origin) -> Any:
+    """A value of the setting's type. Raises ValueError."""
+    if origin.kind == "file":
+        return setting.from_toml(given)
+    if setting.is_list:
+        return (given,) if isinstance(given, str) else tuple(given)
+    return setting.from_text(given) if isinstance(given, str) else given
+
+
+def _expanded(path: str, label: str) -> str:
+    """A path without `~`. Raises ConfigurationError."""
+    try:
+        return expand_user(path)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{label}: {error}") from None
 
 
 def _label(setting: Setting, origin: Origin) -> str:

@@ -9,6 +9,7 @@ import torch
 from cottention.engine.errors import CottentionError
 from cottention.engine.settings.command_line import to_arguments
 from cottention.engine.settings.sources import unknown_variables
+from cottention.engine.standard_streams import protect_standard_streams
 from cottention.engine.training.data import (
     read_corpus,
     standard_library,
@@ -76,4 +77,5 @@ def train(settings: TrainingSettings, arguments: Sequence[str], progress: PlainP
 
 
 if __name__ == "__main__":
+    protect_standard_streams()
     raise SystemExit(main(sys.argv[1:]))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from cottention.engine.standard_streams import write_notice
+
 SECONDS_BETWEEN_LINES = 20.0
 
 
@@ -51,11 +53,11 @@ class PlainProgress:
         now = time.monotonic()
         if now - self._last >= SECONDS_BETWEEN_LINES:
             self._last = now
-            print(status.line(), flush=True)
+            write_notice(status.line() + "\n", sys.stdout)
 
     def log(self, message: str) -> None:
         """Print a message."""
-        print(message, flush=True)
+        write_notice(message + "\n", sys.stdout)
 
 
 class BarProgress(PlainProgress):

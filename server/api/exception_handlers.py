@@ -1,5 +1,6 @@
 """Exceptions to error responses: every error leaves the server as `{"error": {...}}`."""
 
+import asyncio
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -19,6 +20,7 @@ from cottention.engine.errors import (
     SnapshotError,
     SnapshotMismatchError,
 )
+from cottention.server.generation.async_engine import Phase
 from cottention.server.generation.output_stream import OutputStreamClosed
 from cottention.server.http.errors import (
     ApiError,
@@ -47,7 +49,9 @@ def add_exception_handlers(app: FastAPI) -> None:
 class InternalErrorMiddleware:
     """Middleware that turns any other exception into a 500; only the log has the reason.
 
-    Starlette's own raises the exception again, and uvicorn then closes the connection.
+    Starlette's own raises the exception again, and uvicorn then closes the connection. uvicorn's
+    shutdown cancels the tasks of requests that are not answered by then, whatever they wait for:
+    they get a 503.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -64,6 +68,10 @@ class InternalErrorMiddleware:
 
         try:
             await self._app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if has_started or scope["type"] != "http":
+                raise
+            await unavailable(Phase.DRAINING).response()(scope, receive, send)
         except Exception:
             if has_started or scope["type"] != "http":
                 raise

@@ -16,6 +16,7 @@ from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.request import GenerationRequest, ParsedRequest
 from cottention.server.generation.responses import (
     EndpointFormat,
+    check_outcome,
     collect_outputs,
     format_response,
 )
@@ -127,6 +128,7 @@ class TurnResponse(Response):
         if events.error is not None:
             raise events.error
         assert events.session is not None
+        check_outcome(stream, {0: events.whole})
         return await self._formatted(request, events.whole, stream.num_generated, events.session)
 
     async def _formatted(

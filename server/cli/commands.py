@@ -19,6 +19,7 @@ from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.context_policy import MAX_HELD
 from cottention.engine.settings.declaration import Setting, settings_of
 from cottention.engine.settings.sources import Origin, Resolved
+from cottention.engine.standard_streams import write_notice, write_output
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.server.config import GenerateConfig, ServerConfig
 from cottention.server.log_config import FIELDS, LogFormat
@@ -85,11 +86,11 @@ def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -
     params = _sampling_params(config, engine.default_sampling_params)
     status = 0
     for output in engine.stream(text, params):
-        print(output.text, end="", flush=True)
+        write_output(output.text)
         if output.finish_reason is FinishReason.ERROR:
-            print(f"cottention generate: {output.error}", file=sys.stderr)
+            write_notice(f"cottention generate: {output.error}\n", sys.stderr)
             status = 1
-    print()
+    write_output("\n")
     return status
 
 
@@ -107,7 +108,7 @@ def info(model: str | None, engine_config: EngineConfig) -> int:
 
     engine = Engine(model, replace(engine_config, max_slots=1, state_memory=None))
     for name, value in _facts(engine, engine_config.num_slots(engine.spec)):
-        print(f"{name:<18} {value}")
+        write_output(f"{name:<18} {value}\n")
     return 0
 
 
@@ -117,9 +118,9 @@ def build() -> int:
     from cottention.engine.ops.build import build as build_ops
 
     try:
-        print(build_ops())
+        write_output(f"{build_ops()}\n")
         if is_cuda_wanted():
-            print(build_cuda())
+            write_output(f"{build_cuda()}\n")
     except BuildError as error:
         raise CottentionError(str(error)) from None
     return 0
@@ -133,21 +134,26 @@ def config(resolved: Sequence[Resolved[Any]], *, as_json: bool) -> int:
         for each in settings_of(one.value)
     ]
     if as_json:
-        print(json.dumps({row[0].name: _as_json(*row) for row in rows}, indent=2))
+        values = {row[0].name: _as_json(*row) for row in rows}
+        write_output(json.dumps(values, indent=2) + "\n")
         return 0
     table = [("setting", "value", "source")]
     table += [(each.name, _shown(each, value), str(origin)) for each, value, origin in rows]
     widths = [max(len(row[column]) for row in table) for column in range(2)]
     for name, value, origin in table:
-        print(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}")
+        write_output(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}\n")
     return 0
 
 
 def _standard_input() -> str:
+    if sys.stdin is None:  # Python's value for a descriptor that was closed
+        raise ConfigurationError("standard input is closed; give PROMPT, or a file or a pipe")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
+    except OSError as error:
+        raise ConfigurationError(f"standard input cannot be read: {error.strerror}") from None
 
 
 def _announce(engine: "Engine", facts: dict[str, str], form: LogFormat) -> None:
@@ -160,9 +166,8 @@ def _announce(engine: "Engine", facts: dict[str, str], form: LogFormat) -> None:
     if form == "json":
         logger.info("serving", extra={FIELDS: facts})
         return
-    for name, value in facts.items():
-        print(f"{name:<8} {value}")
-    sys.stdout.flush()
+    lines = [f"{name:<8} {value}\n" for name, value in facts.items()]
+    write_notice("".join(lines), sys.stdout)
 
 
 def _shown(each: Setting, value: Any) -> str:

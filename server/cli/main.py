@@ -1,173 +1,69 @@
-"""The command line `cottention COMMAND`: its parser, and the exit status of each command.
+"""The process of `cottention COMMAND`: its signals, standard streams and exit status.
 
-Loads neither torch nor the HTTP stack, so that `--help` stays quick.
+The command line itself is loaded when signals are handled: its imports take a while.
 """
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import NoReturn
 
-from cottention.engine.config import EngineConfig
-from cottention.engine.errors import ConfigurationError, CottentionError
-from cottention.engine.settings.command_line import EXIT_USAGE, OneLineParser
-from cottention.engine.settings.sources import Resolved, unknown_variables
-from cottention.server.cli import commands
-from cottention.server.cli.options import (
-    GENERATE_SETTINGS,
-    INFO_SETTINGS,
-    KNOWN_VARIABLES,
-    SERVE_SETTINGS,
-    add_settings,
-    sources_of,
-    warn_of_unknown_variables,
-)
-from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
-from cottention.server.log_config import configure_logging
-from cottention.server.version import package_version
+from cottention.server.cli.signals import exit_on_signals
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
-
-PRECEDENCE = (
-    "A flag takes precedence over its variable, named in [brackets], and a variable over the file"
-    " that --config names."
-)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status. Every error is one line on standard error."""
-    given, unknown = _parser().parse_known_args(arguments)
-    if unknown:
-        given.parser.error(f"unknown argument {unknown[0].partition('=')[0]}")
-    try:
-        return COMMANDS[given.command].run(given)
-    except CottentionError as error:
-        print(f"cottention {given.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILURE
+EXIT_READER_GONE = 141
+"""128 + SIGPIPE: what a shell reports for a program that wrote to a pipe without a reader."""
 
 
 def run() -> NoReturn:
     """Run `main` as a process: exit without finalizing torch, which would only take time."""
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    exit_on_signals()
+    from cottention.engine.standard_streams import protect_standard_streams
+
+    protect_standard_streams()
+    try:
+        status = main() or _flush_output()
+    except SystemExit as stop:  # of argparse, or by a signal
+        status = stop.code if isinstance(stop.code, int) else 0
+        status = status or _flush_output()
     os._exit(status)
 
 
-def _parser() -> OneLineParser:
-    parser = OneLineParser(
-        prog="cottention",
-        description="Serve language models with constant memory per session.",
-        epilog=PRECEDENCE,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"cottention {package_version()}")
-    words = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for word, command in COMMANDS.items():
-        page = words.add_parser(
-            word,
-            help=command.summary,
-            description=command.summary,
-            epilog=PRECEDENCE if command.settings else None,
-            usage=f"cottention {word} {command.usage}",
-            allow_abbrev=False,
-        )
-        page.set_defaults(parser=page)
-        command.add_arguments(page)
-        if command.settings:
-            add_settings(page, command.settings)
-    return parser
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. Every error is one line on standard error."""
+    from cottention.engine.errors import ConfigurationError, CottentionError
+    from cottention.engine.settings.command_line import EXIT_USAGE
+    from cottention.engine.standard_streams import ReaderGoneError
+    from cottention.server.cli.parser import COMMANDS, parse
+
+    given = parse(arguments)
+    try:
+        return COMMANDS[given.command].run(given)
+    except ReaderGoneError:
+        return EXIT_READER_GONE
+    except CottentionError as error:
+        _report(f"cottention {given.command}", error)
+        return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
 
 
-def _serve(given: argparse.Namespace) -> int:
-    sources = sources_of(given, os.environ)
-    config = sources.read(ServerConfig).value
-    engine_config = sources.read(EngineConfig).value
-    configure_logging(config.log_level, config.log_format)
-    warn_of_unknown_variables(os.environ)
-    return commands.serve(sources.read(ModelArgument).value.model, engine_config, config)
+def _flush_output() -> int:
+    """Write what argparse printed; the exit status."""
+    from cottention.engine.standard_streams import OutputError, ReaderGoneError, write_output
+
+    try:
+        write_output("")
+    except ReaderGoneError:
+        return EXIT_READER_GONE
+    except OutputError as error:
+        _report("cottention", error)
+        return EXIT_FAILURE
+    return 0
 
 
-def _add_prompt(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "prompt",
-        nargs="?",
-        metavar="PROMPT",
-        default="-",
-        help="text to continue; - reads standard input (default: -)",
-    )
+def _report(program: str, error: Exception) -> None:
+    from cottention.engine.standard_streams import write_notice
 
-
-def _generate(given: argparse.Namespace) -> int:
-    sources = sources_of(given, os.environ)
-    config = sources.read(GenerateConfig).value
-    return commands.generate(given.prompt, config, sources.read(EngineConfig).value)
-
-
-def _info(given: argparse.Namespace) -> int:
-    sources = sources_of(given, os.environ)
-    model = sources.read(ModelArgument).value.model
-    return commands.info(model, sources.read(EngineConfig).value)
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _config(given: argparse.Namespace) -> int:
-    sources = sources_of(given, os.environ)
-    resolved: list[Resolved[Any]] = [
-        sources.read(config_type) for config_type in SERVE_SETTINGS.values()
-    ]
-    for message in unknown_variables(os.environ, KNOWN_VARIABLES):
-        print(f"warning: {message}", file=sys.stderr)
-    return commands.config(resolved, as_json=given.json)
-
-
-def _build(_: argparse.Namespace) -> int:
-    return commands.build()
-
-
-def _add_nothing(_: argparse.ArgumentParser) -> None:
-    """For a command whose arguments are its settings."""
-
-
-class Command(NamedTuple):
-    """A command of `cottention`; `settings` are those that it reads, by title."""
-
-    summary: str
-    usage: str
-    run: Callable[[argparse.Namespace], int]
-    settings: Mapping[str, type] = MappingProxyType({})
-    add_arguments: Callable[[argparse.ArgumentParser], None] = _add_nothing
-
-
-COMMANDS = {
-    "serve": Command("serve a model over HTTP", "[MODEL] [flags]", _serve, SERVE_SETTINGS),
-    "generate": Command(
-        "generate text from a prompt",
-        "[PROMPT] [flags]",
-        _generate,
-        GENERATE_SETTINGS,
-        _add_prompt,
-    ),
-    "info": Command(
-        "show a model's size and its memory per session", "[MODEL] [flags]", _info, INFO_SETTINGS
-    ),
-    "config": Command(
-        "show the settings that serve would use, and where each comes from",
-        "[MODEL] [flags] [--json]",
-        _config,
-        SERVE_SETTINGS,
-        _add_json,
-    ),
-    "build": Command("compile the ops now instead of at first use", "", _build),
-}
+    write_notice(f"{program}: {' '.join(str(error).split())}\n", sys.stderr)

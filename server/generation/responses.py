@@ -47,6 +47,12 @@ async def collect_outputs(stream: OutputStream) -> dict[int, OutputDelta]:
     """
     await stream.wait_ended()
     deltas = await stream.take()
+    check_outcome(stream, deltas)
+    return deltas
+
+
+def check_outcome(stream: OutputStream, deltas: Mapping[int, OutputDelta]) -> None:
+    """Raise ApiError as `collect_outputs` does, for outputs that have been read to their end."""
     reasons = {delta.finish_reason for delta in deltas.values()}
     if FinishReason.ERROR in reasons:
         raise engine_failed()
@@ -55,7 +61,6 @@ async def collect_outputs(stream: OutputStream) -> dict[int, OutputDelta]:
             raise expired()
         if FinishReason.ABORT in reasons:
             raise unavailable(Phase.DRAINING)
-    return deltas
 
 
 async def format_response(

@@ -49,7 +49,8 @@ def test_what_it_declares(image: str) -> None:
     declared = json.loads(run("docker", "image", "inspect", "--format", "{{json .Config}}", image))
     assert declared["User"] == "10001:10001"
     assert declared["StopSignal"] == "SIGTERM"
-    assert declared["Entrypoint"] + declared["Cmd"] == ["cottention", "serve"]
+    assert declared["Entrypoint"] == ["tini", "-s", "--", "cottention"]
+    assert declared["Cmd"] == ["serve"]
     assert declared["Healthcheck"]["Test"][:2] == ["CMD", "python"]
     assert declared["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
 
@@ -84,6 +85,15 @@ def test_all_its_files_have_one_time(image: str) -> None:
         "print({int(p.lstat().st_mtime) for p in root.rglob('*')})"
     )
     assert python(code).strip() == "{1767225600}"
+
+
+def test_a_stop_right_after_the_start_does_not_wait_to_be_killed(image: str) -> None:
+    """143 is SIGTERM's status, 137 that of the kill which the engine sends when time is up."""
+    container = run("docker", "run", "--detach", image).strip()
+    run("docker", "stop", "--time", "60", container)
+    status = run("docker", "inspect", "--format", "{{.State.ExitCode}}", container).strip()
+    run("docker", "rm", container)
+    assert status in ("143", "0")
 
 
 def test_without_configuration_it_listens_on_localhost_and_says_how_to_open_it(image: str) -> None:

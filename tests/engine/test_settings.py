@@ -1,5 +1,6 @@
 """Settings: declared once, read from four sources, and what a mistake in each of them says."""
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,14 @@ from cottention.engine.settings.sources import Origin, Resolved, Sources, unknow
 class Example:
     """A setting of each type."""
 
-    model: str | None = setting(None, "a model", is_positional=True)
+    model: str | None = setting(None, "a model", is_positional=True, is_path=True)
     count: int = setting(3, "a count", minimum=1, maximum=99, unit="turns")
     share: float | None = setting(None, "50% of it", unset="all")
     memory: int = setting(4 << 20, "a size", minimum=1, unit="bytes")
     level: Literal["low", "high"] = setting("low", "a choice")
     is_on: bool = setting(False, "a switch")
     folder: Path | None = setting(None, "a path")
+    key_file: str | None = setting(None, "a file", is_path=True)
     word: tuple[str, ...] = setting((), "words")
     api_key: tuple[str, ...] = setting((), "keys", is_secret=True)
 
@@ -211,6 +213,7 @@ def test_help_has_every_flag_variable_default_and_unit() -> None:
         "--level {low,high} a choice (default: low)",
         "--is-on, --no-is-on a switch (default: false)",
         "--folder PATH",
+        "--key-file PATH",
         "--word TEXT",
     ):
         assert expected in text
@@ -278,3 +281,64 @@ def test_what_the_engine_does_not_allow_is_named(settings: dict[str, Any], words
 def test_bounds_themselves_are_allowed() -> None:
     EngineConfig(max_slots=1, max_batch_tokens=2, max_tokens_limit=1, threads=1)
     EngineConfig(state_memory=1)
+
+
+HOMES = {"~": "/home/me", "~/a": "/home/me/a", "~root/a": os.path.expanduser("~root") + "/a"}
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("name", ["model", "folder", "key_file"])
+@pytest.mark.parametrize("given", HOMES)
+def test_a_tilde_is_a_home_directory_in_each_source(file: Path, name: str, given: str) -> None:
+    file.write_text(f'{name} = "{given}"')
+    flag = given if name == "model" else f"--{name.replace('_', '-')}={given}"
+    found = [
+        read(flag),
+        read("", {f"COTTENTION_{name.upper()}": given}),
+        read(f"--config {file}"),
+    ]
+    expected = HOMES[given]
+    assert [str(getattr(each.value, name)) for each in found] == [expected] * 3
+    assert isinstance(found[0].value.folder, Path | None)
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize("given", ["./~/a", "a/~/b", "/~", "a~", "plain"])
+def test_a_tilde_elsewhere_is_a_letter(given: str) -> None:
+    assert read(f"--key-file {given}").value.key_file == given
+
+
+def test_what_is_no_path_keeps_its_tilde() -> None:
+    value = read("--word ~ --api-key ~/secret").value
+    assert (value.word, value.api_key) == (("~",), ("~/secret",))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "label"),
+    [
+        ("~no-such-user/m", {}, "MODEL ~no-such-user/m"),
+        ("--folder ~no-such-user", {}, "--folder ~no-such-user"),
+        ("", {"COTTENTION_KEY_FILE": "~no-such-user/k"}, "COTTENTION_KEY_FILE ~no-such-user/k"),
+        ("--config ~no-such-user/f", {}, "--config ~no-such-user/f"),
+        ("", {"COTTENTION_CONFIG": "~no-such-user/f"}, "COTTENTION_CONFIG ~no-such-user/f"),
+    ],
+)
+def test_a_home_that_is_not_known_is_named(
+    arguments: str, variables: dict[str, str], label: str
+) -> None:
+    said = refused(arguments, variables)
+    assert said.startswith(f"{label}: no home directory is known for ~no-such-user; give")
+
+
+def test_the_file_itself_may_be_in_the_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "settings.toml").write_text("count = 5")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read("--config ~/settings.toml").value.count == 5
+    assert read("", {"COTTENTION_CONFIG": "~/settings.toml"}).value.count == 5

@@ -108,6 +108,26 @@ def test_the_images_have_the_version_and_the_locked_packages(path: Path) -> None
     assert not re.search(r"https?://(?!127)", text)
 
 
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
+def test_the_images_start_with_an_init(path: Path) -> None:
+    """The kernel drops signals that process 1 has no handler for, until Python has set one."""
+    text = path.read_text()
+    last_stage = text[text.rindex("\nFROM ") :]
+    assert re.search(r"apt-get install .*\btini=", last_stage)
+    [entrypoint] = re.findall("^ENTRYPOINT (.*)$", text, re.MULTILINE)
+    assert json.loads(entrypoint) == ["tini", "-s", "--", "cottention"]
+
+
+def test_no_manifest_goes_round_the_image_s_init() -> None:
+    for name, service in yaml.safe_load(COMPOSE)["services"].items():
+        if name.startswith("server"):
+            assert "entrypoint" not in service, name
+    for path in (DOCKER / "kubernetes").iterdir():
+        pod = yaml.safe_load(path.read_text())["spec"].get("template", {"spec": {}})
+        for container in pod["spec"].get("containers", ()):
+            assert "command" not in container, path.name
+
+
 def cuda_build_step() -> dict[str, str]:
     """The variables that Dockerfile.cuda builds the kernels with."""
     [variables] = re.findall(r"^RUN (.*) cottention build \\$", DOCKERFILES[1].read_text(), re.M)

@@ -189,3 +189,13 @@ def test_each_unknown_variable_is_warned_of_without_its_value(
         "unknown variable COTTENTION_WEATHER is ignored",
     ]
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_every_setting_that_is_a_file_or_folder_is_declared_as_a_path() -> None:
+    """So that a ~ in it is expanded; the help text of no other setting begins like this."""
+    every = {**SERVE_SETTINGS, **GENERATE_SETTINGS}.values()
+    settings = {each.name: each for kind in every for each in settings_of(kind)}
+    paths = {name for name, each in settings.items() if each.is_path}
+    assert paths >= {"model", "session_dir", "api_key_file", "chat_template"}
+    named = re.compile(r"^(a |the )?(folder|file|path|directory|template file|model folder)\b")
+    assert {name for name, each in settings.items() if named.match(each.help)} == paths
