@@ -39,9 +39,7 @@ class TurnEvents:
         stream: OutputStream,
         formatter: EventFormatter,
         turn: RunningTurn,
-        log_ending_with: logger = logging.getLogger("cottention")
-
-LogEndingWith = no_log,
+        log_ending_with: LogEndingWith = no_log,
         *,
         gathers: bool = False,
     ) -> None:
