@@ -104,8 +104,8 @@ class TurnEvents:
         except SessionError as error:
             self.error = session_error(error)
             return self._formatter.error(self.error)
-        except Exception:  # the response has begun: its connection must not break
-            logger.exception("a turn of session %s could not be ended", self._turn.session_id)
+        except Exception as error:  # the response has begun: its connection must not break
+            logger.error("could not end a turn of session %s: %r", self._turn.session_id, error)
             self.error = turn_failed()
             return self._formatter.error(self.error)
         self.error = failed
