@@ -15,7 +15,8 @@ CottentionError
     ├── SessionMovedError       it is not at the version that the caller has seen
     ├── NothingToRewindError    no turn to go back to
     ├── ContextPolicyError      too old for another policy
-    └── StoreFullError          the disk takes no more
+    └── StoreUnavailableError   the store does not take it, or cannot be read now
+        └── StoreFullError          the disk takes no more
 """
 
 
@@ -83,5 +84,9 @@ class ContextPolicyError(SessionError):
     """The session is past the window in which every context policy is the same."""
 
 
-class StoreFullError(SessionError):
-    """The disk takes no more; what was stored before is as it was."""
+class StoreUnavailableError(SessionError):
+    """The store does not take a write, or cannot be read now; what was stored is as it was."""
+
+
+class StoreFullError(StoreUnavailableError):
+    """The disk takes no more."""

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from cottention.engine.errors import StoreUnavailableError
+
 logger = logging.getLogger(__name__)
 
 PAUSE_SECONDS = 0.2
@@ -31,6 +33,9 @@ def _run(maintain: Callable[[], bool], seconds: float, stopping: threading.Event
     while not stopping.wait(wait):
         try:
             wait = min(PAUSE_SECONDS, seconds) if maintain() else seconds
+        except StoreUnavailableError as error:  # the store has logged it
+            logger.debug("the maintenance of sessions is tried again: %s", error)
+            wait = seconds
         except Exception:
             logger.exception("the maintenance of sessions failed; it is tried again")
             wait = seconds

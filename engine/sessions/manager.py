@@ -6,7 +6,6 @@ rewind. A turn takes two transactions of the store: `begin` leases the session a
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,6 +17,7 @@ from cottention.engine.errors import (
     SessionNotFoundError,
     SnapshotError,
     StoreFullError,
+    StoreUnavailableError,
 )
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.state_cache import StateCache, UnsavedState
@@ -73,13 +73,14 @@ class SessionManager:
     def open(
         self, owner: str, state: SessionState, metadata: Metadata, ttl_seconds: float | None
     ) -> Session:
-        """A new session with this state. StoreFullError."""
+        """A new session with this state. StoreUnavailableError."""
         return self._create(owner, self._codec.encode(state), state, metadata, ttl_seconds)
 
     def import_(
         self, owner: str, raw: bytes, metadata: Metadata, ttl_seconds: float | None, check: Check
     ) -> Session:
-        """A new session from a snapshot. SnapshotError, before anything is stored; StoreFullError.
+        """A new session from a snapshot. SnapshotError, before anything is stored;
+        StoreUnavailableError.
 
         check: raises an error of its choice for a state that cannot be used here.
         """
@@ -129,12 +130,12 @@ class SessionManager:
         """Begin a turn, which ends by commit or abandon.
 
         SessionBusyError: another turn runs. SessionMovedError: the session is not at
-        `expected_position`.
+        `expected_position`. StoreUnavailableError: the session cannot be leased or read.
         """
         lease, record = self._cache.begin(owner, session_id, LEASE_SECONDS)
         try:
             session = self._at(expected_position, record)
-            return Turn(session, self._cache.load_for_turn(record).state, lease)
+            return Turn(session, self._cache.load_for_turn(record).state, lease, record)
         except BaseException:
             self._cache.release(lease)
             raise
@@ -163,14 +164,14 @@ class SessionManager:
         """Make `state` the session's state, stored when this returns, and end the turn.
 
         events: kept until the next turn's take their place. unsaved_events: kept instead where
-        the disk is full; None: the same. In that case state and events stay in memory, and the
-        session is not durable until a later turn is stored. SessionMovedError: the lease was taken
-        over.
+        the store does not take it; None: the same. In that case state and events stay in memory,
+        and the session is not durable until a later turn is stored. SessionMovedError: the lease
+        was taken over.
         """
         value = SessionValue(state, events)
         try:
             record = self._cache.commit(turn.lease, value, self._max_checkpoints)
-        except StoreFullError:
+        except StoreUnavailableError:
             kept = events if unsaved_events is None else unsaved_events
             record = self._keep_unsaved(turn, SessionValue(state, kept))
         except BaseException:
@@ -194,8 +195,8 @@ class SessionManager:
     def rewind(self, owner: str, session_id: str, expected_position: int | None = None) -> Session:
         """Undo the last turn. NothingToRewindError; SessionMovedError as in `begin`.
 
-        Of the turns that could not be stored because the disk was full only the first can be
-        undone, and only while it is the last: the states between it and the newest are not kept.
+        Of the turns that could not be stored only the first can be undone, and only while it is
+        the last: the states between it and the newest are not kept.
         """
         with self._leased(owner, session_id, expected_position) as (lease, record):
             if not self._cache.rewind_unsaved(session_id):
@@ -213,7 +214,7 @@ class SessionManager:
         for lease in self._cache.running():
             with suppress(SessionError):  # the turn has just ended, or its commit will report it
                 self._store.renew(lease, LEASE_SECONDS)
-        expired = self._store.expire(time.time(), MAX_EXPIRED_AT_ONCE)
+        expired = self._store.expire(MAX_EXPIRED_AT_ONCE)
         for session_id in expired:
             self._cache.remove(session_id)
         return len(expired) == MAX_EXPIRED_AT_ONCE
@@ -239,7 +240,7 @@ class SessionManager:
             state.num_tokens,
             snapshot=raw,
             metadata=metadata,
-            expires_at=None if ttl is None else time.time() + ttl,
+            expires_at=None if ttl is None else self._store.now() + ttl,
             context_policy=state.context_policy,
         )
         [record] = self._store.create([new])
@@ -270,6 +271,8 @@ class SessionManager:
         try:
             self._cache.keep_unsaved(turn.lease, value)
             return self._record(turn.session.owner, turn.session.id)
+        except StoreUnavailableError:  # the index cannot be read either
+            return turn.record
         finally:
             self._cache.release(turn.lease)
 
@@ -348,13 +351,16 @@ class SessionManager:
             nbytes=record.nbytes,
             residence=self._cache.residence(record.id),
             metadata=record.metadata,
-            expires_at=record.expires_at,
+            expires_at=self._unix_time(record.expires_at),
             num_checkpoints=len(checkpoints),
             is_durable=self._is_durable and unsaved is None,
             was_interrupted=record.was_interrupted and unsaved is None,
             context_policy=policy,
             context_start=self._context_start(policy, position),
         )
+
+    def _unix_time(self, moment: float | None) -> float | None:
+        return None if moment is None else self._store.unix_time(moment)
 
     def _context_start(self, policy: ContextPolicy, position: int) -> int:
         return self._codec.context_schedules[policy].start(max(position - 1, 0))
@@ -377,10 +383,13 @@ def save_all(unsaved: Mapping[str, T], save: Callable[[str, T], object]) -> None
 def _log_lost(lost: Mapping[str, Exception]) -> None:
     named, num_others = ", ".join([*lost][:MAX_NAMED]), len(lost) - MAX_NAMED
     reason = next(iter(lost.values()))
+    is_full = isinstance(reason, StoreFullError)
+    advice = "make room on the disk" if is_full else "let the session folder take writes"
     logger.error(
         "the last turns of %d session(s) are lost, since they could not be stored: %s (%s); each is"
-        " as it was before them: make room on the disk before the next start, then repeat them",
+        " as it was before them: %s before the next start, then repeat them",
         len(lost),
         named if num_others <= 0 else f"{named} and {num_others} more",
         " ".join(str(reason).split()) or type(reason).__name__,
+        advice,
     )

@@ -39,7 +39,10 @@ class SessionBytes:
         max_checkpoints: int,
         max_event_log_bytes: int,
     ) -> Self:
-        """num_ids: of the tokenizer. window: recent ids kept."""
+        """num_ids: of the tokenizer. window: recent ids kept.
+
+        max_event_log_bytes: bytes of events.
+        """
         slot = spec.itemised_bytes()
         rows = spec.bytes_per_row
         num_kept = window + 1  # the last id waits outside the state, for the next turn

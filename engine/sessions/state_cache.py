@@ -1,6 +1,6 @@
 """A cache of session values in front of the store: running turns, unsaved and parked values.
 
-The store has every value except those that a full disk refused (`UnsavedStates`); memory also has
+The store has every value except those that it did not take (`UnsavedStates`); memory also has
 the most recently used ones (`ParkedStates`), within a budget.
 """
 
@@ -10,7 +10,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cottention.engine.errors import NothingToRewindError, SessionMovedError, StoreFullError
+from cottention.engine.errors import NothingToRewindError, SessionMovedError, StoreUnavailableError
 from cottention.engine.sessions.memory_usage import COUNT_BYTES, ID_BYTES
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SessionStore
@@ -32,7 +32,7 @@ class UnsavedState(NamedTuple):
 
 
 class UnsavedStates:
-    """The newest value of each session that the store had no room for. Not thread-safe.
+    """The newest value of each session that the store did not take. Not thread-safe.
 
     Only the newest is kept, so a session can be rewound only where it is one turn ahead.
     """
@@ -72,7 +72,8 @@ class UnsavedStates:
         unsaved = self._found.get(session_id)
         if unsaved is not None and unsaved.num_turns > 1:
             raise NothingToRewindError(
-                "the session as it was before its last turn is not kept: the disk was full"
+                "the session as it was before its last turn is not kept: the disk was full, or the"
+                " session folder took no writes"
             )
         return self.remove(session_id)
 
@@ -172,7 +173,8 @@ class StateCache:
     def begin(self, owner: str, session_id: str, seconds: float) -> tuple[Lease, SessionRecord]:
         """Lease an owner's session for a turn. SessionNotFoundError; SessionBusyError.
 
-        StoreFullError: the last turn's lease could not be released, and still cannot.
+        StoreUnavailableError: the session cannot be leased, or the last turn's lease could not be
+        released, and still cannot.
         """
         self._retry_release(session_id)
         lease, record = self._store.begin(owner, session_id, seconds)
@@ -183,13 +185,13 @@ class StateCache:
     def release(self, lease: Lease) -> None:
         """End a turn without a new value; nothing happens where it has ended.
 
-        Where a full disk does not take the release, the next turn repeats it first; otherwise the
+        Where the store does not take the release, the next turn repeats it first; otherwise the
         lease runs out.
         """
         try:
             self._store.release(lease)
-        except StoreFullError:
-            logger.exception("session %s stays leased until the disk has room", lease.session_id)
+        except StoreUnavailableError as error:
+            logger.debug("session %s stays leased for now: %s", lease.session_id, error)
             with self._lock:
                 self._unreleased[lease.session_id] = lease
         finally:
@@ -219,8 +221,8 @@ class StateCache:
     def commit(self, lease: Lease, value: SessionValue, max_checkpoints: int) -> SessionRecord:
         """Store a turn's value and release its lease, in one transaction.
 
-        The unsaved value of an earlier turn is stored before it. StoreFullError: not everything is
-        stored, and the lease is held. SessionMovedError.
+        The unsaved value of an earlier turn is stored before it. StoreUnavailableError: not
+        everything is stored, and the lease is held. SessionMovedError.
         """
         version = lease.version
         if (unsaved := self.unsaved(lease.session_id)) is not None:
@@ -236,20 +238,16 @@ class StateCache:
         return record
 
     def keep_unsaved(self, lease: Lease, value: SessionValue) -> None:
-        """Keep a turn's value in memory, whatever the budget: the store has no room for it.
+        """Keep a turn's value in memory, whatever the budget: the store did not take it.
 
-        SessionMovedError: the turn has ended. A full store may not have compared the fence.
+        SessionMovedError: the turn has ended. The store may not have compared the fence.
         """
         with self._lock:
             if self._running.get(lease.session_id) != lease:
                 raise SessionMovedError(f"session {lease.session_id!r} is not held by this turn")
             self._parked.remove(lease.session_id)
             self._unsaved.add_turn(lease.session_id, value)
-        logger.warning(
-            "the disk has no room for session %s: its last turn is lost if the server ends before a"
-            " later one is stored",
-            lease.session_id,
-        )
+        logger.debug("the last turn of session %s is in memory alone for now", lease.session_id)
 
     def save_unsaved(self, session_id: str, seconds: float, max_checkpoints: int) -> None:
         """Store a session's unsaved value. Raises what the store raises."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cottention.engine.sessions.store.protocol import Lease
+from cottention.engine.sessions.store.protocol import Lease, SessionRecord
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import SessionState
@@ -55,18 +55,19 @@ class Exported(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The right to change a session, and the state that the turn starts from."""
+    """The right to change a session, and what the turn starts from."""
 
     session: Session
     state: SessionState
     lease: Lease
+    record: SessionRecord
 
 
 @dataclass(frozen=True, slots=True)
 class SessionCounts:
     """Numbers of sessions by residence; bytes of states in memory, and of blobs on the disk.
 
-    num_unsaved: how many of the parked sessions could not be stored because the disk was full.
+    num_unsaved: how many of the parked sessions could not be stored.
     """
 
     num_resident: int

@@ -19,6 +19,7 @@ from cottention.engine.errors import (
     SessionNotFoundError,
     SnapshotError,
     StoreFullError,
+    StoreUnavailableError,
 )
 
 logger = logging.getLogger("cottention")
@@ -32,6 +33,7 @@ SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     ContextPolicyError: (409, "context_policy_settled"),
     SessionMovedError: (412, "session_moved"),
     StoreFullError: (507, "store_full"),
+    StoreUnavailableError: (507, "store_unavailable"),
 }
 """Status and `code` by exception."""
 
@@ -97,6 +99,11 @@ def expired() -> ApiError:
 def engine_failed() -> ApiError:
     """A 500 for a request that the engine accepted and could not finish."""
     return ApiError(500, "the engine failed on this request; see the server's log for the reason")
+
+
+def turn_failed() -> ApiError:
+    """A 500 for a turn whose output was generated and whose session is as it was before it."""
+    return ApiError(500, "the turn could not be stored; see the server's log for the reason")
 
 
 def session_error(error: SessionError) -> ApiError:

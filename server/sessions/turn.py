@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cottention.engine.errors import SessionError
 from cottention.engine.outputs import FinishReason
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.server.generation.output_stream import OutputDelta
@@ -108,6 +109,8 @@ class RunningTurn:
             if self._ending is not None:
                 await self._ending
                 return
+        except SessionError as error:
+            logger.error("a turn of session %s is lost: %s", self._turn.session.id, error)
         except Exception:
             logger.exception("a turn of session %s is lost", self._turn.session.id)
         await self._abandon()

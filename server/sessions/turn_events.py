@@ -1,5 +1,6 @@
 """A session's turn as server-sent events; the turn is committed before its last event is sent."""
 
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,12 +10,14 @@ from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.server.generation.choice_format import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.sse import EventFormatter
-from cottention.server.http.errors import ApiError, engine_failed, session_error
+from cottention.server.http.errors import ApiError, engine_failed, session_error, turn_failed
 from cottention.server.schemas.session_responses import session_summary
 from cottention.server.sessions.turn import RunningTurn
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
     from cottention.engine.sessions.types import Session
+
+logger = logging.getLogger("cottention")
 
 LogEndingWith = Callable[[str], EventLog]
 """The events to store with a turn whose last events are these."""
@@ -100,6 +103,10 @@ class TurnEvents:
             )
         except SessionError as error:
             self.error = session_error(error)
+            return self._formatter.error(self.error)
+        except Exception as error:  # the response has begun: its connection must not break
+            logger.error("could not end a turn of session %s: %r", self._turn.session_id, error)
+            self.error = turn_failed()
             return self._formatter.error(self.error)
         self.error = failed
         return last_events(self.session)

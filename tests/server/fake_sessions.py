@@ -20,6 +20,7 @@ from cottention.engine.errors import (
     SnapshotError,
     SnapshotMismatchError,
     StoreFullError,
+    StoreUnavailableError,
 )
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
@@ -231,3 +232,4 @@ class FakeSessions:
 
 
 FULL = StoreFullError("the disk is full")
+READ_ONLY = StoreUnavailableError("the session folder does not take writes: read-only")

@@ -54,7 +54,9 @@ class Blobs:
             self._write(path, parts)
             yield Staged(path, checksum.hexdigest(), sum(map(len, parts)))
         finally:
-            path.unlink(missing_ok=True)
+            # it may be adopted already; a file that stays only takes space until the next start
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
     def adopt(self, staged: Staged) -> None:
         """Give a blob its name. A file of that name is replaced: it is equal, or damaged."""
@@ -66,12 +68,17 @@ class Blobs:
             sync_folder(path.parent)
 
     def read(self, digest: str) -> bytes:
-        """A blob's bytes. SnapshotError: there is no such file, or its bytes have changed."""
+        """A blob's bytes. SnapshotError: there is no such file, or its bytes have changed.
+
+        OSError: it cannot be read now, and may be whole.
+        """
         path = self._path(digest)
         try:
             raw = path.read_bytes()
-        except OSError as error:
-            raise SnapshotError(f"snapshot {digest} cannot be read: {error.strerror}") from error
+        except FileNotFoundError as error:
+            if not path.parent.is_dir():  # the whole folder is gone, perhaps for a while
+                raise
+            raise SnapshotError(f"snapshot {digest} is missing") from error
         if hashlib.sha256(raw).hexdigest() != digest:
             raise SnapshotError(f"snapshot {digest} is damaged on the disk")
         return raw
@@ -79,9 +86,9 @@ class Blobs:
     def remove(self, digest: str) -> None:
         """Remove a blob; nothing happens where there is none."""
         path = self._path(digest)
-        size = self._size(path)
         # a file that cannot be removed only takes space: the next start tries again
         with suppress(OSError):
+            size = self._size(path)
             path.unlink()
             self.num_bytes -= size
 

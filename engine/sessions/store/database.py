@@ -5,12 +5,13 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.sessions.store.folder_lock import is_disk_full, sync_folder
+from cottention.engine.sessions.store.faults import is_disk_full, reason_of
+from cottention.engine.sessions.store.folder_lock import sync_folder
 
 logger = logging.getLogger(__name__)
 
@@ -18,21 +19,23 @@ T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 Sync = Literal["FULL", "NORMAL", "OFF"]
 
-VERSION = 3
+VERSION = 4
 
 MAX_WAIT = 5.0
 """Seconds to wait for another program that has the file open for writing, such as a shell."""
 
-# states: a session's blobs, the one with the greatest n its head, the others its checkpoints. The
-# last events_nbytes of a blob are its turn's event log. The rows of a session that was set aside
-# stay, so that its blobs are not removed.
+# seq: grows with every session, so that newest first needs no clock. expires_at is by the store's
+# time (`StoreClock`), lease_until by the monotonic clock of the process: leases end at a start.
+# clock: one row, the last ClockReading. states: a session's blobs, the one with the greatest n its
+# head, the others its checkpoints. The last events_nbytes of a blob are its turn's event log. The
+# rows of a session that was set aside stay, so that its blobs are not removed.
 SCHEMA = f"""
 CREATE TABLE sessions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
     created INTEGER NOT NULL, version INTEGER NOT NULL DEFAULT 1, metadata TEXT NOT NULL,
     expires_at REAL, was_interrupted INTEGER NOT NULL DEFAULT 0,
     fence INTEGER NOT NULL DEFAULT 0, lease_owner TEXT, lease_until REAL, lease_version INTEGER);
-CREATE INDEX sessions_by_owner ON sessions (owner, created, seq);
+CREATE INDEX sessions_by_owner ON sessions (owner, seq);
 CREATE INDEX sessions_by_expiry ON sessions (expires_at) WHERE expires_at IS NOT NULL;
 CREATE INDEX sessions_by_lease ON sessions (lease_owner) WHERE lease_owner IS NOT NULL;
 CREATE TABLE states (
@@ -45,6 +48,7 @@ CREATE TABLE set_aside (
     seq INTEGER PRIMARY KEY, id TEXT NOT NULL, owner TEXT NOT NULL, created INTEGER NOT NULL,
     version INTEGER NOT NULL, metadata TEXT NOT NULL, expires_at REAL, reason TEXT NOT NULL);
 CREATE TABLE reserve (bytes BLOB NOT NULL);
+CREATE TABLE clock (time REAL NOT NULL, wall REAL NOT NULL);
 PRAGMA user_version = {VERSION};
 """
 
@@ -65,6 +69,7 @@ class Database:
     def __init__(self, path: Path, *, durable: bool) -> None:
         self.lock = threading.RLock()
         self.is_uncertain = False
+        self._path = path
         self._db = connect(path)
         self._durable: Sync = "FULL" if durable else "OFF"
         self._relaxed: Sync = "NORMAL" if durable else "OFF"
@@ -76,6 +81,7 @@ class Database:
 
     def write(self, work: Work[T]) -> T:
         """Run `work` as one transaction, which is on the disk when this returns."""
+        os.stat(self._path)  # a file that was removed takes writes until it is closed
         return self._run(work, self._durable)
 
     def write_relaxed(self, work: Work[T]) -> T:
@@ -97,23 +103,28 @@ class Database:
 
     def _run(self, work: Work[T], sync: Sync) -> T:
         with self.lock:
+            self._roll_back()  # what could not be rolled back before
             self._db.execute(f"PRAGMA synchronous = {sync}")
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 result = work(self._db)
                 self._commit()
             except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+                with suppress(sqlite3.OperationalError):  # the next transaction tries again
+                    self._roll_back()
                 raise
             return result
+
+    def _roll_back(self) -> None:
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
 
     def _commit(self) -> None:
         try:
             self._db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             # a full disk cuts the log before its last frame; other errors may come after it
-            self.is_uncertain = error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_FULL
+            self.is_uncertain = not is_disk_full(error)
             raise
         self.is_uncertain = False
 
@@ -152,15 +163,14 @@ def reserve_space(db: sqlite3.Connection) -> None:
     """Grow the log, and the file's free pages, to what leases and deletions can ever need.
 
     They then work on a full disk as well: while the log is open it is overwritten and never cut.
+    Where there is no room for it the index is used without.
     """
     try:
         db.execute("INSERT INTO reserve VALUES (zeroblob(?))", [RESERVE_BYTES])
         db.execute("DELETE FROM reserve")
     except sqlite3.OperationalError as error:
-        if not is_disk_full(error):
-            raise
         db.execute(f"PRAGMA wal_autocheckpoint = {MIN_LOG_PAGES}")
-        logger.warning("the disk is full: there is little space to reserve for leases")
+        logger.warning("no space is reserved for leases on a full disk: %s", reason_of(error))
 
 
 def find_damage(path: Path) -> str | None:

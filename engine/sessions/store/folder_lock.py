@@ -1,6 +1,5 @@
-"""The folder of a store: its lock, the errors of its disk, and folders that a kill left behind."""
+"""The folder of a store: its lock, why it cannot be used, and folders that a kill left behind."""
 
-import errno
 import fcntl
 import os
 import re
@@ -11,32 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cottention.engine.errors import ConfigurationError, StoreFullError
+from cottention.engine.errors import ConfigurationError
 
 LOCK = "lock"
 TEMPORARY = ", temporary"
 """Marks the lock of a folder that ends with its process: others may remove it after a kill."""
-
-FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-FULL_CODES = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR}
-
-
-def is_disk_full(error: Exception) -> bool:
-    """Whether an error says that the disk refused a write."""
-    if isinstance(error, sqlite3.OperationalError):
-        return error.sqlite_errorcode & 0xFF in FULL_CODES
-    return isinstance(error, OSError) and error.errno in FULL_ERRNOS
-
-
-@contextmanager
-def raise_store_full() -> Iterator[None]:
-    """Raise StoreFullError in place of the errors of a full disk."""
-    try:
-        yield
-    except (OSError, sqlite3.OperationalError) as error:
-        if not is_disk_full(error):
-            raise
-        raise StoreFullError(f"the session folder's disk is full: {error}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,8 +14,8 @@ class NewSession:
     """A session to be created, from bytes (`snapshot`) or from a blob that is stored (`head`).
 
     position: tokens it holds. checkpoints: digests of stored blobs, oldest first. events: the
-    event log that goes with `snapshot`. expires_at: unix seconds. context_policy: of the snapshot;
-    a store keeps it and does not interpret it.
+    event log that goes with `snapshot`. expires_at: by the store's time. context_policy: of the
+    snapshot; a store keeps it and does not interpret it.
     """
 
     owner: str
@@ -33,10 +33,11 @@ class NewSession:
 class SessionRecord:
     """A session as it is stored.
 
-    created: unix seconds. version: 1 when new, one more with every change of its head.
-    position, context_policy: of the head. nbytes: of its blob. head, checkpoints: digests of blobs
-    (sha256 in hex), the oldest checkpoint first. was_interrupted: a crash cut its last turn, and
-    the session is as before it. events_nbytes: how many of the head's last bytes are the event log.
+    created: unix seconds. expires_at: by the store's time. version: 1 when new, one more with every
+    change of its head. position, context_policy: of the head. nbytes: of its blob. head,
+    checkpoints: digests of blobs (sha256 in hex), the oldest checkpoint first. was_interrupted: a
+    crash cut its last turn, and the session is as before it. events_nbytes: how many of the head's
+    last bytes are the event log.
     """
 
     id: str
@@ -91,7 +92,10 @@ class SessionStore(Protocol):
 
     What a method returned is stored; a method that raised changed nothing. All methods may be
     called from any thread. They raise SessionNotFoundError for an id that is unknown or expired,
-    and StoreFullError where the disk has no room.
+    and StoreUnavailableError where the system refuses a write or a read, whatever the reason
+    (StoreFullError: the disk has no room).
+
+    Lifetimes count in the store's time, which passes evenly although clocks are set.
     """
 
     def create(self, records: Sequence[NewSession]) -> Records:
@@ -174,8 +178,16 @@ class SessionStore(Protocol):
         """How much is stored."""
         ...
 
-    def expire(self, now: float, limit: int) -> Ids:
-        """Delete at most `limit` sessions that expired by `now` (unix seconds) and are not leased.
+    def now(self) -> float:
+        """The store's time, in seconds."""
+        ...
+
+    def unix_time(self, moment: float) -> float:
+        """A moment of the store's time in unix seconds, by the system's clock as it is now."""
+        ...
+
+    def expire(self, limit: int) -> Ids:
+        """Delete at most `limit` sessions that have expired for certain and are not leased.
 
         Returns their ids.
         """

@@ -1,6 +1,7 @@
 """The SQL of the index: sessions and their states as rows, and leases on sessions.
 
-Each function runs inside a transaction of its caller. A session's states are numbered: the one with
+Each function runs inside a transaction of its caller. now: the store's time; monotonic: the clock
+of leases (`StoreClock`). A session's states are numbered: the one with
 the greatest n is its head, the others are its checkpoints.
 """
 
@@ -16,6 +17,7 @@ from cottention.engine.errors import (
     SessionNotFoundError,
     SnapshotError,
 )
+from cottention.engine.sessions.store.clock import ClockReading
 from cottention.engine.sessions.store.protocol import Lease, NewSession, Records, SessionRecord
 
 Db = sqlite3.Connection
@@ -28,7 +30,7 @@ STATE_COLUMNS = "digest, position, nbytes, context_policy, events_nbytes"
 SESSION_COLUMNS = "seq, id, owner, created, version, metadata, expires_at, was_interrupted"
 
 IS_ALIVE = "(expires_at IS NULL OR expires_at > :now)"
-IS_FREE = "(lease_until IS NULL OR lease_until <= :now)"
+IS_FREE = "(lease_until IS NULL OR lease_until <= :monotonic)"
 IS_HELD = "id = :id AND fence = :fence AND lease_until IS NOT NULL"
 NO_LEASE = "lease_owner = NULL, lease_until = NULL, lease_version = NULL"
 
@@ -71,12 +73,15 @@ def to_record(db: Db, row: SessionRow) -> SessionRecord:
     )
 
 
-def insert_session(db: Db, new: NewSession, state: State | None, now: float) -> SessionRecord:
-    """A session of version 1 with a new state as its head, or with a blob that is stored."""
+def insert_session(db: Db, new: NewSession, state: State | None, created: int) -> SessionRecord:
+    """A session of version 1 with a new state as its head, or with a blob that is stored.
+
+    created: unix seconds, to be shown only.
+    """
     metadata = json.dumps(dict(new.metadata), ensure_ascii=False)
     cursor = db.execute(
         "INSERT INTO sessions (id, owner, created, metadata, expires_at) VALUES (?, ?, ?, ?, ?)",
-        [f"sess-{token_hex(16)}", new.owner, int(now), metadata, new.expires_at],
+        [f"sess-{token_hex(16)}", new.owner, created, metadata, new.expires_at],
     )
     states = [find_state(db, digest) for digest in new.checkpoints]
     states.append(state or find_state(db, new.head or ""))
@@ -136,49 +141,63 @@ def unreferenced(db: Db, digests: Iterable[str]) -> set[str]:
     return {digest for digest in digests if db.execute(statement, [digest]).fetchone() is None}
 
 
-def find_expired(db: Db, now: float, limit: int) -> list[tuple[int, str]]:
+def find_expired(db: Db, now: float, monotonic: float, limit: int) -> list[tuple[int, str]]:
     """`seq` and id of sessions that have expired and are not leased."""
     statement = f"SELECT seq, id FROM sessions WHERE expires_at <= :now AND {IS_FREE} LIMIT :limit"
-    return db.execute(statement, {"now": now, "limit": limit}).fetchall()
+    values = {"now": now, "monotonic": monotonic, "limit": limit}
+    return db.execute(statement, values).fetchall()
 
 
 def list_sessions(
     db: Db, owner: str, after: str | None, limit: int, now: float
 ) -> tuple[Records, bool]:
     """An owner's sessions, newest first, after `after`; whether there are more."""
-    values = {"owner": owner, "now": now, "limit": limit + 1, "created": 0, "seq": 0}
+    values = {"owner": owner, "now": now, "limit": limit + 1, "seq": 0}
     behind = ""
     if after is not None:
-        place = "SELECT created, seq FROM sessions WHERE id = ? AND owner = ?"
+        place = "SELECT seq FROM sessions WHERE id = ? AND owner = ?"
         row = db.execute(place, [after, owner]).fetchone()
         if row is None:
             raise SessionNotFoundError(f"no session {after!r}")
-        values["created"], values["seq"] = row
-        behind = "AND (created, seq) < (:created, :seq)"
+        [values["seq"]] = row
+        behind = "AND seq < :seq"
     statement = (
         f"SELECT {SESSION_COLUMNS} FROM sessions WHERE owner = :owner AND {IS_ALIVE} {behind}"
-        " ORDER BY created DESC, seq DESC LIMIT :limit"
+        " ORDER BY seq DESC LIMIT :limit"
     )
     rows = db.execute(statement, values).fetchall()
     return [to_record(db, row) for row in rows[:limit]], len(rows) > limit
 
 
-def require_free(db: Db, seq: int, now: float) -> None:
+def require_free(db: Db, seq: int, monotonic: float) -> None:
     """SessionBusyError where the session is leased."""
     statement = f"SELECT 1 FROM sessions WHERE seq = :seq AND {IS_FREE}"
-    if db.execute(statement, {"seq": seq, "now": now}).fetchone() is None:
+    if db.execute(statement, {"seq": seq, "monotonic": monotonic}).fetchone() is None:
         raise SessionBusyError("a turn has the session")
 
 
 def acquire_lease(
-    db: Db, session_id: str, owner: str | None, holder: str, until: float, now: float
+    db: Db,
+    session_id: str,
+    owner: str | None,
+    holder: str,
+    seconds: float,
+    now: float,
+    monotonic: float,
 ) -> tuple[Lease, SessionRecord]:
     """Lease a session to `holder` under the next fence, and read it.
 
     owner: SessionNotFoundError where the session is another owner's; None: whoever owns it.
     SessionBusyError: it is leased, and the lease has not run out.
     """
-    values = {"id": session_id, "owner": owner, "holder": holder, "until": until, "now": now}
+    values = {
+        "id": session_id,
+        "owner": owner,
+        "holder": holder,
+        "until": monotonic + seconds,
+        "now": now,
+        "monotonic": monotonic,
+    }
     belongs = f"id = :id AND (:owner IS NULL OR owner = :owner) AND {IS_ALIVE}"
     row = db.execute(
         "UPDATE sessions SET fence = fence + 1, lease_owner = :holder, lease_until = :until,"
@@ -211,6 +230,18 @@ def release_lease(db: Db, lease: Lease) -> None:
         f"UPDATE sessions SET {NO_LEASE} WHERE {IS_HELD}",
         {"id": lease.session_id, "fence": lease.fence},
     )
+
+
+def read_clock(db: Db) -> ClockReading | None:
+    """The last reading; None in a new index."""
+    row = db.execute("SELECT time, wall FROM clock").fetchone()
+    return row and ClockReading(*row)
+
+
+def write_clock(db: Db, reading: ClockReading) -> None:
+    """Replace the last reading."""
+    db.execute("DELETE FROM clock")
+    db.execute("INSERT INTO clock VALUES (?, ?)", reading)
 
 
 REWIND = "version = version + 1"

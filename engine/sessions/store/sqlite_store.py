@@ -8,19 +8,26 @@ to it has gone, all under the index's lock.
     <folder>/states/ab/ab…    blobs by digest: a snapshot, then its turn's event log
 """
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from cottention.engine.sessions.store import queries
 from cottention.engine.sessions.store.blobs import Blobs, Staged
+from cottention.engine.sessions.store.clock import (
+    STEP_SECONDS,
+    ClockReading,
+    StoreClock,
+    seconds_since_boot,
+)
 from cottention.engine.sessions.store.database import Database, set_damaged_aside
+from cottention.engine.sessions.store.faults import StoreFaults
 from cottention.engine.sessions.store.folder_lock import (
     TEMPORARY,
     lock_folder,
-    raise_store_full,
     raise_unusable_folder,
 )
 from cottention.engine.sessions.store.protocol import (
@@ -36,6 +43,9 @@ from cottention.engine.sessions.store.recovery import recover
 
 INDEX, STATES = "index.sqlite", "states"
 
+SECONDS_BETWEEN_SAVES = 300.0
+"""Of the time, for the next start, while the system's clock is not set."""
+
 Digests = list[str]
 
 
@@ -43,14 +53,21 @@ class SqliteStore(SessionStore):
     """See SessionStore. Durable: a kill or a loss of power loses nothing that was returned."""
 
     def __init__(
-        self, folder: Path, *, durable: bool = True, clock: Callable[[], float] = time.time
+        self,
+        folder: Path,
+        *,
+        durable: bool = True,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = seconds_since_boot,
     ) -> None:
-        """clock: unix seconds. Without `durable` the sessions survive a kill, but neither a loss
-        of power nor another server that removes the folders of dead processes.
+        """clock: unix seconds. monotonic: seconds from any origin. Without `durable` the sessions
+        survive a kill, but neither a loss of power nor another server that removes the folders of
+        dead processes.
 
         ConfigurationError: the folder cannot be used, or another process uses it.
         """
-        self._clock = clock
+        self._wall = clock
+        self._faults = StoreFaults()
         self._holder = uuid4().hex
         self._lock = lock_folder(folder, "" if durable else TEMPORARY)
         with ExitStack() as stack:
@@ -61,11 +78,15 @@ class SqliteStore(SessionStore):
                 stack.callback(self._index.close)
                 self._blobs = Blobs(folder / STATES, durable=durable)
                 recover(self._index, self._blobs)
+                last = self._index.read(queries.read_clock)
+                self._clock = StoreClock(last, clock, monotonic)
             stack.pop_all()  # opened without an error: `close` does it
+        self._saved: ClockReading | None = None
+        self._save_clock()
 
     def create(self, records: Sequence[NewSession]) -> Records:
-        now = self._clock()
-        with raise_store_full(), ExitStack() as stack:
+        created = int(self._wall())
+        with self._faults.writing(), ExitStack() as stack:
             staged = [
                 None
                 if new.snapshot is None
@@ -81,7 +102,7 @@ class SqliteStore(SessionStore):
             pairs = [*zip(records, new_states, strict=True)]
             with self._adopted([blob for blob in staged if blob]):
                 return self._index.write(
-                    lambda db: [queries.insert_session(db, *pair, now) for pair in pairs]
+                    lambda db: [queries.insert_session(db, *pair, created) for pair in pairs]
                 )
 
     def begin(self, owner: str, session_id: str, ttl_seconds: float) -> tuple[Lease, SessionRecord]:
@@ -105,25 +126,27 @@ class SqliteStore(SessionStore):
         return lease
 
     def renew(self, lease: Lease, ttl_seconds: float) -> None:
-        until = self._clock() + ttl_seconds
-        with raise_store_full():
+        until = self._clock.monotonic() + ttl_seconds
+        with self._faults.writing():
             self._index.write_relaxed(lambda db: queries.renew_lease(db, lease, until))
 
     def release(self, lease: Lease) -> None:
-        with raise_store_full():
+        with self._faults.writing():
             self._index.write_relaxed(lambda db: queries.release_lease(db, lease))
 
     def head(self, session_id: str) -> int:
         return self.record(session_id).version
 
     def record(self, session_id: str) -> SessionRecord:
-        now = self._clock()
-        return self._index.read(
-            lambda db: queries.read_session(db, queries.session_key(db, session_id, now))
-        )
+        now = self._clock.now()
+        with self._faults.reading():
+            return self._index.read(
+                lambda db: queries.read_session(db, queries.session_key(db, session_id, now))
+            )
 
     def get(self, digest: str) -> bytes:
-        return self._blobs.read(digest)
+        with self._faults.reading():
+            return self._blobs.read(digest)
 
     def put(
         self,
@@ -144,72 +167,105 @@ class SqliteStore(SessionStore):
             dropped = queries.pop_state(db, row[0])
             return queries.to_record(db, row), dropped
 
-        with raise_store_full(), self._index.lock:
+        with self._faults.writing(), self._index.lock:
             record, dropped = self._index.write(change)
             self._remove_unreferenced(dropped)
         return record
 
     def delete(self, session_id: str) -> None:
-        now = self._clock()
+        now, monotonic = self._clock.now(), self._clock.monotonic()
 
         def change(db: queries.Db) -> Digests:
             seq = queries.session_key(db, session_id, now)
-            queries.require_free(db, seq, now)
+            queries.require_free(db, seq, monotonic)
             return queries.delete_session(db, seq)
 
-        with raise_store_full(), self._index.lock:
+        with self._faults.writing(), self._index.lock:
             self._remove_unreferenced(self._index.write(change))
 
     def list(self, owner: str, after: str | None, limit: int) -> tuple[Records, bool]:
-        now = self._clock()
-        return self._index.read(lambda db: queries.list_sessions(db, owner, after, limit, now))
+        now = self._clock.now()
+        with self._faults.reading():
+            return self._index.read(lambda db: queries.list_sessions(db, owner, after, limit, now))
 
     def counts(self) -> StoreCounts:
-        [num_sessions] = self._index.read(
-            lambda db: db.execute("SELECT count(*) FROM sessions").fetchone()
-        )
+        with self._faults.reading():
+            [num_sessions] = self._index.read(
+                lambda db: db.execute("SELECT count(*) FROM sessions").fetchone()
+            )
         return StoreCounts(num_sessions, self._blobs.num_bytes)
 
-    def expire(self, now: float, limit: int) -> Ids:
-        """In one transaction: turns wait for it, so `limit` should be small."""
+    def now(self) -> float:
+        return self._clock.now()
+
+    def unix_time(self, moment: float) -> float:
+        return self._clock.unix_time(moment)
+
+    def expire(self, limit: int) -> Ids:
+        """In one transaction: turns wait for it, so `limit` should be small.
+
+        Also saves the time for the next start, now and then and when the system's clock was set.
+        """
+        self._save_clock_if_due()
+        now, monotonic = self._clock.earliest(), self._clock.monotonic()
 
         def change(db: queries.Db) -> tuple[Ids, Digests]:
-            found = queries.find_expired(db, now, limit)
+            found = queries.find_expired(db, now, monotonic, limit)
             dropped = [digest for seq, _ in found for digest in queries.delete_session(db, seq)]
             return [session_id for _, session_id in found], dropped
 
-        with raise_store_full(), self._index.lock:
-            if not self._index.read(lambda db: queries.find_expired(db, now, 1)):
+        with self._faults.writing(), self._index.lock:
+            if not self._index.read(lambda db: queries.find_expired(db, now, monotonic, 1)):
                 return []  # the usual case, without a write
             expired, dropped = self._index.write(change)
             self._remove_unreferenced(dropped)
         return expired
 
     def free_reserve(self) -> None:
-        with raise_store_full():
+        with self._faults.writing():
             self._index.free_reserve()
 
     def close(self) -> None:
         """Nothing happens the second time."""
-        self._index.close()
-        self._lock.release()
+        try:
+            self._save_clock()
+            self._index.close()
+        finally:
+            self._lock.release()
 
     def _acquire(
         self, session_id: str, owner: str | None, ttl_seconds: float
     ) -> tuple[Lease, SessionRecord]:
-        now = self._clock()
-        until = now + ttl_seconds
-        with raise_store_full():
+        now, monotonic = self._clock.now(), self._clock.monotonic()
+        with self._faults.writing():
             return self._index.write_relaxed(
-                lambda db: queries.acquire_lease(db, session_id, owner, self._holder, until, now)
+                lambda db: queries.acquire_lease(
+                    db, session_id, owner, self._holder, ttl_seconds, now, monotonic
+                )
             )
+
+    def _save_clock_if_due(self) -> None:
+        saved, reading = self._saved, self._clock.reading()
+        if (
+            saved is None
+            or reading.time - saved.time >= SECONDS_BETWEEN_SAVES
+            or abs((reading.wall - saved.wall) - (reading.time - saved.time)) > STEP_SECONDS
+        ):
+            self._save_clock()
+
+    def _save_clock(self) -> None:
+        """Where it cannot be saved the next start takes an older reading."""
+        reading = self._clock.reading()
+        with suppress(sqlite3.Error, OSError):
+            self._index.write_relaxed(lambda db: queries.write_clock(db, reading))
+            self._saved = reading
 
     @contextmanager
     def _staged_state(
         self, snapshot: bytes, events: bytes, position: int, context_policy: str
     ) -> Iterator[tuple[Staged, queries.State]]:
         """A new blob that is safe on the disk, and the row that refers to it."""
-        with raise_store_full(), self._blobs.staged(snapshot, events) as blob:
+        with self._faults.writing(), self._blobs.staged(snapshot, events) as blob:
             yield blob, (blob.digest, position, blob.nbytes, context_policy, len(events))
 
     def _push(
@@ -248,7 +304,9 @@ class SqliteStore(SessionStore):
                 raise
 
     def _remove_unreferenced(self, digests: Iterable[str]) -> None:
+        """Nothing is removed where the index cannot say which; the next start does it."""
         if self._index.is_uncertain:
             return
-        for digest in self._index.read(lambda db: queries.unreferenced(db, digests)):
-            self._blobs.remove(digest)
+        with suppress(sqlite3.Error, OSError):
+            for digest in self._index.read(lambda db: queries.unreferenced(db, digests)):
+                self._blobs.remove(digest)

@@ -317,7 +317,7 @@ def test_what_is_past_its_time_is_deleted_in_portions(
 def test_the_lease_of_a_turn_that_runs_lasts_on(tmp_path: Path, attention: str) -> None:
     """A turn may take longer than a lease, as long as the process tends its sessions."""
     now = [1000.0]
-    store = SqliteStore(tmp_path / "sessions", durable=False, clock=lambda: now[0])
+    store = SqliteStore(tmp_path / "sessions", durable=False, monotonic=lambda: now[0])
     kept = SmallSessions(store, attention, memory_bytes=0)
     tended, forgotten = (kept.open("a", kept.state(1), {}, None).id for _ in range(2))
     begun = kept.begin("a", tended)

@@ -15,7 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from cottention.engine.errors import ConfigurationError, SnapshotError, StoreFullError
+from cottention.engine.errors import (
+    ConfigurationError,
+    SnapshotError,
+    StoreFullError,
+    StoreUnavailableError,
+)
 from cottention.engine.sessions.store import NewSession, SessionRecord, SqliteStore
 from cottention.engine.sessions.store.database import VERSION
 from tests.engine.store_process import content, events
@@ -335,10 +340,18 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    ("code", "stays"), [(sqlite3.SQLITE_FULL, False), (sqlite3.SQLITE_IOERR_FSYNC, True)]
+    ("code", "error", "stays"),
+    [
+        (sqlite3.SQLITE_FULL, StoreFullError, False),
+        (sqlite3.SQLITE_IOERR_FSYNC, StoreUnavailableError, True),
+    ],
 )
 def test_a_commit_that_fails_keeps_the_old_head(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, stays: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    error: type[StoreUnavailableError],
+    stays: bool,
 ) -> None:
     """After a failed fsync a restart may still find the commit done: its file must be there."""
     store = SqliteStore(tmp_path)
@@ -346,8 +359,9 @@ def test_a_commit_that_fails_keeps_the_old_head(
     lease = store.acquire(record.id, 60)
     with monkeypatch.context() as patch:
         patch.setattr(store._index, "_db", Failing(store._index._db, code))
-        with pytest.raises(StoreFullError):
+        with pytest.raises(error) as caught:
             store.put(lease, 1, b"new", 2, 0)
+        assert type(caught.value) is error
         assert store.record(record.id) == record
     assert blob(tmp_path, sha256(b"new").hexdigest()).exists() == stays
     assert store.get(record.head) == b"old"
