@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 from typing import Any, NoReturn
 
 from cottention.engine.settings.declaration import Setting, settings_of
@@ -11,6 +12,7 @@ from cottention.engine.settings.sources import (
     Resolved,
     variable_of,
 )
+from cottention.engine.standard_streams import write_notice, write_output
 
 EXIT_USAGE = 2
 
@@ -26,6 +28,13 @@ class OneLineParser(argparse.ArgumentParser):
         near = difflib.get_close_matches(unknown[0], flags, 1) if unknown else []
         hint = f"did you mean {near[0]}? " if near else ""
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; {hint}see {self.prog} --help\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse's, which hides that help could not be written. Raises OutputError."""
+        if file is sys.stdout:
+            write_output(message)
+        else:
+            write_notice(message, file or sys.stderr)
 
 
 def add_config_flag(parser: argparse.ArgumentParser, prefix: str = VARIABLE_PREFIX) -> None:

@@ -23,47 +23,28 @@ def run() -> NoReturn:
 
     protect_standard_streams()
     try:
-        status = main() or _flush_output()
+        status = main()
     except SystemExit as stop:  # of argparse, or by a signal
         status = stop.code if isinstance(stop.code, int) else 0
-        status = status or _flush_output()
-    os._exit(status)
+    os._exit(status)  # all output has been flushed where it was written
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Every error is one line on standard error."""
     from cottention.engine.errors import ConfigurationError, CottentionError
     from cottention.engine.settings.command_line import EXIT_USAGE
-    from cottention.engine.standard_streams import ReaderGoneError
+    from cottention.engine.standard_streams import ReaderGoneError, write_notice
     from cottention.server.cli.parser import COMMANDS, parse
 
-    given = parse(arguments)
+    program = "cottention"
     try:
+        given = parse(arguments)
+        program += f" {given.command}"
         return COMMANDS[given.command].run(given)
     except ReaderGoneError:
         return EXIT_READER_GONE
     except CottentionError as error:
-        _report(f"cottention {given.command}", error)
+        write_notice(f"{program}: {' '.join(str(error).split())}\n", sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigurationError) else EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-
-
-def _flush_output() -> int:
-    """Write what argparse printed; the exit status."""
-    from cottention.engine.standard_streams import OutputError, ReaderGoneError, write_output
-
-    try:
-        write_output("")
-    except ReaderGoneError:
-        return EXIT_READER_GONE
-    except OutputError as error:
-        _report("cottention", error)
-        return EXIT_FAILURE
-    return 0
-
-
-def _report(program: str, error: Exception) -> None:
-    from cottention.engine.standard_streams import write_notice
-
-    write_notice(f"{program}: {' '.join(str(error).split())}\n", sys.stderr)
