@@ -24,9 +24,10 @@ MAX_READING_SECONDS = 0.1
 
 
 class ClockReading(NamedTuple):
-    """A moment by the store's time and by the system's clock, both in unix seconds.
+    """A moment by the store's time, and the least that the system's clock says after it.
 
-    They are the same at first and differ by what the system's clock was set since.
+    In unix seconds. They are the same at first. They differ by what the system's clock was set
+    forward while a process ran; where it was set back, that may be undone.
     """
 
     time: float
@@ -90,7 +91,9 @@ class StoreClock:
     def reading(self) -> ClockReading:
         """What the next process's clock begins with. It counts a doubtful downtime again."""
         now, wall, downtime = self._read()
-        return ClockReading(now - downtime, wall - downtime)
+        time = now - downtime
+        never_set_back = self._last.wall + (time - self._last.time)
+        return ClockReading(time, max(never_set_back, wall - downtime))
 
     def _read(self) -> tuple[float, float, float]:
         """The store's time, the system's clock, and the downtime if it is doubtful, else 0."""
