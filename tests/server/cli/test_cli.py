@@ -266,6 +266,7 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(gptj_folder, tmp_path / "tiny")
     variables = os.environ | {"COTTENTION_PORT": "0", "COTTENTION_MODEL": str(folder)}
     variables["COTTENTION_MAX_SLOT"] = "5"
+    variables["TMPDIR"] = str(tmp_path)  # else it may log that it removes what others left behind
     with subprocess.Popen(
         [sys.executable, "-m", "cottention.server", "serve", "--max-slots", "4"],
         cwd=ROOT,

@@ -268,6 +268,7 @@ def test_a_template_may_reject_marks(tokenizer: Tokenizer, tmp_path: Path) -> No
 
 def test_without_control_tokens_nothing_is_followed(tmp_path: Path) -> None:
     backend = Backend(models.BPE({"a": 0}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.save(str(tmp_path / "tokenizer.json"))
     assert ControlTokens.of(Tokenizer.from_folder(tmp_path), "a") is None
