@@ -7,6 +7,7 @@ invisible to others.
 import hashlib
 import hmac
 import json
+import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cottention.engine.errors import ConfigurationError
+from cottention.engine.errors import ConfigurationError, ModelFolderError
+from cottention.engine.text.files import read_text
 from cottention.server.config import ServerConfig
 from cottention.server.http.body import parse_object
 from cottention.server.http.errors import ApiError
@@ -122,17 +124,19 @@ def _is_sendable(key: str) -> bool:
 
 
 def _read_text(path: str) -> str:
+    if not os.path.lexists(path):
+        raise ConfigurationError(f"--api-key-file {path} does not exist")
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"--api-key-file {path} cannot be read: {error}") from None
+        return read_text(Path(path))
+    except ModelFolderError as error:
+        raise ConfigurationError(f"--api-key-file: {error}") from None
 
 
 def _parse_lines(text: str, limits: KeyLimits, _source: str) -> Iterator[ApiKey]:
-    """One key per line; lines that start with # are comments."""
-    for line in text.splitlines():
-        if line.strip() and not line.startswith("#"):
-            yield ApiKey(line.strip(), "", limits)
+    """One key per line; lines whose first character but for spaces is # are comments."""
+    for line in map(str.strip, text.splitlines()):
+        if line and not line.startswith("#"):
+            yield ApiKey(line, "", limits)
 
 
 def _parse_json(text: str, limits: KeyLimits, source: str) -> Iterator[ApiKey]:
