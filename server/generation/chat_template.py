@@ -133,7 +133,8 @@ def find_template(choice: str | None, folder: Path) -> ChatTemplate | UnusableTe
     """The chosen template, else the model folder's own, else None.
 
     choice: the name of a template in the folder or of a built-in one, or a file.
-    A template that is damaged is logged; JSON that is damaged is reported by the engine. Raises ConfigurationError for a choice that is nothing.
+    A template that is damaged is logged; JSON that is damaged is reported by the engine.
+    Raises ConfigurationError for a choice that is nothing.
     """
     config = read_side_json(folder / "tokenizer_config.json", ignore)  # the engine reports it
     where = str(folder)

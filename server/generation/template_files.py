@@ -117,13 +117,13 @@ def special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     Damage is not reported here: the engine reports it as it reads the same files.
     """
     named = named_tokens(folder, config, ignore)
-    found = {
+    found: dict[str, str | None] = {
         name: None if token is None else token.content
         for name, token in named.items()
         if token is None or token.content != name  # those of lists have no name of their own
     }
     if _is_gpt_2(folder, config):
-        found = dict.fromkeys(GPT_2_NAMES, GPT_2_TOKEN) | found
+        found = {**dict.fromkeys(GPT_2_NAMES, GPT_2_TOKEN), **found}
     return {name: text for name, text in found.items() if text is not None}
 
 
