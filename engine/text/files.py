@@ -50,13 +50,13 @@ def read_text(path: Path, kind: str = "text") -> str:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ModelFolderError(f"{path} cannot be read as {kind}: {reason}") from None
-    fault = _not_utf8(raw)
+    fault = not_utf8(raw)
     if fault is not None:
         raise ModelFolderError(f"{path} cannot be read as {kind}: {fault}; save it as UTF-8")
     return raw.decode("utf-8-sig")
 
 
-def _not_utf8(raw: bytes) -> str | None:
+def not_utf8(raw: bytes) -> str | None:
     """Why bytes are no text in UTF-8; None where they are."""
     for mark, name in _WIDE_MARKS:
         if raw.startswith(mark):

@@ -7,7 +7,6 @@ invisible to others.
 import hashlib
 import hmac
 import json
-import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from cottention.engine.errors import ConfigurationError, ModelFolderError
-from cottention.engine.text.files import read_text
+from cottention.engine.errors import ConfigurationError
+from cottention.engine.text.files import not_utf8
 from cottention.server.config import ServerConfig
 from cottention.server.http.body import parse_object
 from cottention.server.http.errors import ApiError
@@ -124,12 +123,15 @@ def _is_sendable(key: str) -> bool:
 
 
 def _read_text(path: str) -> str:
-    if not os.path.lexists(path):
-        raise ConfigurationError(f"--api-key-file {path} does not exist")
     try:
-        return read_text(Path(path))
-    except ModelFolderError as error:
-        raise ConfigurationError(f"--api-key-file: {error}") from None
+        raw = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"--api-key-file {path} cannot be read: {error}") from None
+    fault = not_utf8(raw)
+    if fault is not None:
+        message = f"--api-key-file {path} cannot be read: {fault}; save it as UTF-8"
+        raise ConfigurationError(message)
+    return raw.decode("utf-8-sig")
 
 
 def _parse_lines(text: str, limits: KeyLimits, _source: str) -> Iterator[ApiKey]:

@@ -99,7 +99,7 @@ def test_a_file_of_keys_as_editors_save_it(
         ("one".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
         ("one".encode("utf-16-le"), "it has zero bytes, as UTF-16 has"),
         (b"on\xe9", "it is not UTF-8 at byte 2"),
-        (None, "does not exist"),
+        (None, "No such file"),
     ],
 )
 def test_a_file_of_keys_that_cannot_be_read_is_one_line(
@@ -110,8 +110,7 @@ def test_a_file_of_keys_that_cannot_be_read_is_one_line(
         path.write_bytes(content)
     with pytest.raises(ConfigurationError, match=says) as caught:
         load_api_keys(ServerConfig(api_key_file=str(path)))
-    assert str(caught.value).startswith("--api-key-file")
-    assert str(path) in str(caught.value)
+    assert str(caught.value).startswith(f"--api-key-file {path} cannot be read: ")
     assert "\n" not in str(caught.value)
 
 
