@@ -33,6 +33,8 @@ WITHOUT_TORCH = [
     "settings",
     "state.spec",
     "text.detokenizer",
+    "text.files",
+    "text.special_tokens",
 ]
 """Modules of the engine that load no torch."""
 

@@ -8,7 +8,7 @@ from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import AnyFamily
 from cottention.engine.models.gptj.family import GPTJ
 from cottention.engine.settings.declaration import shown
-from cottention.engine.text.files import read_json
+from cottention.engine.text.files import Report, read_json, warn
 
 FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in (GPTJ,)}
 
@@ -36,7 +36,7 @@ def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     return config
 
 
-def read_config(folder: Path) -> ModelConfig:
+def read_config(folder: Path, report: Report = warn) -> ModelConfig:
     """Read and check `folder`/config.json. Raises ModelFolderError."""
     path = folder / "config.json"
-    return parse_config(read_json(path), str(path))
+    return parse_config(read_json(path, report), str(path))

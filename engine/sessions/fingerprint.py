@@ -13,6 +13,7 @@ from typing import Self
 from cottention.engine.models.checkpoint import weight_files
 from cottention.engine.models.registry import read_config
 from cottention.engine.state.spec import StateSpec
+from cottention.engine.text.files import ignore
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
@@ -37,7 +38,7 @@ class Fingerprint:
         return cls(
             weights=_sha256(weight_files(folder)),
             tokenizer=_sha256(path for path in tokenizer if path.is_file()),
-            config=read_config(folder).arithmetic(),
+            config=read_config(folder, ignore).arithmetic(),
             layout=_layout(spec, dtype),
         )
 

@@ -1,19 +1,33 @@
 """Text and JSON files as people save them: UTF-8 with or without a byte order mark.
 
-Everything here raises ModelFolderError in one line that names the file and what is wrong with it.
-Loads neither torch nor tokenizers.
+Errors are ModelFolderError, in one line that names the file and what is wrong with it. What can be
+served all the same is given to a `Report`. Loads neither torch nor tokenizers.
 """
 
 import codecs
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cottention.engine.errors import ModelFolderError
 
 _log = logging.getLogger(__name__)
+
+Report = Callable[[str], None]
+"""Takes one line about a file that is damaged, or that contradicts itself."""
+
+
+def warn(message: str) -> None:
+    """Log a warning."""
+    _log.warning("%s", message)
+
+
+def ignore(message: str) -> None:
+    """Do nothing: for a file that is read a second time, and was or will be reported by another."""
+
 
 _WIDE_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
@@ -36,13 +50,13 @@ def read_text(path: Path, kind: str = "text") -> str:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise ModelFolderError(f"{path} cannot be read as {kind}: {reason}") from None
-    fault = _not_utf8(raw)
+    fault = not_utf8(raw)
     if fault is not None:
         raise ModelFolderError(f"{path} cannot be read as {kind}: {fault}; save it as UTF-8")
     return raw.decode("utf-8-sig")
 
 
-def _not_utf8(raw: bytes) -> str | None:
+def not_utf8(raw: bytes) -> str | None:
     """Why bytes are no text in UTF-8; None where they are."""
     for mark, name in _WIDE_MARKS:
         if raw.startswith(mark):
@@ -56,15 +70,15 @@ def _not_utf8(raw: bytes) -> str | None:
     return None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. A key that is there twice has its last value, with a warning."""
-    content = parse_json(read_text(path, "JSON"), path)
+def read_json(path: Path, report: Report = warn) -> dict[str, Any]:
+    """The object in a JSON file. A key that is there twice has its last value, and is reported."""
+    content = parse_json(read_text(path, "JSON"), path, report)
     if not isinstance(content, dict):
         raise ModelFolderError(f"{path} must hold a JSON object")
     return content
 
 
-def parse_json(text: str, path: Path) -> Any:
+def parse_json(text: str, path: Path, report: Report = warn) -> Any:
     """The value of a JSON text that was read from `path`."""
     repeated: dict[str, None] = {}
 
@@ -81,25 +95,22 @@ def parse_json(text: str, path: Path) -> Any:
         what = str(error) or type(error).__name__
         raise ModelFolderError(f"{path} cannot be read as JSON: {what}") from None
     if repeated:
-        _log.warning(
-            "%s has keys more than once, of which the last counts: %s",
-            path,
-            ", ".join(map(repr, list(repeated)[:8])),
-        )
+        names = ", ".join(map(repr, list(repeated)[:8]))
+        report(f"{path} has keys more than once, of which the last counts: {names}")
     return content
 
 
-def read_optional_json(path: Path) -> dict[str, Any]:
+def read_optional_json(path: Path, report: Report = warn) -> dict[str, Any]:
     """The object in a file that a model can do without: empty where it is absent."""
-    return read_json(path) if os.path.lexists(path) else {}
+    return read_json(path, report) if os.path.lexists(path) else {}
 
 
-def read_side_json(path: Path) -> dict[str, Any]:
-    """As `read_optional_json`; where the file is damaged, a warning says so and it is empty."""
+def read_side_json(path: Path, report: Report = warn) -> dict[str, Any]:
+    """As `read_optional_json`; a file that is damaged is reported, and empty."""
     try:
-        return read_optional_json(path)
+        return read_optional_json(path, report)
     except ModelFolderError as error:
-        _log.warning("%s; the model is served without this file", error)
+        report(f"{error}; the model is served without this file")
         return {}
 
 

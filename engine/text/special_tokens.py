@@ -1,8 +1,8 @@
 """Which tokens a model folder adds to its vocabulary, and which of them are special.
 
 `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` are read as transformers
-reads them: where tokenizer_config.json lists `added_tokens_decoder`, the names in it come before
-those of special_tokens_map.json, else after them.
+reads them: the names of special_tokens_map.json come before those of tokenizer_config.json, and do
+not count where that lists `added_tokens_decoder`.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.text.files import read_optional_json, read_side_json
+from cottention.engine.text.files import Report, read_optional_json, read_side_json, warn
 
 _log = logging.getLogger(__name__)
 
@@ -57,13 +57,10 @@ def read_token_facts(folder: Path, *, is_needed: bool) -> TokenFacts:
     is_needed: whether ids depend on them, because there is no tokenizer.json.
     """
     read = read_optional_json if is_needed else read_side_json
-    config_path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    config_path = folder / "tokenizer_config.json"
     config = read(config_path)
-    roles = dict(_named(config, config_path, is_needed=is_needed))
-    more = dict(_named(read_side_json(map_path), map_path, is_needed=False))
-    has_decoder = isinstance(config.get("added_tokens_decoder"), dict)
-    named = more | roles if has_decoder else roles | more
-    named = dict(sorted(named.items(), key=lambda item: _rank(item[0])))
+    by_role = named_tokens(folder, config, is_needed=is_needed)
+    named = {role: token for role, token in by_role.items() if token is not None}
     added = _decoder(config, config_path)
     listed = {each.token.content for each in added}
     specials = {token.content for token in named.values()}
@@ -72,6 +69,22 @@ def read_token_facts(folder: Path, *, is_needed: bool) -> TokenFacts:
         if token.token.content not in listed:
             added.append(token)
     return TokenFacts(sorted(added, key=lambda each: each.token_id), named)
+
+
+def named_tokens(
+    folder: Path, config: Mapping[str, Any], report: Report = warn, *, is_needed: bool = False
+) -> dict[str, AddedToken | None]:
+    """The special tokens by role or text; None where a file says that there is none for a role.
+
+    config: the folder's tokenizer_config.json; is_needed: raise ModelFolderError for what is no
+    token in it. Other damage is reported.
+    """
+    config_path, map_path = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    roles = dict(_named(config, config_path, report, is_needed=is_needed))
+    more = dict(_named(read_side_json(map_path, report), map_path, report, is_needed=False))
+    has_decoder = isinstance(config.get("added_tokens_decoder"), dict)
+    named = roles if has_decoder else roles | more
+    return dict(sorted(named.items(), key=lambda item: _rank(item[0])))
 
 
 def _rank(role: str) -> int:
@@ -83,13 +96,16 @@ def _rank(role: str) -> int:
 
 
 def _named(
-    raw: Mapping[str, Any], path: Path, *, is_needed: bool
-) -> Iterator[tuple[str, AddedToken]]:
-    """The special tokens that a file names, by role or text."""
+    raw: Mapping[str, Any], path: Path, report: Report, *, is_needed: bool
+) -> Iterator[tuple[str, AddedToken | None]]:
+    """The special tokens that a file names, by role or text; None for a role that is null."""
     for role, value in raw.items():
         if role in _LISTS and value is not None:
-            yield from _listed(value, role, path)
-        elif role.endswith("_token") and value is not None:
+            yield from _listed(value, role, path, report)
+        elif role.endswith("_token"):
+            if value is None:
+                yield role, None
+                continue
             if isinstance(value, bool):  # add_bos_token and add_eos_token are switches
                 continue
             token = _token(value, is_special=True)
@@ -97,12 +113,12 @@ def _named(
                 message = f"{path} cannot be read: {role} must be a token, it is {value!r}"
                 if is_needed:
                     raise ModelFolderError(message)
-                _log.warning("%s; it is ignored", message)
+                report(f"{message}; it is ignored")
             else:
                 yield role, token
 
 
-def _listed(value: Any, role: str, path: Path) -> Iterator[tuple[str, AddedToken]]:
+def _listed(value: Any, role: str, path: Path, report: Report) -> Iterator[tuple[str, AddedToken]]:
     """The tokens of a list, or of a table by role."""
     items = list(value.items()) if isinstance(value, dict) else None
     if items is None:
@@ -110,7 +126,7 @@ def _listed(value: Any, role: str, path: Path) -> Iterator[tuple[str, AddedToken
     for name, each in items:
         token = _token(each, is_special=True)
         if token is None:
-            _log.warning("%s: %s has %r, which is no token; it is ignored", path, role, each)
+            report(f"{path}: {role} has {each!r}, which is no token; it is ignored")
         else:
             yield name or token.content, token
 

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template
 
-from cottention.engine.errors import ConfigurationError
+from cottention.engine.errors import ConfigurationError, ModelFolderError
+from cottention.engine.text.files import ignore, read_side_json
 from cottention.server.generation.control_tokens import (
     ControlTokens,
     Message,
@@ -29,13 +30,7 @@ from cottention.server.generation.control_tokens import (
     track,
 )
 from cottention.server.generation.template_environment import compile_template, literals_of
-from cottention.server.generation.template_files import (
-    DamagedFileError,
-    choose_source,
-    one_line,
-    read_json,
-    special_tokens,
-)
+from cottention.server.generation.template_files import choose_source, special_tokens
 
 if TYPE_CHECKING:
     from cottention.engine.text.tokenizer import Tokenizer
@@ -138,9 +133,10 @@ def find_template(choice: str | None, folder: Path) -> ChatTemplate | UnusableTe
     """The chosen template, else the model folder's own, else None.
 
     choice: the name of a template in the folder or of a built-in one, or a file.
-    A file that is damaged is logged. Raises ConfigurationError for a choice that is nothing.
+    A template that is damaged is logged; JSON that is damaged is reported by the engine.
+    Raises ConfigurationError for a choice that is nothing.
     """
-    config = read_json(folder / "tokenizer_config.json")
+    config = read_side_json(folder / "tokenizer_config.json", ignore)  # the engine reports it
     where = str(folder)
     try:
         source, stop, where = choose_source(choice, folder, config)
@@ -152,14 +148,19 @@ def find_template(choice: str | None, folder: Path) -> ChatTemplate | UnusableTe
         )
     except ConfigurationError:
         raise
-    except DamagedFileError as error:
+    except ModelFolderError as error:
         reason = str(error)
     except Exception as error:  # Jinja and Python's compiler raise many kinds
-        reason = f"{where} is not a valid template: {one_line(error)}"
+        reason = f"{where} is not a valid template: {_one_line(error)}"
     else:
         return replace(template, opening=_opening(template))
     logger.warning("chats are refused: %s", reason)
     return UnusableTemplate(reason)
+
+
+def _one_line(error: Exception) -> str:
+    """An error's message without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _opening(template: ChatTemplate) -> str:

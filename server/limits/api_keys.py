@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cottention.engine.errors import ConfigurationError
+from cottention.engine.text.files import not_utf8
 from cottention.server.config import ServerConfig
 from cottention.server.http.body import parse_object
 from cottention.server.http.errors import ApiError
@@ -123,16 +124,21 @@ def _is_sendable(key: str) -> bool:
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        raw = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"--api-key-file {path} cannot be read: {error}") from None
+    fault = not_utf8(raw)
+    if fault is not None:
+        message = f"--api-key-file {path} cannot be read: {fault}; save it as UTF-8"
+        raise ConfigurationError(message)
+    return raw.decode("utf-8-sig")
 
 
 def _parse_lines(text: str, limits: KeyLimits, _source: str) -> Iterator[ApiKey]:
-    """One key per line; lines that start with # are comments."""
-    for line in text.splitlines():
-        if line.strip() and not line.startswith("#"):
-            yield ApiKey(line.strip(), "", limits)
+    """One key per line; lines whose first character but for spaces is # are comments."""
+    for line in map(str.strip, text.splitlines()):
+        if line and not line.startswith("#"):
+            yield ApiKey(line, "", limits)
 
 
 def _parse_json(text: str, limits: KeyLimits, source: str) -> Iterator[ApiKey]:

@@ -56,6 +56,14 @@ def files_of(size: int) -> dict[str, dict[str, Any]]:
             "tokenizer_config": GENERIC | {"eos_token": "<|x|>"},
             "special_tokens_map": {"eos_token": "<|y|>"},
         },
+        "a list of added tokens against a map": {
+            "tokenizer_config": GENERIC | {"added_tokens_decoder": both},
+            "special_tokens_map": {"eos_token": "<|x|>", "pad_token": "<|y|>"},
+        },
+        "a map that takes a name away": {
+            "tokenizer_config": GENERIC | {"eos_token": "<|x|>"},
+            "special_tokens_map": {"eos_token": None},
+        },
         "a list of added tokens": {
             "tokenizer_config": GENERIC | {"eos_token": "<|x|>", "added_tokens_decoder": both},
         },

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cottention.engine.errors import ConfigurationError
+from cottention.engine.text.tokenizer import Tokenizer
 from cottention.server.cli import main as cli
 from cottention.server.generation import chat_template as templates
 from cottention.server.generation.chat_template import (
@@ -155,13 +157,65 @@ def test_a_damaged_template_stops_chats_alone(
     assert usable("plain", tmp_path).stop
 
 
-def test_a_damaged_configuration_is_logged(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b'{"chat_template": ', b"[]", "{}".encode("utf-16"), b'{"a": "\xe9"}', b"[" * 100_000),
+        *(b'{"a": 1, "a": 2}', b'{"eos_token": 5}', b'{"extra_special_tokens": [7]}'),
+    ],
+)
+def test_a_damaged_file_that_two_sides_read_is_one_line(
+    file: str,
+    content: bytes,
+    gptj_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ')
-    assert find_template(None, tmp_path) is None
-    (record,) = caplog.records
-    assert str(tmp_path / "tokenizer_config.json") in record.getMessage()
+    """The engine and the chat template read it; without this, users would see each fault twice."""
+    model = tmp_path / "model"
+    shutil.copytree(gptj_folder, model)
+    (model / file).write_bytes(content)
+    assert find_template(None, model) is None
+    Tokenizer.from_folder(model)
+    (message,) = caplog.messages
+    assert str(model / file) in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("é".encode("latin-1"), "it is not UTF-8 at byte 0"),
+        ("x".encode("utf-16"), "it is UTF-16"),
+        ("x".encode("utf-16-le"), "it has zero bytes"),
+        (None, "is a link to a file that does not exist"),
+    ],
+)
+def test_a_template_file_that_is_no_text_says_why(
+    content: bytes | None, says: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "chat_template.jinja"
+    if content is None:
+        path.symlink_to(tmp_path / "nowhere")
+    else:
+        path.write_bytes(content)
+    template = find_template(None, tmp_path)
+    assert isinstance(template, UnusableTemplate)
+    (message,) = caplog.messages
+    assert str(path) in message
+    assert says in message
+    assert "\n" not in message
+    if content is not None:
+        with pytest.raises(ConfigurationError, match=f"--chat-template: {path} .*{says}"):
+            find_template(str(path), tmp_path / "other")
+
+
+def test_tokens_of_a_list_are_no_variables(tmp_path: Path) -> None:
+    """A token that is spelt `tools` must not look like a tool to the template."""
+    extra = {"additional_special_tokens": ["tools", "<x>"], "bos_token": "<s>"}
+    template = found("{{ bos_token }}{{ tools is none }}", tmp_path, **extra)
+    assert template.render(MESSAGES, {}) == "<s>True"
 
 
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])

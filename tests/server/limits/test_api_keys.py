@@ -69,6 +69,51 @@ def test_keys_that_cannot_be_sent_are_refused_at_the_start(config: Any) -> None:
         load_api_keys(ServerConfig(**config))
 
 
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one\ntwo\n", ["one", "two"]),
+        ("one\r\n\r\ntwo", ["one", "two"]),
+        ("# ours\r\none\r\n  # note\r\n\t#two\r\n", ["one"]),
+        ("  one  \n \ntwo#2\n", ["one", "two#2"]),
+    ],
+)
+def test_a_file_of_keys_as_editors_save_it(
+    mark: bytes, text: str, expected: list[str], tmp_path: Path
+) -> None:
+    """A mark or a line's end in a key would refuse who has it; a note would let anyone in."""
+    path = tmp_path / "keys"
+    path.write_bytes(mark + text.encode())
+    assert [key.secret for key in load_api_keys(ServerConfig(api_key_file=str(path)))] == expected
+    as_json = tmp_path / "keys.json"
+    as_json.write_bytes(mark + b'{\r\n"a": {"key": "one"}\r\n}\r\n')
+    (key,) = load_api_keys(ServerConfig(api_key_file=str(as_json)))
+    assert (key.name, key.secret) == ("a", "one")
+
+
+@pytest.mark.parametrize("name", ["keys", "keys.json"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("one".encode("utf-16"), "it is UTF-16; save it as UTF-8"),
+        ("one".encode("utf-16-le"), "it has zero bytes, as UTF-16 has"),
+        (b"on\xe9", "it is not UTF-8 at byte 2"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_of_keys_that_cannot_be_read_is_one_line(
+    name: str, content: bytes | None, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigurationError, match=says) as caught:
+        load_api_keys(ServerConfig(api_key_file=str(path)))
+    assert str(caught.value).startswith(f"--api-key-file {path} cannot be read: ")
+    assert "\n" not in str(caught.value)
+
+
 def test_an_empty_file_of_keys_opens_nothing(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n# none\n")
     with pytest.raises(ConfigurationError, match="no key"):
