@@ -46,7 +46,7 @@ def opened(client: httpx.Client) -> str:
 def test_a_turn_that_ended_is_told_after_kill_9(gptj_folder: Path, tmp_path: Path) -> None:
     with served(gptj_folder, tmp_path) as (popen, client):
         session_id, twin = opened(client), opened(client)
-        begun = left_after(client, 4, going_on(session_id, 40))
+        begun = left_after(client, 1, going_on(session_id, 40))
         told = begun + events(client, session_id, begun[-1].id)
         whole = read_told(client.post("/v1/completions", json=going_on(twin, 40)).text)
         assert text_of(told) == text_of(whole)
