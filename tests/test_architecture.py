@@ -53,7 +53,9 @@ def run(code: str) -> None:
     "statement",
     [
         "; ".join(f"import cottention.engine.{name}" for name in WITHOUT_TORCH),
-        "from cottention.engine import EngineConfig, SamplingParams, EngineStats, Output",
+        "from cottention.engine import EngineConfig, EngineStats, FinishReason, ModelConfig;"
+        "from cottention.engine import Output, SamplingParams, StateSpec;"
+        "assert not {'huggingface_hub', 'safetensors', 'tokenizers'} & {*sys.modules}",
         "from cottention.engine.models.model_folder import DEFAULT_MODEL;"
         "from cottention.engine.models.registry import read_config;"
         "config = read_config(DEFAULT_MODEL);"

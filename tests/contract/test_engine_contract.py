@@ -168,7 +168,8 @@ def test_a_cancelled_request_ends_in_the_next_step(engine: Any, reason: FinishRe
 def test_cancelled_before_its_first_step_it_says_nothing(engine: Any, reason: FinishReason) -> None:
     """Its id is reserved, and the engine has not queued it yet."""
     engine.submit(PROMPT, params(n=2), request_id="a")
-    engine.cancel("a", reason)
+    for _ in range(2):
+        engine.cancel("a", reason)
     outputs = steps(engine)
     assert ends(outputs) == [("a", n, reason) for n in range(2)]
     assert ids_of(outputs) == []
@@ -254,6 +255,7 @@ def test_closing_ends_all_and_takes_no_more(engine: Any) -> None:
     with pytest.raises(EngineStoppedError):
         engine.submit(PROMPT, SHORT, request_id="late")
     engine.cancel("a")
+    assert engine.step() == []
     assert engine.stats().num_free_slots == NUM_SLOTS
 
 
@@ -363,5 +365,7 @@ def test_a_worker_that_stops_ends_everybody(worker: EngineWorker, reader: Reader
     reader.wait(lambda outputs: len(of(outputs, "a")) >= 2)
     worker.stop()
     assert ends(reader.outputs) == [(name, 0, FinishReason.ABORT) for name in ("a", "paused")]
+    assert worker.stats().num_free_slots == NUM_SLOTS
+    worker.stop()
     with pytest.raises(EngineStoppedError):
         worker.submit(PROMPT, SHORT, request_id="late")

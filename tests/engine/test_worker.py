@@ -93,30 +93,6 @@ def test_what_came_before_the_start_is_served(worker: EngineWorker, reader: Read
     assert reader.wait_end("early") is FinishReason.LENGTH
 
 
-def test_cancel(worker: EngineWorker, reader: Reader) -> None:
-    worker.start()
-    worker.submit([1], LONG, request_id="a")
-    reader.wait(lambda: len(reader.of("a")) >= 3)
-    worker.cancel("a")
-    assert reader.wait_end("a") is FinishReason.ABORT
-    assert worker.stats().num_free_slots == worker.stats().num_slots
-
-
-def test_stop_ends_everybody(worker: EngineWorker, reader: Reader) -> None:
-    worker.start()
-    for number in range(8):
-        worker.submit([1] * 30, LONG, request_id=str(number))
-    reader.wait(lambda: reader.outputs)
-    worker.stop()
-    for number in range(8):
-        assert [out.finish_reason for out in reader.of(str(number))][-1] is FinishReason.ABORT
-    assert worker.stats().num_free_slots == worker.stats().num_slots
-    assert not reader.deaths
-    worker.stop()
-    with pytest.raises(EngineStoppedError):
-        worker.submit([1], SHORT, request_id="late")
-
-
 def test_stop_without_start(worker: EngineWorker) -> None:
     worker.stop()
     assert not worker.is_alive
