@@ -89,11 +89,11 @@ def test_every_package_is_installed() -> None:
     assert set(table["packages"]) == packages | {"cottention.csrc", "cottention.csrc.cuda"}
 
 
-def test_a_package_is_taken_in_at_a_glance() -> None:
+def test_no_package_has_too_many_modules() -> None:
     counts = Counter(path.parent for path in PATHS if path.name != "__init__.py")
     assert {str(folder): n for folder, n in counts.items() if n > MAX_MODULES} == {}
 
 
-def test_every_module_says_what_is_in_it() -> None:
+def test_every_module_has_a_docstring() -> None:
     silent = [path for path in PATHS if not ast.get_docstring(ast.parse(path.read_text()))]
     assert silent == []

@@ -70,7 +70,7 @@ def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> list[i
 
 
 @pytest.mark.every_attention
-def test_seeded_requests_do_not_know_their_company(engine: Engine) -> None:
+def test_seeded_requests_do_not_depend_on_the_batch(engine: Engine) -> None:
     params = [
         SamplingParams(max_tokens=12, seed=5, ignore_eos=True),
         SamplingParams(max_tokens=20, temperature=0, ignore_eos=True),
@@ -169,7 +169,7 @@ def test_end_of_text_can_be_ignored(always_ends: Engine) -> None:
     assert (len(done[0].token_ids), done[0].finish_reason) == (5, FinishReason.LENGTH)
 
 
-def test_end_of_text_lets_go_what_was_held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_of_text_releases_held_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     script(engine, monkeypatch, "so far<|endoftext|>")
     done = engine.generate(["a"], SamplingParams(stop=("far away",), max_tokens=50))[0]
     assert (done.text, done.finish_reason) == ("so far", FinishReason.STOP)
@@ -287,7 +287,7 @@ def test_cancel_of_one_that_waits_for_slots(engine: Engine) -> None:
     check_all_ended(engine, {})
 
 
-def test_cancel_lets_go_what_was_held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cancel_releases_held_text(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = script(engine, monkeypatch, "abc")
     engine.submit([1], SamplingParams(stop=("abcd",), max_tokens=99), request_id="a")
     outputs = [out for _ in ids for out in engine.step()]
@@ -307,7 +307,7 @@ def test_a_cancelled_request_leaves_its_slot_clean(engine: Engine) -> None:
     assert engine.generate(["abc"], params) == expected
 
 
-def test_one_that_needs_every_slot_gets_them(engine: Engine) -> None:
+def test_a_request_that_needs_every_slot_is_not_overtaken_for_ever(engine: Engine) -> None:
     """It is not overtaken for ever by small ones that come after it."""
     short = SamplingParams(max_tokens=4, ignore_eos=True)
     for name in ("a", "b", "c"):
@@ -323,7 +323,7 @@ def test_one_that_needs_every_slot_gets_them(engine: Engine) -> None:
     assert ends[7:] == ["d", "e"]
 
 
-def test_a_prompt_is_taken_as_it_was(engine: Engine) -> None:
+def test_a_prompt_is_copied_at_submission(engine: Engine) -> None:
     """The caller may go on using the list that it handed in."""
     params = SamplingParams(temperature=0, max_tokens=4)
     ids = engine.tokenizer.encode("a prompt of several steps, at eight tokens a step")
@@ -335,7 +335,7 @@ def test_a_prompt_is_taken_as_it_was(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("bad", ["", "\ud800"])
-def test_a_refused_prompt_leaves_nothing_of_the_others(engine: Engine, bad: str) -> None:
+def test_a_refused_prompt_cancels_the_others_of_its_call(engine: Engine, bad: str) -> None:
     with pytest.raises(ParameterError) as caught:
         engine.generate(["good", bad], LONG)
     assert caught.value.param == "prompt"
@@ -354,7 +354,7 @@ def test_a_stream_is_what_generate_gives(engine: Engine) -> None:
     assert (text_of(outputs), ids_of(outputs)) == (done.text, done.token_ids)
 
 
-def test_leaving_a_stream_frees_its_slots(engine: Engine) -> None:
+def test_closing_a_stream_frees_its_slots(engine: Engine) -> None:
     stream = engine.stream("abc", SamplingParams(n=3, max_tokens=500, ignore_eos=True))
     next(stream)
     assert engine.pool.num_free == 1
@@ -364,7 +364,7 @@ def test_leaving_a_stream_frees_its_slots(engine: Engine) -> None:
     assert not engine.has_work()
 
 
-def test_a_stream_that_is_never_begun_costs_nothing(engine: Engine) -> None:
+def test_a_stream_that_is_never_iterated_submits_nothing(engine: Engine) -> None:
     engine.stream("abc")
     assert not engine.has_work()
 
@@ -475,7 +475,7 @@ def test_a_fault_in_processing_a_token_ends_its_request_alone(
     check_all_ended(engine, parts)
 
 
-def test_generate_raises_what_the_engine_says(
+def test_generate_raises_the_request_s_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_once(engine, monkeypatch, RuntimeError("secret"))()
@@ -484,7 +484,7 @@ def test_generate_raises_what_the_engine_says(
     check_all_ended(engine, {})
 
 
-def test_broken_weights_are_an_error_and_no_text(
+def test_logits_that_are_not_finite_are_an_error(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     width = engine.model_config.vocab_size

@@ -86,7 +86,9 @@ def test_a_request_from_another_thread(worker: EngineWorker, reader: Reader) -> 
     assert not reader.deaths
 
 
-def test_what_came_before_the_start_is_served(worker: EngineWorker, reader: Reader) -> None:
+def test_requests_submitted_before_the_start_are_served(
+    worker: EngineWorker, reader: Reader
+) -> None:
     worker.submit([1], SHORT, request_id="early")
     assert not worker.is_alive
     worker.start()
@@ -109,9 +111,7 @@ def test_an_idle_thread_sleeps(
     assert len(looks) <= 2
 
 
-def test_a_reader_that_raises_ends_the_thread_and_takes_no_more(
-    engine: Engine, reader: Reader
-) -> None:
+def test_a_callback_that_raises_ends_the_thread(engine: Engine, reader: Reader) -> None:
     def deliver(_: list[Output]) -> None:
         raise ValueError("the socket is gone")
 
@@ -214,7 +214,7 @@ def eager_switching() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("eager_switching")
-def test_figures_while_a_step_changes_them() -> None:
+def test_num_running_is_exact_while_a_step_changes_it() -> None:
     """The number of running requests is asked for while the engine's thread moves them around."""
     scheduler = Scheduler(64)
     for number in range(4):
