@@ -84,35 +84,60 @@ def recurrent_step(
     z: Tensor | None,
     state_indices: Tensor,
     cu_seqlens: Tensor | None = None,
+    *,
+    w: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
-    """S ← S + v kᵀ, out = S q for each token, in token order; rows of the pool change in place.
+    """S ← S diag(w) + (S a) bᵀ + v kᵀ, out = S q for each token, in token order, in place.
 
     q, k [N, H, K] and v [N, H, V], of one type. state [S, H, V, K] and z [S, H, K] or None are
-    float32 (float64 for float64 q); sums are accumulated in their type. With z: z ← z + k and out
-    is divided by max(z·q, 1e-6). state_indices int32 [B] are the rows of the pool, each at most
-    once; −1 is padding, whose outputs are zero. cu_seqlens int32 [B + 1]: segment i has the tokens
-    cu_seqlens[i]:cu_seqlens[i + 1]; None: one token per segment. Returns [N, H, V] in the type of
-    v.
+    float32 (float64 for float64 q); sums are accumulated in their type. state_indices int32 [B] are
+    the rows of the pool, each at most once; −1 is padding, whose outputs are zero. cu_seqlens int32
+    [B + 1]: segment i has the tokens cu_seqlens[i]:cu_seqlens[i + 1]; None: one token per segment.
+    Returns [N, H, V] in the type of v.
+
+    w, the decay: [N, H], one number per head, or [N, H, K]; None is 1. a and b [N, H, K], both or
+    neither: without them the second term is absent. It reads the same earlier S as the first, not
+    the decayed one (the delta rule of a decayed state has a = −w k). w, a and b have the type of
+    the state whatever that of q; their last stride must be 1, others may be 0 (`Tensor.expand`).
+
+    With z, the denominator: z ← w∘z + k, and out is divided by max(z·q, 1e-6): a sum below 1e-6,
+    also a negative one, counts as 1e-6. Not together with a and b.
 
     Raises ValueError or RuntimeError before any memory is changed. On CUDA, values of state_indices
     and cu_seqlens are not checked, and rows out of range are skipped; `Segments.of` checks them.
     """
     is_compiled = compiled_takes(q, k, v, types=checks.HALF_OR_SINGLE) or _on_cuda_with_ops(q)
+    is_compiled = is_compiled and w is None and a is None and b is None
     if is_compiled and _kernel_takes(q.shape[-1], v.shape[-1]):
         checks.check_one_device(q, k, v, state, z, state_indices, cu_seqlens)
         step = torch.ops.cottention.recurrent_step
         out: Tensor = step(q, k, v, state, z, state_indices, cu_seqlens)
         return out
-    checks.check_step(q, k, v, state, z, state_indices, cu_seqlens)
-    return reference.recurrent_step(q, k, v, state, z, state_indices, cu_seqlens)
+    checks.check_step(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
+    return reference.recurrent_step(q, k, v, state, z, state_indices, cu_seqlens, w=w, a=a, b=b)
 
 
 def recurrent_segments(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None, segments: Segments
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    segments: Segments,
+    *,
+    w: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
-    """`recurrent_step` on prepared segments; on CUDA it does not wait for the device."""
-    if q.device.type == "cpu":
-        return recurrent_step(q, k, v, state, z, segments.state_indices, segments.cu_seqlens)
+    """`recurrent_step` on prepared segments; with compiled ops it does not wait for a device.
+
+    With w or a and b long segments, too, are computed token by token.
+    """
+    if q.device.type == "cpu" or w is not None or a is not None or b is not None:
+        slots, cu_seqlens = segments.slots, segments.cu_seqlens
+        return recurrent_step(q, k, v, state, z, slots, cu_seqlens, w=w, a=a, b=b)
     checks.check_one_device(q, k, v, state, z, segments.state_indices, segments.cu_seqlens)
     if _on_cuda_with_ops(q) and _kernel_takes(q.shape[-1], v.shape[-1]):
         return varlen.advance_by_kernel(q, k, v, state, z, segments)

@@ -30,9 +30,12 @@ def check_step(
     z: Tensor | None,
     state_indices: Tensor,
     cu_seqlens: Tensor | None,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments of `recurrent_step` fit together."""
-    check_one_device(q, k, v, state, z)
+    check_one_device(q, k, v, state, z, w, a, b)
     _check_dims(q, "q", 3)
     _check_dims(state, "state", 4)
     num_tokens, heads, key = q.shape
@@ -43,6 +46,7 @@ def check_step(
     if z is not None:
         _check_shape(z, "z", (state.shape[0], heads, key))
     _check_types(q, k, v, state, z)
+    _check_terms(w, a, b, q, state, has_z=z is not None)
     for name, pool in (("state", state), ("z", z)):
         if pool is not None:
             _check_no_overlap(pool, name)
@@ -75,6 +79,27 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | Non
     for name, x, expected in pairs:
         if x is not None and x.dtype != expected:
             raise ValueError(f"{name} has the wrong dtype: {x.dtype} where q requires {expected}")
+
+
+def _check_terms(
+    w: Tensor | None, a: Tensor | None, b: Tensor | None, q: Tensor, state: Tensor, *, has_z: bool
+) -> None:
+    if (a is None) != (b is None):
+        raise ValueError("a and b must be given together")
+    if a is not None and has_z:
+        raise ValueError("a and b are not supported with z, a denominator")
+    if w is not None and w.dim() != 2:
+        _check_shape(w, "w", tuple(q.shape))
+    elif w is not None:
+        _check_shape(w, "w", tuple(q.shape[:2]))
+    for name, x in (("a", a), ("b", b)):
+        if x is not None:
+            _check_shape(x, name, tuple(q.shape))
+    for name, x in (("w", w), ("a", a), ("b", b)):
+        if x is not None and x.dtype != state.dtype:
+            raise ValueError(
+                f"{name} has the wrong dtype: {x.dtype} where the state is {state.dtype}"
+            )
 
 
 def _check_no_overlap(pool: Tensor, name: str) -> None:

@@ -52,40 +52,60 @@ def recurrent_step(
     z: Tensor | None,
     state_indices: Tensor,
     cu_seqlens: Tensor | None = None,
+    *,
+    w: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
-    """S ← S + v kᵀ, out = S q for each token, in token order; rows of the pool change in place.
+    """S ← S diag(w) + (S a) bᵀ + v kᵀ, out = S q for each token, in token order, in place.
 
     q, k [N, H, K]; v [N, H, V]; state [S, H, V, K] and z [S, H, K] or None; state_indices int32
     [B], each slot at most once; cu_seqlens int32 [B + 1]: segment i has the tokens
-    cu_seqlens[i]:cu_seqlens[i + 1] (None: one token per segment). With z: z ← z + k, and out is
-    divided by max(z·q, 1e-6). Computed in the type of the state. A state index of −1 is padding: no
-    row changes and its outputs are zero. Returns [N, H, V] in the type of v.
+    cu_seqlens[i]:cu_seqlens[i + 1] (None: one token per segment). w [N, H] or [N, H, K], None for
+    1; a, b [N, H, K], both or neither: S a is taken of the state before the decay. With z: z ← w∘z
+    + k, and out is divided by max(z·q, 1e-6). Computed in the type of the state. A state index of
+    −1 is padding: no row changes and its outputs are zero. Returns [N, H, V] in the type of v.
     """
     out = torch.zeros_like(v)
     q, k, v = (x.to(state.dtype) for x in (q, k, v))
     bounds = range(len(state_indices) + 1) if cu_seqlens is None else cu_seqlens.tolist()
     lengths = [stop - start for start, stop in pairwise(bounds)]
     slots = state_indices.tolist()
+    terms = [None if x is None else x.to(state.dtype) for x in (w, a, b)]
     for step in range(max(lengths, default=0)):
         active = [i for i, n in enumerate(lengths) if step < n and slots[i] != PADDING_SLOT]
         if active:
             tokens = torch.tensor([bounds[i] + step for i in active], device=q.device)
             rows = state_indices[torch.tensor(active, device=state_indices.device)].long()
-            outputs = _one_token(q[tokens], k[tokens], v[tokens], state, z, rows)
+            now = [None if x is None else x[tokens] for x in terms]
+            outputs = _one_token(q[tokens], k[tokens], v[tokens], state, z, rows, *now)
             out[tokens] = outputs.to(out.dtype)
     return out
 
 
 def _one_token(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None, rows: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    rows: Tensor,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
 ) -> Tensor:
-    """One token for each of `rows` (int64 [B]); q, k [B, H, K], v [B, H, V] → [B, H, V]."""
-    updated = state[rows] + v.unsqueeze(-1) * k.unsqueeze(-2)
+    """One token for each of `rows` (int64 [B]); q, k, a, b [B, H, K], v [B, H, V] → [B, H, V]."""
+    before = state[rows]
+    decay = 1 if w is None else w.view(*w.shape[:2], -1)
+    updated = before if w is None else before * w.view(*w.shape[:2], 1, -1)
+    if a is not None and b is not None:
+        updated = updated + (before * a.unsqueeze(-2)).sum(-1, keepdim=True) * b.unsqueeze(-2)
+    updated = updated + v.unsqueeze(-1) * k.unsqueeze(-2)
     state[rows] = updated
     out = (updated * q.unsqueeze(-2)).sum(-1)
     if z is None:
         return out
-    total = z[rows] + k
+    total = decay * z[rows] + k
     z[rows] = total
     return out / (total * q).sum(-1, keepdim=True).clamp_min(DENOMINATOR_FLOOR)
 
