@@ -6,13 +6,16 @@ from typing import Any
 from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import AnyFamily
+from cottention.engine.models.fla.family import FLA
 from cottention.engine.models.gptj.family import GPTJ
 from cottention.engine.models.mamba.config import ORIGINAL_FORMAT, is_original
 from cottention.engine.models.mamba.family import MAMBA, MAMBA_2
 from cottention.engine.settings.declaration import shown
 from cottention.engine.text.files import Report, read_json, warn
 
-FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in (GPTJ, MAMBA, MAMBA_2)}
+FAMILIES: dict[str, AnyFamily] = {
+    family.model_type: family for family in (GPTJ, MAMBA, MAMBA_2, *FLA)
+}
 
 
 def find_family(model_type: object, where: str) -> AnyFamily:

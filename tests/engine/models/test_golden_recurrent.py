@@ -18,7 +18,8 @@ from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.models.registry import family_of, read_config
 from cottention.engine.ops import Segments
 
-CASES = ["mamba2", "mamba2-groups", "mamba"]
+CASES = ["mamba2", "mamba2-groups", "mamba", "gla", "retnet", "hgrn2"]
+CASES += ["delta_net", "gated_deltanet", "gated_deltanet-gva"]
 CUT = 17
 
 
