@@ -112,9 +112,9 @@ def size(
     return value
 
 
-def switch(raw: dict[str, Any], name: str, where: str) -> bool:
-    """true or false; false where it is absent."""
-    value = raw.get(name, False)
+def switch(raw: dict[str, Any], name: str, where: str, *, default: bool = False) -> bool:
+    """true or false; the default where it is absent."""
+    value = raw.get(name, default)
     if not isinstance(value, bool):
         raise ModelFolderError(f"{where}: {name} must be true or false, it is {shown(value)}")
     return value

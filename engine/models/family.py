@@ -35,6 +35,11 @@ class ServedModel(Protocol):
         ...
 
 
+def as_published(weights: "dict[str, Tensor]", _config: object) -> "dict[str, Tensor]":
+    """The `renamed` of a family whose weights have one set of names."""
+    return weights
+
+
 def has_no_constants(_name: str, _shape: tuple[int, ...]) -> bool:
     """The `is_constant` of a family whose training code stores nothing but weights."""
     return False
@@ -53,6 +58,8 @@ class ModelImplementation(Generic[ConfigT, ModelT]):
     model apart.
     is_constant: (name, shape of a tensor that the model lacks) → whether it is a constant that
     training code has stored beside the weights, to be left out.
+    renamed: (weights under the names in the files, config) → weights under the model's names, for a
+    family that is published under several.
     """
 
     build: Callable[[ConfigT], ModelT]
@@ -60,6 +67,7 @@ class ModelImplementation(Generic[ConfigT, ModelT]):
     weights_hint: Callable[[Iterable[str], ConfigT], str]
     serve: Callable[[ModelT, str], ServedModel]
     is_constant: Callable[[str, tuple[int, ...]], bool] = has_no_constants
+    renamed: "Callable[[dict[str, Tensor], ConfigT], dict[str, Tensor]]" = as_published
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import AnyFamily
 from cottention.engine.models.gptj.family import GPTJ
+from cottention.engine.models.mamba.config import ORIGINAL_FORMAT, is_original
+from cottention.engine.models.mamba.family import MAMBA, MAMBA_2
 from cottention.engine.settings.declaration import shown
 from cottention.engine.text.files import Report, read_json, warn
 
-FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in (GPTJ,)}
+FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in (GPTJ, MAMBA, MAMBA_2)}
 
 
 def find_family(model_type: object, where: str) -> AnyFamily:
@@ -32,6 +34,8 @@ def family_of(config: ModelConfig) -> AnyFamily:
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """The configuration in a config.json's object. Raises ModelFolderError."""
+    if is_original(raw):
+        raise ModelFolderError(f"{where}: this is a config.json of {ORIGINAL_FORMAT}")
     config: ModelConfig = find_family(raw.get("model_type"), where).config.from_dict(raw, where)
     return config
 

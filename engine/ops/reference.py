@@ -181,9 +181,10 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, groups: int = 1) -> Tens
 
     x [..., C], weight [C] → [..., C].
     """
-    parts = x.unflatten(-1, (groups, -1))
+    parts: Tensor = x.unflatten(-1, (groups, -1))
     scale = (parts.square().mean(-1, keepdim=True) + epsilon).sqrt()
-    return (parts / scale).flatten(-2) * weight
+    out: Tensor = (parts / scale).flatten(-2) * weight
+    return out
 
 
 def token_steps(
