@@ -42,8 +42,8 @@ class ModelConfig(ABC):
 
     @property
     @abstractmethod
-    def trained_length(self) -> int:
-        """Tokens that the model was trained to follow."""
+    def trained_length(self) -> int | None:
+        """Tokens that the model was trained to follow; None where that is not known."""
 
     @abstractmethod
     def state_tensors(self) -> tuple[StateTensor, ...]:
@@ -59,8 +59,10 @@ class ModelConfig(ABC):
         return None
 
     @property
-    def window(self) -> int:
+    def window(self) -> int | None:
         """Tokens up to which the model is good: no more than trained for, nor than the limit."""
+        if self.trained_length is None:
+            return None
         return min(self.trained_length, self.max_exact_length or self.trained_length)
 
     @property
