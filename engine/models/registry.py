@@ -13,9 +13,9 @@ from cottention.engine.models.mamba.family import MAMBA, MAMBA_2
 from cottention.engine.settings.declaration import shown
 from cottention.engine.text.files import Report, read_json, warn
 
-FAMILIES: dict[str, AnyFamily] = {
-    family.model_type: family for family in (GPTJ, MAMBA, MAMBA_2, *FLA)
-}
+_ALL: tuple[AnyFamily, ...] = (GPTJ, MAMBA, MAMBA_2, *FLA)
+
+FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in _ALL}
 
 
 def find_family(model_type: object, where: str) -> AnyFamily:
