@@ -9,7 +9,7 @@ Letters: N tokens, C channels, W width of a convolution.
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, Self, cast
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from cottention.engine import ops
 from cottention.engine.models.recurrence import Recurrence
+
+TablesT = TypeVar("TablesT")
+"""What the layers of one step share, such as rotary tables."""
 
 
 class Servable(Protocol):
@@ -133,14 +136,14 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, weight, self._epsilon, self._groups)
 
 
-class RecurrentBlock(nn.Module):
+class RecurrentBlock(nn.Module, Generic[TablesT]):
     """One layer; a family's own. `parts` are arranged when the model is served."""
 
     def __init__(self) -> None:
         super().__init__()
         self.parts: list[Servable] = []
 
-    def advance(self, x: Tensor, index: int, positions: Tensor, recurrence: Recurrence) -> Tensor:
+    def advance(self, x: Tensor, index: int, tables: TablesT, recurrence: Recurrence) -> Tensor:
         """x [N, C] before layer `index` → x after it; the batch's rows are updated."""
         raise NotImplementedError
 
@@ -158,7 +161,7 @@ class Trunk(nn.Module):
         self,
         vocab_size: int,
         width: int,
-        layers: Iterable[RecurrentBlock],
+        layers: Iterable[RecurrentBlock[Any]],
         norm_name: str,
         norm: nn.Module,
     ) -> None:
@@ -169,7 +172,7 @@ class Trunk(nn.Module):
         self.last_norm_name = norm_name
 
 
-class RecurrentModel(nn.Module):
+class RecurrentModel(nn.Module, Generic[TablesT]):
     """A `ServedModel` in any dtype: embeddings, layers, the last norm and the head.
 
     Tied models have no head of their own: the embeddings are it.
@@ -191,9 +194,17 @@ class RecurrentModel(nn.Module):
         """ids and positions int64 [N] → hidden states [N, C] before the last norm."""
         x = F.embedding(ids, self._trunk.embeddings.weight)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        for index, layer in enumerate(cast(Iterable[RecurrentBlock], self._trunk.layers)):
-            x = layer.advance(x, index, positions, recurrence)
+        tables = self.step_tables(positions, x.dtype)
+        for index, layer in enumerate(self._layers()):
+            x = layer.advance(x, index, tables, recurrence)
         return x
+
+    def step_tables(self, positions: Tensor, dtype: torch.dtype) -> TablesT:
+        """What the layers of one step share; a family's own."""
+        raise NotImplementedError
+
+    def _layers(self) -> Iterable[RecurrentBlock[TablesT]]:
+        return cast(Iterable[RecurrentBlock[TablesT]], self._trunk.layers)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, C] → logits [R, vocab_size], float32 or wider."""
@@ -207,7 +218,7 @@ class RecurrentModel(nn.Module):
         trunk = self._trunk
         self._head = served_product(self._head_weight(), None, device)
         self.lm_head = None
-        for layer in cast(Iterable[RecurrentBlock], trunk.layers):
+        for layer in self._layers():
             layer.serve(device)
         _move(trunk.embeddings, device)
         _move(trunk.get_submodule(trunk.last_norm_name), device)

@@ -6,6 +6,7 @@ from typing import Any
 from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import AnyFamily
+from cottention.engine.models.fla.family import FLA
 from cottention.engine.models.gptj.family import GPTJ
 from cottention.engine.models.mamba.config import ORIGINAL_FORMAT, is_original
 from cottention.engine.models.mamba.family import MAMBA, MAMBA_2
@@ -13,9 +14,9 @@ from cottention.engine.models.rwkv7.family import RWKV7
 from cottention.engine.settings.declaration import shown
 from cottention.engine.text.files import Report, read_json, warn
 
-FAMILIES: dict[str, AnyFamily] = {
-    family.model_type: family for family in (GPTJ, MAMBA, MAMBA_2, RWKV7)
-}
+_ALL: tuple[AnyFamily, ...] = (GPTJ, MAMBA, MAMBA_2, RWKV7, *FLA)
+
+FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in _ALL}
 
 
 def find_family(model_type: object, where: str) -> AnyFamily:

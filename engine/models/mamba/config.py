@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.config import ModelConfig, epsilon, size, switch, token_ids
+from cottention.engine.models.config import ModelConfig, epsilon, require, size, switch, token_ids
 from cottention.engine.settings.declaration import shown
 from cottention.engine.state.spec import StateTensor, recurrence_tensors
 
 MAX_WIDTH = 2**20
 MAX_LAYERS = 4096
 MAX_KERNEL = 64
-
-TRAINED_LENGTH = 2048
 
 ORIGINAL_FORMAT = (
     "the Mamba project's own format, which is not supported: convert the model with transformers'"
@@ -48,6 +46,7 @@ class MambaConfig(ModelConfig):
         "use_conv_bias",
         "use_bias",
         "layer_norm_epsilon",
+        "tie_word_embeddings",
     )
 
     hidden_size: int
@@ -63,7 +62,7 @@ class MambaConfig(ModelConfig):
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str) -> Self:
-        _require(raw, _REQUIRED, where)
+        require(raw, _REQUIRED, where)
         hidden_size = size(raw, "hidden_size", where, most=MAX_WIDTH)
         inner = size(raw, "expand", where, default=2, most=64) * hidden_size
         if raw.get("time_step_rank") == "auto":
@@ -81,8 +80,8 @@ class MambaConfig(ModelConfig):
         )
 
     @property
-    def trained_length(self) -> int:
-        return TRAINED_LENGTH
+    def trained_length(self) -> None:
+        """Its files do not say it."""
 
     def state_tensors(self) -> tuple[StateTensor, ...]:
         recurrence = recurrence_tensors(
@@ -119,6 +118,7 @@ class Mamba2Config(ModelConfig):
         "use_bias",
         "layer_norm_epsilon",
         "time_step_limit",
+        "tie_word_embeddings",
     )
 
     hidden_size: int
@@ -136,7 +136,7 @@ class Mamba2Config(ModelConfig):
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], where: str) -> Self:
-        _require(raw, {**_REQUIRED, **_REQUIRED_OF_MAMBA_2}, where)
+        require(raw, {**_REQUIRED, **_REQUIRED_OF_MAMBA_2}, where)
         for here, elsewhere in _OTHER_SPELLINGS.items():
             if elsewhere in raw and raw.get(here) is None:
                 raw = raw | {here: raw[elsewhere]}
@@ -171,8 +171,8 @@ class Mamba2Config(ModelConfig):
         return self.intermediate_size + 2 * self.n_groups * self.state_size
 
     @property
-    def trained_length(self) -> int:
-        return TRAINED_LENGTH
+    def trained_length(self) -> None:
+        """Its files do not say it."""
 
     def state_tensors(self) -> tuple[StateTensor, ...]:
         recurrence = recurrence_tensors(
@@ -211,15 +211,6 @@ _REQUIRED_OF_MAMBA_2: Mapping[str, tuple[object, ...]] = {
 
 _OTHER_SPELLINGS = {"layer_norm_epsilon": "norm_eps", "time_step_limit": "dt_limit"}
 """Names of transformers, and of flash-linear-attention."""
-
-
-def _require(raw: dict[str, Any], required: Mapping[str, tuple[object, ...]], where: str) -> None:
-    for name, allowed in required.items():
-        if name in raw and raw[name] not in allowed:
-            raise ModelFolderError(
-                f"{where}: {name} must be {' or '.join(map(shown, allowed))}, it is"
-                f" {shown(raw[name])}, which is not supported"
-            )
 
 
 def _common(raw: dict[str, Any], where: str) -> dict[str, Any]:

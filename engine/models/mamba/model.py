@@ -112,7 +112,7 @@ class Mamba2Mixer(nn.Module):
         return x.flatten(1, 2)
 
 
-class MambaBlock(RecurrentBlock):
+class MambaBlock(RecurrentBlock[None]):
     """x + mixer(norm(x))."""
 
     def __init__(self, config: MambaConfig | Mamba2Config) -> None:
@@ -121,12 +121,12 @@ class MambaBlock(RecurrentBlock):
         self.mixer = Mamba2Mixer(config) if isinstance(config, Mamba2Config) else MambaMixer(config)
         self.parts = self.mixer.parts
 
-    def advance(self, x: Tensor, index: int, _positions: Tensor, recurrence: Recurrence) -> Tensor:
+    def advance(self, x: Tensor, index: int, _tables: None, recurrence: Recurrence) -> Tensor:
         out: Tensor = x + self.mixer(self.norm(x), index, recurrence)
         return out
 
 
-class MambaForCausalLM(RecurrentModel):
+class MambaForCausalLM(RecurrentModel[None]):
     """The whole model, of either kind."""
 
     def __init__(self, config: MambaConfig | Mamba2Config) -> None:
@@ -134,6 +134,9 @@ class MambaForCausalLM(RecurrentModel):
         norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         trunk = Trunk(config.vocab_size, config.hidden_size, layers, "norm_f", norm)
         super().__init__("backbone", trunk, is_tied=config.tie_word_embeddings)
+
+    def step_tables(self, _positions: Tensor, _dtype: torch.dtype) -> None:
+        """Nothing depends on positions."""
 
 
 def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

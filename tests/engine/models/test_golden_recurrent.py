@@ -19,6 +19,7 @@ from cottention.engine.models.registry import family_of, read_config
 from cottention.engine.ops import Segments
 
 CASES = ["mamba2", "mamba2-groups", "mamba", "rwkv7", "rwkv7-pth"]
+CASES += ["gla", "retnet", "hgrn2", "delta_net", "gated_deltanet", "gated_deltanet-gva"]
 CUT = 17
 
 
