@@ -13,7 +13,7 @@ namespace cottention {
 constexpr int64_t kPanel = 64;     // output columns per panel of a packed weight
 constexpr int64_t kTaskRows = 48;  // maximum rows of x per task of the product
 constexpr int64_t kMaxKeyWidth = 512;
-constexpr int64_t kMaxValueWidth = 256;
+constexpr int64_t kMaxFusedWidth = 256;  // of a head in attention_gelu
 constexpr float kDenominatorFloor = 1e-6f;
 constexpr float kNormFloor = 1e-12f;
 constexpr int32_t kPaddingSlot = -1;
@@ -28,8 +28,15 @@ struct HeadView {
   }
 };
 
+// w of a recurrent step: 1, one number per head, or one per key.
+enum class Decay { kNone, kPerHead, kPerKey };
+
 struct RecurrentParams {
   HeadView q, k, v;
+  Decay decay;
+  HeadView w;     // [N, H, 1] or [N, H, K]
+  bool has_term;  // (S a) bᵀ
+  HeadView a, b;  // [N, H, K]
   float* state;  // [S, H, V, K], [H, V, K] contiguous
   float* z;      // [S, H, K], [H, K] contiguous; null: no denominator
   int64_t state_stride, z_stride;

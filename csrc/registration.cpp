@@ -6,7 +6,8 @@
 STABLE_TORCH_LIBRARY(cottention, m) {
   m.def(
       "recurrent_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor(b!)? z, "
-      "Tensor state_indices, Tensor? cu_seqlens=None) -> Tensor");
+      "Tensor state_indices, Tensor? cu_seqlens=None, Tensor? w=None, Tensor? a=None, "
+      "Tensor? b=None) -> Tensor");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("rotary_table(Tensor positions, int rotary_dim, float base) -> (Tensor, Tensor)");

@@ -163,7 +163,7 @@ class Trunk(nn.Module):
         width: int,
         layers: Iterable[RecurrentBlock[Any]],
         norm_name: str,
-        norm: RMSNorm,
+        norm: nn.Module,
     ) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(vocab_size, width)

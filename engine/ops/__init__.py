@@ -14,7 +14,9 @@ from torch import Tensor
 from cottention.engine.ops import checks, loader, reference, varlen
 from cottention.engine.ops.activations import (
     exp,
+    layer_norm,
     rms_norm,
+    row_sums,
     selective_scan,
     short_convolution,
     sigmoid,
@@ -23,7 +25,7 @@ from cottention.engine.ops.activations import (
     tanh,
 )
 from cottention.engine.ops.build import BuildError
-from cottention.engine.ops.checks import kernel_has_width
+from cottention.engine.ops.checks import fused_kernel_has_width, kernel_has_width
 from cottention.engine.ops.fused import (
     can_fuse_attention,
     can_sample,
@@ -55,14 +57,17 @@ __all__ = [
     "cottention_layers",
     "elu_plus_one",
     "exp",
+    "fused_kernel_has_width",
     "gelu_new",
     "kernel_has_width",
+    "layer_norm",
     "max_recurrent_tokens",
     "recurrent_segments",
     "recurrent_step",
     "rms_norm",
     "rotary_table",
     "rotate",
+    "row_sums",
     "sample",
     "selective_scan",
     "short_convolution",
@@ -108,12 +113,12 @@ def recurrent_step(
     Raises ValueError or RuntimeError before any memory is changed. On CUDA, values of state_indices
     and cu_seqlens are not checked, and rows out of range are skipped; `Segments.of` checks them.
     """
-    is_compiled = compiled_takes(q, k, v, types=checks.HALF_OR_SINGLE) or _on_cuda_with_ops(q)
-    is_compiled = is_compiled and w is None and a is None and b is None
+    others = [x for x in (k, v, w, a, b) if x is not None]
+    is_compiled = compiled_takes(q, *others, types=checks.HALF_OR_SINGLE) or _on_cuda_with_ops(q)
     if is_compiled and _kernel_takes(q.shape[-1], v.shape[-1]):
-        checks.check_one_device(q, k, v, state, z, state_indices, cu_seqlens)
+        checks.check_one_device(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
         step = torch.ops.cottention.recurrent_step
-        out: Tensor = step(q, k, v, state, z, state_indices, cu_seqlens)
+        out: Tensor = step(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
         return out
     checks.check_step(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
     return reference.recurrent_step(q, k, v, state, z, state_indices, cu_seqlens, w=w, a=a, b=b)

@@ -7,12 +7,14 @@ run the torch reference.
 Letters: N tokens, C channels, W width of the convolution, S slots, K state size.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from cottention.engine.ops import checks, reference
+from cottention.engine.ops.linear import FixedOrderLinear
 from cottention.engine.ops.loader import compiled_takes
 
 
@@ -59,6 +61,33 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, groups: int = 1) -> Tens
         out: Tensor = torch.ops.cottention.rms_norm(x, weight, epsilon, groups)
         return out
     return reference.rms_norm(x, weight, epsilon, groups)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """weight · (x − mean) / √(variance + ε) + bias along rows: x [N, C] → [N, C].
+
+    weight, bias [C].
+    """
+    if compiled_takes(x, weight, bias):
+        checks.check_one_device(x, weight, bias)
+        out = torch.empty_like(x)
+        torch.ops.cottention.layer_norm(x, weight, bias, epsilon, out)
+        return out
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, epsilon)
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """Sum of each row: x [N, C] → [N]."""
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        out: Tensor = _ones(x.shape[1])(x)
+        return out.squeeze(-1)
+    return x.sum(-1)
+
+
+@functools.cache
+def _ones(width: int) -> FixedOrderLinear:
+    """A product whose one output is the sum of a row, in an order that other rows do not change."""
+    return FixedOrderLinear(torch.ones(1, width))
 
 
 def short_convolution(

@@ -10,16 +10,20 @@ from torch import Tensor
 from cottention.engine.ops.reference import PADDING_SLOT
 
 MAX_KEY_WIDTH = 512
-MAX_VALUE_WIDTH = 256
+MAX_FUSED_WIDTH = 256
 
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 """Types of q, k and v that the compiled step supports; the state is float32."""
 
 
 def kernel_has_width(key: int, value: int) -> bool:
-    """Whether the kernels support these widths: multiples of 8, at most 512 and 256."""
-    fits = 8 <= key <= MAX_KEY_WIDTH and 8 <= value <= MAX_VALUE_WIDTH
-    return fits and key % 8 == 0 and value % 8 == 0
+    """Whether the step's kernels support these widths: multiples of 8, keys of at most 512."""
+    return 8 <= key <= MAX_KEY_WIDTH and value >= 8 and key % 8 == 0 and value % 8 == 0
+
+
+def fused_kernel_has_width(width: int) -> bool:
+    """Whether `cottention_attention_gelu` supports this head width: multiples of 8 up to 256."""
+    return width <= MAX_FUSED_WIDTH and kernel_has_width(width, width)
 
 
 def check_step(

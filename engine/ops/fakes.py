@@ -21,6 +21,9 @@ def recurrent_step(
     z: Tensor | None,
     state_indices: Tensor,
     cu_seqlens: Tensor | None = None,
+    w: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
     return v.new_empty(v.shape)
 

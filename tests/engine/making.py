@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from cottention.engine.models.checkpoint import read_weights
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
+from cottention.engine.models.weight_files import read_weights
 from cottention.engine.outputs import SampledToken
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import BatchResult, Sample

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cottention.engine import Engine, EngineConfig, Output, SamplingParams
-from cottention.engine.models.checkpoint import read_weights
+from cottention.engine.models.weight_files import read_weights
 from cottention.engine.outputs import TokenLogprob
 from cottention.engine.state.context_window import ContextSchedule
 from cottention.engine.state.session_state import SessionState

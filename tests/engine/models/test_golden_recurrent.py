@@ -18,8 +18,8 @@ from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.models.registry import family_of, read_config
 from cottention.engine.ops import Segments
 
-CASES = ["mamba2", "mamba2-groups", "mamba", "gla", "retnet", "hgrn2"]
-CASES += ["delta_net", "gated_deltanet", "gated_deltanet-gva"]
+CASES = ["mamba2", "mamba2-groups", "mamba", "rwkv7", "rwkv7-pth"]
+CASES += ["gla", "retnet", "hgrn2", "delta_net", "gated_deltanet", "gated_deltanet-gva"]
 CUT = 17
 
 
@@ -27,8 +27,9 @@ class Case:
     """A golden folder, read once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = read_config(folder)
+        single = folder / "model.pth"
+        self.folder = single if single.exists() else folder
+        self.config = read_config(self.folder)
         self.expected = load_file(folder / "expected.safetensors")
         self.ids = self.expected["input_ids"]
         self.batch, self.length = self.ids.shape
@@ -65,6 +66,9 @@ class Case:
             made["state"] = made["state"].unsqueeze(3)  # a channel is a head of one value
         if f"conv_{when}" in self.expected:
             made["conv"] = self.expected[f"conv_{when}"].transpose(-1, -2)
+        for name in ("att_shift", "ffn_shift"):
+            if f"{name}_{when}" in self.expected:
+                made[name] = self.expected[f"{name}_{when}"]
         return made
 
 

@@ -1,4 +1,4 @@
-"""Token shift: what precedes each token, wherever its sequence is cut and whoever runs beside it."""
+"""Token shift: what precedes each token, wherever its sequence is cut."""
 
 from collections.abc import Sequence
 
