@@ -107,6 +107,30 @@ struct NormParams {
   float epsilon;
 };
 
+struct RMSNormParams {
+  const float *x, *weight;  // [rows, columns], rows x_stride apart; [columns]
+  float* out;               // [rows, columns]
+  int64_t columns, x_stride, groups;
+  float epsilon;
+};
+
+constexpr int64_t kConvolutionChannels = 512;  // channels per task
+
+struct ShortConvolutionParams {
+  const float *x, *weight, *bias;  // [N, channels], rows x_stride apart; [width, channels]; or null
+  float* tails;                    // [S, width - 1, channels], slots tail_stride apart
+  float* out;                      // [N, channels]
+  const int32_t *state_indices, *cu_seqlens;  // as in RecurrentParams
+  int64_t x_stride, tail_stride, channels, width;
+
+  [[gnu::always_inline]] int64_t splits() const {
+    return (channels + kConvolutionChannels - 1) / kConvolutionChannels;
+  }
+  [[gnu::always_inline]] int64_t first(int64_t segment) const {
+    return cu_seqlens ? cu_seqlens[segment] : segment;
+  }
+};
+
 struct ArgmaxParams {
   const float* x;  // [rows, columns], rows x_stride apart
   int64_t* out;    // [rows]
@@ -135,6 +159,13 @@ struct Kernels {
   void (*layer_norm)(const NormParams&, int64_t row);
   void (*argmax)(const ArgmaxParams&, int64_t row);
   void (*sampling_weights)(const SamplingWeightsParams&);
+  void (*silu)(const RowsParams&, int64_t row);
+  void (*sigmoid)(const RowsParams&, int64_t row);
+  void (*softplus)(const RowsParams&, int64_t row);
+  void (*tanh)(const RowsParams&, int64_t row);
+  void (*exp)(const RowsParams&, int64_t row);
+  void (*rms_norm)(const RMSNormParams&, int64_t row);
+  void (*short_convolution)(const ShortConvolutionParams&, int64_t task);  // segments × splits
 };
 
 namespace plain {

@@ -98,6 +98,11 @@ def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextP
     """auto is the default of the model's family."""
     if config.context_policy == "auto":
         return family_of(model_config).context_policy
+    if config.context_policy == "renew" and model_config.window is None:
+        raise ConfigurationError(
+            "--context-policy renew: the files of this model do not say how many tokens it was"
+            " trained to follow; give --context-policy exact"
+        )
     return config.context_policy
 
 

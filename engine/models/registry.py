@@ -6,11 +6,17 @@ from typing import Any
 from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import AnyFamily
+from cottention.engine.models.fla.family import FLA
 from cottention.engine.models.gptj.family import GPTJ
+from cottention.engine.models.mamba.config import ORIGINAL_FORMAT, is_original
+from cottention.engine.models.mamba.family import MAMBA, MAMBA_2
+from cottention.engine.models.rwkv7.family import RWKV7
 from cottention.engine.settings.declaration import shown
 from cottention.engine.text.files import Report, read_json, warn
 
-FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in (GPTJ,)}
+_ALL: tuple[AnyFamily, ...] = (GPTJ, MAMBA, MAMBA_2, RWKV7, *FLA)
+
+FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in _ALL}
 
 
 def find_family(model_type: object, where: str) -> AnyFamily:
@@ -32,11 +38,21 @@ def family_of(config: ModelConfig) -> AnyFamily:
 
 def parse_config(raw: dict[str, Any], where: str) -> ModelConfig:
     """The configuration in a config.json's object. Raises ModelFolderError."""
+    if is_original(raw):
+        raise ModelFolderError(f"{where}: this is a config.json of {ORIGINAL_FORMAT}")
     config: ModelConfig = find_family(raw.get("model_type"), where).config.from_dict(raw, where)
     return config
 
 
 def read_config(folder: Path, report: Report = warn) -> ModelConfig:
-    """Read and check `folder`/config.json. Raises ModelFolderError."""
+    """Read and check `folder`/config.json; a single file is its own. Raises ModelFolderError."""
+    if folder.is_file():
+        return _of_file(folder)
     path = folder / "config.json"
     return parse_config(read_json(path, report), str(path))
+
+
+def _of_file(path: Path) -> ModelConfig:
+    """The configuration of a single file of weights, which only RWKV-7 is published as."""
+    assert RWKV7.config_of_file is not None
+    return RWKV7.config_of_file(path)

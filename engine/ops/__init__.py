@@ -8,12 +8,22 @@ gradients.
 Letters: B segments, N tokens, R rows, H heads, K key width, V value width, S slots, D head width.
 """
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
 from cottention.engine.ops import checks, loader, reference, varlen
+from cottention.engine.ops.activations import (
+    exp,
+    layer_norm,
+    rms_norm,
+    row_sums,
+    selective_scan,
+    short_convolution,
+    sigmoid,
+    silu,
+    softplus,
+    tanh,
+)
 from cottention.engine.ops.build import BuildError
 from cottention.engine.ops.checks import fused_kernel_has_width, kernel_has_width
 from cottention.engine.ops.fused import (
@@ -24,7 +34,7 @@ from cottention.engine.ops.fused import (
     sample,
 )
 from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
-from cottention.engine.ops.loader import Backend, backend, warn_reference
+from cottention.engine.ops.loader import Backend, backend, compiled_takes, warn_reference
 from cottention.engine.ops.reference import NO_INDEX, PADDING_SLOT, rotate
 from cottention.engine.ops.varlen import Segments, check_state_indices
 
@@ -46,15 +56,25 @@ __all__ = [
     "cottention_features",
     "cottention_layers",
     "elu_plus_one",
+    "exp",
     "fused_kernel_has_width",
     "gelu_new",
     "kernel_has_width",
+    "layer_norm",
     "max_recurrent_tokens",
     "recurrent_segments",
     "recurrent_step",
+    "rms_norm",
     "rotary_table",
     "rotate",
+    "row_sums",
     "sample",
+    "selective_scan",
+    "short_convolution",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "tanh",
 ]
 
 MAX_RECURRENT_TOKENS = 32
@@ -94,7 +114,7 @@ def recurrent_step(
     and cu_seqlens are not checked, and rows out of range are skipped; `Segments.of` checks them.
     """
     types = checks.HALF_OR_SINGLE
-    is_compiled = _compiled_takes(q, k, v, w, a, b, types=types) or _on_cuda_with_ops(q)
+    is_compiled = compiled_takes(q, k, v, w, a, b, types=types) or _on_cuda_with_ops(q)
     if is_compiled and _kernel_takes(q.shape[-1], v.shape[-1]):
         checks.check_one_device(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
         step = torch.ops.cottention.recurrent_step
@@ -163,7 +183,7 @@ def cottention_features(
     sigma float64 [H]; cos, sin [N, rotary_dim / 2], cast to float32 if needed. Returns q′, k′, v′
     of the same shapes.
     """
-    if q.dim() == 3 and _compiled_takes(q, k, v, sigma):
+    if q.dim() == 3 and compiled_takes(q, k, v, sigma):
         checks.check_one_device(q, k, v, positions, sigma, cos, sin)
         angles = cos.float(), sin.float()
         q, k, v = torch.ops.cottention.cottention_features(q, k, v, positions, sigma, *angles)
@@ -176,7 +196,7 @@ def argmax(logits: Tensor) -> Tensor:
 
     logits [R, N]. A row with a NaN gives −1.
     """
-    if _compiled_takes(logits):
+    if compiled_takes(logits):
         out: Tensor = torch.ops.cottention.argmax(logits)
         return out
     return reference.argmax(logits)
@@ -184,7 +204,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 def gelu_new(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), elementwise. Compiled for x [N, C]."""
-    if x.dim() == 2 and _compiled_takes(x):
+    if x.dim() == 2 and compiled_takes(x):
         out: Tensor = torch.ops.cottention.gelu_new(x)
         return out
     return reference.gelu_new(x)
@@ -192,21 +212,10 @@ def gelu_new(x: Tensor) -> Tensor:
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1, elementwise: x + 1 for x ≥ 0, exp(x) below. Compiled for x [N, H, D]."""
-    if x.dim() == 3 and _compiled_takes(x):
+    if x.dim() == 3 and compiled_takes(x):
         out: Tensor = torch.ops.cottention.elu_plus_one(x.flatten(1))
         return out.view(x.shape)
     return reference.elu_plus_one(x)
-
-
-def _compiled_takes(
-    x: Tensor, *others: Tensor | None, types: Collection[torch.dtype] = (torch.float32,)
-) -> bool:
-    """Whether the CPU op takes x. The op itself refuses arguments that do not match x."""
-    if x.device.type != "cpu" or x.dtype not in types:
-        return False
-    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *others)):
-        return False
-    return backend() == "compiled"
 
 
 def _on_cuda_with_ops(x: Tensor) -> bool:

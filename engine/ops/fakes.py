@@ -54,6 +54,21 @@ def elementwise(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, groups: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tails: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def argmax(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
@@ -74,6 +89,13 @@ FAKES: dict[str, Callable[..., object]] = {
     "cottention_features": cottention_features,
     "gelu_new": elementwise,
     "elu_plus_one": elementwise,
+    "silu": elementwise,
+    "sigmoid": elementwise,
+    "softplus": elementwise,
+    "tanh": elementwise,
+    "exp": elementwise,
+    "rms_norm": rms_norm,
+    "short_convolution": short_convolution,
     "argmax": argmax,
     "sample": sample,
     "linear_out": in_place,

@@ -6,6 +6,7 @@ Letters: B segments, N tokens of all segments, T tokens of one sequence, H heads
 V value width, S slots.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -163,3 +164,92 @@ def gelu_new(x: Tensor) -> Tensor:
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1: x + 1 for x ≥ 0, exp(x) below."""
     return torch.where(x < 0, x.clamp_max(0).exp(), x + 1)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x σ(x)."""
+    return torch.nn.functional.silu(x)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + eˣ)."""
+    return torch.nn.functional.softplus(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, groups: int = 1) -> Tensor:
+    """weight · x / √(mean(x²) + ε), the mean over each of `groups` equal parts of a row.
+
+    x [..., C], weight [C] → [..., C].
+    """
+    parts: Tensor = x.unflatten(-1, (groups, -1))
+    scale = (parts.square().mean(-1, keepdim=True) + epsilon).sqrt()
+    out: Tensor = (parts / scale).flatten(-2) * weight
+    return out
+
+
+def token_steps(
+    state_indices: Tensor, cu_seqlens: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first token of every segment, then the second, and so on: (tokens, rows), int64 [n].
+
+    Padding is left out, and segments that have ended.
+    """
+    bounds = range(len(state_indices) + 1) if cu_seqlens is None else cu_seqlens.tolist()
+    slots = state_indices.tolist()
+    spans = [(slots[i], span) for i, span in enumerate(pairwise(bounds)) if slots[i] >= 0]
+    for step in range(max((stop - start for _, (start, stop) in spans), default=0)):
+        now = [(start + step, slot) for slot, (start, stop) in spans if start + step < stop]
+        tokens, rows = torch.tensor(now, device=state_indices.device).unbind(1)
+        yield tokens, rows
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tails: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """y_t = Σ_j weight_j ∘ x_{t−W+1+j} + bias, causal and depthwise; rows of tails are updated.
+
+    x [N, C]; weight [W, C], the last row is the current token's; bias [C] or None; tails
+    [S, W − 1, C]: the inputs of the tokens before, the oldest first; state_indices and cu_seqlens
+    as in `recurrent_step`. The sum begins with the bias and goes from the oldest input to the
+    current one. Outputs of padding are zero. Returns [N, C].
+    """
+    out = torch.zeros_like(x)
+    for tokens, rows in token_steps(state_indices, cu_seqlens):
+        window = torch.cat([tails[rows], x[tokens].unsqueeze(1)], dim=1)
+        total = torch.zeros_like(window[:, 0]) if bias is None else bias.expand_as(window[:, 0])
+        for j, row in enumerate(weight):
+            total = total + row * window[:, j]
+        out[tokens] = total
+        tails[rows] = window[:, 1:]
+    return out
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    q: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """S_cn ← exp(Δ_c A_cn) S_cn + Δ_c u_c k_n, out_c = Σ_n S_cn q_n (alg. 2, arXiv 2312.00752).
+
+    u, delta [N, C]; log_decay, A [C, K], negative; k, q [N, K], the paper's B and C; state
+    [S, C, K], whose rows are updated; state_indices and cu_seqlens as in `recurrent_step`. Outputs
+    of padding are zero. Returns [N, C].
+    """
+    out = torch.zeros_like(u)
+    for tokens, rows in token_steps(state_indices, cu_seqlens):
+        step = delta[tokens].unsqueeze(-1)
+        update = step * u[tokens].unsqueeze(-1) * k[tokens].unsqueeze(-2)
+        updated = torch.exp(step * log_decay) * state[rows] + update
+        state[rows] = updated
+        out[tokens] = (updated * q[tokens].unsqueeze(-2)).sum(-1)
+    return out

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from cottention.engine.models.checkpoint import weight_files
 from cottention.engine.models.registry import read_config
+from cottention.engine.models.weight_files import weight_files
 from cottention.engine.state.spec import StateSpec
 from cottention.engine.text.files import ignore
 

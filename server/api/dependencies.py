@@ -96,8 +96,11 @@ class Context:
         return session_bytes(self.engine.engine, self.config)
 
     @property
-    def trained_length(self) -> int:
-        """Context length that the model was trained on, in tokens; it is not a limit."""
+    def trained_length(self) -> int | None:
+        """Context length that the model was trained on, in tokens; it is not a limit.
+
+        None where the model's files do not say.
+        """
         return self.engine.engine.model_config.trained_length
 
 

@@ -189,7 +189,8 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield "bytes per session", f"{size_of_one:,}, whatever its length"
     yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
-    yield "trained length", f"{config.trained_length:,} tokens"
+    length = config.trained_length
+    yield "trained length", "not known" if length is None else f"{length:,} tokens"
     yield "context policy", CONTEXT_POLICIES[engine.policies.default]
     yield "position limit", f"{MAX_HELD:,} tokens"
 

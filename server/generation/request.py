@@ -190,9 +190,12 @@ def decode_ids(ids: list[int], tokenizer: "Tokenizer", param: str) -> str:
     return b"".join(written[each] for each in ids).decode("utf-8", errors="replace")
 
 
-def truncate_prompt(ids: list[int], body: SamplingBody, trained_length: int) -> list[int]:
-    """A prompt truncated to `truncate_prompt_tokens`; -1 stands for `trained_length`."""
-    if body.truncate_prompt_tokens is None:
-        return ids
+def truncate_prompt(ids: list[int], body: SamplingBody, trained_length: int | None) -> list[int]:
+    """A prompt truncated to `truncate_prompt_tokens`; -1 stands for `trained_length`.
+
+    Where that is None, nothing is truncated.
+    """
     length = trained_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+    if length is None:
+        return ids
     return ids[-length:] if body.truncation_side == "left" else ids[:length]

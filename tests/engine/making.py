@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from cottention.engine.models.checkpoint import read_weights
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
+from cottention.engine.models.weight_files import read_weights
 from cottention.engine.outputs import SampledToken
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import BatchResult, Sample
@@ -51,6 +51,45 @@ def attention_folder(kind: str) -> Path:
     weights = {k: v for k, v in read_weights(_FOLDER).items() if not k.endswith("norm_const")}
     if config.get("attention_bias"):
         weights |= _biases(weights)
+    save_file(weights, target / "model.safetensors")
+    return target
+
+
+FAMILIES = {
+    "mamba2": "mamba2-groups",
+    "mamba": "mamba",
+    "gla": "gla",
+    "retnet": "retnet",
+    "hgrn2": "hgrn2",
+    "delta_net": "delta_net",
+    "gated_deltanet": "gated_deltanet-gva",
+}
+"""The recurrent families that are served, and the golden case that is the small model of each."""
+
+
+@functools.cache
+def family_folder(model_type: str) -> Path:
+    """The small model of a recurrent family, which reads and writes the small tokenizer's ids.
+
+    Its golden case has fewer ids: embeddings and head are continued with random rows.
+    """
+    target = Path(_made().name) / model_type
+    source = _FOLDER.parent / FAMILIES[model_type]
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("expected.*", "*.md"))
+    for each in ("tokenizer.json", "tokenizer_config.json"):
+        if (_FOLDER / each).is_file():
+            shutil.copy(_FOLDER / each, target)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    known, config["vocab_size"] = config["vocab_size"], small_tokenizer().num_ids
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    generator = torch.Generator().manual_seed(0)
+    weights = read_weights(source)
+    for name, weight in weights.items():
+        if name.endswith(("embeddings.weight", "lm_head.weight")):
+            shape = config["vocab_size"] - known, weight.shape[1]
+            rest = float(weight.std()) * torch.randn(shape, generator=generator)
+            weights[name] = torch.cat([weight, rest])
+    (target / "model.safetensors").unlink()
     save_file(weights, target / "model.safetensors")
     return target
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from cottention.engine import Engine, EngineConfig, Output, SamplingParams
-from cottention.engine.models.checkpoint import read_weights
+from cottention.engine.models.weight_files import read_weights
 from cottention.engine.outputs import TokenLogprob
 from cottention.engine.state.context_window import ContextSchedule
 from cottention.engine.state.session_state import SessionState
+from tests.engine.making import FAMILIES, family_folder
 
 _MODEL = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 _HOLD = tempfile.TemporaryDirectory(prefix="cottention-windows-")
@@ -25,7 +26,12 @@ Told = tuple[int, TokenLogprob]
 
 @functools.cache
 def folder_of(window: int, attention: str = "cottention") -> Path:
-    """The small model, as if it had been trained on `window` tokens, with any attention."""
+    """The small model, as if it had been trained on `window` tokens, with any attention.
+
+    That of a recurrent family is as it is: its sessions are not renewed.
+    """
+    if attention in FAMILIES:
+        return family_folder(attention)
     target = Path(_HOLD.name) / f"{attention}-{window}"
     shutil.copytree(_MODEL, target, ignore=shutil.ignore_patterns("expected.*"))
     if attention != "cottention":

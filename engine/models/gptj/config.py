@@ -60,6 +60,10 @@ class GPTJConfig(ModelConfig):
         return self.n_positions
 
     @property
+    def window(self) -> int:
+        return min(self.n_positions, self.max_exact_length or self.n_positions)
+
+    @property
     def max_exact_length(self) -> int | None:
         """cosFormer's M: weights of tokens further apart would be negative."""
         if self.attention_type != "cosformer":
