@@ -1,7 +1,9 @@
 """What the engine's tests share: a model folder of one's own to damage, and a small engine.
 
 A test marked `every_attention` runs for every feature map that is served: its `gptj_folder`, and
-the engine on it, are of that kind. One marked `every_model` runs for the recurrent families too.
+the engine on it, are of that kind. One marked `every_model` runs for the recurrent families too,
+one marked `every_session` for those of them whose sessions keep more than the recurrence. Of
+several marks the closest one counts.
 """
 
 import shutil
@@ -10,16 +12,15 @@ from pathlib import Path
 import pytest
 
 from cottention.engine import Engine, EngineConfig
-from tests.engine.making import ATTENTIONS, FAMILIES, attention_folder, family_folder
+from tests.engine.making import ATTENTIONS, FAMILIES, SESSION_FAMILIES, model_folder
+
+_FAMILIES_OF = {"every_attention": (), "every_session": SESSION_FAMILIES, "every_model": FAMILIES}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "attention" not in metafunc.fixturenames:
-        return
-    if metafunc.definition.get_closest_marker("every_attention"):
-        metafunc.parametrize("attention", list(ATTENTIONS), indirect=True, scope="session")
-    if metafunc.definition.get_closest_marker("every_model"):
-        every = [*ATTENTIONS, *FAMILIES]
+    marks = [mark.name for mark in metafunc.definition.iter_markers() if mark.name in _FAMILIES_OF]
+    if marks and "attention" in metafunc.fixturenames:
+        every = [*ATTENTIONS, *_FAMILIES_OF[marks[0]]]
         metafunc.parametrize("attention", every, indirect=True, scope="session")
 
 
@@ -32,7 +33,7 @@ def attention(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def gptj_folder(attention: str) -> Path:
     """The small model of the kind that a test is for."""
-    return family_folder(attention) if attention in FAMILIES else attention_folder(attention)
+    return model_folder(attention)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import BatchResult, Sample
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.session_state import SessionState
-from cottention.engine.state.spec import StateSpec, recurrence_tensors
+from cottention.engine.state.spec import StateSpec, StateTensor, recurrence_tensors
 from cottention.engine.text.tokenizer import Tokenizer
 
 _FOLDER = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
@@ -56,6 +56,7 @@ def attention_folder(kind: str) -> Path:
 
 
 FAMILIES = {
+    "rwkv7": "rwkv7",
     "mamba2": "mamba2-groups",
     "mamba": "mamba",
     "gla": "gla",
@@ -65,6 +66,15 @@ FAMILIES = {
     "gated_deltanet": "gated_deltanet-gva",
 }
 """The recurrent families that are served, and the golden case that is the small model of each."""
+
+
+SESSION_FAMILIES = ("mamba2",)
+"""Those for which all that sessions do is tested again: they keep more than the recurrence."""
+
+
+def model_folder(name: str) -> Path:
+    """The small model of a kind of attention or of a recurrent family."""
+    return family_folder(name) if name in FAMILIES else attention_folder(name)
 
 
 @functools.cache
@@ -109,10 +119,15 @@ def _biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
-    """States of one layer and two heads of this width, as attention of this kind has them.
+    """States of one layer and two heads of this width, as a kind or a family has them.
 
     more_keys: by how much keys are wider, so that no shape is its transpose.
     """
+    if kind in SESSION_FAMILIES:
+        recurrence = recurrence_tensors(
+            layers=1, heads=2, value_width=width, key_width=width + more_keys
+        )
+        return StateSpec((*recurrence, StateTensor("conv", (1, 3, 2 * width))))
     made = ATTENTION_KINDS[kind]
     return StateSpec(
         recurrence_tensors(

@@ -22,9 +22,10 @@ from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.state.spec import StateSpec
-from tests.engine.making import attention_folder, small_spec
+from tests.engine.making import SESSION_FAMILIES, attention_folder, small_spec
 
-SPECS = {kind: small_spec(kind, 3, more_keys=1) for kind in RECURRENT_KINDS}
+KINDS_AND_FAMILIES = [*RECURRENT_KINDS, *SESSION_FAMILIES]
+SPECS = {kind: small_spec(kind, 3, more_keys=1) for kind in KINDS_AND_FAMILIES}
 SPEC = SPECS["cottention"]
 PRINTS = Fingerprint("aa" * 32, "bb" * 32, "rotary_dim=4", "layers=1")
 NUM_IDS = 100
@@ -35,16 +36,14 @@ CODECS = {
     for kind, spec in SPECS.items()
 }
 CODEC = CODECS["cottention"]
-KINDS = st.sampled_from(RECURRENT_KINDS)
+KINDS = st.sampled_from(KINDS_AND_FAMILIES)
 
 Header = dict[str, Any]
 
 
 def rows(spec: StateSpec) -> tuple[torch.Tensor, ...]:
-    made = [torch.randn(spec.shapes["state"], generator=torch.Generator().manual_seed(1))]
-    if "denominator" in spec.shapes:
-        made.append(made[0][:, :, 0].clone())
-    return tuple(made)
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(shape, generator=generator) for shape in spec.shapes.values())
 
 
 FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0}, b"\xe2\x82")
@@ -82,7 +81,7 @@ def same(a: SessionState, b: SessionState) -> bool:
     )
 
 
-@pytest.mark.every_attention
+@pytest.mark.every_session
 @pytest.mark.parametrize(
     "state",
     [
@@ -171,7 +170,7 @@ def test_recent_ids_are_those_of_a_window(recent: tuple[int, ...]) -> None:
         CODEC.decode(CODEC.encode(replace(FULL, recent=recent)))
 
 
-@pytest.mark.every_attention
+@pytest.mark.every_session
 def test_cut_anywhere(attention: str) -> None:
     codec, raw = CODECS[attention], RAWS[attention]
     for size in range(len(raw)):
@@ -253,7 +252,7 @@ LIES = [
 ]
 
 
-@pytest.mark.every_attention
+@pytest.mark.every_session
 @pytest.mark.parametrize(("change", "value"), LIES)
 def test_a_header_that_lies(
     attention: str, change: Callable[[Header, Any], None], value: Any
