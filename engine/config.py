@@ -22,6 +22,11 @@ class EngineConfig:
     dtype: DType = setting(
         "auto", "type of the weights; auto is float32 on the CPU and the checkpoint's type on CUDA"
     )
+    tokenizer: str | None = setting(
+        None,
+        "file of a World vocabulary of RWKV, or a folder of tokenizer files",
+        unset="the model's own",
+    )
     max_slots: int | None = setting(
         None,
         "maximum number of sequences in a batch, each with a slot for its state",

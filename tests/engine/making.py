@@ -56,6 +56,7 @@ def attention_folder(kind: str) -> Path:
 
 
 FAMILIES = {
+    "rwkv7": "rwkv7",
     "mamba2": "mamba2-groups",
     "mamba": "mamba",
     "gla": "gla",
