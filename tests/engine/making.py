@@ -129,6 +129,22 @@ _TAILS: dict[str, Callable[[int], tuple[StateTensor, ...]]] = {
 """What the sessions of a family keep beside the state of its recurrence, by width of a head."""
 
 
+def rwkv7_file(folder: Path) -> Path:
+    """A .pth file of an RWKV-7 with as many ids as the small World vocabulary, which is beside it.
+
+    Its golden case has fewer: embeddings and head are continued with random rows.
+    """
+    golden = _FOLDER.parent
+    weights = read_weights(golden / "rwkv7-pth" / "model.pth")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("emb.weight", "head.weight"):
+        rest = torch.randn(320 - len(weights[name]), 64, generator=generator).to(torch.bfloat16)
+        weights[name] = torch.cat([weights[name], rest * weights[name].std()])
+    torch.save(weights, folder / "small.pth")
+    shutil.copy(golden / "world-tokenizer" / "vocab.txt", folder / "rwkv_vocab_small.txt")
+    return folder / "small.pth"
+
+
 def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
     """States of one layer and two heads of this width, as a kind or a family has them.
 
