@@ -11,6 +11,7 @@
 #include "linear.h"
 #include "recurrent.h"
 #include "sampling_weights.h"
+#include "selective_scan.h"
 
 namespace cottention::COTTENTION_ISA {
 
@@ -19,6 +20,6 @@ const Kernels kernels = {denominators,         recurrent,   attention_gelu, line
                          elu_plus_one,         layer_norm,  argmax,         sampling_weights,
                          each_element<silu_of>, each_element<sigmoid_of>, each_element<softplus_of>,
                          each_element<tanh_of>, each_element<exponential>, rms_norm,
-                         short_convolution};
+                         short_convolution,    selective_scan};
 
 }  // namespace cottention::COTTENTION_ISA

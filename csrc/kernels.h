@@ -14,6 +14,7 @@ constexpr int64_t kPanel = 64;     // output columns per panel of a packed weigh
 constexpr int64_t kTaskRows = 48;  // maximum rows of x per task of the product
 constexpr int64_t kMaxKeyWidth = 512;
 constexpr int64_t kMaxFusedWidth = 256;  // of a head in attention_gelu
+constexpr int64_t kScanChannels = 128;   // per task of the selective scan
 constexpr float kDenominatorFloor = 1e-6f;
 constexpr float kNormFloor = 1e-12f;
 constexpr int32_t kPaddingSlot = -1;
@@ -131,6 +132,23 @@ struct ShortConvolutionParams {
   }
 };
 
+struct SelectiveScanParams {
+  const float *u, *delta;     // [N, channels], rows u_stride and delta_stride apart
+  const float* log_decay;     // [channels, width]
+  const float *k, *q;         // [N, width], rows k_stride and q_stride apart
+  float* state;               // [S, channels, width], slots state_stride apart
+  float* out;                 // [N, channels]
+  const int32_t *state_indices, *cu_seqlens;  // as in RecurrentParams
+  int64_t u_stride, delta_stride, k_stride, q_stride, state_stride, channels, width;
+
+  [[gnu::always_inline]] int64_t splits() const {
+    return (channels + kScanChannels - 1) / kScanChannels;
+  }
+  [[gnu::always_inline]] int64_t first(int64_t segment) const {
+    return cu_seqlens ? cu_seqlens[segment] : segment;
+  }
+};
+
 struct ArgmaxParams {
   const float* x;  // [rows, columns], rows x_stride apart
   int64_t* out;    // [rows]
@@ -166,6 +184,7 @@ struct Kernels {
   void (*exp)(const RowsParams&, int64_t row);
   void (*rms_norm)(const RMSNormParams&, int64_t row);
   void (*short_convolution)(const ShortConvolutionParams&, int64_t task);  // segments × splits
+  void (*selective_scan)(const SelectiveScanParams&, int64_t task);        // segments × splits
 };
 
 namespace plain {

@@ -38,6 +38,9 @@ Tensor softplus(const Tensor& x);
 Tensor tanh(const Tensor& x);
 Tensor exp(const Tensor& x);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon, int64_t groups);
+Tensor selective_scan(const Tensor& u, const Tensor& delta, const Tensor& log_decay,
+                      const Tensor& k, const Tensor& q, const Tensor& state,
+                      const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens);
 Tensor short_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                          const Tensor& tails, const Tensor& state_indices,
                          const std::optional<Tensor>& cu_seqlens);

@@ -18,6 +18,11 @@ constexpr int kRowGroup = 8;
 constexpr int kRowGroup = 4;
 #endif
 
+// Where a term reads the state first, so much arithmetic lies between the rows in memory that the
+// hardware prefetcher is late. For wider rows it measured better alone.
+constexpr int64_t kNarrow = 64;
+constexpr int64_t kElementsAhead = 1024;
+
 // Which terms a step has, known when it is compiled.
 template <Decay kDecay_, bool kHasTerm_>
 struct Form {
@@ -152,7 +157,10 @@ inline void advance_rows(float* h, const Token& t, int64_t row, int64_t width, L
 template <class Form>
 inline void stream_rows(float* h, const Token& t, int64_t row, int64_t width, Lanes* total) {
   prefetch_pages(h, kRowGroup * width);
-  if (Form::kHasTerm) return advance_rows<Form>(h, t, row, width, total);
+  if (Form::kHasTerm) {
+    if (width <= kNarrow) prefetch_lines(h + kElementsAhead, kRowGroup * width);
+    return advance_rows<Form>(h, t, row, width, total);
+  }
   const Lanes decay = head_decay_of<Form>(t);
   for (int r = 0; r < kRowGroup; ++r, h += width) {
     const Lanes v = broadcast(t.v[row + r]);

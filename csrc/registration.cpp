@@ -23,6 +23,9 @@ STABLE_TORCH_LIBRARY(cottention, m) {
   m.def("exp(Tensor x) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float epsilon, int groups) -> Tensor");
   m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor log_decay, Tensor k, Tensor q, "
+      "Tensor(a!) state, Tensor state_indices, Tensor? cu_seqlens=None) -> Tensor");
+  m.def(
       "short_convolution(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) tails, "
       "Tensor state_indices, Tensor? cu_seqlens=None) -> Tensor");
   m.def("argmax(Tensor logits) -> Tensor");
@@ -54,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("tanh", TORCH_BOX(&cottention::tanh));
   m.impl("exp", TORCH_BOX(&cottention::exp));
   m.impl("rms_norm", TORCH_BOX(&cottention::rms_norm));
+  m.impl("selective_scan", TORCH_BOX(&cottention::selective_scan));
   m.impl("short_convolution", TORCH_BOX(&cottention::short_convolution));
   m.impl("argmax", TORCH_BOX(&cottention::argmax));
   m.impl("sample", TORCH_BOX(&cottention::sample));

@@ -113,8 +113,8 @@ def recurrent_step(
     Raises ValueError or RuntimeError before any memory is changed. On CUDA, values of state_indices
     and cu_seqlens are not checked, and rows out of range are skipped; `Segments.of` checks them.
     """
-    others = [x for x in (k, v, w, a, b) if x is not None]
-    is_compiled = compiled_takes(q, *others, types=checks.HALF_OR_SINGLE) or _on_cuda_with_ops(q)
+    types = checks.HALF_OR_SINGLE
+    is_compiled = compiled_takes(q, k, v, w, a, b, types=types) or _on_cuda_with_ops(q)
     if is_compiled and _kernel_takes(q.shape[-1], v.shape[-1]):
         checks.check_one_device(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
         step = torch.ops.cottention.recurrent_step

@@ -127,7 +127,11 @@ def selective_scan(
 
     u, delta [N, C]; log_decay, A [C, K], negative; k, q [N, K], the paper's B and C; state
     [S, C, K], whose rows are updated; state_indices and cu_seqlens as in `recurrent_step`. Outputs
-    of padding are zero. Returns [N, C].
+    of padding are zero. Returns [N, C]. In the compiled op a decay is at least e⁻⁸⁷.
     """
     arguments = u, delta, log_decay, k, q, state, state_indices, cu_seqlens
+    if compiled_takes(u, delta, log_decay, k, q, state):
+        checks.check_one_device(*arguments)
+        out: Tensor = torch.ops.cottention.selective_scan(*arguments)
+        return out
     return reference.selective_scan(*arguments)

@@ -58,6 +58,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, groups: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    q: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    return u.new_empty(u.shape)
+
+
 def short_convolution(
     x: Tensor,
     weight: Tensor,
@@ -95,6 +108,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "tanh": elementwise,
     "exp": elementwise,
     "rms_norm": rms_norm,
+    "selective_scan": selective_scan,
     "short_convolution": short_convolution,
     "argmax": argmax,
     "sample": sample,

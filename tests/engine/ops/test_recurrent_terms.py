@@ -148,4 +148,5 @@ def test_terms_have_the_type_of_the_state(name: str, width: int) -> None:
 def test_opcheck() -> None:
     case = make([2, 1], [3, -1], 16, 8)
     terms = terms_of("w-key ab", case)
-    torch.library.opcheck(torch.ops.cottention.recurrent_step.default, (*case, *terms))
+    op, tests = torch.ops.cottention.recurrent_step.default, ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (*case, *terms), test_utils=tests)
