@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
 from cottention.engine.sampling_params import SamplingParams
-from cottention.engine.text.tokenizer import Tokenizer
+from cottention.engine.text.base import BaseTokenizer
 
 
 class TokenHistory:
@@ -46,7 +46,7 @@ class TokenHistory:
         ]
 
 
-def encode_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+def encode_bad_words(words: Sequence[str], tokenizer: BaseTokenizer) -> list[list[int]]:
     """Ids of each word at the start of a text and after a space; of a blank word, the latter."""
     texts = [start + word.lstrip(" ") for word in words for start in ("", " ")]
     return [ids for text in texts if (ids := tokenizer.encode(text))]

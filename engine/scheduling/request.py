@@ -22,8 +22,8 @@ from cottention.engine.state.context_window import (
 )
 from cottention.engine.state.prefix_cache import Prefix
 from cottention.engine.state.session_state import SessionState
+from cottention.engine.text.base import BaseTokenizer
 from cottention.engine.text.detokenizer import Detokenizer
-from cottention.engine.text.tokenizer import Tokenizer
 
 
 class RequestStatus(Enum):
@@ -150,7 +150,7 @@ class Request:
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        tokenizer: Tokenizer,
+        tokenizer: BaseTokenizer,
         eos_token_ids: Iterable[int],
         start: SessionState | None = None,
         context_schedule: ContextSchedule | None = None,
@@ -191,7 +191,9 @@ class Request:
         assert all(span.begin >= self.first_index for span in spans), "ids are missing"
         self.set_prefill_spans(spans)
 
-    def _add_choices(self, tokenizer: Tokenizer, fed: Sequence[int], session: SessionState) -> None:
+    def _add_choices(
+        self, tokenizer: BaseTokenizer, fed: Sequence[int], session: SessionState
+    ) -> None:
         params = self.params
         bad_words = encode_bad_words(params.bad_words, tokenizer)
         table = tokenizer.token_bytes if params.skip_special_tokens else tokenizer.written_bytes
