@@ -40,8 +40,9 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Modu
     faults = weight_faults(weights, model)
     if faults:
         hint = implementation.weights_hint(weights, config)
+        whose = "its config.json" if folder.is_dir() else f"a model of type {config.model_type}"
         raise ModelFolderError(
-            f"the weights in {folder} are not those of its config.json: {'; '.join(faults)}{hint}"
+            f"the weights in {folder} are not those of {whose}: {'; '.join(faults)}{hint}"
         )
     for name, weight in weights.items():
         weights[name] = weight.to(implementation.weight_dtype(name, dtype))

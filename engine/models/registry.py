@@ -19,13 +19,35 @@ _ALL: tuple[AnyFamily, ...] = (GPTJ, MAMBA, MAMBA_2, RWKV7, *FLA)
 FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in _ALL}
 
 
+OTHERS = {
+    "falcon_h1": "Falcon-H1, a hybrid with softmax attention",
+    "falcon_mamba": "Falcon Mamba",
+    "granitemoehybrid": "Granite 4, a hybrid with softmax attention",
+    "jamba": "Jamba, a hybrid with softmax attention and a mixture of experts",
+    "kimi_linear": "Kimi Linear, a hybrid with softmax attention and a mixture of experts",
+    "minimax": "MiniMax, a mixture of experts, in most models a hybrid with softmax attention",
+    "minimax_text_01": "MiniMax, a hybrid with softmax attention and a mixture of experts",
+    "nemotron_h": "Nemotron-H, a hybrid with softmax attention",
+    "qwen3_next": "Qwen3-Next, a hybrid with softmax attention and a mixture of experts",
+    "recurrent_gemma": "RecurrentGemma, a hybrid with softmax attention",
+    "rwkv": "RWKV-4",
+    "rwkv5": "RWKV-5",
+    "rwkv6": "RWKV-6",
+    "xlstm": "xLSTM",
+    "zamba2": "Zamba2, a hybrid with softmax attention",
+}
+"""Models of the same kind that people may try, and that are not served."""
+
+
 def find_family(model_type: object, where: str) -> AnyFamily:
     """The family of this name; `where` names the file in the message. Raises ModelFolderError."""
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
+        name = OTHERS.get(model_type) if isinstance(model_type, str) else None
+        what = "" if name is None else f" ({name})"
         known = ", ".join(map(repr, sorted(FAMILIES)))
         raise ModelFolderError(
-            f"{where}: model_type is {shown(model_type)}, which is not supported;"
+            f"{where}: model_type is {shown(model_type)}{what}, which is not supported;"
             f" supported are: {known}"
         )
     return family

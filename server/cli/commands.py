@@ -183,6 +183,7 @@ def _as_json(each: Setting, value: Any, origin: Origin) -> dict[str, Any]:
 def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     config, size_of_one = engine.model_config, engine.spec.bytes_per_slot
     yield "model", engine.name
+    yield "family", config.model_type
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
     yield from config.description().items()

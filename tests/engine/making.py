@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ FAMILIES = {
 """The recurrent families that are served, and the golden case that is the small model of each."""
 
 
-SESSION_FAMILIES = ("mamba2",)
+SESSION_FAMILIES = ("rwkv7", "mamba2")
 """Those for which all that sessions do is tested again: they keep more than the recurrence."""
 
 
@@ -118,6 +119,32 @@ def _biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+_TAILS: dict[str, Callable[[int], tuple[StateTensor, ...]]] = {
+    "mamba2": lambda width: (StateTensor("conv", (1, 3, 2 * width)),),
+    "rwkv7": lambda width: (
+        StateTensor("att_shift", (1, 2 * width)),
+        StateTensor("ffn_shift", (1, 2 * width)),
+    ),
+}
+"""What the sessions of a family keep beside the state of its recurrence, by width of a head."""
+
+
+def rwkv7_file(folder: Path) -> Path:
+    """A .pth file of an RWKV-7 with as many ids as the small World vocabulary, which is beside it.
+
+    Its golden case has fewer: embeddings and head are continued with random rows.
+    """
+    golden = _FOLDER.parent
+    weights = read_weights(golden / "rwkv7-pth" / "model.pth")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("emb.weight", "head.weight"):
+        rest = torch.randn(320 - len(weights[name]), 64, generator=generator).to(torch.bfloat16)
+        weights[name] = torch.cat([weights[name], rest * weights[name].std()])
+    torch.save(weights, folder / "small.pth")
+    shutil.copy(golden / "world-tokenizer" / "vocab.txt", folder / "rwkv_vocab_small.txt")
+    return folder / "small.pth"
+
+
 def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
     """States of one layer and two heads of this width, as a kind or a family has them.
 
@@ -127,7 +154,7 @@ def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
         recurrence = recurrence_tensors(
             layers=1, heads=2, value_width=width, key_width=width + more_keys
         )
-        return StateSpec((*recurrence, StateTensor("conv", (1, 3, 2 * width))))
+        return StateSpec((*recurrence, *_TAILS[kind](width)))
     made = ATTENTION_KINDS[kind]
     return StateSpec(
         recurrence_tensors(

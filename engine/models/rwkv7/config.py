@@ -53,6 +53,7 @@ class RWKV7Config(ModelConfig):
         "group_norm_eps",
         "norm_first",
         "norm_bias",
+        "tie_word_embeddings",
         "max_position_embeddings",
     )
 
@@ -89,7 +90,7 @@ class RWKV7Config(ModelConfig):
 
     def description(self) -> dict[str, str]:
         return {
-            "family": "RWKV-7",
+            "attention": "delta rule with a decay per channel (arXiv 2503.14456)",
             "shape": f"{self.num_hidden_layers} layers of {self.num_heads} heads of"
             f" {self.head_dim}",
         }

@@ -121,7 +121,7 @@ class TimeMixing(nn.Module):
 
     def _heads_of(self, x: Tensor) -> Tensor:
         """[N, C] → [N, H, D]."""
-        return x.unflatten(-1, (self._heads, self._width))
+        return x.view(len(x), self._heads, self._width)
 
     def _unit(self, x: Tensor) -> Tensor:
         """Each head's part of x [N, C] by its length: x / √(Σ x² + floor²)."""
@@ -146,7 +146,7 @@ class ChannelMixing(nn.Module):
         return self.project_out(inner * inner)
 
 
-class RWKV7Block(RecurrentBlock):
+class RWKV7Block(RecurrentBlock[None]):
     """Time mixing and channel mixing, each on a norm of the residual."""
 
     def __init__(self, config: RWKV7Config, index: int) -> None:
@@ -182,7 +182,7 @@ def _norm(config: RWKV7Config) -> LayerNorm:
     return LayerNorm(config.hidden_size, config.norm_eps, has_bias=config.norm_bias)
 
 
-class RWKV7ForCausalLM(RecurrentModel):
+class RWKV7ForCausalLM(RecurrentModel[None]):
     """The whole model."""
 
     def __init__(self, config: RWKV7Config) -> None:
@@ -194,6 +194,6 @@ class RWKV7ForCausalLM(RecurrentModel):
         x = F.embedding(ids, self._trunk.embeddings.weight)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         shift, v_first = TokenShift.of(recurrence.segments), None
-        for index, layer in enumerate(cast(Iterable[RWKV7Block], self._trunk.layers)):
+        for index, layer in enumerate(cast(Iterable[RWKV7Block], self._layers())):
             x, v_first = layer(x, v_first, index, recurrence, shift)
         return x
