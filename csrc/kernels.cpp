@@ -10,6 +10,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "recurrent.h"
+#include "rwkv7.h"
 #include "sampling_weights.h"
 #include "selective_scan.h"
 
@@ -20,6 +21,7 @@ const Kernels kernels = {denominators,         recurrent,   attention_gelu, line
                          elu_plus_one,         layer_norm,  argmax,         sampling_weights,
                          each_element<silu_of>, each_element<sigmoid_of>, each_element<softplus_of>,
                          each_element<tanh_of>, each_element<exponential>, rms_norm,
-                         short_convolution,    selective_scan};
+                         short_convolution,    selective_scan,
+                         token_mix,            relu_squared, rwkv7_heads};
 
 }  // namespace cottention::COTTENTION_ISA

@@ -52,6 +52,12 @@ class Product:
         chosen = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
         return weight, _joined(chosen)
 
+    @property
+    def packed(self) -> ops.FixedOrderLinear | None:
+        """The served product where its weights are packed for the compiled ops, else None."""
+        served = self._arranged
+        return served if isinstance(served, ops.FixedOrderLinear) and served.is_packed else None
+
     def serve(self, device: str) -> None:
         self._arranged = served_product(*self._stacked(), device)
         for linear in self._linears:

@@ -31,6 +31,7 @@ from cottention.engine.ops.fused import (
     can_sample,
     cottention_attention_gelu,
     cottention_layers,
+    rwkv7_layers,
     sample,
 )
 from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
@@ -68,6 +69,7 @@ __all__ = [
     "rotary_table",
     "rotate",
     "row_sums",
+    "rwkv7_layers",
     "sample",
     "selective_scan",
     "short_convolution",

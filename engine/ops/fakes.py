@@ -117,4 +117,5 @@ FAKES: dict[str, Callable[..., object]] = {
     "layer_norm": in_place,
     "cottention_attention_gelu": in_place,
     "cottention_layers": in_place,
+    "rwkv7_layers": in_place,
 }

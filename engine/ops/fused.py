@@ -1,6 +1,7 @@
 """Compiled ops that do the work of several ops in one call. There is no reference behind them.
 
-Letters: R rows, N tokens, C channels, H heads, D head width, L layers, S slots, B segments.
+Letters: R rows, N tokens, C channels, H heads, D head width, K key width, L layers, S slots, B
+segments.
 """
 
 from collections.abc import Sequence
@@ -78,6 +79,45 @@ def cottention_layers(
         normed,
         joined,
         attn_gelu,
+    )
+
+
+def rwkv7_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    epsilon: float,
+    group_epsilon: float,
+    ranks: Sequence[int],
+    inner: int,
+    state: Tensor,
+    att_shift: Tensor,
+    ffn_shift: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """All blocks of a packed RWKV-7, with the bits of the ops of each; x [N, C] in place.
+
+    x is float32, and so is all that is computed. weights, for each block: weight and bias [C] of
+    the norm; the shifts' mixes [6, C] of r, w, k, v, a and g; packed r, k, v and output; for w and
+    a packed down and up and the bias [C]; for g packed down and up; for v packed down and up and
+    the bias, which the first block does not use; k_k, k_a, r_k, and weight and bias of the norm of
+    the heads, [H, K]; weight and bias of the second norm; its mix [1, C]; packed key and value.
+    epsilon: of the norms; group_epsilon: of that of the heads. ranks: of w, a, g and v. inner:
+    width of channel mixing. state [S, L, H, K, K], att_shift and ffn_shift [S, L, C], float32, are
+    updated in place. state_indices and cu_seqlens as in `recurrent_step`. Raises RuntimeError.
+    """
+    torch.ops.cottention.rwkv7_layers(
+        x,
+        weights,
+        epsilon,
+        group_epsilon,
+        ranks,
+        inner,
+        state,
+        att_shift,
+        ffn_shift,
+        state_indices,
+        cu_seqlens,
     )
 
 
