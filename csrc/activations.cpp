@@ -8,7 +8,7 @@
 namespace cottention {
 namespace {
 
-constexpr int64_t kActivationsPerThread = 16384;
+constexpr int64_t kActivationsPerThread = 65536;
 constexpr int64_t kNormsPerThread = 65536;
 
 Tensor each_element(const Tensor& x, void (*kernel)(const RowsParams&, int64_t)) {
@@ -89,7 +89,7 @@ Tensor short_convolution(const Tensor& x, const Tensor& weight, const std::optio
   const int64_t segments = state_indices.size(0);
   const int64_t work = ceil_div(x.size(0), std::max<int64_t>(1, segments)) * kConvolutionChannels;
   const Kernels& table = kernels();
-  for_each_task(segments * p.splits(), kElementsPerThread / std::max<int64_t>(1, work * p.width),
+  for_each_task(segments * p.splits(), kActivationsPerThread / std::max<int64_t>(1, work * p.width),
                 [&](int64_t task) { table.short_convolution(p, task); });
   return out;
 }

@@ -8,6 +8,7 @@ V value width, S slots.
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -218,15 +219,65 @@ def short_convolution(
     as in `recurrent_step`. The sum begins with the bias and goes from the oldest input to the
     current one. Outputs of padding are zero. Returns [N, C].
     """
-    out = torch.zeros_like(x)
-    for tokens, rows in token_steps(state_indices, cu_seqlens):
-        window = torch.cat([tails[rows], x[tokens].unsqueeze(1)], dim=1)
-        total = torch.zeros_like(window[:, 0]) if bias is None else bias.expand_as(window[:, 0])
-        for j, row in enumerate(weight):
-            total = total + row * window[:, j]
-        out[tokens] = total
-        tails[rows] = window[:, 1:]
-    return out
+    if len(x) == 0:
+        return torch.zeros_like(x)
+    rows = real_rows(state_indices)
+    starts, lengths = _bounds(state_indices, cu_seqlens)
+    kept = len(weight) - 1
+    segment = torch.arange(len(starts), device=x.device)
+    segment = segment.repeat_interleave(lengths, output_size=len(x))
+    token = torch.arange(len(x), device=x.device)
+    offset = token - starts[segment]
+
+    def before(segment: Tensor, offset: Tensor) -> Tensor:
+        """Inputs at these offsets from their segments' first tokens; negative ones are tails."""
+        own = x[(starts[segment] + offset).clamp(0, len(x) - 1)]
+        earlier = tails[rows.slots[segment], (offset + kept).clamp(0, max(kept - 1, 0))]
+        return torch.where((offset < 0).unsqueeze(-1), earlier, own)
+
+    total = torch.zeros_like(x) if bias is None else bias.expand_as(x)
+    for j, row in enumerate(weight):
+        at = offset - kept + j
+        inputs = before(segment, at) if j < kept else x
+        total = total + row * inputs
+    if kept:
+        last = lengths[rows.source]
+        now = [before(rows.source, last - kept + j) for j in range(kept)]
+        tails[rows.slots] = torch.where(rows.is_any, torch.stack(now, dim=1), tails[rows.slots])
+    return total.masked_fill(rows.is_padding[segment].unsqueeze(-1), 0)
+
+
+class RealRows(NamedTuple):
+    """Rows of a batch with padding, so that it can be written without waiting for a device.
+
+    Padding stands for the first segment that is none: it is given the same row, and writes the same
+    value. slots: int64 [B]. source: int64 [B], the segment that each stands for. is_padding: bool
+    [B]. is_any: bool [], false where all are padding and nothing may change.
+    """
+
+    slots: Tensor
+    source: Tensor
+    is_padding: Tensor
+    is_any: Tensor
+
+
+def real_rows(state_indices: Tensor) -> RealRows:
+    """Of state_indices int32 [B]; −1 is padding."""
+    is_padding = state_indices < 0
+    own = torch.arange(len(state_indices), device=state_indices.device)
+    first = (~is_padding).int().argmax()
+    source = torch.where(is_padding, first, own)
+    slots = state_indices[source].long().clamp_min(0)
+    return RealRows(slots, source, is_padding, ~is_padding.all())
+
+
+def _bounds(state_indices: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """First token and number of tokens of each segment: int64 [B]."""
+    if cu_seqlens is None:
+        starts = torch.arange(len(state_indices), device=state_indices.device)
+        return starts, torch.ones_like(starts)
+    bounds = cu_seqlens.long()
+    return bounds[:-1], bounds.diff()
 
 
 def selective_scan(
@@ -245,11 +296,23 @@ def selective_scan(
     [S, C, K], whose rows are updated; state_indices and cu_seqlens as in `recurrent_step`. Outputs
     of padding are zero. Returns [N, C].
     """
+    if cu_seqlens is None:
+        rows = real_rows(state_indices)
+        taken = [x[rows.source] for x in (u, delta, k, q)]
+        updated, out = _scan_one(state[rows.slots], log_decay, *taken)
+        state[rows.slots] = torch.where(rows.is_any, updated, state[rows.slots])
+        return out.masked_fill(rows.is_padding.unsqueeze(-1), 0)
     out = torch.zeros_like(u)
-    for tokens, rows in token_steps(state_indices, cu_seqlens):
-        step = delta[tokens].unsqueeze(-1)
-        update = step * u[tokens].unsqueeze(-1) * k[tokens].unsqueeze(-2)
-        updated = torch.exp(step * log_decay) * state[rows] + update
-        state[rows] = updated
-        out[tokens] = (updated * q[tokens].unsqueeze(-2)).sum(-1)
+    for tokens, slots in token_steps(state_indices, cu_seqlens):
+        taken = [x[tokens] for x in (u, delta, k, q)]
+        state[slots], out[tokens] = _scan_one(state[slots], log_decay, *taken)
     return out
+
+
+def _scan_one(
+    state: Tensor, log_decay: Tensor, u: Tensor, delta: Tensor, k: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of each of B rows: the states [B, C, K] after it, and the outputs [B, C]."""
+    step = delta.unsqueeze(-1)
+    state = torch.exp(step * log_decay) * state + step * u.unsqueeze(-1) * k.unsqueeze(-2)
+    return state, (state * q.unsqueeze(-2)).sum(-1)

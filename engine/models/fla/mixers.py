@@ -231,8 +231,8 @@ class DeltaNet(Mixer):
         if self.config.qk_norm == "l2":
             return l2_normed(x, self.heads)
         [of_heads] = self._of_heads(x)
-        total = of_heads.abs().sum(-1, keepdim=True).clamp_min(L2_EPSILON)
-        return (of_heads / total).flatten(-2)
+        total = ops.row_sums(of_heads.abs().flatten(0, 1)).clamp_min(L2_EPSILON)
+        return (of_heads / total.view(len(x), -1, 1)).flatten(-2)
 
 
 class GatedDeltaNet(Mixer):

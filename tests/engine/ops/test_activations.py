@@ -107,6 +107,31 @@ def test_short_convolution_may_be_cut_anywhere() -> None:
     assert torch.equal(pieces, tails)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("slots", [[-1, 3, -1, 0], [-1, -1, -1, -1]])
+def test_padding_changes_no_row(slots: list[int], dtype: torch.dtype) -> None:
+    """One token each, as captured graphs run it: padding may stand anywhere, and everywhere."""
+    generator = torch.Generator().manual_seed(2)
+    x, delta = (torch.randn(4, 8, generator=generator, dtype=dtype) for _ in range(2))
+    k, q, weight = (torch.randn(4, 8, generator=generator, dtype=dtype) for _ in range(3))
+    tails = torch.randn(5, 3, 8, generator=generator, dtype=dtype)
+    state = torch.randn(5, 8, 8, generator=generator, dtype=dtype)
+    indices = torch.tensor(slots, dtype=torch.int32)
+    new_tails, new_state = tails.clone(), state.clone()
+    log_decay = -torch.ones(8, 8, dtype=dtype)
+    outs = [
+        ops.short_convolution(x, weight, None, new_tails, indices),
+        ops.selective_scan(x, delta, log_decay, k, q, new_state, indices),
+    ]
+    real = [slot for slot in slots if slot >= 0]
+    unused = [row for row in range(5) if row not in real]
+    for old, new in ((tails, new_tails), (state, new_state)):
+        assert torch.equal(old[unused], new[unused])
+        assert not real or not torch.equal(old[real], new[real])
+    for token, slot in enumerate(slots):
+        assert all(bool(out[token].any()) == (slot >= 0) for out in outs)
+
+
 def test_selective_scan_is_the_recurrence_with_one_value_row() -> None:
     """As in the paper's algorithm 2, computed by a loop over plain float64 numbers."""
     channels, width, tokens = 3, 4, 5
