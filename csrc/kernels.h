@@ -167,6 +167,17 @@ struct RWKV7HeadsParams {
   float unit_weight, norm_epsilon;
 };
 
+// All that happens in the heads of a Mamba-2 block.
+struct Mamba2HeadsParams {
+  RecurrentParams recurrent;  // k and q of the first group, the same for all heads
+  const float *gate, *step;   // [N, H V] and [N, H], rows joined_stride apart
+  const float* x;             // [N, H V], rows x_stride apart
+  float *v, *w;               // [N, H, V] and [N, H]; overwritten
+  const float *step_bias, *log_decay, *skip;  // [H]
+  int64_t joined_stride, x_stride, groups;
+  float least_step, greatest_step;
+};
+
 struct ArgmaxParams {
   const float* x;  // [rows, columns], rows x_stride apart
   int64_t* out;    // [rows]
@@ -205,7 +216,8 @@ struct Kernels {
   void (*selective_scan)(const SelectiveScanParams&, int64_t task);        // segments × splits
   void (*token_mix)(const TokenMixParams&, int64_t token);
   void (*relu_squared)(const RowsParams&, int64_t row);
-  void (*rwkv7_heads)(const RWKV7HeadsParams&, int64_t task);  // segments × heads
+  void (*rwkv7_heads)(const RWKV7HeadsParams&, int64_t task);    // segments × heads
+  void (*mamba2_heads)(const Mamba2HeadsParams&, int64_t task);  // segments × heads
 };
 
 namespace plain {

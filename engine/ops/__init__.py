@@ -31,6 +31,7 @@ from cottention.engine.ops.fused import (
     can_sample,
     cottention_attention_gelu,
     cottention_layers,
+    mamba2_layers,
     rwkv7_layers,
     sample,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "gelu_new",
     "kernel_has_width",
     "layer_norm",
+    "mamba2_layers",
     "max_recurrent_tokens",
     "recurrent_segments",
     "recurrent_step",

@@ -1,7 +1,7 @@
 """Compiled ops that do the work of several ops in one call. There is no reference behind them.
 
-Letters: R rows, N tokens, C channels, H heads, D head width, K key width, L layers, S slots, B
-segments.
+Letters: R rows, N tokens, C channels, H heads, D head width, K key width, V value width, G groups,
+W width of a convolution, L layers, S slots, B segments.
 """
 
 from collections.abc import Sequence
@@ -79,6 +79,31 @@ def cottention_layers(
         normed,
         joined,
         attn_gelu,
+    )
+
+
+def mamba2_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    epsilon: float,
+    groups: int,
+    step_limit: Sequence[float],
+    state: Tensor,
+    conv: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """All blocks of a packed Mamba-2, with the bits of the ops of each; x [N, C] in place.
+
+    x is float32, and so is all that is computed. weights, for each block: weight [C] of the norm;
+    packed input product and its bias; the convolution's [W, H V + 2 G K] and its bias; dt_bias,
+    −exp(A_log) and D, [H]; weight [H V] of the gated norm; packed output product and its bias. A
+    bias that is absent has no elements. epsilon: of both norms. groups: G. step_limit: the least
+    and the greatest time step. state [S, L, H, V, K] and conv [S, L, W − 1, H V + 2 G K], float32,
+    are updated in place. state_indices and cu_seqlens as in `recurrent_step`. Raises RuntimeError.
+    """
+    torch.ops.cottention.mamba2_layers(
+        x, weights, epsilon, groups, step_limit, state, conv, state_indices, cu_seqlens
     )
 
 

@@ -193,7 +193,6 @@ class RWKV7ForCausalLM(RecurrentModel[None]):
         trunk = Trunk(config.vocab_size, config.hidden_size, layers, "norm", _norm(config))
         super().__init__("model", trunk, is_tied=config.tie_word_embeddings)
         self.config = config
-        self.fused: FusedBlocks | None = None
 
     def serve(self, device: str) -> Self:
         super().serve(device)
