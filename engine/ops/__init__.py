@@ -31,6 +31,8 @@ from cottention.engine.ops.fused import (
     can_sample,
     cottention_attention_gelu,
     cottention_layers,
+    mamba2_layers,
+    rwkv7_layers,
     sample,
 )
 from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
@@ -61,6 +63,7 @@ __all__ = [
     "gelu_new",
     "kernel_has_width",
     "layer_norm",
+    "mamba2_layers",
     "max_recurrent_tokens",
     "recurrent_segments",
     "recurrent_step",
@@ -68,6 +71,7 @@ __all__ = [
     "rotary_table",
     "rotate",
     "row_sums",
+    "rwkv7_layers",
     "sample",
     "selective_scan",
     "short_convolution",

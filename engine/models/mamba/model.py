@@ -5,6 +5,7 @@ R rank of the time step.
 """
 
 from collections.abc import Iterable
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from cottention.engine import ops
 from cottention.engine.models import recurrent_model
 from cottention.engine.models.mamba.config import ORIGINAL_FORMAT, Mamba2Config, MambaConfig
+from cottention.engine.models.mamba.fused import FusedBlocks
 from cottention.engine.models.recurrence import Features, Recurrence
 from cottention.engine.models.recurrent_model import (
     Convolution,
@@ -134,6 +136,15 @@ class MambaForCausalLM(RecurrentModel[None]):
         norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         trunk = Trunk(config.vocab_size, config.hidden_size, layers, "norm_f", norm)
         super().__init__("backbone", trunk, is_tied=config.tie_word_embeddings)
+        self.config = config
+
+    def serve(self, device: str) -> Self:
+        super().serve(device)
+        if isinstance(self.config, Mamba2Config):
+            blocks = cast(Iterable[MambaBlock], self._layers())
+            parts = [(block.norm, cast(Mamba2Mixer, block.mixer)) for block in blocks]
+            self.fused = FusedBlocks.of(self.config, parts)
+        return self
 
     def step_tables(self, _positions: Tensor, _dtype: torch.dtype) -> None:
         """Nothing depends on positions."""

@@ -5,7 +5,7 @@ Letters: N tokens, C channels, H heads, D head width (both of keys and of values
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from cottention.engine.models.recurrent_model import (
     Trunk,
 )
 from cottention.engine.models.rwkv7.config import LowRanks, RWKV7Config
+from cottention.engine.models.rwkv7.fused import FusedBlocks
 from cottention.engine.models.tails import TokenShift
 
 DECAY_SCALE = -math.exp(-0.5)
@@ -147,7 +148,10 @@ class ChannelMixing(nn.Module):
 
 
 class RWKV7Block(RecurrentBlock[None]):
-    """Time mixing and channel mixing, each on a norm of the residual."""
+    """Time mixing and channel mixing, each on a norm of the residual.
+
+    pre_norm is that of the embeddings, whose weights published files have in the first block.
+    """
 
     def __init__(self, config: RWKV7Config, index: int) -> None:
         super().__init__()
@@ -168,7 +172,6 @@ class RWKV7Block(RecurrentBlock[None]):
         shift: TokenShift,
     ) -> tuple[Tensor, Tensor]:
         """x [N, C] before layer `index` → x after it, and the first layer's values [N, C]."""
-        x = x if self.pre_norm is None else self.pre_norm(x)
         y = self.attn_norm(x)
         before = shift(y, recurrence.tensors["att_shift"][:, index])
         out, v_first = self.attn(y, before, v_first, index, recurrence)
@@ -189,11 +192,25 @@ class RWKV7ForCausalLM(RecurrentModel[None]):
         layers = (RWKV7Block(config, index) for index in range(config.num_hidden_layers))
         trunk = Trunk(config.vocab_size, config.hidden_size, layers, "norm", _norm(config))
         super().__init__("model", trunk, is_tied=config.tie_word_embeddings)
+        self.config = config
+
+    def serve(self, device: str) -> Self:
+        super().serve(device)
+        self.fused = FusedBlocks.of(self.config, list(self._blocks()))
+        return self
+
+    def _blocks(self) -> Iterable[RWKV7Block]:
+        return cast(Iterable[RWKV7Block], self._layers())
 
     def hidden(self, ids: Tensor, _positions: Tensor, recurrence: Recurrence) -> Tensor:
         x = F.embedding(ids, self._trunk.embeddings.weight)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        blocks = list(self._blocks())
+        if blocks[0].pre_norm is not None:
+            x = blocks[0].pre_norm(x)
+        if self.fused is not None:
+            return self.fused(x, recurrence)
         shift, v_first = TokenShift.of(recurrence.segments), None
-        for index, layer in enumerate(cast(Iterable[RWKV7Block], self._layers())):
+        for index, layer in enumerate(blocks):
             x, v_first = layer(x, v_first, index, recurrence, shift)
         return x
