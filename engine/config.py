@@ -51,7 +51,7 @@ class EngineConfig:
         "auto",
         "how to continue past the trained length; renew forgets the oldest tokens and keeps the"
         " text good, at twice the memory per slot; exact is the recurrence as published; auto is"
-        " the default of the model's family, renew for gptj",
+        " the default of the model's family, renew for gptj, else exact",
     )
     generation_config: Literal["auto", "vllm"] = setting(
         "auto",
