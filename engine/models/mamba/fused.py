@@ -1,18 +1,16 @@
-"""The blocks of a served Mamba-2 as one call of a compiled op, with the bits of `model.py`."""
+"""The blocks of a served Mamba-2 as one call of a compiled op, with the bits of `blocks.py`."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from cottention.engine import ops
+from cottention.engine.models.mamba.blocks import Mamba2Mixer
 from cottention.engine.models.mamba.config import Mamba2Config
 from cottention.engine.models.recurrence import Recurrence
-
-if TYPE_CHECKING:
-    from cottention.engine.models.mamba.model import Mamba2Mixer
-    from cottention.engine.models.recurrent_model import RMSNorm
+from cottention.engine.models.recurrent_model import RMSNorm
 
 
 class FusedBlocks:
@@ -23,9 +21,7 @@ class FusedBlocks:
         self._weights = weights
 
     @classmethod
-    def of(
-        cls, config: Mamba2Config, blocks: Iterable[tuple["RMSNorm", "Mamba2Mixer"]]
-    ) -> Self | None:
+    def of(cls, config: Mamba2Config, blocks: Iterable[tuple[RMSNorm, Mamba2Mixer]]) -> Self | None:
         """For norms and mixers that are served; None where the op does not take them."""
         if not ops.kernel_has_width(config.state_size, config.head_dim):
             return None
@@ -50,7 +46,7 @@ class FusedBlocks:
         return x
 
 
-def _weights_of(norm: "RMSNorm", mixer: "Mamba2Mixer") -> Iterable[Tensor | None]:
+def _weights_of(norm: RMSNorm, mixer: Mamba2Mixer) -> Iterable[Tensor | None]:
     """In the order of the op; None for a product whose weights are not packed."""
     first, last = mixer.project_in.packed, mixer.project_out.packed
     if first is None or last is None:

@@ -1,10 +1,10 @@
-"""The blocks of a served RWKV-7 as one call of a compiled op, with the bits of `model.py`.
+"""The blocks of a served RWKV-7 as one call of a compiled op, with the bits of `blocks.py`.
 
 Letters: N tokens, C channels, H heads, D head width.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -12,10 +12,8 @@ from torch import Tensor
 from cottention.engine import ops
 from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.models.recurrent_model import Product
+from cottention.engine.models.rwkv7.blocks import LowRank, RWKV7Block
 from cottention.engine.models.rwkv7.config import RWKV7Config
-
-if TYPE_CHECKING:
-    from cottention.engine.models.rwkv7.model import LowRank, RWKV7Block
 
 
 class FusedBlocks:
@@ -29,7 +27,7 @@ class FusedBlocks:
         self._ranks = ranks
 
     @classmethod
-    def of(cls, config: RWKV7Config, blocks: Sequence["RWKV7Block"]) -> Self | None:
+    def of(cls, config: RWKV7Config, blocks: Sequence[RWKV7Block]) -> Self | None:
         """For blocks that are served; None if the op does not take their weights or widths."""
         ranks, width = config.low_ranks, config.head_dim
         if ranks is None or not ops.kernel_has_width(width, width):
@@ -59,7 +57,7 @@ class FusedBlocks:
         return x
 
 
-def _weights_of(block: "RWKV7Block", config: RWKV7Config) -> Iterable[Tensor | None]:
+def _weights_of(block: RWKV7Block, config: RWKV7Config) -> Iterable[Tensor | None]:
     """In the order of the op; None for a product whose weights are not packed."""
     attn, ffn, heads = block.attn, block.ffn, (config.num_heads, config.head_dim)
     yield from (block.attn_norm.weight, _or_zeros(block.attn_norm.bias, block.attn_norm.weight))
@@ -76,7 +74,7 @@ def _weights_of(block: "RWKV7Block", config: RWKV7Config) -> Iterable[Tensor | N
     yield from (_packed(ffn.project_in), _packed(ffn.project_out))
 
 
-def _low_rank(product: "LowRank") -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _low_rank(product: LowRank) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     up = product.up.packed
     return _packed(product.down), _packed(product.up), None if up is None else up.bias
 
