@@ -36,7 +36,7 @@ test-slow: setup ## Run the tests that kill, flood, soak or compile for long
 
 # Not those that build libraries of their own. What is compiled here takes longer than a test may.
 OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \
-  tests/engine/models/test_packed.py
+  tests/engine/models/test_packed.py $(wildcard tests/engine/models/test_fused_*.py)
 
 asan: setup ## Run the op tests under AddressSanitizer (GCC), CUDA's on the host among them
 	COTTENTION_OPS=compiled COTTENTION_CACHE=build/asan \

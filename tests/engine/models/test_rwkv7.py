@@ -34,6 +34,7 @@ def test_defaults_are_those_of_flash_linear_attention() -> None:
     config = parsed()
     assert (config.head_dim, config.num_heads, config.intermediate_size) == (64, 2, 512)
     assert config.group_norm_eps == 64 * config.norm_eps == 64e-5
+    assert parsed(head_dim=None, num_heads=4).head_dim == 32
     assert parsed(intermediate_size=None, hidden_ratio=3.5).intermediate_size == 448
     assert parsed(hidden_size=72, head_dim=8, hidden_ratio=4).intermediate_size == 288
     assert config.window is config.trained_length is None
