@@ -113,7 +113,7 @@ class ServerConfig:
         (), "API key to require; may be repeated", unset="none required", is_secret=True
     )
     api_key_file: str | None = setting(
-        None, "file with an API key per line, or .json with limits per key", is_path=True
+        None, "file with an API key per line, or JSON with limits per key", is_path=True
     )
     key_max_requests: int | None = setting(
         None, "maximum number of concurrent requests per API key", unset="unlimited", minimum=1
