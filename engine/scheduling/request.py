@@ -14,6 +14,7 @@ from enum import Enum, auto
 from cottention.engine.outputs import FinishReason, TokenLogprob
 from cottention.engine.sampling.token_history import TokenHistory, encode_bad_words
 from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.state.context_window import (
     ContextSchedule,
     ExactSchedule,
@@ -29,9 +30,9 @@ from cottention.engine.text.tokenizer import Tokenizer
 class RequestStatus(Enum):
     """Where a request is between its arrival and its last output.
 
-    WAITING: for slots, since its arrival or since it was resumed. RUNNING: it has slots; its prompt
-    is prefilled, then its choices decode. PAUSED: its states are parked on the host until it is
-    resumed. FINISHED: every choice has ended.
+    WAITING: for slots, since its arrival, since it was resumed, or since it gave its slots to
+    another client. RUNNING: it has slots; its prompt is prefilled, then its choices decode. PAUSED:
+    its states are parked on the host until it is resumed. FINISHED: every choice has ended.
     """
 
     WAITING = auto()
@@ -42,7 +43,7 @@ class RequestStatus(Enum):
 
 _NEXT_STATUSES = {
     RequestStatus.WAITING: {RequestStatus.RUNNING, RequestStatus.PAUSED, RequestStatus.FINISHED},
-    RequestStatus.RUNNING: {RequestStatus.PAUSED, RequestStatus.FINISHED},
+    RequestStatus.RUNNING: {RequestStatus.WAITING, RequestStatus.PAUSED, RequestStatus.FINISHED},
     RequestStatus.PAUSED: {RequestStatus.WAITING, RequestStatus.FINISHED},
     RequestStatus.FINISHED: set[RequestStatus](),
 }
@@ -115,6 +116,8 @@ class Request:
     that is prefilled.
     prefill_spans, num_prefilled: what is still to be prefilled, and up to which index the first of
     the spans has been.
+    client: on whose behalf it runs; lower `priority` starts first among the client's own.
+    is_preempted: it waits because it had to give its slots to another client.
     context_schedule: where contexts begin. all_stop_token_ids: the model's end-of-text ids, unless
     ignored, and the request's own stop ids.
     start, turn_ids: the session state that the request continues, and the prompt's own ids.
@@ -131,7 +134,9 @@ class Request:
     params: SamplingParams
     seed: int
     all_stop_token_ids: frozenset[int]
+    client: Client = DEFAULT_CLIENT
     priority: int = 0
+    is_preempted: bool = False
     context_schedule: ContextSchedule = field(default_factory=ExactSchedule)
     status: RequestStatus = RequestStatus.WAITING
     choices: list[Choice] = field(default_factory=list)

@@ -90,17 +90,23 @@ def _matching_owner(authorization: str, owners: Collection[str]) -> str | None:
     return owner if any(matches) and scheme.lower() == "bearer" else None
 
 
+MAX_WEIGHT = 1000
+
 NAME_LENGTH = 8
 """How many digits of its digest the log shows for a key without a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key, its name in the log ("" shows the start of its digest), and its limits."""
+    """A key, its name in the log ("" shows the start of its digest), its limits and its weight.
+
+    weight: the key's part of the slots, in proportion to those of the other keys that use them.
+    """
 
     secret: str
     name: str
     limits: KeyLimits
+    weight: int = 1
 
 
 def load_api_keys(config: ServerConfig) -> tuple[ApiKey, ...]:
@@ -164,7 +170,10 @@ def _parse_lines(text: str, limits: KeyLimits, source: str) -> Iterator[ApiKey]:
 
 
 def _parse_json(text: str, limits: KeyLimits, source: str) -> Iterator[ApiKey]:
-    """{"name": {"key": "...", "max_requests": 4}}; other limits are those of the flags."""
+    """{"name": {"key": "...", "max_requests": 4}}; other limits are those of the flags.
+
+    "weight" is 1 where there is none.
+    """
     try:
         content = parse_object(text.encode())
     except ApiError as error:
@@ -177,6 +186,13 @@ def _parse_json(text: str, limits: KeyLimits, source: str) -> Iterator[ApiKey]:
                 f'{source}: entry {place} must be "NAME": {{"key": "KEY"}}, with limits beside the'
                 " key where it has some"
             )
+        weight = overrides.pop("weight", 1)
+        if type(weight) is not int or not 1 <= weight <= MAX_WEIGHT:
+            raise ConfigurationError(
+                f"{source}, {json.dumps(name)}: weight must be a whole number from 1 to"
+                f" {MAX_WEIGHT}"
+            )
         if not _is_sendable(secret):
             raise ConfigurationError(f"{source}, {json.dumps(name)}: the key must be {_SENDABLE}")
-        yield ApiKey(secret, name, limits.override(overrides, f"{source}, {json.dumps(name)}"))
+        own = limits.override(overrides, f"{source}, {json.dumps(name)}")
+        yield ApiKey(secret, name, own, weight)
