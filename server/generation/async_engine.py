@@ -21,7 +21,7 @@ from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.dispatch import OutputDispatcher
 from cottention.server.generation.latency import LatencyStats
 from cottention.server.generation.output_stream import OutputStream
-from cottention.server.generation.request import MAX_INLINE_TOKENS, GenerationRequest
+from cottention.server.generation.request import GenerationRequest
 from cottention.server.http.errors import expired
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
@@ -134,7 +134,7 @@ class AsyncEngine:
             owner=client.id,
         )
         try:
-            if request.num_prompt_tokens > MAX_INLINE_TOKENS:
+            if request.is_slow_to_submit:
                 await asyncio.to_thread(
                     self._submit, stream, request_ids, request, start, cache_scope, client
                 )

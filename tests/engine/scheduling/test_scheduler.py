@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from cottention.engine.outputs import FinishReason
+from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import Batch
 from cottention.engine.scheduling.client import Client
@@ -503,7 +504,12 @@ def test_a_choice_with_a_spare_row_costs_two() -> None:
     scheduler = Scheduler(5)
     for place in range(4):
         made = Request.new(
-            str(place), [0], params, small_tokenizer(), (), context_schedule=RenewalSchedule(4, 2)
+            str(place),
+            [0],
+            params,
+            small_tokenizer(),
+            NO_CONSTRAINTS,
+            context_schedule=RenewalSchedule(4, 2),
         )
         scheduler.add(made)
     scheduler.admit(4)
