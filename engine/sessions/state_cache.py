@@ -177,7 +177,7 @@ class StateCache:
         released, and still cannot.
         """
         self._retry_release(session_id)
-        lease, record = self._store.begin(owner, session_id, seconds)
+        lease, record = self._store.acquire(session_id, seconds, owner)
         with self._lock:
             self._running[session_id] = lease
         return lease, record
@@ -226,7 +226,8 @@ class StateCache:
         """
         version = lease.version
         if (unsaved := self.unsaved(lease.session_id)) is not None:
-            before = self._store.put(lease, version, *self._stored(unsaved, max_checkpoints))
+            stored = self._stored(unsaved, max_checkpoints)
+            before = self._store.commit(lease, version, *stored, keeps_lease=True)
             version = before.version
             self.park(before, unsaved.value)
         new = UnsavedState(value, 1)
@@ -254,7 +255,7 @@ class StateCache:
         unsaved = self.unsaved(session_id)
         assert unsaved is not None
         self._retry_release(session_id)
-        lease = self._store.acquire(session_id, seconds)
+        lease, _ = self._store.acquire(session_id, seconds)
         new = self._stored(unsaved, max_checkpoints)
         record = self._store.commit(lease, lease.version, *new)
         self.park(record, unsaved.value)
@@ -321,7 +322,7 @@ class StateCache:
     def _stored(
         self, unsaved: UnsavedState, max_checkpoints: int
     ) -> tuple[bytes, int, int, str, bytes]:
-        """A value as `SessionStore.put` and `commit` take it."""
+        """A value as `SessionStore.commit` takes it."""
         (state, events), num_turns = unsaved
         return (
             self._codec.encode(state),

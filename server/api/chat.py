@@ -27,7 +27,7 @@ from cottention.server.schemas.chat import ChatRequest, chat_request, unknown_ke
 from cottention.server.schemas.responses import ChatCompletion
 
 if TYPE_CHECKING:
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 router = APIRouter()
 
@@ -85,7 +85,7 @@ def _continuation(
     body: ChatRequest,
     template: ChatTemplate,
     chat: RenderedChat,
-    tokenizer: "Tokenizer",
+    tokenizer: "BaseTokenizer",
     control: ControlTokens | None,
 ) -> ChatContinuation:
     """The prompt of a turn in a session that is not empty; `chat` is that in an empty session.
@@ -138,7 +138,7 @@ def render(
 
 def encode_chat(
     chat: RenderedChat,
-    tokenizer: "Tokenizer",
+    tokenizer: "BaseTokenizer",
     control: ControlTokens | None,
     *,
     add_special_tokens: bool,

@@ -26,7 +26,7 @@ from cottention.server.generation.request import GenerationRequest
 from cottention.server.schemas.responses import JsonObject
 
 if TYPE_CHECKING:
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 
 MIN_LOGPROB = -9999.0
@@ -36,7 +36,7 @@ MIN_LOGPROB = -9999.0
 class TokenNames:
     """How tokens are named in log-probabilities: by text, or as `token_id:N`."""
 
-    def __init__(self, tokenizer: "Tokenizer", by_number: bool) -> None:
+    def __init__(self, tokenizer: "BaseTokenizer", by_number: bool) -> None:
         self._tokenizer = tokenizer
         self._by_number = by_number
 
@@ -140,7 +140,7 @@ OPTIONAL_FIELDS = ("prompt_logprobs", "prompt_token_ids", "token_ids")
 class ChoiceFormatter(ABC):
     """Formats the choices of one request, each of them whole or as consecutive chunks."""
 
-    def __init__(self, request: GenerationRequest, tokenizer: "Tokenizer") -> None:
+    def __init__(self, request: GenerationRequest, tokenizer: "BaseTokenizer") -> None:
         self._encode = compact if request.is_stream else encode_unicode
         self._request = request
         self._output = request.output
@@ -173,7 +173,7 @@ class ChoiceFormatter(ABC):
 class CompletionFormatter(ChoiceFormatter):
     """Choices of POST /v1/completions."""
 
-    def __init__(self, request: GenerationRequest, tokenizer: "Tokenizer") -> None:
+    def __init__(self, request: GenerationRequest, tokenizer: "BaseTokenizer") -> None:
         super().__init__(request, tokenizer)
         skips = request.params.skip_special_tokens
         self._prompt_table = tokenizer.written_bytes

@@ -23,7 +23,7 @@ from cottention.server.schemas.sampling import (
 
 if TYPE_CHECKING:
     from cottention.engine.state.session_state import SessionState
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 
 MAX_INLINE_TOKENS = 16 * 1024
@@ -197,7 +197,7 @@ class ParsedRequest:
         """The request, without a session."""
         return self._build(self.prompts)
 
-    def build_turn(self, start: "SessionState", tokenizer: "Tokenizer") -> GenerationRequest:
+    def build_turn(self, start: "SessionState", tokenizer: "BaseTokenizer") -> GenerationRequest:
         """The request of a turn that continues `start`."""
         (first,) = self.prompts
         prompt = turn_prompt(
@@ -231,7 +231,7 @@ def prefill_request(prompt_ids: list[int]) -> GenerationRequest:
 def turn_prompt(
     prompt_ids: list[int],
     start: "SessionState",
-    tokenizer: "Tokenizer",
+    tokenizer: "BaseTokenizer",
     *,
     add_special_tokens_if_empty: bool = False,
     continuation: ChatContinuation | None = None,
@@ -242,13 +242,13 @@ def turn_prompt(
     return prompt_ids if continuation is None else continuation.after(start.past, tokenizer)
 
 
-def encode_text(text: str, tokenizer: "Tokenizer", *, add_special_tokens: bool) -> list[int]:
+def encode_text(text: str, tokenizer: "BaseTokenizer", *, add_special_tokens: bool) -> list[int]:
     """Token ids of a text, with or without the special tokens that its tokenizer adds."""
     ids = tokenizer.encode(text)
     return tokenizer.framed(ids) if add_special_tokens else ids
 
 
-def decode_ids(ids: list[int], tokenizer: "Tokenizer", param: str) -> str:
+def decode_ids(ids: list[int], tokenizer: "BaseTokenizer", param: str) -> str:
     """The text of token ids, special tokens included. Raises ApiError for an unknown id."""
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.num_ids:
         raise invalid(param, out_of_vocabulary(f"ids in {param}", ids, tokenizer.num_ids))
@@ -256,9 +256,12 @@ def decode_ids(ids: list[int], tokenizer: "Tokenizer", param: str) -> str:
     return b"".join(written[each] for each in ids).decode("utf-8", errors="replace")
 
 
-def truncate_prompt(ids: list[int], body: SamplingBody, trained_length: int) -> list[int]:
-    """A prompt truncated to `truncate_prompt_tokens`; -1 stands for `trained_length`."""
-    if body.truncate_prompt_tokens is None:
-        return ids
+def truncate_prompt(ids: list[int], body: SamplingBody, trained_length: int | None) -> list[int]:
+    """A prompt truncated to `truncate_prompt_tokens`; -1 stands for `trained_length`.
+
+    Where that is None, nothing is truncated.
+    """
     length = trained_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+    if length is None:
+        return ids
     return ids[-length:] if body.truncation_side == "left" else ids[:length]

@@ -24,7 +24,7 @@ from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
 from tests.engine.making import small_spec, state_of
 
-pytestmark = pytest.mark.every_attention
+pytestmark = pytest.mark.every_session
 
 WINDOW = 8
 
@@ -34,17 +34,10 @@ class FullAtTimes(SqliteStore):
 
     is_full = False
 
-    def put(self, *args: Any) -> SessionRecord:
-        self._check_room()
-        return super().put(*args)
-
-    def commit(self, *args: Any) -> SessionRecord:
-        self._check_room()
-        return super().commit(*args)
-
-    def _check_room(self) -> None:
+    def commit(self, *args: Any, **options: Any) -> SessionRecord:
         if self.is_full:
             raise StoreFullError("no space")
+        return super().commit(*args, **options)
 
 
 class SmallSessions(SessionManager):

@@ -40,7 +40,7 @@ def test_the_chunked_form_is_the_parallel_one(attention: str) -> None:
     is_divided = ATTENTION_KINDS[attention].has_denominator
 
     def attend(_layer: int, features: Features) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in features)
+        q, k, v = (x.transpose(1, 2) for x in features[:3])
         return reference.parallel(q, k, v, denominator=is_divided).transpose(1, 2)
 
     shape = replace(SMALL, attention=attention, context=300).model_config(0)
@@ -149,6 +149,6 @@ def test_sigma_gets_a_gradient_even_where_nothing_else_does(leading: tuple[int, 
 
 def test_first_decays_stand_apart_between_heads(model: CottentionForCausalLM) -> None:
     for block in model.blocks():
-        sigma = block.attn.sigma()
+        (sigma,) = block.attn.map_weights()
         expected = torch.linspace(0.1, 0.6, len(sigma), dtype=torch.float64)
         torch.testing.assert_close(sigma, expected, rtol=0, atol=1e-6)
