@@ -9,6 +9,9 @@ from cottention.server.log_config import LogFormat
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+SEND_SECONDS = 300.0
+"""Default of --send-seconds."""
+
 _UNSET = "that of the model's generation_config.json, else {}"
 
 
@@ -51,6 +54,24 @@ class ServerConfig:
         "timeout for a request's headers, and for each part of its body",
         minimum=0.01,
         unit="seconds",
+    )
+    send_seconds: float = setting(
+        SEND_SECONDS,
+        "time in which a client that has stopped reading must read some of what waits for it",
+        minimum=0.01,
+        unit="seconds",
+    )
+    max_connections: int | None = setting(
+        None,
+        "maximum number of connections; beyond it those without a request are closed",
+        unset="as many as the limit of open files leaves, up to 1024",
+        minimum=1,
+    )
+    max_connections_per_address: int | None = setting(
+        None,
+        "maximum number of connections from one IP address, or IPv6 network of 64 bits",
+        unset="half of --max-connections",
+        minimum=1,
     )
     max_body_bytes: int = setting(
         4 * 1024**2,
