@@ -111,6 +111,12 @@ class ServerConfig:
         minimum=0,
         unit="bytes",
     )
+    max_session_reads: int = setting(
+        32,
+        "maximum number of snapshots and event logs that are sent at once; one API key gets at most"
+        " half of them",
+        minimum=2,
+    )
     max_snapshot_bytes: int = setting(
         256 * 1024**2, "maximum size of a session to import", minimum=1, unit="bytes"
     )

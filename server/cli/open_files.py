@@ -9,9 +9,9 @@ from cottention.server.http.connections import ConnectionTable
 
 logger = logging.getLogger("cottention")
 
-RESERVED_FILES = 128
-"""Descriptors that no connection gets: of the store, its readers and writers, the model and logs,
-and of connections that are refused."""
+RESERVED_FILES = 96
+"""Descriptors that neither connections nor reads of sessions get: of the store and its writers, the
+model and logs, and of connections that are refused."""
 
 DEFAULT_MAX_CONNECTIONS = 1024
 MIN_CONNECTIONS = 16
@@ -36,12 +36,13 @@ def connection_table(config: ServerConfig, max_files: int) -> ConnectionTable:
 
     ConfigurationError: the limit leaves too few files for connections.
     """
-    allowed = DEFAULT_MAX_CONNECTIONS if max_files < 0 else max_files - RESERVED_FILES
+    reserved = RESERVED_FILES + config.max_session_reads
+    allowed = DEFAULT_MAX_CONNECTIONS if max_files < 0 else max_files - reserved
     wanted = config.max_connections
     if allowed < (wanted or MIN_CONNECTIONS):
         flag = f"--max-connections {wanted}" if wanted else f"{MIN_CONNECTIONS} connections"
         raise ConfigurationError(
-            f"{flag} and {RESERVED_FILES} files of the server itself are more than the limit of"
+            f"{flag} and {reserved} files of the server itself are more than the limit of"
             f" open files, {max_files}: raise that with ulimit -n"
         )
     max_connections = wanted or min(DEFAULT_MAX_CONNECTIONS, allowed)
