@@ -51,9 +51,15 @@ class ServerConfig:
     )
     receive_seconds: float = setting(
         30.0,
-        "timeout for a request's headers, and for each part of its body",
+        "timeout for a request's headers, and for each pause of its body",
         minimum=0.01,
         unit="seconds",
+    )
+    receive_rate: int = setting(
+        32 * 1024,
+        "bytes per second that a request's body must average after --receive-seconds",
+        minimum=1,
+        unit="bytes",
     )
     send_seconds: float = setting(
         SEND_SECONDS,

@@ -14,7 +14,7 @@ from cottention.engine.sessions.memory_usage import SessionBytes
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
-from cottention.server.http.body import shown
+from cottention.server.http.body import Pace, shown
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import counting_read, limits_of
 from cottention.server.sessions.reads import ReadLimit
@@ -87,6 +87,11 @@ class Context:
     def max_body_bytes(self) -> int:
         """Maximum length of this request's body."""
         return least(self.config.max_body_bytes, self.limits.max_body_bytes)
+
+    @property
+    def pace(self) -> Pace:
+        """How slowly a request's body may come."""
+        return Pace(self.config.receive_seconds, self.config.receive_rate)
 
     @property
     def max_tokens(self) -> int:

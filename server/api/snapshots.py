@@ -59,7 +59,7 @@ async def import_session(
     context.engine.check_accepting()
     config = context.config
     owner, options = caller_of(request).owner, _options(metadata, ttl_seconds)
-    raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
+    raw = await read_body(request, config.max_snapshot_bytes, context.pace)
     check = context.policies.check_goes_on
     try:
         session = await asyncio.to_thread(
