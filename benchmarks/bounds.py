@@ -10,7 +10,6 @@ memory stays within the sum of docs/operations.md for its settings.
 import argparse
 import asyncio
 import contextlib
-import json
 import multiprocessing
 import os
 import subprocess

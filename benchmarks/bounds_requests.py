@@ -1,7 +1,7 @@
 """Requests that take each field of the API to its documented maximum, made from /openapi.json.
 
-A field without a maximum is as large as its place allows: a body of --max-body-bytes, or a target of
-a few KiB. What is added to the description is in here without a change.
+A field without a maximum is as large as its place allows: a body of --max-body-bytes, or a target
+of a few KiB. What is added to the description is in here without a change.
 """
 
 import json

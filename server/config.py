@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cottention.engine.errors import ConfigurationError
 from cottention.engine.settings.declaration import check_settings, setting
 from cottention.server.log_config import LogFormat
 
@@ -82,6 +83,13 @@ class ServerConfig:
     max_body_bytes: int = setting(
         4 * 1024**2,
         "maximum size of a request body; accepts 512K or 4M",
+        minimum=1,
+        unit="bytes",
+    )
+    max_received_bytes: int = setting(
+        64 * 1024**2,
+        "maximum size of the bodies of all requests under way; one API key gets at most half of it,"
+        " or one body",
         minimum=1,
         unit="bytes",
     )
@@ -202,6 +210,11 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.max_received_bytes < self.max_body_bytes:
+            raise ConfigurationError(
+                f"--max-received-bytes {self.max_received_bytes} must be at least --max-body-bytes,"
+                f" {self.max_body_bytes}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

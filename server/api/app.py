@@ -22,6 +22,7 @@ from cottention.server.api.openapi import install_openapi
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
+from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.origin import (
     HostMiddleware,
     OriginMiddleware,
@@ -92,7 +93,14 @@ def create_app(
     cost = session_bytes(engine.engine, config)
     registry = make_registry(engine, sessions.sizes, cost, name)
     app.state.context = Context(
-        engine, config, registry, sessions, turns, ReadLimit(config.max_session_reads), template
+        engine,
+        config,
+        registry,
+        sessions,
+        turns,
+        ReadLimit(config.max_session_reads),
+        BodyMemory(config.max_received_bytes, config.max_snapshot_bytes),
+        template,
     )
     for router in ROUTERS:
         app.include_router(router)

@@ -15,6 +15,7 @@ from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.http.body import Pace, shown
+from cottention.server.http.body_memory import BodyMemory
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import counting_read, limits_of
 from cottention.server.sessions.reads import ReadLimit
@@ -59,6 +60,7 @@ class Context:
     sessions: "SessionManager"
     turns: TurnQueue
     reads: ReadLimit
+    bodies: BodyMemory
     template: ChatTemplate | UnusableTemplate | None = None
     limits: KeyLimits = KeyLimits()
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)

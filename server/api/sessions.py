@@ -188,7 +188,8 @@ async def _encode(
 
     async def encode() -> list[int]:
         with context.engine.admission_queue.tokenizing(len(prompt)):
-            return await asyncio.to_thread(context.tokenizer.encode, prompt)
+            async with context.bodies.turn(request, len(prompt)):
+                return await asyncio.to_thread(context.tokenizer.encode, prompt)
 
     return await wait_for_client(deadline, request.receive, encode())
 

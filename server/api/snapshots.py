@@ -42,7 +42,7 @@ async def get_snapshot(session_id: str, request: Request, context: ContextDep) -
 @router.post(
     "/v1/sessions/import",
     response_model=SessionObject,
-    responses=error_responses(400, 401, 409, 413, 415, 500, 503, 507),
+    responses=error_responses(400, 401, 409, 413, 415, 429, 500, 503, 507),
     dependencies=[only_query_params("metadata", "ttl_seconds")],
     openapi_extra={"requestBody": {"required": True, "content": BINARY}},
 )
@@ -59,7 +59,9 @@ async def import_session(
     context.engine.check_accepting()
     config = context.config
     owner, options = caller_of(request).owner, _options(metadata, ttl_seconds)
-    raw = await read_body(request, config.max_snapshot_bytes, context.pace)
+    raw = await read_body(
+        request, config.max_snapshot_bytes, context.pace, context.bodies.snapshot(request)
+    )
     check = context.policies.check_goes_on
     try:
         session = await asyncio.to_thread(

@@ -1,10 +1,9 @@
 """POST /tokenize and /detokenize, in vLLM's shapes."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from cottention.server.api.chat import (
@@ -17,6 +16,7 @@ from cottention.server.api.chat import (
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, read_parsed
 from cottention.server.api.openapi import request_docs
+from cottention.server.generation.choice_format import compact
 from cottention.server.generation.request import decode_ids, encode_text
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.schemas.chat import MESSAGES, Messages, unknown_keys
@@ -66,7 +66,8 @@ class DetokenizeRequest(RequestModel):
 )
 async def tokenize(request: Request, context: ContextDep) -> Response:
     """Token ids of a text, or of messages rendered by the chat template."""
-    return JSONResponse(await read_parsed(request, context, _tokenized, ALWAYS_IN_THREAD))
+    raw = await read_parsed(request, context, _json_of(_tokenized), ALWAYS_IN_THREAD)
+    return Response(raw, media_type="application/json")
 
 
 @router.post(
@@ -76,7 +77,15 @@ async def tokenize(request: Request, context: ContextDep) -> Response:
 )
 async def detokenize(request: Request, context: ContextDep) -> Response:
     """The text of token ids, special tokens included."""
-    return JSONResponse(await read_parsed(request, context, _detokenized))
+    raw = await read_parsed(request, context, _json_of(_detokenized))
+    return Response(raw, media_type="application/json")
+
+
+def _json_of(
+    work: Callable[[Mapping[str, Any], Context], JsonObject],
+) -> Callable[[Mapping[str, Any], Context], bytes]:
+    """`work`, whose answer is encoded where it runs: beside the event loop, if it is long."""
+    return lambda body, context: compact(work(body, context)).encode()
 
 
 def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
