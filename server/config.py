@@ -154,10 +154,13 @@ class ServerConfig:
         (), "API key to require; may be repeated", unset="none required", is_secret=True
     )
     api_key_file: str | None = setting(
-        None, "file with an API key per line, or .json with limits per key", is_path=True
+        None, "file with an API key per line, or JSON with limits per key", is_path=True
     )
     key_max_requests: int | None = setting(
-        None, "maximum number of concurrent requests per API key", unset="unlimited", minimum=1
+        None,
+        "maximum number of concurrent requests per API key, each counted prompts times n",
+        unset="unlimited",
+        minimum=1,
     )
     key_max_tokens_per_minute: int | None = setting(
         None,

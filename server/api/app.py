@@ -136,7 +136,10 @@ def _usage_by_owner(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, K
     if not keys:
         return {"": KeyUsage("", KeyLimits.from_config(config))}
     owners = [(owner_id(key.secret), key) for key in keys]
-    return {owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits) for owner, key in owners}
+    return {
+        owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits, weight=key.weight)
+        for owner, key in owners
+    }
 
 
 def _add_middleware(

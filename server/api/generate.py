@@ -32,7 +32,7 @@ from cottention.server.generation.sse import (
 from cottention.server.http.body import announced_bytes, parse_object, read_body, shown
 from cottention.server.http.errors import ApiError
 from cottention.server.http.request_id import request_id_of
-from cottention.server.limits.rate_limit import track
+from cottention.server.limits.rate_limit import client_of, count_choices, track
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.sessions.turn_queue import caller_of, owner_of
 
@@ -70,11 +70,12 @@ async def _read_request(
     engine = context.engine
     engine.check_accepting()
     queue = engine.admission_queue
-    queue.check(1, queue.estimate_tokens(announced_bytes(request)))
+    owner = owner_of(request)
+    queue.check(1, queue.estimate_tokens(announced_bytes(request)), owner)
     raw = await _read(request, context)
     arrived_at = asyncio.get_running_loop().time()
     async with AsyncExitStack() as stack:
-        stack.enter_context(queue.tokenizing(len(raw)))
+        stack.enter_context(queue.tokenizing(len(raw), owner))
         if len(raw) <= max_inline_bytes:
             parsed = parse(parse_object(raw), context)
         else:
@@ -136,8 +137,13 @@ async def _respond(
     header = endpoint.header(name, context.model_name, is_stream=is_stream)
     choices = endpoint.formatter(generation_request, context.tokenizer)
     scope = f"{owner_of(request)}\n{parsed.body.cache_salt or ''}"
+    count_choices(request.scope, generation_request)
     stream = await context.engine.generate(
-        name, generation_request, deadline=deadline, cache_scope=scope
+        name,
+        generation_request,
+        deadline=deadline,
+        cache_scope=scope,
+        client=client_of(request.scope),
     )
     track(request.scope, generation_request, stream)
     if is_stream:

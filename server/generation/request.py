@@ -91,6 +91,16 @@ class GenerationRequest:
         return self.num_prompt_tokens > MAX_INLINE_TOKENS and not self.output.is_text_only
 
     @property
+    def is_slow_to_submit(self) -> bool:
+        """Whether it has too many ids or bad words to be checked on the event loop."""
+        params = self.params
+        num_copies = params.n if params.has_penalty else 1
+        num_listed = len(params.stop_token_ids) + len(params.allowed_token_ids or ())
+        num_characters = 2 * sum(map(len, params.bad_words))
+        size = self.num_prompt_tokens * num_copies + num_listed + num_characters
+        return size > MAX_INLINE_TOKENS
+
+    @property
     def num_prompt_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(map(len, self.prompts))

@@ -31,13 +31,14 @@ class RequestRecord:
     """What is known of one HTTP request.
 
     key_name: the name of its API key. num_prompt: tokens of all its prompts. prompt_ids: those of
-    the first prompt. streams: one per prompt. background_turn: a session's turn that does not end
-    with its client.
+    the first prompt. num_choices: what counts against its key's limit. streams: one per prompt.
+    background_turn: a session's turn that does not end with its client.
     """
 
     key_name: str = ""
     num_prompt: int = 0
     prompt_ids: Sequence[int] = ()
+    num_choices: int = 1
     streams: list[OutputStream] = field(default_factory=list)
     background_turn: asyncio.Task[None] | None = None
 

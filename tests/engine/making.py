@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from cottention.engine.models.checkpoint import read_weights
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
 from cottention.engine.outputs import SampledToken
+from cottention.engine.sampling.token_constraints import TokenConstraints
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import BatchResult, Sample
 from cottention.engine.scheduling.request import Choice, Request
@@ -94,7 +95,8 @@ def state_of(spec: StateSpec, n: int, window: int) -> SessionState:
 
 def make_request(name: str, prompt_ids: list[int], params: SamplingParams) -> Request:
     """A request that nobody has worked on."""
-    return Request.new(name, prompt_ids, params, small_tokenizer(), ())
+    constraints = TokenConstraints.of(params, small_tokenizer().num_ids)
+    return Request.new(name, prompt_ids, params, small_tokenizer(), constraints)
 
 
 def drew(ids: dict[Choice, int]) -> BatchResult:
