@@ -7,6 +7,7 @@ the most recently used ones (`ParkedStates`), within a budget.
 import logging
 import threading
 from collections import OrderedDict
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -205,10 +206,16 @@ class StateCache:
 
     def load(self, record: SessionRecord) -> SessionValue:
         """A session's value, from wherever it is. SnapshotError: damaged, or no longer stored."""
-        with self._lock:
-            unsaved = self._unsaved.get(record.id)
-            value = unsaved.value if unsaved else self._parked.get(record.head)
-        return value or self._decode(record)
+        return self._in_memory(record) or self._decode(record)
+
+    def load_events(self, record: SessionRecord) -> EventLog:
+        """The events of `load`; of what is on the disk nothing else is read into memory."""
+        value = self._in_memory(record)
+        if value is not None:
+            return value.events
+        start = record.snapshot_nbytes
+        with closing(self._store.open_blob(record.head, start, record.nbytes)) as log:
+            return EventLog.from_bytes(log.read(0, log.nbytes))
 
     def load_for_turn(self, record: SessionRecord) -> SessionValue:
         """As `load`, for a turn that has the lease: a value from the disk is parked."""
@@ -314,6 +321,11 @@ class StateCache:
         return SessionCounts(
             num_running, num_parked, num_stored, num_bytes, stored.blob_bytes, num_unsaved
         )
+
+    def _in_memory(self, record: SessionRecord) -> SessionValue | None:
+        with self._lock:
+            unsaved = self._unsaved.get(record.id)
+            return unsaved.value if unsaved else self._parked.get(record.head)
 
     def _decode(self, record: SessionRecord) -> SessionValue:
         snapshot, events = record.split(self._store.get(record.head))

@@ -28,6 +28,7 @@ from cottention.server.http.origin import (
     allowed_hosts,
     allowed_origins,
 )
+from cottention.server.http.pacing import PacingMiddleware
 from cottention.server.http.request_id import RequestIdMiddleware
 from cottention.server.http.routing import RoutingMiddleware
 from cottention.server.limits.api_keys import (
@@ -45,6 +46,7 @@ from cottention.server.observability.metrics import make_registry
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.sessions import AppendRequest, ForkRequest, SessionRequest
+from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue
 from cottention.server.version import package_version
 
@@ -89,7 +91,9 @@ def create_app(
     name = config.served_model_name or engine.engine.name
     cost = session_bytes(engine.engine, config)
     registry = make_registry(engine, sessions.sizes, cost, name)
-    app.state.context = Context(engine, config, registry, sessions, turns, template)
+    app.state.context = Context(
+        engine, config, registry, sessions, turns, ReadLimit(config.max_session_reads), template
+    )
     for router in ROUTERS:
         app.include_router(router)
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
@@ -148,3 +152,4 @@ def _add_middleware(
     )
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(RoutingMiddleware)
+    app.add_middleware(PacingMiddleware)

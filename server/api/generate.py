@@ -65,7 +65,7 @@ async def _read_request(
     engine.check_accepting()
     queue = engine.admission_queue
     queue.check(1, queue.estimate_tokens(announced_bytes(request)))
-    raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
+    raw = await read_body(request, context.max_body_bytes, context.pace)
     arrived_at = asyncio.get_running_loop().time()
     with ExitStack() as stack:
         stack.enter_context(queue.tokenizing(len(raw)))
@@ -126,7 +126,7 @@ async def read_parsed(
     max_inline_bytes: int = MAX_INLINE_BYTES,
 ) -> Parsed:
     """The body as `parse` returns it; bodies above `max_inline_bytes` are parsed in a thread."""
-    raw = await read_body(request, context.max_body_bytes, context.config.receive_seconds)
+    raw = await read_body(request, context.max_body_bytes, context.pace)
     if len(raw) <= max_inline_bytes:
         return parse(parse_object(raw), context)
     return await asyncio.to_thread(lambda: parse(parse_object(raw), context))
@@ -134,7 +134,7 @@ async def read_parsed(
 
 async def read_empty(request: Request, context: Context) -> None:
     """For an endpoint without fields: the body must be empty or an object without fields."""
-    if raw := await read_body(request, context.max_body_bytes, context.config.receive_seconds):
+    if raw := await read_body(request, context.max_body_bytes, context.pace):
         validate(RequestModel, parse_object(raw))
 
 

@@ -3,8 +3,9 @@
 Without keys all clients share one count. Everything here runs on the event loop.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -37,7 +38,25 @@ class KeyUsage:
         self._num_running = 0
 
     def enter(self) -> None:
-        """A request starts. Raises ApiError 429."""
+        """A request starts that may generate. Raises ApiError 429."""
+        self._check_requests()
+        self._check_tokens()
+        self._num_running += 1
+
+    def enter_read(self) -> None:
+        """A request starts that only reads, and takes no tokens. Raises ApiError 429."""
+        self._check_requests()
+        self._num_running += 1
+
+    def leave(self) -> None:
+        """A request has ended."""
+        self._num_running -= 1
+
+    def charge(self, num_tokens: int) -> None:
+        """Take tokens out of the bucket."""
+        self._tokens -= num_tokens
+
+    def _check_requests(self) -> None:
         max_requests = self.limits.max_requests
         if max_requests is not None and self._num_running >= max_requests:
             message = (
@@ -45,6 +64,8 @@ class KeyUsage:
                 " retry when one of them has ended"
             )
             raise too_many(message, RETRY_AFTER_SECONDS, LIMIT_CODE)
+
+    def _check_tokens(self) -> None:
         per_minute = self.limits.max_tokens_per_minute
         if per_minute is not None:
             self._refill(per_minute)
@@ -55,15 +76,6 @@ class KeyUsage:
                 )
                 seconds = 60 * (1 - self._tokens) / per_minute
                 raise too_many(message, seconds, LIMIT_CODE)
-        self._num_running += 1
-
-    def leave(self) -> None:
-        """A request has ended."""
-        self._num_running -= 1
-
-    def charge(self, num_tokens: int) -> None:
-        """Take tokens out of the bucket."""
-        self._tokens -= num_tokens
 
     @property
     def _whose(self) -> str:
@@ -77,7 +89,10 @@ class KeyUsage:
 
 
 class RateLimitMiddleware:
-    """Counts POST requests and refuses those beyond their key's limits; other methods are free."""
+    """Counts POST requests and refuses those beyond their key's limits.
+
+    Of other methods, endpoints count those that last (`counting_read`).
+    """
 
     def __init__(self, app: ASGIApp, usage_by_owner: Mapping[str, KeyUsage]) -> None:
         """usage_by_owner: by what `api_keys.owner_id` makes of a key; "" is without keys."""
@@ -111,6 +126,20 @@ class RateLimitMiddleware:
 def _release(usage: KeyUsage, record: RequestRecord) -> None:
     usage.leave()
     usage.charge(record.num_generated)
+
+
+@contextlib.contextmanager
+def counting_read(scope: Scope) -> Iterator[None]:
+    """Count a request that is no POST as one of its key's. Raises ApiError 429."""
+    usage: KeyUsage | None = scope["state"].get("key_usage")
+    if usage is None:
+        yield
+        return
+    usage.enter_read()
+    try:
+        yield
+    finally:
+        usage.leave()
 
 
 def limits_of(scope: Scope) -> KeyLimits:
