@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cottention.engine.errors import NothingToRewindError, SessionMovedError, StoreUnavailableError
-from cottention.engine.sessions.memory_usage import COUNT_BYTES, ID_BYTES
+from cottention.engine.sessions.memory_usage import (
+    COUNT_BYTES,
+    EVENT_BYTES,
+    ID_BYTES,
+    VALUE_BYTES,
+)
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SessionStore
 from cottention.engine.sessions.types import Residence, SessionCounts, SessionValue
@@ -49,8 +54,8 @@ class UnsavedStates:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the rows of all."""
-        return sum(unsaved.value.state.nbytes for unsaved in self._found.values())
+        """Bytes of all."""
+        return sum(_num_bytes(unsaved.value) for unsaved in self._found.values())
 
     def get(self, session_id: str) -> UnsavedState | None:
         """The session's value; None where the store has it."""
@@ -150,10 +155,12 @@ class ParkedStates:
 
 
 def _num_bytes(value: SessionValue) -> int:
+    """Bytes that a value takes in memory: of everything in it, and of the objects themselves."""
     state, events = value
     num_ids = len(state.pending) + len(state.recent)
-    lists = num_ids * ID_BYTES + len(state.counts) * COUNT_BYTES
-    return state.nbytes + events.nbytes + lists
+    lists = num_ids * ID_BYTES + len(state.counts) * COUNT_BYTES + len(state.undecoded)
+    log = events.nbytes + len(events.events) * EVENT_BYTES
+    return VALUE_BYTES + state.nbytes + lists + log
 
 
 class StateCache:
