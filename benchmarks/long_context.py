@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.held_out import LongText
-from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import Attend, CottentionForCausalLM
 from cottention.engine.models.recurrence import Features
@@ -144,7 +143,7 @@ class _Carried:
     def __init__(self, config: GPTJConfig) -> None:
         spec = config.state_spec()
         self._state = torch.zeros(1, *spec.shapes["state"])
-        has_denominator = ATTENTION_KINDS[config.attention_type].has_denominator
+        has_denominator = config.feature_map.has_denominator
         self._z = torch.zeros(1, *spec.shapes["denominator"]) if has_denominator else None
 
     def __call__(self, layer: int, features: Features) -> Tensor:

@@ -84,6 +84,11 @@ class SessionManager:
         """A new session with this state. StoreUnavailableError."""
         return self._create(owner, self._codec.encode(state), state, metadata, ttl_seconds)
 
+    @property
+    def max_snapshot_nbytes(self) -> int:
+        """Bytes of the largest snapshot that a session of this model can have."""
+        return self._codec.max_nbytes
+
     def import_(
         self, owner: str, raw: bytes, metadata: Metadata, ttl_seconds: float | None, check: Check
     ) -> Session:

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cottention.engine.errors import NothingToRewindError, SessionMovedError, StoreUnavailableError
-from cottention.engine.sessions.memory_usage import COUNT_BYTES, ID_BYTES
+from cottention.engine.sessions.memory_usage import (
+    COUNT_BYTES,
+    EVENT_BYTES,
+    ID_BYTES,
+    VALUE_BYTES,
+)
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SessionStore
 from cottention.engine.sessions.types import Residence, SessionCounts, SessionValue
@@ -49,8 +54,8 @@ class UnsavedStates:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the rows of all."""
-        return sum(unsaved.value.state.nbytes for unsaved in self._found.values())
+        """Bytes of all."""
+        return sum(_num_bytes(unsaved.value) for unsaved in self._found.values())
 
     def get(self, session_id: str) -> UnsavedState | None:
         """The session's value; None where the store has it."""
@@ -150,10 +155,12 @@ class ParkedStates:
 
 
 def _num_bytes(value: SessionValue) -> int:
+    """Bytes that a value takes in memory: of everything in it, and of the objects themselves."""
     state, events = value
     num_ids = len(state.pending) + len(state.recent)
-    lists = num_ids * ID_BYTES + len(state.counts) * COUNT_BYTES
-    return state.nbytes + events.nbytes + lists
+    lists = num_ids * ID_BYTES + len(state.counts) * COUNT_BYTES + len(state.undecoded)
+    log = events.nbytes + len(events.events) * EVENT_BYTES
+    return VALUE_BYTES + state.nbytes + lists + log
 
 
 class StateCache:
@@ -178,7 +185,7 @@ class StateCache:
         released, and still cannot.
         """
         self._retry_release(session_id)
-        lease, record = self._store.begin(owner, session_id, seconds)
+        lease, record = self._store.acquire(session_id, seconds, owner)
         with self._lock:
             self._running[session_id] = lease
         return lease, record
@@ -233,7 +240,8 @@ class StateCache:
         """
         version = lease.version
         if (unsaved := self.unsaved(lease.session_id)) is not None:
-            before = self._store.put(lease, version, *self._stored(unsaved, max_checkpoints))
+            stored = self._stored(unsaved, max_checkpoints)
+            before = self._store.commit(lease, version, *stored, keeps_lease=True)
             version = before.version
             self.park(before, unsaved.value)
         new = UnsavedState(value, 1)
@@ -261,7 +269,7 @@ class StateCache:
         unsaved = self.unsaved(session_id)
         assert unsaved is not None
         self._retry_release(session_id)
-        lease = self._store.acquire(session_id, seconds)
+        lease, _ = self._store.acquire(session_id, seconds)
         new = self._stored(unsaved, max_checkpoints)
         record = self._store.commit(lease, lease.version, *new)
         self.park(record, unsaved.value)
@@ -333,7 +341,7 @@ class StateCache:
     def _stored(
         self, unsaved: UnsavedState, max_checkpoints: int
     ) -> tuple[bytes, int, int, str, bytes]:
-        """A value as `SessionStore.put` and `commit` take it."""
+        """A value as `SessionStore.commit` takes it."""
         (state, events), num_turns = unsaved
         return (
             self._codec.encode(state),

@@ -92,6 +92,7 @@ def create_app(
     name = config.served_model_name or engine.engine.name
     cost = session_bytes(engine.engine, config)
     registry = make_registry(engine, sessions.sizes, cost, name)
+    max_snapshot_bytes = min(config.max_snapshot_bytes, sessions.max_snapshot_nbytes)
     app.state.context = Context(
         engine,
         config,
@@ -99,7 +100,7 @@ def create_app(
         sessions,
         turns,
         ReadLimit(config.max_session_reads),
-        BodyMemory(config.max_received_bytes, config.max_snapshot_bytes),
+        BodyMemory(config.max_received_bytes, max_snapshot_bytes),
         template,
     )
     for router in ROUTERS:

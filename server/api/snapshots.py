@@ -57,11 +57,10 @@ async def import_session(
     Raises ParameterError if no turn of the session could run on this server.
     """
     context.engine.check_accepting()
-    config = context.config
+    max_bytes = min(context.config.max_snapshot_bytes, context.sessions.max_snapshot_nbytes)
     owner, options = caller_of(request).owner, _options(metadata, ttl_seconds)
-    raw = await read_body(
-        request, config.max_snapshot_bytes, context.pace, context.bodies.snapshot(request)
-    )
+    held = context.bodies.snapshot(request)
+    raw = await read_body(request, max_bytes, context.pace, held)
     check = context.policies.check_goes_on
     try:
         session = await asyncio.to_thread(

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from cottention.engine.models.checkpoint import read_weights
-from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
+from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import CottentionForCausalLM, map_weight
 from cottention.engine.outputs import SampledToken
 from cottention.engine.sampling.token_constraints import TokenConstraints
 from cottention.engine.sampling_params import SamplingParams
@@ -49,11 +51,20 @@ def attention_folder(kind: str) -> Path:
     config = json.loads((target / "config.json").read_text(encoding="utf-8"))
     config |= {"attention_type": kind, **ATTENTIONS[kind]}
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    weights = {k: v for k, v in read_weights(_FOLDER).items() if not k.endswith("norm_const")}
+    weights = weights_of_kind(GPTJConfig.from_dict(config, kind))
     if config.get("attention_bias"):
         weights |= _biases(weights)
     save_file(weights, target / "model.safetensors")
     return target
+
+
+def weights_of_kind(config: GPTJConfig) -> dict[str, torch.Tensor]:
+    """The golden model's weights, with those of this model's feature map in place of its own."""
+    weights = {k: v for k, v in read_weights(_FOLDER).items() if map_weight(k) is None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = CottentionForCausalLM(config).state_dict()
+    return weights | {k: v for k, v in made.items() if map_weight(k) is not None}
 
 
 @functools.cache
@@ -75,14 +86,14 @@ def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
 
     more_keys: by how much keys are wider, so that no shape is its transpose.
     """
-    made = ATTENTION_KINDS[kind]
+    config = GPTJConfig(8, 2 * width, 1, 2, 64, rotary_dim=0, n_inner=8, attention_type=kind)
     return StateSpec(
         recurrence_tensors(
             layers=1,
             heads=2,
             value_width=width,
-            key_width=made.key_width(width) + more_keys,
-            has_denominator=made.has_denominator,
+            key_width=config.feature_map.key_width(config) + more_keys,
+            has_denominator=config.feature_map.has_denominator,
         )
     )
 
@@ -90,7 +101,7 @@ def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
 def state_of(spec: StateSpec, n: int, window: int) -> SessionState:
     """A session's of n tokens, all but the last in rows that tell n."""
     rows = tuple(torch.full(shape, float(n)) for shape in spec.shapes.values())
-    return SessionState(rows, n - 1, (n,), (n,) * min(n, window), {n: 1})
+    return SessionState(rows if n > 1 else (), n - 1, (n,), (n,) * min(n, window), {n: 1})
 
 
 def make_request(name: str, prompt_ids: list[int], params: SamplingParams) -> Request:

@@ -77,6 +77,7 @@ class FakeSessions:
     fails: dict[str, Exception] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)
     is_full: bool = False
+    max_snapshot_nbytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         self.kept: dict[str, FakeSession] = {}

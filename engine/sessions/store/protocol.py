@@ -121,28 +121,14 @@ class SessionStore(Protocol):
         """Create all of them or none. SnapshotError: a named blob is not stored."""
         ...
 
-    def begin(self, owner: str, session_id: str, ttl_seconds: float) -> tuple[Lease, SessionRecord]:
-        """Lease an owner's session, and read it, in one transaction.
+    def acquire(
+        self, session_id: str, ttl_seconds: float, owner: str | None = None
+    ) -> tuple[Lease, SessionRecord]:
+        """Lease a session until release or `ttl_seconds`, and read it, in one transaction.
 
-        SessionNotFoundError also where it is another owner's. SessionBusyError: it is leased.
+        owner: SessionNotFoundError where the session is another owner's; None: whoever owns it.
+        SessionBusyError: it is leased.
         """
-        ...
-
-    def commit(
-        self,
-        lease: Lease,
-        expected_version: int,
-        snapshot: bytes,
-        position: int,
-        max_checkpoints: int,
-        context_policy: str = "exact",
-        events: bytes = b"",
-    ) -> SessionRecord:
-        """`put` and `release` in one transaction."""
-        ...
-
-    def acquire(self, session_id: str, ttl_seconds: float) -> Lease:
-        """Lease a session, whoever owns it, until release or `ttl_seconds`. SessionBusyError."""
         ...
 
     def renew(self, lease: Lease, ttl_seconds: float) -> None:
@@ -172,7 +158,7 @@ class SessionStore(Protocol):
         """
         ...
 
-    def put(
+    def commit(
         self,
         lease: Lease,
         expected_version: int,
@@ -181,10 +167,13 @@ class SessionStore(Protocol):
         max_checkpoints: int,
         context_policy: str = "exact",
         events: bytes = b"",
+        *,
+        keeps_lease: bool = False,
     ) -> SessionRecord:
-        """Store a new head; the old one becomes the newest of at most `max_checkpoints`.
+        """Store a new head and release the lease, in one transaction.
 
-        SessionMovedError: the lease is not the last one given, or the version is another.
+        The old head becomes the newest of at most `max_checkpoints`. keeps_lease: the turn goes
+        on. SessionMovedError: the lease is not the last one given, or the version is another.
         """
         ...
 

@@ -121,8 +121,8 @@ def test_golden_value_scale_is_per_value(case: Case) -> None:
 
     def attend_wrongly(layer: int, features: Features) -> Tensor:
         position = torch.arange(1, case.length + 1, dtype=torch.float64)
-        scale = position.unsqueeze(-1) ** model.blocks()[layer].attn.sigma()
-        scale = scale.unsqueeze(-1)
+        (sigma,) = model.blocks()[layer].attn.map_weights()
+        scale = (position.unsqueeze(-1) ** sigma).unsqueeze(-1)
         undone = Features(features.q, features.k, features.v * scale)
         return attend_parallel(layer, undone) / scale
 

@@ -149,6 +149,6 @@ def test_sigma_gets_a_gradient_even_where_nothing_else_does(leading: tuple[int, 
 
 def test_first_decays_stand_apart_between_heads(model: CottentionForCausalLM) -> None:
     for block in model.blocks():
-        sigma = block.attn.sigma()
+        (sigma,) = block.attn.map_weights()
         expected = torch.linspace(0.1, 0.6, len(sigma), dtype=torch.float64)
         torch.testing.assert_close(sigma, expected, rtol=0, atol=1e-6)
