@@ -13,7 +13,8 @@ namespace cottention {
 constexpr int64_t kPanel = 64;     // output columns per panel of a packed weight
 constexpr int64_t kTaskRows = 48;  // maximum rows of x per task of the product
 constexpr int64_t kMaxKeyWidth = 512;
-constexpr int64_t kMaxValueWidth = 256;
+constexpr int64_t kMaxFusedWidth = 256;  // of a head in attention_gelu
+constexpr int64_t kScanChannels = 128;   // per task of the selective scan
 constexpr float kDenominatorFloor = 1e-6f;
 constexpr float kNormFloor = 1e-12f;
 constexpr int32_t kPaddingSlot = -1;
@@ -28,8 +29,15 @@ struct HeadView {
   }
 };
 
+// w of a recurrent step: 1, one number per head, or one per key.
+enum class Decay { kNone, kPerHead, kPerKey };
+
 struct RecurrentParams {
   HeadView q, k, v;
+  Decay decay;
+  HeadView w;     // [N, H, 1] or [N, H, K]
+  bool has_term;  // (S a) bᵀ
+  HeadView a, b;  // [N, H, K]
   float* state;  // [S, H, V, K], [H, V, K] contiguous
   float* z;      // [S, H, K], [H, K] contiguous; null: no denominator
   int64_t state_stride, z_stride;
@@ -100,6 +108,47 @@ struct NormParams {
   float epsilon;
 };
 
+struct RMSNormParams {
+  const float *x, *weight;  // [rows, columns], rows x_stride apart; [columns]
+  float* out;               // [rows, columns]
+  int64_t columns, x_stride, groups;
+  float epsilon;
+};
+
+constexpr int64_t kConvolutionChannels = 512;  // channels per task
+
+struct ShortConvolutionParams {
+  const float *x, *weight, *bias;  // [N, channels], rows x_stride apart; [width, channels]; or null
+  float* tails;                    // [S, width - 1, channels], slots tail_stride apart
+  float* out;                      // [N, channels]
+  const int32_t *state_indices, *cu_seqlens;  // as in RecurrentParams
+  int64_t x_stride, tail_stride, channels, width;
+
+  [[gnu::always_inline]] int64_t splits() const {
+    return (channels + kConvolutionChannels - 1) / kConvolutionChannels;
+  }
+  [[gnu::always_inline]] int64_t first(int64_t segment) const {
+    return cu_seqlens ? cu_seqlens[segment] : segment;
+  }
+};
+
+struct SelectiveScanParams {
+  const float *u, *delta;     // [N, channels], rows u_stride and delta_stride apart
+  const float* log_decay;     // [channels, width]
+  const float *k, *q;         // [N, width], rows k_stride and q_stride apart
+  float* state;               // [S, channels, width], slots state_stride apart
+  float* out;                 // [N, channels]
+  const int32_t *state_indices, *cu_seqlens;  // as in RecurrentParams
+  int64_t u_stride, delta_stride, k_stride, q_stride, state_stride, channels, width;
+
+  [[gnu::always_inline]] int64_t splits() const {
+    return (channels + kScanChannels - 1) / kScanChannels;
+  }
+  [[gnu::always_inline]] int64_t first(int64_t segment) const {
+    return cu_seqlens ? cu_seqlens[segment] : segment;
+  }
+};
+
 struct ArgmaxParams {
   const float* x;  // [rows, columns], rows x_stride apart
   int64_t* out;    // [rows]
@@ -128,6 +177,14 @@ struct Kernels {
   void (*layer_norm)(const NormParams&, int64_t row);
   void (*argmax)(const ArgmaxParams&, int64_t row);
   void (*sampling_weights)(const SamplingWeightsParams&);
+  void (*silu)(const RowsParams&, int64_t row);
+  void (*sigmoid)(const RowsParams&, int64_t row);
+  void (*softplus)(const RowsParams&, int64_t row);
+  void (*tanh)(const RowsParams&, int64_t row);
+  void (*exp)(const RowsParams&, int64_t row);
+  void (*rms_norm)(const RMSNormParams&, int64_t row);
+  void (*short_convolution)(const ShortConvolutionParams&, int64_t task);  // segments × splits
+  void (*selective_scan)(const SelectiveScanParams&, int64_t task);        // segments × splits
 };
 
 namespace plain {

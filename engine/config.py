@@ -22,6 +22,11 @@ class EngineConfig:
     dtype: DType = setting(
         "auto", "type of the weights; auto is float32 on the CPU and the checkpoint's type on CUDA"
     )
+    tokenizer: str | None = setting(
+        None,
+        "file of a World vocabulary of RWKV, or a folder of tokenizer files",
+        unset="the model's own",
+    )
     max_slots: int | None = setting(
         None,
         "maximum number of sequences in a batch, each with a slot for its state",
@@ -53,7 +58,7 @@ class EngineConfig:
         "auto",
         "how to continue past the trained length; renew forgets the oldest tokens and keeps the"
         " text good, at twice the memory per slot; exact is the recurrence as published; auto is"
-        " the default of the model's family, renew for gptj",
+        " the default of the model's family, renew for gptj, else exact",
     )
     generation_config: Literal["auto", "vllm"] = setting(
         "auto",

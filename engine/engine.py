@@ -40,7 +40,7 @@ class Engine:
     """A model, its pool of states, and the requests that are computed with them."""
 
     def __init__(self, model: str | Path | None = None, config: EngineConfig | None = None) -> None:
-        """`model` is a folder, a Hugging Face id, or None for the model that ships here.
+        """`model` is a folder, a .pth file, a Hugging Face id, or None for the one that ships here.
 
         Raises ModelFolderError, ConfigurationError or OutOfMemoryError.
         """
@@ -197,7 +197,7 @@ class Engine:
 
     def session_codec(self) -> SnapshotCodec:
         """The codec of this model's session states; reads the model's files for the fingerprint."""
-        fingerprints = Fingerprint.of(self._folder, self.spec, self.dtype)
+        fingerprints = Fingerprint.of(self._folder, self.tokenizer.files, self.spec, self.dtype)
         num_ids, window = self.tokenizer.num_ids, self.policies.window
         return SnapshotCodec(
             fingerprints, self.spec, num_ids, self.policies.context_schedules, window

@@ -104,6 +104,12 @@ class ServerConfig:
         minimum=1,
         unit="tokens",
     )
+    max_response_items: int = setting(
+        1_000_000,
+        "maximum number of token ids, echoed tokens and log-probabilities in a response: tokens"
+        " times choices times alternatives; beyond it a request gets 400",
+        minimum=1,
+    )
     max_request_seconds: float | None = setting(
         None, "maximum request duration", unset="unlimited", minimum=0.001, unit="seconds"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine.ops import loader
-from cottention.engine.ops.checks import kernel_has_width
+from cottention.engine.ops.checks import fused_kernel_has_width
 from cottention.engine.ops.loader import backend
 
 
@@ -31,7 +31,7 @@ def cottention_attention_gelu(
     from 0; sigma float64 [H]; cos, sin float32 [N, rotary_dim / 2]; state [S, H, D, D] is updated
     in place, there is no denominator; state_indices and cu_seqlens as in `recurrent_step`. On CUDA
     joined and out may also be bfloat16 or float16, and equal the three ops to rounding. Raises
-    RuntimeError for arguments that do not fit and for a D without a kernel (`kernel_has_width`).
+    RuntimeError for arguments that do not fit and for a D that is no multiple of 8 up to 256.
     """
     torch.ops.cottention.cottention_attention_gelu(
         joined, positions, sigma, cos, sin, state, state_indices, cu_seqlens, out
@@ -40,7 +40,7 @@ def cottention_attention_gelu(
 
 def can_fuse_attention(device: str, width: int) -> bool:
     """Whether `cottention_attention_gelu` takes heads of this width on a device but the CPU."""
-    return device != "cpu" and kernel_has_width(width, width) and loader.is_cuda_ready()
+    return device != "cpu" and fused_kernel_has_width(width) and loader.is_cuda_ready()
 
 
 def cottention_layers(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine.sampling_params import SamplingParams
-from cottention.engine.text.tokenizer import Tokenizer
+from cottention.engine.text.base import BaseTokenizer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,7 +122,7 @@ def _mask(allowed: Collection[int] | None, banned: Sequence[int], num_ids: int) 
     return mask
 
 
-def encode_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
+def encode_bad_words(words: Sequence[str], tokenizer: BaseTokenizer) -> list[list[int]]:
     """Ids of each word at the start of a text and after a space; of a blank word, the latter."""
     texts = [start + word.lstrip(" ") for word in words for start in ("", " ")]
     return [ids for text in dict.fromkeys(texts) if (ids := tokenizer.encode(text))]

@@ -148,13 +148,19 @@ class FairQueue:
                 if share.num_slots:
                     share.time += share.num_slots / (total * share.weight)
 
+    def is_owed(self, request: Request) -> bool:
+        """Whether any client has to give slots to a waiting request."""
+        mine = self._shares[request.client.id]
+        return any(
+            _owes(each, each.num_slots, mine) for each in self._shares.values() if each is not mine
+        )
+
     def victims(
         self, request: Request, num_missing: int, running: Iterable[Request]
     ) -> list[Request]:
         """Running requests that have to give up as many slots for a waiting one; none if too few.
 
-        They are of clients that are ahead by a quantum and hold more slots for their weight: first
-        of the client that has had most, and the least important of these.
+        First those of the client that has had most, and the least important of these.
         """
         mine, victims = self._shares[request.client.id], []
         num_slots = {key: share.num_slots for key, share in self._shares.items()}
@@ -163,12 +169,11 @@ class FairQueue:
             return -self._shares[each.client.id].time, -each.priority
 
         for each in sorted(running, key=order):
-            share = self._shares[each.client.id]
-            holds_more = num_slots[each.client.id] * mine.weight > mine.num_slots * share.weight
-            if num_missing > 0 and holds_more and share.time - mine.time >= QUANTUM:
+            key = each.client.id
+            if num_missing > 0 and _owes(self._shares[key], num_slots[key], mine):
                 victims.append(each)
                 num_missing -= len(each.unfinished_choices)
-                num_slots[each.client.id] -= len(each.unfinished_choices)
+                num_slots[key] -= len(each.unfinished_choices)
         return victims if num_missing <= 0 else []
 
     def _limit_time(self, mine: _Share) -> None:
@@ -189,6 +194,15 @@ class FairQueue:
         """Forget what clients have had once no client waits or runs: nobody is owed anything."""
         if not any(share.queue or share.num_slots for share in self._shares.values()):
             self._shares.clear()
+
+
+def _owes(share: _Share, num_slots: int, mine: _Share) -> bool:
+    """Whether a client that holds so many slots has to give some to another.
+
+    It is ahead by a quantum, and holds more for its weight.
+    """
+    holds_more = num_slots * mine.weight > mine.num_slots * share.weight
+    return holds_more and share.time - mine.time >= QUANTUM
 
 
 def _priority(request: Request) -> int:

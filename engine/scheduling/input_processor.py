@@ -17,7 +17,7 @@ from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.scheduling.request import Request
 from cottention.engine.state.pool import StatePool
 from cottention.engine.state.session_state import SessionState
-from cottention.engine.text.tokenizer import Tokenizer
+from cottention.engine.text.base import BaseTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class RequestLimits:
     max_tokens: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, pool: StatePool, config: EngineConfig) -> Self:
+    def of(cls, tokenizer: BaseTokenizer, pool: StatePool, config: EngineConfig) -> Self:
         """The limits of an engine with this tokenizer, pool and configuration."""
         sampleable = frozenset(tokenizer.sampleable_ids)
         return cls(tokenizer.num_ids, sampleable, pool.num_slots, config.max_tokens_limit)
@@ -107,7 +107,7 @@ class InputProcessor:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: BaseTokenizer,
         eos_token_ids: Sequence[int],
         limits: RequestLimits,
         policies: ContextPolicies,

@@ -24,8 +24,8 @@ from cottention.engine.state.context_window import (
 )
 from cottention.engine.state.prefix_cache import Prefix
 from cottention.engine.state.session_state import SessionState
+from cottention.engine.text.base import BaseTokenizer
 from cottention.engine.text.detokenizer import Detokenizer
-from cottention.engine.text.tokenizer import Tokenizer
 
 
 class RequestStatus(Enum):
@@ -155,7 +155,7 @@ class Request:
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        tokenizer: Tokenizer,
+        tokenizer: BaseTokenizer,
         constraints: TokenConstraints,
         start: SessionState | None = None,
         context_schedule: ContextSchedule | None = None,
@@ -195,7 +195,9 @@ class Request:
         assert all(span.begin >= self.first_index for span in spans), "ids are missing"
         self.set_prefill_spans(spans)
 
-    def _add_choices(self, tokenizer: Tokenizer, fed: Sequence[int], session: SessionState) -> None:
+    def _add_choices(
+        self, tokenizer: BaseTokenizer, fed: Sequence[int], session: SessionState
+    ) -> None:
         params = self.params
         table = tokenizer.token_bytes if params.skip_special_tokens else tokenizer.written_bytes
         undecoded = b"" if self.turn_ids else session.undecoded

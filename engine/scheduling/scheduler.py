@@ -88,12 +88,10 @@ class Scheduler:
         blocked: list[Client] = []
         while (request := self._waiting.next(blocked)) is not None:
             num_missing = len(request.unfinished_choices) - num_free_slots
-            victims = []
-            if num_missing > 0:
-                victims = self._waiting.victims(request, num_missing, self._running())
-                if not victims or not self._has_room_for(victims, request):
-                    blocked.append(request.client)
-                    continue
+            victims = self._victims(request, num_missing) if num_missing > 0 else []
+            if num_missing > 0 and not victims:
+                blocked.append(request.client)
+                continue
             for victim in victims:
                 self._preempt(victim)
                 num_free_slots += len(victim.unfinished_choices)
@@ -102,6 +100,13 @@ class Scheduler:
             num_free_slots -= len(request.unfinished_choices)
             admitted.append(request)
         return Admission(preempted, admitted)
+
+    def _victims(self, request: Request, num_missing: int) -> list[Request]:
+        """Running requests that give up as many slots for this one; none where it has to wait."""
+        if not self._waiting.is_owed(request):
+            return []
+        victims = self._waiting.victims(request, num_missing, self._running())
+        return victims if self._has_room_for(victims, request) else []
 
     def _running(self) -> dict[Request, None]:
         """Requests with slots, without repetition."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.engine import Engine
     from cottention.engine.scheduling.context_policy import ContextPolicies
     from cottention.engine.sessions.manager import SessionManager
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 
 MAX_IGNORED_KEYS = 64
@@ -66,7 +66,7 @@ class Context:
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)
 
     @property
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> "BaseTokenizer":
         """The model's tokenizer."""
         return self.engine.engine.tokenizer
 
@@ -106,8 +106,11 @@ class Context:
         return session_bytes(self.engine.engine, self.config)
 
     @property
-    def trained_length(self) -> int:
-        """Context length that the model was trained on, in tokens; it is not a limit."""
+    def trained_length(self) -> int | None:
+        """Context length that the model was trained on, in tokens; it is not a limit.
+
+        None where the model's files do not say.
+        """
         return self.engine.engine.model_config.trained_length
 
 

@@ -87,6 +87,7 @@ async def _read_request(
             parsed = await wait_for_client(deadline, request.receive, work)
     queue.record_tokens(len(raw), parsed.num_prompt_tokens)
     context.limits.check(parsed)
+    parsed.check_items(context.config.max_response_items)
     return parsed, arrived_at
 
 
@@ -155,7 +156,7 @@ async def _respond(
         usage = usage_of(
             generation_request.num_prompt_tokens, stream.num_generated, stream.num_cached
         )
-        return await format_response(deltas, header, choices, generation_request, usage, {})
+        return format_response(deltas, header, choices, generation_request, usage, {})
 
 
 async def read_parsed(

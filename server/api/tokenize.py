@@ -1,6 +1,6 @@
 """POST /tokenize and /detokenize, in vLLM's shapes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
@@ -16,8 +16,12 @@ from cottention.server.api.chat import (
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, read_parsed
 from cottention.server.api.openapi import request_docs
-from cottention.server.generation.choice_format import compact
-from cottention.server.generation.request import decode_ids, encode_text
+from cottention.server.generation.json_pieces import (
+    TEXT_CHARACTERS,
+    LongList,
+    object_response,
+)
+from cottention.server.generation.request import MAX_INLINE_ITEMS, decode_ids, encode_text
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.schemas.chat import MESSAGES, Messages, unknown_keys
 from cottention.server.schemas.field_types import Text, TokenIds
@@ -66,8 +70,8 @@ class DetokenizeRequest(RequestModel):
 )
 async def tokenize(request: Request, context: ContextDep) -> Response:
     """Token ids of a text, or of messages rendered by the chat template."""
-    raw = await read_parsed(request, context, _json_of(_tokenized), ALWAYS_IN_THREAD)
-    return Response(raw, media_type="application/json")
+    fields = await read_parsed(request, context, _tokenized, ALWAYS_IN_THREAD)
+    return object_response(fields, is_long=fields["count"] > MAX_INLINE_ITEMS)
 
 
 @router.post(
@@ -77,15 +81,8 @@ async def tokenize(request: Request, context: ContextDep) -> Response:
 )
 async def detokenize(request: Request, context: ContextDep) -> Response:
     """The text of token ids, special tokens included."""
-    raw = await read_parsed(request, context, _json_of(_detokenized))
-    return Response(raw, media_type="application/json")
-
-
-def _json_of(
-    work: Callable[[Mapping[str, Any], Context], JsonObject],
-) -> Callable[[Mapping[str, Any], Context], bytes]:
-    """`work`, whose answer is encoded where it runs: beside the event loop, if it is long."""
-    return lambda body, context: compact(work(body, context)).encode()
+    fields = await read_parsed(request, context, _detokenized)
+    return object_response(fields, is_long=len(fields["prompt"]) > TEXT_CHARACTERS)
 
 
 def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
@@ -109,7 +106,7 @@ def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
 
 def _response(ids: list[int], with_strings: bool, context: Context) -> JsonObject:
     tokenizer, length = context.tokenizer, context.trained_length
-    strings = [tokenizer.id_to_token(each) for each in ids] if with_strings else None
+    strings = LongList(map(tokenizer.id_to_token, ids)) if with_strings else None
     return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": strings}
 
 

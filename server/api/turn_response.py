@@ -143,7 +143,7 @@ class TurnResponse(Response):
         choices = endpoint.formatter(request, context.tokenizer)
         usage = usage_of(request.num_prompt_tokens, num_generated)
         extra = {"session": session_summary(session)}
-        response = await format_response({0: delta}, header, choices, request, usage, extra)
+        response = format_response({0: delta}, header, choices, request, usage, extra)
         response.headers["ETag"] = etag_of(session)
         return response
 

@@ -142,7 +142,7 @@ def test_one_token(engine: Engine) -> None:
 
 @pytest.mark.every_attention
 def test_positions_beyond_the_trained_length_go_on(engine: Engine) -> None:
-    length = engine.model_config.trained_length + 10
+    length = engine.policies.window + 10
     done = engine.generate(["a"], SamplingParams(max_tokens=length, ignore_eos=True, seed=0))
     assert len(done[0].token_ids) == length
 

@@ -9,7 +9,7 @@ from cottention.engine import Engine, EngineConfig, FinishReason, Output, Sampli
 from cottention.engine.scheduling.client import Client
 from tests.engine.test_engine import LONG, check_all_ended, collect, ids_of
 
-pytestmark = pytest.mark.every_attention
+pytestmark = pytest.mark.every_session
 
 PARAMS = SamplingParams(max_tokens=12, seed=3, ignore_eos=True)
 PROMPT = [5, 6, 7]
@@ -154,6 +154,7 @@ def test_the_end_of_one_that_waits_to_go_on(gptj_folder: Path) -> None:
     check_all_ended(engine, {})
 
 
+@pytest.mark.every_attention
 def test_a_pause_between_renewals_changes_no_token(gptj_folder: Path) -> None:
     """The spare row, in which the next state grows, waits with the other."""
     engine = Engine(gptj_folder, EngineConfig(max_slots=2, context_policy="renew"))

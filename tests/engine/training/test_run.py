@@ -15,11 +15,12 @@ from torch import Tensor
 
 from cottention.engine import Engine, SamplingParams
 from cottention.engine.errors import ConfigurationError, ModelFolderError
-from cottention.engine.models.checkpoint import load_model, read_weights
+from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.models.registry import read_config
+from cottention.engine.models.weight_files import read_weights
 from cottention.engine.settings.command_line import to_arguments
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.engine.training.__main__ import train

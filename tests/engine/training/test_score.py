@@ -40,7 +40,7 @@ def test_the_chunked_form_is_the_parallel_one(attention: str) -> None:
     is_divided = ATTENTION_KINDS[attention].has_denominator
 
     def attend(_layer: int, features: Features) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in features)
+        q, k, v = (x.transpose(1, 2) for x in features[:3])
         return reference.parallel(q, k, v, denominator=is_divided).transpose(1, 2)
 
     shape = replace(SMALL, attention=attention, context=300).model_config(0)

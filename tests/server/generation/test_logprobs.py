@@ -34,7 +34,7 @@ def model(gptj_folder: Path) -> CottentionForCausalLM:
 
 
 def attend(_: int, features: Features) -> Tensor:
-    q, k, v = (x.transpose(-3, -2) for x in features)
+    q, k, v = (x.transpose(-3, -2) for x in features[:3])
     return reference.parallel(q, k, v).transpose(-3, -2)
 
 

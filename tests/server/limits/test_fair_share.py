@@ -5,6 +5,8 @@ from pathlib import Path
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.engine import Engine
+from cottention.engine.scheduling.client import Client
+from cottention.server.limits.api_keys import owner_id
 from tests.server.limits.test_api_keys import bearer
 from tests.server.live import eventually, serving
 
@@ -33,3 +35,14 @@ def test_a_request_that_holds_every_slot_keeps_no_other_key_out(
         assert engine.stats().num_preemptions
         for sock in socks:
             sock.close()
+
+
+def test_every_way_to_the_engine_names_its_key(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(json.dumps({"a": {"key": "one", "weight": 3}}))
+    with serving(api_key_file=str(tmp_path / "keys")) as live:
+        live.client.headers.update(bearer("one"))
+        session_id = live.opened("x")
+        live.client.post(f"/v1/sessions/{session_id}/append", json={"prompt": "y"})
+        for more in ({}, {"session_id": session_id}, {"stream": True}):
+            assert live.complete(prompt="x", **more).status_code == 200
+        assert [each.client for each in live.engine.seen] == [Client(owner_id("one"), 3)] * 5
