@@ -212,7 +212,8 @@ async def _prefill(
         context.tokenizer,
         add_special_tokens_if_empty=add_special_tokens_if_empty,
     )
-    generation_request = prefill_request(prompt_ids)
+    num_reread = context.policies.num_reread(start, len(prompt_ids))
+    generation_request = prefill_request(prompt_ids, num_reread)
     name = f"session-{request_id_of(request)}"
     stream = await context.engine.generate(name, generation_request, start=start, deadline=deadline)
     track(request.scope, generation_request, stream)

@@ -130,7 +130,7 @@ class AsyncEngine:
             deadline=deadline,
         )
         try:
-            if request.num_prompt_tokens > MAX_INLINE_TOKENS:
+            if request.num_read_tokens > MAX_INLINE_TOKENS:
                 await asyncio.to_thread(
                     self._submit, stream, request_ids, request, start, cache_scope
                 )

@@ -69,6 +69,7 @@ class GenerationRequest:
 
     prompts: token ids of each prompt. echoes: the text of each prompt, empty unless echoed.
     num_choices: returned for each prompt: all `params.n` of them, or the best.
+    num_reread: ids that a session's turn reads besides its prompt (`ContextPolicies.num_reread`).
     """
 
     prompts: list[list[int]]
@@ -79,6 +80,7 @@ class GenerationRequest:
     is_stream: bool = False
     stream_options: StreamOptions = DEFAULT_STREAM_OPTIONS
     priority: int = 0
+    num_reread: int = 0
 
     @property
     def needs_token_ids(self) -> bool:
@@ -94,6 +96,11 @@ class GenerationRequest:
     def num_prompt_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(map(len, self.prompts))
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens that are read before the first is generated."""
+        return self.num_prompt_tokens + self.num_reread
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +164,10 @@ class ParsedRequest:
         )
 
 
-def prefill_request(prompt_ids: list[int]) -> GenerationRequest:
+def prefill_request(prompt_ids: list[int], num_reread: int) -> GenerationRequest:
     """A prompt that is added to a session without generating anything."""
-    return GenerationRequest([prompt_ids], SamplingParams(max_tokens=0), OutputOptions(), [""])
+    params, output = SamplingParams(max_tokens=0), OutputOptions()
+    return GenerationRequest([prompt_ids], params, output, [""], num_reread=num_reread)
 
 
 def turn_prompt(
