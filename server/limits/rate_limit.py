@@ -181,11 +181,11 @@ def count_choices(scope: Scope, request: GenerationRequest) -> None:
 
 
 def track(scope: Scope, request: GenerationRequest, stream: OutputStream) -> None:
-    """Record a generation that begins; its key is charged with its prompts now.
+    """Record a generation that begins; its key is charged now with what is read for it.
 
     The generated tokens are charged when the HTTP request has ended.
     """
     request_record(scope).add(request.prompts, stream)
     usage: KeyUsage | None = scope["state"].get("key_usage")
     if usage is not None:
-        usage.charge(request.num_prompt_tokens)
+        usage.charge(request.num_read_tokens)
