@@ -279,8 +279,13 @@ def main() -> int:
     options.add_argument("--max-body-bytes", type=int, default=4 << 20)
     options.add_argument("--flag", action="append", default=[], help="of the server: --flag=--x=1")
     arguments: argparse.Namespace = options.parse_args()
-    settings = Settings(model=tuple(arguments.model), max_body_bytes=arguments.max_body_bytes)
-    seconds = 1.0 if arguments.quick else 4.0
+    max_body_bytes = arguments.max_body_bytes
+    settings = Settings(
+        model=tuple(arguments.model),
+        max_body_bytes=max_body_bytes,
+        max_received_bytes=4 * max_body_bytes,
+    )
+    seconds = 0.5 if arguments.quick else 4.0
     found = run_bounds(settings, arguments.flag, arguments.at_once, seconds)
     show("While one key sends these, a second asks for 16 tokens every 100 ms", found["rows"])
     show("The sum of docs/operations.md, MB", [{k: v // 10**6 for k, v in found["memory"].items()}])

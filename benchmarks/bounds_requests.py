@@ -135,8 +135,10 @@ class Description:
         match first:
             case {"enum": [value, *_]} | {"const": value}:
                 return value
+            case {"type": "array", "items": dict(item)} if item:
+                return [self._small(item)]
             case {"type": "array"}:
-                return [self._small(first["items"])]
+                return []
             case {"type": "object"}:
                 properties = first.get("properties", {})
                 return {name: self._small(properties[name]) for name in first.get("required", [])}
@@ -168,6 +170,9 @@ class Description:
                 yield from self._lists(schema, max_bytes)
             case {"type": "object"}:
                 yield from self._objects(schema, max_bytes)
+            case _ if "type" not in schema:  # anything may be here
+                yield from self._largest({"type": "string"}, max_bytes)
+                yield from self._lists({"items": {"type": "array", "items": {}}}, max_bytes)
 
     def _lists(self, schema: Schema, max_bytes: int) -> Iterator[Any]:
         """As many small elements as there may be: equal ones, and of numbers also distinct ones."""
@@ -185,7 +190,10 @@ class Description:
             }
             for value in self._values(field, max_bytes - 100):
                 yield small | {name: value}
-        if isinstance(inner := schema.get("additionalProperties"), dict):
+        inner = schema.get("additionalProperties", "properties" not in schema)
+        if inner is True:
+            inner = {"type": "string"}
+        if inner:
             for value in self._values(inner, min(500, max_bytes)):
                 size = len(json.dumps(value)) + 14
                 num = min(schema.get("maxProperties", max_bytes), max_bytes // size)

@@ -87,7 +87,7 @@ class ServerConfig:
         unit="bytes",
     )
     max_received_bytes: int = setting(
-        64 * 1024**2,
+        16 * 1024**2,
         "maximum size of the bodies of all requests under way; one API key gets at most half of it,"
         " or one body",
         minimum=1,
