@@ -188,7 +188,8 @@ async def _encode(
 
     async def encode() -> list[int]:
         with context.engine.admission_queue.tokenizing(len(prompt), owner_of(request)):
-            return await asyncio.to_thread(context.tokenizer.encode, prompt)
+            async with context.bodies.turn(request, len(prompt)):
+                return await asyncio.to_thread(context.tokenizer.encode, prompt)
 
     return await wait_for_client(deadline, request.receive, encode())
 
@@ -212,7 +213,8 @@ async def _prefill(
         context.tokenizer,
         add_special_tokens_if_empty=add_special_tokens_if_empty,
     )
-    generation_request = prefill_request(prompt_ids)
+    num_reread = context.policies.num_reread(start, len(prompt_ids))
+    generation_request = prefill_request(prompt_ids, num_reread)
     name = f"session-{request_id_of(request)}"
     client = client_of(request.scope)
     stream = await context.engine.generate(

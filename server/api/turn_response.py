@@ -5,6 +5,7 @@ turn what was written to the socket. With `on_disconnect` "continue" it runs in 
 """
 
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -90,6 +91,8 @@ class TurnResponse(Response):
         policies, tokenizer = context.policies, context.tokenizer
         start = policies.settled(turn.state, self._parsed.params)
         request = self._parsed.build_turn(start, tokenizer)
+        num_reread = policies.num_reread(start, request.num_prompt_tokens)
+        request = replace(request, num_reread=num_reread)
         skips = request.params.skip_special_tokens
         table = tokenizer.token_bytes if skips else tokenizer.written_bytes
         turn.set_prompt(start, request.prompts[0], table, policies.window)

@@ -95,6 +95,7 @@ class GenerationRequest:
 
     prompts: token ids of each prompt. echoes: the text of each prompt, empty unless echoed.
     num_choices: returned for each prompt: all `params.n` of them, or the best.
+    num_reread: ids that a session's turn reads besides its prompt (`ContextPolicies.num_reread`).
     """
 
     prompts: list[list[int]]
@@ -105,6 +106,7 @@ class GenerationRequest:
     is_stream: bool = False
     stream_options: StreamOptions = DEFAULT_STREAM_OPTIONS
     priority: int = 0
+    num_reread: int = 0
 
     @property
     def needs_token_ids(self) -> bool:
@@ -129,13 +131,18 @@ class GenerationRequest:
         num_copies = params.n if params.has_penalty else 1
         num_listed = len(params.stop_token_ids) + len(params.allowed_token_ids or ())
         num_characters = 2 * sum(map(len, params.bad_words))
-        size = self.num_prompt_tokens * num_copies + num_listed + num_characters
+        size = self.num_read_tokens * num_copies + num_listed + num_characters
         return size > MAX_INLINE_TOKENS
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(map(len, self.prompts))
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens that are read before the first is generated."""
+        return self.num_prompt_tokens + self.num_reread
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +230,10 @@ class ParsedRequest:
         )
 
 
-def prefill_request(prompt_ids: list[int]) -> GenerationRequest:
+def prefill_request(prompt_ids: list[int], num_reread: int) -> GenerationRequest:
     """A prompt that is added to a session without generating anything."""
-    return GenerationRequest([prompt_ids], SamplingParams(max_tokens=0), OutputOptions(), [""])
+    params, output = SamplingParams(max_tokens=0), OutputOptions()
+    return GenerationRequest([prompt_ids], params, output, [""], num_reread=num_reread)
 
 
 def turn_prompt(

@@ -132,10 +132,14 @@ class EventStreamResponse(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: EventSource, keep_alive_seconds: float) -> None:
+    def __init__(
+        self, source: EventSource, keep_alive_seconds: float, num_bytes: int | None = None
+    ) -> None:
+        """num_bytes: of all events, where that is known; there are no comments between them."""
         self.status_code = 200
         self.background = None
-        self.init_headers(SSE_HEADERS)
+        length = {} if num_bytes is None else {"content-length": str(num_bytes)}
+        self.init_headers(SSE_HEADERS | length)
         self._source = source
         self._keep_alive_seconds = keep_alive_seconds
 

@@ -3,8 +3,9 @@
 Without keys all clients share one count. Everything here runs on the event loop.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -48,18 +49,14 @@ class KeyUsage:
         self._num_running = 0
 
     def enter(self) -> None:
-        """A request starts. Raises ApiError 429."""
+        """A request starts that may generate. Raises ApiError 429."""
         self._check_running(1)
-        per_minute = self.limits.max_tokens_per_minute
-        if per_minute is not None:
-            self._refill(per_minute)
-            if self._tokens <= 0:
-                message = (
-                    f"the limit of tokens per minute for {self._whose} is {per_minute}, and they"
-                    " are used up; retry after the seconds in Retry-After"
-                )
-                seconds = 60 * (1 - self._tokens) / per_minute
-                raise too_many(message, seconds, LIMIT_CODE)
+        self._check_tokens()
+        self._num_running += 1
+
+    def enter_read(self) -> None:
+        """A request starts that only reads, and takes no tokens. Raises ApiError 429."""
+        self._check_running(1)
         self._num_running += 1
 
     def add_choices(self, num_choices: int) -> None:
@@ -71,6 +68,10 @@ class KeyUsage:
         """A request has ended."""
         self._num_running -= num_choices
 
+    def charge(self, num_tokens: int) -> None:
+        """Take tokens out of the bucket."""
+        self._tokens -= num_tokens
+
     def _check_running(self, num_more: int) -> None:
         limit = self.limits.max_requests
         if limit is not None and self._num_running + num_more > limit:
@@ -81,9 +82,17 @@ class KeyUsage:
             )
             raise too_many(message, RETRY_AFTER_SECONDS, LIMIT_CODE)
 
-    def charge(self, num_tokens: int) -> None:
-        """Take tokens out of the bucket."""
-        self._tokens -= num_tokens
+    def _check_tokens(self) -> None:
+        per_minute = self.limits.max_tokens_per_minute
+        if per_minute is not None:
+            self._refill(per_minute)
+            if self._tokens <= 0:
+                message = (
+                    f"the limit of tokens per minute for {self._whose} is {per_minute}, and they"
+                    " are used up; retry after the seconds in Retry-After"
+                )
+                seconds = 60 * (1 - self._tokens) / per_minute
+                raise too_many(message, seconds, LIMIT_CODE)
 
     @property
     def _whose(self) -> str:
@@ -97,7 +106,10 @@ class KeyUsage:
 
 
 class RateLimitMiddleware:
-    """Counts POST requests and refuses those beyond their key's limits; other methods are free."""
+    """Counts POST requests and refuses those beyond their key's limits.
+
+    Of other methods, endpoints count those that last (`counting_read`).
+    """
 
     def __init__(self, app: ASGIApp, usage_by_owner: Mapping[str, KeyUsage]) -> None:
         """usage_by_owner: by what `api_keys.owner_id` makes of a key; "" is without keys."""
@@ -133,6 +145,20 @@ def _release(usage: KeyUsage, record: RequestRecord) -> None:
     usage.charge(record.num_generated)
 
 
+@contextlib.contextmanager
+def counting_read(scope: Scope) -> Iterator[None]:
+    """Count a request that is no POST as one of its key's. Raises ApiError 429."""
+    usage: KeyUsage | None = scope["state"].get("key_usage")
+    if usage is None:
+        yield
+        return
+    usage.enter_read()
+    try:
+        yield
+    finally:
+        usage.leave()
+
+
 def limits_of(scope: Scope) -> KeyLimits:
     """The limits of this request's key."""
     usage: KeyUsage | None = scope["state"].get("key_usage")
@@ -155,11 +181,11 @@ def count_choices(scope: Scope, request: GenerationRequest) -> None:
 
 
 def track(scope: Scope, request: GenerationRequest, stream: OutputStream) -> None:
-    """Record a generation that begins; its key is charged with its prompts now.
+    """Record a generation that begins; its key is charged now with what is read for it.
 
     The generated tokens are charged when the HTTP request has ended.
     """
     request_record(scope).add(request.prompts, stream)
     usage: KeyUsage | None = scope["state"].get("key_usage")
     if usage is not None:
-        usage.charge(request.num_prompt_tokens)
+        usage.charge(request.num_read_tokens)

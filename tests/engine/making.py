@@ -182,7 +182,7 @@ def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
 def state_of(spec: StateSpec, n: int, window: int) -> SessionState:
     """A session's of n tokens, all but the last in rows that tell n."""
     rows = tuple(torch.full(shape, float(n)) for shape in spec.shapes.values())
-    return SessionState(rows, n - 1, (n,), (n,) * min(n, window), {n: 1})
+    return SessionState(rows if n > 1 else (), n - 1, (n,), (n,) * min(n, window), {n: 1})
 
 
 def make_request(name: str, prompt_ids: list[int], params: SamplingParams) -> Request:

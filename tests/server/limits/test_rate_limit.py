@@ -98,6 +98,16 @@ def test_tokens_read_and_said_are_counted() -> None:
         assert live.client.get("/v1/models").status_code == 200
 
 
+def test_ids_that_wait_outside_a_session_s_state_are_counted_by_the_turn_that_reads_them() -> None:
+    """A snapshot may have any number of them, and every turn that is undone reads them again."""
+    with serving(key_max_tokens_per_minute=40) as live:
+        session_id = live.opened("x" * 30)
+        assert len(live.sessions.state_of(session_id).pending) == 30
+        answer = live.complete(prompt="", session_id=session_id, max_tokens=1)
+        assert answer.status_code == 200
+        assert live.complete(prompt="x", max_tokens=1).status_code == 429
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_turn_that_goes_on_without_its_client_is_counted_to_its_end(stream: bool) -> None:
     """Its tokens, and that it runs: whoever leaves does not get a second one for it."""
