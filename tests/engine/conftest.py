@@ -1,9 +1,10 @@
 """What the engine's tests share: a model folder of one's own to damage, and a small engine.
 
-A test marked `every_attention` runs for every feature map that is served: its `gptj_folder`, and
-the engine on it, are of that kind. One marked `every_model` runs for the recurrent families too,
-one marked `every_session` for those of them whose sessions keep more than the recurrence. Of
-several marks the closest one counts.
+A test marked `every_feature_map` runs for every kind of attention that is served: its
+`gptj_folder`, and the engine on it, are of that kind. One marked `every_attention` runs for those
+whose states differ in more than their size, one marked `every_session` for families whose sessions
+keep more than the recurrence as well. One marked `every_model` runs for every feature map and every
+family. Of several marks the closest one counts.
 """
 
 import shutil
@@ -12,15 +13,21 @@ from pathlib import Path
 import pytest
 
 from cottention.engine import Engine, EngineConfig
+from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from tests.engine.making import ATTENTIONS, FAMILIES, SESSION_FAMILIES, model_folder
 
-_FAMILIES_OF = {"every_attention": (), "every_session": SESSION_FAMILIES, "every_model": FAMILIES}
+_MODELS_OF = {
+    "every_feature_map": RECURRENT_KINDS,
+    "every_attention": ATTENTIONS,
+    "every_session": (*ATTENTIONS, *SESSION_FAMILIES),
+    "every_model": (*RECURRENT_KINDS, *FAMILIES),
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    marks = [mark.name for mark in metafunc.definition.iter_markers() if mark.name in _FAMILIES_OF]
+    marks = [mark.name for mark in metafunc.definition.iter_markers() if mark.name in _MODELS_OF]
     if marks and "attention" in metafunc.fixturenames:
-        every = [*ATTENTIONS, *_FAMILIES_OF[marks[0]]]
+        every = _MODELS_OF[marks[0]]
         metafunc.parametrize("attention", every, indirect=True, scope="session")
 
 

@@ -1,1 +1,1 @@
-"""The `gptj` family: GPT-J blocks around Cottention, cosFormer or linear attention."""
+"""The `gptj` family: GPT-J blocks around Cottention or a related kind of attention."""

@@ -14,7 +14,7 @@ from cottention.engine.models.registry import read_config
 from cottention.engine.ops import Segments
 from cottention.engine.state.pool import StatePool
 
-pytestmark = pytest.mark.every_attention
+pytestmark = pytest.mark.every_feature_map
 
 LENGTHS = {"decode": [1, 1, 1], "short": [3, 1, 2], "long": [1, 70, 5]}
 

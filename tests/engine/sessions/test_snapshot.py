@@ -16,16 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cottention.engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
-from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.snapshot import MAX_HEADER_BYTES, SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import MAX_PENDING, SessionState
 from cottention.engine.state.spec import StateSpec
 from cottention.engine.text.tokenizer import Tokenizer
-from tests.engine.making import SESSION_FAMILIES, attention_folder, small_spec
+from tests.engine.making import ATTENTIONS, SESSION_FAMILIES, attention_folder, small_spec
 
-KINDS_AND_FAMILIES = [*RECURRENT_KINDS, *SESSION_FAMILIES]
+KINDS_AND_FAMILIES = [*ATTENTIONS, *SESSION_FAMILIES]
 SPECS = {kind: small_spec(kind, 3, more_keys=1) for kind in KINDS_AND_FAMILIES}
 SPEC = SPECS["cottention"]
 PRINTS = Fingerprint("aa" * 32, "bb" * 32, "rotary_dim=4", "layers=1")

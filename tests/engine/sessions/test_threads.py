@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from cottention.engine.errors import NothingToRewindError, SessionBusyError, SessionNotFoundError
-from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.manager import SessionManager
 from cottention.engine.sessions.snapshot import SnapshotCodec
@@ -27,7 +26,7 @@ from cottention.engine.sessions.types import Session
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.state.spec import StateSpec
-from tests.engine.making import small_spec, state_of
+from tests.engine.making import ATTENTIONS, small_spec, state_of
 
 WINDOW = 8
 NUM_THREADS, NUM_VERBS = 8, 80
@@ -162,7 +161,7 @@ def all_at_once(sessions: SessionManager, values: Values, seed: int) -> Noted:
     return noted
 
 
-@pytest.mark.parametrize(("seed", "attention"), [*enumerate(RECURRENT_KINDS)])
+@pytest.mark.parametrize(("seed", "attention"), [*enumerate(ATTENTIONS)])
 def test_threads_on_one_store(tmp_path: Path, seed: int, attention: str) -> None:
     store, values = SqliteStore(tmp_path, durable=False), Values(small_spec(attention))
     budget = 6 * values.state(1).nbytes

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from cottention.engine import Engine, SamplingParams
 from cottention.engine.errors import ContextPolicyError, ParameterError
-from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.state.context_window import (
     ExactSchedule,
     RenewalSchedule,
@@ -24,6 +23,7 @@ from cottention.engine.state.context_window import (
 )
 from cottention.engine.state.session_state import SessionState
 from tests.engine.execution.test_cuda_graphs import captured_on_cpu
+from tests.engine.making import ATTENTIONS
 from tests.engine.windows import (
     PARAMS,
     Told,
@@ -36,7 +36,7 @@ from tests.engine.windows import (
 )
 
 WINDOW = 16
-WITHOUT_END = [kind for kind in RECURRENT_KINDS if kind != "cosformer"]
+WITHOUT_END = [kind for kind in ATTENTIONS if kind != "cosformer"]
 """Kinds that go past the window under `exact`, too: cosFormer's M is the window here."""
 
 

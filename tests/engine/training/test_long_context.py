@@ -12,13 +12,12 @@ from torch import Tensor
 from benchmarks import long_context
 from benchmarks.held_out import LongText, load
 from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.models.recurrence import Features
 from cottention.engine.state.context_window import KEPT_PART
 from cottention.engine.training.forward import init_weights, logits_of
 from cottention.engine.training.settings import TrainingSettings
-from tests.engine.making import attention_folder
+from tests.engine.making import ATTENTIONS, attention_folder
 from tests.engine.windows import folder_of
 
 WINDOW = 16
@@ -45,7 +44,7 @@ def nats_of(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("piece", [7, 64, 1000])
-@pytest.mark.parametrize("attention", [kind for kind in RECURRENT_KINDS if kind != "cosformer"])
+@pytest.mark.parametrize("attention", [kind for kind in ATTENTIONS if kind != "cosformer"])
 def test_exact_equals_the_whole_text_in_one_pass(attention: str, piece: int) -> None:
     model, ids = model_of(attention), ids_of()
     expected = nats_of(logits_of(model, ids[None, :-1], dtype=torch.float32)[0], ids)
@@ -54,7 +53,7 @@ def test_exact_equals_the_whole_text_in_one_pass(attention: str, piece: int) -> 
 
 @pytest.mark.parametrize("length", [1, WINDOW, WINDOW + 1, WINDOW + 12, LENGTH])
 @pytest.mark.parametrize("kept", [2, 4, 8])
-@pytest.mark.parametrize("attention", RECURRENT_KINDS)
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_renewed_token_by_token(attention: str, kept: int, length: int) -> None:
     """At index W, and then every W − kept, the state is recomputed from the last `kept` ids."""
     model, ids = model_of(attention), ids_of(length)

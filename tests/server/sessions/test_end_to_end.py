@@ -23,7 +23,7 @@ TOKENS: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "seed": 5}
 
 @pytest.fixture(scope="module", params=[*ATTENTIONS, *SESSION_FAMILIES])
 def gptj_folder(request: pytest.FixtureRequest) -> Path:
-    """A small model of every kind that is served."""
+    """A small model of every kind whose states differ in more than their size."""
     return model_folder(request.param)
 
 

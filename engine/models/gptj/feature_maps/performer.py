@@ -83,4 +83,5 @@ def orthogonal_rows(num_rows: int, width: int) -> "Tensor":
         directions = q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
         lengths = torch.randn(num_rows, width, dtype=torch.float64).norm(dim=-1, keepdim=True)
         rows = directions.transpose(-1, -2).flatten(0, 1)[:num_rows]
-    return (rows * lengths).float()
+        projection: Tensor = (rows * lengths).float()
+    return projection

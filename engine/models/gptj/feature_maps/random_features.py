@@ -51,9 +51,9 @@ class RandomFeatures(FeatureMap):
             [mixed.shape[-1] - DENOMINATOR_COLUMNS, 1, DENOMINATOR_COLUMNS - 1], dim=-1
         )
         out, total = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (out, total))
-        floor = torch.where(total < 0, -self.denominator_floor, self.denominator_floor)
-        near_zero = total.abs() < self.denominator_floor
-        return out / torch.where(near_zero, floor.to(total.dtype), total)
+        size = total.abs().clamp_min(self.denominator_floor)
+        divided: Tensor = out / torch.where(total < 0, -size, size)
+        return divided
 
 
 def with_denominator(v: "Tensor") -> "Tensor":
