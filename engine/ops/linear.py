@@ -94,14 +94,23 @@ def row_product(x: Tensor, weight: Tensor) -> Tensor:
     """
     if x.device.type == "cpu" and x.dtype == torch.float32 and not needs_gradient(x, weight):
         if weight.dim() == 2:
-            rows: Tensor = FixedOrderLinear(weight)(x.reshape(-1, x.shape[-1]))
-            return rows.view(*x.shape[:-1], -1)
-        heads = zip(x.unbind(-2), weight, strict=True)
-        return torch.stack([row_product(of_head, own) for of_head, own in heads], dim=-2)
+            return _fixed_product(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+        heads = x.flatten(0, -3).transpose(0, 1).contiguous()  # [H, N, C]
+        out = torch.stack([_fixed_product(*each) for each in zip(heads, weight, strict=True)], 1)
+        return out.view(*x.shape[:-1], -1)
     with torch.autocast(x.device.type, enabled=False):
         if weight.dim() == 2:
             return F.linear(x, weight)
         return torch.einsum("...hc,hoc->...ho", x, weight)
+
+
+def _fixed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [N, C], weight [O, C], float32 on the CPU → x Wᵀ [N, O], without gradients."""
+    if not can_pack(weight):
+        return linear_in_tiles(x, weight, None)
+    packed = torch.ops.cottention.pack_weight(weight)
+    out: Tensor = torch.ops.cottention.linear(x, packed, None, len(weight))
+    return out
 
 
 def can_pack(weight: Tensor) -> bool:

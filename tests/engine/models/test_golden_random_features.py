@@ -159,6 +159,18 @@ def test_a_row_has_the_same_bits_in_any_company(name: str) -> None:
         assert all(torch.equal(x[part], y) for x, y in zip(whole, rows, strict=True))
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_training_in_bfloat16_has_features_of_float32(name: str) -> None:
+    """Exponents and angles of three digits would be other features."""
+    q, k, v = torch.randn(3, 9, 4, 16, generator=torch.Generator().manual_seed(0))
+    w = torch.randn(40, 16) if name == "performer" else torch.randn(4, 24, 16)
+    expected = features(name, q, k, v, w)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = features(name, q.requires_grad_(), k, v, w)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_are_orthogonal_within_blocks_and_as_long_as_gaussian_ones() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)

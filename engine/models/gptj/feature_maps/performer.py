@@ -41,15 +41,16 @@ class Performer(RandomFeatures):
     def features(
         self, q: "Tensor", k: "Tensor", v: "Tensor", at: TokenPositions, weights: Sequence["Tensor"]
     ) -> "tuple[Tensor, Tensor, Tensor]":
+        import torch
+
         from cottention.engine import ops
 
         projection = weights[0].to(q.dtype)
-        scale = q.shape[-1] ** -0.25
-        q, k = (scale * ops.rotate(x, at.cos, at.sin) for x in (q, k))
-        of_q, of_k = (ops.row_product(x, projection) for x in (q, k))
+        x = q.shape[-1] ** -0.25 * ops.rotate(torch.stack([q, k]), at.cos, at.sin)
+        of_q, of_k = ops.row_product(x, projection)
         of_q = of_q - of_q.detach().amax(-1, keepdim=True)
-        of_k = (of_k - (k * k).sum(-1, keepdim=True) / 2).clamp(*KEY_EXPONENTS)
-        q, k = (len(projection) ** -0.5 * ops.exp(x) for x in (of_q, of_k))
+        of_k = (of_k - (x[1] * x[1]).sum(-1, keepdim=True) / 2).clamp(*KEY_EXPONENTS)
+        q, k = len(projection) ** -0.5 * ops.exp(torch.stack([of_q, of_k]))
         return q, k, with_denominator(v)
 
     def default_num_features(self, head_dim: int) -> int:

@@ -42,10 +42,10 @@ class RFA(RandomFeatures):
         from cottention.engine import ops
 
         projection = weights[0].to(q.dtype)
-        scale = projection.shape[-2] ** -0.5
-        q, k = (unit(ops.rotate(x, at.cos, at.sin)) for x in (q, k))
-        q, k = (ops.row_product(x, projection) for x in (q, k))
-        q, k = (scale * torch.cat([ops.sin(x), ops.cos(x)], dim=-1) for x in (q, k))
+        x = unit(ops.rotate(torch.stack([q, k]), at.cos, at.sin))
+        angles = ops.row_product(x, projection)
+        waves = torch.cat([ops.sin(angles), ops.cos(angles)], dim=-1)
+        q, k = projection.shape[-2] ** -0.5 * waves
         return q, k, with_denominator(v)
 
     def default_num_features(self, head_dim: int) -> int:
