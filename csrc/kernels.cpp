@@ -13,8 +13,9 @@
 
 namespace cottention::COTTENTION_ISA {
 
-const Kernels kernels = {denominators,         recurrent,   attention_gelu, linear<Float32Word>,
-                         linear<BFloat16Pair>, to_bfloat16, features,       gelu,
-                         elu_plus_one,         layer_norm,  argmax,         sampling_weights};
+const Kernels kernels = {
+    denominators, recurrent,    attention_gelu, linear<Float32Word>, linear<BFloat16Pair>,
+    to_bfloat16,  features,     gelu,           gelu_erf,            elu_plus_one,
+    layer_norm,   argmax,       sampling_weights};
 
 }  // namespace cottention::COTTENTION_ISA

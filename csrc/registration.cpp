@@ -14,6 +14,7 @@ STABLE_TORCH_LIBRARY(cottention, m) {
       "cottention_features(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor sigma, "
       "Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)");
   m.def("gelu_new(Tensor x) -> Tensor");
+  m.def("gelu_erf(Tensor x) -> Tensor");
   m.def("elu_plus_one(Tensor x) -> Tensor");
   m.def("argmax(Tensor logits) -> Tensor");
   m.def("sample(Tensor logits, Tensor argmax, Tensor sampling_rows) -> Tensor");
@@ -37,6 +38,7 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("rotary_table", TORCH_BOX(&cottention::rotary_table));
   m.impl("cottention_features", TORCH_BOX(&cottention::cottention_features));
   m.impl("gelu_new", TORCH_BOX(&cottention::gelu_new));
+  m.impl("gelu_erf", TORCH_BOX(&cottention::gelu_erf));
   m.impl("elu_plus_one", TORCH_BOX(&cottention::elu_plus_one));
   m.impl("argmax", TORCH_BOX(&cottention::argmax));
   m.impl("sample", TORCH_BOX(&cottention::sample));

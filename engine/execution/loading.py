@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from cottention.engine.errors import ConfigurationError, ModelFolderError, Param
 from cottention.engine.execution.model_runner import ModelRunner
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.family import ServedModel
 from cottention.engine.models.generation_config import (
     FILE_NAME,
     SAMPLING_FIELDS,
@@ -64,6 +65,11 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     name, folder = resolve_model(model)
     model_config = read_config(folder)
     model_config.check_served(str(folder))
+    if model_config.is_encoder:
+        raise ModelFolderError(
+            f"{folder}: this is an encoder, which does not generate text: `cottention serve` serves"
+            " its embeddings and its predictions of masked tokens"
+        )
     context_policy = _context_policy(config, model_config)
     spec = model_config.state_spec(has_spare=context_policy == "renew")
     num_slots = config.num_slots(spec)
@@ -76,7 +82,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     model_config = _with_all_ends(model_config, generation_config, tokenizer, folder)
     weights = load_model(folder, model_config, _DTYPES[dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
-    served = family_of(model_config).implementation().serve(weights, device)
+    served = cast(ServedModel, family_of(model_config).implementation().serve(weights, device))
     pool = StatePool(spec, num_slots, device)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
     return LoadedModel(

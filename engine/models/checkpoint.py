@@ -40,6 +40,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Modu
     with torch.device("meta"):
         model: nn.Module = implementation.build(config)
     weights = without_wrappers(read_weights(folder), model.state_dict().keys(), folder)
+    weights = implementation.fit(weights, model)
     weights = _without_constants(weights, model, implementation, folder)
     faults = weight_faults(weights, model)
     if faults:

@@ -4,13 +4,14 @@ from pathlib import Path
 from typing import Any
 
 from cottention.engine.errors import ModelFolderError
+from cottention.engine.models.bert.family import BERT
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import AnyFamily
 from cottention.engine.models.gptj.family import GPTJ
 from cottention.engine.settings.declaration import shown
 from cottention.engine.text.files import Report, read_json, warn
 
-FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in (GPTJ,)}
+FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in (BERT, GPTJ)}
 
 
 def find_family(model_type: object, where: str) -> AnyFamily:

@@ -46,6 +46,7 @@ __all__ = [
     "cottention_features",
     "cottention_layers",
     "elu_plus_one",
+    "gelu_erf",
     "gelu_new",
     "kernel_has_width",
     "max_recurrent_tokens",
@@ -162,6 +163,14 @@ def gelu_new(x: Tensor) -> Tensor:
         out: Tensor = torch.ops.cottention.gelu_new(x)
         return out
     return reference.gelu_new(x)
+
+
+def gelu_erf(x: Tensor) -> Tensor:
+    """x Φ(x), Φ the normal distribution function, elementwise. Compiled for x [N, C]."""
+    if x.dim() == 2 and _compiled_takes(x):
+        out: Tensor = torch.ops.cottention.gelu_erf(x)
+        return out
+    return reference.gelu_erf(x)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

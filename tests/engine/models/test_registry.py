@@ -48,7 +48,7 @@ def test_an_unknown_model_type_is_refused_with_those_that_are_served(model_type:
         parse_config({"model_type": model_type}, "here/config.json")
     message = str(caught.value)
     assert message.startswith(f"here/config.json: model_type is {model_type!r}, ")
-    assert message.endswith("supported are: 'gptj'")
+    assert message.endswith("supported are: 'bert', 'gptj'")
 
 
 def test_a_family_is_found_under_its_name_and_by_its_configuration(gptj_folder: Path) -> None:
