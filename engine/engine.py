@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cottention.engine.config import EngineConfig
+from cottention.engine.encoding import Capability
 from cottention.engine.errors import EngineStoppedError
 from cottention.engine.execution.loading import load
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
@@ -36,7 +37,12 @@ NO_SAMPLE = "no token could be sampled: all are forbidden, or the model's logits
 
 
 class Engine:
-    """A model, its pool of states, and the requests that are computed with them."""
+    """A model, its pool of states, and the requests that are computed with them.
+
+    capabilities: what a model that generates text can do.
+    """
+
+    capabilities: tuple[Capability, ...] = ("completions", "chat", "sessions")
 
     def __init__(self, model: str | Path | None = None, config: EngineConfig | None = None) -> None:
         """`model` is a folder, a Hugging Face id, or None for the model that ships here.

@@ -33,7 +33,7 @@ from cottention.engine.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +73,14 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     context_policy = _context_policy(config, model_config)
     spec = model_config.state_spec(has_spare=context_policy == "renew")
     num_slots = config.num_slots(spec)
-    device = _device(config)
-    dtype = _dtype(config, device, model_config)
+    device = device_of(config)
+    dtype = dtype_of(config, device, model_config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(folder, model_config)
     generation_config = read_generation_config(folder)
     model_config = _with_all_ends(model_config, generation_config, tokenizer, folder)
-    weights = load_model(folder, model_config, _DTYPES[dtype])
+    weights = load_model(folder, model_config, DTYPES[dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
     served = cast(ServedModel, family_of(model_config).implementation().serve(weights, device))
     pool = StatePool(spec, num_slots, device)
@@ -107,7 +107,8 @@ def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextP
     return config.context_policy
 
 
-def _device(config: EngineConfig) -> str:
+def device_of(config: EngineConfig) -> str:
+    """The device that the settings choose. Raises ConfigurationError."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("--device cuda: torch sees no CUDA device; give --device cpu")
     if config.device == "auto":
@@ -115,12 +116,12 @@ def _device(config: EngineConfig) -> str:
     return config.device
 
 
-def _dtype(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
+def dtype_of(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
     """auto is float32 on a CPU, where its bits are reproducible, and the checkpoint's on CUDA."""
     if config.dtype != "auto":
         return config.dtype
     stored = model_config.torch_dtype
-    return stored if device == "cuda" and stored in _DTYPES else "float32"
+    return stored if device == "cuda" and stored in DTYPES else "float32"
 
 
 def _tokenizer(folder: Path, model_config: ModelConfig) -> Tokenizer:

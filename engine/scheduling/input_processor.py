@@ -42,6 +42,9 @@ class RequestLimits:
         """Raise ParameterError, naming the field and what it allows, for a request beyond them."""
         if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
+        if params.encode is not None:
+            message = "the model generates text, and gives neither embeddings nor masked words"
+            raise ParameterError("model", message)
         if start is not None:
             _check_turn(params)
         self._check_ids("prompt", "prompt ids", prompt_ids)

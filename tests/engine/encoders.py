@@ -47,9 +47,13 @@ def write_vocabulary(folder: Path, size: int = 300) -> None:
     (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
 
 
-@functools.cache
 def encoder_folder(kind: str = "cottention") -> Path:
     """The golden encoder with attention of this kind and a WordPiece vocabulary."""
+    return _encoder_folder(kind)
+
+
+@functools.cache
+def _encoder_folder(kind: str) -> Path:
     target = Path(_made().name) / kind
     weights = read_weights(_FOLDER)
     if kind != "cottention":
