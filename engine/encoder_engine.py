@@ -17,7 +17,7 @@ from typing import Any
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Capability, Encoded, EncodeParams
 from cottention.engine.errors import EngineStoppedError, ParameterError, RequestFailedError
-from cottention.engine.execution.encoder_loading import load_encoder
+from cottention.engine.execution.encoder_loading import STREAM_BYTES, load_encoder
 from cottention.engine.execution.encoder_runner import EncoderText, Encoding
 from cottention.engine.outputs import EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
@@ -61,6 +61,11 @@ class EncoderEngine:
         if self._runner.model.has_predictions and self.tokenizer.mask_id is not None:
             return "embeddings", "fill-mask"
         return ("embeddings",)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of a token while its text is read."""
+        return STREAM_BYTES * self._runner.model.width
 
     @property
     def max_text_tokens(self) -> int:

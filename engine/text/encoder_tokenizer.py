@@ -101,6 +101,16 @@ class EncoderTokenizer:
         """The vocabulary's own string of an id; empty for an id without a token."""
         return self._backend.id_to_token(token_id) or ""
 
+    def token_id(self, text: str) -> int | None:
+        """The id of a text that is one token: an entry of the vocabulary, or a word that is one."""
+        known: int | None = self._backend.token_to_id(text)
+        if known is not None:
+            return known
+        ids = self.encode(text)
+        unknown = getattr(self._backend.model, "unk_token", None)
+        is_one = len(ids) == 1 and self.id_to_token(ids[0]) != unknown
+        return ids[0] if is_one else None
+
     def written(self, ids: list[int]) -> str:
         """Text of `ids`, special tokens written out."""
         return self._backend.decode(ids, skip_special_tokens=False)

@@ -133,6 +133,10 @@ class Tokenizer:
         """Add the special ids that the tokenizer puts around a text; GPT-J's adds none."""
         return [*self._before, *ids, *self._after] if self._before or self._after else ids
 
+    def written(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens written out, incomplete characters as U+FFFD."""
+        return b"".join(self.written_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
     def token_text(self, token_id: int) -> str:
         """Text of one id by itself, special tokens written out."""
         return self.written_bytes[token_id].decode("utf-8", errors="replace")

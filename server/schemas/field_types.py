@@ -63,6 +63,7 @@ def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
 
     A turn of a session may have an empty prompt.
     """
+    name = info.field_name
     if value in ("", []) and info.data.get("session_id") is not None:
         return [[]]
     match value:
@@ -73,16 +74,16 @@ def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
         case _:
             raise wrong_type()
     if not prompts:
-        raise field_error("prompt must not be empty")
+        raise field_error(f"{name} must not be empty")
     for place, each in enumerate(prompts):
         if each in ("", []):
             where = f"; at index {place} it is" if prompts is value else ""
-            raise field_error(f"prompt must not be empty{where}")
+            raise field_error(f"{name} must not be empty{where}")
     if not (all(isinstance(each, str) for each in prompts) or all(map(_is_ids, prompts))):
-        raise field_error(f"prompt must be {PROMPTS}; {describe_mismatch(value)}")
+        raise field_error(f"{name} must be {PROMPTS}; {describe_mismatch(value)}")
     for each in prompts:
         if isinstance(each, str):
-            check_text("prompt", each)
+            check_text(str(name), each)
     return prompts
 
 

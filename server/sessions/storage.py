@@ -9,18 +9,31 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cottention.engine.errors import ConfigurationError
 from cottention.server.config import ServerConfig
 
 if TYPE_CHECKING:
+    from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.engine import Engine
     from cottention.engine.sessions.manager import SessionManager
 
 logger = logging.getLogger("cottention")
 
 PREFIX = "cottention-sessions-"
+
+
+@contextlib.contextmanager
+def sessions_of(
+    engine: "Engine | EncoderEngine", config: ServerConfig
+) -> Iterator["SessionManager | None"]:
+    """As `open_sessions`; None for an encoder, which has none."""
+    if "sessions" not in engine.capabilities:
+        yield None
+        return
+    with open_sessions(cast("Engine", engine), config) as sessions:
+        yield sessions
 
 
 @contextlib.contextmanager
