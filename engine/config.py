@@ -76,6 +76,11 @@ class EngineConfig:
         minimum=0,
         unit="bytes",
     )
+    embeddings: bool = setting(
+        False,
+        "let a model that generates text give embeddings as well, of its last hidden states; an"
+        " encoder always does",
+    )
     pooling: Literal["auto", Pooling] = setting(
         "auto",
         "which hidden states are an embedding; auto is what 1_Pooling/config.json of the model's"

@@ -18,7 +18,7 @@ from cottention.engine.execution.loading import load
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
-from cottention.engine.scheduling.context_policy import ContextPolicies
+from cottention.engine.scheduling.context_policy import MAX_HELD, ContextPolicies
 from cottention.engine.scheduling.input_processor import InputProcessor, Prompt, RequestLimits
 from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
@@ -37,12 +37,7 @@ NO_SAMPLE = "no token could be sampled: all are forbidden, or the model's logits
 
 
 class Engine:
-    """A model, its pool of states, and the requests that are computed with them.
-
-    capabilities: what a model that generates text can do.
-    """
-
-    capabilities: tuple[Capability, ...] = ("completions", "chat", "sessions")
+    """A model, its pool of states, and the requests that are computed with them."""
 
     def __init__(self, model: str | Path | None = None, config: EngineConfig | None = None) -> None:
         """`model` is a folder, a Hugging Face id, or None for the model that ships here.
@@ -80,6 +75,17 @@ class Engine:
         self._inboxes = OutputInboxes()
         self._num_steps = self._num_faults = self._num_unsampled = 0
         self._runner.warm_up()
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can do."""
+        more: tuple[Capability, ...] = ("embeddings",) if self.config.embeddings else ()
+        return ("completions", "chat", "sessions", *more)
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Tokens of the longest text that can be embedded."""
+        return MAX_HELD
 
     def submit(
         self,
@@ -157,7 +163,7 @@ class Engine:
     def _process(self, batch: Batch, result: BatchResult) -> list[Output]:
         """Bring the requests of a batch up to date with its result."""
         self._num_steps += 1
-        outputs = self._request_manager.advance(batch, result.prompt_logprobs)
+        outputs = self._request_manager.advance(batch, result)
         for sample in result.samples:
             outputs += self._append_token(sample)
         self._num_unsampled += len(result.unsampled)

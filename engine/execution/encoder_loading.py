@@ -10,12 +10,11 @@ from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError
 from cottention.engine.execution.encoder_runner import EncoderRunner
-from cottention.engine.execution.loading import DTYPES, device_of, dtype_of
+from cottention.engine.execution.loading import DTYPES, device_of, dtype_of, pooling_of
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.encoder import ServedEncoder
 from cottention.engine.models.model_folder import resolve_model
-from cottention.engine.models.pooling import read_pooling
 from cottention.engine.models.registry import family_of, read_config
 from cottention.engine.state.pool import StatePool
 from cottention.engine.text.encoder_tokenizer import EncoderTokenizer
@@ -53,7 +52,7 @@ def load_encoder(model: str | Path | None, config: EngineConfig) -> LoadedEncode
     dtype = dtype_of(config, device, model_config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    pooling = _pooling(config, folder)
+    pooling = pooling_of(config, folder)
     tokenizer = EncoderTokenizer.from_folder(folder, model_config.vocab_size)
     weights = load_model(folder, model_config, DTYPES[dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
@@ -83,10 +82,3 @@ def load_encoder(model: str | Path | None, config: EngineConfig) -> LoadedEncode
             normalize=config.normalize_embeddings,
         ),
     )
-
-
-def _pooling(config: EngineConfig, folder: Path) -> Pooling:
-    """auto is what the folder says, else the mean."""
-    if config.pooling != "auto":
-        return config.pooling
-    return cast(Pooling, read_pooling(folder) or "mean")

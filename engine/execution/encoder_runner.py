@@ -15,9 +15,9 @@ from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.encoding import Encoded, EncodeParams, MaskPrediction, Pooling
-from cottention.engine.execution.pooling import Pooler
 from cottention.engine.models.encoder import EncoderRows, ServedEncoder
 from cottention.engine.models.recurrence import Recurrence
+from cottention.engine.sampling.pooling import Pooler
 from cottention.engine.state.pool import StatePool
 
 MASKS_TOGETHER = 32

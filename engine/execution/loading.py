@@ -6,17 +6,19 @@ The model's family, device, dtype and context policy are chosen here.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from cottention.engine.config import EngineConfig
+from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError, ModelFolderError, ParameterError
 from cottention.engine.execution.model_runner import ModelRunner
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.family import ServedModel
+from cottention.engine.models.family import EmbeddingModel, ServedModel
 from cottention.engine.models.generation_config import (
     FILE_NAME,
     SAMPLING_FIELDS,
@@ -24,7 +26,9 @@ from cottention.engine.models.generation_config import (
     read_generation_config,
 )
 from cottention.engine.models.model_folder import resolve_model
+from cottention.engine.models.pooling import read_pooling
 from cottention.engine.models.registry import family_of, read_config
+from cottention.engine.sampling.pooling import Pooler
 from cottention.engine.sampling.sampler import Sampler
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.state.context_window import ContextPolicy
@@ -83,6 +87,11 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     weights = load_model(folder, model_config, DTYPES[dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
     served = cast(ServedModel, family_of(model_config).implementation().serve(weights, device))
+    if config.embeddings and not isinstance(served, EmbeddingModel):
+        raise ConfigurationError(
+            f"--embeddings: models of type {model_config.model_type} give no embeddings"
+        )
+    new_pooler = partial(Pooler, pooling_of(config, folder), normalize=config.normalize_embeddings)
     pool = StatePool(spec, num_slots, device)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
     return LoadedModel(
@@ -96,7 +105,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
         tokenizer=tokenizer,
         default_sampling_params=_sampling_defaults(config, generation_config, folder),
         pool=pool,
-        runner=ModelRunner(served, pool, sampler, device),
+        runner=ModelRunner(served, pool, sampler, device, new_pooler),
     )
 
 
@@ -105,6 +114,13 @@ def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextP
     if config.context_policy == "auto":
         return family_of(model_config).context_policy
     return config.context_policy
+
+
+def pooling_of(config: EngineConfig, folder: Path) -> Pooling:
+    """The setting; auto is what the folder says, else the mean. Raises ModelFolderError."""
+    if config.pooling != "auto":
+        return config.pooling
+    return cast(Pooling, read_pooling(folder) or "mean")
 
 
 def device_of(config: EngineConfig) -> str:

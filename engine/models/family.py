@@ -8,7 +8,7 @@ Letters: N tokens, R rows, C channels.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.state.context_window import ContextPolicy
@@ -33,6 +33,15 @@ class ServedModel(Protocol):
 
     def logits(self, hidden: "Tensor") -> "Tensor":
         """Hidden states [R, C] → logits float32 [R, vocab_size]."""
+        ...
+
+
+@runtime_checkable
+class EmbeddingModel(ServedModel, Protocol):
+    """A served model whose last hidden states can be used as embeddings."""
+
+    def last_hidden(self, hidden: "Tensor") -> "Tensor":
+        """What `hidden` returned, [R, C] → the states that the head of the logits reads, [R, C]."""
         ...
 
 

@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
+from cottention.engine.encoding import Encoded
 from cottention.engine.outputs import FinishReason, TokenLogprob
 from cottention.engine.sampling.token_history import TokenHistory, encode_bad_words
 from cottention.engine.sampling_params import SamplingParams
@@ -24,6 +26,9 @@ from cottention.engine.state.prefix_cache import Prefix
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.text.detokenizer import Detokenizer
 from cottention.engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # requests are scheduled without torch
+    from cottention.engine.sampling.pooling import Pooler
 
 
 class RequestStatus(Enum):
@@ -122,6 +127,7 @@ class Request:
     prompt_logprobs, num_cached, started: per-request fields of the output, the first two sent with
     choice 0 only. num_cached: prompt ids restored from the prefix cache. started: when the request
     first had slots, by time.monotonic.
+    pooler, encoded: where an embedding is asked for, the hidden states so far and the result.
     """
 
     id: str
@@ -143,6 +149,8 @@ class Request:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     num_cached: int = 0
     started: float | None = None
+    pooler: "Pooler | None" = None
+    encoded: Encoded | None = None
 
     @classmethod
     def new(
@@ -180,7 +188,7 @@ class Request:
 
     def _plan_prefill(self, num_held: int) -> None:
         """Set the spans that follow a state of `num_held` ids."""
-        is_scored = self.params.prompt_logprobs is not None
+        is_scored = self.params.prompt_logprobs is not None or self.params.encode is not None
         spans = prefill_spans(
             self.context_schedule,
             num_held,
@@ -213,7 +221,8 @@ class Request:
 
         The context policy is part of the scope, because states differ between policies.
         """
-        if self.start is None and self.params.prompt_logprobs is None:
+        params = self.params
+        if self.start is None and params.prompt_logprobs is None and params.encode is None:
             self.prefix = Prefix(f"{self.context_schedule.name} {scope}")
 
     @property

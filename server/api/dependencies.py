@@ -21,7 +21,6 @@ from cottention.server.limits.rate_limit import limits_of
 from cottention.server.sessions.turn_queue import TurnQueue
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
-    from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.engine import Engine
     from cottention.engine.scheduling.context_policy import ContextPolicies
     from cottention.engine.sessions.manager import SessionManager
@@ -95,8 +94,8 @@ class Context:
 
     @property
     def max_text_tokens(self) -> int:
-        """Tokens of the longest text that an encoder reads."""
-        return cast("EncoderEngine", self.engine.engine).max_text_tokens
+        """Tokens of the longest text that can be embedded."""
+        return self.engine.engine.max_text_tokens
 
     @property
     def default_sampling_params(self) -> Mapping[str, Any]:

@@ -20,12 +20,12 @@ from cottention.engine.errors import (
     ModelFolderError,
     ParameterError,
 )
-from cottention.engine.execution.pooling import Pooler
 from cottention.engine.models.bert.model import BertForPreTraining
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.registry import read_config
 from cottention.engine.opening import open_engine
 from cottention.engine.outputs import FinishReason, Output
+from cottention.engine.sampling.pooling import Pooler
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.sessions.fingerprint import Fingerprint
 from tests.engine.encoders import copied, encoder_folder

@@ -6,6 +6,7 @@ import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoder_engine import EncoderEngine
 from cottention.engine.encoding import EncodeParams
+from cottention.engine.engine import Engine
+from cottention.server.log_config import FIELDS
 from tests.engine.encoders import encoder_folder
 from tests.server.live import Live, eventually, serving
 
@@ -184,6 +187,19 @@ def test_a_causal_model_says_what_it_can_do(shared: Live) -> None:
         assert "it serves completions (POST /v1/completions), chat" in error["message"]
 
 
+def test_a_causal_model_embeds_where_a_flag_lets_it(gptj_folder: Path) -> None:
+    engine = Engine(gptj_folder, EngineConfig(max_slots=2, embeddings=True))
+    with serving(engine) as live:
+        [model] = live.client.get("/v1/models").json()["data"]
+        assert model["capabilities"] == ["completions", "chat", "sessions", "embeddings"]
+        answer = embed(live, input=[[5, 6, 7], [8]])
+        assert [len(each["embedding"]) for each in answer["data"]] == [64, 64]
+        assert answer["usage"]["prompt_tokens"] == 4
+        assert live.complete(prompt=[5, 6], max_tokens=2).status_code == 200
+        error = live.client.post("/v1/fill-mask", json={"input": "a"}).json()["error"]
+        assert "it serves completions" in error["message"]
+
+
 def test_keys_limits_deadlines_and_the_log_hold(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="cottention.requests")
     settings = {"api_key": ("one",), "key_max_tokens_per_minute": 4}
@@ -193,7 +209,8 @@ def test_keys_limits_deadlines_and_the_log_hold(caplog: pytest.LogCaptureFixture
         answer = embed(live, input="a cat sat on", request_id="mine")
         assert answer["id"] == "embd-mine"
         assert live.client.post("/v1/embeddings", json={"input": "a"}).status_code == 429
-    [line] = [r.fields for r in caplog.records if r.fields["status"] == 200]
+    lines: list[Any] = [getattr(record, FIELDS) for record in caplog.records]
+    [line] = [each for each in lines if each["status"] == 200]
     assert (line["prompt_tokens"], line["finish_reason"]) == (6, "stop")
 
 
