@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from benchmarks.common import Report, machine, parser, show, write_json
 from benchmarks.held_out import load
 from benchmarks.memory import kv_cache_bytes
-from cottention.engine.models.gptj.attention import FEATURE_MAPS, TRAINED_MAPS
+from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.training.data import (
@@ -46,7 +46,7 @@ def main() -> None:
     report: Report = {"machine": machine()}
     report["quality"] = [_quality(folder) for folder in arguments.folders]
     report["training"] = _training(2 if arguments.quick else 8)
-    report["memory"] = [_memory(kind) for kind in TRAINED_MAPS]
+    report["memory"] = [_memory(kind) for kind in ATTENTION_KINDS]
     for title, name in _TABLES.items():
         if report[name]:
             show(title, report[name])
@@ -77,7 +77,7 @@ def _quality(folder: Path) -> dict[str, object]:
 
 def _training(num_rounds: int) -> list[dict[str, object]]:
     """Medians of steps in turn, without the first step of each."""
-    steps = {kind: _Step(kind) for kind in TRAINED_MAPS}
+    steps = {kind: _Step(kind) for kind in ATTENTION_KINDS}
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     for number in range(num_rounds + 1):
         for kind, step in steps.items():
@@ -118,7 +118,7 @@ def _config(kind: str) -> GPTJConfig:
 
 def _memory(kind: str) -> dict[str, object]:
     config = _config(kind)
-    if kind in FEATURE_MAPS:
+    if config.feature_map.is_recurrent:
         state = config.state_spec().bytes_per_slot
         return {"attention": kind, **{f"{age:,}": state for age in AGES}}
     return {"attention": kind, **{f"{age:,}": kv_cache_bytes(config, age) for age in AGES}}

@@ -21,6 +21,7 @@ from cottention.engine.execution.encoder_loading import STREAM_BYTES, load_encod
 from cottention.engine.execution.encoder_runner import EncoderText, Encoding
 from cottention.engine.outputs import EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
+from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.scheduling.encoder_scheduler import EncodeRequest, EncoderScheduler
 from cottention.engine.state.session_state import SessionState
 
@@ -71,7 +72,7 @@ class EncoderEngine:
     def max_text_tokens(self) -> int:
         """Tokens of the longest text: of the table of positions, and for which there is memory."""
         in_memory = max(self._scheduler.max_long_tokens, self.config.max_batch_tokens)
-        return min(self.model_config.trained_length, in_memory)
+        return min(self.model_config.max_exact_length or in_memory, in_memory)
 
     def submit(
         self,
@@ -82,14 +83,15 @@ class EncoderEngine:
         priority: int = 0,
         start: SessionState | None = None,
         cache_scope: str | None = None,
+        client: Client = DEFAULT_CLIENT,
     ) -> str:
         """Submit a text and get its id; a later step returns its only output.
 
-        `params.encode` says what is asked of it. Lower `priority` starts first. There is no
-        session and no cache. Raises ParameterError for a text or parameters that the engine
-        refuses and for a `request_id` in use, EngineStoppedError after `close`.
+        `params.encode` says what is asked of it. Lower `priority` starts first, whoever the client
+        is. There is no session and no cache. Raises ParameterError for a text or parameters that
+        the engine refuses and for a `request_id` in use, EngineStoppedError after `close`.
         """
-        del cache_scope
+        del cache_scope, client
         request_id = request_id or uuid.uuid4().hex
         if params.encode is None or start is not None:
             raise ParameterError(
@@ -207,7 +209,7 @@ class EncoderEngine:
 
     def too_long(self, num_tokens: int) -> str:
         """The message for a text of too many tokens."""
-        table = self.model_config.trained_length
+        table = self.model_config.max_exact_length
         why = (
             "the model has no more positions"
             if self.max_text_tokens == table

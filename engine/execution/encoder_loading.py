@@ -58,7 +58,7 @@ def load_encoder(model: str | Path | None, config: EngineConfig) -> LoadedEncode
     num_parameters = sum(weight.numel() for weight in weights.parameters())
     served = cast(ServedEncoder, family_of(model_config).implementation().serve(weights, device))
     max_long_tokens = config.encoder_memory // (STREAM_BYTES * served.width)
-    if max_long_tokens <= config.max_batch_tokens < model_config.trained_length:
+    if max_long_tokens <= config.max_batch_tokens < (model_config.max_exact_length or 0):
         raise ConfigurationError(
             f"--encoder-memory {config.encoder_memory} holds {max_long_tokens} tokens of this"
             f" model: give more than for --max-batch-tokens ({config.max_batch_tokens})"

@@ -11,33 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from cottention.engine.models.checkpoint import load_model
-from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
-from cottention.engine.models.gptj.model import Attend, CottentionForCausalLM
+from cottention.engine.models.gptj.model import Attend, CottentionForCausalLM, map_weight
 from cottention.engine.models.recurrence import Features
 from cottention.engine.ops.varlen import chunked
 from cottention.engine.training.data import IGNORE_INDEX, Windows
 
 INITIAL_STD = 0.02
 
-INITIAL_SIGMA = 0.1, 0.6
-"""σ(m) of the first and last head of a layer. Heads with equal values hardly diverge."""
-
 
 def init_weights(model: CottentionForCausalLM) -> CottentionForCausalLM:
     """Initialise in place and return the model.
 
     Matrices are normal with a standard deviation of 0.02, smaller before a residual addition (0.02
-    / √(2 n_layer)); biases are zero. Cottention's m is set so that σ(m) is evenly spaced over the
-    heads of a layer, from 0.1 to 0.6.
+    / √(2 n_layer)); biases are zero. Weights of a feature map stay as it has made them.
     """
     residual = INITIAL_STD / (2 * model.config.n_layer) ** 0.5
     for name, weight in model.named_parameters():
+        if map_weight(name) is not None:
+            continue
         if name.endswith("bias"):
             nn.init.zeros_(weight)
-        elif name.endswith("norm_const"):
-            decays = torch.linspace(*INITIAL_SIGMA, model.config.n_head)
-            weight.data.copy_(torch.logit(decays).view_as(weight))
         elif weight.ndim == 2:
             ends_branch = "out_proj" in name or "fc_out" in name
             nn.init.normal_(weight, std=residual if ends_branch else INITIAL_STD)
@@ -51,10 +45,10 @@ def attend_from_zero(config: GPTJConfig, dtype: torch.dtype) -> Attend:
     """
     if config.attention_type == "softmax":
         return functools.partial(_attend_softmax, dtype)
-    has_denominator = ATTENTION_KINDS[config.attention_type].has_denominator
+    has_denominator = config.feature_map.has_denominator
 
     def attend(_layer: int, features: Features) -> Tensor:
-        q, k, v = (x.transpose(1, 2).to(dtype) for x in features)
+        q, k, v = (x.transpose(1, 2).to(dtype) for x in features[:3])
         state = features.v.new_zeros((*v.shape[:2], v.shape[-1], k.shape[-1]))
         z = state.new_zeros((*v.shape[:2], k.shape[-1])) if has_denominator else None
         return chunked(q, k, v, state, z)[0].transpose(1, 2)
@@ -64,7 +58,7 @@ def attend_from_zero(config: GPTJConfig, dtype: torch.dtype) -> Attend:
 
 def _attend_softmax(dtype: torch.dtype, _layer: int, features: Features) -> Tensor:
     """Causal softmax attention, scaled by 1/√d, as in GPT-J."""
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in features)
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in features[:3])
     return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 

@@ -25,12 +25,14 @@ from cottention.server.api.openapi import install_openapi
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
+from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.origin import (
     HostMiddleware,
     OriginMiddleware,
     allowed_hosts,
     allowed_origins,
 )
+from cottention.server.http.pacing import PacingMiddleware
 from cottention.server.http.request_id import RequestIdMiddleware
 from cottention.server.http.routing import RoutingMiddleware
 from cottention.server.limits.api_keys import (
@@ -49,6 +51,7 @@ from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.encoding import EmbeddingRequest, FillMaskRequest
 from cottention.server.schemas.sessions import AppendRequest, ForkRequest, SessionRequest
+from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue
 from cottention.server.version import package_version
 
@@ -101,10 +104,21 @@ def create_app(
     name = config.served_model_name or engine.engine.name
     if sessions is None:
         registry = make_registry(engine, None, None, name)
+        max_snapshot_bytes = 0
     else:
         cost = session_bytes(cast("Engine", engine.engine), config)
         registry = make_registry(engine, sessions.sizes, cost, name)
-    app.state.context = Context(engine, config, registry, sessions, turns, template)
+        max_snapshot_bytes = min(config.max_snapshot_bytes, sessions.max_snapshot_nbytes)
+    app.state.context = Context(
+        engine,
+        config,
+        registry,
+        sessions,
+        turns,
+        ReadLimit(config.max_session_reads),
+        BodyMemory(config.max_received_bytes, max_snapshot_bytes),
+        template,
+    )
     for router, capability in ROUTERS:
         needed = [] if capability is None else [requires(capability)]
         app.include_router(router, dependencies=needed)
@@ -141,7 +155,10 @@ def _usage_by_owner(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, K
     if not keys:
         return {"": KeyUsage("", KeyLimits.from_config(config))}
     owners = [(owner_id(key.secret), key) for key in keys]
-    return {owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits) for owner, key in owners}
+    return {
+        owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits, weight=key.weight)
+        for owner, key in owners
+    }
 
 
 def _add_middleware(
@@ -165,3 +182,4 @@ def _add_middleware(
     )
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(RoutingMiddleware)
+    app.add_middleware(PacingMiddleware)

@@ -1,8 +1,9 @@
 """The context that endpoints depend on: engine, settings, sessions, metrics, key limits."""
 
+import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,17 +15,19 @@ from cottention.engine.sessions.memory_usage import SessionBytes
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
-from cottention.server.http.body import shown
+from cottention.server.http.body import Pace, shown
+from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.errors import ApiError
 from cottention.server.limits.key_limits import KeyLimits, least
-from cottention.server.limits.rate_limit import limits_of
-from cottention.server.sessions.turn_queue import TurnQueue
+from cottention.server.limits.rate_limit import counting_read, limits_of
+from cottention.server.sessions.reads import ReadLimit
+from cottention.server.sessions.turn_queue import TurnQueue, owner_of
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.engine import Engine
     from cottention.engine.scheduling.context_policy import ContextPolicies
     from cottention.engine.sessions.manager import SessionManager
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 
 MAX_IGNORED_KEYS = 64
@@ -61,6 +64,8 @@ class Context:
     registry: CollectorRegistry
     session_manager: "SessionManager | None"
     turn_queue: TurnQueue | None
+    reads: ReadLimit
+    bodies: BodyMemory
     template: ChatTemplate | UnusableTemplate | None = None
     limits: KeyLimits = KeyLimits()
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)
@@ -78,9 +83,9 @@ class Context:
         return self.turn_queue
 
     @property
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> "BaseTokenizer":
         """The model's tokenizer; an encoder's has what /tokenize and /detokenize use of it."""
-        return cast("Tokenizer", self.engine.engine.tokenizer)
+        return cast("BaseTokenizer", self.engine.engine.tokenizer)
 
     @property
     def policies(self) -> "ContextPolicies":
@@ -113,6 +118,11 @@ class Context:
         return least(self.config.max_body_bytes, self.limits.max_body_bytes)
 
     @property
+    def pace(self) -> Pace:
+        """How slowly a request's body may come."""
+        return Pace(self.config.receive_seconds, self.config.receive_rate)
+
+    @property
     def max_tokens(self) -> int:
         """Maximum `max_tokens` of this request."""
         return least(self.engine.engine.config.max_tokens_limit, self.limits.max_tokens)
@@ -123,8 +133,11 @@ class Context:
         return session_bytes(cast("Engine", self.engine.engine), self.config)
 
     @property
-    def trained_length(self) -> int:
-        """Context length that the model was trained on, in tokens; it is not a limit."""
+    def trained_length(self) -> int | None:
+        """Context length that the model was trained on, in tokens; it is not a limit.
+
+        None where the model's files do not say.
+        """
         return self.engine.engine.model_config.trained_length
 
 
@@ -142,6 +155,13 @@ def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
 async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
     return replace(context, limits=limits_of(request.scope))
+
+
+@contextlib.contextmanager
+def reading(request: Request, context: Context) -> Iterator[None]:
+    """Count a read of stored bytes, in its key's requests and in all. Raises ApiError 429."""
+    with counting_read(request.scope), context.reads.reading(owner_of(request)):
+        yield
 
 
 ContextDep = Annotated[Context, Depends(_context)]

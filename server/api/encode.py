@@ -19,7 +19,7 @@ from cottention.server.generation.responses import collect_outputs
 from cottention.server.generation.sse import close_on_disconnect
 from cottention.server.http.errors import engine_failed, invalid
 from cottention.server.http.request_id import request_id_of
-from cottention.server.limits.rate_limit import track
+from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.schemas.encoding import EncodingBody
 from cottention.server.schemas.responses import JsonObject
 
@@ -63,7 +63,9 @@ async def encode(
         parsed.ids, params, OutputOptions(), [""] * len(parsed.ids), priority=body.priority
     )
     deadline = deadline_of(arrived_at, context.config, body.timeout)
-    stream = await context.engine.generate(name, asked, deadline=deadline)
+    stream = await context.engine.generate(
+        name, asked, deadline=deadline, client=client_of(request.scope)
+    )
     track(request.scope, asked, stream)
     async with close_on_disconnect(stream, request.receive):
         deltas = await collect_outputs(stream)

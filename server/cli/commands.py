@@ -39,10 +39,12 @@ GENERATE_MAX_TOKENS = 256
 
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
-    """Serve until a signal. Port, keys and folders are checked before the model is loaded."""
+    """Serve until a signal. Limits, port, keys and folders are checked before loading the model."""
+    from cottention.server.cli.open_files import connection_table, raise_open_files_limit
     from cottention.server.cli.serve import bind_socket, run_server, url_of
 
-    with bind_socket(config.host, config.port) as sock:
+    table = connection_table(config, raise_open_files_limit())
+    with bind_socket(config.host, config.port, config.send_seconds) as sock:
         from cottention.engine.opening import open_engine
         from cottention.engine.worker import EngineWorker
         from cottention.server.api.app import create_app
@@ -74,7 +76,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
                 "ready": url_of(sock),
             }
             announce = partial(_announce, engine, facts, config.log_format)
-            return run_server(app, async_engine, config, sock, announce)
+            return run_server(app, async_engine, config, sock, table, announce)
 
 
 def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -> int:
@@ -189,13 +191,15 @@ def _as_json(each: Setting, value: Any, origin: Origin) -> dict[str, Any]:
 def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     config, size_of_one = engine.model_config, engine.spec.bytes_per_slot
     yield "model", engine.name
+    yield "family", config.model_type
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
     yield from config.description().items()
     yield "bytes per session", f"{size_of_one:,}, whatever its length"
     yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
-    yield "trained length", f"{config.trained_length:,} tokens"
+    length = config.trained_length
+    yield "trained length", "not known" if length is None else f"{length:,} tokens"
     yield "context policy", CONTEXT_POLICIES[engine.policies.default]
     yield "position limit", f"{MAX_HELD:,} tokens"
 

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cottention.engine.models.checkpoint import read_weights
+from cottention.engine.models.weight_files import read_weights
 
 _FOLDER = Path(__file__).parents[1] / "data" / "golden" / "cottention-bert"
 

@@ -37,7 +37,7 @@ def put_forever(folder: Path) -> None:
         say("made", record.id, 1)
     while True:
         session_id = random.choice(made).id
-        lease, _ = store.begin("a", session_id, 1000)
+        lease, _ = store.acquire(session_id, 1000, "a")
         say("begun", session_id, lease.version)
         version = lease.version + 1
         new = content(session_id, version)
@@ -57,13 +57,13 @@ def fill(folder: Path) -> None:
     store = SqliteStore(folder)
     [record] = store.create([NewSession("a", 1, snapshot=b"small")])
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
-    lease = store.acquire(record.id, 1000)
+    lease, _ = store.acquire(record.id, 1000)
     try:
-        store.put(lease, 1, bytes(2 << 20), 2, 2)
+        store.commit(lease, 1, bytes(2 << 20), 2, 2)
     except StoreFullError:
         say("full")
     say("is", store.record(record.id).version, store.get(record.head).decode())
-    say("put", store.put(lease, 1, b"smaller", 2, 2).version)
+    say("put", store.commit(lease, 1, b"smaller", 2, 2).version)
 
 
 if __name__ == "__main__":

@@ -215,7 +215,10 @@ def test_the_engine_follows_from_the_folder(gptj_folder: Path) -> None:
     assert (
         "model_type=bert"
         in Fingerprint.of(
-            encoder_folder(), read_config(encoder_folder()).state_spec(), "float32"
+            encoder_folder(),
+            [encoder_folder() / "vocab.txt"],
+            read_config(encoder_folder()).state_spec(),
+            "float32",
         ).config
     )
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from cottention.engine import Engine, EngineConfig, Output, SamplingParams
-from cottention.engine.models.checkpoint import read_weights
+from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.outputs import TokenLogprob
 from cottention.engine.state.context_window import ContextSchedule
 from cottention.engine.state.session_state import SessionState
+from tests.engine.making import FAMILIES, family_folder, weights_of_kind
 
 _MODEL = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 _HOLD = tempfile.TemporaryDirectory(prefix="cottention-windows-")
@@ -25,16 +26,20 @@ Told = tuple[int, TokenLogprob]
 
 @functools.cache
 def folder_of(window: int, attention: str = "cottention") -> Path:
-    """The small model, as if it had been trained on `window` tokens, with any attention."""
+    """The small model, as if it had been trained on `window` tokens, with any attention.
+
+    That of a recurrent family is as it is: its sessions are not renewed.
+    """
+    if attention in FAMILIES:
+        return family_folder(attention)
     target = Path(_HOLD.name) / f"{attention}-{window}"
     shutil.copytree(_MODEL, target, ignore=shutil.ignore_patterns("expected.*"))
-    if attention != "cottention":
-        weights = read_weights(_MODEL)
-        kept = {name: x for name, x in weights.items() if not name.endswith("norm_const")}
-        torch.save(kept, target / "pytorch_model.bin")
     changes = {"n_positions": window, "attention_type": attention}
     config = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(config))
+    if attention != "cottention":
+        weights = weights_of_kind(GPTJConfig.from_dict(config, attention))
+        torch.save(weights, target / "pytorch_model.bin")
     return target
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.models.bert.config import BertConfig
-from cottention.engine.models.gptj.attention import half_wave
+from cottention.engine.models.gptj.feature_maps.cosformer import half_wave
 
 
 class FeatureMap(Protocol):

@@ -16,6 +16,7 @@ from cottention.engine.models.config import (
     token_ids,
 )
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
+from cottention.engine.models.gptj.feature_maps.base import FeatureMap
 from cottention.engine.settings.declaration import shown
 from cottention.engine.state.spec import StateTensor, recurrence_tensors
 
@@ -60,20 +61,25 @@ class GPTJConfig(ModelConfig):
         return self.n_positions
 
     @property
+    def feature_map(self) -> FeatureMap:
+        """The kind of attention that `attention_type` names."""
+        return ATTENTION_KINDS[self.attention_type]
+
+    @property
+    def window(self) -> int:
+        return min(self.n_positions, self.max_exact_length or self.n_positions)
+
+    @property
     def max_exact_length(self) -> int | None:
-        """cosFormer's M: weights of tokens further apart would be negative."""
-        if self.attention_type != "cosformer":
-            return None
-        return self.cosformer_max_length or self.n_positions
+        return self.feature_map.max_exact_length(self)
 
     def state_tensors(self) -> tuple[StateTensor, ...]:
-        kind = ATTENTION_KINDS[self.attention_type]
         return recurrence_tensors(
             layers=self.n_layer,
             heads=self.n_head,
             value_width=self.head_dim,
-            key_width=kind.key_width(self.head_dim),
-            has_denominator=kind.has_denominator,
+            key_width=self.feature_map.key_width(self),
+            has_denominator=self.feature_map.has_denominator,
         )
 
     def description(self) -> dict[str, str]:
@@ -85,7 +91,7 @@ class GPTJConfig(ModelConfig):
         }
 
     def check_served(self, where: str) -> None:
-        if not ATTENTION_KINDS[self.attention_type].is_recurrent:
+        if not self.feature_map.is_recurrent:
             raise ModelFolderError(
                 f"{where}: attention_type {self.attention_type!r} is for training and benchmarks"
                 " only: it has no state of fixed size to serve from. Served are:"

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from cottention.engine import ops
-from cottention.engine.models.gptj.attention import (
-    FEATURE_MAPS,
-    Mix,
-    TokenPositions,
+from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.feature_maps.base import FusedAttention, TokenPositions
+from cottention.engine.models.gptj.model import (
+    Block,
+    CottentionForCausalLM,
+    split_heads,
     token_positions,
 )
-from cottention.engine.models.gptj.config import GPTJConfig
-from cottention.engine.models.gptj.model import Block, CottentionForCausalLM, split_heads
 from cottention.engine.models.recurrence import Recurrence
 
 Product = Callable[[Tensor], Tensor]
@@ -76,11 +76,11 @@ class ServedGPTJ:
 
 @dataclass(frozen=True, slots=True)
 class TorchLayer:
-    """One block: its norm, both stacked products and σ(m) float64 [H]."""
+    """One block: its norm, both stacked products and the feature map's own weights."""
 
     norm: nn.LayerNorm
     project_in: Product
-    sigma: Tensor
+    map_weights: tuple[Tensor, ...]
     project_out: Product
 
 
@@ -95,43 +95,34 @@ class TorchLayers:
         self._config = config
         self._layers = [_torch_layer(block, device) for block in blocks]
         fits = ops.can_fuse_attention(device, config.head_dim)
-        self._mix: Mix | None = FEATURE_MAPS[config.attention_type].mix if fits else None
+        self._fused: FusedAttention | None = config.feature_map.fused_attention if fits else None
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
-        is_one = self._mix is not None and recurrence.segments.chunks is None
-        between = self._in_one if is_one else self._in_torch
+        fused = self._fused if recurrence.segments.chunks is None else None
         for index, layer in enumerate(self._layers):
             joined = layer.project_in(layer.norm(x))
-            x = x + layer.project_out(between(index, joined, at, recurrence))
+            if fused is None:
+                between = self._in_torch(index, joined, at, recurrence)
+            else:
+                between = joined.new_empty(len(joined), joined.shape[1] - 2 * self._config.n_embd)
+                fused(joined, at, layer.map_weights, recurrence, index, between)
+            x = x + layer.project_out(between)
         return x
 
     def _in_torch(
         self, index: int, joined: Tensor, at: TokenPositions, recurrence: Recurrence
     ) -> Tensor:
         """First product [N, 3C + inner] → input of the second, [N, C + inner]."""
-        features, up = split_heads(self._config, joined, self._layers[index].sigma, at)
+        features, up = split_heads(self._config, joined, self._layers[index].map_weights, at)
         mixed = recurrence(index, features).flatten(-2).to(up.dtype)
         return torch.cat([mixed, ops.gelu_new(up)], dim=-1)
-
-    def _in_one(
-        self, index: int, joined: Tensor, at: TokenPositions, recurrence: Recurrence
-    ) -> Tensor:
-        """The same by the compiled op."""
-        assert self._mix is not None
-        out = joined.new_empty(len(joined), joined.shape[1] - 2 * self._config.n_embd)
-        state, _ = recurrence.layer(index)
-        rows, sigma = recurrence.segments, self._layers[index].sigma
-        self._mix(
-            joined, at.index, sigma, at.cos, at.sin, state, rows.state_indices, rows.cu_seqlens, out
-        )
-        return out
 
 
 def _torch_layer(block: Block, device: str) -> TorchLayer:
     return TorchLayer(
         norm=block.ln_1.to(device),
         project_in=product(*block.stacked_in(), device),
-        sigma=block.attn.sigma().to(device),
+        map_weights=tuple(weight.to(device) for weight in block.attn.map_weights()),
         project_out=product(*block.stacked_out(), device),
     )
 
@@ -151,21 +142,19 @@ class PackedLayers:
         self._layers = [PackedLayer(config, index, block) for index, block in enumerate(blocks)]
         self._weights = [weight for layer in self._layers for weight in layer.weights()]
         self._epsilon = config.layer_norm_epsilon
-        fits = ops.kernel_has_width(config.head_dim, config.head_dim)
-        self._in_one = FEATURE_MAPS[config.attention_type].layers if fits else None
+        fits = ops.fused_kernel_has_width(config.head_dim)
+        self._fused = config.feature_map.fused_layers if fits else None
         width, inner = config.n_embd, config.n_inner
         self._buffers = [torch.empty(0, n) for n in (width, 3 * width + inner, width + inner)]
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
         """x float32 [N, C] after the last block, changed in place."""
         buffers = self._rows(x.shape[0])
-        if self._in_one is None:
-            for layer in self._layers:
-                layer.add_to(x, at, recurrence, *buffers)
+        if self._fused is not None:
+            self._fused(x, self._weights, self._epsilon, at, recurrence, buffers)
             return x
-        places = at.index, at.cos, at.sin
-        rows = recurrence.state, recurrence.segments.state_indices, recurrence.segments.cu_seqlens
-        self._in_one(x, self._weights, self._epsilon, *places, *rows, *buffers)
+        for layer in self._layers:
+            layer.add_to(x, at, recurrence, *buffers)
         return x
 
     def _rows(self, num_tokens: int) -> list[Tensor]:
@@ -184,15 +173,15 @@ class PackedLayer:
         self._norm = ops.FixedOrderNorm(block.ln_1.weight, block.ln_1.bias, block.ln_1.eps)
         self._project_in = ops.FixedOrderLinear(*block.stacked_in())
         self._project_out = ops.FixedOrderLinear(*block.stacked_out())
-        self._sigma = block.attn.sigma()
+        self._map_weights = block.attn.map_weights()
 
     def weights(self) -> Iterable[Tensor]:
-        """In the order of `ops.cottention_layers`."""
+        """In the order of `ops.cottention_layers`, the feature map's own in place of σ."""
         first, second = self._project_in, self._project_out
         assert first.bias is not None
         assert second.bias is not None
         yield from (self._norm.weight, self._norm.bias, first.weight, first.bias)
-        yield from (self._sigma, second.weight, second.bias)
+        yield from (*self._map_weights, second.weight, second.bias)
 
     def add_to(
         self,
@@ -209,7 +198,7 @@ class PackedLayer:
         """
         self._norm.into(x, normed)
         self._project_in.into(normed, joined)
-        features, up = split_heads(self._config, joined, self._sigma, at)
+        features, up = split_heads(self._config, joined, self._map_weights, at)
         out = recurrence(self._index, features).flatten(-2)
         torch.cat([out, ops.gelu_new(up)], dim=-1, out=mixed)
         self._project_out.add_to(mixed, x)

@@ -7,24 +7,26 @@ Letters: N tokens (any leading shape), H heads, D head width, V value width, C c
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cottention.engine import ops
-from cottention.engine.models.gptj.attention import TRAINED_MAPS, TokenPositions, token_positions
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.feature_maps.base import TokenPositions
 from cottention.engine.models.recurrence import Features
+
+ROTARY_BASE = 10_000.0
 
 Attend = Callable[[int, Features], Tensor]
 """(layer, mapped q, k, v [..., N, H, ·]) → outputs [..., N, H, V]."""
 
 
 class Attention(nn.Module):
-    """Projections, and with Cottention m, one learned scalar per head (eq. 5, arXiv 2409.18747)."""
+    """Projections, and the weights of the feature map, if it has any."""
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
@@ -33,17 +35,12 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=bias)
         self.v_proj = nn.Linear(width, width, bias=bias)
         self.out_proj = nn.Linear(width, width, bias=bias)
-        self._num_heads = config.n_head
-        self.norm_const: nn.Parameter | None = None
-        if ATTENTION_KINDS[config.attention_type].has_norm_const:
-            self.norm_const = nn.Parameter(torch.full((1, config.n_head, 1, 1), 0.5))
+        self._feature_map = config.feature_map
+        self._feature_map.add_weights(self, config)
 
-    def sigma(self) -> Tensor:
-        """σ(m), float64 [H]: values are divided by position^σ(m). Zeros where there is no m."""
-        if self.norm_const is None:
-            weight = self.q_proj.weight
-            return torch.zeros(self._num_heads, dtype=torch.float64, device=weight.device)
-        return torch.sigmoid(self.norm_const.double()).flatten()
+    def map_weights(self) -> tuple[Tensor, ...]:
+        """The feature map's own weights, as `FeatureMap.features` takes them."""
+        return self._feature_map.prepared_weights(self)
 
 
 class MLP(nn.Module):
@@ -125,29 +122,49 @@ class CottentionForCausalLM(nn.Module):
     ) -> Tensor:
         """Output of one block's attention and MLP, to be added to x [..., N, C]."""
         joined = nn.functional.linear(block.ln_1(x), *block.stacked_in())
-        features, up = split_heads(self.config, joined, block.attn.sigma(), at)
+        features, up = split_heads(self.config, joined, block.attn.map_weights(), at)
         mixed = attend(layer, features).flatten(-2).to(up.dtype)
         out = torch.cat([mixed, ops.gelu_new(up)], dim=-1)
         return nn.functional.linear(out, *block.stacked_out())
 
 
+def token_positions(config: GPTJConfig, positions: Tensor, dtype: torch.dtype) -> TokenPositions:
+    """Tables for int64 positions [N], from 0, in float32 or the wider `dtype`.
+
+    Raises IndexError, on a CPU, for a position at or beyond cosFormer's M.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    cos, sin = ops.rotary_table(positions, config.rotary_dim, ROTARY_BASE, wide)
+    table = config.feature_map.position_table(config, positions, wide)
+    return TokenPositions(positions, cos, sin, table)
+
+
 def split_heads(
-    config: GPTJConfig, joined: Tensor, sigma: Tensor, at: TokenPositions
+    config: GPTJConfig, joined: Tensor, map_weights: Sequence[Tensor], at: TokenPositions
 ) -> tuple[Features, Tensor]:
     """First product [..., N, 3C + inner] → mapped q, k, v and the MLP's [..., N, inner].
 
-    Features are float32 or wider whatever the model's dtype, as the state is.
+    map_weights: what `Attention.map_weights` returned. Features are float32 or wider whatever the
+    model's dtype, as the state is.
     """
     width = config.n_embd
     wide = torch.promote_types(joined.dtype, torch.float32)
     *qkv, up = joined.split([width, width, width, config.n_inner], dim=-1)
     q, k, v = (x.unflatten(-1, (config.n_head, config.head_dim)).to(wide) for x in qkv)
-    return TRAINED_MAPS[config.attention_type](q, k, v, at, sigma), up
+    return Features(*config.feature_map.features(q, k, v, at, map_weights)), up
+
+
+_MAP_WEIGHTS = tuple({name for kind in ATTENTION_KINDS.values() for name in kind.weight_names})
+
+
+def map_weight(name: str) -> str | None:
+    """Of a weight of some feature map, its name in the attention; None for the others."""
+    return next((own for own in _MAP_WEIGHTS if name.endswith(f".attn.{own}")), None)
 
 
 def weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a weight is kept: Cottention's m is float32 in a model of any type."""
-    return torch.float32 if name.endswith("norm_const") else dtype
+    """The dtype in which a weight is kept: a feature map's own are float32 in a model of any."""
+    return dtype if map_weight(name) is None else torch.float32
 
 
 _CONSTANTS: Mapping[str, Callable[[tuple[int, ...]], bool]] = {
@@ -171,16 +188,14 @@ def is_constant(name: str, shape: tuple[int, ...]) -> bool:
 
 def weights_hint(names: Iterable[str], config: GPTJConfig) -> str:
     """What attention_type should be, where weights of another kind of attention lie beside it."""
-    has_norm_const = any(name.endswith("norm_const") for name in names)
-    said = config.attention_type
-    if has_norm_const == ATTENTION_KINDS[said].has_norm_const:
+    found = {own for own in map(map_weight, names) if own is not None}
+    expected = set(config.feature_map.weight_names)
+    alike = [name for name, kind in ATTENTION_KINDS.items() if set(kind.weight_names) == found]
+    if found == expected or not alike:
         return ""
-    alike = [
-        kind for kind, made in ATTENTION_KINDS.items() if made.has_norm_const == has_norm_const
-    ]
     like = " or ".join(repr(kind) for kind in sorted(alike))
-    what = "with norm_const" if has_norm_const else "without norm_const"
+    what = ("with " if found else "without ") + " and ".join(sorted(found or expected))
     return (
-        f". config.json has attention_type {said!r}, and weights {what} look like those of {like}:"
-        " give attention_type what they were trained with"
+        f". config.json has attention_type {config.attention_type!r}, and weights {what} look like"
+        f" those of {like}: give attention_type what they were trained with"
     )

@@ -54,6 +54,11 @@ class SessionRecord:
     context_policy: str = "exact"
     events_nbytes: int = 0
 
+    @property
+    def snapshot_nbytes(self) -> int:
+        """Bytes of the head's snapshot, after which its event log comes."""
+        return self.nbytes - self.events_nbytes
+
     def split(self, blob: bytes) -> tuple[bytes, bytes]:
         """The head's blob as its snapshot and its event log."""
         end = len(blob) - self.events_nbytes
@@ -85,6 +90,20 @@ class StoreCounts:
     blob_bytes: int
 
 
+class BlobReader(Protocol):
+    """A blob's bytes, or a part of them, to be read in pieces; they stay as they are meanwhile."""
+
+    nbytes: int
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """At most `num_bytes` from `start` on. StoreUnavailableError."""
+        ...
+
+    def close(self) -> None:
+        """End the reading. Idempotent."""
+        ...
+
+
 class SessionStore(Protocol):
     """Sessions and their blobs. A blob is a snapshot and, after it, the turn's event log.
 
@@ -102,28 +121,14 @@ class SessionStore(Protocol):
         """Create all of them or none. SnapshotError: a named blob is not stored."""
         ...
 
-    def begin(self, owner: str, session_id: str, ttl_seconds: float) -> tuple[Lease, SessionRecord]:
-        """Lease an owner's session, and read it, in one transaction.
+    def acquire(
+        self, session_id: str, ttl_seconds: float, owner: str | None = None
+    ) -> tuple[Lease, SessionRecord]:
+        """Lease a session until release or `ttl_seconds`, and read it, in one transaction.
 
-        SessionNotFoundError also where it is another owner's. SessionBusyError: it is leased.
+        owner: SessionNotFoundError where the session is another owner's; None: whoever owns it.
+        SessionBusyError: it is leased.
         """
-        ...
-
-    def commit(
-        self,
-        lease: Lease,
-        expected_version: int,
-        snapshot: bytes,
-        position: int,
-        max_checkpoints: int,
-        context_policy: str = "exact",
-        events: bytes = b"",
-    ) -> SessionRecord:
-        """`put` and `release` in one transaction."""
-        ...
-
-    def acquire(self, session_id: str, ttl_seconds: float) -> Lease:
-        """Lease a session, whoever owns it, until release or `ttl_seconds`. SessionBusyError."""
         ...
 
     def renew(self, lease: Lease, ttl_seconds: float) -> None:
@@ -146,7 +151,14 @@ class SessionStore(Protocol):
         """A blob. SnapshotError: it is missing, or its bytes are not those that were stored."""
         ...
 
-    def put(
+    def open_blob(self, digest: str, start: int, stop: int) -> BlobReader:
+        """The bytes start <= n < stop of a blob, all of which has been checked as in `get`.
+
+        Never has more than a piece of it in memory. SnapshotError, as in `get`.
+        """
+        ...
+
+    def commit(
         self,
         lease: Lease,
         expected_version: int,
@@ -155,10 +167,13 @@ class SessionStore(Protocol):
         max_checkpoints: int,
         context_policy: str = "exact",
         events: bytes = b"",
+        *,
+        keeps_lease: bool = False,
     ) -> SessionRecord:
-        """Store a new head; the old one becomes the newest of at most `max_checkpoints`.
+        """Store a new head and release the lease, in one transaction.
 
-        SessionMovedError: the lease is not the last one given, or the version is another.
+        The old head becomes the newest of at most `max_checkpoints`. keeps_lease: the turn goes
+        on. SessionMovedError: the lease is not the last one given, or the version is another.
         """
         ...
 

@@ -245,9 +245,9 @@ def write_clock(db: Db, reading: ClockReading) -> None:
 
 
 REWIND = "version = version + 1"
-PUT = f"{REWIND}, was_interrupted = 0"
-COMMIT = f"{PUT}, {NO_LEASE}"
-"""What a compare-and-set assigns: a commit also releases the lease."""
+COMMIT = f"{REWIND}, was_interrupted = 0"
+COMMIT_AND_RELEASE = f"{COMMIT}, {NO_LEASE}"
+"""What a compare-and-set assigns."""
 
 
 def compare_and_set(db: Db, lease: Lease, expected_version: int, assignments: str) -> SessionRow:

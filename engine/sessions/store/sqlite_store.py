@@ -8,11 +8,14 @@ to it has gone, all under the index's lock.
     <folder>/states/ab/ab…    blobs by digest: a snapshot, then its turn's event log
 """
 
+import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 from cottention.engine.sessions.store import queries
@@ -31,6 +34,7 @@ from cottention.engine.sessions.store.folder_lock import (
     raise_unusable_folder,
 )
 from cottention.engine.sessions.store.protocol import (
+    BlobReader,
     Ids,
     Lease,
     NewSession,
@@ -47,6 +51,26 @@ SECONDS_BETWEEN_SAVES = 300.0
 """Of the time, for the next start, while the system's clock is not set."""
 
 Digests = list[str]
+
+
+class StoredPart(BlobReader):
+    """A part of a blob's file. It is read to its end even where the blob is removed meanwhile."""
+
+    def __init__(self, file: BinaryIO, faults: StoreFaults, start: int, stop: int) -> None:
+        self.nbytes = stop - start
+        self._file = file
+        self._faults = faults
+        self._start = start
+        self._lock = threading.Lock()  # a descriptor that is closed may be another file's at once
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        num_bytes = min(num_bytes, self.nbytes - start)
+        with self._lock, self._faults.reading():
+            return os.pread(self._file.fileno(), num_bytes, self._start + start)
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
 
 
 class SqliteStore(SessionStore):
@@ -105,25 +129,16 @@ class SqliteStore(SessionStore):
                     lambda db: [queries.insert_session(db, *pair, created) for pair in pairs]
                 )
 
-    def begin(self, owner: str, session_id: str, ttl_seconds: float) -> tuple[Lease, SessionRecord]:
-        return self._acquire(session_id, owner, ttl_seconds)
-
-    def commit(
-        self,
-        lease: Lease,
-        expected_version: int,
-        snapshot: bytes,
-        position: int,
-        max_checkpoints: int,
-        context_policy: str = "exact",
-        events: bytes = b"",
-    ) -> SessionRecord:
-        with self._staged_state(snapshot, events, position, context_policy) as state:
-            return self._push(queries.COMMIT, lease, expected_version, state, max_checkpoints)
-
-    def acquire(self, session_id: str, ttl_seconds: float) -> Lease:
-        lease, _ = self._acquire(session_id, None, ttl_seconds)
-        return lease
+    def acquire(
+        self, session_id: str, ttl_seconds: float, owner: str | None = None
+    ) -> tuple[Lease, SessionRecord]:
+        now, monotonic = self._clock.now(), self._clock.monotonic()
+        with self._faults.writing():
+            return self._index.write_relaxed(
+                lambda db: queries.acquire_lease(
+                    db, session_id, owner, self._holder, ttl_seconds, now, monotonic
+                )
+            )
 
     def renew(self, lease: Lease, ttl_seconds: float) -> None:
         until = self._clock.monotonic() + ttl_seconds
@@ -148,7 +163,11 @@ class SqliteStore(SessionStore):
         with self._faults.reading():
             return self._blobs.read(digest)
 
-    def put(
+    def open_blob(self, digest: str, start: int, stop: int) -> BlobReader:
+        with self._faults.reading():
+            return StoredPart(self._blobs.open(digest), self._faults, start, stop)
+
+    def commit(
         self,
         lease: Lease,
         expected_version: int,
@@ -157,9 +176,22 @@ class SqliteStore(SessionStore):
         max_checkpoints: int,
         context_policy: str = "exact",
         events: bytes = b"",
+        *,
+        keeps_lease: bool = False,
     ) -> SessionRecord:
-        with self._staged_state(snapshot, events, position, context_policy) as state:
-            return self._push(queries.PUT, lease, expected_version, state, max_checkpoints)
+        assignments = queries.COMMIT if keeps_lease else queries.COMMIT_AND_RELEASE
+        with self._faults.writing(), self._blobs.staged(snapshot, events) as blob:
+            state = blob.digest, position, blob.nbytes, context_policy, len(events)
+
+            def change(db: queries.Db) -> tuple[SessionRecord, Digests]:
+                row = queries.compare_and_set(db, lease, expected_version, assignments)
+                dropped = queries.push_state(db, row[0], state, max_checkpoints)
+                return queries.to_record(db, row), dropped
+
+            with self._adopted([blob]):
+                record, dropped = self._index.write(change)
+                self._remove_unreferenced(dropped)
+        return record
 
     def rewind(self, lease: Lease, expected_version: int) -> SessionRecord:
         def change(db: queries.Db) -> tuple[SessionRecord, Digests]:
@@ -233,17 +265,6 @@ class SqliteStore(SessionStore):
         finally:
             self._lock.release()
 
-    def _acquire(
-        self, session_id: str, owner: str | None, ttl_seconds: float
-    ) -> tuple[Lease, SessionRecord]:
-        now, monotonic = self._clock.now(), self._clock.monotonic()
-        with self._faults.writing():
-            return self._index.write_relaxed(
-                lambda db: queries.acquire_lease(
-                    db, session_id, owner, self._holder, ttl_seconds, now, monotonic
-                )
-            )
-
     def _save_clock_if_due(self) -> None:
         saved, reading = self._saved, self._clock.reading()
         if (
@@ -259,34 +280,6 @@ class SqliteStore(SessionStore):
         with suppress(sqlite3.Error, OSError):
             self._index.write_relaxed(lambda db: queries.write_clock(db, reading))
             self._saved = reading
-
-    @contextmanager
-    def _staged_state(
-        self, snapshot: bytes, events: bytes, position: int, context_policy: str
-    ) -> Iterator[tuple[Staged, queries.State]]:
-        """A new blob that is safe on the disk, and the row that refers to it."""
-        with self._faults.writing(), self._blobs.staged(snapshot, events) as blob:
-            yield blob, (blob.digest, position, blob.nbytes, context_policy, len(events))
-
-    def _push(
-        self,
-        assignments: str,
-        lease: Lease,
-        expected_version: int,
-        new: tuple[Staged, queries.State],
-        max_checkpoints: int,
-    ) -> SessionRecord:
-        blob, state = new
-
-        def change(db: queries.Db) -> tuple[SessionRecord, Digests]:
-            row = queries.compare_and_set(db, lease, expected_version, assignments)
-            dropped = queries.push_state(db, row[0], state, max_checkpoints)
-            return queries.to_record(db, row), dropped
-
-        with self._adopted([blob]):
-            record, dropped = self._index.write(change)
-            self._remove_unreferenced(dropped)
-        return record
 
     @contextmanager
     def _adopted(self, blobs: Sequence[Staged]) -> Iterator[None]:

@@ -3,18 +3,16 @@
 import pytest
 import torch
 
-from cottention.engine.models.gptj.attention import FEATURE_MAPS, token_positions
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.model import Attention, token_positions
 from cottention.engine.ops import recurrent_step, reference
 
 HEADS, WIDTH = 2, 8
 
 
-@pytest.mark.parametrize("length", [1, 2, 17, 65])
-@pytest.mark.parametrize("attention", RECURRENT_KINDS)
-def test_parallel_and_recurrent_forms_agree(attention: str, length: int) -> None:
-    config = GPTJConfig(
+def config_of(attention: str, length: int) -> GPTJConfig:
+    return GPTJConfig(
         vocab_size=8,
         n_embd=HEADS * WIDTH,
         n_layer=1,
@@ -24,20 +22,35 @@ def test_parallel_and_recurrent_forms_agree(attention: str, length: int) -> None
         n_inner=8,
         attention_type=attention,
     )
-    kind = ATTENTION_KINDS[attention]
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 65])
+@pytest.mark.parametrize("attention", RECURRENT_KINDS)
+def test_parallel_and_recurrent_forms_agree(attention: str, length: int) -> None:
+    config = config_of(attention, length)
+    kind, key_width = config.feature_map, config.feature_map.key_width(config)
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, length, HEADS, WIDTH, dtype=torch.float64, generator=generator)
-    sigma = torch.rand(HEADS, dtype=torch.float64, generator=generator) * kind.has_norm_const
+    with torch.inference_mode():
+        weights = Attention(config).double().map_weights()
     at = token_positions(config, torch.arange(length), torch.float64)
-    q, k, v = FEATURE_MAPS[attention](q, k, v, at, sigma)
-    assert q.shape == k.shape == (length, HEADS, kind.key_width(WIDTH))
+    q, k, v = kind.features(q, k, v, at, weights)
+    assert q.shape == k.shape == (length, HEADS, key_width)
 
     heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]  # [1, H, T, ·]
     parallel = reference.parallel(*heads_first, denominator=kind.has_denominator)
-    state = q.new_zeros(1, HEADS, WIDTH, kind.key_width(WIDTH))
-    z = q.new_zeros(1, HEADS, kind.key_width(WIDTH)) if kind.has_denominator else None
+    state = q.new_zeros(1, HEADS, WIDTH, key_width)
+    z = q.new_zeros(1, HEADS, key_width) if kind.has_denominator else None
     row = torch.zeros(1, dtype=torch.int32)
     steps = [
         recurrent_step(*(x[t : t + 1] for x in (q, k, v)), state, z, row) for t in range(length)
     ]
     torch.testing.assert_close(torch.cat(steps), parallel[0].transpose(0, 1), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ATTENTION_KINDS)
+def test_weight_names_are_those_of_the_added_weights(attention: str) -> None:
+    """A weight under another name would be kept in the model's type and initialised as a matrix."""
+    config = config_of(attention, length=8)
+    own = {name for name in Attention(config).state_dict() if "_proj." not in name}
+    assert own == set(config.feature_map.weight_names)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.bert.config import BertConfig
 from cottention.engine.models.bert.model import BertForPreTraining, SelfAttention
-from cottention.engine.models.checkpoint import load_model, read_weights
+from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.registry import parse_config, read_config
+from cottention.engine.models.weight_files import read_weights
 from tests.engine.encoders import changed_folder, read_raw
 
 TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 2e-5)]

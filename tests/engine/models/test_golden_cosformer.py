@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cottention.engine.models.gptj.attention import FEATURE_MAPS, token_positions
 from cottention.engine.models.gptj.config import GPTJConfig
-from cottention.engine.models.gptj.model import Attention
+from cottention.engine.models.gptj.model import Attention, token_positions
 from cottention.engine.models.recurrence import Features
 from cottention.engine.ops import recurrent_step, reference
 from cottention.engine.ops.varlen import chunked
@@ -53,8 +52,8 @@ class Case:
         projections = attention.q_proj, attention.k_proj, attention.v_proj
         q, k, v = (p(x).unflatten(-1, (self.config.n_head, -1)) for p in projections)
         at = token_positions(self.config, torch.arange(self.length), dtype)
-        features = FEATURE_MAPS["cosformer"](q, k, v, at, attention.sigma())
-        out: Tensor = attention.out_proj(attend(features).flatten(-2))
+        features = self.config.feature_map.features(q, k, v, at, attention.map_weights())
+        out: Tensor = attention.out_proj(attend(Features(*features)).flatten(-2))
         return out.transpose(0, 1)
 
 
@@ -65,7 +64,7 @@ def case(golden: Path) -> Case:
 
 def heads_first(features: Features) -> list[Tensor]:
     """[B, T, H, D] → [B, H, T, D]."""
-    return [x.transpose(1, 2) for x in features]
+    return [x.transpose(1, 2) for x in features[:3]]
 
 
 def attend_parallel(features: Features) -> Tensor:
@@ -85,7 +84,7 @@ def attend_chunked(features: Features) -> Tensor:
 
 def attend_recurrent(features: Features) -> Tensor:
     """One token at a time: all that is carried is the state and its denominator."""
-    q, k, v = features
+    q, k, v = features[:3]
     state = q.new_zeros(len(q), q.shape[2], v.shape[-1], k.shape[-1])
     z = q.new_zeros(len(q), q.shape[2], k.shape[-1])
     slots = torch.arange(len(q), dtype=torch.int32)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.models.gptj.attention import FEATURE_MAPS
+from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.inference import PackedLayers, ServedGPTJ
 from cottention.engine.models.gptj.model import CottentionForCausalLM
@@ -43,7 +43,7 @@ def _exact(config: GPTJConfig, length: int) -> Tensor:
     is_divided = "denominator" in config.state_spec().shapes
 
     def attend(_: int, features: Features) -> Tensor:
-        q, k, v = (x.transpose(0, 1) for x in features)
+        q, k, v = (x.transpose(0, 1) for x in features[:3])
         return reference.parallel(q, k, v, denominator=is_divided).transpose(0, 1)
 
     positions = torch.arange(length)
@@ -53,7 +53,7 @@ def _exact(config: GPTJConfig, length: int) -> Tensor:
 
 
 @pytest.mark.parametrize("head_dim", [16, 20])
-@pytest.mark.parametrize("attention", FEATURE_MAPS)
+@pytest.mark.parametrize("attention", RECURRENT_KINDS)
 def test_close_to_float64_with_and_without_a_kernel_for_the_width(
     attention: str, head_dim: int
 ) -> None:
@@ -65,8 +65,8 @@ def test_close_to_float64_with_and_without_a_kernel_for_the_width(
 def test_without_a_mixer_the_bits_are_the_same() -> None:
     fused, apart = (ServedGPTJ(_model(_config()), "cpu") for _ in range(2))
     assert isinstance(apart._layers, PackedLayers)
-    assert apart._layers._in_one is not None
-    apart._layers._in_one = None
+    assert apart._layers._fused is not None
+    apart._layers._fused = None
     assert torch.equal(_logits(fused, [1, 9, 40]), _logits(apart, [1, 9, 40]))
 
 

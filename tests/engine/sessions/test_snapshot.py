@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from cottention.engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
 from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.sessions.fingerprint import Fingerprint
-from cottention.engine.sessions.snapshot import SnapshotCodec
+from cottention.engine.sessions.snapshot import MAX_HEADER_BYTES, SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
-from cottention.engine.state.session_state import SessionState
+from cottention.engine.state.session_state import MAX_PENDING, SessionState
 from cottention.engine.state.spec import StateSpec
-from tests.engine.making import attention_folder, small_spec
+from cottention.engine.text.tokenizer import Tokenizer
+from tests.engine.making import SESSION_FAMILIES, attention_folder, small_spec
 
-SPECS = {kind: small_spec(kind, 3, more_keys=1) for kind in RECURRENT_KINDS}
+KINDS_AND_FAMILIES = [*RECURRENT_KINDS, *SESSION_FAMILIES]
+SPECS = {kind: small_spec(kind, 3, more_keys=1) for kind in KINDS_AND_FAMILIES}
 SPEC = SPECS["cottention"]
 PRINTS = Fingerprint("aa" * 32, "bb" * 32, "rotary_dim=4", "layers=1")
 NUM_IDS = 100
@@ -35,19 +37,17 @@ CODECS = {
     for kind, spec in SPECS.items()
 }
 CODEC = CODECS["cottention"]
-KINDS = st.sampled_from(RECURRENT_KINDS)
+KINDS = st.sampled_from(KINDS_AND_FAMILIES)
 
 Header = dict[str, Any]
 
 
 def rows(spec: StateSpec) -> tuple[torch.Tensor, ...]:
-    made = [torch.randn(spec.shapes["state"], generator=torch.Generator().manual_seed(1))]
-    if "denominator" in spec.shapes:
-        made.append(made[0][:, :, 0].clone())
-    return tuple(made)
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(shape, generator=generator) for shape in spec.shapes.values())
 
 
-FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0}, b"\xe2\x82")
+FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0, 0: 0}, b"\xe2\x82")
 FULLS = {kind: replace(FULL, rows=rows(spec)) for kind, spec in SPECS.items()}
 RAWS = {kind: CODECS[kind].encode(state) for kind, state in FULLS.items()}
 
@@ -82,7 +82,7 @@ def same(a: SessionState, b: SessionState) -> bool:
     )
 
 
-@pytest.mark.every_attention
+@pytest.mark.every_session
 @pytest.mark.parametrize(
     "state",
     [
@@ -103,7 +103,7 @@ def test_there_and_back(state: SessionState, attention: str) -> None:
 
 
 def test_equal_states_have_equal_bytes() -> None:
-    turned = replace(FULL, counts={5: 0, 99: 3}, rows=tuple(row.clone() for row in FULL.rows))
+    turned = replace(FULL, counts={5: 0, 0: 0, 99: 3}, rows=tuple(row.clone() for row in FULL.rows))
     assert CODEC.encode(turned) == CODEC.encode(FULL)
 
 
@@ -167,11 +167,11 @@ def test_rows_on_another_grid_are_a_mismatch() -> None:
 
 @pytest.mark.parametrize("recent", [(), (5, 99), (0, 0, 5, 99)])
 def test_recent_ids_are_those_of_a_window(recent: tuple[int, ...]) -> None:
-    with pytest.raises(SnapshotError, match="recent ids"):
+    with pytest.raises(SnapshotError, match="recent"):
         CODEC.decode(CODEC.encode(replace(FULL, recent=recent)))
 
 
-@pytest.mark.every_attention
+@pytest.mark.every_session
 def test_cut_anywhere(attention: str) -> None:
     codec, raw = CODECS[attention], RAWS[attention]
     for size in range(len(raw)):
@@ -232,7 +232,7 @@ LIES = [
     *(
         (put(name, "shape"), [n])
         for name in ("pending", "counts", "undecoded")
-        for n in (-1, 0, 3, 2**62, 1e300, 9 * 10**4299)
+        for n in (-1, 0, 4, 2**62, 1e300, 9 * 10**4299)
     ),
     *((put("pending", "shape"), x) for x in ([], [2, 1], [2.0], ["2"], [True], {}, [None])),
     *((put(name, "dtype"), x) for name in ("row.state", "pending") for x in ("F64", "I64", 4)),
@@ -253,7 +253,7 @@ LIES = [
 ]
 
 
-@pytest.mark.every_attention
+@pytest.mark.every_session
 @pytest.mark.parametrize(("change", "value"), LIES)
 def test_a_header_that_lies(
     attention: str, change: Callable[[Header, Any], None], value: Any
@@ -323,11 +323,41 @@ NAN = torch.full(SPEC.shapes["state"], float("nan"))
         replace(FULL, rows=(NAN,)),
         replace(FULL, rows=(-NAN.nan_to_num(1).div(0),)),
         replace(FULL, rows=()),
+        replace(FULL, undecoded=b"\xe2\x82\xac"),
+        replace(FULL, undecoded=b"abcd"),
+        replace(FULL, undecoded=b"\x80"),
+        replace(FULL, pending=()),
+        replace(FULL, pending=(99, 5)),
+        replace(FULL, recent=(0, 5, 5)),
+        replace(FULL, recent=(1, 5, 99)),
+        replace(FULL, counts=dict(FULL.counts) | {99: 10}),
+        replace(FULL, counts=dict(FULL.counts) | dict.fromkeys(range(10, 20), 0)),
+        replace(FULL, position=0, recent=(5, 99)),
+        replace(SessionState(), undecoded=b"\xe2"),
     ],
 )
 def test_values_that_no_session_has(state: SessionState) -> None:
     with pytest.raises(SnapshotError):
         CODEC.decode(CODEC.encode(state))
+
+
+def test_a_list_that_is_too_long_is_refused_by_its_header() -> None:
+    """The list itself is never unpacked, or it would take ten times the bytes of the snapshot."""
+    longest = (5,) * MAX_PENDING
+    state = SessionState(pending=longest, recent=(5,) * WINDOW, counts={5: 0})
+    raw = CODEC.encode(state)
+    assert CODEC.decode(raw).pending == longest
+    assert len(raw) <= CODEC.max_nbytes
+    with pytest.raises(SnapshotError, match=rf"pending has {MAX_PENDING + 1} .* at most"):
+        CODEC.decode(CODEC.encode(replace(state, pending=(*longest, 5))))
+
+
+def test_the_largest_snapshot() -> None:
+    ids = range(NUM_IDS)
+    counts = dict.fromkeys(ids, 0)
+    pending = (*ids, *[5] * (MAX_PENDING - NUM_IDS))
+    largest = SessionState(FULL.rows, 7, pending, pending[-WINDOW:], counts, b"\xe2\x82")
+    assert CODEC.max_nbytes - MAX_HEADER_BYTES < len(CODEC.encode(largest)) <= CODEC.max_nbytes
 
 
 def test_counts_out_of_order() -> None:
@@ -344,42 +374,47 @@ def change_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def fingerprint(folder: Path, dtype: str = "float32") -> Fingerprint:
+    return Fingerprint.of(folder, Tokenizer.from_folder(folder).files, SPEC, dtype)
+
+
 def test_fingerprints_follow_cosformers_fixed_length(tmp_path: Path) -> None:
     """It is in no weight, and a state means nothing under another."""
     changed = tmp_path / "changed"
     shutil.copytree(attention_folder("cosformer"), changed)
-    first = Fingerprint.of(changed, SPEC, "float32")
+    first = fingerprint(changed)
     change_config(changed, cosformer_max_length=64)
-    second = Fingerprint.of(changed, SPEC, "float32")
+    second = fingerprint(changed)
     assert replace(second, config="") == replace(first, config="")
     assert "cosformer_max_length=64" in second.config != first.config
 
 
 def test_fingerprints_follow_the_files(folder: Path) -> None:
-    first = Fingerprint.of(folder, SPEC, "float32")
-    assert first == Fingerprint.of(folder, SPEC, "float32")
+    first = fingerprint(folder)
+    assert first == fingerprint(folder)
     assert "state=1x2x3x4:float32 weights=float32" in first.layout
-    assert Fingerprint.of(folder, SPEC, "bfloat16").layout != first.layout
+    assert fingerprint(folder, "bfloat16").layout != first.layout
     assert "rotary_dim=" in first.config
     change_config(folder, layer_norm_epsilon=1e-6, eos_token_id=7)
-    assert "layer_norm_epsilon=1e-06" in Fingerprint.of(folder, SPEC, "float32").config
+    assert "layer_norm_epsilon=1e-06" in fingerprint(folder).config
     change_config(folder, layer_norm_epsilon=1e-5)
-    assert Fingerprint.of(folder, SPEC, "float32") == first, "where a text ends is no arithmetic"
+    assert fingerprint(folder) == first, "where a text ends is no arithmetic"
     weights = next(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"})
     weights.write_bytes(weights.read_bytes() + b"x")
-    second = Fingerprint.of(folder, SPEC, "float32")
+    second = fingerprint(folder)
     assert second.weights != first.weights
     assert second.tokenizer == first.tokenizer
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
-    assert Fingerprint.of(folder, SPEC, "float32").tokenizer != first.tokenizer
+    assert fingerprint(folder).tokenizer != first.tokenizer
     weights.unlink()
     with pytest.raises(ModelFolderError):
-        Fingerprint.of(folder, SPEC, "float32")
+        fingerprint(folder)
 
 
 def test_an_id_that_was_generated_more_often_than_a_count_tells() -> None:
-    state = CODEC.decode(CODEC.encode(replace(FULL, counts={1: 2**31 - 2})))
-    counts = state.extended([], [1, 1, 1], WINDOW).counts
-    assert counts == {1: 2**31 - 1}
-    assert CODEC.decode(CODEC.encode(replace(FULL, counts=counts))).counts == counts
+    long = replace(FULL, position=2**31, counts=dict(FULL.counts) | {99: 2**31 - 2})
+    state = CODEC.decode(CODEC.encode(long))
+    state = state.extended([], [99, 99, 99], WINDOW)
+    assert state.counts == dict(FULL.counts) | {99: 2**31 - 1}
+    assert CODEC.decode(CODEC.encode(state)).counts == state.counts

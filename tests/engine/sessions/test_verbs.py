@@ -17,6 +17,7 @@ from cottention.engine.errors import (
 )
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.manager import LEASE_SECONDS, Session, SessionManager
+from cottention.engine.sessions.memory_usage import VALUE_BYTES
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SqliteStore
 from cottention.engine.state.context_window import context_schedules
@@ -24,7 +25,7 @@ from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
 from tests.engine.making import small_spec, state_of
 
-pytestmark = pytest.mark.every_attention
+pytestmark = pytest.mark.every_session
 
 WINDOW = 8
 
@@ -34,17 +35,10 @@ class FullAtTimes(SqliteStore):
 
     is_full = False
 
-    def put(self, *args: Any) -> SessionRecord:
-        self._check_room()
-        return super().put(*args)
-
-    def commit(self, *args: Any) -> SessionRecord:
-        self._check_room()
-        return super().commit(*args)
-
-    def _check_room(self) -> None:
+    def commit(self, *args: Any, **options: Any) -> SessionRecord:
         if self.is_full:
             raise StoreFullError("no space")
+        return super().commit(*args, **options)
 
 
 class SmallSessions(SessionManager):
@@ -256,7 +250,8 @@ def test_rewinding(sessions: SmallSessions) -> None:
 
 
 def test_residence(opened: Opener, attention: str) -> None:
-    sessions = opened(memory_bytes=2 * (state_of(small_spec(attention), 1, WINDOW).nbytes + 300))
+    nbytes = state_of(small_spec(attention), 2, WINDOW).nbytes
+    sessions = opened(memory_bytes=2 * (VALUE_BYTES + nbytes + 300))
     names = [make(sessions, n).id for n in (1, 2, 3)]
     where = [sessions.find("a", name).residence for name in names]
     assert where == ["stored", "parked", "parked"]

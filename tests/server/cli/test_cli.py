@@ -19,7 +19,7 @@ from cottention.engine.ops import build
 from cottention.server.cli import main as cli
 from cottention.server.cli.serve import bind_socket
 from tests.engine.encoders import encoder_folder
-from tests.engine.making import attention_folder
+from tests.engine.making import attention_folder, rwkv7_file
 
 ROOT = Path(__file__).parents[3]
 
@@ -178,6 +178,28 @@ def test_info_of_an_encoder_has_the_memory_of_a_text(capsys: pytest.CaptureFixtu
     assert re.search(r"bytes per text +4,096, and 256 for each of its tokens\n", told)
     assert re.search(r"longest text +64 tokens\n", told)
     assert "session" not in told
+
+
+def test_info_of_a_single_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every tensor of its state, and the vocabulary that it is given."""
+    file = rwkv7_file(tmp_path)
+    vocabulary = tmp_path / "rwkv_vocab_small.txt"
+    vocabulary.rename(tmp_path / "mine.txt")
+    status, told = fails(capsys, "info", file)
+    assert status == 1
+    assert told.count("\n") == 1
+    assert f"{file} has no tokenizer: " in told
+    assert cli.main(["info", str(file), "--tokenizer", str(tmp_path / "mine.txt")]) == 0
+    lines = dict(re.findall(r"^ *(\w[\w ]*?)  +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert lines["model"] == "small"
+    assert lines["family"] == "rwkv7"
+    state, shift = 3 * 2 * 32 * 32 * 4, 3 * 64 * 4
+    assert lines["bytes per session"].startswith(f"{state + 2 * shift:,}")
+    assert lines["state"] == f"{state:,} bytes"
+    assert lines["att_shift"] == lines["ffn_shift"] == f"{shift:,} bytes"
+    assert lines["spare"] == "0 bytes"
+    assert lines["sessions per GB"] == f"{10**9 // (state + 2 * shift):,}"
+    assert lines["trained length"] == "not known"
 
 
 def test_a_file_keeps_no_sessions(

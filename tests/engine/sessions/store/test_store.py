@@ -59,10 +59,8 @@ def make(store: SqliteStore, snapshot: bytes = b"one", owner: str = "a") -> Sess
 
 def put(store: SqliteStore, session_id: str, snapshot: bytes, keep: int = 2) -> SessionRecord:
     """A whole turn."""
-    lease = store.acquire(session_id, 60)
-    record = store.put(lease, lease.version, snapshot, len(snapshot), keep)
-    store.release(lease)
-    return record
+    lease, _ = store.acquire(session_id, 60)
+    return store.commit(lease, lease.version, snapshot, len(snapshot), keep)
 
 
 def test_a_new_session(store: SqliteStore, clock: Clock) -> None:
@@ -86,27 +84,27 @@ def test_a_turn_moves_the_head_and_keeps_checkpoints(store: SqliteStore) -> None
         store.get(first.head)
 
 
-def test_a_commit_is_a_put_and_a_release(store: SqliteStore) -> None:
+def test_a_commit_releases_the_lease(store: SqliteStore) -> None:
     record = make(store)
-    lease, begun = store.begin("a", record.id, 60)
+    lease, begun = store.acquire(record.id, 60, "a")
     assert (lease, begun) == (Lease(record.id, 1, 1), record)
     with pytest.raises(SessionMovedError):
         store.commit(lease, 2, b"two", 2, 2)
     with pytest.raises(SessionBusyError):
-        store.begin("a", record.id, 60)
+        store.acquire(record.id, 60, "a")
     after = store.commit(lease, 1, b"two", 2, 2, events=b" told")
     assert (after.version, after.position, after.checkpoints) == (2, 2, (record.head,))
     assert store.record(record.id) == after
     with pytest.raises(SessionMovedError):
         store.commit(lease, 2, b"three", 3, 2)
-    assert store.begin("a", record.id, 60) == (Lease(record.id, 2, 2), after)
+    assert store.acquire(record.id, 60, "a") == (Lease(record.id, 2, 2), after)
 
 
 def test_events_go_where_their_snapshot_goes(store: SqliteStore) -> None:
     """To forks, and back again with a rewind; a session's size has both."""
     record = make(store)
     for n in (2, 3):
-        lease, _ = store.begin("a", record.id, 60)
+        lease, _ = store.acquire(record.id, 60, "a")
         record = store.commit(lease, lease.version, b"x" * n, n, 2, events=b"event %d" % n)
     assert (record.nbytes, record.events_nbytes) == (10, 7)
     new = NewSession("a", 3, head=record.head, checkpoints=record.checkpoints)
@@ -114,7 +112,7 @@ def test_events_go_where_their_snapshot_goes(store: SqliteStore) -> None:
     for session_id in (record.id, fork.id):
         found = store.record(session_id)
         assert found.split(store.get(found.head)) == (b"xxx", b"event 3")
-        lease = store.acquire(session_id, 60)
+        lease, _ = store.acquire(session_id, 60)
         back = store.rewind(lease, lease.version)
         assert back.split(store.get(back.head)) == (b"xx", b"event 2")
         first = store.rewind(lease, back.version)
@@ -122,17 +120,39 @@ def test_events_go_where_their_snapshot_goes(store: SqliteStore) -> None:
     assert store.counts().blob_bytes == 3
 
 
+def test_a_part_of_a_blob_is_read_in_pieces_though_the_blob_is_removed(store: SqliteStore) -> None:
+    record = make(store, b"snapshot of a session")
+    reader = store.open_blob(record.head, 9, 15)
+    store.delete(record.id)
+    assert reader.nbytes == 6
+    assert [reader.read(0, 4), reader.read(4, 4), reader.read(6, 4)] == [b"of a", b" s", b""]
+    reader.close()
+    reader.close()
+    with pytest.raises(SnapshotError, match="missing"):
+        store.open_blob(record.head, 0, 1)
+
+
+def test_nothing_is_read_of_a_blob_that_has_changed_anywhere(
+    store: SqliteStore, tmp_path: Path
+) -> None:
+    record = make(store, b"snapshot")
+    [file] = files(tmp_path / "sessions")
+    file.write_bytes(b"snapshoT")
+    with pytest.raises(SnapshotError, match="damaged"):
+        store.open_blob(record.head, 0, 4)
+
+
 def test_a_session_is_begun_by_its_owner_alone(store: SqliteStore, clock: Clock) -> None:
     """Whether somebody else's session is busy is not told, and its lease is not touched."""
     [record] = store.create([NewSession("a", 1, b"one", expires_at=clock.now + 10)])
     for _ in range(2):
         with pytest.raises(SessionNotFoundError):
-            store.begin("b", record.id, 60)
-        lease, _ = store.begin("a", record.id, 5)
+            store.acquire(record.id, 60, "b")
+        lease, _ = store.acquire(record.id, 5, "a")
         assert lease.fence in (1, 2)
         clock.now += 5
     with pytest.raises(SessionNotFoundError):
-        store.begin("a", record.id, 60)
+        store.acquire(record.id, 60, "a")
 
 
 def test_no_checkpoints(store: SqliteStore, tmp_path: Path) -> None:
@@ -141,12 +161,12 @@ def test_no_checkpoints(store: SqliteStore, tmp_path: Path) -> None:
     assert len(files(tmp_path / "sessions")) == 1
 
 
-def test_a_put_needs_the_version_that_is_there(store: SqliteStore) -> None:
+def test_a_commit_needs_the_version_that_is_there(store: SqliteStore) -> None:
     record = make(store)
-    lease = store.acquire(record.id, 60)
-    store.put(lease, 1, b"two", 2, 2)
+    lease, _ = store.acquire(record.id, 60)
+    store.commit(lease, 1, b"two", 2, 2, keeps_lease=True)
     with pytest.raises(SessionMovedError):
-        store.put(lease, 1, b"three", 3, 2)
+        store.commit(lease, 1, b"three", 3, 2)
     with pytest.raises(SessionMovedError):
         store.rewind(lease, 1)
     assert store.get(store.record(record.id).head) == b"two"
@@ -154,7 +174,7 @@ def test_a_put_needs_the_version_that_is_there(store: SqliteStore) -> None:
 
 def test_one_lease_at_a_time(store: SqliteStore, clock: Clock) -> None:
     record = make(store)
-    lease = store.acquire(record.id, 60)
+    lease, _ = store.acquire(record.id, 60)
     assert lease == Lease(record.id, 1, 1)
     with pytest.raises(SessionBusyError):
         store.acquire(record.id, 60)
@@ -167,24 +187,24 @@ def test_one_lease_at_a_time(store: SqliteStore, clock: Clock) -> None:
         store.acquire(record.id, 60)
     store.release(lease)
     store.release(lease)
-    assert store.acquire(record.id, 60).fence == 2
+    assert store.acquire(record.id, 60)[0].fence == 2
 
 
 def test_a_writer_that_was_taken_over_is_fenced_off(store: SqliteStore, clock: Clock) -> None:
     """It slept past its lease. The version is the one it knows: only the fence can tell."""
     record = make(store)
-    zombie = store.acquire(record.id, 60)
+    zombie, _ = store.acquire(record.id, 60)
     clock.now += 61
-    other = store.acquire(record.id, 60)
+    other, _ = store.acquire(record.id, 60)
     assert other.fence > zombie.fence
     with pytest.raises(SessionMovedError):
-        store.put(zombie, 1, b"from the grave", 2, 2)
+        store.commit(zombie, 1, b"from the grave", 2, 2)
     with pytest.raises(SessionMovedError):
         store.rewind(zombie, 1)
     with pytest.raises(SessionMovedError):
         store.renew(zombie, 60)
     store.release(zombie)
-    assert store.put(other, 1, b"two", 2, 2).version == 2
+    assert store.commit(other, 1, b"two", 2, 2).version == 2
     with pytest.raises(SnapshotError):
         store.get(sha256(b"from the grave").hexdigest())
 
@@ -193,29 +213,29 @@ def test_a_lease_past_its_time_is_good_until_it_is_taken_over(
     store: SqliteStore, clock: Clock
 ) -> None:
     record = make(store)
-    lease = store.acquire(record.id, 60)
+    lease, _ = store.acquire(record.id, 60)
     clock.now += 61
-    assert store.put(lease, 1, b"two", 2, 2).version == 2
+    assert store.commit(lease, 1, b"two", 2, 2).version == 2
 
 
 def test_a_released_lease_is_no_right(store: SqliteStore) -> None:
     record = make(store)
-    lease = store.acquire(record.id, 60)
+    lease, _ = store.acquire(record.id, 60)
     store.release(lease)
     with pytest.raises(SessionMovedError):
-        store.put(lease, 1, b"two", 2, 2)
+        store.commit(lease, 1, b"two", 2, 2)
 
 
 def test_a_fence_grows_over_restarts(tmp_path: Path) -> None:
     folder = tmp_path / "sessions"
     store = SqliteStore(folder)
     record = make(store)
-    zombie = store.acquire(record.id, 1000)
+    zombie, _ = store.acquire(record.id, 1000)
     store.close()
     store = SqliteStore(folder)
     with pytest.raises(SessionMovedError):
-        store.put(zombie, 1, b"from the grave", 2, 2)
-    assert store.acquire(record.id, 60).fence > zombie.fence
+        store.commit(zombie, 1, b"from the grave", 2, 2)
+    assert store.acquire(record.id, 60)[0].fence > zombie.fence
     store.close()
 
 
@@ -223,7 +243,7 @@ def test_rewind_goes_back_turn_by_turn(store: SqliteStore) -> None:
     record = make(store)
     put(store, record.id, b"two")
     put(store, record.id, b"three")
-    lease = store.acquire(record.id, 60)
+    lease, _ = store.acquire(record.id, 60)
     back = store.rewind(lease, 3)
     assert (store.get(back.head), back.position, back.version, back.nbytes) == (b"two", 3, 4, 3)
     back = store.rewind(lease, 4)
@@ -231,7 +251,7 @@ def test_rewind_goes_back_turn_by_turn(store: SqliteStore) -> None:
     with pytest.raises(NothingToRewindError):
         store.rewind(lease, 5)
     assert store.head(record.id) == 5
-    assert store.put(lease, 5, b"another", 7, 2).checkpoints == (record.head,)
+    assert store.commit(lease, 5, b"another", 7, 2).checkpoints == (record.head,)
 
 
 def test_forks_share_states_until_the_last_one_goes(store: SqliteStore, tmp_path: Path) -> None:
@@ -248,7 +268,7 @@ def test_forks_share_states_until_the_last_one_goes(store: SqliteStore, tmp_path
     put(store, forks[0].id, b"own", keep=0)
     store.delete(forks[1].id)
     assert store.get(record.head) == b"two"
-    lease = store.acquire(forks[2].id, 60)
+    lease, _ = store.acquire(forks[2].id, 60)
     assert store.get(store.rewind(lease, 1).head) == b"one"
     with pytest.raises(SnapshotError):
         store.get(record.head)
@@ -321,7 +341,7 @@ def test_expired_sessions_are_not_there(store: SqliteStore, clock: Clock, tmp_pa
         [NewSession("a", 1, snapshot=b"%d" % n, expires_at=until) for n in range(250)]
     )
     forever = make(store)
-    lease = store.acquire(made[0].id, 60)
+    lease, _ = store.acquire(made[0].id, 60)
     assert store.expire(500) == []
     clock.now += 10
     assert store.list("a", None, 10)[0] == [forever]
@@ -331,8 +351,7 @@ def test_expired_sessions_are_not_there(store: SqliteStore, clock: Clock, tmp_pa
     assert len(gone) == 100
     gone += store.expire(500)
     assert set(gone) == {each.id for each in made[1:]}
-    assert store.put(lease, 1, b"its turn ends", 2, 0).version == 2
-    store.release(lease)
+    assert store.commit(lease, 1, b"its turn ends", 2, 0).version == 2
     assert store.expire(1) == [made[0].id]
     assert len(files(tmp_path / "sessions")) == 1
 

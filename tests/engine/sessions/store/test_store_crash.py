@@ -46,10 +46,8 @@ def make(store: SqliteStore, snapshot: bytes) -> SessionRecord:
 
 
 def turn(store: SqliteStore, session_id: str, snapshot: bytes) -> SessionRecord:
-    lease = store.acquire(session_id, 60)
-    record = store.put(lease, lease.version, snapshot, 2, 2)
-    store.release(lease)
-    return record
+    lease, _ = store.acquire(session_id, 60)
+    return store.commit(lease, lease.version, snapshot, 2, 2)
 
 
 def blob(folder: Path, digest: str) -> Path:
@@ -102,8 +100,9 @@ def test_a_cut_turn_says_so_until_the_next_one(
     store = SqliteStore(tmp_path)
     cut, done, idle = (make(store, b"%d" % n) for n in range(3))
     store.acquire(cut.id, 1000)
-    lease = store.acquire(done.id, 1000)
-    store.put(lease, 1, b"new", 2, 2)  # its turn was answered; the lease was still to be released
+    lease, _ = store.acquire(done.id, 1000)
+    # its turn was answered; the lease was still to be released
+    store.commit(lease, 1, b"new", 2, 2, keeps_lease=True)
     store.close()
     with caplog.at_level(logging.WARNING):
         store = SqliteStore(tmp_path)
@@ -282,9 +281,9 @@ def test_a_full_disk_loses_nothing_and_turns_go_on(small_disk: Path) -> None:
     assert 5 < len(made) < 16
     fill_disk(small_disk)
     for n in range(1000):
-        lease = store.acquire(made[n % len(made)].id, 60)
+        lease, _ = store.acquire(made[n % len(made)].id, 60)
         with pytest.raises(StoreFullError):
-            store.put(lease, 1, b"a small one", 2, 2)
+            store.commit(lease, 1, b"a small one", 2, 2)
         store.release(lease)
     store.close()
     store = SqliteStore(small_disk / "sessions")
@@ -301,14 +300,14 @@ def test_what_was_kept_back_for_leases_is_there_for_states_at_the_end(small_disk
     store = SqliteStore(small_disk / "sessions")
     made = [make(store, b"%d" % n) for n in range(30)]
     fill_disk(small_disk)
-    leases = [store.acquire(record.id, 60) for record in made]
+    leases = [store.acquire(record.id, 60)[0] for record in made]
     with pytest.raises(StoreFullError):
-        store.put(leases[0], 1, bytes(4096), 2, 2)
+        store.commit(leases[0], 1, bytes(4096), 2, 2)
     store.free_reserve()
     put = []
     for n, lease in enumerate(leases):
         with suppress(StoreFullError):
-            put.append(store.put(lease, 1, random.Random(n).randbytes(100_000), 2, 2))
+            put.append(store.commit(lease, 1, random.Random(n).randbytes(100_000), 2, 2))
     assert 10 < len(put) < len(made)
     with suppress(StoreFullError):
         while True:
@@ -316,7 +315,7 @@ def test_what_was_kept_back_for_leases_is_there_for_states_at_the_end(small_disk
     store.close()
     store = SqliteStore(small_disk / "sessions")
     for n in range(1000):
-        store.release(store.acquire(made[n % len(made)].id, 60))
+        store.release(store.acquire(made[n % len(made)].id, 60)[0])
     assert [store.record(record.id).head for record in put] == [record.head for record in put]
     store.delete(put[0].id)
     assert turn(store, put[1].id, b"there is room").version == 3
@@ -358,16 +357,16 @@ def test_a_commit_that_fails_keeps_the_old_head(
     """After a failed fsync a restart may still find the commit done: its file must be there."""
     store = SqliteStore(tmp_path)
     record = make(store, b"old")
-    lease = store.acquire(record.id, 60)
+    lease, _ = store.acquire(record.id, 60)
     with monkeypatch.context() as patch:
         patch.setattr(store._index, "_db", Failing(store._index._db, code))
         with pytest.raises(error) as caught:
-            store.put(lease, 1, b"new", 2, 0)
+            store.commit(lease, 1, b"new", 2, 0)
         assert type(caught.value) is error
         assert store.record(record.id) == record
     assert blob(tmp_path, sha256(b"new").hexdigest()).exists() == stays
     assert store.get(record.head) == b"old"
-    assert store.put(lease, 1, b"newer", 2, 0).version == 2
+    assert store.commit(lease, 1, b"newer", 2, 0).version == 2
     assert not blob(tmp_path, record.head).exists()
     store.close()
     SqliteStore(tmp_path).close()
@@ -397,7 +396,7 @@ def test_a_file_is_durable_before_the_index_refers_to_it(
     """What a loss of power would show, and a kill does not: the order of the system calls."""
     store = SqliteStore(tmp_path)
     record = make(store, b"old")
-    lease = store.acquire(record.id, 60)
+    lease, _ = store.acquire(record.id, 60)
     order: list[str] = []
 
     def watched(name: str, call: Callable[..., object]) -> Callable[..., object]:
@@ -411,7 +410,7 @@ def test_a_file_is_durable_before_the_index_refers_to_it(
     monkeypatch.setattr(os, "replace", watched("name", os.replace))
     monkeypatch.setattr(store._index, "_commit", watched("commit", store._index._commit))
     monkeypatch.setattr(store._blobs, "remove", watched("remove", store._blobs.remove))
-    store.put(lease, 1, b"new", 2, 0)
+    store.commit(lease, 1, b"new", 2, 0)
     assert order == ["sync", "name", "sync", "commit", "remove"]
     assert store._index._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
     monkeypatch.undo()

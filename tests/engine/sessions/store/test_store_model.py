@@ -76,7 +76,7 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(SessionBusyError):
                 self.store.acquire(session_id, ttl)
             return twin.lease
-        lease = self.store.acquire(session_id, ttl)
+        lease, _ = self.store.acquire(session_id, ttl)
         assert lease.fence > twin.fence
         assert lease.version == twin.version
         twin.fence = lease.fence
@@ -98,16 +98,18 @@ class StoreMachine(RuleBasedStateMachine):
             twin = self.twins[lease.session_id]
             if behind:
                 with pytest.raises(SessionMovedError):
-                    self.store.put(lease, twin.version - 1, raw, len(raw), keep)
+                    self.store.commit(
+                        lease, twin.version - 1, raw, len(raw), keep, keeps_lease=True
+                    )
                 return
-            self.store.put(lease, twin.version, raw, len(raw), keep)
+            self.store.commit(lease, twin.version, raw, len(raw), keep, keeps_lease=True)
             twin.blobs = [*twin.blobs, raw][-keep - 1 :]
             twin.version += 1
             twin.was_interrupted = False
         elif self.is_old(lease):
             twin = self.twins.get(lease.session_id, Twin([]))
             with pytest.raises(SessionMovedError):
-                self.store.put(lease, twin.version, raw, len(raw), keep)
+                self.store.commit(lease, twin.version, raw, len(raw), keep, keeps_lease=True)
 
     @rule(lease=leases, raw=SNAPSHOTS, events=st.sampled_from([b"", EVENTS]))
     def commit(self, lease: Lease, raw: bytes, events: bytes) -> None:
