@@ -9,7 +9,9 @@
 #include "attention_gelu.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "mamba2.h"
 #include "recurrent.h"
+#include "rwkv7.h"
 #include "sampling_weights.h"
 #include "selective_scan.h"
 
@@ -20,6 +22,7 @@ const Kernels kernels = {denominators,         recurrent,   attention_gelu, line
                          elu_plus_one,         layer_norm,  argmax,         sampling_weights,
                          each_element<silu_of>, each_element<sigmoid_of>, each_element<softplus_of>,
                          each_element<tanh_of>, each_element<exponential>, rms_norm,
-                         short_convolution,    selective_scan};
+                         short_convolution,    selective_scan,
+                         token_mix,            relu_squared, rwkv7_heads, mamba2_heads};
 
 }  // namespace cottention::COTTENTION_ISA

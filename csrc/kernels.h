@@ -149,6 +149,35 @@ struct SelectiveScanParams {
   }
 };
 
+struct TokenMixParams {
+  const float* y;              // [N, channels]
+  const float* const* before;  // [N], the rows before
+  const float* mix;            // [mixes, channels]
+  float* out;                  // mixes of [N, channels], mix_stride apart
+  int64_t channels, mixes, mix_stride;
+};
+
+// All that happens in the heads of an RWKV-7 block, on [N, H, K] contiguous; w, a, k, v (in all
+// but the first layer) and b are overwritten.
+struct RWKV7HeadsParams {
+  RecurrentParams recurrent;  // of r, k, v, w, a and b, with all rows of a head in one task
+  float *r, *k, *v, *w, *a, *b;
+  const float *g, *v_first, *v_mix;  // v_mix is null in the first layer
+  const float *k_k, *k_a, *r_k, *norm_weight, *norm_bias;  // [H, K]
+  float unit_weight, norm_epsilon;
+};
+
+// All that happens in the heads of a Mamba-2 block.
+struct Mamba2HeadsParams {
+  RecurrentParams recurrent;  // k and q of the first group, the same for all heads
+  const float *gate, *step;   // [N, H V] and [N, H], rows joined_stride apart
+  const float* x;             // [N, H V], rows x_stride apart
+  float *v, *w;               // [N, H, V] and [N, H]; overwritten
+  const float *step_bias, *log_decay, *skip;  // [H]
+  int64_t joined_stride, x_stride, groups;
+  float least_step, greatest_step;
+};
+
 struct ArgmaxParams {
   const float* x;  // [rows, columns], rows x_stride apart
   int64_t* out;    // [rows]
@@ -185,6 +214,10 @@ struct Kernels {
   void (*rms_norm)(const RMSNormParams&, int64_t row);
   void (*short_convolution)(const ShortConvolutionParams&, int64_t task);  // segments × splits
   void (*selective_scan)(const SelectiveScanParams&, int64_t task);        // segments × splits
+  void (*token_mix)(const TokenMixParams&, int64_t token);
+  void (*relu_squared)(const RowsParams&, int64_t row);
+  void (*rwkv7_heads)(const RWKV7HeadsParams&, int64_t task);    // segments × heads
+  void (*mamba2_heads)(const Mamba2HeadsParams&, int64_t task);  // segments × heads
 };
 
 namespace plain {

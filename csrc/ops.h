@@ -54,5 +54,13 @@ void cottention_layers(const Tensor& x, const std::vector<Tensor>& weights, doub
                        const Tensor& state, const Tensor& state_indices,
                        const std::optional<Tensor>& cu_seqlens, const Tensor& normed,
                        const Tensor& joined, const Tensor& attn_gelu);
+void mamba2_layers(const Tensor& x, const std::vector<Tensor>& weights, double epsilon,
+                   int64_t groups, const std::vector<double>& step_limit, const Tensor& state,
+                   const Tensor& conv, const Tensor& state_indices,
+                   const std::optional<Tensor>& cu_seqlens);
+void rwkv7_layers(const Tensor& x, const std::vector<Tensor>& weights, double epsilon,
+                  double group_epsilon, const std::vector<int64_t>& ranks, int64_t inner,
+                  const Tensor& state, const Tensor& att_shift, const Tensor& ffn_shift,
+                  const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens);
 
 }  // namespace cottention

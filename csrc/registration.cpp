@@ -41,6 +41,14 @@ STABLE_TORCH_LIBRARY(cottention, m) {
       "cottention_layers(Tensor(a!) x, Tensor[] weights, float epsilon, Tensor positions, "
       "Tensor cos, Tensor sin, Tensor(b!) state, Tensor state_indices, Tensor? cu_seqlens, "
       "Tensor(c!) normed, Tensor(d!) joined, Tensor(e!) attn_gelu) -> ()");
+  m.def(
+      "mamba2_layers(Tensor(a!) x, Tensor[] weights, float epsilon, int groups, "
+      "float[] step_limit, Tensor(b!) state, Tensor(c!) conv, Tensor state_indices, "
+      "Tensor? cu_seqlens) -> ()");
+  m.def(
+      "rwkv7_layers(Tensor(a!) x, Tensor[] weights, float epsilon, float group_epsilon, "
+      "int[] ranks, int inner, Tensor(b!) state, Tensor(c!) att_shift, Tensor(d!) ffn_shift, "
+      "Tensor state_indices, Tensor? cu_seqlens) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
@@ -66,4 +74,6 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("layer_norm", TORCH_BOX(&cottention::layer_norm));
   m.impl("cottention_attention_gelu", TORCH_BOX(&cottention::cottention_attention_gelu));
   m.impl("cottention_layers", TORCH_BOX(&cottention::cottention_layers));
+  m.impl("mamba2_layers", TORCH_BOX(&cottention::mamba2_layers));
+  m.impl("rwkv7_layers", TORCH_BOX(&cottention::rwkv7_layers));
 }

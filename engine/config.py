@@ -47,6 +47,13 @@ class EngineConfig:
         unset="the number of slots",
         minimum=0,
     )
+    max_preempted_states: int | None = setting(
+        None,
+        "maximum number of states kept on the host for requests that have given up their slots to"
+        " another API key's; beyond it a key waits until slots are free",
+        unset="twice the number of slots",
+        minimum=0,
+    )
     context_policy: Literal["auto", ContextPolicy] = setting(
         "auto",
         "how to continue past the trained length; renew forgets the oldest tokens and keeps the"
@@ -96,6 +103,11 @@ class EngineConfig:
     def num_paused(self, num_slots: int) -> int:
         """Maximum number of paused states on the host."""
         return num_slots if self.max_paused_states is None else self.max_paused_states
+
+    def num_preempted(self, num_slots: int) -> int:
+        """Maximum number of preempted states on the host."""
+        limit = self.max_preempted_states
+        return 2 * num_slots if limit is None else limit
 
     def num_slots(self, spec: StateSpec) -> int:
         """Number of slots in the pool. Raises ConfigurationError where the memory holds none."""

@@ -3,11 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cottention.engine.errors import ConfigurationError
 from cottention.engine.settings.declaration import check_settings, setting
 from cottention.server.log_config import LogFormat
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+
+SEND_SECONDS = 300.0
+"""Default of --send-seconds."""
 
 _UNSET = "that of the model's generation_config.json, else {}"
 
@@ -48,13 +52,44 @@ class ServerConfig:
     )
     receive_seconds: float = setting(
         30.0,
-        "timeout for a request's headers, and for each part of its body",
+        "timeout for a request's headers, and for each pause of its body",
         minimum=0.01,
         unit="seconds",
+    )
+    receive_rate: int = setting(
+        32 * 1024,
+        "bytes per second that a request's body must average after --receive-seconds",
+        minimum=1,
+        unit="bytes",
+    )
+    send_seconds: float = setting(
+        SEND_SECONDS,
+        "time in which a client that has stopped reading must read some of what waits for it",
+        minimum=0.01,
+        unit="seconds",
+    )
+    max_connections: int | None = setting(
+        None,
+        "maximum number of connections; beyond it those without a request are closed",
+        unset="as many as the limit of open files leaves, up to 1024",
+        minimum=1,
+    )
+    max_connections_per_address: int | None = setting(
+        None,
+        "maximum number of connections from one IP address, or IPv6 network of 64 bits",
+        unset="half of --max-connections",
+        minimum=1,
     )
     max_body_bytes: int = setting(
         4 * 1024**2,
         "maximum size of a request body; accepts 512K or 4M",
+        minimum=1,
+        unit="bytes",
+    )
+    max_received_bytes: int = setting(
+        16 * 1024**2,
+        "maximum size of the bodies of all requests under way; one API key gets at most half of it,"
+        " or one body",
         minimum=1,
         unit="bytes",
     )
@@ -68,6 +103,12 @@ class ServerConfig:
         "maximum number of tokens in these prompts; beyond it requests get 429",
         minimum=1,
         unit="tokens",
+    )
+    max_response_items: int = setting(
+        1_000_000,
+        "maximum number of token ids, echoed tokens and log-probabilities in a response: tokens"
+        " times choices times alternatives; beyond it a request gets 400",
+        minimum=1,
     )
     max_request_seconds: float | None = setting(
         None, "maximum request duration", unset="unlimited", minimum=0.001, unit="seconds"
@@ -89,6 +130,12 @@ class ServerConfig:
         "maximum size of the events kept for a client that reconnects to a session's turn",
         minimum=0,
         unit="bytes",
+    )
+    max_session_reads: int = setting(
+        32,
+        "maximum number of snapshots and event logs that are sent at once; one API key gets at most"
+        " half of them",
+        minimum=2,
     )
     max_snapshot_bytes: int = setting(
         256 * 1024**2, "maximum size of a session to import", minimum=1, unit="bytes"
@@ -113,10 +160,13 @@ class ServerConfig:
         (), "API key to require; may be repeated", unset="none required", is_secret=True
     )
     api_key_file: str | None = setting(
-        None, "file with an API key per line, or .json with limits per key", is_path=True
+        None, "file with an API key per line, or JSON with limits per key", is_path=True
     )
     key_max_requests: int | None = setting(
-        None, "maximum number of concurrent requests per API key", unset="unlimited", minimum=1
+        None,
+        "maximum number of concurrent requests per API key, each counted prompts times n",
+        unset="unlimited",
+        minimum=1,
     )
     key_max_tokens_per_minute: int | None = setting(
         None,
@@ -169,6 +219,11 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.max_received_bytes < self.max_body_bytes:
+            raise ConfigurationError(
+                f"--max-received-bytes {self.max_received_bytes} must be at least --max-body-bytes,"
+                f" {self.max_body_bytes}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,12 @@ class Product:
         chosen = [zero if bias is None else bias for bias, zero in zip(biases, zeros, strict=True)]
         return weight, _joined(chosen)
 
+    @property
+    def packed(self) -> ops.FixedOrderLinear | None:
+        """The served product where its weights are packed for the compiled ops, else None."""
+        served = self._arranged
+        return served if isinstance(served, ops.FixedOrderLinear) and served.is_packed else None
+
     def serve(self, device: str) -> None:
         self._arranged = served_product(*self._stacked(), device)
         for linear in self._linears:
@@ -86,9 +92,14 @@ class Convolution:
 
     def __call__(self, x: Tensor, index: int, recurrence: Recurrence) -> Tensor:
         """x [N, C] of layer `index` → [N, C]; the rows of the pool's `conv` are moved on."""
-        weight, bias = self._arranged or self._stacked()
+        weight, bias = self.arranged
         tails, rows = recurrence.tensors["conv"][:, index], recurrence.segments
         return ops.short_convolution(x, weight, bias, tails, rows.slots, rows.cu_seqlens)
+
+    @property
+    def arranged(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [W, C] and bias [C] or None, of all convolutions."""
+        return self._arranged or self._stacked()
 
     def _stacked(self) -> tuple[Tensor, Tensor | None]:
         weight = _joined([each.weight for each in self._convolutions])
@@ -185,6 +196,8 @@ class RecurrentModel(nn.Module, Generic[TablesT]):
         self.lm_head = None if is_tied else nn.Linear(width, vocab_size, bias=False)
         self._trunk_name = trunk_name
         self._head: Callable[[Tensor], Tensor] | None = None
+        # All layers in one call, with the same bits: some families where they are served.
+        self.fused: Callable[[Tensor, Recurrence], Tensor] | None = None
 
     @property
     def _trunk(self) -> Trunk:
@@ -194,6 +207,8 @@ class RecurrentModel(nn.Module, Generic[TablesT]):
         """ids and positions int64 [N] → hidden states [N, C] before the last norm."""
         x = F.embedding(ids, self._trunk.embeddings.weight)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.fused is not None:
+            return self.fused(x, recurrence)
         tables = self.step_tables(positions, x.dtype)
         for index, layer in enumerate(self._layers()):
             x = layer.advance(x, index, tables, recurrence)

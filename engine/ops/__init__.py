@@ -31,6 +31,8 @@ from cottention.engine.ops.fused import (
     can_sample,
     cottention_attention_gelu,
     cottention_layers,
+    mamba2_layers,
+    rwkv7_layers,
     sample,
 )
 from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
@@ -61,6 +63,7 @@ __all__ = [
     "gelu_new",
     "kernel_has_width",
     "layer_norm",
+    "mamba2_layers",
     "max_recurrent_tokens",
     "recurrent_segments",
     "recurrent_step",
@@ -68,6 +71,7 @@ __all__ = [
     "rotary_table",
     "rotate",
     "row_sums",
+    "rwkv7_layers",
     "sample",
     "selective_scan",
     "short_convolution",
@@ -136,17 +140,25 @@ def recurrent_segments(
     a: Tensor | None = None,
     b: Tensor | None = None,
 ) -> Tensor:
-    """`recurrent_step` on prepared segments; with compiled ops it does not wait for a device.
+    """`recurrent_step` on prepared segments; on CUDA it does not wait for the device.
 
-    With w or a and b long segments, too, are computed token by token.
+    With w or a and b long segments, too, are computed token by token, by the kernel or, without
+    one, by the torch reference, which then waits for the device unless all segments have one token.
     """
-    if q.device.type == "cpu" or w is not None or a is not None or b is not None:
-        slots, cu_seqlens = segments.slots, segments.cu_seqlens
-        return recurrent_step(q, k, v, state, z, slots, cu_seqlens, w=w, a=a, b=b)
-    checks.check_one_device(q, k, v, state, z, segments.state_indices, segments.cu_seqlens)
+    slots, ends = segments.slots, segments.cu_seqlens
+    if q.device.type == "cpu":
+        return recurrent_step(q, k, v, state, z, slots, ends, w=w, a=a, b=b)
+    checks.check_one_device(q, k, v, state, z, slots, ends, w, a, b)
+    is_plain = w is None and a is None and b is None
     if _on_cuda_with_ops(q) and _kernel_takes(q.shape[-1], v.shape[-1]):
-        return varlen.advance_by_kernel(q, k, v, state, z, segments)
-    return varlen.advance_by_torch(q, k, v, state, z, segments)
+        if is_plain:
+            return varlen.advance_by_kernel(q, k, v, state, z, segments)
+        step = torch.ops.cottention.recurrent_step
+        out: Tensor = step(q, k, v, state, z, slots, ends, w, a, b)
+        return out
+    if is_plain:
+        return varlen.advance_by_torch(q, k, v, state, z, segments)
+    return reference.recurrent_step(q, k, v, state, z, slots, ends, w=w, a=a, b=b)
 
 
 def max_recurrent_tokens(device: str, key: int, value: int) -> int | None:

@@ -45,10 +45,21 @@ def exp(x: Tensor) -> Tensor:
 
 def _each(x: Tensor, name: str, plain: Callable[[Tensor], Tensor]) -> Tensor:
     if not compiled_takes(x):
-        return plain(x)
+        return _rounded_once(x, plain)
     op = getattr(torch.ops.cottention, name)
     out: Tensor = op(x if x.dim() == 2 else x.flatten(1) if x.dim() > 2 else x.unsqueeze(0))
     return out.view(x.shape)
+
+
+def _rounded_once(x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
+    """In float32 on the CPU by way of float64.
+
+    The last bits of torch's functions depend on an element's place; of float64 they are rounded
+    away.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return plain(x)
+    return plain(x.double()).float()
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, groups: int = 1) -> Tensor:

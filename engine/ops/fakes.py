@@ -117,4 +117,6 @@ FAKES: dict[str, Callable[..., object]] = {
     "layer_norm": in_place,
     "cottention_attention_gelu": in_place,
     "cottention_layers": in_place,
+    "mamba2_layers": in_place,
+    "rwkv7_layers": in_place,
 }

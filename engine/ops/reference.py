@@ -67,47 +67,53 @@ def recurrent_step(
     + k, and out is divided by max(z·q, 1e-6). Computed in the type of the state. A state index of
     −1 is padding: no row changes and its outputs are zero. Returns [N, H, V] in the type of v.
     """
-    out = torch.zeros_like(v)
+    if not len(state_indices):
+        return torch.zeros_like(v)
+    dtype = v.dtype
     q, k, v = (x.to(state.dtype) for x in (q, k, v))
-    bounds = range(len(state_indices) + 1) if cu_seqlens is None else cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    slots = state_indices.tolist()
     terms = [None if x is None else x.to(state.dtype) for x in (w, a, b)]
-    for step in range(max(lengths, default=0)):
-        active = [i for i, n in enumerate(lengths) if step < n and slots[i] != PADDING_SLOT]
-        if active:
-            tokens = torch.tensor([bounds[i] + step for i in active], device=q.device)
-            rows = state_indices[torch.tensor(active, device=state_indices.device)].long()
-            now = [None if x is None else x[tokens] for x in terms]
-            outputs = _one_token(q[tokens], k[tokens], v[tokens], state, z, rows, *now)
-            out[tokens] = outputs.to(out.dtype)
+    if cu_seqlens is None:  # nothing waits for a device
+        rows = real_rows(state_indices)
+        at = rows.source
+        now = [None if x is None else x[at] for x in terms]
+        out = _one_token(state, z, rows.slots, rows.is_any, q[at], k[at], v[at], *now)
+        return out.masked_fill(rows.is_padding[:, None, None], 0).to(dtype)
+    out = torch.zeros_like(v, dtype=dtype)
+    always = torch.ones((), dtype=torch.bool, device=v.device)
+    for at, slots in token_steps(state_indices, cu_seqlens):
+        now = [None if x is None else x[at] for x in terms]
+        out[at] = _one_token(state, z, slots, always, q[at], k[at], v[at], *now).to(dtype)
     return out
 
 
 def _one_token(
+    state: Tensor,
+    z: Tensor | None,
+    slots: Tensor,
+    is_any: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    state: Tensor,
-    z: Tensor | None,
-    rows: Tensor,
     w: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
 ) -> Tensor:
-    """One token for each of `rows` (int64 [B]); q, k, a, b [B, H, K], v [B, H, V] → [B, H, V]."""
-    before = state[rows]
-    decay = 1 if w is None else w.view(*w.shape[:2], -1)
+    """One token for each of `slots` (int64 [B]); q, k, a, b [B, H, K], v [B, H, V] → [B, H, V].
+
+    Nothing changes where is_any is false.
+    """
+    before = state[slots]
     updated = before if w is None else before * w.view(*w.shape[:2], 1, -1)
     if a is not None and b is not None:
         updated = updated + (before * a.unsqueeze(-2)).sum(-1, keepdim=True) * b.unsqueeze(-2)
     updated = updated + v.unsqueeze(-1) * k.unsqueeze(-2)
-    state[rows] = updated
+    state[slots] = torch.where(is_any, updated, before)
     out = (updated * q.unsqueeze(-2)).sum(-1)
     if z is None:
         return out
-    total = decay * z[rows] + k
-    z[rows] = total
+    decay = 1 if w is None else w.view(*w.shape[:2], -1)
+    total = decay * z[slots] + k
+    z[slots] = torch.where(is_any, total, z[slots])
     return out / (total * q).sum(-1, keepdim=True).clamp_min(DENOMINATOR_FLOOR)
 
 

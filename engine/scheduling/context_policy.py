@@ -59,6 +59,21 @@ class ContextPolicies:
         if state.num_tokens > self.window:
             self.schedule((), SamplingParams(max_tokens=0), state)
 
+    def num_reread(self, start: SessionState, num_new: int) -> int:
+        """Ids of a session that a turn with a prompt of `num_new` ids reads besides that prompt.
+
+        Those that wait outside the rows and, where the rows are not of the context in which the
+        prompt ends, all that this context is computed from.
+        """
+        stop = start.num_tokens + num_new
+        if not stop:
+            return 0
+        begins = self.context_schedules[start.context_policy].start
+        begin = begins(stop - 1)
+        goes_on = start.position > 0 and begins(start.position - 1) == begin
+        num_computed = stop - (start.position if goes_on else begin)
+        return max(len(start.pending), num_computed - num_new)
+
     def settled(self, start: SessionState, params: SamplingParams) -> SessionState:
         """The session under the policy that the request asks for. Raises ContextPolicyError."""
         return start.under(params.context_policy, self.window)

@@ -7,7 +7,7 @@ rewind. A turn takes two transactions of the store: `begin` leases the session a
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar, cast
 
@@ -22,7 +22,15 @@ from cottention.engine.errors import (
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.state_cache import StateCache, UnsavedState
 from cottention.engine.sessions.store import Lease, NewSession, SessionRecord, SessionStore
-from cottention.engine.sessions.types import Exported, Session, SessionCounts, SessionValue, Turn
+from cottention.engine.sessions.types import (
+    BytesReader,
+    Exported,
+    OpenExport,
+    Session,
+    SessionCounts,
+    SessionValue,
+    Turn,
+)
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import SessionState
@@ -76,6 +84,11 @@ class SessionManager:
         """A new session with this state. StoreUnavailableError."""
         return self._create(owner, self._codec.encode(state), state, metadata, ttl_seconds)
 
+    @property
+    def max_snapshot_nbytes(self) -> int:
+        """Bytes of the largest snapshot that a session of this model can have."""
+        return self._codec.max_nbytes
+
     def import_(
         self, owner: str, raw: bytes, metadata: Metadata, ttl_seconds: float | None, check: Check
     ) -> Session:
@@ -99,20 +112,30 @@ class SessionManager:
 
     def export(self, owner: str, session_id: str) -> Exported:
         """A session after its last turn, and its snapshot. SnapshotError: it is damaged."""
+        session, snapshot = self.open_export(owner, session_id)
+        with closing(snapshot):
+            return Exported(session, snapshot.read(0, snapshot.nbytes))
 
-        def read(record: SessionRecord) -> Exported:
+    def open_export(self, owner: str, session_id: str) -> OpenExport:
+        """As `export`, with the snapshot to be read in pieces.
+
+        A snapshot that is stored is never in memory as a whole.
+        """
+
+        def read(record: SessionRecord) -> OpenExport:
             unsaved = self._cache.unsaved(record.id)
-            if unsaved is not None:
-                raw = self._codec.encode(unsaved.value.state)
-            else:
-                raw, _ = record.split(self._store.get(record.head))
-            return Exported(self._session(record, unsaved), raw)
+            snapshot = (
+                self._store.open_blob(record.head, 0, record.snapshot_nbytes)
+                if unsaved is None
+                else BytesReader(self._codec.encode(unsaved.value.state))
+            )
+            return OpenExport(self._session(record, unsaved), snapshot)
 
         return self._read_head(owner, session_id, read)
 
     def events(self, owner: str, session_id: str) -> EventLog:
         """The events that were committed with the last turn. SnapshotError: they are damaged."""
-        return self._read_head(owner, session_id, lambda record: self._cache.load(record).events)
+        return self._read_head(owner, session_id, self._cache.load_events)
 
     def delete(self, owner: str, session_id: str) -> None:
         """SessionBusyError while a turn runs."""

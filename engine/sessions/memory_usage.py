@@ -6,10 +6,15 @@ It follows from the model's state and the settings, and is known before there is
 from dataclasses import dataclass
 from typing import Self
 
+from cottention.engine.state.session_state import MAX_UNDECODED
 from cottention.engine.state.spec import StateSpec
 
 ID_BYTES, COUNT_BYTES = 40, 120
 """Approximate bytes in CPython of an int in a tuple, and of an int pair in a dictionary."""
+
+VALUE_BYTES, EVENT_BYTES = 4096, 48
+"""Of a session's value in memory besides its lists: the objects and their places in the cache; of
+an event besides its text, which is at least as long."""
 
 STORED_ID_BYTES, STORED_COUNT_BYTES = 4, 8
 HEADER_BYTES = 2048
@@ -20,7 +25,9 @@ GB = 10**9
 
 @dataclass(frozen=True, slots=True)
 class SessionBytes:
-    """The most bytes that one session takes at any age.
+    """The most bytes that one session takes at any age, after turns that ended by themselves.
+
+    The ids of a turn that was cut come on top, at most MAX_PENDING of them.
 
     items: by content. places: of one session in the pool (resident), in memory (parked), on the
     disk (stored).
@@ -60,7 +67,7 @@ class SessionBytes:
         }
         places = {
             "resident": spec.bytes_per_slot,
-            "parked": rows + counts + ids + max_event_log_bytes,
+            "parked": VALUE_BYTES + MAX_UNDECODED + rows + counts + ids + 2 * max_event_log_bytes,
             "stored": (1 + max_checkpoints) * snapshot,
         }
         return cls(items, places)

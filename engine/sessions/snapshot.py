@@ -7,6 +7,7 @@ reader takes from a header only the numbers that determine it, writes the header
 requires those very bytes: whatever else a header contains is refused without being interpreted.
 """
 
+import codecs
 import ctypes
 import hashlib
 import json
@@ -14,7 +15,6 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from cottention.engine.errors import SnapshotError, SnapshotMismatchError
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.state.context_window import ContextPolicy, ContextSchedule
-from cottention.engine.state.session_state import SessionState
+from cottention.engine.state.session_state import MAX_PENDING, MAX_UNDECODED, SessionState
 from cottention.engine.state.spec import StateDType, StateSpec
 
 MAGIC = b"COTTSESS"
@@ -97,10 +97,11 @@ def ints_to_bytes(dtype: str, values: Sequence[int]) -> bytes:
     return bytes(values) if dtype == "U8" else struct.pack(f"<{len(values)}i", *values)
 
 
-def ints_at(data: memoryview, entry: Entry) -> Sequence[int]:
-    """Decode what `ints_to_bytes` wrote; U8 as bytes."""
-    part = data[entry.start : entry.end]
-    return bytes(part) if entry.dtype == "U8" else struct.unpack(f"<{len(part) // 4}i", part)
+def ints_at(data: memoryview, entry: Entry) -> Tensor:
+    """What `ints_to_bytes` wrote, as a copy: int32 or, of U8, uint8."""
+    part = bytearray(data[entry.start : entry.end])
+    dtype = torch.uint8 if entry.dtype == "U8" else torch.int32
+    return torch.frombuffer(part, dtype=dtype) if part else torch.empty(0, dtype=dtype)
 
 
 def floats_to_bytes(row: Tensor) -> bytes:
@@ -154,7 +155,7 @@ class SnapshotCodec:
     """Encodes and decodes sessions of one model; equal states have equal bytes.
 
     num_ids: ids of the tokenizer; a snapshot with others is refused. window: recent ids that a
-    session holds.
+    session holds. max_nbytes: bytes of the largest snapshot.
     """
 
     def __init__(
@@ -174,6 +175,15 @@ class SnapshotCodec:
             for tensor in spec.tensors
         ]
         self._expected = asdict(fingerprints)
+        self._max_lengths = {
+            "pending": MAX_PENDING,
+            "recent": window,
+            "count_ids": num_ids,
+            "counts": num_ids,
+            "undecoded": MAX_UNDECODED,
+        }
+        longest = self._entries(_Sizes(0, "", True, self._max_lengths))
+        self.max_nbytes = _BODY_AT + 8 + MAX_HEADER_BYTES + longest["undecoded"].end
 
     def encode(self, state: SessionState) -> bytes:
         """The snapshot of a session."""
@@ -198,10 +208,14 @@ class SnapshotCodec:
         )
 
     def decode(self, raw: bytes) -> SessionState:
-        """The session of a snapshot; sizes are checked against `raw` before they are used.
+        """The session of a snapshot, which `encode` could have written.
+
+        Sizes are checked against what a session may have, and against `raw`, before anything is
+        unpacked. What takes time runs without the interpreter's lock: hashes, copies and the
+        checks of long lists.
 
         Raises SnapshotMismatchError for a snapshot of another model or format, SnapshotError for
-        bytes that are damaged or no snapshot.
+        bytes that are damaged or no snapshot, or a state that no session has.
         """
         header, data = unseal(raw)
         sizes = self._sizes(header)
@@ -215,10 +229,10 @@ class SnapshotCodec:
         return SessionState(
             rows=tuple(floats_at(data, entries[name]) for name in entries if name not in _LISTS),
             position=sizes.position,
-            pending=tuple(lists["pending"]),
-            recent=tuple(lists["recent"]),
-            counts=dict(zip(lists["count_ids"], lists["counts"], strict=True)),
-            undecoded=bytes(lists["undecoded"]),
+            pending=tuple(lists["pending"].tolist()),
+            recent=tuple(lists["recent"].tolist()),
+            counts=dict(zip(lists["count_ids"].tolist(), lists["counts"].tolist(), strict=True)),
+            undecoded=bytes(lists["undecoded"].tolist()),
             context_policy=self._policies[sizes.context_policy],
         )
 
@@ -254,6 +268,7 @@ class SnapshotCodec:
             raise SnapshotError("the snapshot's header cannot be read") from error
         if min(lengths.values()) < 0 or max(position, *lengths.values()) > MAX_NUMBER:
             raise SnapshotError("the snapshot's sizes are out of range")
+        self._check_sizes(sizes)
         return sizes
 
     def _check_fit(self, found: Mapping[str, str], policy: str) -> None:
@@ -268,23 +283,50 @@ class SnapshotCodec:
         if faults:
             raise SnapshotMismatchError(f"the snapshot differs in {', '.join(faults)}")
 
-    def _check(self, sizes: _Sizes, lists: Mapping[str, Sequence[int]]) -> None:
-        """Refuse values that no session can have. Raises SnapshotError."""
-        ids, counts = lists["count_ids"], lists["counts"]
-        all_ids = (*lists["pending"], *lists["recent"], *ids)
-        if all_ids and not 0 <= min(all_ids) <= max(all_ids) < self._num_ids:
-            raise SnapshotError("the snapshot has ids that the tokenizer does not have")
-        if len(ids) != len(counts) or any(a >= b for a, b in pairwise(ids)):
-            raise SnapshotError(
-                "the snapshot's counts are not one for each id, in increasing order"
-            )
-        if counts and min(counts) < 0:
-            raise SnapshotError("the snapshot has negative counts")
-        num_held = sizes.position + len(lists["pending"])
-        if len(lists["recent"]) != min(num_held, self._window):
+    def _check_sizes(self, sizes: _Sizes) -> None:
+        """Refuse sizes that no session can have. Raises SnapshotError."""
+        lengths = sizes.lengths
+        for name, most in self._max_lengths.items():
+            if lengths[name] > most:
+                raise SnapshotError(
+                    f"the snapshot's {name} has {lengths[name]} elements; at most {most} are"
+                    " allowed"
+                )
+        num_held = sizes.position + lengths["pending"]
+        if lengths["count_ids"] != lengths["counts"] or lengths["counts"] > num_held:
+            raise SnapshotError("the snapshot's counts are not one for each id that it holds")
+        if lengths["recent"] != min(num_held, self._window):
             raise SnapshotError("the snapshot's number of recent ids does not match its position")
-        if sizes.position and not sizes.has_rows:
-            raise SnapshotError("the snapshot has a position and no state")
+        if bool(sizes.position) != sizes.has_rows:
+            raise SnapshotError("the snapshot has a position and no state, or a state without one")
+        if num_held and not lengths["pending"]:
+            raise SnapshotError("the snapshot's last id is not among its pending ids")
+        if lengths["undecoded"] and not num_held:
+            raise SnapshotError("the snapshot has bytes of a character and no id that they are of")
+
+    def _check(self, sizes: _Sizes, lists: Mapping[str, Tensor]) -> None:
+        """Refuse values that no session can have. Raises SnapshotError."""
+        pending, recent = lists["pending"], lists["recent"]
+        ids, counts = lists["count_ids"], lists["counts"]
+        for each in (pending, recent, ids):
+            if len(each) and not 0 <= int(each.min()) <= int(each.max()) < self._num_ids:
+                raise SnapshotError("the snapshot has ids that the tokenizer does not have")
+        if not bool((ids[1:] > ids[:-1]).all()):
+            raise SnapshotError("the snapshot's counts are not in increasing order of their ids")
+        if bool((counts < 0).any()):
+            raise SnapshotError("the snapshot has negative counts")
+        num_both = min(len(pending), len(recent))
+        if num_both and not torch.equal(pending[-num_both:], recent[-num_both:]):
+            raise SnapshotError("the snapshot's recent ids do not end with its pending ids")
+        counted = torch.zeros(self._num_ids, dtype=torch.bool)
+        counted[ids.long()] = True
+        if not all(bool(counted[each.long()].all()) for each in (pending, recent)):
+            raise SnapshotError("the snapshot has ids without a count")
+        if int(counts.sum()) > sizes.position + len(pending):
+            raise SnapshotError("the snapshot's counts are more than the ids that it holds")
+        undecoded = bytes(lists["undecoded"].tolist())
+        if codecs.getincrementaldecoder("utf-8")("replace").decode(undecoded):
+            raise SnapshotError("the snapshot's undecoded bytes do not begin a character")
 
 
 def _check_format(found: str) -> None:

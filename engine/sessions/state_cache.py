@@ -7,11 +7,17 @@ the most recently used ones (`ParkedStates`), within a budget.
 import logging
 import threading
 from collections import OrderedDict
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from cottention.engine.errors import NothingToRewindError, SessionMovedError, StoreUnavailableError
-from cottention.engine.sessions.memory_usage import COUNT_BYTES, ID_BYTES
+from cottention.engine.sessions.memory_usage import (
+    COUNT_BYTES,
+    EVENT_BYTES,
+    ID_BYTES,
+    VALUE_BYTES,
+)
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SessionStore
 from cottention.engine.sessions.types import Residence, SessionCounts, SessionValue
@@ -48,8 +54,8 @@ class UnsavedStates:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the rows of all."""
-        return sum(unsaved.value.state.nbytes for unsaved in self._found.values())
+        """Bytes of all."""
+        return sum(_num_bytes(unsaved.value) for unsaved in self._found.values())
 
     def get(self, session_id: str) -> UnsavedState | None:
         """The session's value; None where the store has it."""
@@ -149,10 +155,12 @@ class ParkedStates:
 
 
 def _num_bytes(value: SessionValue) -> int:
+    """Bytes that a value takes in memory: of everything in it, and of the objects themselves."""
     state, events = value
     num_ids = len(state.pending) + len(state.recent)
-    lists = num_ids * ID_BYTES + len(state.counts) * COUNT_BYTES
-    return state.nbytes + events.nbytes + lists
+    lists = num_ids * ID_BYTES + len(state.counts) * COUNT_BYTES + len(state.undecoded)
+    log = events.nbytes + len(events.events) * EVENT_BYTES
+    return VALUE_BYTES + state.nbytes + lists + log
 
 
 class StateCache:
@@ -205,10 +213,16 @@ class StateCache:
 
     def load(self, record: SessionRecord) -> SessionValue:
         """A session's value, from wherever it is. SnapshotError: damaged, or no longer stored."""
-        with self._lock:
-            unsaved = self._unsaved.get(record.id)
-            value = unsaved.value if unsaved else self._parked.get(record.head)
-        return value or self._decode(record)
+        return self._in_memory(record) or self._decode(record)
+
+    def load_events(self, record: SessionRecord) -> EventLog:
+        """The events of `load`; of what is on the disk nothing else is read into memory."""
+        value = self._in_memory(record)
+        if value is not None:
+            return value.events
+        start = record.snapshot_nbytes
+        with closing(self._store.open_blob(record.head, start, record.nbytes)) as log:
+            return EventLog.from_bytes(log.read(0, log.nbytes))
 
     def load_for_turn(self, record: SessionRecord) -> SessionValue:
         """As `load`, for a turn that has the lease: a value from the disk is parked."""
@@ -314,6 +328,11 @@ class StateCache:
         return SessionCounts(
             num_running, num_parked, num_stored, num_bytes, stored.blob_bytes, num_unsaved
         )
+
+    def _in_memory(self, record: SessionRecord) -> SessionValue | None:
+        with self._lock:
+            unsaved = self._unsaved.get(record.id)
+            return unsaved.value if unsaved else self._parked.get(record.head)
 
     def _decode(self, record: SessionRecord) -> SessionValue:
         snapshot, events = record.split(self._store.get(record.head))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cottention.engine.sessions.store.protocol import Lease, SessionRecord
+from cottention.engine.sessions.store.protocol import BlobReader, Lease, SessionRecord
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import SessionState
@@ -44,6 +44,29 @@ class SessionValue(NamedTuple):
 
     state: SessionState
     events: EventLog = NO_EVENTS
+
+
+class BytesReader(BlobReader):
+    """Bytes in memory, to be read in pieces like a blob."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.nbytes = len(raw)
+        self._raw = raw
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """At most `num_bytes` from `start` on."""
+        return self._raw[start : start + num_bytes]
+
+    def close(self) -> None:
+        """Let the bytes go."""
+        self._raw = b""
+
+
+class OpenExport(NamedTuple):
+    """A session, and its snapshot at that position, whose reader is to be closed."""
+
+    session: Session
+    snapshot: BlobReader
 
 
 class Exported(NamedTuple):

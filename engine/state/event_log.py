@@ -5,8 +5,9 @@
 
 import struct
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from typing import Self
 
 from cottention.engine.errors import SnapshotError
@@ -60,6 +61,17 @@ class EventLog:
 NO_EVENTS = EventLog()
 
 
+def leading(events: Iterable[bytes], start: int, max_bytes: int) -> list[bytes]:
+    """Events from index `start` on: as many as fit into `max_bytes`, and at least one."""
+    found: list[bytes] = []
+    for event in islice(events, start, None):
+        max_bytes -= len(event)
+        if found and max_bytes < 0:
+            break
+        found.append(event)
+    return found
+
+
 class EventBuffer:
     """The events of a turn that runs: the newest ones, as many as fit into `max_bytes`.
 
@@ -86,9 +98,11 @@ class EventBuffer:
             self._num_bytes -= len(self._events.popleft())
             self.first += 1
 
-    def since(self, number: int) -> list[bytes]:
-        """The event of this number, which is at least `first`, and those after it."""
-        return [self._events[i] for i in range(number - self.first, len(self._events))]
+    def since(self, number: int, max_bytes: int) -> list[bytes]:
+        """The event of this number, which is at least `first`, and as many of those after it as
+        fit into `max_bytes` with it.
+        """
+        return leading(self._events, number - self.first, max_bytes)
 
     def to_log(self, *more: bytes) -> EventLog:
         """The log of a turn that ends with these further events. The buffer is not changed."""

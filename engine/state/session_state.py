@@ -18,6 +18,13 @@ if TYPE_CHECKING:  # the scheduler imports this module without torch
 MAX_COUNT = 2**31 - 1
 """Counts stop here: a snapshot has 32 bits for each."""
 
+MAX_UNDECODED = 3
+"""Bytes of a UTF-8 character that is not complete."""
+
+MAX_PENDING = 2**20
+"""Most ids that a session keeps outside its rows, since the next turn reads them all again. A turn
+that is cut and would leave more is undone."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SessionState:

@@ -1,6 +1,7 @@
 """What every kind of tokenizer offers: text to ids, and the bytes of each id."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,3 +59,11 @@ class BaseTokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens left out, incomplete characters as U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
+
+def overlaps(
+    spans: Sequence[tuple[int, int]], begins: Sequence[int], first: int, last: int
+) -> bool:
+    """Whether one of `spans`, which begin at `begins`, has characters of `first` to `last`."""
+    place = bisect_right(begins, last - 1) - 1  # the last that begins before; it also ends last
+    return place >= 0 and spans[place][1] > first

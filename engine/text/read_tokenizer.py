@@ -5,8 +5,9 @@ from pathlib import Path
 
 from cottention.engine.errors import ConfigurationError, ModelFolderError
 from cottention.engine.text.base import BaseTokenizer
+from cottention.engine.text.special_tokens import read_token_facts
 from cottention.engine.text.tokenizer import Tokenizer
-from cottention.engine.text.world_tokenizer import WorldTokenizer
+from cottention.engine.text.world_tokenizer import END_OF_TEXT, WorldTokenizer
 
 VOCABULARIES = "rwkv_vocab_*.txt"
 """Names of World vocabularies in a folder, such as rwkv_vocab_v20230424.txt."""
@@ -36,7 +37,18 @@ def read_tokenizer(
 
 def _in_folder(folder: Path, max_ids: int | None) -> BaseTokenizer:
     found = sorted(folder.glob(VOCABULARIES))
-    return WorldTokenizer.from_file(found[0]) if found else Tokenizer.from_folder(folder, max_ids)
+    if not found:
+        return Tokenizer.from_folder(folder, max_ids)
+    return WorldTokenizer.from_file(found[0], _end_text(folder))
+
+
+def _end_text(folder: Path) -> str | None:
+    """What the folder's files call the end of text, such as <|rwkv_tokenizer_end_of_text|>.
+
+    Other special tokens that they name, such as a blank line as eos_token, are ordinary text.
+    """
+    added = read_token_facts(folder, is_needed=False).added
+    return next((each.token.content for each in added if each.token_id == END_OF_TEXT), None)
 
 
 def _beside(file: Path) -> BaseTokenizer:

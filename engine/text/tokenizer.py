@@ -8,7 +8,6 @@ finds beside them. An id's bytes may be part of a character: streams are decoded
 import json
 import logging
 import os
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.text.base import BaseTokenizer
+from cottention.engine.text.base import BaseTokenizer, overlaps
 from cottention.engine.text.files import parse_json, read_json, read_text
 from cottention.engine.text.special_tokens import (
     PADDING,
@@ -105,7 +104,7 @@ class Tokenizer(BaseTokenizer):
             if token_id in control_ids and (found := encoding.token_to_chars(place)):
                 written = text[found[0] : found[1]]  # with white space, if the token takes that in
                 first = found[0] + len(written) - len(written.lstrip())
-                if _overlaps(spans, begins, first, found[0] + len(written.rstrip())):
+                if overlaps(spans, begins, first, found[0] + len(written.rstrip())):
                     ids += self._encode_ordinary(written, control_ids)
                     continue
             ids.append(token_id)
@@ -136,14 +135,6 @@ class Tokenizer(BaseTokenizer):
         Empty for an id without a token.
         """
         return self._backend.id_to_token(token_id) or ""
-
-
-def _overlaps(
-    spans: Sequence[tuple[int, int]], begins: Sequence[int], first: int, last: int
-) -> bool:
-    """Whether one of `spans`, which begin at `begins`, has characters of `first` to `last`."""
-    place = bisect_right(begins, last - 1) - 1  # the last that begins before; it also ends last
-    return place >= 0 and spans[place][1] > first
 
 
 def _frame(backend: Backend) -> tuple[list[int], list[int]]:

@@ -6,12 +6,15 @@ names; literals are parsed, never evaluated.
 """
 
 import ast
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from tokenizers import AddedToken
+
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.text.base import BaseTokenizer
+from cottention.engine.text.base import BaseTokenizer, overlaps
 from cottention.engine.text.files import read_text
 
 END_OF_TEXT: Final = 0
@@ -28,11 +31,20 @@ class WorldTokenizer(BaseTokenizer):
     """The tokenizer of a vocabulary: bytes of an entry by its id, ids from 1 upwards.
 
     A text is encoded as UTF-8 as a whole: no pre-splitting, no normalisation, and an entry may end
-    inside a character. No special tokens are written in texts, so that none can be forged.
+    inside a character. The vocabulary itself has no spelling of the end of text.
     """
 
-    def __init__(self, entries: dict[int, bytes], where: str, files: tuple[Path, ...] = ()) -> None:
-        """Raises ModelFolderError unless entries differ and there is one for each byte."""
+    def __init__(
+        self,
+        entries: dict[int, bytes],
+        where: str,
+        files: tuple[Path, ...] = (),
+        end_text: str | None = None,
+    ) -> None:
+        """end_text: how the model's files spell the end of text, if they do, as templates write it.
+
+        Raises ModelFolderError unless entries differ and there is one for each byte.
+        """
         self._ids = {entry: token_id for token_id, entry in entries.items()}
         if len(self._ids) < len(entries):
             twice = next(i for i, entry in entries.items() if self._ids[entry] != i)
@@ -45,19 +57,40 @@ class WorldTokenizer(BaseTokenizer):
         self._lengths = _lengths(self._ids)
         self.num_ids = max(entries) + 1
         self.token_bytes = [entries.get(token_id, b"") for token_id in range(self.num_ids)]
-        self.written_bytes = self.token_bytes
+        self.written_bytes = [(end_text or "").encode(), *self.token_bytes[1:]]
         self.sampleable_ids = [END_OF_TEXT, *sorted(entries)]
+        self._end_text = end_text
         self.added_tokens = {}
+        if end_text is not None:
+            self.added_tokens[END_OF_TEXT] = AddedToken(end_text, special=True)
         self.eos_token_id = END_OF_TEXT
         self.files = files
 
     @classmethod
-    def from_file(cls, path: Path) -> "WorldTokenizer":
+    def from_file(cls, path: Path, end_text: str | None = None) -> "WorldTokenizer":
         """Read a vocabulary. Raises ModelFolderError."""
-        return cls(dict(_entries(path)), str(path), (path,))
+        return cls(dict(_entries(path)), str(path), (path,), end_text)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; the interpreter runs other threads in between."""
+        return self.encode_untrusted(text, (), (END_OF_TEXT,))
+
+    def encode_untrusted(
+        self, text: str, spans: Sequence[tuple[int, int]], control_ids: Collection[int]
+    ) -> list[int]:
+        if self._end_text is None:
+            return self._longest(text)
+        begins = [begin for begin, _ in spans]
+        ids: list[int] = []
+        at = 0
+        for found in re.finditer(re.escape(self._end_text), text):
+            is_forged = END_OF_TEXT in control_ids and overlaps(spans, begins, *found.span())
+            if not is_forged:
+                ids += [*self._longest(text[at : found.start()]), END_OF_TEXT]
+                at = found.end()
+        return ids + self._longest(text[at:])
+
+    def _longest(self, text: str) -> list[int]:
+        """Ids of the longest entries; the interpreter runs other threads in between."""
         raw = text.encode()
         find, lengths_of = self._ids.get, self._lengths.get
         ids: list[int] = []
@@ -72,20 +105,12 @@ class WorldTokenizer(BaseTokenizer):
                     break
         return ids
 
-    def encode_untrusted(
-        self,
-        text: str,
-        spans: Sequence[tuple[int, int]],  # noqa: ARG002
-        control_ids: Collection[int],  # noqa: ARG002
-    ) -> list[int]:
-        return self.encode(text)  # no text is encoded as a control token
-
     def framed(self, ids: list[int]) -> list[int]:
         return ids
 
     def id_to_token(self, token_id: int) -> str:
         """The entry's text; bytes that are no text by themselves as <0xE4>."""
-        raw = self.token_bytes[token_id] if token_id < self.num_ids else b""
+        raw = self.written_bytes[token_id] if token_id < self.num_ids else b""
         try:
             return raw.decode()
         except UnicodeDecodeError:

@@ -22,12 +22,14 @@ from cottention.server.api.openapi import install_openapi
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
+from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.origin import (
     HostMiddleware,
     OriginMiddleware,
     allowed_hosts,
     allowed_origins,
 )
+from cottention.server.http.pacing import PacingMiddleware
 from cottention.server.http.request_id import RequestIdMiddleware
 from cottention.server.http.routing import RoutingMiddleware
 from cottention.server.limits.api_keys import (
@@ -45,6 +47,7 @@ from cottention.server.observability.metrics import make_registry
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.sessions import AppendRequest, ForkRequest, SessionRequest
+from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue
 from cottention.server.version import package_version
 
@@ -89,7 +92,17 @@ def create_app(
     name = config.served_model_name or engine.engine.name
     cost = session_bytes(engine.engine, config)
     registry = make_registry(engine, sessions.sizes, cost, name)
-    app.state.context = Context(engine, config, registry, sessions, turns, template)
+    max_snapshot_bytes = min(config.max_snapshot_bytes, sessions.max_snapshot_nbytes)
+    app.state.context = Context(
+        engine,
+        config,
+        registry,
+        sessions,
+        turns,
+        ReadLimit(config.max_session_reads),
+        BodyMemory(config.max_received_bytes, max_snapshot_bytes),
+        template,
+    )
     for router in ROUTERS:
         app.include_router(router)
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
@@ -124,7 +137,10 @@ def _usage_by_owner(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, K
     if not keys:
         return {"": KeyUsage("", KeyLimits.from_config(config))}
     owners = [(owner_id(key.secret), key) for key in keys]
-    return {owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits) for owner, key in owners}
+    return {
+        owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits, weight=key.weight)
+        for owner, key in owners
+    }
 
 
 def _add_middleware(
@@ -148,3 +164,4 @@ def _add_middleware(
     )
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(RoutingMiddleware)
+    app.add_middleware(PacingMiddleware)

@@ -180,6 +180,7 @@ def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> Sampl
 
 def _output_options(body: ChatRequest) -> OutputOptions:
     return OutputOptions(
+        has_prompt_once=True,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         token_ids=body.return_token_ids,

@@ -1,8 +1,9 @@
 """The context that endpoints depend on: engine, settings, sessions, metrics, key limits."""
 
+import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,10 +14,12 @@ from cottention.engine.sessions.memory_usage import SessionBytes
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
-from cottention.server.http.body import shown
+from cottention.server.http.body import Pace, shown
+from cottention.server.http.body_memory import BodyMemory
 from cottention.server.limits.key_limits import KeyLimits, least
-from cottention.server.limits.rate_limit import limits_of
-from cottention.server.sessions.turn_queue import TurnQueue
+from cottention.server.limits.rate_limit import counting_read, limits_of
+from cottention.server.sessions.reads import ReadLimit
+from cottention.server.sessions.turn_queue import TurnQueue, owner_of
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.engine import Engine
@@ -56,6 +59,8 @@ class Context:
     registry: CollectorRegistry
     sessions: "SessionManager"
     turns: TurnQueue
+    reads: ReadLimit
+    bodies: BodyMemory
     template: ChatTemplate | UnusableTemplate | None = None
     limits: KeyLimits = KeyLimits()
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)
@@ -84,6 +89,11 @@ class Context:
     def max_body_bytes(self) -> int:
         """Maximum length of this request's body."""
         return least(self.config.max_body_bytes, self.limits.max_body_bytes)
+
+    @property
+    def pace(self) -> Pace:
+        """How slowly a request's body may come."""
+        return Pace(self.config.receive_seconds, self.config.receive_rate)
 
     @property
     def max_tokens(self) -> int:
@@ -118,6 +128,13 @@ def session_bytes(engine: "Engine", config: ServerConfig) -> SessionBytes:
 async def _context(request: Request) -> Context:
     context: Context = request.app.state.context
     return replace(context, limits=limits_of(request.scope))
+
+
+@contextlib.contextmanager
+def reading(request: Request, context: Context) -> Iterator[None]:
+    """Count a read of stored bytes, in its key's requests and in all. Raises ApiError 429."""
+    with counting_read(request.scope), context.reads.reading(owner_of(request)):
+        yield
 
 
 ContextDep = Annotated[Context, Depends(_context)]

@@ -5,16 +5,18 @@ While the turn runs its events are followed to its end; afterwards the session k
 
 import asyncio
 import re
+from contextlib import ExitStack
 from typing import Annotated, NamedTuple
 
 from fastapi import APIRouter, Header, Request, Response
 
-from cottention.server.api.dependencies import ContextDep
+from cottention.server.api.dependencies import ContextDep, reading
 from cottention.server.api.openapi import EVENTS, error_responses
-from cottention.server.generation.sse import SSE_HEADERS, EventStreamResponse
+from cottention.server.generation.sse import EventStreamResponse
 from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
-from cottention.server.sessions.live_events import LiveEventFollower, gone, with_ids
+from cottention.server.limits.rate_limit import counting_read
+from cottention.server.sessions.live_events import LiveEventFollower, StoredEvents, gone
 from cottention.server.sessions.turn_queue import owner_of
 
 router = APIRouter()
@@ -33,7 +35,7 @@ class EventId(NamedTuple):
 @router.get(
     "/v1/sessions/{session_id}/events",
     response_class=Response,
-    responses=error_responses(400, 401, 404, 409, 410, 500)
+    responses=error_responses(400, 401, 404, 409, 410, 429, 500, 507)
     | {200: {"content": EVENTS}, 204: NO_EVENTS},
 )
 async def follow_events(
@@ -49,15 +51,21 @@ async def follow_events(
         number = _next(last, live.turn, live.first, live.stop)
         if live.has_ended and number == live.stop:
             return Response(status_code=204)
-        follower = LiveEventFollower(live, number)
+        with ExitStack() as stack:
+            if (
+                live.is_followed
+            ):  # the first follower stands for the turn's client, which is counted
+                stack.enter_context(counting_read(request.scope))
+            follower = LiveEventFollower(live, number, stack.pop_all().close)
         return EventStreamResponse(follower, context.config.sse_keep_alive_seconds)
-    log = await asyncio.to_thread(context.sessions.events, owner, session_id)
-    number = _next(last, log.turn, log.first, log.first + len(log.events))
-    missed = log.events[number - log.first :]
-    if not missed:
-        return Response(status_code=204)
-    raw = with_ids(log.turn, number, missed)
-    return Response(raw, media_type="text/event-stream", headers=SSE_HEADERS)
+    with ExitStack() as stack:
+        stack.enter_context(reading(request, context))
+        log = await asyncio.to_thread(context.sessions.events, owner, session_id)
+        number = _next(last, log.turn, log.first, log.first + len(log.events))
+        if number == log.first + len(log.events):
+            return Response(status_code=204)
+        stored = StoredEvents(log, number, stack.pop_all().close)
+    return EventStreamResponse(stored, context.config.sse_keep_alive_seconds, stored.num_bytes)
 
 
 def _event_id(text: str | None) -> EventId | None:

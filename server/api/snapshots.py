@@ -1,19 +1,21 @@
 """GET /v1/sessions/ID/snapshot and POST /v1/sessions/import."""
 
 import asyncio
+import contextlib
 import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 
 from cottention.engine.errors import SnapshotError, SnapshotMismatchError
-from cottention.server.api.dependencies import ContextDep
+from cottention.server.api.dependencies import ContextDep, reading
 from cottention.server.api.openapi import Schema, error_responses
 from cottention.server.api.query_params import must_be, only_query_params
 from cottention.server.http.body import read_body, shown
 from cottention.server.http.errors import ApiError, invalid
 from cottention.server.schemas.session_responses import SessionObject, etag_of, session_response
 from cottention.server.schemas.sessions import METADATA, TTL, SessionOptions, session_options
+from cottention.server.sessions.reads import SnapshotResponse
 from cottention.server.sessions.turn_queue import caller_of
 
 router = APIRouter()
@@ -25,19 +27,22 @@ BINARY: Schema = {OCTETS: {"schema": {"type": "string", "format": "binary"}}}
 @router.get(
     "/v1/sessions/{session_id}/snapshot",
     response_class=Response,
-    responses=error_responses(400, 401, 404, 500) | {200: {"content": BINARY}},
+    responses=error_responses(400, 401, 404, 429, 500, 507) | {200: {"content": BINARY}},
 )
 async def get_snapshot(session_id: str, request: Request, context: ContextDep) -> Response:
     """A session as one file, as it is between turns."""
     owner, sessions = caller_of(request).owner, context.sessions
-    session, raw = await asyncio.to_thread(sessions.export, owner, session_id)
-    return Response(raw, media_type=OCTETS, headers={"ETag": etag_of(session)})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reading(request, context))
+        session, snapshot = await asyncio.to_thread(sessions.open_export, owner, session_id)
+        headers = {"ETag": etag_of(session)}
+        return SnapshotResponse(snapshot, headers, stack.pop_all().close)
 
 
 @router.post(
     "/v1/sessions/import",
     response_model=SessionObject,
-    responses=error_responses(400, 401, 409, 413, 415, 500, 503, 507),
+    responses=error_responses(400, 401, 409, 413, 415, 429, 500, 503, 507),
     dependencies=[only_query_params("metadata", "ttl_seconds")],
     openapi_extra={"requestBody": {"required": True, "content": BINARY}},
 )
@@ -52,9 +57,10 @@ async def import_session(
     Raises ParameterError if no turn of the session could run on this server.
     """
     context.engine.check_accepting()
-    config = context.config
+    max_bytes = min(context.config.max_snapshot_bytes, context.sessions.max_snapshot_nbytes)
     owner, options = caller_of(request).owner, _options(metadata, ttl_seconds)
-    raw = await read_body(request, config.max_snapshot_bytes, config.receive_seconds)
+    held = context.bodies.snapshot(request)
+    raw = await read_body(request, max_bytes, context.pace, held)
     check = context.policies.check_goes_on
     try:
         session = await asyncio.to_thread(

@@ -38,10 +38,12 @@ GENERATE_MAX_TOKENS = 256
 
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
-    """Serve until a signal. Port, keys and folders are checked before the model is loaded."""
+    """Serve until a signal. Limits, port, keys and folders are checked before loading the model."""
+    from cottention.server.cli.open_files import connection_table, raise_open_files_limit
     from cottention.server.cli.serve import bind_socket, run_server, url_of
 
-    with bind_socket(config.host, config.port) as sock:
+    table = connection_table(config, raise_open_files_limit())
+    with bind_socket(config.host, config.port, config.send_seconds) as sock:
         from cottention.engine.engine import Engine
         from cottention.engine.worker import EngineWorker
         from cottention.server.api.app import create_app
@@ -73,7 +75,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
                 "ready": url_of(sock),
             }
             announce = partial(_announce, engine, facts, config.log_format)
-            return run_server(app, async_engine, config, sock, announce)
+            return run_server(app, async_engine, config, sock, table, announce)
 
 
 def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -> int:

@@ -8,9 +8,10 @@ import contextlib
 import gc
 import ipaddress
 import logging
+import math
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -18,8 +19,10 @@ import uvicorn
 from fastapi import FastAPI
 
 from cottention.engine.errors import ConfigurationError
-from cottention.server.config import ServerConfig
+from cottention.server.config import SEND_SECONDS, ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
+from cottention.server.http.connections import ConnectionTable
+from cottention.server.http.listener import BoundedServer
 from cottention.server.http.protocol import BoundedProtocol
 
 logger = logging.getLogger("cottention")
@@ -35,23 +38,23 @@ IDLE_CONNECTION_SECONDS = 75
 
 BACKLOG = 2048
 
-UNREAD_SECONDS = 300
-"""Time after which a connection is closed whose client acknowledges nothing."""
-
 CONNECTIONS = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS),
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 64 * 1024),
 )
 """Options that connections inherit: idle clients are probed, and little unsent data is buffered in
 the kernel, so that a slow reader is noticed here."""
 
 
-def bind_socket(host: str, port: int) -> socket.socket:
-    """Open a listening socket. Raises ConfigurationError."""
+def bind_socket(host: str, port: int, send_seconds: float = SEND_SECONDS) -> socket.socket:
+    """Open a listening socket. Raises ConfigurationError.
+
+    send_seconds: time after which a connection is closed whose client acknowledges nothing.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -64,6 +67,8 @@ def bind_socket(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     for level, option, value in CONNECTIONS:
         sock.setsockopt(level, option, value)
+    milliseconds = math.ceil(1000 * send_seconds)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     try:
         sock.bind(address)
         sock.listen(BACKLOG)
@@ -82,9 +87,14 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def bounded(receive_seconds: float) -> type[asyncio.Protocol]:
-    """The class of connections for uvicorn, with its timeout bound."""
-    made: Any = partial(BoundedProtocol, receive_seconds=receive_seconds)
+def bounded(config: ServerConfig, table: ConnectionTable) -> type[asyncio.Protocol]:
+    """The class of connections for uvicorn, with its limits bound."""
+    made: Any = partial(
+        BoundedProtocol,
+        table=table,
+        receive_seconds=config.receive_seconds,
+        send_seconds=config.send_seconds,
+    )
     return cast("type[asyncio.Protocol]", made)
 
 
@@ -93,6 +103,7 @@ def run_server(
     engine: AsyncEngine,
     config: ServerConfig,
     sock: socket.socket,
+    table: ConnectionTable,
     announce: Callable[[], None],
 ) -> int:
     """Serve until a signal and return the exit status; `announce` is called once it is ready."""
@@ -102,13 +113,12 @@ def run_server(
         log_level="warning",
         access_log=False,
         ws="none",
-        http=bounded(config.receive_seconds),
+        http=bounded(config, table),
         server_header=False,
         timeout_keep_alive=IDLE_CONNECTION_SECONDS,
         timeout_graceful_shutdown=FINAL_EVENT_SECONDS,  # type: ignore[arg-type]  # takes parts, too
-        backlog=BACKLOG,
     )
-    server = DrainingServer(settings, engine, config.drain_seconds, announce)
+    server = DrainingServer(settings, table, engine, config.drain_seconds, announce)
     gc.freeze()  # what is loaded stays: collecting it would stop all streams for a while
     try:
         server.run(sockets=[sock])
@@ -117,23 +127,23 @@ def run_server(
     return server.exit_status
 
 
-class DrainingServer(uvicorn.Server):
-    """A uvicorn server that still accepts connections while it drains, and answers 503."""
+class DrainingServer(BoundedServer):
+    """A server that still accepts connections while it drains, and answers 503."""
 
     def __init__(
         self,
         config: uvicorn.Config,
+        table: ConnectionTable,
         engine: AsyncEngine,
         drain_seconds: float,
         announce: Callable[[], None],
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, table)
         self.exit_status = 0
         self._draining = False
         self._engine = engine
         self._drain_seconds = drain_seconds
         self._announce = announce
-        self._tasks: set[asyncio.Task[None]] = set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -153,11 +163,6 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
         self._spawn(self._exit_when_engine_fails())
         self._announce()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def _on_signal(self, number: int) -> None:
         if self._draining:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 MAX_INLINE_TOKENS = 16 * 1024
 """Longer token lists are processed in a thread, to keep the event loop responsive."""
 
+MAX_INLINE_ITEMS = 4 * 1024
+"""Responses with more token ids and log-probabilities are formatted in a thread."""
+
 DEFAULT_STREAM_OPTIONS = StreamOptions.model_validate({})
 
 
@@ -39,6 +42,7 @@ class OutputOptions:
     echo: each prompt before its text. logprobs: number of alternatives per generated token, None
     for no log-probabilities. prompt_logprobs: the same for prompts. token_ids: of prompt and text.
     tokens_as_ids: tokens are named `token_id:N` in log-probabilities.
+    has_prompt_once: what it contains of a prompt is not repeated for each choice.
     """
 
     echo: bool = False
@@ -46,11 +50,33 @@ class OutputOptions:
     prompt_logprobs: int | None = None
     token_ids: bool = False
     tokens_as_ids: bool = False
+    has_prompt_once: bool = False
 
     @property
     def is_text_only(self) -> bool:
         """Whether a response has text and nothing else."""
-        return self == OutputOptions(tokens_as_ids=self.tokens_as_ids)
+        return not (self.echo or self.items_per_token or self.items_per_prompt_token)
+
+    @property
+    def items_per_token(self) -> int:
+        """Token ids and log-probabilities, alternatives included, for each generated token."""
+        return self.token_ids + _num_logprobs(self.logprobs)
+
+    @property
+    def items_per_prompt_token(self) -> int:
+        """The same for each token of a prompt, of which an echo is one more."""
+        echoed = 1 + _num_logprobs(self.logprobs) if self.echo else 0
+        return self.token_ids + _num_logprobs(self.prompt_logprobs) + echoed
+
+    def num_prompt_items(self, num_prompt_tokens: int, num_choices: int) -> int:
+        """Items of all prompts in a response with so many choices for each."""
+        copies = 1 if self.has_prompt_once else num_choices
+        return copies * num_prompt_tokens * self.items_per_prompt_token
+
+
+def _num_logprobs(num_top: int | None) -> int:
+    """Of one token, with so many alternatives; None for no log-probabilities."""
+    return 0 if num_top is None else 1 + num_top
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +95,7 @@ class GenerationRequest:
 
     prompts: token ids of each prompt. echoes: the text of each prompt, empty unless echoed.
     num_choices: returned for each prompt: all `params.n` of them, or the best.
+    num_reread: ids that a session's turn reads besides its prompt (`ContextPolicies.num_reread`).
     """
 
     prompts: list[list[int]]
@@ -79,6 +106,7 @@ class GenerationRequest:
     is_stream: bool = False
     stream_options: StreamOptions = DEFAULT_STREAM_OPTIONS
     priority: int = 0
+    num_reread: int = 0
 
     @property
     def needs_token_ids(self) -> bool:
@@ -87,13 +115,34 @@ class GenerationRequest:
 
     @property
     def is_slow_to_format(self) -> bool:
-        """Whether the response repeats prompts too long to be formatted on the event loop."""
-        return self.num_prompt_tokens > MAX_INLINE_TOKENS and not self.output.is_text_only
+        """Whether the response has too much of its prompts to be formatted on the event loop."""
+        num_items = self.output.num_prompt_items(self.num_prompt_tokens, self.num_choices)
+        return num_items > MAX_INLINE_ITEMS
+
+    @property
+    def items_per_token(self) -> int:
+        """Token ids and log-probabilities of the response for each generated token."""
+        return self.output.items_per_token
+
+    @property
+    def is_slow_to_submit(self) -> bool:
+        """Whether it has too many ids or bad words to be checked on the event loop."""
+        params = self.params
+        num_copies = params.n if params.has_penalty else 1
+        num_listed = len(params.stop_token_ids) + len(params.allowed_token_ids or ())
+        num_characters = 2 * sum(map(len, params.bad_words))
+        size = self.num_read_tokens * num_copies + num_listed + num_characters
+        return size > MAX_INLINE_TOKENS
 
     @property
     def num_prompt_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(map(len, self.prompts))
+
+    @property
+    def num_read_tokens(self) -> int:
+        """Tokens that are read before the first is generated."""
+        return self.num_prompt_tokens + self.num_reread
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +176,30 @@ class ParsedRequest:
             return None
         return TurnOptions(body.session_id, body.on_conflict, body.on_cancel, body.on_disconnect)
 
+    def check_items(self, limit: int) -> None:
+        """Raise ApiError 400 if the response could have more ids and log-probabilities than that.
+
+        What is generated counts where the response is whole; a stream is read as it comes.
+        """
+        body, output, params = self.body, self.output, self.params
+        num_items = output.num_prompt_items(self.num_prompt_tokens, body.n)
+        if not body.stream:
+            per_token = output.token_ids + _num_logprobs(params.logprobs)
+            num_items += len(self.prompts) * params.n * params.max_tokens * per_token
+        if num_items > limit:
+            wanted = {
+                "prompt_logprobs": output.prompt_logprobs is not None,
+                "logprobs": output.logprobs is not None,
+                "return_token_ids": output.token_ids,
+                "echo": output.echo,
+            }
+            raise invalid(
+                next((name for name, is_wanted in wanted.items() if is_wanted), "best_of"),
+                f"a response has at most {limit} token ids, echoed tokens and log-probabilities"
+                f" (--max-response-items), but this one may have {num_items}: ask for fewer"
+                " choices, tokens or alternatives, or for a stream",
+            )
+
     def build(self) -> GenerationRequest:
         """The request, without a session."""
         return self._build(self.prompts)
@@ -157,9 +230,10 @@ class ParsedRequest:
         )
 
 
-def prefill_request(prompt_ids: list[int]) -> GenerationRequest:
+def prefill_request(prompt_ids: list[int], num_reread: int) -> GenerationRequest:
     """A prompt that is added to a session without generating anything."""
-    return GenerationRequest([prompt_ids], SamplingParams(max_tokens=0), OutputOptions(), [""])
+    params, output = SamplingParams(max_tokens=0), OutputOptions()
+    return GenerationRequest([prompt_ids], params, output, [""], num_reread=num_reread)
 
 
 def turn_prompt(

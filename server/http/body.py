@@ -6,38 +6,59 @@ Refused are encoded bodies, names given twice, and more nesting or digits than P
 import asyncio
 import json
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 
+from cottention.server.http.body_memory import Held
 from cottention.server.http.errors import ApiError, invalid
 
-MIN_BYTES_PER_SECOND = 10_000
 IDENTITY = "identity"
 NOT_AN_OBJECT = "the body must be a JSON object"
 
 
-async def read_body(request: Request, max_bytes: int, receive_seconds: float) -> bytes:
-    """All of the body.
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How slowly a body may come.
 
-    Raises ApiError 413 as soon as it is larger than `max_bytes`, 408 where it takes longer than
-    `receive_seconds` and is slower than MIN_BYTES_PER_SECOND, and 415 where it is encoded.
+    seconds: limit of each pause. bytes_per_second: how many it has to average from `seconds` after
+    its beginning on, so that one of n bytes has come after seconds + n / bytes_per_second.
+    """
+
+    seconds: float
+    bytes_per_second: int
+
+    def deadline(self, began: float, now: float, num_bytes: int) -> float:
+        """When the next bytes must have come, where the last of `num_bytes` came at `now`."""
+        return min(now + self.seconds, began + self.seconds + num_bytes / self.bytes_per_second)
+
+
+async def read_body(request: Request, max_bytes: int, pace: Pace, held: Held) -> bytes:
+    """All of the body, counted by `held` from its announced length on.
+
+    Raises ApiError 413 as soon as it is larger than `max_bytes`, 408 where it comes more slowly
+    than `pace` allows, whatever its length and whether that is announced, 415 where it is encoded,
+    and 429 where there is no room for it.
     """
     if (encoding := request.headers.get("content-encoding", IDENTITY).lower()) != IDENTITY:
         raise _encoded(encoding)
     if announced_bytes(request) > max_bytes:
         raise _too_large(max_bytes)
+    held.at_least(announced_bytes(request))
     body = bytearray()
-    began = asyncio.get_running_loop().time()
+    loop = asyncio.get_running_loop()
+    began = loop.time()
     try:
-        async with asyncio.timeout_at(began + receive_seconds) as timeout:
+        async with asyncio.timeout_at(pace.deadline(began, began, 0)) as timeout:
             async for chunk in request.stream():
                 body += chunk
                 if len(body) > max_bytes:
                     raise _too_large(max_bytes)
-                timeout.reschedule(began + receive_seconds + len(body) / MIN_BYTES_PER_SECOND)
+                held.at_least(len(body))
+                timeout.reschedule(pace.deadline(began, loop.time(), len(body)))
     except TimeoutError:
-        raise _too_slow(receive_seconds) from None
+        raise _too_slow(pace) from None
     return bytes(body)
 
 
@@ -98,10 +119,10 @@ def _encoded(encoding: str) -> ApiError:
     return ApiError(415, message, code="unsupported_encoding")
 
 
-def _too_slow(receive_seconds: float) -> ApiError:
+def _too_slow(pace: Pace) -> ApiError:
     message = (
-        f"the body came too slowly: after the first {receive_seconds:g} s it must average"
-        f" {MIN_BYTES_PER_SECOND} bytes per second"
+        f"the body came too slowly: it may not pause for {pace.seconds:g} s, and after the first"
+        f" {pace.seconds:g} s it must average {pace.bytes_per_second} bytes per second"
     )
     return ApiError(408, message, code="too_slow", headers={"Connection": "close"})
 

@@ -7,6 +7,7 @@
 import json
 import logging
 import math
+from http import HTTPStatus
 
 from fastapi import Response
 
@@ -59,6 +60,11 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.headers = headers
+
+    @property
+    def phrase(self) -> str:
+        """The reason phrase of the status."""
+        return HTTPStatus(self.status).phrase
 
     @property
     def body(self) -> str:

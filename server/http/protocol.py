@@ -1,7 +1,8 @@
 """HTTP connections, with limits against slow or malformed requests before an endpoint sees them.
 
 Limits: the bytes, lines and time of a request's head, the bytes that frame its body, the number of
-pipelined requests, and how long a body may go on after its answer. Offers to upgrade to another
+pipelined requests, how long a body may go on after its answer, and how long a client may take to
+read what waits for it. Offers to upgrade to another
 protocol are declined. Answers to HTTP/1.0, which has no chunked coding, are sent without it. A
 target with a host of its own replaces the Host header.
 
@@ -11,13 +12,14 @@ is listed and checked in `tests/server/http/test_uvicorn.py`.
 
 import asyncio
 import logging
+import math
 from collections import deque
-from http import HTTPStatus
 from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser, parse_url
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from cottention.server.http.connections import ConnectionTable, network_of, refusal
 from cottention.server.http.errors import ApiError
 
 logger = logging.getLogger("cottention")
@@ -35,23 +37,38 @@ MAX_PIPELINED = 1024
 LINGER_SECONDS = 2.0
 """How long a body may go on after its answer: closing at once could lose the answer."""
 
+MIN_BYTES_SENT = 16 * 1024
+"""Of what waits for a client, the least that it has to read within the time for that."""
+
 
 class BoundedProtocol(HttpToolsProtocol):
     """One connection."""
 
-    def __init__(self, *args: Any, receive_seconds: float, **kwargs: Any) -> None:
-        """receive_seconds: limit of the time from the first byte of a request's head to its last.
+    def __init__(
+        self,
+        *args: Any,
+        table: ConnectionTable,
+        receive_seconds: float,
+        send_seconds: float,
+        **kwargs: Any,
+    ) -> None:
+        """table: has had a place for this connection, and counts it from `connection_made` on.
 
+        receive_seconds: limit of the time from the first byte of a request's head to its last.
+        send_seconds: time in which a client that has stopped reading must read MIN_BYTES_SENT.
         The other arguments are uvicorn's.
         """
         super().__init__(*args, **kwargs)
+        self._table = table
         self._receive_seconds = receive_seconds
+        self._send_seconds = send_seconds
         self._socket: asyncio.Transport
         self._refusal = _malformed()
         self._in_head, self._in_body = False, False
         self._num_head_bytes = self._num_framing_bytes = 0
         self._unanswered: deque[RequestResponseCycle] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(  # type: ignore[override]  # as uvicorn: it is one that writes
         self, transport: asyncio.Transport
@@ -59,11 +76,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """Limit the time until the first request."""
         super().connection_made(transport)
         self._socket = transport
+        self._table.add(self, network_of(self.client[0] if self.client else ""))
         self._set_timer(self._receive_seconds)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Notify the request that is being answered; uvicorn would notify the newest one."""
+        self._table.remove(self)
         self._set_timer(None)
+        self._stop_unread_timer()
         if self._unanswered:
             self.cycle = self._unanswered[0]
         super().connection_lost(exc)
@@ -132,6 +152,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._use_host_of_target()
         super().on_headers_complete()
         self._unanswered.append(self.cycle)
+        self._note_idle()
         if self.parser.get_http_version() == "1.0":
             self.cycle.transport = UnchunkedTransport(self._socket)
         if len(self._unanswered) > MAX_PIPELINED + 1:
@@ -160,6 +181,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._in_body = False
         self._set_timer(None)
         super().on_message_complete()
+        self._note_idle()
 
     def on_response_complete(self) -> None:
         """Limit the time of a body that goes on after its answer."""
@@ -167,6 +189,43 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._in_body and not self._unanswered and not self._socket.is_closing():
             self._set_timer(LINGER_SECONDS)
+        self._note_idle()
+
+    def pause_writing(self) -> None:
+        """More waits for the client than it reads: limit the time until it does."""
+        super().pause_writing()
+        self._watch_unread()
+
+    def resume_writing(self) -> None:
+        """The client has read most of what waited."""
+        self._stop_unread_timer()
+        super().resume_writing()
+
+    def close_idle(self) -> bool:
+        """As Connection.close_idle."""
+        if self._socket.get_write_buffer_size():
+            return False
+        self._set_timer(None)
+        self._socket.close()
+        return True
+
+    def _note_idle(self) -> None:
+        self._table.set_idle(self, is_idle=not (self._unanswered or self._in_body))
+
+    def _watch_unread(self, before: float = math.inf) -> None:
+        """Close the connection if its client reads too little. before: bytes that waited last."""
+        num_bytes = self._socket.get_write_buffer_size()
+        if num_bytes > before - MIN_BYTES_SENT:
+            logger.info("closed a connection whose client has stopped reading")
+            self._socket.abort()
+            return
+        loop = asyncio.get_running_loop()
+        self._unread_timer = loop.call_later(self._send_seconds, self._watch_unread, num_bytes)
+
+    def _stop_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def _stop_parsing(self, error: ApiError) -> None:
         """Make the parser fail, upon which the connection is refused with `error`."""
@@ -178,11 +237,7 @@ class BoundedProtocol(HttpToolsProtocol):
         logger.info("refused a connection: %s", error)
         self._set_timer(None)
         if not self._is_answering():
-            body = error.body.encode()
-            phrase = HTTPStatus(error.status).phrase.encode()
-            head = b"HTTP/1.1 %d %b\r\nconnection: close\r\n" % (error.status, phrase)
-            content = b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
-            self._socket.write(head + content + body)
+            self._socket.write(refusal(error))
         self._socket.close()
 
     def _is_answering(self) -> bool:

@@ -4,12 +4,14 @@ After the turn its events are read from the session's `EventLog`.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from itertools import islice
 from secrets import token_hex
 
-from cottention.engine.state.event_log import EventBuffer, EventLog
+from cottention.engine.state.event_log import EventBuffer, EventLog, leading
 from cottention.server.generation.sse import EventFormatter
 from cottention.server.http.errors import ApiError
+from cottention.server.http.pacing import PIECE_BYTES
 
 EVENT_END = "\n\n"
 
@@ -21,10 +23,11 @@ def gone(message: str) -> ApiError:
 
 def with_ids(turn: str, first: int, events: Iterable[bytes]) -> bytes:
     """Events as they are sent, each after its id: the turn, and the event's number in it."""
-    return b"".join(
-        b"id: %s-%d\n%s" % (turn.encode(), number, event)
-        for number, event in enumerate(events, first)
-    )
+    return b"".join(_id_line(turn, number) + event for number, event in enumerate(events, first))
+
+
+def _id_line(turn: str, number: int) -> bytes:
+    return b"id: %s-%d\n" % (turn.encode(), number)
 
 
 class LiveEvents:
@@ -65,9 +68,14 @@ class LiveEvents:
         """The log of the turn if the events of `text` are its last ones. They are not added."""
         return self._buffer.to_log(*_split(text))
 
-    def since(self, number: int) -> bytes:
-        """The event of this number, which is at least `first`, and those after it, as sent."""
-        return with_ids(self.turn, number, self._buffer.since(number))
+    @property
+    def is_followed(self) -> bool:
+        """Whether a client follows the turn."""
+        return bool(self._followers)
+
+    def since(self, number: int) -> list[bytes]:
+        """The event of this number, which is at least `first`, and more, to be sent at once."""
+        return self._buffer.since(number, PIECE_BYTES)
 
     def add_follower(self, follower: asyncio.Event) -> None:
         """Set `follower` at every change, until `remove_follower`."""
@@ -85,16 +93,20 @@ class LiveEvents:
 class LiveEventFollower:
     """The events of a running turn from a number on; the turn does not depend on the client."""
 
-    def __init__(self, live: LiveEvents, number: int) -> None:
+    def __init__(
+        self, live: LiveEvents, number: int, release: Callable[[], None] = lambda: None
+    ) -> None:
+        """release: called by `close`."""
         self._live = live
         self._number = number
+        self._release = release
         self._changed = asyncio.Event()
         self._is_closed = False
+        live.add_follower(self._changed)
 
     async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
         """As EventSource.events; ends with an error if the next event is no longer kept."""
         live = self._live
-        live.add_follower(self._changed)
         while not self._is_closed:
             self._changed.clear()
             if self._number < live.first:
@@ -102,8 +114,8 @@ class LiveEventFollower:
                 yield EventFormatter.error(error).encode()
                 return
             if missed := live.since(self._number):
-                self._number = live.stop
-                yield missed
+                yield with_ids(live.turn, self._number, missed)
+                self._number += len(missed)
             elif live.has_ended:
                 return
             elif not await self._wait_changed(idle_seconds):
@@ -114,6 +126,7 @@ class LiveEventFollower:
         self._is_closed = True
         self._live.remove_follower(self._changed)
         self._changed.set()
+        self._release()
 
     async def _wait_changed(self, idle_seconds: float) -> bool:
         """Whether there was a change within `idle_seconds`."""
@@ -123,6 +136,36 @@ class LiveEventFollower:
         except TimeoutError:
             return False
         return True
+
+
+class StoredEvents:
+    """The events of a turn that has ended, from a number on."""
+
+    def __init__(self, log: EventLog, number: int, release: Callable[[], None]) -> None:
+        """release: called by `close`."""
+        self._log = log
+        self._number = number
+        self._release = release
+        self._is_closed = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that is sent."""
+        log = self._log
+        numbered = islice(enumerate(log.events, log.first), self._number - log.first, None)
+        return sum(len(_id_line(log.turn, number)) + len(event) for number, event in numbered)
+
+    async def events(self, _idle_seconds: float) -> AsyncIterator[bytes]:
+        """As EventSource.events."""
+        log, place = self._log, self._number - self._log.first
+        while not self._is_closed and (piece := leading(log.events, place, PIECE_BYTES)):
+            yield with_ids(log.turn, log.first + place, piece)
+            place += len(piece)
+
+    def close(self) -> None:
+        """Send no more."""
+        self._is_closed = True
+        self._release()
 
 
 def _split(text: str) -> list[bytes]:

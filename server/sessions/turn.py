@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cottention.engine.errors import SessionError
 from cottention.engine.outputs import FinishReason
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
+from cottention.engine.state.session_state import MAX_PENDING
 from cottention.server.generation.output_stream import OutputDelta
 from cottention.server.schemas.sampling import OnCancel
 
@@ -136,7 +137,8 @@ class RunningTurn:
         num = num_delivered(self._ids, self._text.getvalue(), self._table, before)
         if not num:
             return None
-        return self._start.extended(self._prompt_ids, self._ids[:num], self._window)
+        state = self._start.extended(self._prompt_ids, self._ids[:num], self._window)
+        return state if len(state.pending) <= MAX_PENDING else None
 
 
 def num_delivered(

@@ -89,6 +89,7 @@ VERBS: dict[str, Callable[[Any, str, str], Any]] = {
     "rewind": lambda sessions, owner, name: sessions.rewind(owner, name),
     "delete": lambda sessions, owner, name: sessions.delete(owner, name),
     "export": lambda sessions, owner, name: sessions.export(owner, name),
+    "open_export": lambda sessions, owner, name: sessions.open_export(owner, name),
     "events": lambda sessions, owner, name: sessions.events(owner, name),
 }
 CHANGING = ("begin", "fork", "rewind", "delete")
@@ -260,6 +261,12 @@ def test_a_snapshot_is_a_session_again(sessions: Any) -> None:
     take_turn(sessions, session_id)
     session, raw = sessions.export(OWNER, session_id)
     assert facts(session) == facts(sessions.find(OWNER, session_id))
+    same, snapshot = sessions.open_export(OWNER, session_id)
+    assert facts(same) == facts(session)
+    pieces = [snapshot.read(start, 7) for start in range(0, snapshot.nbytes, 7)]
+    assert b"".join(pieces) == raw
+    snapshot.close()
+    snapshot.close()
     checked: list[SessionState] = []
     made = sessions.import_(STRANGER, raw, {"a": "b"}, None, checked.append)
     assert [bytes(state.recent) for state in checked] == [b"abcde"]

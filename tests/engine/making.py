@@ -16,6 +16,7 @@ from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import CottentionForCausalLM, map_weight
 from cottention.engine.models.weight_files import read_weights
 from cottention.engine.outputs import SampledToken
+from cottention.engine.sampling.token_constraints import TokenConstraints
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import BatchResult, Sample
 from cottention.engine.scheduling.request import Choice, Request
@@ -181,12 +182,13 @@ def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
 def state_of(spec: StateSpec, n: int, window: int) -> SessionState:
     """A session's of n tokens, all but the last in rows that tell n."""
     rows = tuple(torch.full(shape, float(n)) for shape in spec.shapes.values())
-    return SessionState(rows, n - 1, (n,), (n,) * min(n, window), {n: 1})
+    return SessionState(rows if n > 1 else (), n - 1, (n,), (n,) * min(n, window), {n: 1})
 
 
 def make_request(name: str, prompt_ids: list[int], params: SamplingParams) -> Request:
     """A request that nobody has worked on."""
-    return Request.new(name, prompt_ids, params, small_tokenizer(), ())
+    constraints = TokenConstraints.of(params, small_tokenizer().num_ids)
+    return Request.new(name, prompt_ids, params, small_tokenizer(), constraints)
 
 
 def drew(ids: dict[Choice, int]) -> BatchResult:

@@ -11,6 +11,7 @@ from typing import Any, cast
 from cottention.engine.engine import Engine
 from cottention.engine.worker import EngineWorker
 from cottention.server.api.app import create_app
+from cottention.server.cli.open_files import connection_table, raise_open_files_limit
 from cottention.server.cli.serve import bind_socket, run_server, url_of
 from cottention.server.config import ServerConfig
 from cottention.server.generation.admission import AdmissionQueue
@@ -28,11 +29,12 @@ def main() -> int:
     async_engine = AsyncEngine(
         engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes
     )
+    table = connection_table(config, raise_open_files_limit())
     sock = bind_socket(config.host, config.port)
     url = url_of(sock)
     sessions: Any = FakeSessions()
     app = create_app(async_engine, config, load_api_keys(config), sessions)
-    return run_server(app, async_engine, config, sock, lambda: print(url, flush=True))
+    return run_server(app, async_engine, config, sock, table, lambda: print(url, flush=True))
 
 
 if __name__ == "__main__":

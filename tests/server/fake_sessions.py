@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from cottention.engine.errors import (
     NothingToRewindError,
@@ -22,6 +22,7 @@ from cottention.engine.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
+from cottention.engine.sessions.types import BytesReader, OpenExport, Session
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import SessionState
@@ -76,6 +77,7 @@ class FakeSessions:
     fails: dict[str, Exception] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)
     is_full: bool = False
+    max_snapshot_nbytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         self.kept: dict[str, FakeSession] = {}
@@ -183,8 +185,14 @@ class FakeSessions:
         return self.find(owner, session_id).logs[-1]
 
     def export(self, owner: str, session_id: str) -> tuple[FakeSession, bytes]:
+        found, snapshot = self.open_export(owner, session_id)
+        return found, snapshot.read(0, snapshot.nbytes)
+
+    def open_export(self, owner: str, session_id: str) -> OpenExport:
         found = self.find(owner, session_id)
-        return found, b"fake:" + bytes(found.states[-1].recent)
+        return OpenExport(
+            cast(Session, found), BytesReader(b"fake:" + bytes(found.states[-1].recent))
+        )
 
     def import_(
         self, owner: str, raw: bytes, metadata: Any, ttl_seconds: float | None, check: Any

@@ -16,6 +16,7 @@ from cottention.engine.engine import Engine
 from cottention.engine.models.model_folder import DEFAULT_MODEL
 from cottention.engine.worker import EngineWorker
 from cottention.server.api.app import create_app
+from cottention.server.cli.open_files import connection_table, raise_open_files_limit
 from cottention.server.cli.serve import bind_socket, run_server, url_of
 from cottention.server.config import ServerConfig
 from cottention.server.generation.admission import AdmissionQueue
@@ -93,6 +94,7 @@ def main() -> int:
     plain = find_template("plain", DEFAULT_MODEL)
     assert isinstance(plain, ChatTemplate)
     template = HeldTemplate(plain.template, plain.stop, plain.variables)
+    table = connection_table(config, raise_open_files_limit())
     sock = bind_socket(config.host, config.port)
     sessions: Any = HeldSessions()
     app = create_app(async_engine, config, (), sessions, template)
@@ -101,7 +103,7 @@ def main() -> int:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(64))
         print(url_of(sock), flush=True)
 
-    return run_server(app, async_engine, config, sock, announce)
+    return run_server(app, async_engine, config, sock, table, announce)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ import uvicorn
 
 from cottention.engine.worker import EngineWorker
 from cottention.server.api.app import create_app
+from cottention.server.cli.open_files import connection_table
 from cottention.server.cli.serve import bind_socket, bounded, url_of
 from cottention.server.config import ServerConfig
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
+from cottention.server.http.listener import BoundedServer
 from cottention.server.limits.api_keys import load_api_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
@@ -138,8 +140,9 @@ def serving(
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
     url = url_of(sock)
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, ws="none", http=bounded(config.receive_seconds))
+    table = connection_table(config, -1)
+    server = BoundedServer(
+        uvicorn.Config(app, log_config=None, ws="none", http=bounded(config, table)), table
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()

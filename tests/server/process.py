@@ -13,14 +13,21 @@ ROOT = Path(__file__).parents[2]
 
 @contextlib.contextmanager
 def served(
-    model: Path, folder: Path | None, *flags: str, stderr: int | None = None
+    model: Path,
+    folder: Path | None,
+    *flags: str,
+    stderr: int | None = None,
+    max_files: tuple[int, int] | None = None,
 ) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
     """A server of a model whose sessions are in a folder, or end with it; killed at the end.
 
-    stderr: as subprocess has it; ours unless given.
+    stderr: as subprocess has it; ours unless given. max_files: the soft and the hard limit of open
+    files, ours unless given.
     """
     command = [sys.executable, "-m", "cottention.server", "serve", str(model), "--port", "0"]
     command += [*flags, *(() if folder is None else ("--session-dir", str(folder)))]
+    if max_files is not None:
+        command = ["prlimit", "--nofile={}:{}".format(*max_files), *command]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, text=True
     ) as popen:

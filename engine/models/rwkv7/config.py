@@ -99,7 +99,9 @@ class RWKV7Config(ModelConfig):
     def from_dict(cls, raw: dict[str, Any], where: str) -> Self:
         hidden_size = size(raw, "hidden_size", where, most=MAX_WIDTH)
         _check_options(raw, hidden_size, where)
-        head_dim = size(raw, "head_dim", where, default=64, most=MAX_WIDTH)
+        heads = size(raw, "num_heads", where, default=max(1, hidden_size // 64), most=MAX_WIDTH)
+        default = 64 if raw.get("num_heads") is None else max(1, hidden_size // heads)
+        head_dim = size(raw, "head_dim", where, default=default, most=MAX_WIDTH)
         if hidden_size % head_dim:
             raise ModelFolderError(
                 f"{where}: hidden_size ({hidden_size}) must be a multiple of head_dim ({head_dim})"

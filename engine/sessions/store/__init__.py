@@ -1,6 +1,7 @@
 """The store of sessions: a protocol, and its implementation on SQLite and files."""
 
 from cottention.engine.sessions.store.protocol import (
+    BlobReader,
     Lease,
     NewSession,
     SessionRecord,
@@ -9,4 +10,12 @@ from cottention.engine.sessions.store.protocol import (
 )
 from cottention.engine.sessions.store.sqlite_store import SqliteStore
 
-__all__ = ["Lease", "NewSession", "SessionRecord", "SessionStore", "SqliteStore", "StoreCounts"]
+__all__ = [
+    "BlobReader",
+    "Lease",
+    "NewSession",
+    "SessionRecord",
+    "SessionStore",
+    "SqliteStore",
+    "StoreCounts",
+]

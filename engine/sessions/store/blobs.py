@@ -11,10 +11,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 from cottention.engine.errors import SnapshotError
 from cottention.engine.sessions.store.folder_lock import sync_folder
+
+PIECE_BYTES = 1 << 20
+"""Of a file whose bytes are checked and not kept."""
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -72,16 +76,26 @@ class Blobs:
 
         OSError: it cannot be read now, and may be whole.
         """
-        path = self._path(digest)
-        try:
-            raw = path.read_bytes()
-        except FileNotFoundError as error:
-            if not path.parent.is_dir():  # the whole folder is gone, perhaps for a while
-                raise
-            raise SnapshotError(f"snapshot {digest} is missing") from error
-        if hashlib.sha256(raw).hexdigest() != digest:
-            raise SnapshotError(f"snapshot {digest} is damaged on the disk")
+        with self._opened(digest) as file:
+            raw = file.read()
+        _check(hashlib.sha256(raw).hexdigest(), digest)
         return raw
+
+    def open(self, digest: str) -> BinaryIO:
+        """A blob's file, whose bytes have been read in pieces and are as they were stored.
+
+        Raises as `read` does.
+        """
+        file = self._opened(digest)
+        try:
+            checksum = hashlib.sha256()
+            while piece := file.read(PIECE_BYTES):
+                checksum.update(piece)
+            _check(checksum.hexdigest(), digest)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def remove(self, digest: str) -> None:
         """Remove a blob; nothing happens where there is none."""
@@ -104,6 +118,15 @@ class Blobs:
         self.num_bytes = sum(found.values())
         return found
 
+    def _opened(self, digest: str) -> BinaryIO:
+        path = self._path(digest)
+        try:
+            return open(path, "rb")
+        except FileNotFoundError as error:
+            if not path.parent.is_dir():  # the whole folder is gone, perhaps for a while
+                raise
+            raise SnapshotError(f"snapshot {digest} is missing") from error
+
     def _path(self, digest: str) -> Path:
         """Digests come from callers: only hex may become a path."""
         if not DIGEST.fullmatch(digest):
@@ -119,3 +142,8 @@ class Blobs:
             file.flush()
             if self._durable:
                 os.fsync(file.fileno())
+
+
+def _check(found: str, digest: str) -> None:
+    if found != digest:
+        raise SnapshotError(f"snapshot {digest} is damaged on the disk")

@@ -54,6 +54,11 @@ class SessionRecord:
     context_policy: str = "exact"
     events_nbytes: int = 0
 
+    @property
+    def snapshot_nbytes(self) -> int:
+        """Bytes of the head's snapshot, after which its event log comes."""
+        return self.nbytes - self.events_nbytes
+
     def split(self, blob: bytes) -> tuple[bytes, bytes]:
         """The head's blob as its snapshot and its event log."""
         end = len(blob) - self.events_nbytes
@@ -83,6 +88,20 @@ class StoreCounts:
 
     num_sessions: int
     blob_bytes: int
+
+
+class BlobReader(Protocol):
+    """A blob's bytes, or a part of them, to be read in pieces; they stay as they are meanwhile."""
+
+    nbytes: int
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """At most `num_bytes` from `start` on. StoreUnavailableError."""
+        ...
+
+    def close(self) -> None:
+        """End the reading. Idempotent."""
+        ...
 
 
 class SessionStore(Protocol):
@@ -130,6 +149,13 @@ class SessionStore(Protocol):
 
     def get(self, digest: str) -> bytes:
         """A blob. SnapshotError: it is missing, or its bytes are not those that were stored."""
+        ...
+
+    def open_blob(self, digest: str, start: int, stop: int) -> BlobReader:
+        """The bytes start <= n < stop of a blob, all of which has been checked as in `get`.
+
+        Never has more than a piece of it in memory. SnapshotError, as in `get`.
+        """
         ...
 
     def commit(

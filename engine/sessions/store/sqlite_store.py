@@ -8,11 +8,14 @@ to it has gone, all under the index's lock.
     <folder>/states/ab/ab…    blobs by digest: a snapshot, then its turn's event log
 """
 
+import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 from uuid import uuid4
 
 from cottention.engine.sessions.store import queries
@@ -31,6 +34,7 @@ from cottention.engine.sessions.store.folder_lock import (
     raise_unusable_folder,
 )
 from cottention.engine.sessions.store.protocol import (
+    BlobReader,
     Ids,
     Lease,
     NewSession,
@@ -47,6 +51,26 @@ SECONDS_BETWEEN_SAVES = 300.0
 """Of the time, for the next start, while the system's clock is not set."""
 
 Digests = list[str]
+
+
+class StoredPart(BlobReader):
+    """A part of a blob's file. It is read to its end even where the blob is removed meanwhile."""
+
+    def __init__(self, file: BinaryIO, faults: StoreFaults, start: int, stop: int) -> None:
+        self.nbytes = stop - start
+        self._file = file
+        self._faults = faults
+        self._start = start
+        self._lock = threading.Lock()  # a descriptor that is closed may be another file's at once
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        num_bytes = min(num_bytes, self.nbytes - start)
+        with self._lock, self._faults.reading():
+            return os.pread(self._file.fileno(), num_bytes, self._start + start)
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
 
 
 class SqliteStore(SessionStore):
@@ -138,6 +162,10 @@ class SqliteStore(SessionStore):
     def get(self, digest: str) -> bytes:
         with self._faults.reading():
             return self._blobs.read(digest)
+
+    def open_blob(self, digest: str, start: int, stop: int) -> BlobReader:
+        with self._faults.reading():
+            return StoredPart(self._blobs.open(digest), self._faults, start, stop)
 
     def commit(
         self,

@@ -6,6 +6,7 @@ Everything that is refused is one line that names the file, what is wrong and wh
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,39 @@ def test_options_that_no_golden_case_has(
     assert len(whole) == PARAMS.max_tokens
     again = list(engine.generate([[*PROMPT, *whole[:3]]], PARAMS)[0].token_ids)
     assert again[:2] == whole[3:]
+
+
+Sizes = dict[str, Any]
+STATES: dict[str, Callable[[Sizes], tuple[int, int]]] = {
+    "mamba2": lambda c: (
+        2 * c["hidden_size"] * c["state_size"],
+        2 * c["hidden_size"] + 2 * c["n_groups"] * c["state_size"],
+    ),
+    "mamba": lambda c: (c["intermediate_size"] * c["state_size"], c["intermediate_size"]),
+    "gla": lambda c: (c["hidden_size"] ** 2 // 2 // c["num_heads"], 0),
+    "retnet": lambda c: (2 * c["hidden_size"] ** 2 // c["num_heads"], 0),
+    "hgrn2": lambda c: (c["hidden_size"] * c["expand_ratio"], 0),
+    "delta_net": lambda c: (c["hidden_size"] ** 2 // c["num_heads"], 3 * c["hidden_size"]),
+    "gated_deltanet": lambda c: (
+        c["num_v_heads"] * c["head_dim"] ** 2,
+        (2 * c["num_heads"] + c["num_v_heads"]) * c["head_dim"],
+    ),
+}
+"""Numbers of a layer's state, and of each input that its convolutions keep, by the papers."""
+
+
+@pytest.mark.parametrize("model_type", STATES)
+def test_a_session_takes_what_its_tensors_do(model_type: str) -> None:
+    raw = config_of(model_type)
+    state, tails = STATES[model_type](raw)
+    engine = Engine(family_folder(model_type), EngineConfig(max_slots=3))
+    items = engine.spec.itemised_bytes()
+    layers = 4 * raw["num_hidden_layers"]
+    assert items["state"] == layers * state
+    assert items.get("conv", 0) == 3 * layers * tails
+    assert sum(items.values()) == engine.spec.bytes_per_slot
+    assert engine.pool.nbytes == 3 * engine.spec.bytes_per_slot
+    assert sum(x.nbytes for x in engine.pool.tensors.values()) == engine.pool.nbytes
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

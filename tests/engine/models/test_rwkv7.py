@@ -14,9 +14,11 @@ from torch import Tensor
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.errors import ConfigurationError, ModelFolderError, ParameterError
 from cottention.engine.models.checkpoint import load_model
+from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.models.registry import parse_config, read_config
 from cottention.engine.models.rwkv7.config import LowRanks, RWKV7Config
 from cottention.engine.models.rwkv7.model import RWKV7ForCausalLM
+from cottention.engine.ops import Segments
 from tests.engine.making import rwkv7_file
 
 SMALLEST: dict[str, Any] = {"model_type": "rwkv7", "hidden_size": 128, "vocab_size": 9}
@@ -34,6 +36,7 @@ def test_defaults_are_those_of_flash_linear_attention() -> None:
     config = parsed()
     assert (config.head_dim, config.num_heads, config.intermediate_size) == (64, 2, 512)
     assert config.group_norm_eps == 64 * config.norm_eps == 64e-5
+    assert parsed(head_dim=None, num_heads=4).head_dim == 32
     assert parsed(intermediate_size=None, hidden_ratio=3.5).intermediate_size == 448
     assert parsed(hidden_size=72, head_dim=8, hidden_ratio=4).intermediate_size == 288
     assert config.window is config.trained_length is None
@@ -121,6 +124,30 @@ def test_a_file_is_served(file: Path) -> None:
     for done in engine.generate(["the thing in there"], params):
         assert 0 <= min(done.token_ids) <= max(done.token_ids) < engine.tokenizer.num_ids == 313
         assert done.text == engine.tokenizer.decode(done.token_ids)
+
+
+def test_matrices_as_they_are_stored(file: Path) -> None:
+    """In bfloat16 the products round their inputs; everything between them stays in float32."""
+    config = read_config(file)
+    ids, rows = torch.arange(1, 41), config.state_spec().shapes
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_model(file, config, dtype)
+        assert isinstance(loaded, RWKV7ForCausalLM)
+        assert loaded.state_dict()["model.layers.0.ffn.key.weight"].dtype == dtype
+        assert (
+            loaded.state_dict()["model.layers.0.attn.w_lora.lora.0.weight"].dtype == torch.float32
+        )
+        model = loaded.serve("cpu")
+        pool = {name: torch.zeros(1, *shape) for name, shape in rows.items()}
+        segments = Segments.of([0], [len(ids)], 1, "cpu")
+        with torch.inference_mode():
+            hidden = model.hidden(ids, torch.arange(len(ids)), Recurrence(pool, segments))
+            logits.append(model.logits(hidden))
+        assert all(row.any() for row in pool.values())
+    assert logits[0].dtype == logits[1].dtype == torch.float32
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=0.1)
+    assert not torch.equal(logits[0], logits[1])
 
 
 def test_without_a_window_there_is_no_renewal(file: Path) -> None:

@@ -54,6 +54,18 @@ def test_rms_norm(width: int, groups: int) -> None:
     assert torch.equal(ops.rms_norm(x[3:4], weight, 1e-5, groups), got[3:4])
 
 
+@pytest.mark.parametrize("width", [1, 7, 32, 64, 1000])
+def test_sums_and_norms_of_rows(width: int) -> None:
+    """Alone and among others, wherever in memory a row is."""
+    x = torch.randn(9, width + 5)[:, 2 : 2 + width]
+    weight, bias = torch.randn(width), torch.randn(width)
+    for op in (ops.row_sums, lambda x: ops.layer_norm(x, weight.to(x), bias.to(x), 1e-5)):
+        got, exact = op(x), op(x.double())
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+        assert torch.equal(op(x[3:4].clone()), got[3:4])
+        assert torch.equal(op(x[1:7]), got[1:7])
+
+
 def convolved(
     lengths: list[int], channels: int, width: int, *, has_bias: bool
 ) -> dict[str, Tensor]:

@@ -150,3 +150,28 @@ def test_opcheck() -> None:
     terms = terms_of("w-key ab", case)
     op, tests = torch.ops.cottention.recurrent_step.default, ("test_schema", "test_faketensor")
     torch.library.opcheck(op, (*case, *terms), test_utils=tests)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("slots", [[4, -1, 2], [-1, 3, -1], [-1, -1, -1]])
+def test_the_reference_of_one_token_each_waits_for_no_value(form: str, slots: list[int]) -> None:
+    """It equals the reference of segments, padding at any place included."""
+    case = make([1, 1, 1], slots, 8, 12, pool_size=6).to(torch.float64)
+    other, terms = case.to(torch.float64), terms_of(form, case).double()
+    expected = reference.recurrent_step(*case, **terms)
+    got = reference.recurrent_step(*other._replace(cu_seqlens=None), **terms)
+    assert torch.equal(got, expected)
+    assert torch.equal(other.state, case.state)
+
+
+@pytest.mark.parametrize("form", ["plain", *FORMS])
+def test_segments_that_are_cut_elsewhere_are_stepped_with_terms(form: str) -> None:
+    """Only the plain form has a chunked one; the rows of cut segments are kept for the others."""
+    case = make([3, 70, 1], [2, 0, -1], 16, 24, pool_size=4)
+    exact, terms = case.to(torch.float64), terms_of(form, case)
+    expected = reference.recurrent_step(*exact, **terms.double())
+    segments = ops.Segments.of([2, 0, -1], [3, 70, 1], 4, "cpu", max_recurrent_tokens=8)
+    assert segments.chunks is not None
+    out = ops.recurrent_segments(*case[:5], segments, **terms._asdict())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(case.state.double(), exact.state, rtol=1e-5, atol=1e-5)

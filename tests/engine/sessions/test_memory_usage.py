@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cottention.engine.sessions.fingerprint import Fingerprint
-from cottention.engine.sessions.memory_usage import SessionBytes
+from cottention.engine.sessions.memory_usage import EVENT_BYTES, SessionBytes
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.state_cache import ParkedStates
 from cottention.engine.sessions.types import SessionValue
@@ -13,7 +13,7 @@ from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.state.spec import StateSpec, recurrence_tensors
 
-NUM_IDS, WINDOW, EVENT_LOG_BYTES = 500, 64, 3000
+NUM_IDS, WINDOW, EVENT_LOG_BYTES = 500, 64, 64 * EVENT_BYTES
 CONFIG = " ".join(f"{'n' * 12}{n}={10**6}" for n in range(14))
 PRINTS = Fingerprint("a" * 64, "b" * 64, CONFIG, "c" * 100)
 
@@ -45,7 +45,7 @@ def largest(spec: StateSpec) -> SessionValue:
     """Of a session that has seen every id, and whose last turn filled its event log."""
     rows = [torch.ones(shape) for shape in spec.shapes.values()]
     ids = tuple(range(WINDOW))
-    events = EventLog("f" * 16, 2**62, (b"x" * 1000, b"y" * 2000))
+    events = EventLog("f" * 16, 2**62, (b"x" * EVENT_BYTES,) * 64)
     counts = dict.fromkeys(range(NUM_IDS), 1)
     full = SessionState(tuple(rows), 2**62, (1,), ids, counts, undecoded=b"\xf0\x9f\x98")
     return SessionValue(full, events)

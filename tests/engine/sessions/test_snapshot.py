@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from cottention.engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
 from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.sessions.fingerprint import Fingerprint
-from cottention.engine.sessions.snapshot import SnapshotCodec
+from cottention.engine.sessions.snapshot import MAX_HEADER_BYTES, SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
-from cottention.engine.state.session_state import SessionState
+from cottention.engine.state.session_state import MAX_PENDING, SessionState
 from cottention.engine.state.spec import StateSpec
 from cottention.engine.text.tokenizer import Tokenizer
 from tests.engine.making import SESSION_FAMILIES, attention_folder, small_spec
@@ -47,7 +47,7 @@ def rows(spec: StateSpec) -> tuple[torch.Tensor, ...]:
     return tuple(torch.randn(shape, generator=generator) for shape in spec.shapes.values())
 
 
-FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0}, b"\xe2\x82")
+FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0, 0: 0}, b"\xe2\x82")
 FULLS = {kind: replace(FULL, rows=rows(spec)) for kind, spec in SPECS.items()}
 RAWS = {kind: CODECS[kind].encode(state) for kind, state in FULLS.items()}
 
@@ -103,7 +103,7 @@ def test_there_and_back(state: SessionState, attention: str) -> None:
 
 
 def test_equal_states_have_equal_bytes() -> None:
-    turned = replace(FULL, counts={5: 0, 99: 3}, rows=tuple(row.clone() for row in FULL.rows))
+    turned = replace(FULL, counts={5: 0, 0: 0, 99: 3}, rows=tuple(row.clone() for row in FULL.rows))
     assert CODEC.encode(turned) == CODEC.encode(FULL)
 
 
@@ -167,7 +167,7 @@ def test_rows_on_another_grid_are_a_mismatch() -> None:
 
 @pytest.mark.parametrize("recent", [(), (5, 99), (0, 0, 5, 99)])
 def test_recent_ids_are_those_of_a_window(recent: tuple[int, ...]) -> None:
-    with pytest.raises(SnapshotError, match="recent ids"):
+    with pytest.raises(SnapshotError, match="recent"):
         CODEC.decode(CODEC.encode(replace(FULL, recent=recent)))
 
 
@@ -232,7 +232,7 @@ LIES = [
     *(
         (put(name, "shape"), [n])
         for name in ("pending", "counts", "undecoded")
-        for n in (-1, 0, 3, 2**62, 1e300, 9 * 10**4299)
+        for n in (-1, 0, 4, 2**62, 1e300, 9 * 10**4299)
     ),
     *((put("pending", "shape"), x) for x in ([], [2, 1], [2.0], ["2"], [True], {}, [None])),
     *((put(name, "dtype"), x) for name in ("row.state", "pending") for x in ("F64", "I64", 4)),
@@ -323,11 +323,41 @@ NAN = torch.full(SPEC.shapes["state"], float("nan"))
         replace(FULL, rows=(NAN,)),
         replace(FULL, rows=(-NAN.nan_to_num(1).div(0),)),
         replace(FULL, rows=()),
+        replace(FULL, undecoded=b"\xe2\x82\xac"),
+        replace(FULL, undecoded=b"abcd"),
+        replace(FULL, undecoded=b"\x80"),
+        replace(FULL, pending=()),
+        replace(FULL, pending=(99, 5)),
+        replace(FULL, recent=(0, 5, 5)),
+        replace(FULL, recent=(1, 5, 99)),
+        replace(FULL, counts=FULL.counts | {99: 10}),
+        replace(FULL, counts=FULL.counts | dict.fromkeys(range(10, 20), 0)),
+        replace(FULL, position=0, recent=(5, 99)),
+        replace(SessionState(), undecoded=b"\xe2"),
     ],
 )
 def test_values_that_no_session_has(state: SessionState) -> None:
     with pytest.raises(SnapshotError):
         CODEC.decode(CODEC.encode(state))
+
+
+def test_a_list_that_is_too_long_is_refused_by_its_header() -> None:
+    """The list itself is never unpacked, or it would take ten times the bytes of the snapshot."""
+    longest = (5,) * MAX_PENDING
+    state = SessionState(pending=longest, recent=(5,) * WINDOW, counts={5: 0})
+    raw = CODEC.encode(state)
+    assert CODEC.decode(raw).pending == longest
+    assert len(raw) <= CODEC.max_nbytes
+    with pytest.raises(SnapshotError, match=rf"pending has {MAX_PENDING + 1} .* at most"):
+        CODEC.decode(CODEC.encode(replace(state, pending=(*longest, 5))))
+
+
+def test_the_largest_snapshot() -> None:
+    ids = range(NUM_IDS)
+    counts = dict.fromkeys(ids, 0)
+    pending = (*ids, *[5] * (MAX_PENDING - NUM_IDS))
+    largest = SessionState(FULL.rows, 7, pending, pending[-WINDOW:], counts, b"\xe2\x82")
+    assert CODEC.max_nbytes - MAX_HEADER_BYTES < len(CODEC.encode(largest)) <= CODEC.max_nbytes
 
 
 def test_counts_out_of_order() -> None:
@@ -383,7 +413,8 @@ def test_fingerprints_follow_the_files(folder: Path) -> None:
 
 
 def test_an_id_that_was_generated_more_often_than_a_count_tells() -> None:
-    state = CODEC.decode(CODEC.encode(replace(FULL, counts={1: 2**31 - 2})))
-    counts = state.extended([], [1, 1, 1], WINDOW).counts
-    assert counts == {1: 2**31 - 1}
-    assert CODEC.decode(CODEC.encode(replace(FULL, counts=counts))).counts == counts
+    long = replace(FULL, position=2**31, counts=FULL.counts | {99: 2**31 - 2})
+    state = CODEC.decode(CODEC.encode(long))
+    state = state.extended([], [99, 99, 99], WINDOW)
+    assert state.counts == FULL.counts | {99: 2**31 - 1}
+    assert CODEC.decode(CODEC.encode(state)).counts == state.counts

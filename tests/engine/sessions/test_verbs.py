@@ -17,6 +17,7 @@ from cottention.engine.errors import (
 )
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.manager import LEASE_SECONDS, Session, SessionManager
+from cottention.engine.sessions.memory_usage import VALUE_BYTES
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SqliteStore
 from cottention.engine.state.context_window import context_schedules
@@ -249,7 +250,8 @@ def test_rewinding(sessions: SmallSessions) -> None:
 
 
 def test_residence(opened: Opener, attention: str) -> None:
-    sessions = opened(memory_bytes=2 * (state_of(small_spec(attention), 1, WINDOW).nbytes + 300))
+    nbytes = state_of(small_spec(attention), 2, WINDOW).nbytes
+    sessions = opened(memory_bytes=2 * (VALUE_BYTES + nbytes + 300))
     names = [make(sessions, n).id for n in (1, 2, 3)]
     where = [sessions.find("a", name).residence for name in names]
     assert where == ["stored", "parked", "parked"]

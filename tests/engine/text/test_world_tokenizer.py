@@ -65,6 +65,25 @@ def test_the_end_of_text_is_no_text(tokenizer: WorldTokenizer) -> None:
     assert tokenizer.encode_untrusted("a\n\nb", [(1, 2)], {0}) == tokenizer.encode("a\n\nb")
 
 
+def test_a_folder_s_spelling_of_the_end_of_text(tmp_path: Path, vocabulary: Path) -> None:
+    """As templates of published folders write it; in a message it is text, as it is without one."""
+    end = "<|rwkv_tokenizer_end_of_text|>"
+    (tmp_path / "rwkv_vocab_small.txt").write_bytes(vocabulary.read_bytes())
+    plain = read_tokenizer(tmp_path)
+    config = {"eos_token": "\n\n", "added_tokens_decoder": {"0": {"content": end, "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    made = read_tokenizer(tmp_path)
+    a, b = plain.encode("a\n\n"), plain.encode("b")
+    assert made.encode(f"{end}a\n\n{end}b") == [0, *a, 0, *b]
+    assert made.encode(f"a\n\n{end[:-1]}") == plain.encode(f"a\n\n{end[:-1]}")
+    text = f"{end}b{end}"
+    forged = made.encode_untrusted(text, [(len(end), len(text))], {0})
+    assert forged == [0, *plain.encode(f"b{end}")]
+    assert made.added_tokens[0].content == made.token_text(0) == made.id_to_token(0) == end
+    assert made.token_bytes[0] == b""
+    assert made.eos_token_id == 0
+
+
 def test_ids_without_an_entry_are_never_generated() -> None:
     made = WorldTokenizer({**{byte + 1: bytes([byte]) for byte in range(256)}, 300: b"abc"}, "here")
     assert made.num_ids == 301

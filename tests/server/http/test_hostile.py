@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from cottention.server.generation.chat_template import TimeLimitExceeded, find_template, time_limit
+from cottention.server.http.body import Pace
 from cottention.server.http.protocol import MAX_HEAD_BYTES, MAX_PIPELINED
 from tests.server.generation.test_slow_clients import ALPHABET, read_to_the_end, text_of
 from tests.server.live import Live, eventually, serving
@@ -38,7 +39,9 @@ def receive_seconds() -> float:
 def live(receive_seconds: float) -> Iterator[Live]:
     """A server with another client's stream running; both are as they should be at the end."""
     process = psutil.Process()
-    with serving(receive_seconds=receive_seconds, max_body_bytes=100_000) as live:
+    with serving(
+        receive_seconds=receive_seconds, receive_rate=10_000, max_body_bytes=100_000
+    ) as live:
         live.engine.step_seconds = 0.005
         before = process.memory_info().rss
         with live.connect(prompt="x", stream=True, max_tokens=400) as other:
@@ -109,6 +112,25 @@ def test_a_body_that_takes_its_time(live: Live) -> None:
             sock.send(b" ")
             time.sleep(0.02)
         assert "too slowly" in error_of(answer(sock), 408)
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/v1/sessions/import", b"/tokenize"])
+def test_a_body_that_comes_quickly_and_then_stalls(path: bytes, is_announced: bool) -> None:
+    """What has come earns it no time, and neither does what is still to come."""
+    length = b"Content-Length: 300000" if is_announced else b"Transfer-Encoding: chunked"
+    begin = b" " * 200_000
+    with serving(receive_seconds=0.3) as live, connection(live) as sock:
+        sock.sendall(b"POST %b HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % (path, length))
+        sock.sendall(begin if is_announced else b"%x\r\n%b\r\n" % (len(begin), begin))
+        assert "may not pause for 0.3 s" in error_of(answer(sock), 408)
+
+
+def test_how_slowly_a_body_may_come() -> None:
+    pace = Pace(seconds=30, bytes_per_second=1000)
+    assert pace.deadline(began=100, now=100, num_bytes=0) == 130
+    assert pace.deadline(began=100, now=120, num_bytes=5000) == 135
+    assert pace.deadline(began=100, now=120, num_bytes=1_000_000) == 150
 
 
 @within_a_second

@@ -1,4 +1,4 @@
-"""What `server/http/protocol.py` uses of uvicorn beyond its documentation.
+"""What `server/http/protocol.py` and `listener.py` use of uvicorn beyond its documentation.
 
 A new uvicorn that renames one of these could turn a limit off unnoticed: what it no longer reads
 can still be set, and what it no longer calls still be overridden. pyproject.toml bounds uvicorn's
@@ -8,6 +8,7 @@ version; raise the bound when these tests pass with the new one.
 import ast
 import asyncio
 import inspect
+import socket
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from uvicorn.server import ServerState
 
 from cottention.server.http import protocol
+from cottention.server.http.connections import ConnectionTable
 from cottention.server.http.errors import ApiError
+from cottention.server.http.listener import BoundedServer
 
 METHODS = {
     "__init__": ("self, config, server_state, app_state, _loop", "one protocol per connection"),
@@ -33,11 +36,14 @@ METHODS = {
     "on_body": ("self, body", "the limit on what frames a body"),
     "on_message_complete": ("self", "the limit on a body's time after its answer"),
     "on_response_complete": ("self", "the list of unanswered requests"),
+    "pause_writing": ("self", "the limit on the time in which a client reads"),
+    "resume_writing": ("self", "the end of that time"),
     "_unset_keepalive_if_required": ("self", "stopping the idle timeout when bytes arrive"),
 }
 """Methods of HttpToolsProtocol: parameters, and what they are used for."""
 
 ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "client": (lambda it: it == ("192.0.2.1", 5), "counting the connections of an address"),
     "parser": (lambda it: type(it) is httptools.HttpRequestParser, "parsing in pieces"),
     "url": (lambda it: it == b"/a?b", "declining an upgrade"),
     "headers": (lambda it: it == [(b"x", b"Y")], "declining an upgrade"),
@@ -63,6 +69,9 @@ class Transport(asyncio.Transport):
 
     def write(self, data: Any) -> None:
         self.written += data
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("192.0.2.1", 5) if name == "peername" else default
 
     def is_closing(self) -> bool:
         return False
@@ -167,3 +176,23 @@ def test_the_lists_are_complete() -> None:
         used -= {*dir(other)}
     shared = used & asyncio.run(names_of_uvicorn())
     assert shared | {"__init__"} == {*METHODS, *ATTRIBUTES, *CYCLE_ATTRIBUTES}
+
+
+def test_uvicorn_accepts_no_connections_of_its_own() -> None:
+    """Else they would be made before they are counted. It closes the sockets at the end."""
+
+    async def start(sock: socket.socket) -> tuple[Any, Any]:
+        config = uvicorn.Config(answering, log_config=None, lifespan="off", http=HttpToolsProtocol)
+        server = BoundedServer(config, ConnectionTable(1, 1))
+        config.load()
+        server.lifespan = config.lifespan_class(config)
+        await server.startup([sock])
+        of_uvicorn, made = server.servers, server._protocol_factory()()
+        await server.shutdown([sock])
+        return of_uvicorn, made
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        servers, made = asyncio.run(start(sock))
+        assert sock.fileno() == -1
+    assert servers == []
+    assert type(made) is HttpToolsProtocol

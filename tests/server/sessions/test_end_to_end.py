@@ -79,7 +79,7 @@ def test_an_absurd_age_is_refused_before_it_is_stored(live: Live, solo: Engine) 
     held = state_of(live, live.opened("def f(x):"))
     before = live.client.get("/v1/capacity").json()["stored_bytes"]
     for position in (MAX_HELD, 2**53, 2**62):
-        old = replace(held, position=position, recent=(held.recent * window)[:window])
+        old = replace(held, position=position, recent=(held.recent * window)[-window:])
         answer = live.client.post("/v1/sessions/import", content=codec.encode(old))
         assert answer.status_code == 400
         assert f"at most {MAX_HELD} tokens" in answer.json()["error"]["message"]

@@ -202,13 +202,13 @@ def test_a_snapshot_becomes_a_session(live: Live) -> None:
 def test_a_snapshot_s_tag_is_that_of_its_bytes(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     """A turn ends just before the bytes are read."""
     session_id = live.opened("xyz")
-    export = live.sessions.export
+    export = live.sessions.open_export
 
     def late(*args: str) -> Any:
         assert live.complete(session_id=session_id, prompt="y", max_tokens=1).is_success
         return export(*args)
 
-    monkeypatch.setattr(live.sessions, "export", late)
+    monkeypatch.setattr(live.sessions, "open_export", late)
     got = live.client.get(f"/v1/sessions/{session_id}/snapshot")
     assert (got.headers["etag"], got.content) == ('"5"', b"fake:xyzya")
 

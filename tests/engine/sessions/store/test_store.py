@@ -120,6 +120,28 @@ def test_events_go_where_their_snapshot_goes(store: SqliteStore) -> None:
     assert store.counts().blob_bytes == 3
 
 
+def test_a_part_of_a_blob_is_read_in_pieces_though_the_blob_is_removed(store: SqliteStore) -> None:
+    record = make(store, b"snapshot of a session")
+    reader = store.open_blob(record.head, 9, 15)
+    store.delete(record.id)
+    assert reader.nbytes == 6
+    assert [reader.read(0, 4), reader.read(4, 4), reader.read(6, 4)] == [b"of a", b" s", b""]
+    reader.close()
+    reader.close()
+    with pytest.raises(SnapshotError, match="missing"):
+        store.open_blob(record.head, 0, 1)
+
+
+def test_nothing_is_read_of_a_blob_that_has_changed_anywhere(
+    store: SqliteStore, tmp_path: Path
+) -> None:
+    record = make(store, b"snapshot")
+    [file] = files(tmp_path / "sessions")
+    file.write_bytes(b"snapshoT")
+    with pytest.raises(SnapshotError, match="damaged"):
+        store.open_blob(record.head, 0, 4)
+
+
 def test_a_session_is_begun_by_its_owner_alone(store: SqliteStore, clock: Clock) -> None:
     """Whether somebody else's session is busy is not told, and its lease is not touched."""
     [record] = store.create([NewSession("a", 1, b"one", expires_at=clock.now + 10)])
