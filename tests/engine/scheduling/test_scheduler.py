@@ -280,7 +280,7 @@ class Simulation:
         made = request(length, wide, said, str(number))
         made.priority = self.chance.choice([0, 0, 0, -1, 1])
         made.client = self.chance.choice(self.clients)
-        if number % 40 == 0:  # as wide as there are slots, and longer than its turn
+        if len(self.clients) > 1 and number % 40 == 0:  # as wide as all slots, for many turns
             made = request(length, self.num_slots, 60, str(number))
             made.client = self.clients[-1]
         self.scheduler.add(made)
