@@ -3,9 +3,12 @@
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from cottention.engine.sampling.token_constraints import TokenConstraints
 from cottention.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # it holds tensors; histories need no torch
+    from cottention.engine.sampling.token_constraints import TokenConstraints
 
 
 class TokenHistory:
@@ -19,7 +22,7 @@ class TokenHistory:
         self,
         params: SamplingParams,
         prompt_ids: Sequence[int],
-        constraints: TokenConstraints,
+        constraints: "TokenConstraints",
         earlier_counts: Mapping[int, int],
     ) -> None:
         """`earlier_counts`: those of the session before this prompt."""

@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from cottention.engine.outputs import FinishReason, TokenLogprob
-from cottention.engine.sampling.token_constraints import TokenConstraints
 from cottention.engine.sampling.token_history import TokenHistory
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
@@ -26,6 +26,9 @@ from cottention.engine.state.prefix_cache import Prefix
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.text.base import BaseTokenizer
 from cottention.engine.text.detokenizer import Detokenizer
+
+if TYPE_CHECKING:  # it holds tensors; the scheduler needs no torch
+    from cottention.engine.sampling.token_constraints import TokenConstraints
 
 
 class RequestStatus(Enum):
@@ -133,7 +136,7 @@ class Request:
     prefill_stop: int
     params: SamplingParams
     seed: int
-    constraints: TokenConstraints
+    constraints: "TokenConstraints"
     client: Client = DEFAULT_CLIENT
     priority: int = 0
     is_preempted: bool = False
@@ -156,7 +159,7 @@ class Request:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         tokenizer: BaseTokenizer,
-        constraints: TokenConstraints,
+        constraints: "TokenConstraints",
         start: SessionState | None = None,
         context_schedule: ContextSchedule | None = None,
     ) -> "Request":
