@@ -13,6 +13,7 @@ from fastapi import Response
 
 from cottention.engine.errors import (
     ContextPolicyError,
+    NonFiniteStateError,
     NothingToRewindError,
     SessionBusyError,
     SessionError,
@@ -33,6 +34,7 @@ SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     NothingToRewindError: (409, "nothing_to_rewind"),
     ContextPolicyError: (409, "context_policy_settled"),
     SessionMovedError: (412, "session_moved"),
+    NonFiniteStateError: (500, "state_not_finite"),
     StoreFullError: (507, "store_full"),
     StoreUnavailableError: (507, "store_unavailable"),
 }
