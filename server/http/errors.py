@@ -19,6 +19,7 @@ from cottention.engine.errors import (
     SessionError,
     SessionMovedError,
     SessionNotFoundError,
+    SessionQuotaError,
     SnapshotError,
     StoreFullError,
     StoreUnavailableError,
@@ -30,6 +31,7 @@ RETRY_AFTER_SECONDS = 5
 
 SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     SessionNotFoundError: (404, "session_not_found"),
+    SessionQuotaError: (403, "session_quota_exceeded"),
     SessionBusyError: (409, "session_busy"),
     NothingToRewindError: (409, "nothing_to_rewind"),
     ContextPolicyError: (409, "context_policy_settled"),
