@@ -6,7 +6,6 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from cottention.engine.sampling_params import MAX_STOP_STRINGS
 from cottention.server.http.body import shown
 from cottention.server.http.request_id import REQUEST_ID_PATTERN
 
@@ -178,13 +177,8 @@ Prompts = Annotated[
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
 Strings = Annotated[
-    tuple[str, ...],
-    PlainValidator(
-        _strings,
-        json_schema_input_type=str | Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)],
-    ),
+    tuple[str, ...], PlainValidator(_strings, json_schema_input_type=str | list[str])
 ]
-"""The engine checks how many there are."""
 ListedStrings = Annotated[
     tuple[str, ...], PlainValidator(_listed_strings, json_schema_input_type=list[str])
 ]
