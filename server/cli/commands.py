@@ -52,7 +52,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from cottention.server.generation.async_engine import AsyncEngine
         from cottention.server.generation.chat_template import find_template
         from cottention.server.http.origin import check_access
-        from cottention.server.limits.api_keys import load_api_keys
+        from cottention.server.limits.api_keys import load_api_keys, session_quotas
         from cottention.server.sessions.storage import check_folder, describe_storage, open_sessions
 
         keys = load_api_keys(config)
@@ -66,7 +66,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             AdmissionQueue.of(config),
             config.stream_buffer_bytes,
         )
-        with open_sessions(engine, config) as sessions:
+        with open_sessions(engine, config, session_quotas(keys, config)) as sessions:
             app = create_app(async_engine, config, keys, sessions, template)
             warn_of_open_access(sock, config)
             facts = {

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING
 
 from cottention.engine.errors import ConfigurationError
+from cottention.engine.sessions.store.protocol import UNLIMITED, Quotas
 from cottention.server.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ PREFIX = "cottention-sessions-"
 
 
 @contextlib.contextmanager
-def open_sessions(engine: "Engine", config: ServerConfig) -> Iterator["SessionManager"]:
+def open_sessions(
+    engine: "Engine", config: ServerConfig, quotas: Quotas = lambda _: UNLIMITED
+) -> Iterator["SessionManager"]:
     """The server's sessions; they are closed at the end of the block. Raises ConfigurationError."""
     from cottention.engine.sessions.maintenance import maintenance_thread
     from cottention.engine.sessions.manager import LEASE_SECONDS, SessionManager
@@ -34,11 +37,12 @@ def open_sessions(engine: "Engine", config: ServerConfig) -> Iterator["SessionMa
         is_durable = config.session_dir is not None
         folder = stack.enter_context(_temporary()) if not is_durable else _given(config)
         sessions = SessionManager(
-            SqliteStore(Path(folder), durable=is_durable),
+            SqliteStore(Path(folder), durable=is_durable, quotas=quotas),
             engine.session_codec(),
             memory_bytes=config.session_memory,
             max_checkpoints=config.session_checkpoints,
             is_durable=is_durable,
+            ttl_seconds=config.session_ttl_seconds,
         )
         stack.callback(sessions.close)
         stack.enter_context(maintenance_thread(sessions.maintain, LEASE_SECONDS / 3))
