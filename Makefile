@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-clients docker-test fuzz asan crash faults forgeries stops soak check bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-clients docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,7 +36,7 @@ test-slow: setup ## Run the tests that kill, flood, soak or compile for long
 
 # Not those that build libraries of their own. What is compiled here takes longer than a test may.
 OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \
-  tests/engine/models/test_packed.py
+  tests/engine/models/test_packed.py $(wildcard tests/engine/models/test_fused_*.py)
 
 asan: setup ## Run the op tests under AddressSanitizer (GCC), CUDA's on the host among them
 	COTTENTION_OPS=compiled COTTENTION_CACHE=build/asan \
@@ -88,6 +88,9 @@ check: setup ## Lint, formatting, types; what docker/ holds, and that no secret 
 	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
 	$(BIN)/python tests/containers/check.py
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^(tests/|engine/pretrained/)'
+
+bounds: setup ## Send one key's largest requests beside another key's small ones, and compare (ARGS="--quick")
+	$(BIN)/python -m benchmarks.bounds $(ARGS)
 
 bench: setup ## Run all benchmarks (ARGS="--quick")
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'

@@ -138,7 +138,7 @@ def _served_logits(
 
 
 def _attend(_: int, features: Features) -> torch.Tensor:
-    return reference.parallel(*(x.transpose(0, 1) for x in features)).transpose(0, 1)
+    return reference.parallel(*(x.transpose(0, 1) for x in features[:3])).transpose(0, 1)
 
 
 def _unread(model: torch.nn.Module) -> int:

@@ -147,7 +147,7 @@ class _Carried:
         self._z = torch.zeros(1, *spec.shapes["denominator"]) if has_denominator else None
 
     def __call__(self, layer: int, features: Features) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in features)
+        q, k, v = (x.transpose(1, 2) for x in features[:3])
         z = None if self._z is None else self._z[:, layer]
         out, state, z = chunked(q, k, v, self._state[:, layer], z)
         self._state[:, layer] = state
@@ -160,7 +160,7 @@ def _attend_sliding(window: int, _layer: int, features: Features) -> Tensor:
     """Blocks of W queries, each with its own keys and those of the block before."""
     length = features.q.shape[1]
     padding = -length % window
-    q, k, v = (nn.functional.pad(x[0], (0, 0, 0, 0, 0, padding)) for x in features)
+    q, k, v = (nn.functional.pad(x[0], (0, 0, 0, 0, 0, padding)) for x in features[:3])
     q, k, v = (x.unflatten(0, (-1, window)).transpose(1, 2) for x in (q, k, v))  # [n, H, W, D]
     k, v = (torch.cat([nn.functional.pad(x[:-1], (0,) * 6 + (1, 0)), x], dim=2) for x in (k, v))
     row, column = torch.arange(window).unsqueeze(-1), torch.arange(2 * window)

@@ -6,6 +6,9 @@ other, and the step runs as a captured graph. `torch` is the better of two formu
 bmm, or a sum of outer products and a product with the query, on contiguous states. `torch by slot`
 does the same work as the step: it gathers the states from the pool and writes them back. All are
 called in turn, so that changes in memory bandwidth affect all alike.
+
+The step with a decay, and with a term that reads the state, is measured at the shapes of families
+that have them.
 """
 
 from collections.abc import Callable
@@ -25,6 +28,28 @@ from cottention.engine.state.pool import available_memory
 BATCHES = (1, 8, 64, 512)
 MAX_MEMORY_FRACTION = 0.7
 TOLERANCE = 1e-5
+
+
+class Form(NamedTuple):
+    """The recurrence of a published model: its layers, heads and widths, and its terms."""
+
+    layers: int
+    heads: int
+    key: int
+    value: int
+    decay: str
+    has_term: bool
+
+    @property
+    def bytes_per_row(self) -> int:
+        return 4 * self.layers * self.heads * self.key * self.value
+
+
+FORMS = {
+    "RWKV-7 0.4B": Form(24, 16, 64, 64, "per key", has_term=True),
+    "Mamba-2 370M": Form(48, 32, 128, 64, "per head", has_term=False),
+    "Gated DeltaNet 0.4B": Form(21, 6, 256, 512, "per head", has_term=True),
+}
 
 
 class Batch(NamedTuple):
@@ -49,7 +74,14 @@ def measure(quick: bool, device: Device | None = None) -> Report:
         if _fits(config, batch, device)
     ]
     show("The recurrent step, all layers of a model in turn", rows)
-    return {"step": rows}
+    forms = [
+        _form_row(device, name, form, batch, 0.3 if quick else 2.0)
+        for name, form in FORMS.items()
+        for batch in BATCHES[: 2 if quick else 3]
+        if form.bytes_per_row * batch < MAX_MEMORY_FRACTION * available_memory(device.name)
+    ]
+    show("The step of other recurrences", forms)
+    return {"step": rows, "forms": forms}
 
 
 def check(device: Device) -> None:
@@ -111,6 +143,39 @@ def _row(
         "step / by layer": by_layer / step,
         "torch / step": min(peers) / step,
         "torch by slot / step": by_slot / step,
+    }
+
+
+def _form_row(
+    device: Device, name: str, form: Form, size: int, at_least: float
+) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(size)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(size, form.heads, *shape, generator=generator).to(device.name)
+
+    q, k, v = drawn(form.key), drawn(form.key), drawn(form.value) - 0.5
+    w = 0.9 + drawn(*([form.key] if form.decay == "per key" else [])) / 10
+    unit = torch.nn.functional.normalize(drawn(form.key) - 0.5, dim=-1)
+    a, b = (-unit, unit / 2) if form.has_term else (None, None)
+    shape = size, form.layers, form.heads, form.value, form.key
+    pool = torch.full(shape, 0.01, device=device.name)
+    segments = ops.Segments(torch.randperm(size, generator=generator).int().to(device.name))
+
+    def step() -> None:
+        for layer in pool.unbind(1):
+            ops.recurrent_segments(q, k, v, layer, None, segments, w=w, a=a, b=b)
+
+    stream = device.stream(pool)
+    took, streamed = medians(device, (device.repeatable(step), stream.work), at_least=at_least)
+    return {
+        "model": name,
+        "batch": size,
+        "decay": form.decay,
+        "reads the state": "yes" if form.has_term else "no",
+        "state MiB": pool.nbytes / 2**20,
+        "us/layer": 1e6 * took / form.layers,
+        "step / stream": 2 * pool.nbytes / took * streamed / stream.num_bytes,
     }
 
 

@@ -21,7 +21,7 @@ void check_shapes(const Tensor& joined, const Tensor& sigma, const Tensor& state
   check_tensor(state, "state", 4, ScalarType::Float);
   const int64_t heads = state.size(1), width = state.size(2);
   check_state(state, heads, width, width);
-  check_widths(width, width);
+  check_fused_width(width);
   check_sigma(sigma, heads);
   STD_TORCH_CHECK(joined.size(1) >= 3 * heads * width, "joined is too narrow for q, k and v");
   check_size(out, "out", 0, joined.size(0));

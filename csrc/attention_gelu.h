@@ -17,9 +17,9 @@ namespace cottention::COTTENTION_ISA {
 // Maps tokens [t, stop) of a task and runs the recurrence on them.
 inline void attention_chunk(const AttentionGeluParams& m, const HeadTask& s, int64_t t,
                             int64_t stop) {
-  alignas(64) float q[kTokenChunk * kMaxValueWidth];
-  alignas(64) float k[kTokenChunk * kMaxValueWidth];
-  alignas(64) float v[kTokenChunk * kMaxValueWidth];
+  alignas(64) float q[kTokenChunk * kMaxFusedWidth];
+  alignas(64) float k[kTokenChunk * kMaxFusedWidth];
+  alignas(64) float v[kTokenChunk * kMaxFusedWidth];
   const int64_t width = m.features.width;
   for (int64_t i = 0; i < stop - t; ++i)
     map_head(m.features, t + i, s.head, q + i * width, k + i * width, v + i * width);
@@ -27,7 +27,7 @@ inline void attention_chunk(const AttentionGeluParams& m, const HeadTask& s, int
   p.q = {q, width, 0, t};
   p.k = {k, width, 0, t};
   p.v = {v, width, 0, t};
-  advance_chunk(p, s, t, stop);
+  advance_chunk<Plain>(p, s, t, stop);
 }
 
 // Gelu of part `part` of `parts` of the columns, in whole vectors, for the tokens of a segment.

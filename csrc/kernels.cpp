@@ -4,17 +4,25 @@
 // the one that was compiled here for AVX-512.
 #include "kernels.h"
 
+#include "activations.h"
 #include "argmax.h"
 #include "attention_gelu.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "mamba2.h"
 #include "recurrent.h"
+#include "rwkv7.h"
 #include "sampling_weights.h"
+#include "selective_scan.h"
 
 namespace cottention::COTTENTION_ISA {
 
 const Kernels kernels = {denominators,         recurrent,   attention_gelu, linear<Float32Word>,
                          linear<BFloat16Pair>, to_bfloat16, features,       gelu,
-                         elu_plus_one,         layer_norm,  argmax,         sampling_weights};
+                         elu_plus_one,         layer_norm,  argmax,         sampling_weights,
+                         each_element<silu_of>, each_element<sigmoid_of>, each_element<softplus_of>,
+                         each_element<tanh_of>, each_element<exponential>, rms_norm,
+                         short_convolution,    selective_scan,
+                         token_mix,            relu_squared, rwkv7_heads, mamba2_heads};
 
 }  // namespace cottention::COTTENTION_ISA

@@ -13,7 +13,8 @@ namespace cottention {
 constexpr int64_t kPanel = 64;     // output columns per panel of a packed weight
 constexpr int64_t kTaskRows = 48;  // maximum rows of x per task of the product
 constexpr int64_t kMaxKeyWidth = 512;
-constexpr int64_t kMaxValueWidth = 256;
+constexpr int64_t kMaxFusedWidth = 256;  // of a head in attention_gelu
+constexpr int64_t kScanChannels = 128;   // per task of the selective scan
 constexpr float kDenominatorFloor = 1e-6f;
 constexpr float kNormFloor = 1e-12f;
 constexpr int32_t kPaddingSlot = -1;
@@ -28,8 +29,15 @@ struct HeadView {
   }
 };
 
+// w of a recurrent step: 1, one number per head, or one per key.
+enum class Decay { kNone, kPerHead, kPerKey };
+
 struct RecurrentParams {
   HeadView q, k, v;
+  Decay decay;
+  HeadView w;     // [N, H, 1] or [N, H, K]
+  bool has_term;  // (S a) bᵀ
+  HeadView a, b;  // [N, H, K]
   float* state;  // [S, H, V, K], [H, V, K] contiguous
   float* z;      // [S, H, K], [H, K] contiguous; null: no denominator
   int64_t state_stride, z_stride;
@@ -100,6 +108,76 @@ struct NormParams {
   float epsilon;
 };
 
+struct RMSNormParams {
+  const float *x, *weight;  // [rows, columns], rows x_stride apart; [columns]
+  float* out;               // [rows, columns]
+  int64_t columns, x_stride, groups;
+  float epsilon;
+};
+
+constexpr int64_t kConvolutionChannels = 512;  // channels per task
+
+struct ShortConvolutionParams {
+  const float *x, *weight, *bias;  // [N, channels], rows x_stride apart; [width, channels]; or null
+  float* tails;                    // [S, width - 1, channels], slots tail_stride apart
+  float* out;                      // [N, channels]
+  const int32_t *state_indices, *cu_seqlens;  // as in RecurrentParams
+  int64_t x_stride, tail_stride, channels, width;
+
+  [[gnu::always_inline]] int64_t splits() const {
+    return (channels + kConvolutionChannels - 1) / kConvolutionChannels;
+  }
+  [[gnu::always_inline]] int64_t first(int64_t segment) const {
+    return cu_seqlens ? cu_seqlens[segment] : segment;
+  }
+};
+
+struct SelectiveScanParams {
+  const float *u, *delta;     // [N, channels], rows u_stride and delta_stride apart
+  const float* log_decay;     // [channels, width]
+  const float *k, *q;         // [N, width], rows k_stride and q_stride apart
+  float* state;               // [S, channels, width], slots state_stride apart
+  float* out;                 // [N, channels]
+  const int32_t *state_indices, *cu_seqlens;  // as in RecurrentParams
+  int64_t u_stride, delta_stride, k_stride, q_stride, state_stride, channels, width;
+
+  [[gnu::always_inline]] int64_t splits() const {
+    return (channels + kScanChannels - 1) / kScanChannels;
+  }
+  [[gnu::always_inline]] int64_t first(int64_t segment) const {
+    return cu_seqlens ? cu_seqlens[segment] : segment;
+  }
+};
+
+struct TokenMixParams {
+  const float* y;              // [N, channels]
+  const float* const* before;  // [N], the rows before
+  const float* mix;            // [mixes, channels]
+  float* out;                  // mixes of [N, channels], mix_stride apart
+  int64_t channels, mixes, mix_stride;
+};
+
+// All that happens in the heads of an RWKV-7 block, on [N, H, K] contiguous; w, a, k, v (in all
+// but the first layer) and b are overwritten.
+struct RWKV7HeadsParams {
+  RecurrentParams recurrent;  // of r, k, v, w, a and b, with all rows of a head in one task
+  float *r, *k, *v, *w, *a, *b;
+  const float *g, *v_first, *v_mix;  // v_mix is null in the first layer
+  const float *k_k, *k_a, *r_k, *norm_weight, *norm_bias;  // [H, K]
+  float unit_weight, norm_epsilon;
+};
+
+// All that happens in the heads of a Mamba-2 block.
+struct Mamba2HeadsParams {
+  RecurrentParams recurrent;  // k and q of the first group, the same for all heads
+  const float *gate, *step;   // [N, H V] and [N, H], rows joined_stride apart
+  const float* x;             // [N, H V], rows x_stride apart
+  float *v, *w;               // [N, H, V] and [N, H]; overwritten
+  const float *step_bias, *log_decay, *skip;  // [H]
+  int64_t joined_stride, x_stride, groups;
+  float least_step, greatest_step;
+};
+
 struct ArgmaxParams {
   const float* x;  // [rows, columns], rows x_stride apart
   int64_t* out;    // [rows]
@@ -128,6 +206,18 @@ struct Kernels {
   void (*layer_norm)(const NormParams&, int64_t row);
   void (*argmax)(const ArgmaxParams&, int64_t row);
   void (*sampling_weights)(const SamplingWeightsParams&);
+  void (*silu)(const RowsParams&, int64_t row);
+  void (*sigmoid)(const RowsParams&, int64_t row);
+  void (*softplus)(const RowsParams&, int64_t row);
+  void (*tanh)(const RowsParams&, int64_t row);
+  void (*exp)(const RowsParams&, int64_t row);
+  void (*rms_norm)(const RMSNormParams&, int64_t row);
+  void (*short_convolution)(const ShortConvolutionParams&, int64_t task);  // segments × splits
+  void (*selective_scan)(const SelectiveScanParams&, int64_t task);        // segments × splits
+  void (*token_mix)(const TokenMixParams&, int64_t token);
+  void (*relu_squared)(const RowsParams&, int64_t row);
+  void (*rwkv7_heads)(const RWKV7HeadsParams&, int64_t task);    // segments × heads
+  void (*mamba2_heads)(const Mamba2HeadsParams&, int64_t task);  // segments × heads
 };
 
 namespace plain {

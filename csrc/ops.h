@@ -13,7 +13,8 @@ using torch::stable::Tensor;
 
 Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
                       const std::optional<Tensor>& z, const Tensor& state_indices,
-                      const std::optional<Tensor>& cu_seqlens);
+                      const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& w,
+                      const std::optional<Tensor>& a, const std::optional<Tensor>& b);
 Tensor pack_weight(const Tensor& weight);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               int64_t out_features);
@@ -31,6 +32,18 @@ Tensor elu_plus_one(const Tensor& x);
 void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon,
                 const Tensor& out);
 Tensor argmax(const Tensor& logits);
+Tensor silu(const Tensor& x);
+Tensor sigmoid(const Tensor& x);
+Tensor softplus(const Tensor& x);
+Tensor tanh(const Tensor& x);
+Tensor exp(const Tensor& x);
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon, int64_t groups);
+Tensor selective_scan(const Tensor& u, const Tensor& delta, const Tensor& log_decay,
+                      const Tensor& k, const Tensor& q, const Tensor& state,
+                      const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens);
+Tensor short_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                         const Tensor& tails, const Tensor& state_indices,
+                         const std::optional<Tensor>& cu_seqlens);
 Tensor sample(const Tensor& logits, const Tensor& argmax, const Tensor& sampling_rows);
 void cottention_attention_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                                const Tensor& cos, const Tensor& sin, const Tensor& state,
@@ -41,5 +54,13 @@ void cottention_layers(const Tensor& x, const std::vector<Tensor>& weights, doub
                        const Tensor& state, const Tensor& state_indices,
                        const std::optional<Tensor>& cu_seqlens, const Tensor& normed,
                        const Tensor& joined, const Tensor& attn_gelu);
+void mamba2_layers(const Tensor& x, const std::vector<Tensor>& weights, double epsilon,
+                   int64_t groups, const std::vector<double>& step_limit, const Tensor& state,
+                   const Tensor& conv, const Tensor& state_indices,
+                   const std::optional<Tensor>& cu_seqlens);
+void rwkv7_layers(const Tensor& x, const std::vector<Tensor>& weights, double epsilon,
+                  double group_epsilon, const std::vector<int64_t>& ranks, int64_t inner,
+                  const Tensor& state, const Tensor& att_shift, const Tensor& ffn_shift,
+                  const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens);
 
 }  // namespace cottention

@@ -17,8 +17,13 @@ constexpr int64_t kStepChunksPerThread = 4;
 inline void check_widths(int64_t key, int64_t value) {
   STD_TORCH_CHECK(key >= 8 && key <= kMaxKeyWidth && key % 8 == 0, "key width ", key,
                   ": the kernel takes 8 to ", kMaxKeyWidth, " in multiples of 8");
-  STD_TORCH_CHECK(value >= 8 && value <= kMaxValueWidth && value % 8 == 0, "value width ", value,
-                  ": the kernel takes 8 to ", kMaxValueWidth, " in multiples of 8");
+  STD_TORCH_CHECK(value >= 8 && value % 8 == 0, "value width ", value,
+                  ": the kernel takes multiples of 8");
+}
+
+inline void check_fused_width(int64_t width) {
+  STD_TORCH_CHECK(width >= 8 && width <= kMaxFusedWidth && width % 8 == 0, "head width ", width,
+                  ": the kernel takes 8 to ", kMaxFusedWidth, " in multiples of 8");
 }
 
 // The rows of a pool may be any distance apart, but must not overlap.
@@ -50,6 +55,30 @@ inline void check_denominator(const Tensor& z, const Tensor& state,
   check_size(z, "z", 1, state.size(1));
   check_size(z, "z", 2, state.size(3));
   check_pool(z, "z");
+}
+
+// The first `dim` sizes of x float32 are those of q; if it has keys, they are contiguous.
+inline void check_rows_of(const Tensor& q, const Tensor& x, const char* name, int64_t dim,
+                          const Device& device) {
+  check_tensor(x, name, dim, ScalarType::Float, device);
+  for (int64_t i = 0; i < dim; ++i) check_size(x, name, i, q.size(i));
+  STD_TORCH_CHECK(dim < 3 || x.size(2) <= 1 || x.stride(2) == 1, "the last dimension of ", name,
+                  " must be contiguous");
+}
+
+// w [N, H] or [N, H, K], a and b [N, H, K], each or none, for q [N, H, K].
+inline void check_terms(const Tensor& q, const std::optional<Tensor>& w,
+                        const std::optional<Tensor>& a, const std::optional<Tensor>& b, bool has_z,
+                        const Device& device = DeviceType::CPU) {
+  STD_TORCH_CHECK(a.has_value() == b.has_value(), "a and b must be given together");
+  STD_TORCH_CHECK(!a || !has_z, "a and b are not supported with z, a denominator");
+  if (w) {
+    STD_TORCH_CHECK(w->dim() == 2 || w->dim() == 3, "w must have 2 or 3 dimensions, not ",
+                    w->dim());
+    check_rows_of(q, *w, "w", w->dim(), device);
+  }
+  if (a) check_rows_of(q, *a, "a", 3, device);
+  if (b) check_rows_of(q, *b, "b", 3, device);
 }
 
 inline void check_state_indices(const Tensor& state_indices, int64_t pool_size) {

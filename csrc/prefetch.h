@@ -18,4 +18,9 @@ inline void prefetch_pages(const float* data, int64_t count) {
     __builtin_prefetch(reinterpret_cast<const void*>(page + 2 * kPage));
 }
 
+inline void prefetch_lines(const float* data, int64_t count) {
+  constexpr int64_t line = 64 / sizeof(float);
+  for (int64_t i = 0; i < count; i += line) __builtin_prefetch(data + i);
+}
+
 }  // namespace cottention::COTTENTION_ISA

@@ -1,8 +1,9 @@
-// One token on a block of value rows: S ← S + v kᵀ, out = S q.
+// One token on a block of value rows: S ← S diag(w) + (S a) bᵀ + v kᵀ, out = S q.
 //
 // Rows in the cache are updated side by side, rows from memory one after the other. The arithmetic
-// is the same: one chain of sixteen lanes along the keys, reduced in one order. Included by
-// kernels.cpp only.
+// is the same: h ← v k + (s b + w h), of which terms that are absent are left out, with one chain
+// of sixteen lanes along the keys for each of s = h · a and out = h · q, reduced in one order.
+// Included by kernels.cpp only.
 #pragma once
 
 #include "kernels.h"
@@ -17,88 +18,160 @@ constexpr int kRowGroup = 8;
 constexpr int kRowGroup = 4;
 #endif
 
+// Where a term reads the state first, so much arithmetic lies between the rows in memory that the
+// hardware prefetcher is late. For wider rows it measured better alone.
+constexpr int64_t kNarrow = 64;
+constexpr int64_t kElementsAhead = 1024;
+
+// Which terms a step has, known when it is compiled.
+template <Decay kDecay_, bool kHasTerm_>
+struct Form {
+  static constexpr Decay kDecay = kDecay_;
+  static constexpr bool kHasTerm = kHasTerm_;  // (S a) bᵀ
+};
+using Plain = Form<Decay::kNone, false>;
+
 inline Quad finish_four(const Lanes* total) {
   return finish(fold(total[0]), fold(total[1]), fold(total[2]), fold(total[3]));
-}
-
-// Sixteen keys of one row: h += value × key, total += h × query.
-inline Lanes advance_lanes(float* h, Lanes value, Lanes key, Lanes query, Lanes total) {
-  const Lanes row = multiply_add(value, key, load(h));
-  store(h, row);
-  return multiply_add(row, query, total);
-}
-
-inline Lanes advance_half(float* h, Lanes value, const float* k, const float* q, Lanes total) {
-  const Lanes row = multiply_add(value, load_half(k), load_half(h));
-  store_half(h, row);
-  return multiply_add(row, load_half(q), total);
-}
-
-// One token on kRowGroup value rows in the cache: updates h [kRowGroup, width] in place, total[r] =
-// h_r · q in sixteen lanes. Each key is loaded once for all rows.
-inline void advance_rows(float* h, const float* k, const float* q, const float* v, int64_t width,
-                         Lanes* total) {
-  Lanes value[kRowGroup];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRowGroup; ++r) {
-    total[r] = broadcast(0.0f);
-    value[r] = broadcast(v[r]);
-  }
-  int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) {
-    const Lanes key = load(k + j), query = load(q + j);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRowGroup; ++r)
-      total[r] = advance_lanes(h + r * width + j, value[r], key, query, total[r]);
-  }
-  if (j == width) return;
-#pragma GCC unroll 8
-  for (int r = 0; r < kRowGroup; ++r)
-    total[r] = advance_half(h + r * width + j, value[r], k + j, q + j, total[r]);
-}
-
-// The same on rows that are read from memory, in memory order.
-inline void stream_rows(float* h, const float* k, const float* q, const float* v, int64_t width,
-                        Lanes* total) {
-  prefetch_pages(h, kRowGroup * width);
-  for (int r = 0; r < kRowGroup; ++r, h += width) {
-    const Lanes value = broadcast(v[r]);
-    Lanes sum = broadcast(0.0f);
-    int64_t j = 0;
-    for (; j + kLanes <= width; j += kLanes)
-      sum = advance_lanes(h + j, value, load(k + j), load(q + j), sum);
-    total[r] = j < width ? advance_half(h + j, value, k + j, q + j, sum) : sum;
-  }
-}
-
-// stream_rows for the common widths, with key and query in registers.
-template <int kHeld>
-inline void stream_held_rows(float* h, const Lanes* key, const Lanes* query, const float* v,
-                             Lanes* total) {
-  prefetch_pages(h, kRowGroup * kHeld * kLanes);
-#pragma GCC unroll 8
-  for (int r = 0; r < kRowGroup; ++r, h += kHeld * kLanes) {
-    const Lanes value = broadcast(v[r]);
-    total[r] = broadcast(0.0f);
-#pragma GCC unroll 8
-    for (int j = 0; j < kHeld; ++j)
-      total[r] = advance_lanes(h + j * kLanes, value, key[j], query[j], total[r]);
-  }
 }
 
 // The operands of one token on a block of rows; out is divided by `denominator` if there is one.
 struct Token {
   const float *q, *k, *v;
+  const float *w, *a, *b;  // those that the form has
   float* out;
   bool has_denominator;
   float denominator;
 };
 
+template <class Form>
 inline Token token_of(const RecurrentParams& p, int64_t token, int64_t head, int64_t row) {
-  return {
-      p.q.at(token, head),       p.k.at(token, head),
-      p.v.at(token, head) + row, p.out_at(token, head) + row,
-      p.denominators != nullptr, p.denominators ? p.denominators[token * p.heads + head] : 1.0f};
+  return {p.q.at(token, head),
+          p.k.at(token, head),
+          p.v.at(token, head) + row,
+          Form::kDecay != Decay::kNone ? p.w.at(token, head) : nullptr,
+          Form::kHasTerm ? p.a.at(token, head) : nullptr,
+          Form::kHasTerm ? p.b.at(token, head) : nullptr,
+          p.out_at(token, head) + row,
+          p.denominators != nullptr,
+          p.denominators ? p.denominators[token * p.heads + head] : 1.0f};
+}
+
+// What sixteen keys of all rows have in common.
+struct Keys {
+  Lanes k, q, w, b;
+};
+
+template <class Form>
+inline Keys load_keys(const Token& t, int64_t j, Lanes head_decay) {
+  Keys keys{load(t.k + j), load(t.q + j), head_decay, head_decay};
+  if (Form::kDecay == Decay::kPerKey) keys.w = load(t.w + j);
+  if (Form::kHasTerm) keys.b = load(t.b + j);
+  return keys;
+}
+
+template <class Form>
+inline Keys load_half_keys(const Token& t, int64_t j, Lanes head_decay) {
+  Keys keys{load_half(t.k + j), load_half(t.q + j), head_decay, head_decay};
+  if (Form::kDecay == Decay::kPerKey) keys.w = load_half(t.w + j);
+  if (Form::kHasTerm) keys.b = load_half(t.b + j);
+  return keys;
+}
+
+template <class Form>
+inline Lanes head_decay_of(const Token& t) {
+  return broadcast(Form::kDecay == Decay::kPerHead ? *t.w : 0.0f);
+}
+
+// v k + (s b + w h) for sixteen keys of one row.
+template <class Form>
+inline Lanes updated(Lanes h, Lanes v, Lanes s, const Keys& keys) {
+  if (Form::kDecay != Decay::kNone) h = multiply(h, keys.w);
+  if (Form::kHasTerm) h = multiply_add(s, keys.b, h);
+  return multiply_add(v, keys.k, h);
+}
+
+// Sixteen keys of one row: updates h, total += h · query.
+template <class Form>
+inline Lanes advance_lanes(float* h, Lanes v, Lanes s, const Keys& keys, Lanes total) {
+  const Lanes row = updated<Form>(load(h), v, s, keys);
+  store(h, row);
+  return multiply_add(row, keys.q, total);
+}
+
+template <class Form>
+inline Lanes advance_half(float* h, Lanes v, Lanes s, const Keys& keys, Lanes total) {
+  const Lanes row = updated<Form>(load_half(h), v, s, keys);
+  store_half(h, row);
+  return multiply_add(row, keys.q, total);
+}
+
+// s[r] = h_r · a of kRowGroup rows, in all lanes. Rows are read in memory order.
+inline void read_rows(const float* h, const float* a, int64_t width, Lanes* s) {
+  Lanes total[kRowGroup];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowGroup; ++r, h += width) {
+    total[r] = broadcast(0.0f);
+    int64_t j = 0;
+    for (; j + kLanes <= width; j += kLanes)
+      total[r] = multiply_add(load(h + j), load(a + j), total[r]);
+    if (j < width) total[r] = multiply_add(load_half(h + j), load_half(a + j), total[r]);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < kRowGroup; r += 4) {
+    const Quad sums = finish_four(total + r);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) s[r + i] = broadcast(sums[i]);
+  }
+}
+
+// One token on kRowGroup value rows in the cache: updates h [kRowGroup, width] in place, total[r] =
+// h_r · q in sixteen lanes. Each key is loaded once for all rows.
+template <class Form>
+inline void advance_rows(float* h, const Token& t, int64_t row, int64_t width, Lanes* total) {
+  const Lanes decay = head_decay_of<Form>(t);
+  Lanes v[kRowGroup], s[kRowGroup];
+  if (Form::kHasTerm) read_rows(h, t.a, width, s);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowGroup; ++r) {
+    total[r] = broadcast(0.0f);
+    v[r] = broadcast(t.v[row + r]);
+    if (!Form::kHasTerm) s[r] = total[r];
+  }
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) {
+    const Keys keys = load_keys<Form>(t, j, decay);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRowGroup; ++r)
+      total[r] = advance_lanes<Form>(h + r * width + j, v[r], s[r], keys, total[r]);
+  }
+  if (j == width) return;
+  const Keys keys = load_half_keys<Form>(t, j, decay);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRowGroup; ++r)
+    total[r] = advance_half<Form>(h + r * width + j, v[r], s[r], keys, total[r]);
+}
+
+// The same on rows that are read from memory, in memory order. With a term that reads the state,
+// that term does the reading.
+template <class Form>
+inline void stream_rows(float* h, const Token& t, int64_t row, int64_t width, Lanes* total) {
+  prefetch_pages(h, kRowGroup * width);
+  if (Form::kHasTerm) {
+    if (width <= kNarrow) prefetch_lines(h + kElementsAhead, kRowGroup * width);
+    return advance_rows<Form>(h, t, row, width, total);
+  }
+  const Lanes decay = head_decay_of<Form>(t);
+  for (int r = 0; r < kRowGroup; ++r, h += width) {
+    const Lanes v = broadcast(t.v[row + r]);
+    Lanes sum = broadcast(0.0f);
+    int64_t j = 0;
+    for (; j + kLanes <= width; j += kLanes)
+      sum = advance_lanes<Form>(h + j, v, v, load_keys<Form>(t, j, decay), sum);
+    total[r] = j < width
+                   ? advance_half<Form>(h + j, v, v, load_half_keys<Form>(t, j, decay), sum)
+                   : sum;
+  }
 }
 
 inline void write_outputs(const Token& t, int64_t row, const Lanes* total) {
@@ -112,37 +185,52 @@ inline void write_outputs(const Token& t, int64_t row, const Lanes* total) {
   }
 }
 
-// One token on a block of rows from memory, its key and query in registers.
-template <int kHeld>
-inline void stream_held(const Token& t, float* h, int64_t rows) {
-  Lanes key[kHeld], query[kHeld], total[kRowGroup];
+// stream_rows for the common widths, with all that the rows share in registers.
+template <class Form, int kHeld>
+inline void stream_held_rows(float* h, const Keys* keys, const float* values, Lanes* total) {
+  prefetch_pages(h, kRowGroup * kHeld * kLanes);
 #pragma GCC unroll 8
-  for (int j = 0; j < kHeld; ++j) {
-    key[j] = load(t.k + j * kLanes);
-    query[j] = load(t.q + j * kLanes);
+  for (int r = 0; r < kRowGroup; ++r, h += kHeld * kLanes) {
+    const Lanes v = broadcast(values[r]);
+    total[r] = broadcast(0.0f);
+#pragma GCC unroll 8
+    for (int j = 0; j < kHeld; ++j)
+      total[r] = advance_lanes<Form>(h + j * kLanes, v, v, keys[j], total[r]);
   }
+}
+
+// One token on a block of rows from memory.
+template <class Form, int kHeld>
+inline void stream_held(const Token& t, float* h, int64_t rows) {
+  Lanes total[kRowGroup];
+  Keys keys[kHeld];
+  const Lanes decay = head_decay_of<Form>(t);
+#pragma GCC unroll 8
+  for (int j = 0; j < kHeld; ++j) keys[j] = load_keys<Form>(t, j * kLanes, decay);
   for (int64_t r = 0; r < rows; r += kRowGroup) {
-    stream_held_rows<kHeld>(h + r * kHeld * kLanes, key, query, t.v + r, total);
+    stream_held_rows<Form, kHeld>(h + r * kHeld * kLanes, keys, t.v + r, total);
     write_outputs(t, r, total);
   }
 }
 
 // One token on a block of rows [rows, width] from memory.
+template <class Form>
 inline void stream_block(const Token& t, float* h, int64_t width, int64_t rows) {
-  if (width == 4 * kLanes) return stream_held<4>(t, h, rows);
-  if (width == 8 * kLanes) return stream_held<8>(t, h, rows);
+  if (!Form::kHasTerm && width == 4 * kLanes) return stream_held<Form, 4>(t, h, rows);
+  if (!Form::kHasTerm && width == 8 * kLanes) return stream_held<Form, 8>(t, h, rows);
   Lanes total[kRowGroup];
   for (int64_t r = 0; r < rows; r += kRowGroup) {
-    stream_rows(h + r * width, t.k, t.q, t.v + r, width, total);
+    stream_rows<Form>(h + r * width, t, r, width, total);
     write_outputs(t, r, total);
   }
 }
 
 // One token on a block of rows [rows, width] in the cache.
+template <class Form>
 inline void advance_block(const Token& t, float* h, int64_t width, int64_t rows) {
   Lanes total[kRowGroup];
   for (int64_t r = 0; r < rows; r += kRowGroup) {
-    advance_rows(h + r * width, t.k, t.q, t.v + r, width, total);
+    advance_rows<Form>(h + r * width, t, r, width, total);
     write_outputs(t, r, total);
   }
 }

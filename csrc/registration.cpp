@@ -6,7 +6,8 @@
 STABLE_TORCH_LIBRARY(cottention, m) {
   m.def(
       "recurrent_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor(b!)? z, "
-      "Tensor state_indices, Tensor? cu_seqlens=None) -> Tensor");
+      "Tensor state_indices, Tensor? cu_seqlens=None, Tensor? w=None, Tensor? a=None, "
+      "Tensor? b=None) -> Tensor");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("rotary_table(Tensor positions, int rotary_dim, float base) -> (Tensor, Tensor)");
@@ -15,6 +16,18 @@ STABLE_TORCH_LIBRARY(cottention, m) {
       "Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)");
   m.def("gelu_new(Tensor x) -> Tensor");
   m.def("elu_plus_one(Tensor x) -> Tensor");
+  m.def("silu(Tensor x) -> Tensor");
+  m.def("sigmoid(Tensor x) -> Tensor");
+  m.def("softplus(Tensor x) -> Tensor");
+  m.def("tanh(Tensor x) -> Tensor");
+  m.def("exp(Tensor x) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float epsilon, int groups) -> Tensor");
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor log_decay, Tensor k, Tensor q, "
+      "Tensor(a!) state, Tensor state_indices, Tensor? cu_seqlens=None) -> Tensor");
+  m.def(
+      "short_convolution(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) tails, "
+      "Tensor state_indices, Tensor? cu_seqlens=None) -> Tensor");
   m.def("argmax(Tensor logits) -> Tensor");
   m.def("sample(Tensor logits, Tensor argmax, Tensor sampling_rows) -> Tensor");
   m.def("linear_out(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
@@ -28,6 +41,14 @@ STABLE_TORCH_LIBRARY(cottention, m) {
       "cottention_layers(Tensor(a!) x, Tensor[] weights, float epsilon, Tensor positions, "
       "Tensor cos, Tensor sin, Tensor(b!) state, Tensor state_indices, Tensor? cu_seqlens, "
       "Tensor(c!) normed, Tensor(d!) joined, Tensor(e!) attn_gelu) -> ()");
+  m.def(
+      "mamba2_layers(Tensor(a!) x, Tensor[] weights, float epsilon, int groups, "
+      "float[] step_limit, Tensor(b!) state, Tensor(c!) conv, Tensor state_indices, "
+      "Tensor? cu_seqlens) -> ()");
+  m.def(
+      "rwkv7_layers(Tensor(a!) x, Tensor[] weights, float epsilon, float group_epsilon, "
+      "int[] ranks, int inner, Tensor(b!) state, Tensor(c!) att_shift, Tensor(d!) ffn_shift, "
+      "Tensor state_indices, Tensor? cu_seqlens) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
@@ -38,6 +59,14 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("cottention_features", TORCH_BOX(&cottention::cottention_features));
   m.impl("gelu_new", TORCH_BOX(&cottention::gelu_new));
   m.impl("elu_plus_one", TORCH_BOX(&cottention::elu_plus_one));
+  m.impl("silu", TORCH_BOX(&cottention::silu));
+  m.impl("sigmoid", TORCH_BOX(&cottention::sigmoid));
+  m.impl("softplus", TORCH_BOX(&cottention::softplus));
+  m.impl("tanh", TORCH_BOX(&cottention::tanh));
+  m.impl("exp", TORCH_BOX(&cottention::exp));
+  m.impl("rms_norm", TORCH_BOX(&cottention::rms_norm));
+  m.impl("selective_scan", TORCH_BOX(&cottention::selective_scan));
+  m.impl("short_convolution", TORCH_BOX(&cottention::short_convolution));
   m.impl("argmax", TORCH_BOX(&cottention::argmax));
   m.impl("sample", TORCH_BOX(&cottention::sample));
   m.impl("linear_out", TORCH_BOX(&cottention::linear_out));
@@ -45,4 +74,6 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("layer_norm", TORCH_BOX(&cottention::layer_norm));
   m.impl("cottention_attention_gelu", TORCH_BOX(&cottention::cottention_attention_gelu));
   m.impl("cottention_layers", TORCH_BOX(&cottention::cottention_layers));
+  m.impl("mamba2_layers", TORCH_BOX(&cottention::mamba2_layers));
+  m.impl("rwkv7_layers", TORCH_BOX(&cottention::rwkv7_layers));
 }

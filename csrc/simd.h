@@ -39,6 +39,7 @@ inline Lanes load_half(const float* p) { return {_mm512_maskz_loadu_ps(0xff, p)}
 inline void store(float* p, Lanes x) { _mm512_storeu_ps(p, x.all); }
 inline void store_half(float* p, Lanes x) { _mm512_mask_storeu_ps(p, 0xff, x.all); }
 inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.all, b.all)}; }
+inline Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.all, b.all)}; }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {_mm512_fmadd_ps(a.all, b.all, c.all)};
 }
@@ -70,6 +71,9 @@ inline void store(float* p, Lanes x) {
 inline void store_half(float* p, Lanes x) { _mm256_storeu_ps(p, x.low); }
 inline Lanes add(Lanes a, Lanes b) {
   return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+inline Lanes multiply(Lanes a, Lanes b) {
+  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
@@ -120,6 +124,10 @@ inline void store(float* p, Lanes x) {
 inline Lanes add(Lanes a, Lanes b) {
   return {
       {a.part[0] + b.part[0], a.part[1] + b.part[1], a.part[2] + b.part[2], a.part[3] + b.part[3]}};
+}
+inline Lanes multiply(Lanes a, Lanes b) {
+  return {
+      {a.part[0] * b.part[0], a.part[1] * b.part[1], a.part[2] * b.part[2], a.part[3] * b.part[3]}};
 }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {{a.part[0] * b.part[0] + c.part[0], a.part[1] * b.part[1] + c.part[1],

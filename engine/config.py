@@ -22,6 +22,11 @@ class EngineConfig:
     dtype: DType = setting(
         "auto", "type of the weights; auto is float32 on the CPU and the checkpoint's type on CUDA"
     )
+    tokenizer: str | None = setting(
+        None,
+        "file of a World vocabulary of RWKV, or a folder of tokenizer files",
+        unset="the model's own",
+    )
     max_slots: int | None = setting(
         None,
         "maximum number of sequences in a batch, each with a slot for its state",
@@ -42,11 +47,18 @@ class EngineConfig:
         unset="the number of slots",
         minimum=0,
     )
+    max_preempted_states: int | None = setting(
+        None,
+        "maximum number of states kept on the host for requests that have given up their slots to"
+        " another API key's; beyond it a key waits until slots are free",
+        unset="twice the number of slots",
+        minimum=0,
+    )
     context_policy: Literal["auto", ContextPolicy] = setting(
         "auto",
         "how to continue past the trained length; renew forgets the oldest tokens and keeps the"
         " text good, at twice the memory per slot; exact is the recurrence as published; auto is"
-        " the default of the model's family, renew for gptj",
+        " the default of the model's family, renew for gptj, else exact",
     )
     generation_config: Literal["auto", "vllm"] = setting(
         "auto",
@@ -91,6 +103,11 @@ class EngineConfig:
     def num_paused(self, num_slots: int) -> int:
         """Maximum number of paused states on the host."""
         return num_slots if self.max_paused_states is None else self.max_paused_states
+
+    def num_preempted(self, num_slots: int) -> int:
+        """Maximum number of preempted states on the host."""
+        limit = self.max_preempted_states
+        return 2 * num_slots if limit is None else limit
 
     def num_slots(self, spec: StateSpec) -> int:
         """Number of slots in the pool. Raises ConfigurationError where the memory holds none."""

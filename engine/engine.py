@@ -17,6 +17,7 @@ from cottention.engine.execution.loading import load
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
+from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.scheduling.input_processor import InputProcessor, Prompt, RequestLimits
 from cottention.engine.scheduling.output_processor import OutputProcessor
@@ -39,7 +40,7 @@ class Engine:
     """A model, its pool of states, and the requests that are computed with them."""
 
     def __init__(self, model: str | Path | None = None, config: EngineConfig | None = None) -> None:
-        """`model` is a folder, a Hugging Face id, or None for the model that ships here.
+        """`model` is a folder, a .pth file, a Hugging Face id, or None for the one that ships here.
 
         Raises ModelFolderError, ConfigurationError or OutOfMemoryError.
         """
@@ -56,7 +57,9 @@ class Engine:
             self.tokenizer, self.model_config.reachable_ends, limits, self.policies
         )
         self._scheduler = Scheduler(
-            self.config.max_batch_tokens, self.config.prompt_tokens_beside(self.device)
+            self.config.max_batch_tokens,
+            self.config.prompt_tokens_beside(self.device),
+            self.config.num_preempted(self.pool.num_slots),
         )
         self._preemption = Preemption(self.pool, self.config.num_paused(self.pool.num_slots))
         self._prefix_cache = PrefixCache(self.config.prefix_cache_bytes)
@@ -84,19 +87,21 @@ class Engine:
         priority: int = 0,
         start: SessionState | None = None,
         cache_scope: str | None = None,
+        client: Client = DEFAULT_CLIENT,
     ) -> str:
         """Submit a request and get its id; later steps return its outputs.
 
-        Lower `priority` starts first. With `start` the prompt continues that session, and the last
-        output has the session's new state. Requests of one `cache_scope` share the states of their
-        prompts' prefixes; without a scope there is no prefix cache. Raises ParameterError for a
-        prompt or parameters that the engine refuses and for a `request_id` in use,
-        ContextPolicyError for a session whose policy can no longer change, EngineStoppedError after
-        `close`.
+        Clients share the slots by their weights, and a request may have to give up its slots for a
+        time; of one client's requests those of lower `priority` start first. With `start` the
+        prompt continues that session, and the last output has the session's new state. Requests of
+        one `cache_scope` share the states of their prompts' prefixes; without a scope there is no
+        prefix cache. Raises ParameterError for a prompt or parameters that the engine refuses and
+        for a `request_id` in use, ContextPolicyError for a session whose policy can no longer
+        change, EngineStoppedError after `close`.
         """
         request_id = request_id or uuid.uuid4().hex
         request = self._input_processor.build_request(request_id, prompt_ids, params, start)
-        request.priority = priority
+        request.priority, request.client = priority, client
         if cache_scope is not None and self.config.prefix_cache_bytes:
             request.enable_prefix_reuse(cache_scope)
         with self._submit_lock:
@@ -192,7 +197,7 @@ class Engine:
 
     def session_codec(self) -> SnapshotCodec:
         """The codec of this model's session states; reads the model's files for the fingerprint."""
-        fingerprints = Fingerprint.of(self._folder, self.spec, self.dtype)
+        fingerprints = Fingerprint.of(self._folder, self.tokenizer.files, self.spec, self.dtype)
         num_ids, window = self.tokenizer.num_ids, self.policies.window
         return SnapshotCodec(
             fingerprints, self.spec, num_ids, self.policies.context_schedules, window
@@ -207,6 +212,8 @@ class Engine:
             num_paused=self._preemption.num_paused,
             num_paused_states=self._preemption.num_states,
             max_paused_states=self._preemption.max_states,
+            num_preempted_states=self._preemption.num_preempted_states,
+            num_preemptions=self._request_manager.num_preemptions,
             num_finished={reason: finished[reason] for reason in FinishReason},
             num_prompt_tokens=self._request_manager.num_prompt_tokens,
             num_generated_tokens=self._request_manager.num_generated_tokens,

@@ -83,9 +83,10 @@ class EngineStats:
 
     num_running, num_waiting (for slots) and num_paused count requests. num_paused_states,
     max_paused_states: states parked on the host, of requests that are paused or were resumed and
-    wait for slots. num_finished: choices by finish reason. num_faults: requests that an exception
-    ended. num_undrawn: choices for which no token could be sampled, because no logit was finite or
-    every token was forbidden.
+    wait for slots. num_preempted_states: the same of requests that gave their slots to another
+    client; num_preemptions: how often that happened. num_finished: choices by finish reason.
+    num_faults: requests that an exception ended. num_undrawn: choices for which no token could be
+    sampled, because no logit was finite or every token was forbidden.
     """
 
     num_running: int
@@ -103,6 +104,8 @@ class EngineStats:
     num_free_slots: int
     pool_bytes: int
     bytes_per_slot: int
+    num_preempted_states: int = 0
+    num_preemptions: int = 0
     prefix_cache: CacheStats = CacheStats()
 
 

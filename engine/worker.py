@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cottention.engine.outputs import EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 
 if TYPE_CHECKING:  # a worker is given its engine, and works with any that has these methods
     from cottention.engine.engine import Engine
@@ -51,6 +52,7 @@ class EngineWorker:
         priority: int = 0,
         start: "SessionState | None" = None,
         cache_scope: str | None = None,
+        client: Client = DEFAULT_CLIENT,
     ) -> str:
         """As Engine.submit."""
         self._engine.submit(
@@ -60,6 +62,7 @@ class EngineWorker:
             priority=priority,
             start=start,
             cache_scope=cache_scope,
+            client=client,
         )
         self._wake.set()
         return request_id

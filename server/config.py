@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cottention.engine.errors import ConfigurationError
 from cottention.engine.settings.declaration import check_settings, setting
 from cottention.server.log_config import LogFormat
 
@@ -85,6 +86,13 @@ class ServerConfig:
         minimum=1,
         unit="bytes",
     )
+    max_received_bytes: int = setting(
+        16 * 1024**2,
+        "maximum size of the bodies of all requests under way; one API key gets at most half of it,"
+        " or one body",
+        minimum=1,
+        unit="bytes",
+    )
     max_queued_requests: int = setting(
         512,
         "maximum number of prompts waiting for their first token; beyond it requests get 429",
@@ -95,6 +103,12 @@ class ServerConfig:
         "maximum number of tokens in these prompts; beyond it requests get 429",
         minimum=1,
         unit="tokens",
+    )
+    max_response_items: int = setting(
+        1_000_000,
+        "maximum number of token ids, echoed tokens and log-probabilities in a response: tokens"
+        " times choices times alternatives; beyond it a request gets 400",
+        minimum=1,
     )
     max_request_seconds: float | None = setting(
         None, "maximum request duration", unset="unlimited", minimum=0.001, unit="seconds"
@@ -153,10 +167,13 @@ class ServerConfig:
         (), "API key to require; may be repeated", unset="none required", is_secret=True
     )
     api_key_file: str | None = setting(
-        None, "file with an API key per line, or .json with limits per key", is_path=True
+        None, "file with an API key per line, or JSON with limits per key", is_path=True
     )
     key_max_requests: int | None = setting(
-        None, "maximum number of concurrent requests per API key", unset="unlimited", minimum=1
+        None,
+        "maximum number of concurrent requests per API key, each counted prompts times n",
+        unset="unlimited",
+        minimum=1,
     )
     key_max_tokens_per_minute: int | None = setting(
         None,
@@ -219,6 +236,11 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.max_received_bytes < self.max_body_bytes:
+            raise ConfigurationError(
+                f"--max-received-bytes {self.max_received_bytes} must be at least --max-body-bytes,"
+                f" {self.max_body_bytes}"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """What tests of several rooms share: where the golden cases are, and a small disk."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,11 @@ from pathlib import Path
 import pytest
 
 _OWN_COPY = Path(__file__).parent / "data" / "golden"
+
+# A shell without job control starts what runs in the background with SIGINT ignored, and processes
+# inherit that: those that the tests start could not be interrupted.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

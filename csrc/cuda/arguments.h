@@ -88,6 +88,19 @@ inline StepParams step_params(const Tensor& state, const std::optional<Tensor>& 
   return p;
 }
 
+// w, a and b, already checked.
+inline void set_terms(StepParams& p, const std::optional<Tensor>& w, const std::optional<Tensor>& a,
+                      const std::optional<Tensor>& b) {
+  p.decay = !w ? Decay::kNone : w->dim() == 2 ? Decay::kPerHead : Decay::kPerKey;
+  p.has_term = a.has_value();
+  if (w) p.w = view_of(*w);
+  if (a) p.a = view_of(*a);
+  if (b) p.b = view_of(*b);
+  p.is_terms_aligned = true;
+  for (const View* x : {&p.w, &p.a, &p.b})
+    if (!is_aligned(x->data, 4, x->token_stride, x->head_stride)) p.is_terms_aligned = false;
+}
+
 inline void* current_stream(const Device& device) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
   void* stream = nullptr;

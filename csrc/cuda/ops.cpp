@@ -12,7 +12,8 @@ namespace {
 
 Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
                       const std::optional<Tensor>& z, const Tensor& state_indices,
-                      const std::optional<Tensor>& cu_seqlens) {
+                      const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& w,
+                      const std::optional<Tensor>& a, const std::optional<Tensor>& b) {
   const Type type = type_of(q, "q");
   const Device device = device_of(q);
   check_rows(q, "q", 3, q.scalar_type(), device);
@@ -24,6 +25,7 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
   check_widths(key, value);
   check_pools(state, z, heads, value, key, device);
   check_segments(state_indices, cu_seqlens, tokens, device);
+  check_terms(q, w, a, b, z.has_value(), device);
   Tensor out = torch::stable::new_empty(v, {tokens, heads, value});
   if (tokens == 0 || heads == 0) return out;
   StepParams p = step_params(state, z, state_indices, cu_seqlens, tokens);
@@ -35,6 +37,7 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const int64_t bytes = bytes_of(type);
   p.is_aligned = is_aligned(q.data_ptr(), bytes, q.stride(0), q.stride(1)) &&
                  is_aligned(k.data_ptr(), bytes, k.stride(0), k.stride(1));
+  set_terms(p, w, a, b);
   const DeviceGuard guard(device.index());
   check_launch(launch_step(p, type, type, current_stream(device)));
   return out;
@@ -47,7 +50,7 @@ void check_shapes(const Tensor& joined, const Tensor& state, const Tensor& out,
   STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
   const int64_t heads = state.size(1), width = state.size(2);
   check_pools(state, std::nullopt, heads, width, width, device);
-  check_widths(width, width);
+  check_fused_width(width);
   STD_TORCH_CHECK(joined.size(1) >= 3 * heads * width, "joined is too narrow for q, k and v");
   check_size(out, "out", 0, joined.size(0));
   check_size(out, "out", 1, joined.size(1) - 2 * heads * width);

@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "../kernels.h"
+
 namespace cottention::cuda {
 
 enum class Type { kFloat, kBFloat16, kHalf };
@@ -16,6 +18,7 @@ struct View {
 
 struct StepParams {
   View q, k, v;
+  View w, a, b;  // float32: w [N, H, 1] or [N, H, K] by `decay`, a and b [N, H, K] by `has_term`
   float* state;  // [S, H, V, K], [H, V, K] contiguous, rows 16-byte aligned
   float* z;      // [S, H, K], likewise; null: no denominator
   int64_t state_stride, z_stride;
@@ -25,7 +28,11 @@ struct StepParams {
   const int32_t* cu_seqlens;     // [B + 1]; null: one token per segment
   int64_t tokens, segments;
   int heads, key_width, value_width, num_slots;
-  bool is_aligned;  // q and k can be read four elements at a time
+  Decay decay;
+  bool has_term;          // (S a) bᵀ
+  bool is_aligned;        // q and k can be read four elements at a time
+  bool is_terms_aligned;  // likewise w, a and b
+  bool is_general() const { return has_term || decay != Decay::kNone; }
 };
 
 // Before the step: the feature map of q, k and v, and the MLP's gelu.

@@ -1,4 +1,5 @@
-// The recurrence as the code of one CUDA thread: S ← S + v kᵀ, out = S q, token after token.
+// The recurrence as the code of one CUDA thread: S ← S diag(w) + (S a) bᵀ + v kᵀ, out = S q, token
+// after token. The plain form, without w, a and b, is compiled apart.
 //
 // A group of lanes covers the keys of a value row, 16 bytes a lane, and holds several rows in
 // registers, so that a row of state is read once and written once whatever the length of the
@@ -23,6 +24,24 @@ COTTENTION_HD float update(Quad& row, float value, const Quad& key, const Quad& 
   return total;
 }
 
+COTTENTION_HD float dot(const Quad& x, const Quad& y, float total) {
+  COTTENTION_UNROLL
+  for (int i = 0; i < 4; ++i) total = fmaf(x.x[i], y.x[i], total);
+  return total;
+}
+
+// What all rows have in common at four keys; a decay that is absent is 1, an absent b is 0.
+struct Keys {
+  Quad k, q, w, b;
+};
+
+// row ← value k + (s b + w row); returns total + row · q.
+COTTENTION_HD float update(Quad& row, float value, float s, const Keys& keys, float total) {
+  COTTENTION_UNROLL
+  for (int i = 0; i < 4; ++i) row.x[i] = fmaf(s, keys.b.x[i], row.x[i] * keys.w.x[i]);
+  return update(row, value, keys.k, keys.q, total);
+}
+
 // One thread of a block; In is the type of q, k, v and Out that of the outputs.
 template <class In, class Out, class TileShape>
 struct Thread {
@@ -34,6 +53,7 @@ struct Thread {
   Quad h[TileShape::kRows][TileShape::kPieces];
   Quad z[TileShape::kPieces];
   float sums[kSums];  // of each row, and of the denominator
+  float reads[TileShape::kRows];  // S a of each row
 
   COTTENTION_HD explicit Thread(int index)
       : thread(index), lane(index % TileShape::kLanes), group(index / TileShape::kLanes) {}
@@ -91,6 +111,60 @@ struct Thread {
     }
   }
 
+  COTTENTION_HD static const float* term(const View& x, const BlockTask& task, int64_t token) {
+    return static_cast<const float*>(x.data) + token * x.token_stride + task.head * x.head_stride;
+  }
+
+  COTTENTION_HD Keys load_keys(const StepParams& p, const BlockTask& task, int64_t token,
+                               int i) const {
+    Keys keys{load_input(input(p.k, task, token) + column(i), p.is_aligned),
+              load_input(input(p.q, task, token) + column(i), p.is_aligned),
+              {{1.0f, 1.0f, 1.0f, 1.0f}},
+              {}};
+    if (p.decay == Decay::kPerHead) {
+      const float w = *term(p.w, task, token);
+      keys.w = {{w, w, w, w}};
+    }
+    if (p.decay == Decay::kPerKey)
+      keys.w = load_input(term(p.w, task, token) + column(i), p.is_terms_aligned);
+    if (p.has_term) keys.b = load_input(term(p.b, task, token) + column(i), p.is_terms_aligned);
+    return keys;
+  }
+
+  // `reads` get this lane's part of S a, of the state before the token.
+  COTTENTION_HD void read(const StepParams& p, const BlockTask& task, int64_t token) {
+    COTTENTION_UNROLL
+    for (int r = 0; r < TileShape::kRows; ++r) reads[r] = 0.0f;
+    if (!p.has_term) return;
+    COTTENTION_UNROLL
+    for (int i = 0; i < TileShape::kPieces; ++i) {
+      if (column(i) >= p.key_width) break;
+      const Quad a = load_input(term(p.a, task, token) + column(i), p.is_terms_aligned);
+      COTTENTION_UNROLL
+      for (int r = 0; r < TileShape::kRows; ++r) reads[r] = dot(h[r][i], a, reads[r]);
+    }
+  }
+
+  // `advance` with w, a and b; the reads must be reduced over the lanes.
+  COTTENTION_HD void advance_general(const StepParams& p, const BlockTask& task, int64_t token) {
+    const In* v = input(p.v, task, token) + row;
+    float value[TileShape::kRows];
+    COTTENTION_UNROLL
+    for (int r = 0; r < TileShape::kRows; ++r)
+      value[r] = has_row(r) ? float(v[r * TileShape::kGroups]) : 0.0f;
+    COTTENTION_UNROLL
+    for (int s = 0; s < kSums; ++s) sums[s] = 0.0f;
+    COTTENTION_UNROLL
+    for (int i = 0; i < TileShape::kPieces; ++i) {
+      if (column(i) >= p.key_width) break;
+      const Keys keys = load_keys(p, task, token, i);
+      COTTENTION_UNROLL
+      for (int r = 0; r < TileShape::kRows; ++r)
+        sums[r] = update(h[r][i], value[r], reads[r], keys, sums[r]);
+      if (p.z) sums[TileShape::kRows] = update(z[i], 1.0f, 0.0f, keys, sums[TileShape::kRows]);
+    }
+  }
+
   // Stores the outputs of a token; the sums must be reduced over the lanes.
   COTTENTION_HD void write(const StepParams& p, const BlockTask& task, int64_t token) {
     if (lane != 0) return;
@@ -132,7 +206,7 @@ struct Thread {
 };
 
 // The work of a block. A Team is its threads: one on a GPU, all of them in turn on a host.
-template <class TileShape, bool kIsDecode, class Team>
+template <class TileShape, bool kIsDecode, bool kIsGeneral, class Team>
 COTTENTION_HD void run_block(const StepParams& p, uint32_t block, Team& team) {
   const BlockTask task = block_task<TileShape, kIsDecode>(p, block);
   if (!kIsDecode && task.first >= task.last) return;
@@ -140,7 +214,13 @@ COTTENTION_HD void run_block(const StepParams& p, uint32_t block, Team& team) {
   for (int tile = task.tile; tile < task.tile_end; ++tile) {
     team.load(p, task, tile);
     for (int64_t t = task.first; t < task.last; ++t) {
-      team.advance(p, task, t);
+      if constexpr (kIsGeneral) {
+        team.read(p, task, t);
+        team.reduce_reads();
+        team.advance_general(p, task, t);
+      } else {
+        team.advance(p, task, t);
+      }
       team.reduce();
       team.write(p, task, t);
     }

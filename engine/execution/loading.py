@@ -28,7 +28,8 @@ from cottention.engine.sampling.sampler import Sampler
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.pool import StatePool
-from cottention.engine.text.tokenizer import Tokenizer
+from cottention.engine.text.base import BaseTokenizer
+from cottention.engine.text.read_tokenizer import read_tokenizer
 
 _log = logging.getLogger(__name__)
 
@@ -50,14 +51,14 @@ class LoadedModel:
     num_parameters: int
     model_config: ModelConfig
     context_policy: ContextPolicy
-    tokenizer: Tokenizer
+    tokenizer: BaseTokenizer
     default_sampling_params: Mapping[str, Any]
     pool: StatePool
     runner: ModelRunner
 
 
 def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
-    """Read a model folder and allocate its pool.
+    """Read a model and allocate its pool.
 
     Raises ModelFolderError, ConfigurationError or OutOfMemoryError.
     """
@@ -71,7 +72,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     dtype = _dtype(config, device, model_config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    tokenizer = _tokenizer(folder, model_config)
+    tokenizer = _tokenizer(folder, config.tokenizer, model_config)
     generation_config = read_generation_config(folder)
     model_config = _with_all_ends(model_config, generation_config, tokenizer, folder)
     weights = load_model(folder, model_config, _DTYPES[dtype])
@@ -98,6 +99,11 @@ def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextP
     """auto is the default of the model's family."""
     if config.context_policy == "auto":
         return family_of(model_config).context_policy
+    if config.context_policy == "renew" and model_config.window is None:
+        raise ConfigurationError(
+            "--context-policy renew: the files of this model do not say how many tokens it was"
+            " trained to follow; give --context-policy exact"
+        )
     return config.context_policy
 
 
@@ -117,8 +123,8 @@ def _dtype(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
     return stored if device == "cuda" and stored in _DTYPES else "float32"
 
 
-def _tokenizer(folder: Path, model_config: ModelConfig) -> Tokenizer:
-    tokenizer = Tokenizer.from_folder(folder, model_config.vocab_size)
+def _tokenizer(folder: Path, chosen: str | None, model_config: ModelConfig) -> BaseTokenizer:
+    tokenizer = read_tokenizer(folder, chosen, model_config.vocab_size)
     if tokenizer.num_ids > model_config.vocab_size:
         raise ModelFolderError(
             f"{folder}: the tokenizer has ids up to {tokenizer.num_ids - 1}, the model only"
@@ -128,7 +134,7 @@ def _tokenizer(folder: Path, model_config: ModelConfig) -> Tokenizer:
 
 
 def _with_all_ends(
-    model_config: ModelConfig, generation: GenerationConfig, tokenizer: Tokenizer, folder: Path
+    model_config: ModelConfig, generation: GenerationConfig, tokenizer: BaseTokenizer, folder: Path
 ) -> ModelConfig:
     """The configuration with the ends of text that all files name."""
     ends = [*model_config.eos_token_ids, *generation.eos_token_ids]

@@ -171,7 +171,14 @@ def _sampling_input(target: SamplingTarget) -> SamplingInput:
     params = request.params
     is_random = not params.is_greedy
     number = uniform(request.seed, choice.index, target.token_index) if is_random else 0.0
-    return SamplingInput(params, number, choice.history.counts, choice.masked_token_ids())
+    return SamplingInput(
+        params,
+        number,
+        choice.history.counts,
+        choice.history.ends_of_bad_words(),
+        request.constraints,
+        choice.is_early,
+    )
 
 
 def prepare_rows(batch: Batch, pool: StatePool) -> None:

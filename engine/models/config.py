@@ -4,6 +4,7 @@ A family's own configuration derives from `ModelConfig`. Everything here raises 
 `where` names the file in the message. Loads no torch.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -41,8 +42,8 @@ class ModelConfig(ABC):
 
     @property
     @abstractmethod
-    def trained_length(self) -> int:
-        """Tokens that the model was trained to follow."""
+    def trained_length(self) -> int | None:
+        """Tokens that the model was trained to follow; None where that is not known."""
 
     @abstractmethod
     def state_tensors(self) -> tuple[StateTensor, ...]:
@@ -58,8 +59,10 @@ class ModelConfig(ABC):
         return None
 
     @property
-    def window(self) -> int:
+    def window(self) -> int | None:
         """Tokens up to which the model is good: no more than trained for, nor than the limit."""
+        if self.trained_length is None:
+            return None
         return min(self.trained_length, self.max_exact_length or self.trained_length)
 
     @property
@@ -110,9 +113,9 @@ def size(
     return value
 
 
-def switch(raw: dict[str, Any], name: str, where: str) -> bool:
-    """true or false; false where it is absent."""
-    value = raw.get(name, False)
+def switch(raw: dict[str, Any], name: str, where: str, *, default: bool = False) -> bool:
+    """true or false; the default where it is absent."""
+    value = raw.get(name, default)
     if not isinstance(value, bool):
         raise ModelFolderError(f"{where}: {name} must be true or false, it is {shown(value)}")
     return value
@@ -126,6 +129,38 @@ def epsilon(raw: dict[str, Any], name: str, where: str, default: float) -> float
             f"{where}: {name} must be a number between 0 and 1, it is {shown(value)}"
         )
     return float(value)
+
+
+def number(raw: dict[str, Any], name: str, where: str, default: float | None = None) -> float:
+    """A finite number; the default where it is null or absent."""
+    value = raw.get(name)
+    value = default if value is None else value
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
+        raise ModelFolderError(f"{where}: {name} must be a finite number, it is {shown(value)}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def choice(raw: dict[str, Any], name: str, where: str, allowed: tuple[str, ...]) -> str:
+    """One of `allowed`, whose first is the default."""
+    value = raw.get(name, allowed[0])
+    require({name: value}, {name: allowed}, where)
+    return str(value)
+
+
+def require(raw: dict[str, Any], allowed: Mapping[str, tuple[object, ...]], where: str) -> None:
+    """Refuse fields that are given and have none of the values that are implemented."""
+    for name, values in allowed.items():
+        if name in raw and not any(_is_same(raw[name], value) for value in values):
+            raise ModelFolderError(
+                f"{where}: {name} must be {' or '.join(map(shown, values))}, it is"
+                f" {shown(raw[name])}, which is not supported"
+            )
+
+
+def _is_same(value: object, other: object) -> bool:
+    """Equal, and not merely as 1 and true are."""
+    return type(value) is type(other) and value == other
 
 
 def token_ids(raw: dict[str, Any], name: str, where: str) -> tuple[int, ...]:

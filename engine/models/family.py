@@ -6,8 +6,9 @@ family's torch modules when a model is loaded.
 Letters: N tokens, R rows, C channels.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from cottention.engine.models.config import ModelConfig
@@ -35,6 +36,16 @@ class ServedModel(Protocol):
         ...
 
 
+def as_published(weights: "dict[str, Tensor]", _config: object) -> "dict[str, Tensor]":
+    """The `renamed` of a family whose weights have one set of names."""
+    return weights
+
+
+def as_configured(_weights: "Mapping[str, Tensor]", config: ConfigT) -> ConfigT:
+    """The `completed` of a family whose configuration says all sizes."""
+    return config
+
+
 def has_no_constants(_name: str, _shape: tuple[int, ...]) -> bool:
     """The `is_constant` of a family whose training code stores nothing but weights."""
     return False
@@ -53,6 +64,10 @@ class ModelImplementation(Generic[ConfigT, ModelT]):
     model apart.
     is_constant: (name, shape of a tensor that the model lacks) → whether it is a constant that
     training code has stored beside the weights, to be left out.
+    renamed: (weights under the names in the files, config) → weights under the model's names, for a
+    family that is published under several.
+    completed: (weights under the names in the files, config) → the configuration with sizes that
+    only the weights have.
     """
 
     build: Callable[[ConfigT], ModelT]
@@ -60,6 +75,8 @@ class ModelImplementation(Generic[ConfigT, ModelT]):
     weights_hint: Callable[[Iterable[str], ConfigT], str]
     serve: Callable[[ModelT, str], ServedModel]
     is_constant: Callable[[str, tuple[int, ...]], bool] = has_no_constants
+    renamed: "Callable[[dict[str, Tensor], ConfigT], dict[str, Tensor]]" = as_published
+    completed: "Callable[[Mapping[str, Tensor], ConfigT], ConfigT]" = as_configured
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +86,13 @@ class ModelFamily(Generic[ConfigT, ModelT]):
     config: reads a config.json, and knows the state and the arithmetic that follow from it.
     context_policy: the default for models of this family.
     implementation: imports the family's torch modules.
+    config_of_file: the configuration of a single file of weights; None: there are only folders.
     """
 
     config: type[ConfigT]
     context_policy: ContextPolicy
     implementation: Callable[[], ModelImplementation[ConfigT, ModelT]]
+    config_of_file: Callable[[Path], ConfigT] | None = None
 
     @property
     def model_type(self) -> str:

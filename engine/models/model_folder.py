@@ -1,4 +1,4 @@
-"""Resolves a model's name, as a user gives it, to a folder on disk."""
+"""Resolves a model's name, as a user gives it, to a folder or a single file on disk."""
 
 import os
 from pathlib import Path
@@ -12,15 +12,19 @@ HUB_FILES = ["*.json", "*.txt", "*.jinja", "*.safetensors", "pytorch_model*.bin"
 """Files downloaded from a Hugging Face repository: no pickles but weights."""
 
 
+SINGLE_FILE = ".pth"
+"""Ending of a file that is a model by itself: RWKV-7 is published so."""
+
+
 class NamedFolder(NamedTuple):
-    """A model's public name and where its files are."""
+    """A model's public name, and the folder of its files or its single file."""
 
     name: str
     folder: Path
 
 
 def resolve_model(model: str | Path | None) -> NamedFolder:
-    """A folder, a Hugging Face id, which is downloaded, or None for the model in the package.
+    """A folder, a .pth file, a Hugging Face id, which is downloaded, or None for our own model.
 
     Raises ModelFolderError.
     """
@@ -31,8 +35,13 @@ def resolve_model(model: str | Path | None) -> NamedFolder:
     )  # os.path never raises for strings that cannot be a path
     if os.path.isdir(folder):
         return NamedFolder(_name_of(folder), folder)
+    if os.path.isfile(folder) and folder.suffix == SINGLE_FILE:
+        return NamedFolder(folder.stem, folder)
     if os.path.exists(folder):
-        raise ModelFolderError(f"{model} is a file: give the model's folder")
+        raise ModelFolderError(
+            f"{model} is a file: give the model's folder; of single files only {SINGLE_FILE} files"
+            " of RWKV-7 are models"
+        )
     if not _looks_like_hub_id(str(model)):
         raise ModelFolderError(
             f"{model} does not exist: give a model folder or a Hugging Face id such as owner/name"

@@ -12,11 +12,18 @@ from cottention.engine import ops
 
 
 class Features(NamedTuple):
-    """Queries and keys [..., N, H, K] and values [..., N, H, V], as the recurrence takes them."""
+    """Queries and keys [..., N, H, K] and values [..., N, H, V], as the recurrence takes them.
+
+    w [..., N, H] or [..., N, H, K], the decay, and a, b [..., N, H, K] are those of
+    `ops.recurrent_step`; None: without.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
+    w: Tensor | None = None
+    a: Tensor | None = None
+    b: Tensor | None = None
 
 
 class Recurrence:
@@ -39,5 +46,7 @@ class Recurrence:
         return self.state[:, index], None if self.z is None else self.z[:, index]
 
     def __call__(self, index: int, features: Features) -> Tensor:
-        """Mapped q, k, v [N, H, ·] of layer `index` → outputs [N, H, V]; its rows are updated."""
-        return ops.recurrent_segments(*features, *self.layer(index), self.segments)
+        """Features [N, H, ·] of layer `index` → outputs [N, H, V]; its rows are updated."""
+        q, k, v, w, a, b = features
+        state, z = self.layer(index)
+        return ops.recurrent_segments(q, k, v, state, z, self.segments, w=w, a=a, b=b)

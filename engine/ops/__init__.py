@@ -8,23 +8,35 @@ gradients.
 Letters: B segments, N tokens, R rows, H heads, K key width, V value width, S slots, D head width.
 """
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
 from cottention.engine.ops import checks, loader, reference, varlen
+from cottention.engine.ops.activations import (
+    exp,
+    layer_norm,
+    rms_norm,
+    row_sums,
+    selective_scan,
+    short_convolution,
+    sigmoid,
+    silu,
+    softplus,
+    tanh,
+)
 from cottention.engine.ops.build import BuildError
-from cottention.engine.ops.checks import kernel_has_width
+from cottention.engine.ops.checks import fused_kernel_has_width, kernel_has_width
 from cottention.engine.ops.fused import (
     can_fuse_attention,
     can_sample,
     cottention_attention_gelu,
     cottention_layers,
+    mamba2_layers,
+    rwkv7_layers,
     sample,
 )
 from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
-from cottention.engine.ops.loader import Backend, backend, warn_reference
+from cottention.engine.ops.loader import Backend, backend, compiled_takes, warn_reference
 from cottention.engine.ops.reference import NO_INDEX, PADDING_SLOT, rotate
 from cottention.engine.ops.varlen import Segments, check_state_indices
 
@@ -46,14 +58,27 @@ __all__ = [
     "cottention_features",
     "cottention_layers",
     "elu_plus_one",
+    "exp",
+    "fused_kernel_has_width",
     "gelu_new",
     "kernel_has_width",
+    "layer_norm",
+    "mamba2_layers",
     "max_recurrent_tokens",
     "recurrent_segments",
     "recurrent_step",
+    "rms_norm",
     "rotary_table",
     "rotate",
+    "row_sums",
+    "rwkv7_layers",
     "sample",
+    "selective_scan",
+    "short_convolution",
+    "sigmoid",
+    "silu",
+    "softplus",
+    "tanh",
 ]
 
 MAX_RECURRENT_TOKENS = 32
@@ -68,39 +93,72 @@ def recurrent_step(
     z: Tensor | None,
     state_indices: Tensor,
     cu_seqlens: Tensor | None = None,
+    *,
+    w: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
-    """S ← S + v kᵀ, out = S q for each token, in token order; rows of the pool change in place.
+    """S ← S diag(w) + (S a) bᵀ + v kᵀ, out = S q for each token, in token order, in place.
 
     q, k [N, H, K] and v [N, H, V], of one type. state [S, H, V, K] and z [S, H, K] or None are
-    float32 (float64 for float64 q); sums are accumulated in their type. With z: z ← z + k and out
-    is divided by max(z·q, 1e-6). state_indices int32 [B] are the rows of the pool, each at most
-    once; −1 is padding, whose outputs are zero. cu_seqlens int32 [B + 1]: segment i has the tokens
-    cu_seqlens[i]:cu_seqlens[i + 1]; None: one token per segment. Returns [N, H, V] in the type of
-    v.
+    float32 (float64 for float64 q); sums are accumulated in their type. state_indices int32 [B] are
+    the rows of the pool, each at most once; −1 is padding, whose outputs are zero. cu_seqlens int32
+    [B + 1]: segment i has the tokens cu_seqlens[i]:cu_seqlens[i + 1]; None: one token per segment.
+    Returns [N, H, V] in the type of v.
+
+    w, the decay: [N, H], one number per head, or [N, H, K]; None is 1. a and b [N, H, K], both or
+    neither: without them the second term is absent. It reads the same earlier S as the first, not
+    the decayed one (the delta rule of a decayed state has a = −w k). w, a and b have the type of
+    the state whatever that of q; their last stride must be 1, others may be 0 (`Tensor.expand`).
+
+    With z, the denominator: z ← w∘z + k, and out is divided by max(z·q, 1e-6): a sum below 1e-6,
+    also a negative one, counts as 1e-6. Not together with a and b.
 
     Raises ValueError or RuntimeError before any memory is changed. On CUDA, values of state_indices
     and cu_seqlens are not checked, and rows out of range are skipped; `Segments.of` checks them.
     """
-    is_compiled = _compiled_takes(q, k, v, types=checks.HALF_OR_SINGLE) or _on_cuda_with_ops(q)
+    types = checks.HALF_OR_SINGLE
+    is_compiled = compiled_takes(q, k, v, w, a, b, types=types) or _on_cuda_with_ops(q)
     if is_compiled and _kernel_takes(q.shape[-1], v.shape[-1]):
-        checks.check_one_device(q, k, v, state, z, state_indices, cu_seqlens)
+        checks.check_one_device(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
         step = torch.ops.cottention.recurrent_step
-        out: Tensor = step(q, k, v, state, z, state_indices, cu_seqlens)
+        out: Tensor = step(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
         return out
-    checks.check_step(q, k, v, state, z, state_indices, cu_seqlens)
-    return reference.recurrent_step(q, k, v, state, z, state_indices, cu_seqlens)
+    checks.check_step(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
+    return reference.recurrent_step(q, k, v, state, z, state_indices, cu_seqlens, w=w, a=a, b=b)
 
 
 def recurrent_segments(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None, segments: Segments
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    segments: Segments,
+    *,
+    w: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
-    """`recurrent_step` on prepared segments; on CUDA it does not wait for the device."""
+    """`recurrent_step` on prepared segments; on CUDA it does not wait for the device.
+
+    With w or a and b long segments, too, are computed token by token, by the kernel or, without
+    one, by the torch reference, which then waits for the device unless all segments have one token.
+    """
+    slots, ends = segments.slots, segments.cu_seqlens
     if q.device.type == "cpu":
-        return recurrent_step(q, k, v, state, z, segments.state_indices, segments.cu_seqlens)
-    checks.check_one_device(q, k, v, state, z, segments.state_indices, segments.cu_seqlens)
+        return recurrent_step(q, k, v, state, z, slots, ends, w=w, a=a, b=b)
+    checks.check_one_device(q, k, v, state, z, slots, ends, w, a, b)
+    is_plain = w is None and a is None and b is None
     if _on_cuda_with_ops(q) and _kernel_takes(q.shape[-1], v.shape[-1]):
-        return varlen.advance_by_kernel(q, k, v, state, z, segments)
-    return varlen.advance_by_torch(q, k, v, state, z, segments)
+        if is_plain:
+            return varlen.advance_by_kernel(q, k, v, state, z, segments)
+        step = torch.ops.cottention.recurrent_step
+        out: Tensor = step(q, k, v, state, z, slots, ends, w, a, b)
+        return out
+    if is_plain:
+        return varlen.advance_by_torch(q, k, v, state, z, segments)
+    return reference.recurrent_step(q, k, v, state, z, slots, ends, w=w, a=a, b=b)
 
 
 def max_recurrent_tokens(device: str, key: int, value: int) -> int | None:
@@ -137,7 +195,7 @@ def cottention_features(
     sigma float64 [H]; cos, sin [N, rotary_dim / 2], cast to float32 if needed. Returns q′, k′, v′
     of the same shapes.
     """
-    if q.dim() == 3 and _compiled_takes(q, k, v, sigma):
+    if q.dim() == 3 and compiled_takes(q, k, v, sigma):
         checks.check_one_device(q, k, v, positions, sigma, cos, sin)
         angles = cos.float(), sin.float()
         q, k, v = torch.ops.cottention.cottention_features(q, k, v, positions, sigma, *angles)
@@ -150,7 +208,7 @@ def argmax(logits: Tensor) -> Tensor:
 
     logits [R, N]. A row with a NaN gives −1.
     """
-    if _compiled_takes(logits):
+    if compiled_takes(logits):
         out: Tensor = torch.ops.cottention.argmax(logits)
         return out
     return reference.argmax(logits)
@@ -158,7 +216,7 @@ def argmax(logits: Tensor) -> Tensor:
 
 def gelu_new(x: Tensor) -> Tensor:
     """0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), elementwise. Compiled for x [N, C]."""
-    if x.dim() == 2 and _compiled_takes(x):
+    if x.dim() == 2 and compiled_takes(x):
         out: Tensor = torch.ops.cottention.gelu_new(x)
         return out
     return reference.gelu_new(x)
@@ -166,21 +224,10 @@ def gelu_new(x: Tensor) -> Tensor:
 
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1, elementwise: x + 1 for x ≥ 0, exp(x) below. Compiled for x [N, H, D]."""
-    if x.dim() == 3 and _compiled_takes(x):
+    if x.dim() == 3 and compiled_takes(x):
         out: Tensor = torch.ops.cottention.elu_plus_one(x.flatten(1))
         return out.view(x.shape)
     return reference.elu_plus_one(x)
-
-
-def _compiled_takes(
-    x: Tensor, *others: Tensor, types: Collection[torch.dtype] = (torch.float32,)
-) -> bool:
-    """Whether the CPU op takes x. The op itself refuses arguments that do not match x."""
-    if x.device.type != "cpu" or x.dtype not in types:
-        return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others)):
-        return False
-    return backend() == "compiled"
 
 
 def _on_cuda_with_ops(x: Tensor) -> bool:

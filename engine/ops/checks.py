@@ -10,16 +10,20 @@ from torch import Tensor
 from cottention.engine.ops.reference import PADDING_SLOT
 
 MAX_KEY_WIDTH = 512
-MAX_VALUE_WIDTH = 256
+MAX_FUSED_WIDTH = 256
 
 HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 """Types of q, k and v that the compiled step supports; the state is float32."""
 
 
 def kernel_has_width(key: int, value: int) -> bool:
-    """Whether the kernels support these widths: multiples of 8, at most 512 and 256."""
-    fits = 8 <= key <= MAX_KEY_WIDTH and 8 <= value <= MAX_VALUE_WIDTH
-    return fits and key % 8 == 0 and value % 8 == 0
+    """Whether the step's kernels support these widths: multiples of 8, keys of at most 512."""
+    return 8 <= key <= MAX_KEY_WIDTH and value >= 8 and key % 8 == 0 and value % 8 == 0
+
+
+def fused_kernel_has_width(width: int) -> bool:
+    """Whether `cottention_attention_gelu` supports this head width: multiples of 8 up to 256."""
+    return width <= MAX_FUSED_WIDTH and kernel_has_width(width, width)
 
 
 def check_step(
@@ -30,9 +34,12 @@ def check_step(
     z: Tensor | None,
     state_indices: Tensor,
     cu_seqlens: Tensor | None,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
 ) -> None:
     """Raise ValueError unless the arguments of `recurrent_step` fit together."""
-    check_one_device(q, k, v, state, z)
+    check_one_device(q, k, v, state, z, w, a, b)
     _check_dims(q, "q", 3)
     _check_dims(state, "state", 4)
     num_tokens, heads, key = q.shape
@@ -43,6 +50,7 @@ def check_step(
     if z is not None:
         _check_shape(z, "z", (state.shape[0], heads, key))
     _check_types(q, k, v, state, z)
+    _check_terms(w, a, b, q, state, has_z=z is not None)
     for name, pool in (("state", state), ("z", z)):
         if pool is not None:
             _check_no_overlap(pool, name)
@@ -75,6 +83,27 @@ def _check_types(q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | Non
     for name, x, expected in pairs:
         if x is not None and x.dtype != expected:
             raise ValueError(f"{name} has the wrong dtype: {x.dtype} where q requires {expected}")
+
+
+def _check_terms(
+    w: Tensor | None, a: Tensor | None, b: Tensor | None, q: Tensor, state: Tensor, *, has_z: bool
+) -> None:
+    if (a is None) != (b is None):
+        raise ValueError("a and b must be given together")
+    if a is not None and has_z:
+        raise ValueError("a and b are not supported with z, a denominator")
+    if w is not None and w.dim() != 2:
+        _check_shape(w, "w", tuple(q.shape))
+    elif w is not None:
+        _check_shape(w, "w", tuple(q.shape[:2]))
+    for name, x in (("a", a), ("b", b)):
+        if x is not None:
+            _check_shape(x, name, tuple(q.shape))
+    for name, x in (("w", w), ("a", a), ("b", b)):
+        if x is not None and x.dtype != state.dtype:
+            raise ValueError(
+                f"{name} has the wrong dtype: {x.dtype} where the state is {state.dtype}"
+            )
 
 
 def _check_no_overlap(pool: Tensor, name: str) -> None:

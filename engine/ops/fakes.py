@@ -21,6 +21,9 @@ def recurrent_step(
     z: Tensor | None,
     state_indices: Tensor,
     cu_seqlens: Tensor | None = None,
+    w: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
     return v.new_empty(v.shape)
 
@@ -51,6 +54,34 @@ def elementwise(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, groups: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    q: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tails: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def argmax(logits: Tensor) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
@@ -71,6 +102,14 @@ FAKES: dict[str, Callable[..., object]] = {
     "cottention_features": cottention_features,
     "gelu_new": elementwise,
     "elu_plus_one": elementwise,
+    "silu": elementwise,
+    "sigmoid": elementwise,
+    "softplus": elementwise,
+    "tanh": elementwise,
+    "exp": elementwise,
+    "rms_norm": rms_norm,
+    "selective_scan": selective_scan,
+    "short_convolution": short_convolution,
     "argmax": argmax,
     "sample": sample,
     "linear_out": in_place,
@@ -78,4 +117,6 @@ FAKES: dict[str, Callable[..., object]] = {
     "layer_norm": in_place,
     "cottention_attention_gelu": in_place,
     "cottention_layers": in_place,
+    "mamba2_layers": in_place,
+    "rwkv7_layers": in_place,
 }

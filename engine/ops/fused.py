@@ -1,6 +1,7 @@
 """Compiled ops that do the work of several ops in one call. There is no reference behind them.
 
-Letters: R rows, N tokens, C channels, H heads, D head width, L layers, S slots, B segments.
+Letters: R rows, N tokens, C channels, H heads, D head width, K key width, V value width, G groups,
+W width of a convolution, L layers, S slots, B segments.
 """
 
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine.ops import loader
-from cottention.engine.ops.checks import kernel_has_width
+from cottention.engine.ops.checks import fused_kernel_has_width
 from cottention.engine.ops.loader import backend
 
 
@@ -31,7 +32,7 @@ def cottention_attention_gelu(
     from 0; sigma float64 [H]; cos, sin float32 [N, rotary_dim / 2]; state [S, H, D, D] is updated
     in place, there is no denominator; state_indices and cu_seqlens as in `recurrent_step`. On CUDA
     joined and out may also be bfloat16 or float16, and equal the three ops to rounding. Raises
-    RuntimeError for arguments that do not fit and for a D without a kernel (`kernel_has_width`).
+    RuntimeError for arguments that do not fit and for a D that is no multiple of 8 up to 256.
     """
     torch.ops.cottention.cottention_attention_gelu(
         joined, positions, sigma, cos, sin, state, state_indices, cu_seqlens, out
@@ -40,7 +41,7 @@ def cottention_attention_gelu(
 
 def can_fuse_attention(device: str, width: int) -> bool:
     """Whether `cottention_attention_gelu` takes heads of this width on a device but the CPU."""
-    return device != "cpu" and kernel_has_width(width, width) and loader.is_cuda_ready()
+    return device != "cpu" and fused_kernel_has_width(width) and loader.is_cuda_ready()
 
 
 def cottention_layers(
@@ -78,6 +79,70 @@ def cottention_layers(
         normed,
         joined,
         attn_gelu,
+    )
+
+
+def mamba2_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    epsilon: float,
+    groups: int,
+    step_limit: Sequence[float],
+    state: Tensor,
+    conv: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """All blocks of a packed Mamba-2, with the bits of the ops of each; x [N, C] in place.
+
+    x is float32, and so is all that is computed. weights, for each block: weight [C] of the norm;
+    packed input product and its bias; the convolution's [W, H V + 2 G K] and its bias; dt_bias,
+    −exp(A_log) and D, [H]; weight [H V] of the gated norm; packed output product and its bias. A
+    bias that is absent has no elements. epsilon: of both norms. groups: G. step_limit: the least
+    and the greatest time step. state [S, L, H, V, K] and conv [S, L, W − 1, H V + 2 G K], float32,
+    are updated in place. state_indices and cu_seqlens as in `recurrent_step`. Raises RuntimeError.
+    """
+    torch.ops.cottention.mamba2_layers(
+        x, weights, epsilon, groups, step_limit, state, conv, state_indices, cu_seqlens
+    )
+
+
+def rwkv7_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    epsilon: float,
+    group_epsilon: float,
+    ranks: Sequence[int],
+    inner: int,
+    state: Tensor,
+    att_shift: Tensor,
+    ffn_shift: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """All blocks of a packed RWKV-7, with the bits of the ops of each; x [N, C] in place.
+
+    x is float32, and so is all that is computed. weights, for each block: weight and bias [C] of
+    the norm; the shifts' mixes [6, C] of r, w, k, v, a and g; packed r, k, v and output; for w and
+    a packed down and up and the bias [C]; for g packed down and up; for v packed down and up and
+    the bias, which the first block does not use; k_k, k_a, r_k, and weight and bias of the norm of
+    the heads, [H, K]; weight and bias of the second norm; its mix [1, C]; packed key and value.
+    epsilon: of the norms; group_epsilon: of that of the heads. ranks: of w, a, g and v. inner:
+    width of channel mixing. state [S, L, H, K, K], att_shift and ffn_shift [S, L, C], float32, are
+    updated in place. state_indices and cu_seqlens as in `recurrent_step`. Raises RuntimeError.
+    """
+    torch.ops.cottention.rwkv7_layers(
+        x,
+        weights,
+        epsilon,
+        group_epsilon,
+        ranks,
+        inner,
+        state,
+        att_shift,
+        ffn_shift,
+        state_indices,
+        cu_seqlens,
     )
 
 

@@ -8,9 +8,11 @@ import functools
 import logging
 import os
 import threading
+from collections.abc import Collection
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from cottention.engine.ops.build import (
     BuildError,
@@ -64,6 +66,17 @@ def _load() -> None:
     torch.ops.load_library(find() or build())
     for name, fake in FAKES.items():
         torch.library.register_fake(f"cottention::{name}", fake)
+
+
+def compiled_takes(
+    x: Tensor, *others: Tensor | None, types: Collection[torch.dtype] = (torch.float32,)
+) -> bool:
+    """Whether the CPU op takes x. The op itself refuses arguments that do not match x."""
+    if x.device.type != "cpu" or x.dtype not in types:
+        return False
+    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *others)):
+        return False
+    return backend() == "compiled"
 
 
 @functools.cache

@@ -6,7 +6,9 @@ Letters: B segments, N tokens of all segments, T tokens of one sequence, H heads
 V value width, S slots.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,41 +53,67 @@ def recurrent_step(
     z: Tensor | None,
     state_indices: Tensor,
     cu_seqlens: Tensor | None = None,
+    *,
+    w: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
 ) -> Tensor:
-    """S ← S + v kᵀ, out = S q for each token, in token order; rows of the pool change in place.
+    """S ← S diag(w) + (S a) bᵀ + v kᵀ, out = S q for each token, in token order, in place.
 
     q, k [N, H, K]; v [N, H, V]; state [S, H, V, K] and z [S, H, K] or None; state_indices int32
     [B], each slot at most once; cu_seqlens int32 [B + 1]: segment i has the tokens
-    cu_seqlens[i]:cu_seqlens[i + 1] (None: one token per segment). With z: z ← z + k, and out is
-    divided by max(z·q, 1e-6). Computed in the type of the state. A state index of −1 is padding: no
-    row changes and its outputs are zero. Returns [N, H, V] in the type of v.
+    cu_seqlens[i]:cu_seqlens[i + 1] (None: one token per segment). w [N, H] or [N, H, K], None for
+    1; a, b [N, H, K], both or neither: S a is taken of the state before the decay. With z: z ← w∘z
+    + k, and out is divided by max(z·q, 1e-6). Computed in the type of the state. A state index of
+    −1 is padding: no row changes and its outputs are zero. Returns [N, H, V] in the type of v.
     """
-    out = torch.zeros_like(v)
+    if not len(state_indices):
+        return torch.zeros_like(v)
+    dtype = v.dtype
     q, k, v = (x.to(state.dtype) for x in (q, k, v))
-    bounds = range(len(state_indices) + 1) if cu_seqlens is None else cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in pairwise(bounds)]
-    slots = state_indices.tolist()
-    for step in range(max(lengths, default=0)):
-        active = [i for i, n in enumerate(lengths) if step < n and slots[i] != PADDING_SLOT]
-        if active:
-            tokens = torch.tensor([bounds[i] + step for i in active], device=q.device)
-            rows = state_indices[torch.tensor(active, device=state_indices.device)].long()
-            outputs = _one_token(q[tokens], k[tokens], v[tokens], state, z, rows)
-            out[tokens] = outputs.to(out.dtype)
+    terms = [None if x is None else x.to(state.dtype) for x in (w, a, b)]
+    if cu_seqlens is None:  # nothing waits for a device
+        rows = real_rows(state_indices)
+        at = rows.source
+        now = [None if x is None else x[at] for x in terms]
+        out = _one_token(state, z, rows.slots, rows.is_any, q[at], k[at], v[at], *now)
+        return out.masked_fill(rows.is_padding[:, None, None], 0).to(dtype)
+    out = torch.zeros_like(v, dtype=dtype)
+    always = torch.ones((), dtype=torch.bool, device=v.device)
+    for at, slots in token_steps(state_indices, cu_seqlens):
+        now = [None if x is None else x[at] for x in terms]
+        out[at] = _one_token(state, z, slots, always, q[at], k[at], v[at], *now).to(dtype)
     return out
 
 
 def _one_token(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None, rows: Tensor
+    state: Tensor,
+    z: Tensor | None,
+    slots: Tensor,
+    is_any: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
 ) -> Tensor:
-    """One token for each of `rows` (int64 [B]); q, k [B, H, K], v [B, H, V] → [B, H, V]."""
-    updated = state[rows] + v.unsqueeze(-1) * k.unsqueeze(-2)
-    state[rows] = updated
+    """One token for each of `slots` (int64 [B]); q, k, a, b [B, H, K], v [B, H, V] → [B, H, V].
+
+    Nothing changes where is_any is false.
+    """
+    before = state[slots]
+    updated = before if w is None else before * w.view(*w.shape[:2], 1, -1)
+    if a is not None and b is not None:
+        updated = updated + (before * a.unsqueeze(-2)).sum(-1, keepdim=True) * b.unsqueeze(-2)
+    updated = updated + v.unsqueeze(-1) * k.unsqueeze(-2)
+    state[slots] = torch.where(is_any, updated, before)
     out = (updated * q.unsqueeze(-2)).sum(-1)
     if z is None:
         return out
-    total = z[rows] + k
-    z[rows] = total
+    decay = 1 if w is None else w.view(*w.shape[:2], -1)
+    total = decay * z[slots] + k
+    z[slots] = torch.where(is_any, total, z[slots])
     return out / (total * q).sum(-1, keepdim=True).clamp_min(DENOMINATOR_FLOOR)
 
 
@@ -143,3 +171,154 @@ def gelu_new(x: Tensor) -> Tensor:
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1: x + 1 for x ≥ 0, exp(x) below."""
     return torch.where(x < 0, x.clamp_max(0).exp(), x + 1)
+
+
+def silu(x: Tensor) -> Tensor:
+    """x σ(x)."""
+    return torch.nn.functional.silu(x)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + eˣ)."""
+    return torch.nn.functional.softplus(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, groups: int = 1) -> Tensor:
+    """weight · x / √(mean(x²) + ε), the mean over each of `groups` equal parts of a row.
+
+    x [..., C], weight [C] → [..., C].
+    """
+    parts: Tensor = x.unflatten(-1, (groups, -1))
+    scale = (parts.square().mean(-1, keepdim=True) + epsilon).sqrt()
+    out: Tensor = (parts / scale).flatten(-2) * weight
+    return out
+
+
+def token_steps(
+    state_indices: Tensor, cu_seqlens: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first token of every segment, then the second, and so on: (tokens, rows), int64 [n].
+
+    Padding is left out, and segments that have ended.
+    """
+    bounds = range(len(state_indices) + 1) if cu_seqlens is None else cu_seqlens.tolist()
+    slots = state_indices.tolist()
+    spans = [(slots[i], span) for i, span in enumerate(pairwise(bounds)) if slots[i] >= 0]
+    for step in range(max((stop - start for _, (start, stop) in spans), default=0)):
+        now = [(start + step, slot) for slot, (start, stop) in spans if start + step < stop]
+        tokens, rows = torch.tensor(now, device=state_indices.device).unbind(1)
+        yield tokens, rows
+
+
+def short_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tails: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """y_t = Σ_j weight_j ∘ x_{t−W+1+j} + bias, causal and depthwise; rows of tails are updated.
+
+    x [N, C]; weight [W, C], the last row is the current token's; bias [C] or None; tails
+    [S, W − 1, C]: the inputs of the tokens before, the oldest first; state_indices and cu_seqlens
+    as in `recurrent_step`. The sum begins with the bias and goes from the oldest input to the
+    current one. Outputs of padding are zero. Returns [N, C].
+    """
+    if len(x) == 0:
+        return torch.zeros_like(x)
+    rows = real_rows(state_indices)
+    starts, lengths = _bounds(state_indices, cu_seqlens)
+    kept = len(weight) - 1
+    segment = torch.arange(len(starts), device=x.device)
+    segment = segment.repeat_interleave(lengths, output_size=len(x))
+    token = torch.arange(len(x), device=x.device)
+    offset = token - starts[segment]
+
+    def before(segment: Tensor, offset: Tensor) -> Tensor:
+        """Inputs at these offsets from their segments' first tokens; negative ones are tails."""
+        own = x[(starts[segment] + offset).clamp(0, len(x) - 1)]
+        earlier = tails[rows.slots[segment], (offset + kept).clamp(0, max(kept - 1, 0))]
+        return torch.where((offset < 0).unsqueeze(-1), earlier, own)
+
+    total = torch.zeros_like(x) if bias is None else bias.expand_as(x)
+    for j, row in enumerate(weight):
+        at = offset - kept + j
+        inputs = before(segment, at) if j < kept else x
+        total = total + row * inputs
+    if kept:
+        last = lengths[rows.source]
+        now = [before(rows.source, last - kept + j) for j in range(kept)]
+        tails[rows.slots] = torch.where(rows.is_any, torch.stack(now, dim=1), tails[rows.slots])
+    return total.masked_fill(rows.is_padding[segment].unsqueeze(-1), 0)
+
+
+class RealRows(NamedTuple):
+    """Rows of a batch with padding, so that it can be written without waiting for a device.
+
+    Padding stands for the first segment that is none: it is given the same row, and writes the same
+    value. slots: int64 [B]. source: int64 [B], the segment that each stands for. is_padding: bool
+    [B]. is_any: bool [], false where all are padding and nothing may change.
+    """
+
+    slots: Tensor
+    source: Tensor
+    is_padding: Tensor
+    is_any: Tensor
+
+
+def real_rows(state_indices: Tensor) -> RealRows:
+    """Of state_indices int32 [B]; −1 is padding."""
+    is_padding = state_indices < 0
+    own = torch.arange(len(state_indices), device=state_indices.device)
+    first = (~is_padding).int().argmax()
+    source = torch.where(is_padding, first, own)
+    slots = state_indices[source].long().clamp_min(0)
+    return RealRows(slots, source, is_padding, ~is_padding.all())
+
+
+def _bounds(state_indices: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    """First token and number of tokens of each segment: int64 [B]."""
+    if cu_seqlens is None:
+        starts = torch.arange(len(state_indices), device=state_indices.device)
+        return starts, torch.ones_like(starts)
+    bounds = cu_seqlens.long()
+    return bounds[:-1], bounds.diff()
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    log_decay: Tensor,
+    k: Tensor,
+    q: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """S_cn ← exp(Δ_c A_cn) S_cn + Δ_c u_c k_n, out_c = Σ_n S_cn q_n (alg. 2, arXiv 2312.00752).
+
+    u, delta [N, C]; log_decay, A [C, K], negative; k, q [N, K], the paper's B and C; state
+    [S, C, K], whose rows are updated; state_indices and cu_seqlens as in `recurrent_step`. Outputs
+    of padding are zero. Returns [N, C].
+    """
+    if cu_seqlens is None:
+        rows = real_rows(state_indices)
+        taken = [x[rows.source] for x in (u, delta, k, q)]
+        updated, out = _scan_one(state[rows.slots], log_decay, *taken)
+        state[rows.slots] = torch.where(rows.is_any, updated, state[rows.slots])
+        return out.masked_fill(rows.is_padding.unsqueeze(-1), 0)
+    out = torch.zeros_like(u)
+    for tokens, slots in token_steps(state_indices, cu_seqlens):
+        taken = [x[tokens] for x in (u, delta, k, q)]
+        state[slots], out[tokens] = _scan_one(state[slots], log_decay, *taken)
+    return out
+
+
+def _scan_one(
+    state: Tensor, log_decay: Tensor, u: Tensor, delta: Tensor, k: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of each of B rows: the states [B, C, K] after it, and the outputs [B, C]."""
+    step = delta.unsqueeze(-1)
+    state = torch.exp(step * log_decay) * state + step * u.unsqueeze(-1) * k.unsqueeze(-2)
+    return state, (state * q.unsqueeze(-2)).sum(-1)

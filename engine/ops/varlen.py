@@ -77,13 +77,19 @@ class Segments:
 
     state_indices: int32 [B]; −1 for padding and for segments that are cut into chunks. cu_seqlens:
     int32 [B + 1]: segment i has the tokens cu_seqlens[i]:cu_seqlens[i + 1]; None: one token each.
-    chunks: the segments that are cut, or None. has_steps: whether any state index is not −1.
+    chunks: the segments that are cut, or None. has_steps: whether any state index is not −1. slots:
+    int32 [B], the rows of all segments, also of those that are cut; −1 for padding.
     """
 
     state_indices: Tensor
     cu_seqlens: Tensor | None = None
     chunks: Chunks | None = None
     has_steps: bool = True
+    uncut: Tensor | None = None
+
+    @property
+    def slots(self) -> Tensor:
+        return self.state_indices if self.uncut is None else self.uncut
 
     @classmethod
     def of(
@@ -115,6 +121,7 @@ class Segments:
             cu_seqlens=_int32(ends, device),
             chunks=Chunks.of(long, device) if long else None,
             has_steps=any(slot != PADDING_SLOT for slot in stepped),
+            uncut=_int32(state_indices, device) if long else None,
         )
 
 

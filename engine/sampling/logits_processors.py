@@ -7,12 +7,13 @@ Letters: R rows, N vocabulary, M ids of several rows, concatenated.
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS, TokenConstraints
 from cottention.engine.sampling.token_history import TokenCounts
 from cottention.engine.sampling_params import SamplingParams
 
@@ -25,43 +26,56 @@ class LogitsAdjustment:
     """What changes the logits of one row; false if nothing does.
 
     counts: how often each id of its prompt and text was generated, empty without a penalty.
-    masked_token_ids: ids that must not be sampled in this step.
+    masked_token_ids: ids that must not be sampled in this step, besides those of the constraints.
+    is_early: whether stop ids must not be sampled yet.
     """
 
     params: SamplingParams
     counts: TokenCounts
-    masked_token_ids: Sequence[int]
+    masked_token_ids: Sequence[int] = ()
+    constraints: TokenConstraints = NO_CONSTRAINTS
+    is_early: bool = False
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Ids that must not be sampled: bool, as many as the tokenizer has; None if there are none.
+
+        One tensor for all rows of a request.
+        """
+        return self.constraints.early_mask if self.is_early else self.constraints.mask
 
     def __bool__(self) -> bool:
-        params = self.params
-        has_allowed = params.allowed_token_ids is not None
-        return bool(has_allowed or self.masked_token_ids or params.logit_bias or self.counts)
+        has_ids = self.mask is not None or self.constraints.biases is not None
+        return has_ids or bool(self.masked_token_ids or self.counts)
 
 
 def adjust_logits(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
     """Change the rows of logits float32 [R, N], contiguous, that have an adjustment, in place."""
-    _apply_allowed_token_ids(logits, adjustments)
+    _apply_masks(logits, adjustments)
     _apply_masked_token_ids(logits, adjustments)
     _apply_logit_bias(logits, adjustments)
     _apply_penalties(logits, adjustments)
 
 
-def _apply_allowed_token_ids(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
-    allowed = {
-        row: one.params.allowed_token_ids
-        for row, one in adjustments.items()
-        if one.params.allowed_token_ids is not None
-    }
-    if allowed:
-        places = _places(logits, {row: array("q", ids) for row, ids in allowed.items()})
-        kept = logits.take(places)
-        logits[[*allowed]] = -torch.inf
-        logits.put_(places, kept)
+def _apply_masks(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
+    """One call for consecutive rows of a request, which have the same mask."""
+    runs: list[tuple[int, int, Tensor]] = []
+    for row in sorted(adjustments):
+        mask = adjustments[row].mask
+        if mask is None:
+            continue
+        start, stop, before = runs[-1] if runs else (row, row, mask)
+        if runs and stop == row and before is mask:
+            runs[-1] = (start, row + 1, mask)
+        else:
+            runs.append((row, row + 1, mask))
+    for start, stop, mask in runs:
+        logits[start:stop, : len(mask)].masked_fill_(mask, -torch.inf)
 
 
 def _apply_masked_token_ids(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
     masked = {
-        row: array("q", one.masked_token_ids)
+        row: torch.tensor(one.masked_token_ids, device=logits.device)
         for row, one in adjustments.items()
         if one.masked_token_ids
     }
@@ -70,20 +84,25 @@ def _apply_masked_token_ids(logits: Tensor, adjustments: Mapping[int, LogitsAdju
 
 
 def _apply_logit_bias(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
-    biases = {row: one.params.logit_bias for row, one in adjustments.items()}
-    biases = {row: bias for row, bias in biases.items() if bias}
-    if biases:
-        places = _places(logits, {row: array("q", bias) for row, bias in biases.items()})
-        values = [array("f", bias.values()) for bias in biases.values()]
-        logits.view(-1).index_add_(0, places, _concatenated(values, torch.float32, logits.device))
+    ids: dict[int, Tensor] = {}
+    biases: list[Tensor] = []
+    for row, one in adjustments.items():
+        constraints = one.constraints
+        if constraints.biased_ids is not None and constraints.biases is not None:
+            ids[row] = constraints.biased_ids
+            biases.append(constraints.biases)
+    if ids:
+        logits.view(-1).index_add_(0, _places(logits, ids), torch.cat(biases))
 
 
 def _apply_penalties(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
     rows = {row: one for row, one in adjustments.items() if one.counts}
     if not rows:
         return
-    places = _places(logits, {row: one.counts.ids for row, one in rows.items()})
-    times = _concatenated((one.counts.times for one in rows.values()), torch.float32, logits.device)
+    device = logits.device
+    ids = {row: _as_tensor(one.counts.ids, torch.int64, device) for row, one in rows.items()}
+    places = _places(logits, ids)
+    times = torch.cat([_as_tensor(o.counts.times, torch.float32, device) for o in rows.values()])
     lengths = [len(one.counts) for one in rows.values()]
 
     def penalty(value_of: Callable[[SamplingParams], float]) -> Tensor | float:
@@ -102,11 +121,10 @@ def _apply_penalties(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]
     logits.put_(places, seen - (frequency * times + presence * (times > 0)))
 
 
-def _places(logits: Tensor, ids: Mapping[int, "array[int]"]) -> Tensor:
-    """Indices of these rows' ids in the flattened logits: int64 [M]."""
-    places = _concatenated(ids.values(), torch.int64, torch.device("cpu"))
+def _places(logits: Tensor, ids: Mapping[int, Tensor]) -> Tensor:
+    """Indices of these rows' ids, int64 each, in the flattened logits: int64 [M]."""
     starts = _repeated([row * logits.shape[-1] for row in ids], [*map(len, ids.values())])
-    return places.add_(starts).to(logits.device)
+    return torch.cat([*ids.values()]).add_(starts.to(logits.device))
 
 
 def _repeated(values: Sequence[float], times: Sequence[int]) -> Tensor:
@@ -114,8 +132,8 @@ def _repeated(values: Sequence[float], times: Sequence[int]) -> Tensor:
     return torch.tensor(values).repeat_interleave(torch.tensor(times))
 
 
-def _concatenated(
-    columns: "Iterable[array[int] | array[float]]", dtype: torch.dtype, device: torch.device
+def _as_tensor(
+    column: "array[int] | array[float]", dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """The concatenated values of arrays, copied: [M]."""
-    return torch.cat([torch.frombuffer(column, dtype=dtype) for column in columns]).to(device)
+    """The values of an array: [M]. On the CPU it is a view, with which the array cannot grow."""
+    return torch.frombuffer(column, dtype=dtype).to(device)

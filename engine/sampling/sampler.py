@@ -16,11 +16,13 @@ from cottention.engine import ops
 from cottention.engine.outputs import SampledToken, TokenLogprob
 from cottention.engine.sampling.logits_processors import LogitsAdjustment, adjust_logits
 from cottention.engine.sampling.logprobs import gather_logprobs
+from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS, TokenConstraints
 from cottention.engine.sampling.token_history import TokenCounts
 from cottention.engine.sampling.topk_topp import SamplingRow, sample_each
 from cottention.engine.sampling_params import SamplingParams
 
 _MASK = 2**64 - 1
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,23 +30,28 @@ class SamplingInput:
     """What the sampler needs for one row besides its logits.
 
     uniform: the row's random number in [0, 1). counts: how often each id of the prompt and the text
-    was generated. masked_token_ids: ids that must not be sampled in this step.
+    was generated. masked_token_ids: ids that must not be sampled in this step, besides those of the
+    constraints. is_early: whether stop ids must not be sampled yet.
     """
 
     params: SamplingParams
     uniform: float
     counts: TokenCounts = field(default_factory=TokenCounts)
     masked_token_ids: Sequence[int] = ()
+    constraints: TokenConstraints = NO_CONSTRAINTS
+    is_early: bool = False
 
-    @property
-    def adjustment(self) -> LogitsAdjustment:
-        """What changes its logits before temperature and filters."""
-        return LogitsAdjustment(self.params, self.counts, self.masked_token_ids)
+    def adjustment(self, device: torch.device) -> LogitsAdjustment:
+        """What changes its logits, which are on `device`, before temperature and filters."""
+        constraints = self.constraints.on(device)
+        return LogitsAdjustment(
+            self.params, self.counts, self.masked_token_ids, constraints, self.is_early
+        )
 
     @property
     def needs_logits(self) -> bool:
         """Whether more is to be done than to sample from unchanged logits."""
-        return bool(self.adjustment) or self.params.logprobs is not None
+        return bool(self.adjustment(_CPU)) or self.params.logprobs is not None
 
     @property
     def sampling_row(self) -> SamplingRow:
@@ -105,7 +112,8 @@ class Sampler:
         if any(each.params.logprobs is not None for each in inputs):
             logits = logits.clone()
         logits.index_fill_(-1, self._unsampleable_ids, -torch.inf)
-        adjustments = {row: one for row, each in enumerate(inputs) if (one := each.adjustment)}
+        adjusted = (each.adjustment(logits.device) for each in inputs)
+        adjustments = {row: one for row, one in enumerate(adjusted) if one}
         if adjustments:
             adjust_logits(logits, adjustments)
         return logits

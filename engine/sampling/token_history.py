@@ -3,9 +3,12 @@
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from cottention.engine.sampling_params import SamplingParams
-from cottention.engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # it holds tensors; histories need no torch
+    from cottention.engine.sampling.token_constraints import TokenConstraints
 
 
 class TokenHistory:
@@ -19,13 +22,13 @@ class TokenHistory:
         self,
         params: SamplingParams,
         prompt_ids: Sequence[int],
-        bad_words: Sequence[Sequence[int]],
+        constraints: "TokenConstraints",
         earlier_counts: Mapping[int, int],
     ) -> None:
         """`earlier_counts`: those of the session before this prompt."""
         self._is_counting = params.has_penalty
-        self._bad_words = bad_words
-        self._last: deque[int] = deque(maxlen=max((len(ids) - 1 for ids in bad_words), default=0))
+        self._constraints = constraints
+        self._last: deque[int] = deque(maxlen=constraints.max_history)
         self.counts = (
             TokenCounts(prompt_ids, earlier_counts) if self._is_counting else TokenCounts()
         )
@@ -36,20 +39,9 @@ class TokenHistory:
         if self._is_counting:
             self.counts.add(token_id)
 
-    def masked_token_ids(self) -> list[int]:
-        """Ids that would complete a bad word now."""
-        if not self._bad_words:
-            return []
-        last = list(self._last)
-        return [
-            ids[-1] for ids in self._bad_words if last[len(last) - len(ids) + 1 :] == list(ids[:-1])
-        ]
-
-
-def encode_bad_words(words: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids of each word at the start of a text and after a space; of a blank word, the latter."""
-    texts = [start + word.lstrip(" ") for word in words for start in ("", " ")]
-    return [ids for text in texts if (ids := tokenizer.encode(text))]
+    def ends_of_bad_words(self) -> list[int]:
+        """Ids that would complete a bad word of several ids now."""
+        return self._constraints.ends_of_bad_words(self._last)
 
 
 class TokenCounts:

@@ -14,7 +14,12 @@ MAX_HELD = 2**40
 """Most tokens of a sequence: a thousand per second for thirty years. Up to here float64 tells
 neighbouring positions apart, and rotary angles computed in it are within 2⁻¹² of the exact ones."""
 
-_NO_SPARE_ROWS = "this server was started with --context-policy exact and has no spare rows"
+KEPT_IDS = 1024
+"""How many of its last ids a session keeps where the model's window is not known: a later turn of a
+chat is compared with them."""
+
+_NO_SPARE_ROWS = "this server runs under --context-policy exact and has no spare rows"
+_NO_WINDOW = "this model's context window is not known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +28,8 @@ class ContextPolicies:
 
     default: for requests without one; "exact" as the default means that the pool has no spare rows,
     which "renew" needs. window: number of tokens up to which all policies are equal, and how many
-    of its last ids a session keeps. max_exact_length: most tokens of a sequence under "exact", if
+    of its last ids a session keeps; where the model's window is not known, of which there is only
+    "exact", KEPT_IDS. max_exact_length: most tokens of a sequence under "exact", if
     there is a limit. context_schedules: by policy.
     """
 
@@ -35,9 +41,9 @@ class ContextPolicies:
     @classmethod
     def of(cls, config: ModelConfig, default: ContextPolicy) -> Self:
         """The policies of an engine with this model."""
-        return cls(
-            default, config.window, config.max_exact_length, context_schedules(config.window)
-        )
+        window = config.window
+        schedules = context_schedules(window)
+        return cls(default, window or KEPT_IDS, config.max_exact_length, schedules)
 
     def new_session(self, policy: ContextPolicy | None) -> SessionState:
         """An empty session; None is the default policy. Raises ParameterError."""
@@ -85,7 +91,8 @@ class ContextPolicies:
                 reason = 'the session has context_policy "renew", which is not available'
                 if start.num_tokens <= self.window:
                     reason += ' (a turn with "exact" would change it)'
-            raise ParameterError("context_policy", f"{reason}: {_NO_SPARE_ROWS}")
+            why = _NO_SPARE_ROWS if "renew" in self.context_schedules else _NO_WINDOW
+            raise ParameterError("context_policy", f"{reason}: {why}")
         if policy == "exact" and self.max_exact_length is not None:
             _check_exact_length(num_tokens, params.max_tokens, self.max_exact_length)
         return self.context_schedules[policy]

@@ -7,14 +7,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import torch
+
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ParameterError
+from cottention.engine.sampling.token_constraints import TokenConstraints, encode_bad_words
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary, shortened
 from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.scheduling.request import Request
 from cottention.engine.state.pool import StatePool
 from cottention.engine.state.session_state import SessionState
-from cottention.engine.text.tokenizer import Tokenizer
+from cottention.engine.text.base import BaseTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +34,37 @@ class RequestLimits:
     max_tokens: int
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, pool: StatePool, config: EngineConfig) -> Self:
+    def of(cls, tokenizer: BaseTokenizer, pool: StatePool, config: EngineConfig) -> Self:
         """The limits of an engine with this tokenizer, pool and configuration."""
         sampleable = frozenset(tokenizer.sampleable_ids)
         return cls(tokenizer.num_ids, sampleable, pool.num_slots, config.max_tokens_limit)
 
-    def check(
+    def check_prompt(
         self, prompt_ids: Sequence[int], params: SamplingParams, start: SessionState | None
     ) -> None:
-        """Raise ParameterError, naming the field and what it allows, for a request beyond them."""
+        """Raise ParameterError, naming the field and what it allows, for a prompt beyond them."""
         if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
         if start is not None:
             _check_turn(params)
         self._check_ids("prompt", "prompt ids", prompt_ids)
-        self._check_ids("stop_token_ids", "stop_token_ids", params.stop_token_ids)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """The same for parameters."""
+        self._check_ids("stop_token_ids", "stop_token_ids", dict.fromkeys(params.stop_token_ids))
         self._check_ids("logit_bias", "ids in logit_bias", params.logit_bias)
         if params.allowed_token_ids is not None:
             self._check_allowed(params.allowed_token_ids)
         _check_at_most("n", params.n, self.num_slots, "the engine's slots")
         _check_at_most("max_tokens", params.max_tokens, self.max_tokens, "the engine's limit")
 
-    def check_first_token(self, params: SamplingParams, masked_token_ids: Collection[int]) -> None:
-        """Raise ParameterError where `masked_token_ids` leave no id for the first token."""
-        allowed = params.allowed_token_ids
-        left = self.sampleable_ids if allowed is None else self.sampleable_ids.intersection(allowed)
-        if params.max_tokens and left.issubset(masked_token_ids):
+    def check_first_token(self, params: SamplingParams, constraints: TokenConstraints) -> None:
+        """Raise ParameterError where the constraints leave no id for the first token."""
+        is_sampleable = torch.zeros(self.num_ids, dtype=torch.bool)
+        is_sampleable[torch.tensor([*self.sampleable_ids])] = True
+        if params.max_tokens and not constraints.leaves_one_of(is_sampleable):
             raise ParameterError(
-                "stop_token_ids" if allowed is None else "allowed_token_ids",
+                "stop_token_ids" if params.allowed_token_ids is None else "allowed_token_ids",
                 "no token is left to begin with: allowed_token_ids, bad_words and, while there are"
                 " fewer than min_tokens, stop_token_ids and the model's end forbid every one;"
                 " allow more ids",
@@ -70,7 +76,7 @@ class RequestLimits:
 
     def _check_allowed(self, allowed: Sequence[int]) -> None:
         name = "allowed_token_ids"
-        self._check_ids(name, name, allowed)
+        self._check_ids(name, name, dict.fromkeys(allowed))
         if not allowed:
             raise ParameterError(name, f"{name} must hold an id; it is empty: leave it out")
         if self.sampleable_ids.isdisjoint(allowed):
@@ -96,14 +102,22 @@ def _check_at_most(param: str, value: int, limit: int, what: str) -> None:
 Prompt = str | Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
 class InputProcessor:
-    """Tokenizes prompts and builds requests. eos_token_ids: end-of-text ids of the model."""
+    """Tokenizes prompts and builds requests."""
 
-    tokenizer: Tokenizer
-    eos_token_ids: Sequence[int]
-    limits: RequestLimits
-    policies: ContextPolicies
+    def __init__(
+        self,
+        tokenizer: BaseTokenizer,
+        eos_token_ids: Sequence[int],
+        limits: RequestLimits,
+        policies: ContextPolicies,
+    ) -> None:
+        """eos_token_ids: end-of-text ids of the model."""
+        self.tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+        self.limits = limits
+        self.policies = policies
+        self._last: tuple[SamplingParams, TokenConstraints] | None = None
 
     def tokenize(self, prompt: Prompt) -> Sequence[int]:
         """A prompt's ids. Raises ParameterError for text that is not valid Unicode."""
@@ -125,12 +139,24 @@ class InputProcessor:
 
         Raises ParameterError or ContextPolicyError.
         """
-        self.limits.check(prompt_ids, params, start)
+        self.limits.check_prompt(prompt_ids, params, start)
+        constraints = self._prepare(params)
         if start is not None:
             start = self.policies.settled(start, params)
         schedule = self.policies.schedule(prompt_ids, params, start)
-        request = Request.new(
-            request_id, prompt_ids, params, self.tokenizer, self.eos_token_ids, start, schedule
+        return Request.new(
+            request_id, prompt_ids, params, self.tokenizer, constraints, start, schedule
         )
-        self.limits.check_first_token(params, request.choices[0].masked_token_ids())
-        return request
+
+    def _prepare(self, params: SamplingParams) -> TokenConstraints:
+        """The constraints of checked parameters; once for the prompts that are sent together."""
+        last = self._last
+        if last is not None and last[0] is params:
+            return last[1]
+        self.limits.check_params(params)
+        bad_words = encode_bad_words(params.bad_words, self.tokenizer)
+        num_ids = self.tokenizer.num_ids
+        constraints = TokenConstraints.of(params, num_ids, self.eos_token_ids, bad_words)
+        self.limits.check_first_token(params, constraints)
+        self._last = params, constraints
+        return constraints

@@ -22,7 +22,7 @@ class OutputProcessor:
         token_id, logprob = sampled
         if choice.num_generated == params.min_tokens:
             choice.detokenizer.watch(params.stop)
-        is_stop_id = token_id in request.all_stop_token_ids
+        is_stop_id = token_id in request.constraints.stop_token_ids
         is_written = not is_stop_id or params.include_stop_str_in_output
         text = choice.detokenizer.push(token_id) if is_written else ""
         reason, state = _finish_reason(choice, is_stop_id), None
@@ -117,4 +117,4 @@ def _stop_reason(choice: Choice, token_id: int) -> str | int | None:
     """The request's own stop string or stop id that ended the choice, if one did."""
     if choice.detokenizer.stop is not None:
         return choice.detokenizer.stop
-    return token_id if token_id in choice.request.params.stop_token_ids else None
+    return token_id if token_id in choice.request.constraints.own_stop_token_ids else None

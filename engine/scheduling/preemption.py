@@ -1,4 +1,4 @@
-"""States of paused requests, parked on the host so that their slots serve others."""
+"""States of paused and preempted requests, parked on the host so that their slots serve others."""
 
 from torch import Tensor
 
@@ -10,10 +10,13 @@ _Rows = list[tuple[Tensor, ...]]
 
 
 class Preemption:
-    """Parks and resumes the states of requests that have been prefilled."""
+    """Parks and resumes the states of requests.
+
+    How many are parked for other clients is limited by the scheduler, which preempts.
+    """
 
     def __init__(self, pool: StatePool, max_states: int) -> None:
-        """max_states: limit of parked states, a choice having one."""
+        """max_states: limit of states parked for slow readers, a choice having one."""
         self._pool = pool
         self.max_states = max_states
         self._parked: dict[Request, dict[Choice, _Rows]] = {}
@@ -26,8 +29,15 @@ class Preemption:
 
     @property
     def num_states(self) -> int:
-        """Parked states, also of requests that were resumed and still wait for slots."""
-        return sum(map(len, list(self._parked.values())))
+        """States parked for slow readers, also while they wait for slots after they were read."""
+        parked = list(self._parked.items())
+        return sum(len(states) for request, states in parked if not request.is_preempted)
+
+    @property
+    def num_preempted_states(self) -> int:
+        """States parked because their slots were another client's turn."""
+        parked = list(self._parked.items())
+        return sum(len(states) for request, states in parked if request.is_preempted)
 
     def victims(self, request: Request) -> list[Request]:
         """Requests that have to end before this one can be parked.
@@ -35,7 +45,7 @@ class Preemption:
         The paused ones that were parked first; or only the request itself, if even ending all
         paused ones leaves no room. Requests that wait to go on are never ended.
         """
-        if request in self._parked:
+        if request in self._parked and not request.is_preempted:
             return []
         excess = self.num_states + len(request.unfinished_choices) - self.max_states
         victims = []

@@ -7,13 +7,15 @@ An index counts from the start of the sequence, a session's earlier ids included
 import secrets
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
 from cottention.engine.outputs import FinishReason, TokenLogprob
-from cottention.engine.sampling.token_history import TokenHistory, encode_bad_words
+from cottention.engine.sampling.token_history import TokenHistory
 from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.state.context_window import (
     ContextSchedule,
     ExactSchedule,
@@ -22,16 +24,19 @@ from cottention.engine.state.context_window import (
 )
 from cottention.engine.state.prefix_cache import Prefix
 from cottention.engine.state.session_state import SessionState
+from cottention.engine.text.base import BaseTokenizer
 from cottention.engine.text.detokenizer import Detokenizer
-from cottention.engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # it holds tensors; the scheduler needs no torch
+    from cottention.engine.sampling.token_constraints import TokenConstraints
 
 
 class RequestStatus(Enum):
     """Where a request is between its arrival and its last output.
 
-    WAITING: for slots, since its arrival or since it was resumed. RUNNING: it has slots; its prompt
-    is prefilled, then its choices decode. PAUSED: its states are parked on the host until it is
-    resumed. FINISHED: every choice has ended.
+    WAITING: for slots, since its arrival, since it was resumed, or since it gave its slots to
+    another client. RUNNING: it has slots; its prompt is prefilled, then its choices decode. PAUSED:
+    its states are parked on the host until it is resumed. FINISHED: every choice has ended.
     """
 
     WAITING = auto()
@@ -42,7 +47,7 @@ class RequestStatus(Enum):
 
 _NEXT_STATUSES = {
     RequestStatus.WAITING: {RequestStatus.RUNNING, RequestStatus.PAUSED, RequestStatus.FINISHED},
-    RequestStatus.RUNNING: {RequestStatus.PAUSED, RequestStatus.FINISHED},
+    RequestStatus.RUNNING: {RequestStatus.WAITING, RequestStatus.PAUSED, RequestStatus.FINISHED},
     RequestStatus.PAUSED: {RequestStatus.WAITING, RequestStatus.FINISHED},
     RequestStatus.FINISHED: set[RequestStatus](),
 }
@@ -99,11 +104,10 @@ class Choice:
             self.generated_ids.append(token_id)
         self.num_generated += 1
 
-    def masked_token_ids(self) -> list[int]:
-        """Ids that must not be sampled next: stop ids before min_tokens, ends of bad words."""
-        is_early = self.num_generated < self.request.params.min_tokens
-        stop_ids = self.request.all_stop_token_ids if is_early else ()
-        return [*stop_ids, *self.history.masked_token_ids()]
+    @property
+    def is_early(self) -> bool:
+        """Whether the next id may not be a stop id, since there are fewer than min_tokens."""
+        return self.num_generated < self.request.params.min_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -115,8 +119,10 @@ class Request:
     that is prefilled.
     prefill_spans, num_prefilled: what is still to be prefilled, and up to which index the first of
     the spans has been.
-    context_schedule: where contexts begin. all_stop_token_ids: the model's end-of-text ids, unless
-    ignored, and the request's own stop ids.
+    client: on whose behalf it runs; lower `priority` starts first among the client's own.
+    is_preempted: it waits because it had to give its slots to another client.
+    context_schedule: where contexts begin. constraints: what its parameters say
+    about ids.
     start, turn_ids: the session state that the request continues, and the prompt's own ids.
     prefix: digest of the ids in the first choice's state, for requests that use the prefix cache.
     prompt_logprobs, num_cached, started: per-request fields of the output, the first two sent with
@@ -130,8 +136,10 @@ class Request:
     prefill_stop: int
     params: SamplingParams
     seed: int
-    all_stop_token_ids: frozenset[int]
+    constraints: "TokenConstraints"
+    client: Client = DEFAULT_CLIENT
     priority: int = 0
+    is_preempted: bool = False
     context_schedule: ContextSchedule = field(default_factory=ExactSchedule)
     status: RequestStatus = RequestStatus.WAITING
     choices: list[Choice] = field(default_factory=list)
@@ -150,8 +158,8 @@ class Request:
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        tokenizer: Tokenizer,
-        eos_token_ids: Iterable[int],
+        tokenizer: BaseTokenizer,
+        constraints: "TokenConstraints",
         start: SessionState | None = None,
         context_schedule: ContextSchedule | None = None,
     ) -> "Request":
@@ -161,7 +169,6 @@ class Request:
         if start is not None and not params.max_tokens:
             fed = fed[:-1]  # a session's last id is never in its rows
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        eos_ids = () if params.ignore_eos else eos_token_ids
         request = cls(
             request_id,
             past + new_ids,
@@ -169,7 +176,7 @@ class Request:
             prefill_stop=session.position + len(fed),
             params=params,
             seed=seed,
-            all_stop_token_ids=frozenset(eos_ids).union(params.stop_token_ids),
+            constraints=constraints,
             context_schedule=context_schedule or ExactSchedule(),
             start=start,
             turn_ids=new_ids,
@@ -191,14 +198,15 @@ class Request:
         assert all(span.begin >= self.first_index for span in spans), "ids are missing"
         self.set_prefill_spans(spans)
 
-    def _add_choices(self, tokenizer: Tokenizer, fed: Sequence[int], session: SessionState) -> None:
+    def _add_choices(
+        self, tokenizer: BaseTokenizer, fed: Sequence[int], session: SessionState
+    ) -> None:
         params = self.params
-        bad_words = encode_bad_words(params.bad_words, tokenizer)
         table = tokenizer.token_bytes if params.skip_special_tokens else tokenizer.written_bytes
         undecoded = b"" if self.turn_ids else session.undecoded
         for index in range(params.n):
             text = Detokenizer(table, () if params.min_tokens else params.stop, undecoded)
-            history = TokenHistory(params, fed, bad_words, session.counts)
+            history = TokenHistory(params, fed, self.constraints, session.counts)
             self.choices.append(Choice(self, index, text, history, self.prefill_stop))
 
     def set_status(self, status: RequestStatus) -> None:

@@ -38,6 +38,7 @@ class RequestManager:
         self._requests: dict[str, Request] = {}
         self._reserved_ids: set[str] = set()
         self.num_finished: Counter[FinishReason] = Counter()
+        self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
 
@@ -60,13 +61,19 @@ class RequestManager:
 
     def admit(self) -> None:
         """Start waiting requests for which there are slots, each where it has to go on."""
-        for request in self._scheduler.admit(self._pool.num_free):
+        preempted, admitted = self._scheduler.admit(self._pool.num_free)
+        for request in preempted:
+            self._preemption.park(request)
+            request.set_status(RequestStatus.WAITING)
+            self.num_preemptions += 1
+        for request in admitted:
             request.set_status(RequestStatus.RUNNING)
             for choice in request.unfinished_choices:
                 choice.slot = self._pool.allocate()
                 choice.rows = self._pool.rows_of(choice.slot)
             if self._preemption.resume(request):
-                self._scheduler.start_decoding(request)
+                if request.is_prefilled:
+                    self._scheduler.start_decoding(request)
                 continue
             request.started = time.monotonic()
             if request.start is not None and request.continues_session_rows:

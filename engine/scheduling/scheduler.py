@@ -3,14 +3,16 @@
 Decoding choices come first: one token each, or two while the state after the next renewal is
 computed in the spare row. Prompts get part of the rest, so that they delay decoding by a bounded
 time. Short prompts come first. There is no starvation: decoding choices take turns, the oldest
-prompt has a share of every step, and a waiting request is overtaken a bounded number of times.
+prompt has a share of every step, a waiting request is overtaken a bounded number of times by others
+of its client, and clients take turns at the slots, which a running request gives up in its turn.
 """
 
-import bisect
 from collections import deque
-from collections.abc import MutableSequence
+from typing import NamedTuple
 
 from cottention.engine.scheduling.batch import Batch, LookaheadRow, PrefillChunk
+from cottention.engine.scheduling.client import Client
+from cottention.engine.scheduling.fair_queue import FairQueue
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.prefix_cache import BLOCK
 
@@ -20,8 +22,12 @@ _PREFILL_SHARE = 4
 _MIN_PREFILL_TOKENS = 16
 """Prompt tokens of a step with few decoding choices: fewer would take as long."""
 
-MAX_OVERTAKES = 64
-"""How many later or more important requests may start before a waiting one."""
+
+class Admission(NamedTuple):
+    """Running requests that give up their slots, and then the waiting ones that start."""
+
+    preempted: list[Request]
+    admitted: list[Request]
 
 
 class Scheduler:
@@ -30,13 +36,21 @@ class Scheduler:
     A paused request is in none of them.
     """
 
-    def __init__(self, max_batch_tokens: int, max_prefill_tokens: int | None = None) -> None:
-        """max_prefill_tokens: limit for a step that also decodes; None: as many as it decodes."""
+    def __init__(
+        self,
+        max_batch_tokens: int,
+        max_prefill_tokens: int | None = None,
+        max_preempted_states: int = 0,
+    ) -> None:
+        """max_prefill_tokens: limit for a step that also decodes; None: as many as it decodes.
+
+        max_preempted_states: limit of choices that have started and wait for other clients.
+        """
         self._budget = max_batch_tokens
         self._max_prefill_tokens = max_prefill_tokens
-        self._waiting: list[Request] = []
-        self._num_admitted_before: dict[Request, int] = {}
-        self._num_admitted = 0
+        self._max_preempted_states = max_preempted_states
+        self._num_preempted_states = 0
+        self._waiting = FairQueue()
         self._prefilling: deque[Request] = deque()
         self._decoding: deque[Choice] = deque()
 
@@ -56,38 +70,75 @@ class Scheduler:
         return bool(self._waiting or self._prefilling or self._decoding)
 
     def add(self, request: Request) -> None:
-        """Queue a new request, after all others of its priority."""
-        bisect.insort_right(self._waiting, request, key=_priority)
-        self._num_admitted_before[request] = self._num_admitted
+        """Queue a new request, after all others of its client and priority."""
+        self._waiting.add(request)
 
     def add_resumed(self, request: Request) -> None:
-        """Queue a request that had slots before, ahead of all others of its priority."""
-        bisect.insort_left(self._waiting, request, key=_priority)
-        self._num_admitted_before[request] = self._num_admitted
+        """Queue a request that had slots before, ahead of all others of its client and priority."""
+        self._waiting.add(request, is_first=True)
 
-    def admit(self, num_free_slots: int) -> list[Request]:
-        """Take requests that may start now; each needs a slot for each unfinished choice."""
+    def admit(self, num_free_slots: int) -> Admission:
+        """Take requests that may start now; each needs a slot for each unfinished choice.
+
+        Where slots are missing, requests of clients that have had more give theirs up. A request
+        that has to wait for slots is passed by those of other clients, and by none of its own.
+        """
+        preempted: list[Request] = []
         admitted: list[Request] = []
-        while self._waiting:
-            request = self._next()
-            num_slots = len(request.unfinished_choices)
-            if num_slots > num_free_slots:
-                break
-            self._waiting.remove(request)
-            del self._num_admitted_before[request]
-            self._num_admitted += 1
-            num_free_slots -= num_slots
-            self._prefilling.append(request)
+        blocked: list[Client] = []
+        while (request := self._waiting.next(blocked)) is not None:
+            num_missing = len(request.unfinished_choices) - num_free_slots
+            victims = self._victims(request, num_missing) if num_missing > 0 else []
+            if num_missing > 0 and not victims:
+                blocked.append(request.client)
+                continue
+            for victim in victims:
+                self._preempt(victim)
+                num_free_slots += len(victim.unfinished_choices)
+            preempted += victims
+            self._start(request)
+            num_free_slots -= len(request.unfinished_choices)
             admitted.append(request)
-        return admitted
+        return Admission(preempted, admitted)
 
-    def _next(self) -> Request:
-        """The first in the queue, or the oldest if too many have overtaken it."""
-        oldest, before = next(iter(self._num_admitted_before.items()))
-        return oldest if self._num_admitted - before >= MAX_OVERTAKES else self._waiting[0]
+    def _victims(self, request: Request, num_missing: int) -> list[Request]:
+        """Running requests that give up as many slots for this one; none where it has to wait."""
+        if not self._waiting.is_owed(request):
+            return []
+        victims = self._waiting.victims(request, num_missing, self._running())
+        return victims if self._has_room_for(victims, request) else []
+
+    def _running(self) -> dict[Request, None]:
+        """Requests with slots, without repetition."""
+        decoding = (choice.request for choice in self._decoding)
+        return dict.fromkeys([*self._prefilling, *decoding])
+
+    def _has_room_for(self, victims: list[Request], request: Request) -> bool:
+        """Whether the victims' states may be parked when those of the request no longer are."""
+        num_states = self._num_preempted_states + _num_unfinished(victims)
+        if request.is_preempted:
+            num_states -= len(request.unfinished_choices)
+        return num_states <= self._max_preempted_states
+
+    def _preempt(self, request: Request) -> None:
+        self.remove_request(request)
+        request.is_preempted = True
+        self._num_preempted_states += len(request.unfinished_choices)
+        self._waiting.add(request)
+
+    def _start(self, request: Request) -> None:
+        self._waiting.admit(request)
+        self._end_preemption(request)
+        self._prefilling.append(request)
+
+    def _end_preemption(self, request: Request) -> None:
+        if request.is_preempted:
+            request.is_preempted = False
+            self._num_preempted_states -= len(request.unfinished_choices)
 
     def schedule(self) -> Batch:
         """The next step's batch. What does not fit into the budget comes first in a later step."""
+        self._waiting.charge_step()
         reserved = max(1, self._budget // _PREFILL_SHARE) if self._prefilling else 0
         decode, lookahead = self._schedule_decode(max(1, self._budget - reserved))
         self._decoding.rotate(-len(decode))
@@ -139,16 +190,17 @@ class Scheduler:
     def remove_choice(self, choice: Choice) -> None:
         """Remove a decoding choice."""
         self._decoding.remove(choice)
+        self._waiting.free(choice.request.client, 1)
 
     def remove_request(self, request: Request) -> None:
         """Remove a request from every queue, if it is in one."""
-        self._num_admitted_before.pop(request, None)
-        queues: tuple[MutableSequence[Request], ...] = (self._waiting, self._prefilling)
-        for requests in queues:
-            if request in requests:
-                requests.remove(request)
+        self._waiting.remove(request)
+        self._end_preemption(request)
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+            self._waiting.free(request.client, len(request.unfinished_choices))
         for choice in [choice for choice in self._decoding if choice.request is request]:
-            self._decoding.remove(choice)
+            self.remove_choice(choice)
 
 
 def _chunk_stop(request: Request, limit: int) -> int:
@@ -165,9 +217,9 @@ def _chunk_stop(request: Request, limit: int) -> int:
     return block_stop if block_stop > request.num_prefilled else stop
 
 
-def _priority(request: Request) -> int:
-    return request.priority
-
-
 def _num_left(request: Request) -> int:
     return request.prefill_stop - request.num_prefilled
+
+
+def _num_unfinished(requests: list[Request]) -> int:
+    return sum(len(request.unfinished_choices) for request in requests)

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from cottention.engine.models.checkpoint import weight_files
 from cottention.engine.models.registry import read_config
+from cottention.engine.models.weight_files import weight_files
 from cottention.engine.state.spec import StateSpec
 from cottention.engine.text.files import ignore
-
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +30,11 @@ class Fingerprint:
     layout: str
 
     @classmethod
-    def of(cls, folder: Path, spec: StateSpec, dtype: str) -> Self:
-        """Of a model folder that is served with weights in `dtype`. Raises ModelFolderError."""
-        tokenizer = (folder / name for name in _TOKENIZER_FILES)
+    def of(cls, folder: Path, tokenizer_files: Iterable[Path], spec: StateSpec, dtype: str) -> Self:
+        """Of a model that is served with weights in `dtype`. Raises ModelFolderError."""
         return cls(
             weights=_sha256(weight_files(folder)),
-            tokenizer=_sha256(path for path in tokenizer if path.is_file()),
+            tokenizer=_sha256(tokenizer_files),
             config=read_config(folder, ignore).arithmetic(),
             layout=_layout(spec, dtype),
         )

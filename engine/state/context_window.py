@@ -109,8 +109,13 @@ KEPT_PART = 4
 """R = W / 4: a third of an id is prefilled again for each id."""
 
 
-def context_schedules(window: int) -> Mapping[ContextPolicy, ContextSchedule]:
-    """The schedule of each policy, for a model that was trained on `window` ids, at least 2."""
+def context_schedules(window: int | None) -> Mapping[ContextPolicy, ContextSchedule]:
+    """The schedule of each policy, for a model that was trained on `window` ids, at least 2.
+
+    None: the window is not known, and there is no renewal.
+    """
+    if window is None:
+        return {"exact": ExactSchedule()}
     return {"exact": ExactSchedule(), "renew": RenewalSchedule(window, max(1, window // KEPT_PART))}
 
 

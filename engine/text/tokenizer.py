@@ -8,7 +8,6 @@ finds beside them. An id's bytes may be part of a character: streams are decoded
 import json
 import logging
 import os
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from cottention.engine.errors import ModelFolderError
+from cottention.engine.text.base import BaseTokenizer, overlaps
 from cottention.engine.text.files import parse_json, read_json, read_text
 from cottention.engine.text.special_tokens import (
     PADDING,
@@ -29,14 +29,8 @@ from cottention.engine.text.special_tokens import (
 _log = logging.getLogger(__name__)
 
 
-class Tokenizer:
-    """A byte-level BPE tokenizer and the bytes of each of its ids.
-
-    token_bytes: of each id, empty for special tokens. written_bytes: the same with special tokens
-    written out. sampleable_ids: those that may be generated, in order. added_tokens: by id, those
-    that are found in a text before it is split into words. eos_token_id: of the token that the
-    tokenizer's files name, if they name one.
-    """
+class Tokenizer(BaseTokenizer):
+    """A byte-level BPE tokenizer and the bytes of each of its ids."""
 
     def __init__(self, backend: Backend, where: str, eos_token: str | None = None) -> None:
         _check_kind(json.loads(backend.to_str()), where)
@@ -74,7 +68,7 @@ class Tokenizer:
             _add_tokens(backend, facts.added)
             _add_specials(backend, facts, folder, max_ids)
             eos_token = facts.named.get("eos_token")
-            return cls(backend, where, None if eos_token is None else eos_token.content)
+            made = cls(backend, where, None if eos_token is None else eos_token.content)
         except _UnsupportedTokenizerError as error:
             raise ModelFolderError(str(error)) from None
         except BaseException as error:  # the tokenizers library raises Exception, and panics
@@ -82,6 +76,8 @@ class Tokenizer:
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelFolderError(f"the tokenizer in {where} cannot be read: {reason}") from None
+        made.files = tuple(path for name in _FILES if (path := folder / name).is_file())
+        return made
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without special tokens around it; those written in it become their ids.
@@ -108,7 +104,7 @@ class Tokenizer:
             if token_id in control_ids and (found := encoding.token_to_chars(place)):
                 written = text[found[0] : found[1]]  # with white space, if the token takes that in
                 first = found[0] + len(written) - len(written.lstrip())
-                if _overlaps(spans, begins, first, found[0] + len(written.rstrip())):
+                if overlaps(spans, begins, first, found[0] + len(written.rstrip())):
                     ids += self._encode_ordinary(written, control_ids)
                     continue
             ids.append(token_id)
@@ -133,28 +129,12 @@ class Tokenizer:
         """Add the special ids that the tokenizer puts around a text; GPT-J's adds none."""
         return [*self._before, *ids, *self._after] if self._before or self._after else ids
 
-    def token_text(self, token_id: int) -> str:
-        """Text of one id by itself, special tokens written out."""
-        return self.written_bytes[token_id].decode("utf-8", errors="replace")
-
     def id_to_token(self, token_id: int) -> str:
         """The vocabulary's own string of an id, such as "Ġthe": unlike text, it loses no byte.
 
         Empty for an id without a token.
         """
         return self._backend.id_to_token(token_id) or ""
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, special tokens left out, incomplete characters as U+FFFD."""
-        return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")
-
-
-def _overlaps(
-    spans: Sequence[tuple[int, int]], begins: Sequence[int], first: int, last: int
-) -> bool:
-    """Whether one of `spans`, which begin at `begins`, has characters of `first` to `last`."""
-    place = bisect_right(begins, last - 1) - 1  # the last that begins before; it also ends last
-    return place >= 0 and spans[place][1] > first
 
 
 def _frame(backend: Backend) -> tuple[list[int], list[int]]:
@@ -209,6 +189,7 @@ _CHARACTER_OF_BYTE = {byte: character for character, byte in _BYTE_OF_CHARACTER.
 
 
 _OLDER_FILES = ("vocab.json", "merges.txt")
+_FILES = ("tokenizer.json", *_OLDER_FILES, "added_tokens.json")
 
 
 class _UnsupportedTokenizerError(ModelFolderError):

@@ -48,7 +48,7 @@ def attend_from_zero(config: GPTJConfig, dtype: torch.dtype) -> Attend:
     has_denominator = config.feature_map.has_denominator
 
     def attend(_layer: int, features: Features) -> Tensor:
-        q, k, v = (x.transpose(1, 2).to(dtype) for x in features)
+        q, k, v = (x.transpose(1, 2).to(dtype) for x in features[:3])
         state = features.v.new_zeros((*v.shape[:2], v.shape[-1], k.shape[-1]))
         z = state.new_zeros((*v.shape[:2], k.shape[-1])) if has_denominator else None
         return chunked(q, k, v, state, z)[0].transpose(1, 2)
@@ -58,7 +58,7 @@ def attend_from_zero(config: GPTJConfig, dtype: torch.dtype) -> Attend:
 
 def _attend_softmax(dtype: torch.dtype, _layer: int, features: Features) -> Tensor:
     """Causal softmax attention, scaled by 1/√d, as in GPT-J."""
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in features)
+    q, k, v = (x.transpose(1, 2).to(dtype) for x in features[:3])
     return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 

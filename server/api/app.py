@@ -22,6 +22,7 @@ from cottention.server.api.openapi import install_openapi
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
+from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.origin import (
     HostMiddleware,
     OriginMiddleware,
@@ -91,8 +92,16 @@ def create_app(
     name = config.served_model_name or engine.engine.name
     cost = session_bytes(engine.engine, config)
     registry = make_registry(engine, sessions.sizes, cost, name)
+    max_snapshot_bytes = min(config.max_snapshot_bytes, sessions.max_snapshot_nbytes)
     app.state.context = Context(
-        engine, config, registry, sessions, turns, ReadLimit(config.max_session_reads), template
+        engine,
+        config,
+        registry,
+        sessions,
+        turns,
+        ReadLimit(config.max_session_reads),
+        BodyMemory(config.max_received_bytes, max_snapshot_bytes),
+        template,
     )
     for router in ROUTERS:
         app.include_router(router)
@@ -128,7 +137,10 @@ def _usage_by_owner(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, K
     if not keys:
         return {"": KeyUsage("", KeyLimits.from_config(config))}
     owners = [(owner_id(key.secret), key) for key in keys]
-    return {owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits) for owner, key in owners}
+    return {
+        owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits, weight=key.weight)
+        for owner, key in owners
+    }
 
 
 def _add_middleware(

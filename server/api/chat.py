@@ -27,7 +27,7 @@ from cottention.server.schemas.chat import ChatRequest, chat_request, unknown_ke
 from cottention.server.schemas.responses import ChatCompletion
 
 if TYPE_CHECKING:
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 router = APIRouter()
 
@@ -87,7 +87,7 @@ def _continuation(
     body: ChatRequest,
     template: ChatTemplate,
     chat: RenderedChat,
-    tokenizer: "Tokenizer",
+    tokenizer: "BaseTokenizer",
     control: ControlTokens | None,
 ) -> ChatContinuation:
     """The prompt of a turn in a session that is not empty; `chat` is that in an empty session.
@@ -140,7 +140,7 @@ def render(
 
 def encode_chat(
     chat: RenderedChat,
-    tokenizer: "Tokenizer",
+    tokenizer: "BaseTokenizer",
     control: ControlTokens | None,
     *,
     add_special_tokens: bool,
@@ -182,6 +182,7 @@ def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> Sampl
 
 def _output_options(body: ChatRequest) -> OutputOptions:
     return OutputOptions(
+        has_prompt_once=True,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         prompt_logprobs=body.prompt_logprobs,
         token_ids=body.return_token_ids,

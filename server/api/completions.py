@@ -20,7 +20,7 @@ from cottention.server.schemas.completions import CompletionRequest, completion_
 from cottention.server.schemas.responses import Completion
 
 if TYPE_CHECKING:
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 router = APIRouter()
 
@@ -63,7 +63,7 @@ def parse_completion(fields: dict[str, Any], context: Context) -> ParsedRequest:
     )
 
 
-def _token_ids(body: CompletionRequest, tokenizer: "Tokenizer") -> list[list[int]]:
+def _token_ids(body: CompletionRequest, tokenizer: "BaseTokenizer") -> list[list[int]]:
     add_special_tokens = bool(body.adds_special_tokens)
     return [
         encode_text(each, tokenizer, add_special_tokens=add_special_tokens)
@@ -83,7 +83,9 @@ def _output_options(body: CompletionRequest) -> OutputOptions:
     )
 
 
-def _echoes(body: CompletionRequest, prompts: list[list[int]], tokenizer: "Tokenizer") -> list[str]:
+def _echoes(
+    body: CompletionRequest, prompts: list[list[int]], tokenizer: "BaseTokenizer"
+) -> list[str]:
     """The text of each prompt: as sent, or decoded if it was sent as ids or truncated."""
     is_whole = body.truncate_prompt_tokens is None
     return [

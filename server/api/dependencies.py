@@ -15,6 +15,7 @@ from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.http.body import Pace, shown
+from cottention.server.http.body_memory import BodyMemory
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import counting_read, limits_of
 from cottention.server.sessions.reads import ReadLimit
@@ -24,7 +25,7 @@ if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.engine import Engine
     from cottention.engine.scheduling.context_policy import ContextPolicies
     from cottention.engine.sessions.manager import SessionManager
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 
 MAX_IGNORED_KEYS = 64
@@ -59,12 +60,13 @@ class Context:
     sessions: "SessionManager"
     turns: TurnQueue
     reads: ReadLimit
+    bodies: BodyMemory
     template: ChatTemplate | UnusableTemplate | None = None
     limits: KeyLimits = KeyLimits()
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)
 
     @property
-    def tokenizer(self) -> "Tokenizer":
+    def tokenizer(self) -> "BaseTokenizer":
         """The model's tokenizer."""
         return self.engine.engine.tokenizer
 
@@ -104,8 +106,11 @@ class Context:
         return session_bytes(self.engine.engine, self.config)
 
     @property
-    def trained_length(self) -> int:
-        """Context length that the model was trained on, in tokens; it is not a limit."""
+    def trained_length(self) -> int | None:
+        """Context length that the model was trained on, in tokens; it is not a limit.
+
+        None where the model's files do not say.
+        """
         return self.engine.engine.model_config.trained_length
 
 

@@ -2,14 +2,19 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
 from cottention.server.api.dependencies import Context
 from cottention.server.api.turn_response import TurnResponse
-from cottention.server.generation.deadline import deadline_of, timeout_of, wait_for_client
+from cottention.server.generation.deadline import (
+    before_deadline,
+    deadline_of,
+    timeout_of,
+    wait_for_client,
+)
 from cottention.server.generation.request import ParsedRequest
 from cottention.server.generation.responses import (
     EndpointFormat,
@@ -21,12 +26,13 @@ from cottention.server.generation.sse import (
     EventStreamResponse,
     GenerationEvents,
     close_on_disconnect,
+    until_done,
     usage_of,
 )
 from cottention.server.http.body import announced_bytes, parse_object, read_body, shown
 from cottention.server.http.errors import ApiError
 from cottention.server.http.request_id import request_id_of
-from cottention.server.limits.rate_limit import track
+from cottention.server.limits.rate_limit import client_of, count_choices, track
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.sessions.turn_queue import caller_of, owner_of
 
@@ -64,29 +70,58 @@ async def _read_request(
     engine = context.engine
     engine.check_accepting()
     queue = engine.admission_queue
-    queue.check(1, queue.estimate_tokens(announced_bytes(request)))
-    raw = await read_body(request, context.max_body_bytes, context.pace)
+    owner = owner_of(request)
+    queue.check(1, queue.estimate_tokens(announced_bytes(request)), owner)
+    raw = await _read(request, context)
     arrived_at = asyncio.get_running_loop().time()
-    with ExitStack() as stack:
-        stack.enter_context(queue.tokenizing(len(raw)))
+    async with AsyncExitStack() as stack:
+        stack.enter_context(queue.tokenizing(len(raw), owner))
         if len(raw) <= max_inline_bytes:
             parsed = parse(parse_object(raw), context)
         else:
+            wait_until = deadline_of(arrived_at, context.config)
+            await _wait_turn(stack, request, context, len(raw), wait_until)
             fields = await asyncio.to_thread(parse_object, raw)
             deadline = deadline_of(arrived_at, context.config, timeout_of(fields))
             work = _parse_in_thread(fields, context, parse, stack.pop_all())
             parsed = await wait_for_client(deadline, request.receive, work)
     queue.record_tokens(len(raw), parsed.num_prompt_tokens)
     context.limits.check(parsed)
+    parsed.check_items(context.config.max_response_items)
     return parsed, arrived_at
 
 
 async def _parse_in_thread(
-    fields: dict[str, Any], context: Context, parse: Parser[Parsed], place: ExitStack
+    fields: dict[str, Any], context: Context, parse: Parser[Parsed], place: AsyncExitStack
 ) -> Parsed:
     """The parsed body; `place` in the admission queue is left when the thread is done."""
-    with place:
+    async with place:
         return await asyncio.to_thread(parse, fields, context)
+
+
+async def _wait_turn(
+    place: AsyncExitStack,
+    request: Request,
+    context: Context,
+    num_bytes: int,
+    deadline: float | None,
+) -> None:
+    """Enter `place` into the turn to process a body.
+
+    Raises ApiError 504 at the deadline; OutputStreamClosed where the client leaves.
+    """
+    turn = context.bodies.turn(request, num_bytes)
+    waiting = asyncio.create_task(place.enter_async_context(turn))
+    try:
+        await before_deadline(deadline, until_done(waiting, request.receive))
+    finally:
+        waiting.cancel()
+
+
+async def _read(request: Request, context: Context) -> bytes:
+    """The JSON body, which is not parsed yet."""
+    held = context.bodies.body(request)
+    return await read_body(request, context.max_body_bytes, context.pace, held)
 
 
 async def _respond(
@@ -103,8 +138,13 @@ async def _respond(
     header = endpoint.header(name, context.model_name, is_stream=is_stream)
     choices = endpoint.formatter(generation_request, context.tokenizer)
     scope = f"{owner_of(request)}\n{parsed.body.cache_salt or ''}"
+    count_choices(request.scope, generation_request)
     stream = await context.engine.generate(
-        name, generation_request, deadline=deadline, cache_scope=scope
+        name,
+        generation_request,
+        deadline=deadline,
+        cache_scope=scope,
+        client=client_of(request.scope),
     )
     track(request.scope, generation_request, stream)
     if is_stream:
@@ -116,7 +156,7 @@ async def _respond(
         usage = usage_of(
             generation_request.num_prompt_tokens, stream.num_generated, stream.num_cached
         )
-        return await format_response(deltas, header, choices, generation_request, usage, {})
+        return format_response(deltas, header, choices, generation_request, usage, {})
 
 
 async def read_parsed(
@@ -126,15 +166,17 @@ async def read_parsed(
     max_inline_bytes: int = MAX_INLINE_BYTES,
 ) -> Parsed:
     """The body as `parse` returns it; bodies above `max_inline_bytes` are parsed in a thread."""
-    raw = await read_body(request, context.max_body_bytes, context.pace)
+    raw = await _read(request, context)
     if len(raw) <= max_inline_bytes:
         return parse(parse_object(raw), context)
-    return await asyncio.to_thread(lambda: parse(parse_object(raw), context))
+    async with AsyncExitStack() as stack:
+        await _wait_turn(stack, request, context, len(raw), None)
+        return await asyncio.to_thread(lambda: parse(parse_object(raw), context))
 
 
 async def read_empty(request: Request, context: Context) -> None:
     """For an endpoint without fields: the body must be empty or an object without fields."""
-    if raw := await read_body(request, context.max_body_bytes, context.pace):
+    if raw := await _read(request, context):
         validate(RequestModel, parse_object(raw))
 
 

@@ -20,7 +20,7 @@ from cottention.server.generation.request import TurnOptions, prefill_request, t
 from cottention.server.generation.responses import collect_outputs
 from cottention.server.generation.sse import close_on_disconnect
 from cottention.server.http.request_id import request_id_of
-from cottention.server.limits.rate_limit import track
+from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.schemas.base import validate
 from cottention.server.schemas.responses import JsonObject
 from cottention.server.schemas.session_responses import (
@@ -37,7 +37,7 @@ from cottention.server.schemas.sessions import (
     fork_request,
     session_request,
 )
-from cottention.server.sessions.turn_queue import Caller, caller_of
+from cottention.server.sessions.turn_queue import Caller, caller_of, owner_of
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.sessions.types import Session
@@ -187,8 +187,9 @@ async def _encode(
         return prompt
 
     async def encode() -> list[int]:
-        with context.engine.admission_queue.tokenizing(len(prompt)):
-            return await asyncio.to_thread(context.tokenizer.encode, prompt)
+        with context.engine.admission_queue.tokenizing(len(prompt), owner_of(request)):
+            async with context.bodies.turn(request, len(prompt)):
+                return await asyncio.to_thread(context.tokenizer.encode, prompt)
 
     return await wait_for_client(deadline, request.receive, encode())
 
@@ -215,7 +216,10 @@ async def _prefill(
     num_reread = context.policies.num_reread(start, len(prompt_ids))
     generation_request = prefill_request(prompt_ids, num_reread)
     name = f"session-{request_id_of(request)}"
-    stream = await context.engine.generate(name, generation_request, start=start, deadline=deadline)
+    client = client_of(request.scope)
+    stream = await context.engine.generate(
+        name, generation_request, start=start, deadline=deadline, client=client
+    )
     track(request.scope, generation_request, stream)
     async with close_on_disconnect(stream, request.receive):
         state = (await collect_outputs(stream))[0].state

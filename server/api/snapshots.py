@@ -42,7 +42,7 @@ async def get_snapshot(session_id: str, request: Request, context: ContextDep) -
 @router.post(
     "/v1/sessions/import",
     response_model=SessionObject,
-    responses=error_responses(400, 401, 403, 409, 413, 415, 500, 503, 507),
+    responses=error_responses(400, 401, 403, 409, 413, 415, 429, 500, 503, 507),
     dependencies=[only_query_params("metadata", "ttl_seconds")],
     openapi_extra={"requestBody": {"required": True, "content": BINARY}},
 )
@@ -59,7 +59,8 @@ async def import_session(
     context.engine.check_accepting()
     max_bytes = min(context.config.max_snapshot_bytes, context.sessions.max_snapshot_nbytes)
     owner, options = caller_of(request).owner, _options(metadata, ttl_seconds)
-    raw = await read_body(request, max_bytes, context.pace)
+    held = context.bodies.snapshot(request)
+    raw = await read_body(request, max_bytes, context.pace, held)
     check = context.policies.check_goes_on
     try:
         session = await asyncio.to_thread(

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from cottention.server.api.chat import (
@@ -17,7 +16,12 @@ from cottention.server.api.chat import (
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, read_parsed
 from cottention.server.api.openapi import request_docs
-from cottention.server.generation.request import decode_ids, encode_text
+from cottention.server.generation.json_pieces import (
+    TEXT_CHARACTERS,
+    LongList,
+    object_response,
+)
+from cottention.server.generation.request import MAX_INLINE_ITEMS, decode_ids, encode_text
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.schemas.chat import MESSAGES, Messages, unknown_keys
 from cottention.server.schemas.field_types import Text, TokenIds
@@ -66,7 +70,8 @@ class DetokenizeRequest(RequestModel):
 )
 async def tokenize(request: Request, context: ContextDep) -> Response:
     """Token ids of a text, or of messages rendered by the chat template."""
-    return JSONResponse(await read_parsed(request, context, _tokenized, ALWAYS_IN_THREAD))
+    fields = await read_parsed(request, context, _tokenized, ALWAYS_IN_THREAD)
+    return object_response(fields, is_long=fields["count"] > MAX_INLINE_ITEMS)
 
 
 @router.post(
@@ -76,7 +81,8 @@ async def tokenize(request: Request, context: ContextDep) -> Response:
 )
 async def detokenize(request: Request, context: ContextDep) -> Response:
     """The text of token ids, special tokens included."""
-    return JSONResponse(await read_parsed(request, context, _detokenized))
+    fields = await read_parsed(request, context, _detokenized)
+    return object_response(fields, is_long=len(fields["prompt"]) > TEXT_CHARACTERS)
 
 
 def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
@@ -100,7 +106,7 @@ def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
 
 def _response(ids: list[int], with_strings: bool, context: Context) -> JsonObject:
     tokenizer, length = context.tokenizer, context.trained_length
-    strings = [tokenizer.id_to_token(each) for each in ids] if with_strings else None
+    strings = LongList(map(tokenizer.id_to_token, ids)) if with_strings else None
     return {"count": len(ids), "max_model_len": length, "tokens": ids, "token_strs": strings}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from cottention.engine.scheduling.client import Client
 from cottention.server.api.dependencies import Context
 from cottention.server.generation.deadline import entered_before
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
@@ -28,7 +29,7 @@ from cottention.server.generation.sse import (
     until_done,
     usage_of,
 )
-from cottention.server.limits.rate_limit import track
+from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.observability.access_log import RequestRecord, request_record
 from cottention.server.schemas.session_responses import etag_of, session_summary
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents
@@ -68,7 +69,7 @@ class TurnResponse(Response):
         async with AsyncExitStack() as stack:
             turns = context.turns.turn(self._caller, options, receive)
             turn = await stack.enter_async_context(entered_before(self._deadline, turns))
-            request, stream = await self._generate(turn)
+            request, stream = await self._generate(turn, client_of(scope))
             track(scope, request, stream)
             stack.callback(stream.close)
             if options.on_disconnect == "continue":
@@ -82,7 +83,9 @@ class TurnResponse(Response):
                 response = await self._whole(request, stream, turn, receive)
             await response(scope, receive, send)
 
-    async def _generate(self, turn: RunningTurn) -> tuple[GenerationRequest, OutputStream]:
+    async def _generate(
+        self, turn: RunningTurn, client: Client
+    ) -> tuple[GenerationRequest, OutputStream]:
         """Build the turn's request from its session's state, and submit it."""
         context = self._context
         policies, tokenizer = context.policies, context.tokenizer
@@ -94,7 +97,7 @@ class TurnResponse(Response):
         table = tokenizer.token_bytes if skips else tokenizer.written_bytes
         turn.set_prompt(start, request.prompts[0], table, policies.window)
         stream = await context.engine.generate(
-            self._name, request, start=start, deadline=self._deadline
+            self._name, request, start=start, deadline=self._deadline, client=client
         )
         return request, stream
 
@@ -143,7 +146,7 @@ class TurnResponse(Response):
         choices = endpoint.formatter(request, context.tokenizer)
         usage = usage_of(request.num_prompt_tokens, num_generated)
         extra = {"session": session_summary(session)}
-        response = await format_response({0: delta}, header, choices, request, usage, extra)
+        response = format_response({0: delta}, header, choices, request, usage, extra)
         response.headers["ETag"] = etag_of(session)
         return response
 

@@ -185,13 +185,15 @@ def _as_json(each: Setting, value: Any, origin: Origin) -> dict[str, Any]:
 def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     config, size_of_one = engine.model_config, engine.spec.bytes_per_slot
     yield "model", engine.name
+    yield "family", config.model_type
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
     yield from config.description().items()
     yield "bytes per session", f"{size_of_one:,}, whatever its length"
     yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
-    yield "trained length", f"{config.trained_length:,} tokens"
+    length = config.trained_length
+    yield "trained length", "not known" if length is None else f"{length:,} tokens"
     yield "context policy", CONTEXT_POLICIES[engine.policies.default]
     yield "position limit", f"{MAX_HELD:,} tokens"
 

@@ -1,5 +1,7 @@
 """The admission queue: bounds on prompts without a first token, and `Retry-After` when it is full.
 
+No API key can fill it for the others: one that has nothing in it may always put a request there.
+
 A full queue refuses a request before its body is tokenized: its tokens are estimated from the
 body's length. `Retry-After` follows from the rate at which prompts leave the queue. The queue runs
 on the event loop.
@@ -8,6 +10,7 @@ on the event loop.
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from cottention.server.config import ServerConfig
@@ -60,6 +63,7 @@ class AdmissionQueue:
         self._changed_at = clock()
         self._request_rate, self._token_rate = Rate(), Rate()
         self._bytes, self._tokens = INITIAL_BYTES, INITIAL_TOKENS
+        self._num_requests_of: Counter[str] = Counter()
         self.num_requests = self.num_tokens = self.num_refused = 0
 
     @classmethod
@@ -67,14 +71,15 @@ class AdmissionQueue:
         """A queue with the bounds of the server's settings."""
         return cls(config.max_queued_requests, config.max_queued_tokens)
 
-    def check(self, num_requests: int, num_tokens: int) -> None:
+    def check(self, num_requests: int, num_tokens: int, owner: str = "") -> None:
         """Raise ApiError 429 unless the queue has room.
 
-        An empty queue accepts a request of any length, as it would never have more room.
+        owner: of the request's key; "" without keys. Where an owner has nothing in the queue, a
+        request of any length is accepted: an empty queue would never have more room.
         """
         excess_requests = self.num_requests + num_requests - self._max_requests
         excess_tokens = self.num_tokens + num_tokens - self._max_tokens
-        if self.num_requests == 0 or (excess_requests <= 0 and excess_tokens <= 0):
+        if not self._num_requests_of[owner] or (excess_requests <= 0 and excess_tokens <= 0):
             return
         self._pass_time()
         self.num_refused += 1
@@ -88,16 +93,20 @@ class AdmissionQueue:
         )
         raise too_many(message, min(seconds, MAX_RETRY_SECONDS), "queue_full")
 
-    def enter(self, num_requests: int, num_tokens: int) -> None:
+    def enter(self, num_requests: int, num_tokens: int, owner: str = "") -> None:
         """Add prompts to the queue. Raises ApiError 429."""
-        self.check(num_requests, num_tokens)
+        self.check(num_requests, num_tokens, owner)
         self._pass_time()
+        self._num_requests_of[owner] += num_requests
         self.num_requests += num_requests
         self.num_tokens += num_tokens
 
-    def leave(self, num_requests: int, num_tokens: int, *, was_served: bool = False) -> None:
+    def leave(
+        self, num_requests: int, num_tokens: int, owner: str = "", *, was_served: bool = False
+    ) -> None:
         """Remove prompts from the queue; those that were served determine its rates."""
         self._pass_time()
+        self._num_requests_of[owner] -= num_requests
         self.num_requests -= num_requests
         self.num_tokens -= num_tokens
         if was_served:
@@ -105,14 +114,14 @@ class AdmissionQueue:
             self._token_rate.add(0.0, num_tokens)
 
     @contextlib.contextmanager
-    def tokenizing(self, num_bytes: int) -> Iterator[None]:
+    def tokenizing(self, num_bytes: int, owner: str = "") -> Iterator[None]:
         """Hold the place of a body while it is tokenized. Raises ApiError 429."""
         num_tokens = self.estimate_tokens(num_bytes)
-        self.enter(1, num_tokens)
+        self.enter(1, num_tokens, owner)
         try:
             yield
         finally:
-            self.leave(1, num_tokens)
+            self.leave(1, num_tokens, owner)
 
     def estimate_tokens(self, num_bytes: int) -> int:
         """Estimated tokens of a body of `num_bytes`, from earlier bodies."""

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from cottention.engine.errors import EngineStoppedError
 from cottention.engine.outputs import EngineStats, Output
+from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.dispatch import OutputDispatcher
 from cottention.server.generation.latency import LatencyStats
 from cottention.server.generation.output_stream import OutputStream
-from cottention.server.generation.request import MAX_INLINE_TOKENS, GenerationRequest
+from cottention.server.generation.request import GenerationRequest
 from cottention.server.http.errors import expired
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
@@ -106,12 +107,14 @@ class AsyncEngine:
         start: "SessionState | None" = None,
         deadline: float | None = None,
         cache_scope: str | None = None,
+        client: Client = DEFAULT_CLIENT,
     ) -> OutputStream:
         """Submit every prompt; choice c of prompt p is number p * params.n + c of the stream.
 
         name: for the log; it need not be unique.
         start: the session that the prompt continues; its next state comes with the last output.
         deadline: event loop time at which the request ends with what it has.
+        client: whose turn at the slots it is.
         cache_scope: prompts share cached prefixes within one scope; None: no prefix caching.
 
         Raises ParameterError, EngineStoppedError, ApiError (queue full, or the deadline has
@@ -128,14 +131,15 @@ class AsyncEngine:
             keeps_token_ids=start is not None or request.needs_token_ids,
             max_unread_bytes=self._max_unread_bytes if request.is_stream else None,
             deadline=deadline,
+            owner=client.id,
         )
         try:
-            if request.num_read_tokens > MAX_INLINE_TOKENS:
+            if request.is_slow_to_submit:
                 await asyncio.to_thread(
-                    self._submit, stream, request_ids, request, start, cache_scope
+                    self._submit, stream, request_ids, request, start, cache_scope, client
                 )
             else:
-                self._submit(stream, request_ids, request, start, cache_scope)
+                self._submit(stream, request_ids, request, start, cache_scope, client)
         except BaseException:
             stream.close()
             raise
@@ -148,6 +152,7 @@ class AsyncEngine:
         request: GenerationRequest,
         start: "SessionState | None",
         cache_scope: str | None,
+        client: Client,
     ) -> None:
         """In any thread.
 
@@ -162,6 +167,7 @@ class AsyncEngine:
                 priority=request.priority,
                 start=start,
                 cache_scope=cache_scope,
+                client=client,
             )
             if (reason := stream.cancel_reason) is not None:
                 self._worker.cancel(request_id, reason)

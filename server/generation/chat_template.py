@@ -33,7 +33,7 @@ from cottention.server.generation.template_environment import compile_template, 
 from cottention.server.generation.template_files import choose_source, special_tokens
 
 if TYPE_CHECKING:
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 
 MAX_SECONDS = 2.0
@@ -196,7 +196,7 @@ class ChatContinuation:
     end_texts: tuple[str, ...] = ()
     add_special_tokens: bool = False
 
-    def after(self, past: Sequence[int], tokenizer: "Tokenizer") -> list[int]:
+    def after(self, past: Sequence[int], tokenizer: "BaseTokenizer") -> list[int]:
         """The prompt after a session that ends with `past`, without what `past` has of the seam."""
         seam, written = self.seam[:MAX_SEAM].encode(), tokenizer.written_bytes
         head = [written[each] for each in self.ids[: len(seam)]]

@@ -6,17 +6,27 @@ Log-probabilities have OpenAI's two shapes, and vLLM's shape for prompts.
 import codecs
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from json.encoder import encode_basestring_ascii as quoted
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cottention.engine.outputs import TokenLogprob
+from cottention.server.generation.json_pieces import (
+    Encode,
+    LongList,
+    compact,
+    encode_elements,
+    encode_unicode,
+    json_pieces,
+)
 from cottention.server.generation.output_stream import OutputDelta, TokenDeltas
 from cottention.server.generation.request import GenerationRequest
 from cottention.server.schemas.responses import JsonObject
 
 if TYPE_CHECKING:
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 
 MIN_LOGPROB = -9999.0
@@ -26,7 +36,7 @@ MIN_LOGPROB = -9999.0
 class TokenNames:
     """How tokens are named in log-probabilities: by text, or as `token_id:N`."""
 
-    def __init__(self, tokenizer: "Tokenizer", by_number: bool) -> None:
+    def __init__(self, tokenizer: "BaseTokenizer", by_number: bool) -> None:
         self._tokenizer = tokenizer
         self._by_number = by_number
 
@@ -65,13 +75,13 @@ def completion_logprobs(
     offsets: TextOffsets,
     names: TokenNames,
     num_top: int,
-) -> JsonObject:
+) -> dict[str, Iterator[Any]]:
     """OpenAI's shape for completions; the entry of a prompt's first token is None."""
     return {
-        "tokens": [names.name(each) for each in ids],
-        "token_logprobs": [None if each is None else finite(each.logprob) for each in entries],
-        "top_logprobs": [None if each is None else _top(each, names, num_top) for each in entries],
-        "text_offset": [offsets.next(each) for each in ids],
+        "tokens": (names.name(each) for each in ids),
+        "token_logprobs": (None if each is None else finite(each.logprob) for each in entries),
+        "top_logprobs": (None if each is None else _top(each, names, num_top) for each in entries),
+        "text_offset": (offsets.next(each) for each in ids),
     }
 
 
@@ -82,18 +92,18 @@ def chat_logprobs(entries: Sequence[TokenLogprob], names: TokenNames) -> JsonObj
         name, raw = names.name(token_id), names.bytes(token_id)
         return {"token": name, "logprob": finite(logprob), "bytes": raw}
 
-    content = [
+    content = (
         one(each.token_id, each.logprob) | {"top_logprobs": [one(*pair) for pair in each.top]}
         for each in entries
-    ]
-    return {"content": content, "refusal": None}
+    )
+    return {"content": LongList(content), "refusal": None}
 
 
 def prompt_logprobs(
     entries: Sequence[TokenLogprob | None], names: TokenNames, num_top: int
-) -> list[JsonObject | None]:
+) -> Iterator[JsonObject | None]:
     """vLLM's shape for prompts: the token itself and the most likely ones, with their ranks."""
-    return [None if each is None else _ranked(each, names, num_top) for each in entries]
+    return (None if each is None else _ranked(each, names, num_top) for each in entries)
 
 
 def finite(logprob: float) -> float:
@@ -126,14 +136,12 @@ def _ranked(entry: TokenLogprob, names: TokenNames, num_top: int) -> JsonObject:
 OPTIONAL_FIELDS = ("prompt_logprobs", "prompt_token_ids", "token_ids")
 """Fields of a whole response that are null unless requested, as in vLLM."""
 
-compact = json.JSONEncoder(separators=(",", ":")).encode
-"""Encodes JSON in ASCII: some clients take U+2028 and similar characters for a line end."""
-
 
 class ChoiceFormatter(ABC):
     """Formats the choices of one request, each of them whole or as consecutive chunks."""
 
-    def __init__(self, request: GenerationRequest, tokenizer: "Tokenizer") -> None:
+    def __init__(self, request: GenerationRequest, tokenizer: "BaseTokenizer") -> None:
+        self._encode = compact if request.is_stream else encode_unicode
         self._request = request
         self._output = request.output
         self._is_text_only = request.output.is_text_only
@@ -165,18 +173,22 @@ class ChoiceFormatter(ABC):
 class CompletionFormatter(ChoiceFormatter):
     """Choices of POST /v1/completions."""
 
-    def __init__(self, request: GenerationRequest, tokenizer: "Tokenizer") -> None:
+    def __init__(self, request: GenerationRequest, tokenizer: "BaseTokenizer") -> None:
         super().__init__(request, tokenizer)
         skips = request.params.skip_special_tokens
         self._prompt_table = tokenizer.written_bytes
         self._table = tokenizer.token_bytes if skips else tokenizer.written_bytes
         self._offsets: dict[int, TextOffsets] = {}
-        self._scores: dict[int, Sequence[TokenLogprob | None]] = {}
+        self._prompts: dict[int, _ScoredPrompt] = {}
 
     def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
         """One chunk; text alone has a fast path."""
         if not self._is_text_only:
-            yield f'"choices":[{compact(self._choice(index, delta))}]'
+            choice = self._choice(index, delta)
+            if self._output.echo:
+                yield f'"choices":[{"".join(json_pieces(choice, compact))}]'
+            else:
+                yield f'"choices":[{compact(choice)}]'
             return
         yield (
             f'"choices":[{{"index":{index},"text":{quoted(delta.text)},"logprobs":null,'
@@ -193,8 +205,8 @@ class CompletionFormatter(ChoiceFormatter):
         tokens = delta.tokens or TokenDeltas()
         place, output = self._prompt_of(index), self._output
         begins = self._begin(index)
-        if tokens.prompt_logprobs:
-            self._scores[place] = tokens.prompt_logprobs
+        prompt = self._prompts.setdefault(place, _ScoredPrompt(self._request.num_choices))
+        prompt.scores = tokens.prompt_logprobs or prompt.scores
         choice: JsonObject = {
             "index": index,
             "text": self._request.echoes[place] + delta.text if begins else delta.text,
@@ -204,8 +216,8 @@ class CompletionFormatter(ChoiceFormatter):
             "context_start": delta.context_start if delta.finish_reason else None,
         }
         if output.prompt_logprobs is not None:
-            scores = self._scores.get(place, ())
-            choice["prompt_logprobs"] = prompt_logprobs(scores, self._names, output.prompt_logprobs)
+            worded = prompt_logprobs(prompt.scores, self._names, output.prompt_logprobs)
+            choice["prompt_logprobs"] = prompt.listed("prompt_logprobs", worded, (), self._encode)
         if output.token_ids:
             choice["prompt_token_ids"] = self._request.prompts[place] if begins else None
             choice["token_ids"] = tokens.ids
@@ -221,11 +233,38 @@ class CompletionFormatter(ChoiceFormatter):
             tokens.logprobs, tokens.ids, self._offsets[index], self._names, num_top
         )
         if not begins or not self._output.echo:
-            return new
-        offsets = TextOffsets(self._prompt_table, 0)
-        scores, ids = self._scores.get(place, ()), self._request.prompts[place]
-        echo = completion_logprobs(scores, ids[: len(scores)], offsets, self._names, num_top)
-        return {name: echo[name] + new[name] for name in new}
+            return {name: LongList(values) for name, values in new.items()}
+        offsets, prompt = TextOffsets(self._prompt_table, 0), self._prompts[place]
+        ids = self._request.prompts[place][: len(prompt.scores)]
+        echo = completion_logprobs(prompt.scores, ids, offsets, self._names, num_top)
+        return {name: prompt.listed(name, echo[name], new[name], self._encode) for name in new}
+
+
+class _ScoredPrompt:
+    """The log-probabilities of one prompt, and their JSON where several choices repeat it."""
+
+    def __init__(self, num_choices: int) -> None:
+        self.scores: Sequence[TokenLogprob | None] = ()
+        self._num_choices = num_choices
+        self._encoded: dict[str, Sequence[str]] = {}
+        self._num_uses: Counter[str] = Counter()
+
+    def listed(
+        self, name: str, own: Iterator[Any], more: Iterable[Any], encode: Encode
+    ) -> LongList:
+        """A choice's array of this name: `own` of the prompt, then `more` of the choice.
+
+        `own` is encoded for the first choice, and kept until the last has it.
+        """
+        if self._num_choices == 1:
+            return LongList(chain(own, more))
+        if name not in self._encoded:
+            self._encoded[name] = [*encode_elements(own, encode)]
+        encoded = self._encoded[name]
+        self._num_uses[name] += 1
+        if self._num_uses[name] == self._num_choices:
+            del self._encoded[name]
+        return LongList(more, encoded)
 
 
 NO_MESSAGE_PARTS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning")
@@ -278,7 +317,8 @@ class ChatFormatter(ChoiceFormatter):
             found["prompt_token_ids"] = self._request.prompts[0]
         if (num_top := self._output.prompt_logprobs) is not None:
             tokens = deltas[0].tokens or TokenDeltas()
-            found["prompt_logprobs"] = prompt_logprobs(tokens.prompt_logprobs, self._names, num_top)
+            worded = prompt_logprobs(tokens.prompt_logprobs, self._names, num_top)
+            found["prompt_logprobs"] = LongList(worded)
         return found
 
     def _logprobs(self, delta: OutputDelta) -> JsonObject | None:

@@ -14,7 +14,7 @@ from itertools import groupby, takewhile
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message]], str | None]
@@ -43,7 +43,7 @@ class ControlTokens:
     pattern: re.Pattern[str]
 
     @classmethod
-    def of(cls, tokenizer: "Tokenizer", literals: str) -> "ControlTokens | None":
+    def of(cls, tokenizer: "BaseTokenizer", literals: str) -> "ControlTokens | None":
         """A tokenizer's special tokens, and other added tokens that are in a template's `literals`.
 
         The same as transformers' `sanitize_control_tokens`. None if there are none.
@@ -80,7 +80,7 @@ class RenderedChat:
         spans = ((max(0, a - begin), b - begin) for a, b in self.untrusted if b > begin)
         return RenderedChat(self.text[begin:], tuple(spans))
 
-    def encode(self, tokenizer: "Tokenizer", control: ControlTokens | None) -> list[int]:
+    def encode(self, tokenizer: "BaseTokenizer", control: ControlTokens | None) -> list[int]:
         """Token ids, in which control tokens in untrusted text are ordinary text."""
         if control is None:
             return tokenizer.encode(self.text)

@@ -43,6 +43,7 @@ class PromptState:
     stream: OutputStream
     first_choice: int
     num_prompt_tokens: int
+    owner: str
     num_unfinished: int
     arrived_at: float
     num_reread: int = 0
@@ -92,13 +93,15 @@ class OutputDispatcher:
         keeps_token_ids: bool,
         max_unread_bytes: int | None,
         deadline: float | None,
+        owner: str = "",
     ) -> OutputStream:
         """Put a request's prompts into the admission queue, and open the stream of their outputs.
 
         request_ids: the engine's ids of the prompts. max_unread_bytes: None for no limit.
-        deadline: by the event loop's clock. Raises ApiError (queue full).
+        deadline: by the event loop's clock. owner: of the request's key, with whose prompts it
+        waits in the queue. Raises ApiError (queue full).
         """
-        self._admission_queue.enter(len(request_ids), request.num_read_tokens)
+        self._admission_queue.enter(len(request_ids), request.num_read_tokens, owner)
         n = request.params.n
         stream = OutputStream(
             len(request_ids) * n,
@@ -113,7 +116,7 @@ class OutputDispatcher:
         for place, request_id in enumerate(request_ids):
             num_tokens = len(request.prompts[place])
             self._prompts[request_id] = PromptState(
-                stream, place * n, num_tokens, n, now, request.num_reread
+                stream, place * n, num_tokens, owner, n, now, request.num_reread
             )
         if deadline is not None:
             stream.timer = asyncio.get_running_loop().call_at(deadline, self._on_deadline, stream)
@@ -146,7 +149,9 @@ class OutputDispatcher:
         if prompt.is_queued:
             prompt.is_queued = False
             was_served = output.finish_reason in SERVED
-            self._admission_queue.leave(1, prompt.num_read_tokens, was_served=was_served)
+            self._admission_queue.leave(
+                1, prompt.num_read_tokens, prompt.owner, was_served=was_served
+            )
         if output.token_ids:
             prompt.num_generated += len(output.token_ids)
             before = prompt.last_token_at.get(output.choice)
@@ -205,7 +210,7 @@ class OutputDispatcher:
         for request_id in self._streams.pop(stream):
             prompt = self._prompts.pop(request_id)
             if prompt.is_queued:
-                self._admission_queue.leave(1, prompt.num_read_tokens)
+                self._admission_queue.leave(1, prompt.num_read_tokens, prompt.owner)
             if not stream.is_finished:
                 self._control.cancel(request_id)
         if not self._streams:

@@ -23,11 +23,14 @@ from cottention.server.schemas.sampling import (
 
 if TYPE_CHECKING:
     from cottention.engine.state.session_state import SessionState
-    from cottention.engine.text.tokenizer import Tokenizer
+    from cottention.engine.text.base import BaseTokenizer
 
 
 MAX_INLINE_TOKENS = 16 * 1024
 """Longer token lists are processed in a thread, to keep the event loop responsive."""
+
+MAX_INLINE_ITEMS = 4 * 1024
+"""Responses with more token ids and log-probabilities are formatted in a thread."""
 
 DEFAULT_STREAM_OPTIONS = StreamOptions.model_validate({})
 
@@ -39,6 +42,7 @@ class OutputOptions:
     echo: each prompt before its text. logprobs: number of alternatives per generated token, None
     for no log-probabilities. prompt_logprobs: the same for prompts. token_ids: of prompt and text.
     tokens_as_ids: tokens are named `token_id:N` in log-probabilities.
+    has_prompt_once: what it contains of a prompt is not repeated for each choice.
     """
 
     echo: bool = False
@@ -46,11 +50,33 @@ class OutputOptions:
     prompt_logprobs: int | None = None
     token_ids: bool = False
     tokens_as_ids: bool = False
+    has_prompt_once: bool = False
 
     @property
     def is_text_only(self) -> bool:
         """Whether a response has text and nothing else."""
-        return self == OutputOptions(tokens_as_ids=self.tokens_as_ids)
+        return not (self.echo or self.items_per_token or self.items_per_prompt_token)
+
+    @property
+    def items_per_token(self) -> int:
+        """Token ids and log-probabilities, alternatives included, for each generated token."""
+        return self.token_ids + _num_logprobs(self.logprobs)
+
+    @property
+    def items_per_prompt_token(self) -> int:
+        """The same for each token of a prompt, of which an echo is one more."""
+        echoed = 1 + _num_logprobs(self.logprobs) if self.echo else 0
+        return self.token_ids + _num_logprobs(self.prompt_logprobs) + echoed
+
+    def num_prompt_items(self, num_prompt_tokens: int, num_choices: int) -> int:
+        """Items of all prompts in a response with so many choices for each."""
+        copies = 1 if self.has_prompt_once else num_choices
+        return copies * num_prompt_tokens * self.items_per_prompt_token
+
+
+def _num_logprobs(num_top: int | None) -> int:
+    """Of one token, with so many alternatives; None for no log-probabilities."""
+    return 0 if num_top is None else 1 + num_top
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +115,24 @@ class GenerationRequest:
 
     @property
     def is_slow_to_format(self) -> bool:
-        """Whether the response repeats prompts too long to be formatted on the event loop."""
-        return self.num_prompt_tokens > MAX_INLINE_TOKENS and not self.output.is_text_only
+        """Whether the response has too much of its prompts to be formatted on the event loop."""
+        num_items = self.output.num_prompt_items(self.num_prompt_tokens, self.num_choices)
+        return num_items > MAX_INLINE_ITEMS
+
+    @property
+    def items_per_token(self) -> int:
+        """Token ids and log-probabilities of the response for each generated token."""
+        return self.output.items_per_token
+
+    @property
+    def is_slow_to_submit(self) -> bool:
+        """Whether it has too many ids or bad words to be checked on the event loop."""
+        params = self.params
+        num_copies = params.n if params.has_penalty else 1
+        num_listed = len(params.stop_token_ids) + len(params.allowed_token_ids or ())
+        num_characters = 2 * sum(map(len, params.bad_words))
+        size = self.num_read_tokens * num_copies + num_listed + num_characters
+        return size > MAX_INLINE_TOKENS
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -134,11 +176,35 @@ class ParsedRequest:
             return None
         return TurnOptions(body.session_id, body.on_conflict, body.on_cancel, body.on_disconnect)
 
+    def check_items(self, limit: int) -> None:
+        """Raise ApiError 400 if the response could have more ids and log-probabilities than that.
+
+        What is generated counts where the response is whole; a stream is read as it comes.
+        """
+        body, output, params = self.body, self.output, self.params
+        num_items = output.num_prompt_items(self.num_prompt_tokens, body.n)
+        if not body.stream:
+            per_token = output.token_ids + _num_logprobs(params.logprobs)
+            num_items += len(self.prompts) * params.n * params.max_tokens * per_token
+        if num_items > limit:
+            wanted = {
+                "prompt_logprobs": output.prompt_logprobs is not None,
+                "logprobs": output.logprobs is not None,
+                "return_token_ids": output.token_ids,
+                "echo": output.echo,
+            }
+            raise invalid(
+                next((name for name, is_wanted in wanted.items() if is_wanted), "best_of"),
+                f"a response has at most {limit} token ids, echoed tokens and log-probabilities"
+                f" (--max-response-items), but this one may have {num_items}: ask for fewer"
+                " choices, tokens or alternatives, or for a stream",
+            )
+
     def build(self) -> GenerationRequest:
         """The request, without a session."""
         return self._build(self.prompts)
 
-    def build_turn(self, start: "SessionState", tokenizer: "Tokenizer") -> GenerationRequest:
+    def build_turn(self, start: "SessionState", tokenizer: "BaseTokenizer") -> GenerationRequest:
         """The request of a turn that continues `start`."""
         (first,) = self.prompts
         prompt = turn_prompt(
@@ -173,7 +239,7 @@ def prefill_request(prompt_ids: list[int], num_reread: int) -> GenerationRequest
 def turn_prompt(
     prompt_ids: list[int],
     start: "SessionState",
-    tokenizer: "Tokenizer",
+    tokenizer: "BaseTokenizer",
     *,
     add_special_tokens_if_empty: bool = False,
     continuation: ChatContinuation | None = None,
@@ -184,13 +250,13 @@ def turn_prompt(
     return prompt_ids if continuation is None else continuation.after(start.past, tokenizer)
 
 
-def encode_text(text: str, tokenizer: "Tokenizer", *, add_special_tokens: bool) -> list[int]:
+def encode_text(text: str, tokenizer: "BaseTokenizer", *, add_special_tokens: bool) -> list[int]:
     """Token ids of a text, with or without the special tokens that its tokenizer adds."""
     ids = tokenizer.encode(text)
     return tokenizer.framed(ids) if add_special_tokens else ids
 
 
-def decode_ids(ids: list[int], tokenizer: "Tokenizer", param: str) -> str:
+def decode_ids(ids: list[int], tokenizer: "BaseTokenizer", param: str) -> str:
     """The text of token ids, special tokens included. Raises ApiError for an unknown id."""
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.num_ids:
         raise invalid(param, out_of_vocabulary(f"ids in {param}", ids, tokenizer.num_ids))
@@ -198,9 +264,12 @@ def decode_ids(ids: list[int], tokenizer: "Tokenizer", param: str) -> str:
     return b"".join(written[each] for each in ids).decode("utf-8", errors="replace")
 
 
-def truncate_prompt(ids: list[int], body: SamplingBody, trained_length: int) -> list[int]:
-    """A prompt truncated to `truncate_prompt_tokens`; -1 stands for `trained_length`."""
-    if body.truncate_prompt_tokens is None:
-        return ids
+def truncate_prompt(ids: list[int], body: SamplingBody, trained_length: int | None) -> list[int]:
+    """A prompt truncated to `truncate_prompt_tokens`; -1 stands for `trained_length`.
+
+    Where that is None, nothing is truncated.
+    """
     length = trained_length if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+    if length is None:
+        return ids
     return ids[-length:] if body.truncation_side == "left" else ids[:length]

@@ -1,17 +1,22 @@
 """Responses that are sent whole: waiting for the outputs, the best of several choices, the JSON."""
 
-import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
-from fastapi.responses import JSONResponse
+from starlette.responses import Response
 
 from cottention.engine.outputs import FinishReason
 from cottention.server.generation.async_engine import Phase
 from cottention.server.generation.choice_format import ChoiceFormatter
+from cottention.server.generation.json_pieces import encode_unicode, json_pieces, json_response
 from cottention.server.generation.output_stream import OutputDelta, OutputStream, TokenDeltas
-from cottention.server.generation.request import MAX_INLINE_TOKENS, GenerationRequest
+from cottention.server.generation.request import (
+    MAX_INLINE_ITEMS,
+    MAX_INLINE_TOKENS,
+    GenerationRequest,
+)
 from cottention.server.generation.sse import ResponseHeader
 from cottention.server.http.errors import engine_failed, expired, unavailable
 from cottention.server.schemas.responses import JsonObject
@@ -63,27 +68,33 @@ def check_outcome(stream: OutputStream, deltas: Mapping[int, OutputDelta]) -> No
             raise unavailable(Phase.DRAINING)
 
 
-async def format_response(
+def format_response(
     deltas: Mapping[int, OutputDelta],
     header: ResponseHeader,
     choices: ChoiceFormatter,
     request: GenerationRequest,
     usage: JsonObject,
     extra: JsonObject,
-) -> JSONResponse:
+) -> Response:
     """The whole response; `extra` holds more of its top-level fields."""
 
-    def format_now() -> JSONResponse:
+    def pieces() -> Iterator[str]:
         best = best_choices(deltas, request)
-        formatted = [choices.whole(index, delta) for index, delta in best.items()]
-        more = choices.top_level_fields(best) | extra
+        yield f"{encode_unicode(asdict(header))[:-1]},"
+        separator = '"choices":['
+        for index, delta in best.items():
+            yield separator
+            yield from json_pieces(choices.whole(index, delta), encode_unicode)
+            separator = ","
         details = {"prompt_tokens_details": usage.get("prompt_tokens_details")}
-        fields = {"choices": formatted, "usage": usage | details}
-        return JSONResponse(asdict(header) | fields | dict.fromkeys(NULL_FIELDS) | more)
+        more = choices.top_level_fields(best) | extra
+        end = {"usage": usage | details} | dict.fromkeys(NULL_FIELDS) | more
+        yield "],"
+        yield from islice(json_pieces(end, encode_unicode), 1, None)  # without its brace
 
-    if usage["total_tokens"] > MAX_INLINE_TOKENS:
-        return await asyncio.to_thread(format_now)
-    return format_now()
+    is_long = usage["total_tokens"] > MAX_INLINE_TOKENS or request.is_slow_to_format
+    num_items = usage["completion_tokens"] * request.items_per_token
+    return json_response(pieces(), is_long=is_long or num_items > MAX_INLINE_ITEMS)
 
 
 def best_choices(

@@ -15,7 +15,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cottention.engine.outputs import FinishReason
-from cottention.server.generation.choice_format import ChoiceFormatter, compact
+from cottention.server.generation.choice_format import ChoiceFormatter
+from cottention.server.generation.json_pieces import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream, OutputStreamClosed
 from cottention.server.generation.request import GenerationRequest
 from cottention.server.http.errors import ApiError, engine_failed
@@ -61,6 +62,16 @@ class EventFormatter:
         if self._is_slow:
             return await asyncio.to_thread(self._chunks, deltas)
         return self._chunks(deltas)
+
+    async def events(self, deltas: Mapping[int, OutputDelta]) -> AsyncIterator[bytes]:
+        """The events of each delta, one choice at a time where they repeat long prompts."""
+        if not self._is_slow:
+            yield self.frame(self._chunks(deltas)).encode()
+            return
+        for index, delta in deltas.items():
+            yield await asyncio.to_thread(
+                lambda one: self.frame(self._chunks(one)).encode(), {index: delta}
+            )
 
     def frame(self, chunks: Sequence[str], extra: str = "") -> str:
         """Events of chunks. extra: more fields for each, as JSON that begins with a comma."""
@@ -156,8 +167,8 @@ class GenerationEvents:
         stream, formatter = self._stream, self._formatter
         while stream.has_more:
             deltas = await stream.take(idle_seconds)
-            chunks = await formatter.chunks(deltas)
-            yield formatter.frame(chunks).encode()
+            async for events in formatter.events(deltas):
+                yield events
             if any(delta.finish_reason is FinishReason.ERROR for delta in deltas.values()):
                 yield formatter.error(engine_failed()).encode()
                 return

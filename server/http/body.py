@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from cottention.server.http.body_memory import Held
 from cottention.server.http.errors import ApiError, invalid
 
 IDENTITY = "identity"
@@ -33,17 +34,18 @@ class Pace:
         return min(now + self.seconds, began + self.seconds + num_bytes / self.bytes_per_second)
 
 
-async def read_body(request: Request, max_bytes: int, pace: Pace) -> bytes:
-    """All of the body.
+async def read_body(request: Request, max_bytes: int, pace: Pace, held: Held) -> bytes:
+    """All of the body, counted by `held` from its announced length on.
 
     Raises ApiError 413 as soon as it is larger than `max_bytes`, 408 where it comes more slowly
-    than `pace` allows, whatever its length and whether that is announced, and 415 where it is
-    encoded.
+    than `pace` allows, whatever its length and whether that is announced, 415 where it is encoded,
+    and 429 where there is no room for it.
     """
     if (encoding := request.headers.get("content-encoding", IDENTITY).lower()) != IDENTITY:
         raise _encoded(encoding)
     if announced_bytes(request) > max_bytes:
         raise _too_large(max_bytes)
+    held.at_least(announced_bytes(request))
     body = bytearray()
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -53,6 +55,7 @@ async def read_body(request: Request, max_bytes: int, pace: Pace) -> bytes:
                 body += chunk
                 if len(body) > max_bytes:
                     raise _too_large(max_bytes)
+                held.at_least(len(body))
                 timeout.reschedule(pace.deadline(began, loop.time(), len(body)))
     except TimeoutError:
         raise _too_slow(pace) from None

@@ -91,32 +91,49 @@ def _matching_owner(authorization: str, owners: Collection[str]) -> str | None:
     return owner if any(matches) and scheme.lower() == "bearer" else None
 
 
+MAX_WEIGHT = 1000
+
 NAME_LENGTH = 8
 """How many digits of its digest the log shows for a key without a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """A key, its name in the log ("" shows the start of its digest), and its limits."""
+    """A key, its name in the log ("" shows the start of its digest), its limits and its weight.
+
+    weight: the key's part of the slots, in proportion to those of the other keys that use them.
+    """
 
     secret: str
     name: str
     limits: KeyLimits
+    weight: int = 1
 
 
 def load_api_keys(config: ServerConfig) -> tuple[ApiKey, ...]:
-    """The keys of --api-key and --api-key-file. Raises ConfigurationError."""
+    """The keys of --api-key and --api-key-file. Raises ConfigurationError.
+
+    A file whose text begins with a bracket is JSON, whatever its name.
+    """
     limits = KeyLimits.from_config(config)
     path = config.api_key_file
+    if not all(map(_is_sendable, config.api_key)):
+        raise ConfigurationError(f"--api-key: each key must be {_SENDABLE}")
     keys = tuple(ApiKey(each, "", limits) for each in config.api_key)
     if path is not None:
-        parse = _parse_json if path.endswith(".json") else _parse_lines
-        keys += tuple(parse(_read_text(path), limits, f"--api-key-file {path}"))
+        source, text = f"--api-key-file {path}", _read_text(path)
+        parse = _parse_json if text.lstrip().startswith(("{", "[")) else _parse_lines
+        keys += tuple(parse(text, limits, source))
         if len(keys) == len(config.api_key):
-            raise ConfigurationError(f"--api-key-file {path} has no key in it")
-    if not all(_is_sendable(key.secret) for key in keys):
-        raise ConfigurationError("each API key must be printable ASCII without spaces around it")
+            raise ConfigurationError(f"{source} has no key in it")
     return keys
+
+
+_SENDABLE = "printable ASCII without spaces around it"
+
+_MIN_LINE_LENGTH = 8
+_NOT_IN_LINES = frozenset(" {}\"'")
+"""What a line of keys cannot hold: the file is in another format, whose parts would become keys."""
 
 
 def session_quotas(keys: Iterable[ApiKey], config: ServerConfig) -> Quotas:
@@ -145,22 +162,48 @@ def _read_text(path: str) -> str:
     return raw.decode("utf-8-sig")
 
 
-def _parse_lines(text: str, limits: KeyLimits, _source: str) -> Iterator[ApiKey]:
-    """One key per line; lines whose first character but for spaces is # are comments."""
-    for line in map(str.strip, text.splitlines()):
-        if line and not line.startswith("#"):
-            yield ApiKey(line, "", limits)
+def _parse_lines(text: str, limits: KeyLimits, source: str) -> Iterator[ApiKey]:
+    """One key per line; lines whose first character but for spaces is # are comments.
+
+    Raises ConfigurationError with the number of a line that cannot be a key, and without its text.
+    """
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+        if not line or line.startswith("#"):
+            continue
+        is_key = _is_sendable(line) and _NOT_IN_LINES.isdisjoint(line)
+        if not is_key or len(line) < _MIN_LINE_LENGTH:
+            raise ConfigurationError(
+                f"{source}: line {number} cannot be a key; a key is at least {_MIN_LINE_LENGTH}"
+                " characters of printable ASCII without spaces, quotes or braces, alone on its"
+                ' line; comments begin with #; for JSON the file must begin with "{"'
+            )
+        yield ApiKey(line, "", limits)
 
 
 def _parse_json(text: str, limits: KeyLimits, source: str) -> Iterator[ApiKey]:
-    """{"name": {"key": "...", "max_requests": 4}}; other limits are those of the flags."""
+    """{"name": {"key": "...", "max_requests": 4}}; other limits are those of the flags.
+
+    "weight" is 1 where there is none.
+    """
     try:
         content = parse_object(text.encode())
     except ApiError as error:
         raise ConfigurationError(f"{source}: {error}") from None
-    for name, entry in content.items():
+    for place, (name, entry) in enumerate(content.items(), start=1):
         overrides: dict[str, Any] = dict(entry) if isinstance(entry, dict) else {}
         secret = overrides.pop("key", None)
-        if not isinstance(secret, str):
-            raise ConfigurationError(f'{source}: {json.dumps(name)} must be {{"key": "..."}}')
-        yield ApiKey(secret, name, limits.override(overrides, f"{source}, {json.dumps(name)}"))
+        if not isinstance(secret, str):  # the name is not quoted, since it may be a key
+            raise ConfigurationError(
+                f'{source}: entry {place} must be "NAME": {{"key": "KEY"}}, with limits beside the'
+                " key where it has some"
+            )
+        weight = overrides.pop("weight", 1)
+        if type(weight) is not int or not 1 <= weight <= MAX_WEIGHT:
+            raise ConfigurationError(
+                f"{source}, {json.dumps(name)}: weight must be a whole number from 1 to"
+                f" {MAX_WEIGHT}"
+            )
+        if not _is_sendable(secret):
+            raise ConfigurationError(f"{source}, {json.dumps(name)}: the key must be {_SENDABLE}")
+        own = limits.override(overrides, f"{source}, {json.dumps(name)}")
+        yield ApiKey(secret, name, own, weight)

@@ -62,7 +62,13 @@ class KeyLimits:
 
     def check(self, request: ParsedRequest) -> None:
         """Raise ApiError 400 if the request asks for more than this key allows."""
-        params = request.params
+        params, num_prompts = request.params, len(request.prompts)
+        if self.max_requests is not None and num_prompts * params.n > self.max_requests:
+            allowed = f"at most {self.max_requests} with this key (max_requests)"
+            raise invalid(
+                "n" if num_prompts == 1 else "prompt",
+                f"prompts times n must be {allowed}; it is {num_prompts * params.n}: ask for fewer",
+            )
         _check("max_tokens", params.max_tokens, self.max_tokens)
         _check("n" if params.n == request.body.n else "best_of", params.n, self.max_n)
         num_stop = len(request.body.stop)

@@ -1,4 +1,4 @@
-"""Rate limits: concurrent requests and tokens per minute of each API key.
+"""Rate limits: concurrent choices and tokens per minute of each API key.
 
 Without keys all clients share one count. Everything here runs on the event loop.
 """
@@ -10,6 +10,7 @@ from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cottention.engine.scheduling.client import Client
 from cottention.server.generation.output_stream import OutputStream
 from cottention.server.generation.request import GenerationRequest
 from cottention.server.http.errors import RETRY_AFTER_SECONDS, ApiError, too_many
@@ -20,17 +21,27 @@ LIMIT_CODE = "rate_limit_exceeded"
 
 
 class KeyUsage:
-    """What one key uses: its running requests, and a bucket of tokens that refills by the minute.
+    """What one key uses: its running choices, and a bucket of tokens that refills by the minute.
+
+    A request counts once until it is known how many choices it has, and then with all of them.
 
     A request may overdraw the bucket, since its length is not known before its end; the next one
     has to wait until the bucket is above zero.
     """
 
     def __init__(
-        self, name: str, limits: KeyLimits, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        limits: KeyLimits,
+        clock: Callable[[], float] = time.monotonic,
+        weight: int = 1,
     ) -> None:
-        """name: of the key, in the log; "" is for all clients of a server without keys."""
+        """name: of the key, in the log; "" is for all clients of a server without keys.
+
+        weight: its part of the slots, in proportion to those of other keys.
+        """
         self.name = name
+        self.weight = weight
         self.limits = limits
         self._clock = clock
         self._refilled_at = clock()
@@ -39,29 +50,35 @@ class KeyUsage:
 
     def enter(self) -> None:
         """A request starts that may generate. Raises ApiError 429."""
-        self._check_requests()
+        self._check_running(1)
         self._check_tokens()
         self._num_running += 1
 
     def enter_read(self) -> None:
         """A request starts that only reads, and takes no tokens. Raises ApiError 429."""
-        self._check_requests()
+        self._check_running(1)
         self._num_running += 1
 
-    def leave(self) -> None:
+    def add_choices(self, num_choices: int) -> None:
+        """A request that has started has so many choices besides one. Raises ApiError 429."""
+        self._check_running(num_choices)
+        self._num_running += num_choices
+
+    def leave(self, num_choices: int = 1) -> None:
         """A request has ended."""
-        self._num_running -= 1
+        self._num_running -= num_choices
 
     def charge(self, num_tokens: int) -> None:
         """Take tokens out of the bucket."""
         self._tokens -= num_tokens
 
-    def _check_requests(self) -> None:
-        max_requests = self.limits.max_requests
-        if max_requests is not None and self._num_running >= max_requests:
+    def _check_running(self, num_more: int) -> None:
+        limit = self.limits.max_requests
+        if limit is not None and self._num_running + num_more > limit:
             message = (
-                f"the limit of concurrent requests for {self._whose} is {max_requests};"
-                " retry when one of them has ended"
+                f"the limit of concurrent requests for {self._whose} is {limit}, each counted"
+                f" prompts times n, and {self._num_running} are running; retry when one of them"
+                " has ended"
             )
             raise too_many(message, RETRY_AFTER_SECONDS, LIMIT_CODE)
 
@@ -124,7 +141,7 @@ class RateLimitMiddleware:
 
 
 def _release(usage: KeyUsage, record: RequestRecord) -> None:
-    usage.leave()
+    usage.leave(record.num_choices)
     usage.charge(record.num_generated)
 
 
@@ -146,6 +163,21 @@ def limits_of(scope: Scope) -> KeyLimits:
     """The limits of this request's key."""
     usage: KeyUsage | None = scope["state"].get("key_usage")
     return KeyLimits() if usage is None else usage.limits
+
+
+def client_of(scope: Scope) -> Client:
+    """The client that a request's key is to the engine."""
+    usage: KeyUsage | None = scope["state"].get("key_usage")
+    return Client(scope["state"].get("owner", ""), 1 if usage is None else usage.weight)
+
+
+def count_choices(scope: Scope, request: GenerationRequest) -> None:
+    """Count all choices of a generation that is about to begin. Raises ApiError 429."""
+    usage: KeyUsage | None = scope["state"].get("key_usage")
+    num_choices = len(request.prompts) * request.params.n
+    if usage is not None and num_choices > 1:
+        usage.add_choices(num_choices - 1)
+        request_record(scope).num_choices = num_choices
 
 
 def track(scope: Scope, request: GenerationRequest, stream: OutputStream) -> None:

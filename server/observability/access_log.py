@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cottention.server.generation.output_stream import OutputStream
+from cottention.server.http.body_memory import release_bodies
 from cottention.server.log_config import FIELDS
 
 logger = logging.getLogger("cottention.requests")
@@ -30,13 +31,14 @@ class RequestRecord:
     """What is known of one HTTP request.
 
     key_name: the name of its API key. num_prompt: tokens of all its prompts. prompt_ids: those of
-    the first prompt. streams: one per prompt. background_turn: a session's turn that does not end
-    with its client.
+    the first prompt. num_choices: what counts against its key's limit. streams: one per prompt.
+    background_turn: a session's turn that does not end with its client.
     """
 
     key_name: str = ""
     num_prompt: int = 0
     prompt_ids: Sequence[int] = ()
+    num_choices: int = 1
     streams: list[OutputStream] = field(default_factory=list)
     background_turn: asyncio.Task[None] | None = None
 
@@ -93,7 +95,10 @@ def request_record(scope: Scope) -> RequestRecord:
 
 
 class AccessLogMiddleware:
-    """Logs each request after its response, or after its turn where that goes on for longer."""
+    """Logs each request after its response, or after its turn where that goes on for longer.
+
+    Then its body is counted no more.
+    """
 
     def __init__(self, app: ASGIApp, num_characters: int, table: Sequence[bytes]) -> None:
         """num_characters: of each prompt to log; table: the bytes of each token id."""
@@ -103,8 +108,14 @@ class AccessLogMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] != "http" or scope["method"] in UNLOGGED_METHODS:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope["method"] in UNLOGGED_METHODS:
+            try:
+                await self._app(scope, receive, send)
+            finally:
+                release_bodies(scope)
             return
         began, status = time.monotonic(), 0
 
@@ -118,9 +129,11 @@ class AccessLogMiddleware:
         try:
             await self._app(scope, receive, send_and_note_status)
         finally:
-            record.on_end(lambda: self._log(_fields(scope, record, status, began), record))
+            record.on_end(lambda: self._end(scope, record, status, began))
 
-    def _log(self, fields: dict[str, Any], record: RequestRecord) -> None:
+    def _end(self, scope: Scope, record: RequestRecord, status: int, began: float) -> None:
+        release_bodies(scope)
+        fields = _fields(scope, record, status, began)
         if self._num_characters and record.prompt_ids:
             fields["prompt"] = self._text(record.prompt_ids)
         logger.info("request", extra={FIELDS: fields})

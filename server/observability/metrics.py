@@ -34,6 +34,10 @@ GAUGES = {
         "Requests paused until their clients have read what was sent.",
     ),
     "num_states_paused": ("num_paused_states", "States of paused requests in host memory."),
+    "num_states_preempted": (
+        "num_preempted_states",
+        "States in host memory of requests whose slots are another key's for a time.",
+    ),
     "max_states_paused": ("max_paused_states", "Limit of num_states_paused."),
     "num_slots": ("num_slots", "Slots in the state pool."),
     "num_free_slots": ("num_free_slots", "Unused slots in the state pool."),
@@ -66,6 +70,10 @@ CACHE_COUNTERS = {
 COUNTERS = {
     "prompt_tokens": ("num_prompt_tokens", "Prompt tokens processed."),
     "generation_tokens": ("num_generated_tokens", "Tokens generated."),
+    "num_preemptions": (
+        "num_preemptions",
+        "Times that a request gave its slots to another key's.",
+    ),
     "engine_steps": ("num_steps", "Steps of the engine."),
     "engine_faults": ("num_faults", "Requests that an error in the engine ended."),
     "sampling_failures": (

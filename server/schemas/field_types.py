@@ -116,7 +116,7 @@ def _strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
         if not isinstance(each, str):
             raise wrong_element(place, each)
         check_text(str(info.field_name), each)
-    return tuple(strings)
+    return tuple(dict.fromkeys(strings))
 
 
 def _listed_strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
@@ -132,6 +132,10 @@ def _token_ids(value: Any) -> tuple[int, ...]:
         if type(each) is not int:
             raise wrong_element(place, each)
     return tuple(value)
+
+
+def _distinct_ids(value: Any) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(_token_ids(value)))
 
 
 def _biases(value: Any) -> dict[int, float]:
@@ -166,6 +170,10 @@ ListedStrings = Annotated[
     tuple[str, ...], PlainValidator(_listed_strings, json_schema_input_type=list[str])
 ]
 TokenIds = Annotated[tuple[int, ...], PlainValidator(_token_ids, json_schema_input_type=list[int])]
+DistinctIds = Annotated[
+    tuple[int, ...], PlainValidator(_distinct_ids, json_schema_input_type=list[int])
+]
+"""A set of ids: what is repeated counts once, so that it has no more than the vocabulary."""
 Biases = Annotated[
     dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float])
 ]

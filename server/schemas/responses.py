@@ -163,6 +163,7 @@ class ChatCompletion(BaseModel):
 class Model(BaseModel):
     """The served model; `max_model_len` is its trained length, which is not a limit.
 
+    max_model_len: null where the model's files do not say it.
     root: the model's own name, also where it is served under another one.
     """
 
@@ -172,7 +173,7 @@ class Model(BaseModel):
     owned_by: str
     root: str
     parent: None
-    max_model_len: int
+    max_model_len: int | None
 
 
 class ModelList(BaseModel):
@@ -198,7 +199,7 @@ class Tokenized(BaseModel):
     """Token ids of a text or a chat, and the tokenizer's own strings of them if requested."""
 
     count: int
-    max_model_len: int
+    max_model_len: int | None
     tokens: list[int]
     token_strs: list[str] | None = None
 

@@ -15,11 +15,11 @@ from cottention.server.schemas.base import RequestModel
 from cottention.server.schemas.field_types import (
     BIASES,
     Biases,
+    DistinctIds,
     ListedStrings,
     Name,
     Strings,
     Text,
-    TokenIds,
 )
 from cottention.server.schemas.unsupported import STREAM_OPTIONS, NeutralValues
 
@@ -72,7 +72,7 @@ class SamplingBody(RequestModel):
     seed: int | None = ranged(None, "a whole number of 64 bits", -(2**63), 2**63 - 1)
     n: int = ranged(1, "a whole number from 1", 1, MAX_CHOICES)
     stop: Strings = Field((), description="a string or a list of up to 16 strings")
-    stop_token_ids: TokenIds = Field((), description=IDS)
+    stop_token_ids: DistinctIds = Field((), description=IDS)
     include_stop_str_in_output: bool = Field(False, description=BOOLEAN)
     min_tokens: int = ranged(0, "a whole number from 0 to max_tokens", 0)
     ignore_eos: bool = Field(False, description=BOOLEAN)
@@ -80,7 +80,7 @@ class SamplingBody(RequestModel):
     frequency_penalty: float = ranged(0.0, "a number from -2 to 2", -2, 2)
     repetition_penalty: float = ranged(1.0, "a finite number greater than 0", 0)
     logit_bias: Biases = Field({}, description=BIASES)
-    allowed_token_ids: TokenIds | None = Field(None, description=IDS)
+    allowed_token_ids: DistinctIds | None = Field(None, description=IDS)
     bad_words: ListedStrings = Field((), description="a list of strings")
     skip_special_tokens: bool = Field(True, description=BOOLEAN)
     context_policy: ContextPolicy | None = Field(None, description=POLICY)

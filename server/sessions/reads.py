@@ -5,7 +5,6 @@ A read lasts until its client has all of it. What it holds meanwhile is a piece,
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from starlette.responses import Response
@@ -15,38 +14,33 @@ from cottention.engine.sessions.store import BlobReader
 from cottention.server.generation.sse import body_message, close_on_disconnect
 from cottention.server.http.errors import RETRY_AFTER_SECONDS, too_many
 from cottention.server.http.pacing import PIECE_BYTES
+from cottention.server.http.shares import Shares
 
 
 class ReadLimit:
     """The reads that are under way, by owner. To be used on the event loop only.
 
-    An owner may begin another where more places are free than it has: one alone gets half of them,
-    and the next ones still find some.
+    They are `Shares`: one owner alone gets half of the places.
     """
 
     def __init__(self, max_reads: int) -> None:
-        self._max_reads = max_reads
-        self._num_by_owner: Counter[str] = Counter()
+        self._places = Shares(max_reads)
 
     @contextlib.contextmanager
     def reading(self, owner: str) -> Iterator[None]:
         """Have a place for a read. Raises ApiError 429."""
-        num_own = self._num_by_owner[owner]
-        num_free = self._max_reads - self._num_by_owner.total()
-        if num_own >= num_free:
+        places = self._places
+        if not places.take(owner, 1):
             raise too_many(
-                f"{self._max_reads - num_free} snapshots and event logs are being sent, {num_own}"
-                " of them to this client, which has to wait until one of them has ended",
+                f"{places.num_held} snapshots and event logs are being sent,"
+                f" {places.held_by(owner)} of them to this client; retry when one has ended",
                 RETRY_AFTER_SECONDS,
                 "too_many_reads",
             )
-        self._num_by_owner[owner] += 1
         try:
             yield
         finally:
-            self._num_by_owner[owner] -= 1
-            if not self._num_by_owner[owner]:
-                del self._num_by_owner[owner]
+            places.give_back(owner, 1)
 
 
 class SnapshotResponse(Response):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cottention.engine.errors import SessionError
 from cottention.engine.outputs import FinishReason
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
-from cottention.server.generation.choice_format import compact
+from cottention.server.generation.json_pieces import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.sse import EventFormatter
 from cottention.server.http.errors import ApiError, engine_failed, session_error, turn_failed

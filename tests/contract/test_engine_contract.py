@@ -61,7 +61,7 @@ def ends(outputs: Sequence[Output]) -> list[tuple[str, int, FinishReason]]:
     return sorted((o.request_id, o.choice, o.finish_reason) for o in outputs if o.finish_reason)
 
 
-def test_a_request_ends_once_after_all_that_it_said(engine: Any) -> None:
+def test_a_request_ends_once_with_its_last_output(engine: Any) -> None:
     assert not engine.has_work()
     assert engine.submit(PROMPT, SHORT, request_id="a") == "a"
     assert engine.has_work()
@@ -81,7 +81,7 @@ def test_each_choice_ends_once(engine: Any) -> None:
     assert [len(ids_of(of(outputs, "a", n))) for n in range(3)] == [5] * 3
 
 
-def test_a_prompt_may_be_read_and_nothing_said(engine: Any) -> None:
+def test_a_prompt_may_be_processed_without_generating(engine: Any) -> None:
     engine.submit(PROMPT, params(max_tokens=0), request_id="a")
     outputs = steps(engine)
     assert ends(outputs) == [("a", 0, FinishReason.LENGTH)]
@@ -112,7 +112,7 @@ def test_log_probabilities_come_with_their_ids(engine: Any) -> None:
     assert [logprob and logprob.token_id for logprob in scored] == PROMPT[1:]
 
 
-def test_without_being_asked_for_there_are_none(engine: Any) -> None:
+def test_outputs_have_no_logprobs_or_state_by_default(engine: Any) -> None:
     engine.submit(PROMPT, SHORT, request_id="a")
     for out in steps(engine):
         assert (out.logprobs, out.prompt_logprobs, out.state) == ((), None, None)
@@ -128,7 +128,7 @@ def test_without_being_asked_for_there_are_none(engine: Any) -> None:
         (PROMPT, {"max_tokens": 10**9}, "max_tokens"),
     ],
 )
-def test_what_cannot_be_is_refused_with_its_field(
+def test_an_impossible_request_is_refused_with_its_field(
     engine: Any, prompt: list[int], changes: dict[str, Any], param: str
 ) -> None:
     with pytest.raises(ParameterError) as error:
@@ -139,7 +139,7 @@ def test_what_cannot_be_is_refused_with_its_field(
     assert ends(steps(engine)) == [("a", 0, FinishReason.LENGTH)]
 
 
-def test_an_id_is_one_request_s_until_it_ends(engine: Any) -> None:
+def test_an_id_is_taken_until_its_request_ends(engine: Any) -> None:
     engine.submit(PROMPT, SHORT, request_id="a")
     for _ in range(2):
         with pytest.raises(ParameterError) as error:
@@ -165,17 +165,20 @@ def test_a_cancelled_request_ends_in_the_next_step(engine: Any, reason: FinishRe
 
 
 @pytest.mark.parametrize("reason", [FinishReason.ABORT, FinishReason.TIMEOUT])
-def test_cancelled_before_its_first_step_it_says_nothing(engine: Any, reason: FinishReason) -> None:
+def test_a_request_cancelled_before_its_first_step_generates_nothing(
+    engine: Any, reason: FinishReason
+) -> None:
     """Its id is reserved, and the engine has not queued it yet."""
     engine.submit(PROMPT, params(n=2), request_id="a")
-    engine.cancel("a", reason)
+    for _ in range(2):
+        engine.cancel("a", reason)
     outputs = steps(engine)
     assert ends(outputs) == [("a", n, reason) for n in range(2)]
     assert ids_of(outputs) == []
 
 
 @pytest.mark.parametrize("verb", ["cancel", "pause", "resume"])
-def test_an_unknown_id_and_one_that_has_ended_are_left_alone(engine: Any, verb: str) -> None:
+def test_unknown_and_finished_ids_are_ignored(engine: Any, verb: str) -> None:
     getattr(engine, verb)("nobody")
     engine.submit(PROMPT, SHORT, request_id="a")
     assert ends(steps(engine)) == [("a", 0, FinishReason.LENGTH)]
@@ -185,7 +188,7 @@ def test_an_unknown_id_and_one_that_has_ended_are_left_alone(engine: Any, verb: 
     assert ends(steps(engine)) == [("a", 0, FinishReason.LENGTH)]
 
 
-def test_a_paused_request_says_nothing_until_it_is_resumed_and_then_the_same(engine: Any) -> None:
+def test_a_paused_request_continues_with_the_same_tokens(engine: Any) -> None:
     engine.submit(PROMPT, params(max_tokens=9), request_id="whole")
     whole = ids_of(steps(engine))
     engine.submit(PROMPT, params(max_tokens=9), request_id="a")
@@ -217,7 +220,7 @@ def test_a_paused_request_can_be_cancelled(engine: Any) -> None:
     assert engine.stats().num_paused == 0
 
 
-def test_figures(engine: Any) -> None:
+def test_stats_follow_the_requests(engine: Any) -> None:
     before = engine.stats()
     assert (before.num_slots, before.num_free_slots) == (NUM_SLOTS, NUM_SLOTS)
     assert before.bytes_per_slot == engine.spec.bytes_per_slot
@@ -241,7 +244,7 @@ def test_figures(engine: Any) -> None:
     assert (after.num_faults, after.num_undrawn) == (0, 0)
 
 
-def test_closing_ends_all_and_takes_no_more(engine: Any) -> None:
+def test_closing_aborts_all_and_refuses_requests(engine: Any) -> None:
     engine.submit(PROMPT, params(max_tokens=100, n=2), request_id="a")
     engine.submit(PROMPT, LONG, request_id="b")
     steps(engine, until=lambda outputs: len(outputs) >= 3)
@@ -254,6 +257,7 @@ def test_closing_ends_all_and_takes_no_more(engine: Any) -> None:
     with pytest.raises(EngineStoppedError):
         engine.submit(PROMPT, SHORT, request_id="late")
     engine.cancel("a")
+    assert engine.step() == []
     assert engine.stats().num_free_slots == NUM_SLOTS
 
 
@@ -264,7 +268,7 @@ class TestTurns:
         engine.submit(ids, params(**changes), request_id="a", start=start)
         return steps(engine)
 
-    def test_the_last_output_brings_the_session_after_it(self, engine: Any) -> None:
+    def test_the_last_output_has_the_state_after_the_turn(self, engine: Any) -> None:
         *others, last = self.run(engine, PROMPT, SessionState())
         assert [out.state for out in others] == [None] * len(others)
         assert last.state is not None
@@ -276,12 +280,12 @@ class TestTurns:
         assert again.num_tokens == last.state.num_tokens + 5
         assert last.state.num_tokens == len(PROMPT) + len(ids), "a state is a value"
 
-    def test_a_turn_that_only_reads_brings_it_too(self, engine: Any) -> None:
+    def test_a_turn_without_generation_has_a_state(self, engine: Any) -> None:
         state = self.run(engine, PROMPT, SessionState(), max_tokens=0)[-1].state
         assert state is not None
         assert state.recent == tuple(PROMPT)
 
-    def test_a_cut_turn_brings_none(self, engine: Any) -> None:
+    def test_a_cancelled_turn_has_no_state(self, engine: Any) -> None:
         engine.submit(PROMPT, LONG, request_id="a", start=SessionState())
         steps(engine, until=bool)
         engine.cancel("a")
@@ -291,7 +295,7 @@ class TestTurns:
         ("ids", "changes", "param"),
         [([], {}, "prompt"), (PROMPT, {"n": 2}, "n"), (PROMPT, {"prompt_logprobs": 1}, None)],
     )
-    def test_what_a_turn_cannot_have(
+    def test_parameters_that_a_turn_cannot_have_are_refused(
         self, engine: Any, ids: list[int], changes: dict[str, Any], param: str | None
     ) -> None:
         with pytest.raises(ParameterError) as error:
@@ -356,12 +360,14 @@ def test_a_worker_delivers_every_request_s_end_once(worker: EngineWorker, reader
     assert worker.stats().num_free_slots == NUM_SLOTS
 
 
-def test_a_worker_that_stops_ends_everybody(worker: EngineWorker, reader: Reader) -> None:
+def test_a_stopped_worker_aborts_every_request(worker: EngineWorker, reader: Reader) -> None:
     worker.submit(PROMPT, LONG, request_id="a")
     worker.submit(PROMPT, LONG, request_id="paused")
     worker.pause("paused")
     reader.wait(lambda outputs: len(of(outputs, "a")) >= 2)
     worker.stop()
     assert ends(reader.outputs) == [(name, 0, FinishReason.ABORT) for name in ("a", "paused")]
+    assert worker.stats().num_free_slots == NUM_SLOTS
+    worker.stop()
     with pytest.raises(EngineStoppedError):
         worker.submit(PROMPT, SHORT, request_id="late")

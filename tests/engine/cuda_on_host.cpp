@@ -34,6 +34,7 @@ struct Block {
     for (int i = 0; i < kThreads; ++i) {
       DeviceThread thread(i);
       for (float& sum : thread.sums) sum = kUnset;
+      for (float& sum : thread.reads) sum = kUnset;
       for (auto& row : thread.h)
         for (Quad& quad : row) quad = {{kUnset, kUnset, kUnset, kUnset}};
       for (Quad& quad : thread.z) quad = {{kUnset, kUnset, kUnset, kUnset}};
@@ -51,6 +52,17 @@ struct Block {
       for (int s = 0; s < DeviceThread::kSums; ++s)
         exchange<kThreads>(distance, [&](int i) -> float& { return threads[i].sums[s]; });
   }
+  void read(const StepParams& p, const BlockTask& task, int64_t token) {
+    for (auto& thread : threads) thread.read(p, task, token);
+  }
+  void reduce_reads() {
+    for (int distance = TileShape::kLanes / 2; distance > 0; distance /= 2)
+      for (int s = 0; s < TileShape::kRows; ++s)
+        exchange<kThreads>(distance, [&](int i) -> float& { return threads[i].reads[s]; });
+  }
+  void advance_general(const StepParams& p, const BlockTask& task, int64_t token) {
+    for (auto& thread : threads) thread.advance_general(p, task, token);
+  }
   void write(const StepParams& p, const BlockTask& task, int64_t token) {
     for (auto& thread : threads) thread.write(p, task, token);
   }
@@ -65,17 +77,22 @@ struct Block {
   }
 };
 
+template <class In, class Out, class TileShape, bool kIsGeneral>
+void step_block(const StepParams& p, int64_t index) {
+  Block<In, Out, TileShape> block;
+  if (p.cu_seqlens)
+    run_block<TileShape, false, kIsGeneral>(p, index, block);
+  else
+    run_block<TileShape, true, kIsGeneral>(p, index, block);
+}
+
 template <class In, class Out>
 void step(const StepParams& p) {
   with_tile_shape(p.key_width, [&](auto shape) {
     using TileShape = decltype(shape);
-    for (int64_t i = 0; i < num_blocks<TileShape>(p); ++i) {
-      Block<In, Out, TileShape> block;
-      if (p.cu_seqlens)
-        run_block<TileShape, false>(p, i, block);
-      else
-        run_block<TileShape, true>(p, i, block);
-    }
+    for (int64_t i = 0; i < num_blocks<TileShape>(p); ++i)
+      p.is_general() ? step_block<In, Out, TileShape, true>(p, i)
+                     : step_block<In, Out, TileShape, false>(p, i);
   });
 }
 

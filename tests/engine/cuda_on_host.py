@@ -34,6 +34,9 @@ class StepParams(ctypes.Structure):
         ("q", View),
         ("k", View),
         ("v", View),
+        ("w", View),
+        ("a", View),
+        ("b", View),
         ("state", ctypes.c_void_p),
         ("z", ctypes.c_void_p),
         ("state_stride", ctypes.c_int64),
@@ -48,7 +51,10 @@ class StepParams(ctypes.Structure):
         ("key_width", ctypes.c_int),
         ("value_width", ctypes.c_int),
         ("num_slots", ctypes.c_int),
+        ("decay", ctypes.c_int),
+        ("has_term", ctypes.c_bool),
         ("is_aligned", ctypes.c_bool),
+        ("is_terms_aligned", ctypes.c_bool),
     )
 
 
@@ -79,10 +85,10 @@ class FeaturesGeluParams(ctypes.Structure):
     )
 
 
-def step_on_host(case: Case) -> Tensor:
-    """recurrent_step as on CUDA, on CPU tensors; outputs start as NaN."""
+def step_on_host(case: Case, *terms: Tensor | None) -> Tensor:
+    """recurrent_step as on CUDA, on CPU tensors; outputs start as NaN. terms: w, a and b."""
     out = torch.full(case.v.shape, float("nan"), dtype=case.v.dtype)
-    _step(case, out, out.stride(0))
+    _step(case, out, out.stride(0), *terms)
     return out
 
 
@@ -119,11 +125,19 @@ def attention_gelu_on_host(
     _step(Case(*mapped, state, None, state_indices, cu_seqlens), out, out.stride(0))
 
 
-def _step(case: Case, out: Tensor, out_stride: int) -> None:
+def _step(
+    case: Case,
+    out: Tensor,
+    out_stride: int,
+    w: Tensor | None = None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+) -> None:
     """Write to out, whose tokens are `out_stride` elements apart."""
     tokens, heads, value = case.v.shape
+    given = (*case[:3], w, a, b)
     params = StepParams(
-        *(View(x.data_ptr(), *x.stride()[:2]) for x in case[:3]),
+        *(View() if x is None else View(x.data_ptr(), *x.stride()[:2]) for x in given),
         state=case.state.data_ptr(),
         z=None if case.z is None else case.z.data_ptr(),
         state_stride=case.state.stride(0),
@@ -138,7 +152,10 @@ def _step(case: Case, out: Tensor, out_stride: int) -> None:
         key_width=case.q.shape[2],
         value_width=value,
         num_slots=len(case.state),
+        decay=0 if w is None else w.dim() - 1,
+        has_term=a is not None,
         is_aligned=_is_aligned(case.q) and _is_aligned(case.k),
+        is_terms_aligned=all(_is_aligned(x) for x in (w, a, b) if x is not None),
     )
     _library().step_on_host(ctypes.byref(params), TYPES[case.q.dtype], TYPES[out.dtype])
 

@@ -4,22 +4,24 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from cottention.engine.models.checkpoint import read_weights
 from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import CottentionForCausalLM, map_weight
+from cottention.engine.models.weight_files import read_weights
 from cottention.engine.outputs import SampledToken
+from cottention.engine.sampling.token_constraints import TokenConstraints
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import BatchResult, Sample
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.session_state import SessionState
-from cottention.engine.state.spec import StateSpec, recurrence_tensors
+from cottention.engine.state.spec import StateSpec, StateTensor, recurrence_tensors
 from cottention.engine.text.tokenizer import Tokenizer
 
 _FOLDER = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
@@ -66,6 +68,55 @@ def weights_of_kind(config: GPTJConfig) -> dict[str, torch.Tensor]:
     return weights | {k: v for k, v in made.items() if map_weight(k) is not None}
 
 
+FAMILIES = {
+    "rwkv7": "rwkv7",
+    "mamba2": "mamba2-groups",
+    "mamba": "mamba",
+    "gla": "gla",
+    "retnet": "retnet",
+    "hgrn2": "hgrn2",
+    "delta_net": "delta_net",
+    "gated_deltanet": "gated_deltanet-gva",
+}
+"""The recurrent families that are served, and the golden case that is the small model of each."""
+
+
+SESSION_FAMILIES = ("rwkv7", "mamba2")
+"""Those for which all that sessions do is tested again: they keep more than the recurrence."""
+
+
+def model_folder(name: str) -> Path:
+    """The small model of a kind of attention or of a recurrent family."""
+    return family_folder(name) if name in FAMILIES else attention_folder(name)
+
+
+@functools.cache
+def family_folder(model_type: str) -> Path:
+    """The small model of a recurrent family, which reads and writes the small tokenizer's ids.
+
+    Its golden case has fewer ids: embeddings and head are continued with random rows.
+    """
+    target = Path(_made().name) / model_type
+    source = _FOLDER.parent / FAMILIES[model_type]
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("expected.*", "*.md"))
+    for each in ("tokenizer.json", "tokenizer_config.json"):
+        if (_FOLDER / each).is_file():
+            shutil.copy(_FOLDER / each, target)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    known, config["vocab_size"] = config["vocab_size"], small_tokenizer().num_ids
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    generator = torch.Generator().manual_seed(0)
+    weights = read_weights(source)
+    for name, weight in weights.items():
+        if name.endswith(("embeddings.weight", "lm_head.weight")):
+            shape = config["vocab_size"] - known, weight.shape[1]
+            rest = float(weight.std()) * torch.randn(shape, generator=generator)
+            weights[name] = torch.cat([weight, rest])
+    (target / "model.safetensors").unlink()
+    save_file(weights, target / "model.safetensors")
+    return target
+
+
 @functools.cache
 def _made() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="cottention-tests-")
@@ -80,11 +131,42 @@ def _biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
+_TAILS: dict[str, Callable[[int], tuple[StateTensor, ...]]] = {
+    "mamba2": lambda width: (StateTensor("conv", (1, 3, 2 * width)),),
+    "rwkv7": lambda width: (
+        StateTensor("att_shift", (1, 2 * width)),
+        StateTensor("ffn_shift", (1, 2 * width)),
+    ),
+}
+"""What the sessions of a family keep beside the state of its recurrence, by width of a head."""
+
+
+def rwkv7_file(folder: Path) -> Path:
+    """A .pth file of an RWKV-7 with as many ids as the small World vocabulary, which is beside it.
+
+    Its golden case has fewer: embeddings and head are continued with random rows.
+    """
+    golden = _FOLDER.parent
+    weights = read_weights(golden / "rwkv7-pth" / "model.pth")
+    generator = torch.Generator().manual_seed(0)
+    for name in ("emb.weight", "head.weight"):
+        rest = torch.randn(320 - len(weights[name]), 64, generator=generator).to(torch.bfloat16)
+        weights[name] = torch.cat([weights[name], rest * weights[name].std()])
+    torch.save(weights, folder / "small.pth")
+    shutil.copy(golden / "world-tokenizer" / "vocab.txt", folder / "rwkv_vocab_small.txt")
+    return folder / "small.pth"
+
+
 def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
-    """States of one layer and two heads of this width, as attention of this kind has them.
+    """States of one layer and two heads of this width, as a kind or a family has them.
 
     more_keys: by how much keys are wider, so that no shape is its transpose.
     """
+    if kind in SESSION_FAMILIES:
+        recurrence = recurrence_tensors(
+            layers=1, heads=2, value_width=width, key_width=width + more_keys
+        )
+        return StateSpec((*recurrence, *_TAILS[kind](width)))
     config = GPTJConfig(8, 2 * width, 1, 2, 64, rotary_dim=0, n_inner=8, attention_type=kind)
     return StateSpec(
         recurrence_tensors(
@@ -105,7 +187,8 @@ def state_of(spec: StateSpec, n: int, window: int) -> SessionState:
 
 def make_request(name: str, prompt_ids: list[int], params: SamplingParams) -> Request:
     """A request that nobody has worked on."""
-    return Request.new(name, prompt_ids, params, small_tokenizer(), ())
+    constraints = TokenConstraints.of(params, small_tokenizer().num_ids)
+    return Request.new(name, prompt_ids, params, small_tokenizer(), constraints)
 
 
 def drew(ids: dict[Choice, int]) -> BatchResult:

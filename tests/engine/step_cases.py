@@ -48,6 +48,40 @@ def make(
     return Case(q, k, v, pool[:, 1], z, torch.tensor(state_indices, dtype=torch.int32), cu_seqlens)
 
 
+FORMS = ["w-head", "w-key", "ab", "w-head ab", "w-key ab"]
+
+
+class Terms(NamedTuple):
+    """w, a and b of some form; slices of something wider, as a model's projections are."""
+
+    w: Tensor | None
+    a: Tensor | None
+    b: Tensor | None
+
+    def part(self, start: int, stop: int) -> dict[str, Tensor | None]:
+        named = self._asdict()
+        return {name: None if x is None else x[start:stop] for name, x in named.items()}
+
+    def double(self) -> dict[str, Tensor | None]:
+        return {name: None if x is None else x.double() for name, x in self._asdict().items()}
+
+
+def terms_of(form: str, case: Case) -> Terms:
+    """a is minus a unit vector and b a part of it: what is removed from the state does not grow."""
+    tokens, heads, key = case.q.shape
+    generator = torch.Generator().manual_seed(tokens + key)
+    wide = torch.rand(tokens, heads, 3 * key + 3, generator=generator)
+    unit = torch.nn.functional.normalize(wide[..., :key] - 0.5, dim=-1)
+    w = None
+    if "w-head" in form:
+        w = 0.5 + wide[..., -1] / 2
+    if "w-key" in form:
+        w = 0.5 + wide[..., key : 2 * key] / 2
+    if "ab" not in form:
+        return Terms(w, None, None)
+    return Terms(w, -unit, unit * wide[..., 2 * key : 3 * key])
+
+
 FAR_ROWS = 1100
 FAR_SHAPE = 16, 256, 512  # H, V, K: rows from 1024 on begin beyond 2^31 elements
 

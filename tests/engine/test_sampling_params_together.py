@@ -40,7 +40,7 @@ def model_logprobs(engine: Engine, gptj_folder: Path, token_ids: list[int]) -> t
     is_divided = "denominator" in engine.spec.shapes
 
     def attend(_layer: int, features: Any) -> torch.Tensor:
-        q, k, v = (x.transpose(-3, -2) for x in features)
+        q, k, v = (x.transpose(-3, -2) for x in features[:3])
         return reference.parallel(q, k, v, denominator=is_divided).transpose(-3, -2)
 
     with torch.inference_mode():

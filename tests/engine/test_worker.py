@@ -86,35 +86,13 @@ def test_a_request_from_another_thread(worker: EngineWorker, reader: Reader) -> 
     assert not reader.deaths
 
 
-def test_what_came_before_the_start_is_served(worker: EngineWorker, reader: Reader) -> None:
+def test_requests_submitted_before_the_start_are_served(
+    worker: EngineWorker, reader: Reader
+) -> None:
     worker.submit([1], SHORT, request_id="early")
     assert not worker.is_alive
     worker.start()
     assert reader.wait_end("early") is FinishReason.LENGTH
-
-
-def test_cancel(worker: EngineWorker, reader: Reader) -> None:
-    worker.start()
-    worker.submit([1], LONG, request_id="a")
-    reader.wait(lambda: len(reader.of("a")) >= 3)
-    worker.cancel("a")
-    assert reader.wait_end("a") is FinishReason.ABORT
-    assert worker.stats().num_free_slots == worker.stats().num_slots
-
-
-def test_stop_ends_everybody(worker: EngineWorker, reader: Reader) -> None:
-    worker.start()
-    for number in range(8):
-        worker.submit([1] * 30, LONG, request_id=str(number))
-    reader.wait(lambda: reader.outputs)
-    worker.stop()
-    for number in range(8):
-        assert [out.finish_reason for out in reader.of(str(number))][-1] is FinishReason.ABORT
-    assert worker.stats().num_free_slots == worker.stats().num_slots
-    assert not reader.deaths
-    worker.stop()
-    with pytest.raises(EngineStoppedError):
-        worker.submit([1], SHORT, request_id="late")
 
 
 def test_stop_without_start(worker: EngineWorker) -> None:
@@ -133,9 +111,7 @@ def test_an_idle_thread_sleeps(
     assert len(looks) <= 2
 
 
-def test_a_reader_that_raises_ends_the_thread_and_takes_no_more(
-    engine: Engine, reader: Reader
-) -> None:
+def test_a_callback_that_raises_ends_the_thread(engine: Engine, reader: Reader) -> None:
     def deliver(_: list[Output]) -> None:
         raise ValueError("the socket is gone")
 
@@ -238,7 +214,7 @@ def eager_switching() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("eager_switching")
-def test_figures_while_a_step_changes_them() -> None:
+def test_num_running_is_exact_while_a_step_changes_it() -> None:
     """The number of running requests is asked for while the engine's thread moves them around."""
     scheduler = Scheduler(64)
     for number in range(4):

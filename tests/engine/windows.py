@@ -16,7 +16,7 @@ from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.outputs import TokenLogprob
 from cottention.engine.state.context_window import ContextSchedule
 from cottention.engine.state.session_state import SessionState
-from tests.engine.making import weights_of_kind
+from tests.engine.making import FAMILIES, family_folder, weights_of_kind
 
 _MODEL = Path(__file__).parents[1] / "data" / "golden" / "cottention-gptj"
 _HOLD = tempfile.TemporaryDirectory(prefix="cottention-windows-")
@@ -26,7 +26,12 @@ Told = tuple[int, TokenLogprob]
 
 @functools.cache
 def folder_of(window: int, attention: str = "cottention") -> Path:
-    """The small model, as if it had been trained on `window` tokens, with any attention."""
+    """The small model, as if it had been trained on `window` tokens, with any attention.
+
+    That of a recurrent family is as it is: its sessions are not renewed.
+    """
+    if attention in FAMILIES:
+        return family_folder(attention)
     target = Path(_HOLD.name) / f"{attention}-{window}"
     shutil.copytree(_MODEL, target, ignore=shutil.ignore_patterns("expected.*"))
     changes = {"n_positions": window, "attention_type": attention}

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 from cottention.engine.errors import EngineStoppedError, ParameterError
 from cottention.engine.outputs import EngineStats, FinishReason, Output, TokenLogprob
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
+from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
@@ -84,6 +85,7 @@ class Running:
     params: SamplingParams
     prompt_ids: Sequence[int]
     priority: int = 0
+    client: Client = DEFAULT_CLIENT
     said: int = 0
     cancelled_at: int | None = None
     is_paused: bool = False
@@ -125,6 +127,7 @@ class FakeEngine:
         priority: int = 0,
         start: SessionState | None = None,
         cache_scope: str | None = None,  # noqa: ARG002
+        client: Client = DEFAULT_CLIENT,
     ) -> str:
         start = None if start is None else self.policies.settled(start, params)
         self.policies.schedule(prompt_ids, params, start)
@@ -148,6 +151,7 @@ class FakeEngine:
             self.running[request_id] = Running(
                 prompt, params, prompt_ids, priority, unfinished=set(range(params.n)), start=start
             )
+            self.running[request_id].client = client
             self.seen.append(self.running[request_id])
         return request_id
 

@@ -1,7 +1,7 @@
-"""A session's whole life over HTTP, by real engines of every kind of attention.
+"""A session's whole life over HTTP, by real engines of every kind of attention and every family.
 
-The window is a few tokens, so that states are renewed all the time. Whatever happens to a session,
-it says what a fresh request of all its ids says.
+The window is a few tokens, so that states are renewed all the time; recurrent families renew none.
+Whatever happens to a session, it says what a fresh request of all its ids says.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ import pytest
 
 from cottention.engine import Engine, SamplingParams
 from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
-from cottention.engine.state.session_state import SessionState
 from cottention.server.config import ServerConfig
 from cottention.server.sessions.storage import open_sessions
+from tests.engine.making import FAMILIES
 from tests.engine.windows import engine_of
 from tests.server.live import Live, serving
 
@@ -44,7 +44,7 @@ class Twin:
     def says(self, solo: Engine, prompt: Sequence[int], num: int) -> list[int]:
         """What a request of all ids says that has never been a session."""
         params = SamplingParams(max_tokens=num, **TURN)
-        solo.submit([*self.ids[-1], *prompt], params, start=SessionState())
+        solo.submit([*self.ids[-1], *prompt], params, start=solo.policies.new_session(None))
         outputs = [out for _ in iter(solo.has_work, False) for out in solo.step()]
         return [i for out in outputs for i in out.token_ids]
 
@@ -90,7 +90,7 @@ def imported(live: Live, raw: bytes, twin: Twin) -> Twin:
     return Twin(answer.json()["id"], [twin.ids[-1]])
 
 
-@each_kind
+@pytest.mark.parametrize("attention", [*RECURRENT_KINDS, *FAMILIES])
 def test_a_session_s_life(attention: str, tmp_path: Path) -> None:
     """Opened, continued, forked, rewound, moved, parked, stored, and continued after a restart."""
     solo = engine_of(WINDOW, attention)

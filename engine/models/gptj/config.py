@@ -66,6 +66,10 @@ class GPTJConfig(ModelConfig):
         return ATTENTION_KINDS[self.attention_type]
 
     @property
+    def window(self) -> int:
+        return min(self.n_positions, self.max_exact_length or self.n_positions)
+
+    @property
     def max_exact_length(self) -> int | None:
         return self.feature_map.max_exact_length(self)
 

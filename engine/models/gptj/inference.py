@@ -138,7 +138,7 @@ class PackedLayers:
         self._layers = [PackedLayer(config, index, block) for index, block in enumerate(blocks)]
         self._weights = [weight for layer in self._layers for weight in layer.weights()]
         self._epsilon = config.layer_norm_epsilon
-        fits = ops.kernel_has_width(config.head_dim, config.head_dim)
+        fits = ops.fused_kernel_has_width(config.head_dim)
         self._fused = config.feature_map.fused_layers if fits else None
         width, inner = config.n_embd, config.n_inner
         self._buffers = [torch.empty(0, n) for n in (width, 3 * width + inner, width + inner)]

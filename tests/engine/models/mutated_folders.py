@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from cottention.engine.models.checkpoint import read_weights
 from cottention.engine.models.model_folder import DEFAULT_MODEL
+from cottention.engine.models.weight_files import read_weights
 
 Mutation = Callable[[random.Random, Path], None]
 

@@ -64,7 +64,7 @@ def case(golden: Path) -> Case:
 
 def heads_first(features: Features) -> list[Tensor]:
     """[B, T, H, D] → [B, H, T, D]."""
-    return [x.transpose(1, 2) for x in features]
+    return [x.transpose(1, 2) for x in features[:3]]
 
 
 def attend_parallel(features: Features) -> Tensor:
@@ -84,7 +84,7 @@ def attend_chunked(features: Features) -> Tensor:
 
 def attend_recurrent(features: Features) -> Tensor:
     """One token at a time: all that is carried is the state and its denominator."""
-    q, k, v = features
+    q, k, v = features[:3]
     state = q.new_zeros(len(q), q.shape[2], v.shape[-1], k.shape[-1])
     z = q.new_zeros(len(q), q.shape[2], k.shape[-1])
     slots = torch.arange(len(q), dtype=torch.int32)

@@ -55,7 +55,7 @@ TOLERANCES = [(torch.float64, 1e-10), (torch.float32, 2e-5)]
 
 def heads_first(features: Features) -> list[Tensor]:
     """[B, T, H, D] → [B, H, T, D]."""
-    return [x.transpose(-3, -2) for x in features]
+    return [x.transpose(-3, -2) for x in features[:3]]
 
 
 def attend_parallel(layer: int, features: Features) -> Tensor:
@@ -90,7 +90,7 @@ def test_golden_recurrent(case: Case, dtype: torch.dtype, tolerance: float) -> N
     slots = torch.arange(case.batch, dtype=torch.int32)
 
     def attend(layer: int, features: Features) -> Tensor:
-        return recurrent_step(*features, states[:, layer], None, slots)
+        return recurrent_step(*features[:3], states[:, layer], None, slots)
 
     with torch.inference_mode():
         steps = [

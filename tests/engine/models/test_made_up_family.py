@@ -176,7 +176,7 @@ def test_a_snapshot_has_it_by_name(spec: StateSpec) -> None:
 
 
 def test_a_fingerprint_has_its_name_shape_and_dtype(counter_folder: Path, spec: StateSpec) -> None:
-    made = Fingerprint.of(counter_folder, spec, "bfloat16")
+    made = Fingerprint.of(counter_folder, [], spec, "bfloat16")
     assert made.layout == "state=2x1x8x8:float32 shift=2x8:float32 weights=bfloat16"
     assert made.config.startswith("model_type=counter vocab_size=")
 

@@ -62,6 +62,11 @@ def test_a_file_is_no_folder(gptj_folder: Path) -> None:
         resolve_model(gptj_folder / "config.json")
 
 
+def test_a_pth_file_is_a_model(tmp_path: Path) -> None:
+    (tmp_path / "x070-0.4b.pth").touch()
+    assert resolve_model(tmp_path / "x070-0.4b.pth") == ("x070-0.4b", tmp_path / "x070-0.4b.pth")
+
+
 @pytest.mark.parametrize(
     "name",
     [

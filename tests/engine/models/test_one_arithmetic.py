@@ -1,8 +1,8 @@
 """On the CPU in float32 there is one arithmetic: who runs beside a request changes no bit of it.
 
-200 requests, a third as many for each other feature map, greedy and seeded, run alone, and then in
-company: batches of up to 64, prompts cut into chunks of other sizes, another order of arrival.
-Their logits are compared with torch.equal.
+200 requests, a third as many for each other feature map and fewer for each recurrent family, greedy
+and seeded, run alone, and then in company: batches of up to 64, prompts cut into chunks of other
+sizes, another order of arrival. Their logits are compared with torch.equal.
 """
 
 import random
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.scheduling.batch import Batch, BatchResult
+from tests.engine.making import FAMILIES
 
-pytestmark = pytest.mark.every_attention
+pytestmark = pytest.mark.every_model
 
-NUM_REQUESTS = {"cottention": 200}
+NUM_REQUESTS = {"cottention": 200, **dict.fromkeys(FAMILIES, 24)}
 
 
 class Recorded:

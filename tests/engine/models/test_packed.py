@@ -43,7 +43,7 @@ def _exact(config: GPTJConfig, length: int) -> Tensor:
     is_divided = "denominator" in config.state_spec().shapes
 
     def attend(_: int, features: Features) -> Tensor:
-        q, k, v = (x.transpose(0, 1) for x in features)
+        q, k, v = (x.transpose(0, 1) for x in features[:3])
         return reference.parallel(q, k, v, denominator=is_divided).transpose(0, 1)
 
     positions = torch.arange(length)

@@ -11,11 +11,15 @@ from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.registry import (
     FAMILIES,
+    OTHERS,
     family_of,
     find_family,
     parse_config,
     read_config,
 )
+
+FROM_WEIGHTS = {"low_ranks"}
+"""Sizes that are in the weights, whose hash a session has, and in no configuration."""
 
 NOT_ARITHMETIC = {"eos_token_ids", "torch_dtype"}
 """Where texts end, and how weights are stored; the layout has the dtype that they are served in."""
@@ -48,7 +52,17 @@ def test_an_unknown_model_type_is_refused_with_those_that_are_served(model_type:
         parse_config({"model_type": model_type}, "here/config.json")
     message = str(caught.value)
     assert message.startswith(f"here/config.json: model_type is {model_type!r}, ")
-    assert message.endswith("supported are: 'gptj'")
+    assert message.endswith(f"supported are: {', '.join(map(repr, sorted(FAMILIES)))}")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("xlstm", "xLSTM"), ("minimax", "MiniMax"), ("rwkv6", "RWKV-6"), ("jamba", "Jamba")],
+)
+def test_what_people_may_try_is_refused_by_its_name(model_type: str, name: str) -> None:
+    with pytest.raises(ModelFolderError, match=rf"is '{model_type}' \({name}.*supported are: .*"):
+        parse_config({"model_type": model_type}, "config.json")
+    assert not OTHERS.keys() & FAMILIES.keys()
 
 
 def test_a_family_is_found_under_its_name_and_by_its_configuration(gptj_folder: Path) -> None:
@@ -63,7 +77,7 @@ def test_every_field_is_arithmetic_or_known_not_to_be(name: str) -> None:
     """A field that is in neither list would change states under an unchanged fingerprint."""
     config = FAMILIES[name].config
     listed = {*config.arithmetic_fields, *config.optional_arithmetic_fields}
-    assert listed | NOT_ARITHMETIC == {field.name for field in fields(config)}
+    assert listed | NOT_ARITHMETIC == {field.name for field in fields(config)} - FROM_WEIGHTS
     assert not listed & NOT_ARITHMETIC
 
 

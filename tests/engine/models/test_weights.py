@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.checkpoint import load_model, read_weights
+from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.registry import read_config
+from cottention.engine.models.weight_files import read_weights
 
 Save = Callable[[dict[str, Tensor], Path], None]
 

@@ -13,14 +13,16 @@ from torch import Tensor
 from cottention.engine.ops import reference
 from cottention.engine.ops.loader import is_cuda_ready
 from tests.engine.cuda_on_host import step_on_host
-from tests.engine.step_cases import Case, far_pools, make
+from tests.engine.step_cases import FORMS, Case, Terms, far_pools, make, terms_of
 
 VALUE_WIDTHS = [8, 16, 32, 48, 64, 80, 96, 128, 160, 192, 256]
 KEY_WIDTHS = [8, 16, 24, 40, 64, 72, 128, 136, 256, 264, 512]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
 
-Step = Callable[[Case], Tensor]
+Step = Callable[..., Tensor]
+"""A case, and w, a and b if there are any, to the outputs."""
+NO_TERMS = Terms(None, None, None)
 
 
 def on_cuda(x: Tensor) -> Tensor:
@@ -29,12 +31,13 @@ def on_cuda(x: Tensor) -> Tensor:
     return whole.as_strided(x.size(), x.stride(), x.storage_offset())
 
 
-def step_on_cuda(case: Case) -> Tensor:
+def step_on_cuda(case: Case, *terms: Tensor | None) -> Tensor:
     """The op on copies on the GPU; the pools come back to where they were."""
     there = Case(*(None if x is None else on_cuda(x) for x in case))
+    given = [None if x is None else on_cuda(x) for x in terms]
     poison = [torch.full(case.v.shape, float("nan"), dtype=case.v.dtype).cuda() for _ in range(4)]
     del poison
-    out: Tensor = torch.ops.cottention.recurrent_step(*there)
+    out: Tensor = torch.ops.cottention.recurrent_step(*there, *given)
     case.state.copy_(there.state)
     if case.z is not None and there.z is not None:
         case.z.copy_(there.z)
@@ -57,13 +60,13 @@ def rounded(case: Case, dtype: torch.dtype) -> Case:
     return case._replace(q=stacked[0], k=stacked[1], v=stacked[2])
 
 
-def assert_parity(step: Step, case: Case) -> None:
+def assert_parity(step: Step, case: Case, terms: Terms = NO_TERMS) -> None:
     exact = case.to(torch.float64)
-    expected = reference.recurrent_step(*exact)
+    expected = reference.recurrent_step(*exact, **terms.double())
     untouched = torch.ones(len(case.state), dtype=torch.bool)
     untouched[case.state_indices[case.state_indices >= 0].long()] = False
     before = case.to(torch.float32)
-    out = step(case)
+    out = step(case, *terms)
     assert out.dtype == case.v.dtype
     scale = expected.abs().amax().clamp_min(1e-3) if expected.numel() else torch.tensor(1.0)
     assert ((out.double() - expected).abs() <= ROUNDING[out.dtype] * scale).all()
@@ -84,6 +87,38 @@ def test_value_widths(step: Step, value: int, denominator: bool) -> None:
 @pytest.mark.parametrize("key", KEY_WIDTHS)
 def test_key_widths(step: Step, key: int, denominator: bool) -> None:
     assert_parity(step, make([2, 0, 5], [1, 2, 0], key, 40, denominator=denominator))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("key", "value"), [(64, 64), (8, 40), (72, 16), (256, 512), (512, 24)])
+def test_terms(step: Step, form: str, key: int, value: int) -> None:
+    case = make([1, 2, 0, 3], [5, -1, 0, 3], key, value, pool_size=7)
+    assert_parity(step, case, terms_of(form, case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_terms_with_16_bit_inputs(step: Step, dtype: torch.dtype) -> None:
+    case = make([1, 2, 0, 3], [5, -1, 0, 3], 64, 40, pool_size=7)
+    assert_parity(step, rounded(case, dtype), terms_of("w-key ab", case))
+
+
+@pytest.mark.parametrize("form", ["w-head", "w-key"])
+def test_a_denominator_decays_as_the_state(step: Step, form: str) -> None:
+    case = make([1, 2, 0, 3], [5, -1, 0, 3], 72, 16, denominator=True)
+    assert_parity(step, case, terms_of(form, case))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_split_segment_with_terms_has_equal_bits(step: Step, form: str) -> None:
+    whole = make([12], [2], 64, 24, pool_size=4)
+    terms, parts = terms_of(form, whole), whole.to(torch.float32)
+    expected = step(whole, *terms)
+    for start, stop in ((0, 5), (5, 6), (6, 12)):
+        q, k, v = (x[start:stop] for x in parts[:3])
+        ends = None if stop - start == 1 else torch.tensor([0, stop - start], dtype=torch.int32)
+        case = parts._replace(q=q, k=k, v=v, cu_seqlens=ends)
+        assert torch.equal(step(case, *terms.part(start, stop).values()), expected[start:stop])
+    assert torch.equal(parts.state, whole.state)
 
 
 @pytest.mark.parametrize("denominator", [False, True])

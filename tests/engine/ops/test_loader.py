@@ -33,6 +33,20 @@ pools = state.double(), z.double()
 indices, ends = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([0, 6, 13], dtype=torch.int32)
 want = reference.recurrent_step(q.double(), k.double(), v.double(), *pools, indices, ends)
 close(ops.recurrent_step(q, k, v, state, z, indices, ends), want)
+for decay in (None, torch.rand(13, 2), torch.rand(13, 2, 24)):
+    for a, b in ((None, None), (-k / 9, k / 9)):
+        pool = state.double()
+        wide = [None if y is None else y.double() for y in (decay, a, b)]
+        want = reference.recurrent_step(
+            q.double(), k.double(), v.double(), pool, None, indices, ends, w=wide[0], a=wide[1],
+            b=wide[2])
+        new = state.clone()
+        close(ops.recurrent_step(q, k, v, new, None, indices, ends, w=decay, a=a, b=b), want)
+        close(new, pool)
+u, rows = torch.rand(13, 20), torch.randn(3, 20, 24)
+scan = u, u, -torch.rand(20, 24), k[:, 0], q[:, 0], rows
+want = reference.selective_scan(*(y.double() for y in scan), indices, ends)
+close(ops.selective_scan(*scan, indices, ends), want)
 print(ops.backend())
 """
 COMPARE_COMPILED = f"""{COMPARE}

@@ -106,7 +106,7 @@ def test_random_numbers_of_many_seeds_give_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_row_does_not_know_the_rows_beside_it(seed: int) -> None:
+def test_a_row_does_not_depend_on_other_rows(seed: int) -> None:
     """Greedy, sorted and unsorted rows in any company and order get what they get alone."""
     rng = random.Random(seed)
     rows = [rng.choice(MANY_KINDS) for _ in range(40)]
@@ -140,7 +140,7 @@ def test_extremes_draw_an_allowed_id(params: dict[str, Any], number: float) -> N
     assert one(some_logits(1, seed=3)[0], number, **params) in SAMPLEABLE
 
 
-def test_extremes_mean_what_they_say() -> None:
+def test_extreme_parameters_keep_their_meaning() -> None:
     logits = some_logits(1, seed=3)[0]
     likeliest = one(logits, temperature=0)
     for params in ({"temperature": 1e-4}, {"top_p": 1e-12}, {"top_p": 5e-324}, {"min_p": 1.0}):
@@ -159,7 +159,7 @@ def test_impossible_ids_are_never_drawn_at_the_edges_of_the_numbers() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("params", [{"temperature": 0}, {}, {"top_k": 3}])
-def test_broken_logits_are_an_error_and_no_id(value: float, params: dict[str, Any]) -> None:
+def test_logits_that_are_not_finite_are_an_error(value: float, params: dict[str, Any]) -> None:
     logits = some_logits(1)[0]
     logits[5] = value
     assert one(logits, **params) is None

@@ -17,14 +17,14 @@ REFUSED: list[tuple[Sequence[int], dict[str, Any], str, str]] = [
     ([5, 100], {}, "prompt", "prompt ids must be from 0 to 99; 100 (at index 1) is not"),
     ([-1], {}, "prompt", "prompt ids must be from 0 to 99; -1 (at index 0) is not"),
     ([2**5000], {}, "prompt", "0 to 99; a number of more than 38 digits (at index 0) is not"),
-    ([1], {"stop_token_ids": (3, 7, 400)}, "stop_token_ids", "to 99; 400 (at index 2) is not"),
+    ([1], {"stop_token_ids": (3, 7, 400)}, "stop_token_ids", "to 99; 400 is not"),
     (
         [1],
         {"logit_bias": {5: 1, 123: 2}},
         "logit_bias",
         "ids in logit_bias must be from 0 to 99; 1",
     ),
-    ([1], {"allowed_token_ids": (100,)}, "allowed_token_ids", "to 99; 100 (at index 0) is not"),
+    ([1], {"allowed_token_ids": (100,)}, "allowed_token_ids", "to 99; 100 is not"),
     ([1], {"allowed_token_ids": ()}, "allowed_token_ids", "it is empty: leave it out"),
     ([1], {"allowed_token_ids": (95,)}, "allowed_token_ids", "has a token; 95 has none"),
     ([1], {"allowed_token_ids": (95, 99)}, "allowed_token_ids", "95 has none, nor has any other"),
@@ -33,12 +33,17 @@ REFUSED: list[tuple[Sequence[int], dict[str, Any], str, str]] = [
 ]
 
 
+def check(prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    LIMITS.check_prompt(prompt_ids, params, None)
+    LIMITS.check_params(params)
+
+
 @pytest.mark.parametrize(("prompt_ids", "params", "param", "says"), REFUSED, ids=repr)
 def test_an_error_names_the_id_and_the_bound(
     prompt_ids: Sequence[int], params: dict[str, Any], param: str, says: str
 ) -> None:
     with pytest.raises(ParameterError) as caught:
-        LIMITS.check(prompt_ids, SamplingParams(**params), None)
+        check(prompt_ids, SamplingParams(**params))
     assert caught.value.param == param
     assert says in str(caught.value)
 

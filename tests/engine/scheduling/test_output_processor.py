@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from cottention.engine.outputs import FinishReason, Output, SampledToken, TokenLogprob
+from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.request import Choice, Request
@@ -110,7 +111,7 @@ def test_a_session_state_has_the_turns_ids_and_no_rows_of_them() -> None:
     """The pool's rows are RequestManager's to add; a turn that is cut leaves no state."""
     start = SessionState(position=0, pending=(9,), recent=(9,))
     made = Request.new(
-        "r", [1, 2], SamplingParams(max_tokens=2), small_tokenizer(), (), start=start
+        "r", [1, 2], SamplingParams(max_tokens=2), small_tokenizer(), NO_CONSTRAINTS, start=start
     )
     choice = made.choices[0]
     assert process(choice, 3).state is None

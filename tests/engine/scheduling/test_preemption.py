@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
+from cottention.engine.scheduling.client import Client
 from tests.engine.test_engine import LONG, check_all_ended, collect, ids_of
 
-pytestmark = pytest.mark.every_attention
+pytestmark = pytest.mark.every_session
 
 PARAMS = SamplingParams(max_tokens=12, seed=3, ignore_eos=True)
 PROMPT = [5, 6, 7]
@@ -153,6 +154,7 @@ def test_the_end_of_one_that_waits_to_go_on(gptj_folder: Path) -> None:
     check_all_ended(engine, {})
 
 
+@pytest.mark.every_attention
 def test_a_pause_between_renewals_changes_no_token(gptj_folder: Path) -> None:
     """The spare row, in which the next state grows, waits with the other."""
     engine = Engine(gptj_folder, EngineConfig(max_slots=2, context_policy="renew"))
@@ -252,3 +254,47 @@ def test_no_room_at_all(gptj_folder: Path) -> None:
 
 def test_the_default_limit_is_the_number_of_slots(gptj_folder: Path) -> None:
     assert Engine(gptj_folder, EngineConfig(max_slots=3)).stats().max_paused_states == 3
+
+
+@pytest.mark.parametrize("num_steps", [1, 6])
+def test_slots_that_another_client_gets_change_no_token(gptj_folder: Path, num_steps: int) -> None:
+    """One request has every slot, and gives them up in its prompt or while it decodes."""
+    engine = Engine(gptj_folder, EngineConfig(max_slots=2, max_batch_tokens=8))
+    num_tokens = min(2 * engine.policies.window, 80)
+    params = SamplingParams(max_tokens=num_tokens, seed=3, ignore_eos=True, n=2)
+    prompt = PROMPT * 10
+    engine.submit(prompt, params, request_id="alone")
+    alone = {choice: ids_of(outputs) for (_, choice), outputs in collect(engine).items()}
+    other = [engine.generate([[9]], PARAMS)[0].token_ids]
+    parts: dict[tuple[str, int], list[Output]] = {}
+    engine.submit(prompt, params, request_id="hog", client=Client("hog"))
+    steps(engine, num_steps, parts)
+    engine.submit([9], PARAMS, request_id="other", client=Client("other"))
+    steps(engine, 1, parts)
+    stats = engine.stats()
+    assert (stats.num_preemptions, stats.num_preempted_states) == (1, 2)
+    assert (stats.num_paused, stats.num_paused_states) == (0, 0)
+    rest(engine, parts)
+    assert ids_of(parts["other", 0]) == other[0]
+    assert {choice: ids_of(parts["hog", choice]) for choice in alone} == alone
+    assert engine.stats().num_preempted_states == 0
+    check_all_ended(engine, parts)
+
+
+def test_a_preempted_request_may_pause_and_end(gptj_folder: Path) -> None:
+    engine = Engine(gptj_folder, EngineConfig(max_slots=1, max_paused_states=1))
+    for verb in ("pause", "cancel"):
+        parts: dict[tuple[str, int], list[Output]] = {}
+        engine.submit(PROMPT, LONG, request_id="hog", client=Client("hog"))
+        steps(engine, 4, parts)
+        engine.submit(PROMPT, PARAMS, request_id="other", client=Client("other"))
+        steps(engine, 1, parts)
+        assert engine.stats().num_preempted_states == 1
+        getattr(engine, verb)("hog")
+        steps(engine, 1, parts)
+        stats = engine.stats()
+        assert (stats.num_preempted_states, stats.num_paused_states) == (0, verb == "pause")
+        engine.cancel("hog")
+        rest(engine, parts)
+        assert len(ids_of(parts["other", 0])) == PARAMS.max_tokens
+        check_all_ended(engine, parts)

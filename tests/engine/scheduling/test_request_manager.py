@@ -8,6 +8,7 @@ import pytest
 from cottention.engine.outputs import FinishReason, Output, SampledToken
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import Sample
+from cottention.engine.scheduling.client import Client
 from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
 from cottention.engine.scheduling.prefix_reuse import PrefixReuse
@@ -23,6 +24,7 @@ LEGAL = {
     (WAITING, RUNNING),
     (WAITING, PAUSED),
     (WAITING, FINISHED),
+    (RUNNING, WAITING),
     (RUNNING, PAUSED),
     (RUNNING, FINISHED),
     (PAUSED, WAITING),
@@ -34,7 +36,7 @@ class Parts:
     """A request manager with a small pool; every step samples id 5 for each choice."""
 
     def __init__(self, num_slots: int, max_paused_states: int = 100) -> None:
-        self.scheduler = Scheduler(16)
+        self.scheduler = Scheduler(16, max_preempted_states=4)
         self.pool = StatePool(small_spec("cottention"), num_slots, "cpu")
         self.manager = RequestManager(
             self.scheduler,
@@ -46,8 +48,11 @@ class Parts:
         self.requests: list[Request] = []
         self.ends: list[Output] = []
 
-    def add(self, name: str, n: int = 1, length: int = 3, max_tokens: int = 50) -> Request:
+    def add(
+        self, name: str, n: int = 1, length: int = 3, max_tokens: int = 50, client: str = ""
+    ) -> Request:
         request = make_request(name, [1] * length, SamplingParams(n=n, max_tokens=max_tokens))
+        request.client = Client(client)
         self.manager.reserve_id(name)
         self.manager.add(request)
         self.requests.append(request)
@@ -78,6 +83,11 @@ class Parts:
         assert self.scheduler.num_waiting == statuses.count(WAITING)
         assert self.scheduler.num_running == statuses.count(RUNNING)
         assert self.manager._preemption.num_paused == statuses.count(PAUSED)
+        parked = [each for each in self.requests if each.is_preempted]
+        assert all(each.status is WAITING for each in parked)
+        num_parked = sum(len(each.unfinished_choices) for each in parked)
+        assert self.manager._preemption.num_preempted_states == num_parked <= 4
+        assert self.scheduler._num_preempted_states == num_parked
         for each in self.requests:
             is_running = each.status is RUNNING
             assert all((c.slot is not None) == is_running for c in each.unfinished_choices)
@@ -155,7 +165,9 @@ def test_status_slots_and_queues_agree_after_any_verbs(seed: int) -> None:
     for number in range(300):
         verb = rng.choice(["add", "step", "step", "pause", "pause", "resume", "cancel"])
         if verb == "add":
-            parts.add(str(number), rng.choice([1, 1, 3]), rng.randint(1, 30), rng.choice([2, 30]))
+            length, max_tokens = rng.randint(1, 30), rng.choice([2, 30])
+            client = rng.choice("abc")
+            parts.add(str(number), rng.choice([1, 1, 3]), length, max_tokens, client)
         elif verb == "step":
             parts.step()
         elif parts.requests and (verb != "cancel" or rng.random() < 0.3):

@@ -2,14 +2,18 @@
 
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 
 from cottention.engine.outputs import FinishReason
+from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import Batch
+from cottention.engine.scheduling.client import Client
+from cottention.engine.scheduling.fair_queue import MAX_OVERTAKES, QUANTUM
 from cottention.engine.scheduling.request import Choice, Request
-from cottention.engine.scheduling.scheduler import MAX_OVERTAKES, Scheduler
+from cottention.engine.scheduling.scheduler import Scheduler
 from cottention.engine.state.context_window import RenewalSchedule
 from cottention.engine.text.detokenizer import Detokenizer
 from tests.engine.making import make_request, small_tokenizer
@@ -58,7 +62,7 @@ def test_nothing_to_do() -> None:
     scheduler = Scheduler(8)
     assert not scheduler.has_work()
     assert not scheduler.schedule()
-    assert scheduler.admit(4) == []
+    assert scheduler.admit(4) == ([], [])
 
 
 def test_a_long_prompt_is_read_in_chunks_of_the_budget() -> None:
@@ -135,11 +139,11 @@ def test_admission_is_first_come_first_served() -> None:
     first, wide, small = request(name="first"), request(n=4, name="wide"), request(name="small")
     for each in (first, wide, small):
         scheduler.add(each)
-    assert scheduler.admit(4) == [first]
-    assert scheduler.admit(3) == []
+    assert scheduler.admit(4).admitted == [first]
+    assert scheduler.admit(3).admitted == []
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 2)
-    assert scheduler.admit(4) == [wide]
-    assert scheduler.admit(1) == [small]
+    assert scheduler.admit(4).admitted == [wide]
+    assert scheduler.admit(1).admitted == [small]
 
 
 def test_choices_start_once_the_prompt_is_read() -> None:
@@ -235,29 +239,37 @@ def test_lower_numbers_go_first_but_nobody_is_overtaken_for_ever() -> None:
     order = []
     for number in range(MAX_OVERTAKES + 5):
         scheduler.add(request(name=str(number)))
-        order += scheduler.admit(1)
+        order += scheduler.admit(1).admitted
     assert order.index(patient) == MAX_OVERTAKES
     again = request(name="again")
     scheduler.add_resumed(again)
-    assert scheduler.admit(1) == [again]
+    assert scheduler.admit(1).admitted == [again]
 
 
 class Simulation:
-    """Random arrivals, lengths, priorities, pauses and cancels, without a model.
+    """Random arrivals, lengths, priorities, clients, pauses and cancels, without a model.
 
     Every step keeps the budget, and waits are bounded: whoever waits is overtaken by no more than
-    MAX_OVERTAKES others beside those that were there before; the oldest prompt that is read gets a
-    fourth of what prompts get; whoever runs gets a token at least every so many steps.
+    MAX_OVERTAKES others of its client beside those that were there before; a client with requests
+    that wait has slots after so many steps; the oldest prompt that is read gets a fourth of what
+    prompts get; whoever runs gets a token at least every so many steps.
     """
 
     num_slots = 12
 
-    def __init__(self, budget: int, seed: int) -> None:
+    def __init__(self, budget: int, seed: int, weights: Sequence[int] = (1,)) -> None:
         self.chance = random.Random(seed)
         self.budget = budget
-        self.scheduler = Scheduler(budget)
+        self.clients = [Client(str(place), weight) for place, weight in enumerate(weights)]
+        limit = self.num_slots * len(weights)
+        self.scheduler = Scheduler(budget, max_preempted_states=limit)
         self.num_free = self.num_slots
-        self.num_admitted = self.step = 0
+        self.step = 0
+        self.num_admitted: Counter[Client] = Counter()
+        self.num_held: Counter[Client] = Counter()
+        self.preempted: set[Request] = set()
+        self.waits: dict[Client, tuple[int, int]] = {}
+        self.patience = QUANTUM * sum(weights)
         self.admitted_by: dict[Request, int] = {}
         self.last_turn: dict[Choice, int] = {}
         self.paused: list[Request] = []
@@ -267,21 +279,51 @@ class Simulation:
         wide, said = self.chance.choice([1, 1, 3]), self.chance.randrange(1, 20)
         made = request(length, wide, said, str(number))
         made.priority = self.chance.choice([0, 0, 0, -1, 1])
+        made.client = self.chance.choice(self.clients)
+        if number % 40 == 0:  # as wide as there are slots, and without an end in sight
+            made = request(length, self.num_slots, 500, str(number))
+            made.client = self.clients[-1]
         self.scheduler.add(made)
-        self.waits(made)
+        self.begins_to_wait(made)
 
-    def waits(self, made: Request) -> None:
-        older = self.scheduler.num_waiting
-        self.admitted_by[made] = self.num_admitted + MAX_OVERTAKES + older
+    def begins_to_wait(self, made: Request) -> None:
+        older = sum(each.client == made.client for each in self.admitted_by)
+        self.admitted_by[made] = self.num_admitted[made.client] + MAX_OVERTAKES + older
 
     def admit(self) -> None:
-        for admitted in self.scheduler.admit(self.num_free):
-            self.num_admitted += 1
-            assert self.num_admitted <= self.admitted_by.pop(admitted)
-            self.num_free -= len(admitted.unfinished_choices)
-            if admitted.num_prefilled:  # it had paused
-                self.scheduler.start_decoding(admitted)
-                self.last_turn |= dict.fromkeys(admitted.unfinished_choices, self.step)
+        preempted, admitted = self.scheduler.admit(self.num_free)
+        for each in preempted:
+            self.hold(each, -len(each.unfinished_choices))
+            for choice in each.unfinished_choices:
+                self.last_turn.pop(choice, None)
+            self.preempted.add(each)
+        for each in admitted:
+            if each in self.preempted:
+                self.preempted.remove(each)
+            else:
+                assert self.num_admitted[each.client] <= self.admitted_by.pop(each)
+                self.num_admitted[each.client] += 1
+            self.hold(each, len(each.unfinished_choices))
+            if each.is_prefilled:  # it had paused
+                self.scheduler.start_decoding(each)
+                self.last_turn |= dict.fromkeys(each.unfinished_choices, self.step)
+        assert self.num_free >= 0
+        self.check_clients()
+
+    def hold(self, made: Request, num_slots: int) -> None:
+        self.num_free -= num_slots
+        self.num_held[made.client] += num_slots
+
+    def check_clients(self) -> None:
+        """Those without slots have waited for so long, depending on what they wait for."""
+        waits: dict[Client, tuple[int, int]] = {}
+        for each in self.preempted.union(self.admitted_by):
+            if not self.num_held[each.client]:
+                since, widest = waits.get(each.client, self.waits.get(each.client, (self.step, 0)))
+                waits[each.client] = since, max(widest, len(each.unfinished_choices))
+        self.waits = waits
+        for client, (since, widest) in waits.items():
+            assert self.step - since <= (4 + widest) * self.patience / client.weight
 
     def advance(self) -> None:
         self.step += 1
@@ -310,7 +352,7 @@ class Simulation:
         choice.finish_reason = FinishReason.LENGTH
         self.scheduler.remove_choice(choice)
         del self.last_turn[choice]
-        self.num_free += 1
+        self.hold(choice.request, -1)
 
     def meddle(self) -> None:
         """One that runs is cancelled, or pauses, or goes on."""
@@ -319,7 +361,7 @@ class Simulation:
         if running and kind < 0.02:
             made = self.chance.choice(running)
             self.scheduler.remove_request(made)
-            self.num_free += len(made.unfinished_choices)
+            self.hold(made, -len(made.unfinished_choices))
             for choice in made.unfinished_choices:
                 del self.last_turn[choice]
             if kind < 0.01:
@@ -327,15 +369,23 @@ class Simulation:
         elif self.paused and kind < 0.1:
             made = self.paused.pop()
             self.scheduler.add_resumed(made)
-            self.waits(made)
+            self.begins_to_wait(made)
 
 
 @pytest.mark.parametrize(
-    ("budget", "num_arrivals"),
-    [(2, 40), (3, 60), (16, 300), pytest.param(64, 10_000, marks=pytest.mark.slow)],
+    ("budget", "num_arrivals", "weights"),
+    [
+        (2, 40, (1,)),
+        (3, 60, (1,)),
+        (16, 300, (1,)),
+        (16, 300, (1, 1, 1)),
+        (16, 300, (4, 1, 2)),
+        pytest.param(64, 10_000, (1,), marks=pytest.mark.slow),
+        pytest.param(64, 10_000, (1, 3, 1, 1, 2), marks=pytest.mark.slow),
+    ],
 )
-def test_nobody_starves(budget: int, num_arrivals: int) -> None:
-    simulation = Simulation(budget, seed=budget)
+def test_nobody_starves(budget: int, num_arrivals: int, weights: tuple[int, ...]) -> None:
+    simulation = Simulation(budget, budget, weights)
     num_arrived = 0
     while num_arrived < num_arrivals or simulation.scheduler.has_work() or simulation.paused:
         assert simulation.step < 200_000
@@ -349,12 +399,117 @@ def test_nobody_starves(budget: int, num_arrivals: int) -> None:
     assert simulation.admitted_by == {}
 
 
+def client_requests(client: Client, n: int, num: int = 1) -> list[Request]:
+    """Requests without an end in sight."""
+    made = [request(n=n, max_tokens=10**6, name=f"{client.id} {i}") for i in range(num)]
+    for each in made:
+        each.client = client
+    return made
+
+
+def slots_by_client(scheduler: Scheduler, num_slots: int, num_steps: int) -> Counter[str]:
+    """How many slots each client has had, summed over the steps."""
+    num_free, held = num_slots, Counter[str]()
+    for _ in range(num_steps):
+        preempted, admitted = scheduler.admit(num_free)
+        num_free += sum(len(each.choices) for each in preempted)
+        num_free -= sum(len(each.choices) for each in admitted)
+        for each in admitted:
+            if each.is_prefilled:
+                scheduler.start_decoding(each)
+        batch = scheduler.schedule()
+        run(scheduler, batch)
+        for each in batch.requests:
+            held[each.client.id] += len(each.choices)
+    return held
+
+
+@pytest.mark.parametrize("weight", [1, 3])
+def test_clients_share_the_slots_by_weight(weight: int) -> None:
+    """Whether they ask for all slots at a time or for one in each of many requests."""
+    wide, many = Client("wide", weight), Client("many")
+    scheduler = Scheduler(64, max_preempted_states=16)
+    for each in [*client_requests(wide, 8), *client_requests(many, 1, 20)]:
+        scheduler.add(each)
+    held = slots_by_client(scheduler, 8, 2000)
+    assert held.total() == 8 * 2000
+    assert held["wide"] / held["many"] == pytest.approx(weight, rel=0.1)
+
+
+def test_who_comes_to_a_full_engine_is_served_at_once() -> None:
+    """One request takes one slot from whoever has many, the least important of its requests."""
+    hog, other = Client("hog"), Client("other")
+    scheduler = Scheduler(64, max_preempted_states=8)
+    running = client_requests(hog, 1, 8)
+    running[3].priority = 5
+    for each in running:
+        scheduler.add(each)
+    slots_by_client(scheduler, 8, 100)
+    (new,) = client_requests(other, 1)
+    scheduler.add(new)
+    assert scheduler.admit(0) == ([running[3]], [new])
+    assert scheduler.admit(0) == ([], [])
+    scheduler.remove_request(new)
+    assert scheduler.admit(1) == ([], [running[3]])
+
+
+def test_a_client_saves_up_no_more_than_a_quantum() -> None:
+    """One that has asked for little for a long time does not keep the others out for as long."""
+    hog, modest = Client("hog"), Client("modest")
+    scheduler = Scheduler(64, max_preempted_states=16)
+    for each in [*client_requests(hog, 1, 7), *client_requests(modest, 1)]:
+        scheduler.add(each)
+    assert slots_by_client(scheduler, 8, 1000) == {"hog": 7000, "modest": 1000}
+    for each in [*client_requests(hog, 1, 7), *client_requests(modest, 8)]:
+        scheduler.add(each)
+    for each in [each for each in scheduler._running() if each.client == modest]:
+        scheduler.remove_request(each)
+    held = slots_by_client(scheduler, 8, 4 * int(QUANTUM))
+    assert held["hog"] >= 8 * QUANTUM
+
+
+def test_a_priority_counts_among_the_requests_of_its_client() -> None:
+    mine, others = Client("mine"), Client("others")
+    scheduler = Scheduler(64)
+    important, second = client_requests(others, 1, 2)
+    important.priority = -(2**63)
+    (own,) = client_requests(mine, 1)
+    for each in (second, important, own):
+        scheduler.add(each)
+    scheduler.admit(1)
+    assert scheduler.admit(1).admitted == [own]
+
+
+def test_where_no_more_states_can_be_parked_others_go_first() -> None:
+    """A request that would need all slots waits until they are free, and holds up nobody else."""
+    scheduler = Scheduler(64, max_preempted_states=1)
+    for each in client_requests(Client("hog"), 4, 2):
+        scheduler.add(each)
+    slots_by_client(scheduler, 8, 50)
+    (wide,) = client_requests(Client("wide"), 8)
+    scheduler.add(wide)
+    assert scheduler.admit(0) == ([], [])
+    hog = next(iter(scheduler._running()))
+    scheduler.remove_request(hog)
+    (narrow,) = client_requests(Client("narrow"), 1)
+    scheduler.add(narrow)
+    assert scheduler.admit(4) == ([], [narrow])
+    scheduler.remove_request(next(iter(scheduler._running())))
+    scheduler.remove_request(narrow)
+    assert scheduler.admit(8) == ([], [wide])
+
+
 def test_a_choice_with_a_spare_row_costs_two() -> None:
     params = SamplingParams(max_tokens=100)
     scheduler = Scheduler(5)
     for place in range(4):
         made = Request.new(
-            str(place), [0], params, small_tokenizer(), (), context_schedule=RenewalSchedule(4, 2)
+            str(place),
+            [0],
+            params,
+            small_tokenizer(),
+            NO_CONSTRAINTS,
+            context_schedule=RenewalSchedule(4, 2),
         )
         scheduler.add(made)
     scheduler.admit(4)

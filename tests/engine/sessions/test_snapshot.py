@@ -27,9 +27,11 @@ from cottention.engine.sessions.snapshot import MAX_HEADER_BYTES, SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import MAX_PENDING, SessionState
 from cottention.engine.state.spec import StateSpec, StateTensor
-from tests.engine.making import attention_folder, small_spec
+from cottention.engine.text.tokenizer import Tokenizer
+from tests.engine.making import SESSION_FAMILIES, attention_folder, small_spec
 
-SPECS = {kind: small_spec(kind, 3, more_keys=1) for kind in RECURRENT_KINDS}
+KINDS_AND_FAMILIES = [*RECURRENT_KINDS, *SESSION_FAMILIES]
+SPECS = {kind: small_spec(kind, 3, more_keys=1) for kind in KINDS_AND_FAMILIES}
 SPEC = SPECS["cottention"]
 PRINTS = Fingerprint("aa" * 32, "bb" * 32, "rotary_dim=4", "layers=1")
 NUM_IDS = 100
@@ -40,16 +42,14 @@ CODECS = {
     for kind, spec in SPECS.items()
 }
 CODEC = CODECS["cottention"]
-KINDS = st.sampled_from(RECURRENT_KINDS)
+KINDS = st.sampled_from(KINDS_AND_FAMILIES)
 
 Header = dict[str, Any]
 
 
 def rows(spec: StateSpec) -> tuple[torch.Tensor, ...]:
-    made = [torch.randn(spec.shapes["state"], generator=torch.Generator().manual_seed(1))]
-    if "denominator" in spec.shapes:
-        made.append(made[0][:, :, 0].clone())
-    return tuple(made)
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(shape, generator=generator) for shape in spec.shapes.values())
 
 
 FULL = SessionState(rows(SPEC), 7, (5, 99), (0, 5, 99), {99: 3, 5: 0, 0: 0}, b"\xe2\x82")
@@ -87,7 +87,7 @@ def same(a: SessionState, b: SessionState) -> bool:
     )
 
 
-@pytest.mark.every_attention
+@pytest.mark.every_session
 @pytest.mark.parametrize(
     "state",
     [
@@ -176,7 +176,7 @@ def test_recent_ids_are_those_of_a_window(recent: tuple[int, ...]) -> None:
         CODEC.decode(CODEC.encode(replace(FULL, recent=recent)))
 
 
-@pytest.mark.every_attention
+@pytest.mark.every_session
 def test_cut_anywhere(attention: str) -> None:
     codec, raw = CODECS[attention], RAWS[attention]
     for size in range(len(raw)):
@@ -258,7 +258,7 @@ LIES = [
 ]
 
 
-@pytest.mark.every_attention
+@pytest.mark.every_session
 @pytest.mark.parametrize(("change", "value"), LIES)
 def test_a_header_that_lies(
     attention: str, change: Callable[[Header, Any], None], value: Any
@@ -395,38 +395,42 @@ def change_config(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def fingerprint(folder: Path, dtype: str = "float32") -> Fingerprint:
+    return Fingerprint.of(folder, Tokenizer.from_folder(folder).files, SPEC, dtype)
+
+
 def test_fingerprints_follow_cosformers_fixed_length(tmp_path: Path) -> None:
     """It is in no weight, and a state means nothing under another."""
     changed = tmp_path / "changed"
     shutil.copytree(attention_folder("cosformer"), changed)
-    first = Fingerprint.of(changed, SPEC, "float32")
+    first = fingerprint(changed)
     change_config(changed, cosformer_max_length=64)
-    second = Fingerprint.of(changed, SPEC, "float32")
+    second = fingerprint(changed)
     assert replace(second, config="") == replace(first, config="")
     assert "cosformer_max_length=64" in second.config != first.config
 
 
 def test_fingerprints_follow_the_files(folder: Path) -> None:
-    first = Fingerprint.of(folder, SPEC, "float32")
-    assert first == Fingerprint.of(folder, SPEC, "float32")
+    first = fingerprint(folder)
+    assert first == fingerprint(folder)
     assert "state=1x2x3x4:float32 weights=float32" in first.layout
-    assert Fingerprint.of(folder, SPEC, "bfloat16").layout != first.layout
+    assert fingerprint(folder, "bfloat16").layout != first.layout
     assert "rotary_dim=" in first.config
     change_config(folder, layer_norm_epsilon=1e-6, eos_token_id=7)
-    assert "layer_norm_epsilon=1e-06" in Fingerprint.of(folder, SPEC, "float32").config
+    assert "layer_norm_epsilon=1e-06" in fingerprint(folder).config
     change_config(folder, layer_norm_epsilon=1e-5)
-    assert Fingerprint.of(folder, SPEC, "float32") == first, "where a text ends is no arithmetic"
+    assert fingerprint(folder) == first, "where a text ends is no arithmetic"
     weights = next(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin"})
     weights.write_bytes(weights.read_bytes() + b"x")
-    second = Fingerprint.of(folder, SPEC, "float32")
+    second = fingerprint(folder)
     assert second.weights != first.weights
     assert second.tokenizer == first.tokenizer
     tokenizer = folder / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text() + " ")
-    assert Fingerprint.of(folder, SPEC, "float32").tokenizer != first.tokenizer
+    assert fingerprint(folder).tokenizer != first.tokenizer
     weights.unlink()
     with pytest.raises(ModelFolderError):
-        Fingerprint.of(folder, SPEC, "float32")
+        fingerprint(folder)
 
 
 def test_an_id_that_was_generated_more_often_than_a_count_tells() -> None:

@@ -9,7 +9,7 @@ from cottention.engine import Engine, FinishReason, Output, SamplingParams
 from cottention.engine.errors import ParameterError
 from cottention.engine.state.session_state import SessionState
 
-pytestmark = pytest.mark.every_attention
+pytestmark = pytest.mark.every_session
 
 WINDOW = 16
 """n_positions of the small model is larger; what is kept is told by the engine itself."""
@@ -31,6 +31,11 @@ def turn(
     outputs = [out for out in drained(engine) if out.request_id == name]
     assert outputs[-1].state is not None
     return outputs[-1].state, outputs
+
+
+def empty(engine: Engine) -> SessionState:
+    """A session of no tokens, under the engine's own policy."""
+    return engine.policies.new_session(None)
 
 
 def drained(engine: Engine) -> list[Output]:
@@ -55,7 +60,7 @@ def test_turns_of_any_length_are_one_long_answer(engine: Engine) -> None:
     prompt = list(range(40, 61))
     expected = whole(engine, prompt, 18)
     for lengths in ([18], [6, 6, 6], [1] * 18, [5, 13]):
-        state, told = SessionState(), []
+        state, told = empty(engine), []
         for num in lengths:
             ids = prompt if not state.num_tokens else []
             state, outputs = turn(engine, state, ids, replace(SEEDED, max_tokens=num), [[1, 2]] * 3)
@@ -71,7 +76,7 @@ def test_prompts_in_pieces_are_one_prompt(engine: Engine) -> None:
     expected = whole(engine, prompt, 6)
     reads = replace(SEEDED, max_tokens=0)
     for cuts in ([1], [1, 2, 3], [29], [10, 20]):
-        state = SessionState()
+        state = empty(engine)
         for first, last in zip([0, *cuts], cuts, strict=False):
             state, outputs = turn(engine, state, prompt[first:last], reads)
             assert ids_of(outputs) == []
@@ -83,7 +88,7 @@ def test_prompts_in_pieces_are_one_prompt(engine: Engine) -> None:
 def test_a_cut_turn_holds_what_was_delivered_and_nothing_else(engine: Engine) -> None:
     prompt = list(range(20, 33))
     expected = whole(engine, prompt, 12)
-    first, _ = turn(engine, SessionState(), prompt, replace(SEEDED, max_tokens=4))
+    first, _ = turn(engine, empty(engine), prompt, replace(SEEDED, max_tokens=4))
     for num_delivered in range(5):
         cut = first.extended((), expected[4 : 4 + num_delivered], WINDOW)
         assert cut.position == first.position
@@ -92,7 +97,7 @@ def test_a_cut_turn_holds_what_was_delivered_and_nothing_else(engine: Engine) ->
 
 
 def test_forks_share_chance_under_a_seed_alone(engine: Engine) -> None:
-    state, _ = turn(engine, SessionState(), [3, 4, 5], SEEDED)
+    state, _ = turn(engine, empty(engine), [3, 4, 5], SEEDED)
     again = [ids_of(turn(engine, state, [], SEEDED)[1]) for _ in range(2)]
     assert again[0] == again[1]
     unseeded = replace(SEEDED, seed=None, max_tokens=30)
@@ -100,7 +105,7 @@ def test_forks_share_chance_under_a_seed_alone(engine: Engine) -> None:
 
 
 def test_a_turn_does_not_touch_the_value_it_began_with(engine: Engine) -> None:
-    state, _ = turn(engine, SessionState(), [3, 4, 5], SEEDED)
+    state, _ = turn(engine, empty(engine), [3, 4, 5], SEEDED)
     before = [row.clone() for row in state.rows]
     turn(engine, state, [9, 9], SEEDED)
     assert all(row.equal(old) for row, old in zip(state.rows, before, strict=True))
@@ -109,8 +114,8 @@ def test_a_turn_does_not_touch_the_value_it_began_with(engine: Engine) -> None:
 def test_penalties_count_what_earlier_turns_said(engine: Engine) -> None:
     params = replace(SEEDED, frequency_penalty=2.0, repetition_penalty=1.3)
     prompt = list(range(7, 19))
-    _, outputs = turn(engine, SessionState(), prompt, replace(params, max_tokens=12))
-    state, first = turn(engine, SessionState(), prompt, replace(params, max_tokens=5))
+    _, outputs = turn(engine, empty(engine), prompt, replace(params, max_tokens=12))
+    state, first = turn(engine, empty(engine), prompt, replace(params, max_tokens=5))
     _, second = turn(engine, state, [], replace(params, max_tokens=7))
     assert ids_of(first) + ids_of(second) == ids_of(outputs)
     assert sum(state.counts.values()) == 5
@@ -121,7 +126,7 @@ def test_a_stop_token_and_a_stop_string_stay_in_the_session(engine: Engine) -> N
     prompt = [3, 4, 5, 6]
     expected = whole(engine, prompt, 6)
     stops = replace(SEEDED, stop_token_ids=(expected[2],), max_tokens=6)
-    state, outputs = turn(engine, SessionState(), prompt, stops)
+    state, outputs = turn(engine, empty(engine), prompt, stops)
     assert outputs[-1].finish_reason is FinishReason.STOP
     assert state.recent[-1] == expected[2]
     assert state.num_tokens == len(prompt) + expected.index(expected[2]) + 1
@@ -130,9 +135,9 @@ def test_a_stop_token_and_a_stop_string_stay_in_the_session(engine: Engine) -> N
 def test_half_a_character_waits_for_the_next_turn(engine: Engine) -> None:
     table = engine.tokenizer.token_bytes
     whole_text = "".join(
-        out.text for out in turn(engine, SessionState(), [7], replace(SEEDED, max_tokens=40))[1]
+        out.text for out in turn(engine, empty(engine), [7], replace(SEEDED, max_tokens=40))[1]
     )
-    state, told = SessionState(), ""
+    state, told = empty(engine), ""
     for _ in range(40):
         state, outputs = turn(
             engine, state, [] if state.num_tokens else [7], replace(SEEDED, max_tokens=1)
@@ -145,7 +150,7 @@ def test_half_a_character_waits_for_the_next_turn(engine: Engine) -> None:
 
 
 def test_a_cancelled_turn_tells_no_state(engine: Engine) -> None:
-    name = engine.submit([1, 2], replace(SEEDED, max_tokens=100), start=SessionState())
+    name = engine.submit([1, 2], replace(SEEDED, max_tokens=100), start=empty(engine))
     engine.step()
     engine.cancel(name)
     assert [out.state for out in drained(engine)] == [None]
@@ -153,11 +158,11 @@ def test_a_cancelled_turn_tells_no_state(engine: Engine) -> None:
 
 def test_an_empty_session_needs_a_prompt(engine: Engine) -> None:
     with pytest.raises(ParameterError, match="at least one token"):
-        engine.submit([], SEEDED, start=SessionState())
+        engine.submit([], SEEDED, start=empty(engine))
 
 
 @pytest.mark.parametrize(("field", "value"), [("n", 2), ("prompt_logprobs", 1)])
 def test_a_session_has_one_future(engine: Engine, field: str, value: int) -> None:
     with pytest.raises(ParameterError) as caught:
-        engine.submit([1], replace(SEEDED, **{field: value}), start=SessionState())
+        engine.submit([1], replace(SEEDED, **{field: value}), start=empty(engine))
     assert caught.value.param == field

@@ -25,7 +25,7 @@ from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
 from tests.engine.making import small_spec, state_of
 
-pytestmark = pytest.mark.every_attention
+pytestmark = pytest.mark.every_session
 
 WINDOW = 8
 

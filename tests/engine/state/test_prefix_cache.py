@@ -10,7 +10,7 @@ import torch
 from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from cottention.engine.state.prefix_cache import BLOCK, Prefix, PrefixCache
 
-pytestmark = pytest.mark.every_attention
+pytestmark = pytest.mark.every_session
 
 SEEDED = SamplingParams(max_tokens=6, ignore_eos=True, seed=11)
 

@@ -117,5 +117,5 @@ def test_stop_string_completed_by_the_end() -> None:
     assert detokenizer.stop is not None
 
 
-def test_tokens_without_bytes_hold_nothing_up() -> None:
+def test_tokens_without_bytes_do_not_delay_text() -> None:
     assert run([b"\xc3", b"", b"\xa9"], [])[0] == ["", "", "é", ""]

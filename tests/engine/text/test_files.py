@@ -38,7 +38,9 @@ def test_a_mark_and_line_ends_of_windows_change_nothing(folder: Path, name: str)
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "added_tokens.json"])
-def test_the_older_files_may_be_saved_so_too(folder: Path, name: str) -> None:
+def test_older_file_formats_may_have_marks_and_line_ends_of_windows(
+    folder: Path, name: str
+) -> None:
     raw = json.loads((folder / "tokenizer.json").read_text())["model"]
     merges = [each if isinstance(each, str) else " ".join(each) for each in raw["merges"]]
     (folder / "vocab.json").write_text(json.dumps(raw["vocab"], indent=1))
@@ -68,7 +70,7 @@ def test_other_encodings_are_named(tmp_path: Path, encoding: str, words: str) ->
     assert str(caught.value) == f"{path} cannot be read as JSON: {words}"
 
 
-def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+def test_a_path_that_is_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
@@ -82,9 +84,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
             read_text(tmp_path / name)
 
 
-def test_a_key_that_is_there_twice_is_warned_of(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_duplicate_key_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"a": {"b": 1, "b": 2}, "c": 3}')
     assert read_json(path) == {"a": {"b": 2}, "c": 3}

@@ -15,7 +15,7 @@ from tokenizers import processors
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.errors import ModelFolderError, ParameterError
 from cottention.engine.execution.loading import load
-from cottention.engine.sampling.token_history import encode_bad_words
+from cottention.engine.sampling.token_constraints import encode_bad_words
 from cottention.engine.text.tokenizer import Tokenizer
 
 TEXTS = ["def __init__(self, ", "", "   \n\t", "naïve café 東京 😀", "a<|endoftext|>b", "\x00\x7f"]

@@ -46,7 +46,7 @@ def nats_of(logits: Tensor, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("piece", [7, 64, 1000])
 @pytest.mark.parametrize("attention", [kind for kind in RECURRENT_KINDS if kind != "cosformer"])
-def test_exact_is_the_whole_text_at_once(attention: str, piece: int) -> None:
+def test_exact_equals_the_whole_text_in_one_pass(attention: str, piece: int) -> None:
     model, ids = model_of(attention), ids_of()
     expected = nats_of(logits_of(model, ids[None, :-1], dtype=torch.float32)[0], ids)
     torch.testing.assert_close(long_context.exact(model, ids, piece=piece), expected)
@@ -72,7 +72,7 @@ def test_renewed_token_by_token(attention: str, kept: int, length: int) -> None:
 @pytest.mark.parametrize("part", [KEPT_PART, long_context.KEPT_PART])
 @pytest.mark.parametrize("is_drawn", [False, True])
 @pytest.mark.parametrize("folder_for", [functools.partial(folder_of, WINDOW), attention_folder])
-def test_renewed_is_what_the_engine_makes_of_it(
+def test_renewed_equals_the_engine(
     attention: str,
     part: int,
     is_drawn: bool,
@@ -113,11 +113,11 @@ def drawn(engine: Engine, length: int) -> Scored:
 
 
 @pytest.mark.parametrize("length", [5, WINDOW, LENGTH])
-def test_sliding_sees_one_window(length: int) -> None:
+def test_sliding_window_attends_to_one_window(length: int) -> None:
     model, ids = model_of("softmax"), ids_of(length)
 
     def attend(_layer: int, features: Features) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in features)
+        q, k, v = (x.transpose(1, 2) for x in features[:3])
         mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - WINDOW)
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.transpose(1, 2)
@@ -147,7 +147,7 @@ def test_inside_the_window_all_are_fresh() -> None:
     assert bits["0-128"].per_byte == bits["0-128"].fresh
 
 
-def test_streams_go_round() -> None:
+def test_streams_wrap_around_the_text() -> None:
     text = LongText(torch.arange(10), torch.ones(10))
     streams = [(places.tolist(), ids.tolist()) for places, ids in text.streams(2, 12)]
     assert streams == [

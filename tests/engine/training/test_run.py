@@ -15,11 +15,12 @@ from torch import Tensor
 
 from cottention.engine import Engine, SamplingParams
 from cottention.engine.errors import ConfigurationError, ModelFolderError
-from cottention.engine.models.checkpoint import load_model, read_weights
+from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.models.registry import read_config
+from cottention.engine.models.weight_files import read_weights
 from cottention.engine.settings.command_line import to_arguments
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.engine.training.__main__ import train
@@ -94,7 +95,7 @@ def weights_of(settings: TrainingSettings) -> dict[str, Tensor]:
     return read_weights(settings.output)
 
 
-def test_the_loss_falls_and_the_folder_is_a_model(settings: TrainingSettings) -> None:
+def test_the_loss_falls_and_the_folder_can_be_served(settings: TrainingSettings) -> None:
     listener = Listener()
     train(replace(settings, steps=40), ["--steps", "40"], listener)
     assert listener.losses[-1] < listener.losses[0] - 0.3
@@ -123,7 +124,7 @@ def test_the_folder_has_what_other_tools_look_for(settings: TrainingSettings) ->
     )
 
 
-def test_the_card_and_the_facts_tell_the_same_and_name_no_path(
+def test_the_card_agrees_with_training_json_and_names_no_path(
     settings: TrainingSettings, tmp_path: Path
 ) -> None:
     train(settings, ["--steps", "12"], Listener())
@@ -282,7 +283,7 @@ def test_the_command_says_in_a_line_what_is_wrong(tmp_path: Path) -> None:
     assert "0 training and 0 held-out" in done.stderr
 
 
-def test_a_run_goes_on_from_a_finished_model_and_tells_both(
+def test_a_run_that_begins_with_a_model_reports_both_runs(
     settings: TrainingSettings, tmp_path: Path
 ) -> None:
     train(settings, ["--steps", "12"], Listener())

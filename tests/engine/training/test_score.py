@@ -40,7 +40,7 @@ def test_the_chunked_form_is_the_parallel_one(attention: str) -> None:
     is_divided = ATTENTION_KINDS[attention].has_denominator
 
     def attend(_layer: int, features: Features) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in features)
+        q, k, v = (x.transpose(1, 2) for x in features[:3])
         return reference.parallel(q, k, v, denominator=is_divided).transpose(1, 2)
 
     shape = replace(SMALL, attention=attention, context=300).model_config(0)
@@ -52,7 +52,7 @@ def test_the_chunked_form_is_the_parallel_one(attention: str) -> None:
     )
 
 
-def test_what_knows_nothing_pays_the_vocabularys_bits(model: CottentionForCausalLM) -> None:
+def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(model: CottentionForCausalLM) -> None:
     torch.nn.init.zeros_(model.lm_head.weight)
     texts = held_out()
     result = score(model, texts, dtype=torch.float32, batch=2)
@@ -63,7 +63,7 @@ def test_what_knows_nothing_pays_the_vocabularys_bits(model: CottentionForCausal
 
 
 @torch.no_grad()
-def test_the_score_is_the_one_counted_by_hand(model: CottentionForCausalLM) -> None:
+def test_the_score_equals_a_direct_computation(model: CottentionForCausalLM) -> None:
     """Token by token, one window at a time."""
     texts, nats = held_out(), 0.0
     for window in texts.windows:
@@ -74,7 +74,7 @@ def test_the_score_is_the_one_counted_by_hand(model: CottentionForCausalLM) -> N
     assert model.training
 
 
-def test_positions_are_counted_apart() -> None:
+def test_positions_are_scored_separately() -> None:
     nats = torch.full((300,), math.log(2), dtype=torch.float64)
     nats[128:256] *= 3
     result = summarise(nats, torch.full((300,), 2.0, dtype=torch.float64), 1000)
@@ -147,7 +147,7 @@ def test_sigma_gets_a_gradient_even_where_nothing_else_does(leading: tuple[int, 
     assert sigma.grad is not None
 
 
-def test_first_decays_stand_apart_between_heads(model: CottentionForCausalLM) -> None:
+def test_initial_decays_differ_between_heads(model: CottentionForCausalLM) -> None:
     for block in model.blocks():
         (sigma,) = block.attn.map_weights()
         expected = torch.linspace(0.1, 0.6, len(sigma), dtype=torch.float64)

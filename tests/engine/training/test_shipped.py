@@ -23,7 +23,7 @@ def test_the_folder_is_small() -> None:
     assert sum(path.stat().st_size for path in DEFAULT_MODEL.iterdir()) <= LARGEST_BYTES
 
 
-def test_the_card_tells_what_training_json_tells() -> None:
+def test_the_card_agrees_with_training_json() -> None:
     facts = json.loads((DEFAULT_MODEL / "training.json").read_text(encoding="utf-8"))
     card = (DEFAULT_MODEL / "README.md").read_text(encoding="utf-8")
     bits = facts["held_out_bits_per_byte"]["total"]

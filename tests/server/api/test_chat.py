@@ -36,7 +36,7 @@ def chunks(live: Live, *said: str, **body: Any) -> list[Any]:
     return [json.loads(block.removeprefix("data: ")) for block in blocks]
 
 
-def test_a_whole_answer_has_openai_s_form(live: Live) -> None:
+def test_a_whole_response_has_openai_s_shape(live: Live) -> None:
     answer = live.chat("one").json()
     assert answer.pop("id").startswith("chatcmpl-")
     assert isinstance(answer.pop("created"), int)
@@ -77,7 +77,7 @@ def test_a_whole_answer_has_openai_s_form(live: Live) -> None:
     }
 
 
-def test_an_answer_can_be_sent_back_as_it_is(live: Live) -> None:
+def test_a_response_message_can_be_sent_back_unchanged(live: Live) -> None:
     """Clients append the message that they got; its nulls must not be refused."""
     message = live.chat("one").json()["choices"][0]["message"]
     messages = [{"role": "user", "content": "x"}, message, {"role": "user", "content": "two"}]
@@ -116,7 +116,7 @@ def test_a_turn_s_token_whose_text_is_held_back_has_an_empty_content(tmp_path: P
 
 
 @pytest.mark.parametrize("details", [{}, {"logprobs": True, "return_token_ids": True}])
-def test_a_stream_tells_the_role_first_and_then_the_same(live: Live, details: Any) -> None:
+def test_a_stream_begins_with_the_role_and_has_the_same_text(live: Live, details: Any) -> None:
     told = dict.fromkeys(range(2), "")
     begun: set[int] = set()
     for chunk in chunks(live, "one", n=2, **details):
@@ -154,14 +154,14 @@ def test_ids_and_the_prompt_s_logprobs(live: Live) -> None:
     assert first["prompt_token_ids"] == list(b"say:a")
 
 
-def test_an_answer_without_a_limit_ends_at_the_default(tmp_path: Path) -> None:
+def test_a_response_without_a_limit_ends_at_the_default(tmp_path: Path) -> None:
     with serving(template=template(tmp_path, "x"), default_max_tokens=7) as live:
         assert live.chat("x", ignore_eos=True).json()["usage"]["completion_tokens"] == 7
         for limit in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
             assert live.chat("x", **limit).json()["usage"]["completion_tokens"] == 2
 
 
-def test_parts_of_text_and_null_fields_are_taken(live: Live) -> None:
+def test_text_parts_and_null_fields_are_accepted(live: Live) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     past = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "audio": None}
     body = {"messages": [past, {"role": "user", "content": parts, "name": "me"}]}
@@ -246,7 +246,7 @@ def test_a_template_that_does_not_compile_stops_chats_alone(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("role", ["system", "developer", "tool", "ipython"])
-def test_which_roles_there_are_is_the_template_s(tmp_path: Path, role: str) -> None:
+def test_the_template_decides_which_roles_exist(tmp_path: Path, role: str) -> None:
     with serving(template=template(tmp_path, "say:{{ messages[0].role }}")) as live:
         body = {"messages": [{"role": role, "content": "x"}]}
         answer = live.client.post("/v1/chat/completions", json=body).json()

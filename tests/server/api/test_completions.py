@@ -121,3 +121,14 @@ def test_an_unknown_model_is_a_404(shared: Live) -> None:
         assert response.json()["error"]["code"] == "model_not_found"
         assert response.json()["error"]["param"] == "model"
         assert '"fake"' in response.json()["error"]["message"]
+
+
+def test_ids_and_strings_that_are_sent_again_count_once() -> None:
+    """A list is kept for as long as its request runs, and no list has more than the vocabulary."""
+    with serving() as live:
+        sent = [7, 300, 7] * 10_000
+        body = {"stop_token_ids": sent, "allowed_token_ids": sent, "bad_words": ["a", "b", "a"]}
+        assert live.complete(prompt="x", stop=["c"] * 40, **body).status_code == 200
+        params = live.engine.seen[-1].params
+    assert params.stop_token_ids == params.allowed_token_ids == (7, 300)
+    assert (params.bad_words, params.stop) == (("a", "b"), ("c",))

@@ -49,7 +49,7 @@ def test_logprobs_have_openai_s_shape(shared: Live) -> None:
     }
 
 
-def test_logprobs_0_tell_the_drawn_tokens_alone(shared: Live) -> None:
+def test_logprobs_0_returns_only_the_sampled_tokens(shared: Live) -> None:
     (choice,) = whole(shared, prompt="x", max_tokens=1, logprobs=0)
     assert choice["logprobs"]["top_logprobs"] == [{"a": -0.97}]
 
@@ -132,25 +132,25 @@ EVERYTHING = {
 
 
 @pytest.mark.parametrize("left_out", [None, "logprobs", "echo", "return_token_ids"])
-def test_a_stream_tells_what_a_whole_answer_tells(shared: Live, left_out: str | None) -> None:
+def test_a_stream_has_the_details_of_a_whole_response(shared: Live, left_out: str | None) -> None:
     body = {name: value for name, value in EVERYTHING.items() if name != left_out}
     assert joined(shared, **body) == whole(shared, **body)
 
 
-def test_ids_come_even_where_text_is_held_back(shared: Live) -> None:
+def test_ids_are_sent_while_text_is_held_back(shared: Live) -> None:
     *chunks, _ = shared.events(prompt="quiet", max_tokens=3, return_token_ids=True)
     told = [token_id for chunk in chunks for token_id in chunk["choices"][0]["token_ids"]]
     assert told == [97, 98, 99]
 
 
-def test_stop_reason_stands_beside_finish_reason(shared: Live) -> None:
+def test_stop_reason_is_returned_with_finish_reason(shared: Live) -> None:
     (choice,) = whole(shared, prompt="say:one", stop=["!"])
     assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "!")
     (streamed,) = joined(shared, prompt="say:one", stop=["!"])
     assert (streamed["finish_reason"], streamed["stop_reason"]) == ("stop", "!")
 
 
-def test_the_best_of_several_are_told_and_all_are_counted(shared: Live) -> None:
+def test_best_of_returns_the_best_and_counts_all(shared: Live) -> None:
     answer = shared.complete(prompt=["x", "y"], best_of=3, n=2, max_tokens=2, echo=True).json()
     assert [choice["text"] for choice in answer["choices"]] == ["xab", "xab", "yab", "yab"]
     assert all(choice["logprobs"] is None for choice in answer["choices"])
@@ -177,7 +177,7 @@ def test_parameters_reach_the_engine(shared: Live) -> None:
     assert seen.priority == -2
 
 
-def test_an_answer_carries_the_request_s_id(shared: Live) -> None:
+def test_a_response_has_the_request_s_id(shared: Live) -> None:
     assert shared.complete(prompt="x", request_id="mine").json()["id"] == "cmpl-mine"
     response = shared.client.post(
         "/v1/completions", json={"prompt": "x"}, headers={"X-Request-Id": "theirs"}
@@ -186,7 +186,7 @@ def test_an_answer_carries_the_request_s_id(shared: Live) -> None:
     assert response.headers["x-request-id"] == "theirs"
 
 
-def test_a_long_prompt_is_told_beside_the_loop(shared: Live) -> None:
+def test_details_of_a_long_prompt_are_computed_in_a_thread(shared: Live) -> None:
     body = {"prompt": [97] * (MAX_INLINE_TOKENS + 1), "max_tokens": 1, "echo": True, "logprobs": 0}
     (choice,) = whole(shared, **body)
     assert len(choice["logprobs"]["tokens"]) == MAX_INLINE_TOKENS + 2

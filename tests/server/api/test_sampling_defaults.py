@@ -41,20 +41,22 @@ def values(params: SamplingParams) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("endpoint", ["text", "chat"])
-def test_defaults_hold_where_nothing_is_asked(live: Live, endpoint: str) -> None:
+def test_defaults_apply_to_absent_parameters(live: Live, endpoint: str) -> None:
     assert values(ask(live, endpoint)) == DEFAULTS
     assert values(ask(live, endpoint, temperature=None, max_tokens=None)) == DEFAULTS
 
 
 @pytest.mark.parametrize("endpoint", ["text", "chat"])
 @pytest.mark.parametrize("name", ASKED)
-def test_what_is_asked_holds_even_where_it_is_neutral(live: Live, endpoint: str, name: str) -> None:
+def test_a_neutral_value_in_a_request_overrides_the_default(
+    live: Live, endpoint: str, name: str
+) -> None:
     params = ask(live, endpoint, **{name: ASKED[name]})
     assert values(params) == DEFAULTS | {name: ASKED[name]}
 
 
 @pytest.mark.parametrize("endpoint", ["text", "chat"])
-def test_a_request_may_ask_for_more_tokens(live: Live, endpoint: str) -> None:
+def test_a_request_may_exceed_the_default_max_tokens(live: Live, endpoint: str) -> None:
     assert ask(live, endpoint, max_tokens=5).max_tokens == 5
 
 

@@ -33,7 +33,7 @@ def test_a_model_served_under_another_name_has_its_own_as_root() -> None:
         assert live.client.get("/v1/models/org/other").json() == model
 
 
-def test_figures_follow_the_work() -> None:
+def test_metrics_follow_the_requests() -> None:
     with serving() as live:
         live.complete(prompt="hello", max_tokens=7)
         live.engine.may_step.clear()
@@ -54,7 +54,7 @@ def test_figures_follow_the_work() -> None:
     assert told["process_resident_memory_bytes"] > 0
 
 
-def test_times_are_told_under_vllm_s_names() -> None:
+def test_latencies_have_vllm_s_metric_names() -> None:
     with serving() as live:
         live.engine.step_seconds = 0.01
         live.complete(prompt=["abc", "de"], n=2, max_tokens=6)
@@ -82,7 +82,7 @@ def test_times_are_told_under_vllm_s_names() -> None:
     assert told['cottention:e2e_request_latency_seconds_bucket{le="+Inf"}'] == 2
 
 
-def test_a_step_s_tokens_are_timed_at_once() -> None:
+def test_tokens_of_one_step_are_observed_together() -> None:
     """However many streams there are: one value with its number."""
     timings, seen = LatencyStats(), []
     timings.between_tokens.observe = lambda value, times: seen.append((value, times))  # type: ignore[method-assign]
@@ -90,7 +90,7 @@ def test_a_step_s_tokens_are_timed_at_once() -> None:
     assert seen == [(0.5, 63), (1.0, 1)]
 
 
-def test_the_line_and_its_refusals_are_told() -> None:
+def test_metrics_count_queued_and_refused_requests() -> None:
     with serving(max_queued_requests=1) as live:
         live.engine.may_step.clear()
         with live.connect(prompt="abc"):
@@ -103,18 +103,18 @@ def test_the_line_and_its_refusals_are_told() -> None:
     assert told["cottention:requests_refused_total{}"] == 1
 
 
-def test_figures_have_prometheus_content_type(shared: Live) -> None:
+def test_metrics_have_prometheus_content_type(shared: Live) -> None:
     response = shared.client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
     assert "# TYPE cottention:num_requests_running gauge" in response.text
 
 
-def test_alive_and_ready(shared: Live) -> None:
+def test_health_and_ready_are_200(shared: Live) -> None:
     assert shared.client.get("/health").status_code == 200
     assert shared.client.get("/ready").status_code == 200
 
 
-def test_draining_is_alive_and_not_ready() -> None:
+def test_a_draining_server_is_healthy_and_not_ready() -> None:
     with serving() as live:
         name = live.opened()
         live.async_engine.drain()
@@ -134,7 +134,7 @@ def test_draining_is_alive_and_not_ready() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/sessions"])
-def test_what_a_stop_ends_before_anything_was_said_may_be_sent_again(path: str) -> None:
+def test_a_stop_before_the_first_token_is_a_503_to_retry(path: str) -> None:
     with serving() as live, ThreadPoolExecutor(1) as pool:
         live.engine.may_step.clear()
         answer = pool.submit(live.client.post, path, json={"prompt": "x"})

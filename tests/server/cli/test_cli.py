@@ -18,7 +18,7 @@ import pytest
 from cottention.engine.ops import build
 from cottention.server.cli import main as cli
 from cottention.server.cli.serve import bind_socket
-from tests.engine.making import attention_folder
+from tests.engine.making import attention_folder, rwkv7_file
 
 ROOT = Path(__file__).parents[3]
 
@@ -167,6 +167,28 @@ def test_info_of_a_cosformer_names_its_fixed_length(capsys: pytest.CaptureFixtur
     told = capsys.readouterr().out
     assert "cosformer, M = 20,000" in told
     assert re.search(r"denominator +1,024 bytes", told)
+
+
+def test_info_of_a_single_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Every tensor of its state, and the vocabulary that it is given."""
+    file = rwkv7_file(tmp_path)
+    vocabulary = tmp_path / "rwkv_vocab_small.txt"
+    vocabulary.rename(tmp_path / "mine.txt")
+    status, told = fails(capsys, "info", file)
+    assert status == 1
+    assert told.count("\n") == 1
+    assert f"{file} has no tokenizer: " in told
+    assert cli.main(["info", str(file), "--tokenizer", str(tmp_path / "mine.txt")]) == 0
+    lines = dict(re.findall(r"^ *(\w[\w ]*?)  +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    assert lines["model"] == "small"
+    assert lines["family"] == "rwkv7"
+    state, shift = 3 * 2 * 32 * 32 * 4, 3 * 64 * 4
+    assert lines["bytes per session"].startswith(f"{state + 2 * shift:,}")
+    assert lines["state"] == f"{state:,} bytes"
+    assert lines["att_shift"] == lines["ffn_shift"] == f"{shift:,} bytes"
+    assert lines["spare"] == "0 bytes"
+    assert lines["sessions per GB"] == f"{10**9 // (state + 2 * shift):,}"
+    assert lines["trained length"] == "not known"
 
 
 def test_a_file_keeps_no_sessions(

@@ -83,7 +83,7 @@ def test_sigterm_lets_streams_finish_and_refuses_new_work() -> None:
         assert server.wait(CLOSING) == 0
 
 
-def test_what_runs_past_the_drain_ends_with_a_final_event() -> None:
+def test_streams_beyond_the_drain_time_end_with_a_final_event() -> None:
     with process(0.01, 0.5) as server, server.stream(max_tokens=1_000_000) as lines:
         started = time.monotonic()
         server.signal()
@@ -94,14 +94,14 @@ def test_what_runs_past_the_drain_ends_with_a_final_event() -> None:
         assert time.monotonic() - started > 0.4
 
 
-def test_a_reader_that_stalls_does_not_hold_up_the_end() -> None:
+def test_a_stalled_client_does_not_delay_the_stop() -> None:
     with process(0.0, 0.2) as server, server.stream(max_tokens=1_000_000):
         time.sleep(0.5)
         server.signal()
         assert server.wait(CLOSING) == 0
 
 
-def test_a_second_signal_stops_now() -> None:
+def test_a_second_signal_stops_at_once() -> None:
     with process(0.01, 60) as server, server.stream(max_tokens=1_000_000) as lines:
         server.signal(signal.SIGINT)
         eventually(server.is_draining)
@@ -132,7 +132,9 @@ def test_a_dead_engine_ends_the_process_with_a_status() -> None:
         ("192.0.2.1", 8000, "cannot listen on 192.0.2.1:8000"),
     ],
 )
-def test_an_address_that_cannot_be_had(host: str, port: int | None, says: str) -> None:
+def test_an_address_that_cannot_be_bound_is_one_line(
+    host: str, port: int | None, says: str
+) -> None:
     with bind_socket("127.0.0.1", 0) as taken:
         port = port or taken.getsockname()[1]
         with pytest.raises(ConfigurationError, match=says):

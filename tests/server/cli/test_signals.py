@@ -56,7 +56,7 @@ def arguments_with_pipe(flag: str, folder: Path) -> tuple[list[object], Path]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("where", ["--config", "--api-key-file", "--chat-template"])
-def test_a_signal_while_it_starts_ends_it(tmp_path: Path, where: str, number: int) -> None:
+def test_a_signal_during_start_ends_the_process(tmp_path: Path, where: str, number: int) -> None:
     arguments, pipe = arguments_with_pipe(where, tmp_path)
     with running(arguments) as popen:
         with pipe.open("wb"):  # opens when the process reads it
@@ -68,7 +68,7 @@ def test_a_signal_while_it_starts_ends_it(tmp_path: Path, where: str, number: in
 
 @pytest.mark.skipif(not can_unshare(), reason="process namespaces cannot be made here")
 @pytest.mark.parametrize("where", ["--config", "--api-key-file", "under an init"])
-def test_process_1_ends_too(tmp_path: Path, where: str) -> None:
+def test_a_signal_ends_process_1(tmp_path: Path, where: str) -> None:
     prefix = AS_PROCESS_1
     if where == "under an init":
         tini = shutil.which("tini")
@@ -83,7 +83,7 @@ def test_process_1_ends_too(tmp_path: Path, where: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["serve", "build", "info"])
-def test_a_compiler_ends_with_its_server(tmp_path: Path, command: str) -> None:
+def test_a_signal_ends_the_compiler_too(tmp_path: Path, command: str) -> None:
     """One that runs a program of its own, as g++ does."""
     compiler, running_pids = tmp_path / "c++", tmp_path / "pids"
     compiler.write_text(f'#!/bin/sh\necho $$ >> "{running_pids}"\nsleep 600 & \necho $! >> '
@@ -109,7 +109,7 @@ def is_running(pid: str) -> bool:
         return False
 
 
-def test_an_exception_that_is_swallowed_ends_it_as_well() -> None:
+def test_a_signal_ends_code_that_swallows_exceptions() -> None:
     """As in a destructor, or in a library that catches everything."""
     code = (
         "import time\n"

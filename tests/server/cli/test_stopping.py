@@ -90,7 +90,7 @@ def stop_in_time(popen: "subprocess.Popen[str]") -> float:
 
 
 @pytest.mark.timeout(60 * ROUNDS + 60)
-def test_a_stop_is_in_time_and_cuts_nobody(gptj_folder: Path, tmp_path: Path) -> None:
+def test_a_stop_is_in_time_and_cuts_no_stream(gptj_folder: Path, tmp_path: Path) -> None:
     chance, took, positions = random.Random(0), [], {}
     for _ in range(ROUNDS):
         flags = ["--drain-seconds", str(DRAIN_SECONDS), "--max-slots", "40"]

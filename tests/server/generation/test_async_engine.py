@@ -10,6 +10,7 @@ import pytest
 from cottention.engine.errors import EngineStoppedError
 from cottention.engine.outputs import FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.client import Client
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.output_stream import OutputStream, OutputStreamClosed
@@ -32,7 +33,7 @@ class HandWorker:
         pass
 
     def submit(self, _: Any, __: Any, *, request_id: str, **more: Any) -> None:
-        assert more == {"priority": 3, "start": None, "cache_scope": None}
+        assert more == {"priority": 3, "start": None, "cache_scope": None, "client": Client()}
         self.submitted.append(request_id)
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:

@@ -19,7 +19,7 @@ def delta(text: str, *logprobs: float, prompt: tuple[TokenLogprob | None, ...] =
     return made
 
 
-def test_the_likeliest_on_average_come_first() -> None:
+def test_choices_are_ordered_by_mean_log_probability() -> None:
     deltas = {
         0: delta("worst", -3, -3, prompt=(None,)),
         2: delta("best", -1),
@@ -31,11 +31,11 @@ def test_the_likeliest_on_average_come_first() -> None:
     assert best[0].tokens.prompt_logprobs == (None,)
 
 
-def test_one_without_tokens_is_worse_than_any() -> None:
+def test_a_choice_without_tokens_is_ordered_last() -> None:
     best = best_choices({0: delta("", *[]), 1: delta("b", -50), 2: delta("a", -2)}, request())
     assert [each.text for each in best.values()] == ["a", "b"]
 
 
-def test_all_are_kept_in_order_where_none_is_left_out() -> None:
+def test_choices_keep_their_order_where_all_are_returned() -> None:
     found = best_choices({2: delta("c", -1), 0: delta("a", -9), 1: delta("b", -5)}, request(3))
     assert [each.text for each in found.values()] == ["a", "b", "c"]

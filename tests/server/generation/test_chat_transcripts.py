@@ -171,7 +171,7 @@ def test_turns_are_the_whole_chat(gptj_folder: Path, tmp_path: Path, speech: Spe
         (Speech(LLAMA_2, (" p", "</s>")), "<s>[INST] hi [/INST]"),
     ],
 )
-def test_an_end_that_was_drawn_after_less_space_is_not_said_twice(
+def test_an_end_token_sampled_after_less_space_is_not_repeated(
     gptj_folder: Path, tmp_path: Path, speech: Speech, reads: str
 ) -> None:
     with chatting(gptj_folder, tmp_path, speech) as chat:

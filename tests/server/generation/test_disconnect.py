@@ -18,7 +18,7 @@ def left_promptly(live: Live, num_requests: int) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slots(stream: bool) -> None:
+def test_a_disconnect_frees_the_slots(stream: bool) -> None:
     with serving() as live:
         live.engine.step_seconds = 0.005
         with live.connect(**ENDLESS, n=3, stream=stream):
@@ -27,7 +27,7 @@ def test_a_client_that_leaves_frees_its_slots(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_before_the_first_token(stream: bool) -> None:
+def test_a_disconnect_before_the_first_token(stream: bool) -> None:
     with serving() as live:
         live.engine.may_step.clear()
         with live.connect(prompt=["x", "y"], max_tokens=50, stream=stream):
@@ -38,14 +38,14 @@ def test_a_client_that_leaves_before_the_first_token(stream: bool) -> None:
         assert live.engine.num_generated == 0
 
 
-def test_a_client_that_stalls_and_leaves_frees_its_slots() -> None:
+def test_a_disconnect_of_a_paused_stream_frees_its_slots() -> None:
     with serving() as live:
         with live.connect(prompt="loud", max_tokens=1_000_000, stream=True):
             eventually(lambda: any(each.is_paused for each in live.engine.running.values()))
         left_promptly(live, 1)
 
 
-def test_others_do_not_notice() -> None:
+def test_a_disconnect_leaves_other_streams_complete() -> None:
     """Of twelve streams every third leaves; the others are complete."""
     with serving() as live:
         live.engine.step_seconds = 0.002

@@ -34,7 +34,7 @@ def model(gptj_folder: Path) -> CottentionForCausalLM:
 
 
 def attend(_: int, features: Features) -> Tensor:
-    q, k, v = (x.transpose(-3, -2) for x in features)
+    q, k, v = (x.transpose(-3, -2) for x in features[:3])
     return reference.parallel(q, k, v).transpose(-3, -2)
 
 
@@ -75,7 +75,7 @@ def test_a_scored_prompt_has_the_model_s_own_logprobs(
         check(choice["logprobs"], ids, model)
 
 
-def test_drawn_tokens_have_them_too_whatever_else_was_asked(
+def test_sampled_tokens_have_logprobs_whatever_the_parameters(
     live: Live, model: CottentionForCausalLM
 ) -> None:
     given = prompts(8)
@@ -97,7 +97,7 @@ def test_drawn_tokens_have_them_too_whatever_else_was_asked(
         check(choice["logprobs"], ids + choice["token_ids"], model)
 
 
-def test_the_engine_tells_each_choice_s_prompt_in_a_stream(live: Live) -> None:
+def test_prompt_logprobs_of_each_choice_are_streamed(live: Live) -> None:
     body = {"prompt": ["def f(x):", "import"], "n": 2, "echo": True, "logprobs": 1, "seed": 3}
     whole = live.complete(max_tokens=4, **body).json()["choices"]
     told: dict[int, list[Any]] = {}

@@ -38,7 +38,7 @@ def text_of(chunks: list[Any]) -> str:
     return "".join(chunk["choices"][0]["text"] for chunk in chunks)
 
 
-def test_a_stream_pauses_while_nobody_reads_and_goes_on_when_somebody_does() -> None:
+def test_a_stream_pauses_until_its_client_reads_again() -> None:
     """All the text comes, what had waited in one event, and what waited was bounded."""
     num_tokens = 2000
     with serving(stream_buffer_bytes=100_000) as live:
@@ -56,7 +56,7 @@ def test_a_stream_pauses_while_nobody_reads_and_goes_on_when_somebody_does() -> 
         eventually(lambda: not live.engine.running)
 
 
-def test_log_probabilities_count_as_what_waits() -> None:
+def test_log_probabilities_count_towards_the_buffer() -> None:
     with serving(stream_buffer_bytes=50_000) as live:
         body = {"prompt": "x", "stream": True, "max_tokens": 100_000, "logprobs": 20}
         with live.connect(**body):
@@ -76,13 +76,13 @@ def test_each_prompt_of_a_request_pauses() -> None:
         assert set(told.values()) == {300 * 10_000}
 
 
-def test_a_whole_answer_is_never_too_long_to_wait() -> None:
+def test_a_response_that_is_not_streamed_never_pauses() -> None:
     with serving(stream_buffer_bytes=10_000) as live:
         answer = live.complete(prompt="loud", max_tokens=50)
         assert len(answer.json()["choices"][0]["text"]) == 500_000
 
 
-def test_time_is_over_for_one_that_pauses_too() -> None:
+def test_a_paused_stream_times_out() -> None:
     with serving(stream_buffer_bytes=10_000) as live:
         body = {"prompt": "loud", "stream": True, "max_tokens": 100_000, "timeout": 2.0}
         with live.connect(**body) as sock:
@@ -90,7 +90,7 @@ def test_time_is_over_for_one_that_pauses_too() -> None:
             assert read_to_the_end(sock)[-1]["choices"][0]["finish_reason"] == "timeout"
 
 
-def test_a_paused_stream_gives_its_slot_away_and_says_the_same(gptj_folder: Path) -> None:
+def test_a_paused_stream_releases_its_slot_and_its_text_is_unchanged(gptj_folder: Path) -> None:
     """The engine's own: one slot for two, of which the first does not read."""
     engine = Engine(gptj_folder, EngineConfig(max_slots=1))
     body: dict[str, Any] = {"prompt": "abc", "max_tokens": 2000, "seed": 1, "ignore_eos": True}
@@ -110,7 +110,7 @@ def test_a_paused_stream_gives_its_slot_away_and_says_the_same(gptj_folder: Path
     assert expected.text.startswith(answer.json()["choices"][0]["text"].rstrip("\ufffd"))
 
 
-def test_many_that_read_nothing_hold_so_many_states_and_no_more(gptj_folder: Path) -> None:
+def test_paused_states_are_bounded(gptj_folder: Path) -> None:
     """Of six the two that came last wait; the others keep what had come, and nobody else waits."""
     engine = Engine(gptj_folder, EngineConfig(max_slots=2, max_paused_states=2))
     body: dict[str, Any] = {"prompt": "abc", "max_tokens": 300, "seed": 1, "ignore_eos": True}
@@ -147,7 +147,7 @@ def num_ended(live: Live) -> int:
     return num
 
 
-def test_a_session_keeps_what_it_was_told_before_nobody_read(
+def test_a_session_keeps_what_was_generated_before_its_pause(
     gptj_folder: Path, tmp_path: Path
 ) -> None:
     engine = Engine(gptj_folder, EngineConfig(max_slots=1, max_paused_states=0))
@@ -175,7 +175,7 @@ def test_a_session_keeps_what_it_was_told_before_nobody_read(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_connection_that_is_reset_frees_its_slot_in_one_step(stream: bool) -> None:
+def test_a_reset_connection_frees_its_slot_in_one_step(stream: bool) -> None:
     with serving() as live:
         live.engine.step_seconds = 0.01
         sock = live.connect(prompt="x", max_tokens=1_000_000, stream=stream)
@@ -187,7 +187,7 @@ def test_a_connection_that_is_reset_frees_its_slot_in_one_step(stream: bool) -> 
         assert cancelled.ended_at - cancelled.asked_at <= 1
 
 
-def test_one_that_is_gone_without_a_word_is_noticed_by_the_comments() -> None:
+def test_keep_alive_comments_detect_a_vanished_client() -> None:
     """Its socket vanishes as in a crash: the next comment finds nobody there."""
     with serving(sse_keep_alive_seconds=0.05) as live:
         live.engine.may_step.clear()
@@ -204,7 +204,7 @@ def test_one_that_is_gone_without_a_word_is_noticed_by_the_comments() -> None:
         eventually(lambda: not live.engine.running)
 
 
-def test_the_system_asks_idle_connections_whether_they_are_there(shared: Live) -> None:
+def test_tcp_keep_alive_is_on_for_connections(shared: Live) -> None:
     host, port = shared.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=60):
         connections = shared.server.server_state.connections

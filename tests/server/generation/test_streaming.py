@@ -154,7 +154,7 @@ def test_a_stream_s_headers_and_end(shared: Live) -> None:
     assert response.text.endswith("data: [DONE]\n\n")
 
 
-def test_a_stream_and_a_whole_answer_say_the_same(shared: Live) -> None:
+def test_a_stream_and_a_whole_response_have_equal_text(shared: Live) -> None:
     *chunks, done = shared.events(prompt=["say:one", "x"], n=2, max_tokens=5)
     assert done == "[DONE]"
     assert len({chunk["id"] for chunk in chunks}) == 1

@@ -18,10 +18,10 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def test_each_key_opens_and_nothing_else_does(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("# ours\nthird \n\n")
+    (tmp_path / "keys").write_text("# ours\nthird-key \n\n")
     keys: dict[str, Any] = {"api_key": ("one", "two"), "api_key_file": str(tmp_path / "keys")}
     with serving(**keys) as live:
-        for key in ("one", "two", "third"):
+        for key in ("one", "two", "third-key"):
             assert live.client.get("/v1/models", headers=bearer(key)).status_code == 200
         for headers in ({}, bearer("on"), bearer("one two"), {"Authorization": "Basic one"}):
             response = live.client.get("/v1/models", headers=headers)
@@ -73,10 +73,10 @@ def test_keys_that_cannot_be_sent_are_refused_at_the_start(config: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("one\ntwo\n", ["one", "two"]),
-        ("one\r\n\r\ntwo", ["one", "two"]),
-        ("# ours\r\none\r\n  # note\r\n\t#two\r\n", ["one"]),
-        ("  one  \n \ntwo#2\n", ["one", "two#2"]),
+        ("key-one1\nkey-two2\n", ["key-one1", "key-two2"]),
+        ("key-one1\r\n\r\nkey-two2", ["key-one1", "key-two2"]),
+        ("# ours\r\nkey-one1\r\n  # note\r\n\t#two\r\n", ["key-one1"]),
+        ("  key-one1  \n \nkey-two#2\n", ["key-one1", "key-two#2"]),
     ],
 )
 def test_a_file_of_keys_as_editors_save_it(
@@ -86,10 +86,33 @@ def test_a_file_of_keys_as_editors_save_it(
     path = tmp_path / "keys"
     path.write_bytes(mark + text.encode())
     assert [key.secret for key in load_api_keys(ServerConfig(api_key_file=str(path)))] == expected
-    as_json = tmp_path / "keys.json"
-    as_json.write_bytes(mark + b'{\r\n"a": {"key": "one"}\r\n}\r\n')
-    (key,) = load_api_keys(ServerConfig(api_key_file=str(as_json)))
+    path.write_bytes(mark + b'\r\n {\r\n"a": {"key": "one"}\r\n}\r\n')
+    (key,) = load_api_keys(ServerConfig(api_key_file=str(path)))
     assert (key.name, key.secret) == ("a", "one")
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("key-one1\n{\n}\n", "line 2 cannot be a key"),
+        ('# ours\n\n"key-one1"\n', "line 3 cannot be a key"),
+        ("key-one1\nkey two2", "line 2 cannot be a key"),
+        ("secret1\n", "line 1 cannot be a key"),
+        ("clé-secret\n", "line 1 cannot be a key"),
+        ('["key-one1"]', "must be a JSON object; it is a list"),
+        ('{"key-one1": "alice"}', 'entry 1 must be "NAME": '),
+    ],
+)
+def test_what_cannot_be_a_key_is_refused_at_the_start_and_not_printed(
+    text: str, where: str, tmp_path: Path
+) -> None:
+    """Else a fragment of another format would be a key that anyone can guess."""
+    path = tmp_path / "keys"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=f"^--api-key-file {path}") as caught:
+        load_api_keys(ServerConfig(api_key_file=str(path)))
+    assert where in str(caught.value)
+    assert not any(each in str(caught.value) for each in ("key-one1", "key two2", "secret"))
 
 
 @pytest.mark.parametrize("name", ["keys", "keys.json"])

@@ -70,6 +70,24 @@ def test_a_key_s_requests_at_a_time_are_bounded_and_another_s_are_not() -> None:
         eventually(lambda: live.complete(prompt="x").status_code, equals=200)
 
 
+@pytest.mark.parametrize("body", [{"prompt": ["a"] * 3}, {"prompt": "a", "n": 3}])
+def test_each_choice_counts(body: dict[str, Any]) -> None:
+    """Of a limit of four, three are taken: two more are a 429, and five could never be served."""
+    with serving(key_max_requests=4) as live:
+        live.engine.may_step.clear()
+        sock = live.connect(**body)
+        eventually(lambda: sum(each.params.n for each in live.engine.seen), equals=3)
+        error = live.complete(prompt="x", n=2).json()["error"]
+        assert error["code"] == "rate_limit_exceeded"
+        assert "prompts times n, and 4 are running" in error["message"]  # with this one
+        refused = live.complete(prompt=["x"] * 5)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["message"].startswith("prompts times n must be at most 4")
+        live.engine.may_step.set()
+        sock.close()
+        eventually(lambda: live.complete(prompt="x", n=4).status_code, equals=200)
+
+
 def test_tokens_read_and_said_are_counted() -> None:
     with serving(key_max_tokens_per_minute=40) as live:
         assert live.complete(prompt="x" * 10, max_tokens=20).status_code == 200
@@ -97,8 +115,8 @@ def test_a_turn_that_goes_on_without_its_client_is_counted_to_its_end(stream: bo
         leave_early(live, prompt="y", max_tokens=100, stream=stream)
         refused = live.complete(prompt="x", max_tokens=1).json()["error"]
         assert refused["message"] == (
-            "the limit of concurrent requests for all clients together is 1;"
-            " retry when one of them has ended"
+            "the limit of concurrent requests for all clients together is 1, each counted"
+            " prompts times n, and 1 are running; retry when one of them has ended"
         )
         live.engine.step_seconds = 0.0
         live.engine.may_step.set()
@@ -161,6 +179,8 @@ def test_a_file_names_keys_and_their_limits(tmp_path: Path) -> None:
         KeyLimits(max_requests=3, max_n=4),
     )
     assert (bob.name, bob.limits) == ("bob", KeyLimits(max_requests=1))
+    content = {"alice": {"key": "one", "weight": 3}, "bob": {"key": "two"}}
+    assert [key.weight for key in keys_in(tmp_path / "keys.json", content)] == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -174,6 +194,8 @@ def test_a_file_names_keys_and_their_limits(tmp_path: Path) -> None:
         ({"a": {"key": "one", "max_n": 0}}, "whole number from 1"),
         ({"a": {"key": "one", "max_n": True}}, "whole number from 1"),
         ({"a": {"key": " one"}}, "printable"),
+        ({"a": {"key": "one", "weight": 0}}, "weight must be"),
+        ({"a": {"key": "one", "weight": 1.5}}, "weight must be"),
         ('{"a": {"key": "one"}, "a": {"key": "two"}}', "twice"),
     ],
 )

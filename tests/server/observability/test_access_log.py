@@ -66,14 +66,16 @@ def test_a_request_is_one_line(lines: Any) -> None:
         ({"prompt": "x", "max_tokens": 5, "stream": True}, 200, "length"),
     ],
 )
-def test_how_it_ended(lines: Any, body: dict[str, Any], status: int, ended: str | None) -> None:
+def test_the_line_has_status_and_finish_reason(
+    lines: Any, body: dict[str, Any], status: int, ended: str | None
+) -> None:
     with serving() as live:
         live.complete(**body)
         fields = only(lines)
         assert (fields["status"], fields.get("finish_reason")) == (status, ended)
 
 
-def test_a_client_that_leaves_has_a_line_too(lines: Any) -> None:
+def test_a_disconnected_request_is_logged(lines: Any) -> None:
     with serving() as live:
         live.engine.step_seconds = 0.01
         with live.connect(prompt="x", max_tokens=100_000, stream=True):
@@ -94,7 +96,7 @@ def leave_early(live: Live, **body: Any) -> None:
 
 
 @pytest.mark.parametrize(("stream", "status"), [(True, 200), (False, 499)])
-def test_a_turn_that_goes_on_has_its_line_when_it_ends(
+def test_a_turn_that_continues_without_its_client_is_logged_at_its_end(
     lines: Any, stream: bool, status: int
 ) -> None:
     with serving() as live:
@@ -113,7 +115,7 @@ def test_a_turn_that_goes_on_has_its_line_when_it_ends(
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_turn_that_goes_on_and_is_stopped_with_the_server(lines: Any, stream: bool) -> None:
+def test_a_continuing_turn_is_logged_when_the_server_stops(lines: Any, stream: bool) -> None:
     with serving() as live:
         leave_early(live, prompt="y", max_tokens=100_000, stream=stream)
         live.engine.may_step.set()
@@ -121,7 +123,7 @@ def test_a_turn_that_goes_on_and_is_stopped_with_the_server(lines: Any, stream: 
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_turn_that_goes_on_with_its_client_has_one_line(lines: Any, stream: bool) -> None:
+def test_a_turn_with_on_disconnect_continue_is_logged_once(lines: Any, stream: bool) -> None:
     with serving() as live:
         body = {"prompt": "y", "session_id": live.opened("x"), "max_tokens": 3, "stream": stream}
         live.client.post("/v1/completions", json=body | {"on_disconnect": "continue"})
@@ -130,7 +132,7 @@ def test_a_turn_that_goes_on_with_its_client_has_one_line(lines: Any, stream: bo
     assert len(lines()) == 2
 
 
-def test_a_turn_and_a_refused_key_have_lines(lines: Any, tmp_path: Path) -> None:
+def test_turns_and_refused_keys_are_logged(lines: Any, tmp_path: Path) -> None:
     keys = {"alice": {"key": "one"}}
     (tmp_path / "keys.json").write_text(json.dumps(keys))
     with serving(api_key_file=str(tmp_path / "keys.json"), api_key=("two",)) as live:
@@ -141,14 +143,14 @@ def test_a_turn_and_a_refused_key_have_lines(lines: Any, tmp_path: Path) -> None
         assert named == [("alice", 200, 3), ("3fc4ccfe", 200, 3), ("", 401, None)]
 
 
-def test_probes_have_none(lines: Any, shared: Live) -> None:
+def test_probes_are_not_logged(lines: Any, shared: Live) -> None:
     for path in ("/health", "/ready", "/metrics", "/v1/models"):
         shared.client.get(path)
     assert lines() == []
 
 
 @pytest.mark.parametrize(("number", "expected"), [(0, None), (4, "abcé"), (100, "abcédef")])
-def test_as_much_of_a_prompt_is_logged_as_is_asked_for(
+def test_the_logged_prompt_is_cut_to_the_setting(
     lines: Any, number: int, expected: str | None
 ) -> None:
     with serving(log_prompt_characters=number) as live:
@@ -162,7 +164,7 @@ def record(message: str, **fields: Any) -> logging.LogRecord:
     return made
 
 
-def test_a_line_for_people_is_one_line() -> None:
+def test_the_text_format_is_one_line() -> None:
     line = TextFormatter().format(
         record("request", id="mine", path="/v1", seconds=0.5, prompt='a\nb "c"')
     )
@@ -171,7 +173,7 @@ def test_a_line_for_people_is_one_line() -> None:
     assert TextFormatter().format(logging.makeLogRecord({"msg": "plain"})).endswith(" plain")
 
 
-def test_a_line_for_machines_is_an_object() -> None:
+def test_the_json_format_is_one_object() -> None:
     fields = json.loads(JsonFormatter().format(record("request", id="mine", path=Path("/x"))))
     assert fields.pop("time") > 0
     assert fields == {"level": "info", "message": "request", "id": "mine", "path": "/x"}
@@ -187,7 +189,7 @@ def test_a_line_for_machines_is_an_object() -> None:
 STARTS = ("model", "memory", "sessions", "access", "ready")
 
 
-def test_a_server_that_is_asked_for_json_says_nothing_else(gptj_folder: Path) -> None:
+def test_with_the_json_format_all_output_is_json(gptj_folder: Path) -> None:
     command = [sys.executable, "-m", "cottention.server", "serve", str(gptj_folder), "--port", "0"]
     with subprocess.Popen(
         [*command, "--log-format", "json", "--max-slots", "2", "--host", "0.0.0.0"],
@@ -213,7 +215,7 @@ def test_a_server_that_is_asked_for_json_says_nothing_else(gptj_folder: Path) ->
     assert "secret" not in errors
 
 
-def test_what_libraries_warn_of_is_in_the_log() -> None:
+def test_warnings_of_libraries_are_logged() -> None:
     script = (
         "import warnings; from cottention.server.log_config import configure_logging;"
         "configure_logging('info', 'json'); warnings.warn('old')"

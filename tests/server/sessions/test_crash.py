@@ -21,7 +21,7 @@ import pytest
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.state.session_state import SessionState
-from tests.engine.making import ATTENTIONS, attention_folder
+from tests.engine.making import ATTENTIONS, SESSION_FAMILIES, model_folder
 from tests.server.process import served
 from tests.server.sse import read_told, text_of
 
@@ -53,7 +53,8 @@ class Twins:
         return self._said(session, num_turns - 1)[0].num_tokens if num_turns else 0
 
     def _next(self, session: int, turn: int) -> tuple[SessionState, str]:
-        start = self._said(session, turn - 1)[0] if turn else SessionState()
+        new = self._engine.policies.new_session(None)
+        start = self._said(session, turn - 1)[0] if turn else new
         ids = self._engine.tokenizer.encode(prompt_of(session, turn))
         params = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, seed=session)
         self._engine.submit(ids, params, start=start)
@@ -158,7 +159,8 @@ def test_kill_9_loses_nothing_answered(gptj_folder: Path, tmp_path: Path) -> Non
 
 def test_nor_with_another_attention(tmp_path: Path) -> None:
     """Each killed once, all at the same time: most of it is servers that start."""
-    models = [attention_folder(kind) for kind in ATTENTIONS if kind != "cottention"]
+    others = [*(kind for kind in ATTENTIONS if kind != "cottention"), *SESSION_FAMILIES]
+    models = [model_folder(each) for each in others]
     with ThreadPoolExecutor() as pool:
         looks = [pool.submit(kill_and_look, each, 1, tmp_path / each.name) for each in models]
         for look in looks:

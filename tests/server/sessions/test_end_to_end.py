@@ -16,16 +16,16 @@ from cottention.engine.scheduling.context_policy import MAX_HELD
 from cottention.engine.state.session_state import SessionState
 from cottention.server.config import ServerConfig
 from cottention.server.sessions.storage import open_sessions
-from tests.engine.making import ATTENTIONS, attention_folder
+from tests.engine.making import ATTENTIONS, SESSION_FAMILIES, model_folder
 from tests.server.live import Live, eventually, serving
 
 TOKENS: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True, "seed": 5}
 
 
-@pytest.fixture(scope="module", params=list(ATTENTIONS))
+@pytest.fixture(scope="module", params=[*ATTENTIONS, *SESSION_FAMILIES])
 def gptj_folder(request: pytest.FixtureRequest) -> Path:
     """A small model of every kind that is served."""
-    return attention_folder(request.param)
+    return model_folder(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def state_of(live: Live, session_id: str) -> SessionState:
 
 def said_after(solo: Engine, ids: tuple[int, ...]) -> str:
     """What one long request says after these ids."""
-    solo.submit(ids, SamplingParams(**TOKENS), start=SessionState())
+    solo.submit(ids, SamplingParams(**TOKENS), start=solo.policies.new_session(None))
     outputs = [out for _ in iter(solo.has_work, False) for out in solo.step()]
     return "".join(out.text for out in outputs)
 

@@ -1,0 +1,1 @@
+"""Models of flash-linear-attention: gated linear attention, RetNet, HGRN2 and the delta rules."""

@@ -1,0 +1,1 @@
+"""Mamba and Mamba-2: selective state spaces, under the names of transformers."""

@@ -1,0 +1,1 @@
+"""RWKV-7: folders as flash-linear-attention has them, and single .pth files."""
