@@ -53,7 +53,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from cottention.server.generation.async_engine import AsyncEngine
         from cottention.server.generation.chat_template import find_template
         from cottention.server.http.origin import check_access
-        from cottention.server.limits.api_keys import load_api_keys
+        from cottention.server.limits.api_keys import load_api_keys, session_quotas
         from cottention.server.sessions.storage import check_folder, describe_storage, sessions_of
 
         keys = load_api_keys(config)
@@ -67,7 +67,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             AdmissionQueue.of(config),
             config.stream_buffer_bytes,
         )
-        with sessions_of(engine, config) as sessions:
+        with sessions_of(engine, config, session_quotas(keys, config)) as sessions:
             app = create_app(async_engine, config, keys, sessions, template)
             warn_of_open_access(sock, config)
             facts = {

@@ -168,7 +168,7 @@ def codec(spec: StateSpec, layout: str = "layout") -> SnapshotCodec:
 
 
 def test_a_snapshot_has_it_by_name(spec: StateSpec) -> None:
-    state = SessionState(numbered(spec, 1), 2, (7,), (5, 6, 7), {7: 1})
+    state = SessionState(numbered(spec, 1), 2, (7,), (5, 6, 7), {5: 1, 6: 1, 7: 1})
     raw = codec(spec).encode(state)
     assert b'"row.state"' in raw
     assert b'"row.shift"' in raw

@@ -15,13 +15,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cottention.engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
+from cottention.engine.errors import (
+    ModelFolderError,
+    NonFiniteStateError,
+    SnapshotError,
+    SnapshotMismatchError,
+)
 from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.snapshot import MAX_HEADER_BYTES, SnapshotCodec
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import MAX_PENDING, SessionState
-from cottention.engine.state.spec import StateSpec
+from cottention.engine.state.spec import StateSpec, StateTensor
 from cottention.engine.text.tokenizer import Tokenizer
 from tests.engine.making import SESSION_FAMILIES, attention_folder, small_spec
 
@@ -309,7 +314,25 @@ def test_a_length_beyond_the_file() -> None:
         CODEC.decode(sealed(struct.pack("<Q", 2**64 - 1) + b"{}"))
 
 
-NAN = torch.full(SPEC.shapes["state"], float("nan"))
+NAN, INF = float("nan"), float("inf")
+WIDER = StateSpec((*SPEC.tensors, StateTensor("conv", (1, 3, 5))))
+"""Of a family that remembers more than the recurrence."""
+
+
+@pytest.mark.parametrize("wrong", [NAN, INF, -INF])
+@pytest.mark.parametrize("name", ["state", "conv"])
+def test_a_state_that_is_not_finite_is_neither_written_nor_read(name: str, wrong: float) -> None:
+    codec = SnapshotCodec(PRINTS, WIDER, NUM_IDS, context_schedules(WINDOW), WINDOW)
+    rows = {each.name: torch.full(each.shape, 0.125) for each in WIDER.tensors}
+    state = replace(FULL, rows=tuple(rows.values()))
+    raw = codec.encode(state)
+    before = struct.pack("<f", 0.125)
+    at = raw.index(before) if name == "state" else raw.rindex(before)
+    with pytest.raises(SnapshotError, match="not finite"):
+        codec.decode(sealed(raw[BODY_AT:at] + struct.pack("<f", wrong) + raw[at + 4 :]))
+    rows[name].view(-1)[-1] = wrong
+    with pytest.raises(NonFiniteStateError):
+        codec.encode(state)
 
 
 @pytest.mark.parametrize(
@@ -320,8 +343,6 @@ NAN = torch.full(SPEC.shapes["state"], float("nan"))
         replace(FULL, recent=(2**31 - 1,)),
         replace(FULL, counts={NUM_IDS: 1}),
         replace(FULL, counts={1: -1}),
-        replace(FULL, rows=(NAN,)),
-        replace(FULL, rows=(-NAN.nan_to_num(1).div(0),)),
         replace(FULL, rows=()),
         replace(FULL, undecoded=b"\xe2\x82\xac"),
         replace(FULL, undecoded=b"abcd"),
