@@ -136,6 +136,7 @@ async def _attack(
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
         session_id = await _session(client)
         paths = {"session_id": session_id, "model_id": model}
+        to.send(None)  # what follows is what is measured: not the start of this process
         made = Description(description, settings.max_body_bytes, paths, snapshot)
         for asked in made.requests():
             if asked.method == "DELETE":
@@ -217,9 +218,10 @@ def run_bounds(settings: Settings, flags: Sequence[str], at_once: int, seconds: 
         context = multiprocessing.get_context("spawn")
         arguments = (url, snapshot, settings, at_once, seconds, there)
         attacker = context.Process(target=attack, args=arguments)
-        with Prober(url, pid) as busy:
-            attacker.start()
-            there.close()
+        attacker.start()
+        there.close()
+        here.recv()
+        with Prober(url, pid) as busy, here:
             with contextlib.suppress(EOFError):
                 while True:
                     sent.append(here.recv())
