@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -416,10 +417,10 @@ def test_a_turn_takes_two_transactions(sessions: SmallSessions) -> None:
     db = sessions._store._index._db  # type: ignore[attr-defined]
     db.set_trace_callback(statements.append)
     begun = sessions.begin("a", made.id)
-    in_begin = len(statements)
+    in_begin = len([*groupby(statements)])  # a statement is traced again for each of its triggers
     sessions.commit(begun, sessions.state(4), log(is_durable=True))
     db.set_trace_callback(None)
-    words = [statement.split()[0] for statement in statements]
+    words = [statement.split()[0] for statement, _ in groupby(statements)]
     transaction = ["PRAGMA", "BEGIN", "UPDATE"]
     assert words[:in_begin] == [*transaction, "SELECT", "COMMIT"]
     commit = [*transaction, "INSERT", "DELETE", "SELECT", "COMMIT"]
