@@ -129,13 +129,6 @@ def load_api_keys(config: ServerConfig) -> tuple[ApiKey, ...]:
     return keys
 
 
-_SENDABLE = "printable ASCII without spaces around it"
-
-_MIN_LINE_LENGTH = 8
-_NOT_IN_LINES = frozenset(" {}\"'")
-"""What a line of keys cannot hold: the file is in another format, whose parts would become keys."""
-
-
 def session_quotas(keys: Iterable[ApiKey], config: ServerConfig) -> Quotas:
     """The quota of each owner; without keys there is one for all clients.
 
@@ -144,6 +137,13 @@ def session_quotas(keys: Iterable[ApiKey], config: ServerConfig) -> Quotas:
     default = KeyLimits.from_config(config).quota
     quotas = {owner_id(key.secret): key.limits.quota for key in keys}
     return lambda owner: quotas.get(owner, default)
+
+
+_SENDABLE = "printable ASCII without spaces around it"
+
+_MIN_LINE_LENGTH = 8
+_NOT_IN_LINES = frozenset(" {}\"'")
+"""What a line of keys cannot hold: the file is in another format, whose parts would become keys."""
 
 
 def _is_sendable(key: str) -> bool:

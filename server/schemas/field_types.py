@@ -14,6 +14,7 @@ Prompt = str | list[int]
 PROMPTS = "text, a list of texts, a list of token ids, or a list of lists of token ids"
 BIASES = "an object of token ids, as strings, with a number from -100 to 100 each"
 MAX_ID_DIGITS = 10
+MAX_SHORT = 1024
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 PATTERN = f"^{REQUEST_ID_PATTERN.pattern}$"
 
@@ -50,6 +51,13 @@ def _text(value: Any, info: ValidationInfo) -> str:
         raise wrong_type()
     check_text(str(info.field_name), value)
     return value
+
+
+def _short_text(value: Any, info: ValidationInfo) -> str:
+    text = _text(value, info)
+    if len(text) > MAX_SHORT:
+        raise wrong_type()
+    return text
 
 
 def _name(value: Any) -> str:
@@ -156,6 +164,11 @@ def _is_id(key: str) -> bool:
 
 
 Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
+ShortText = Annotated[
+    str,
+    PlainValidator(_short_text, json_schema_input_type=Annotated[str, Field(max_length=MAX_SHORT)]),
+]
+"""A name that is looked up or kept, and of which nothing is processed."""
 Name = Annotated[
     str, PlainValidator(_name, json_schema_input_type=Annotated[str, Field(pattern=PATTERN)])
 ]
