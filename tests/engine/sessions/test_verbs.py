@@ -21,6 +21,7 @@ from cottention.engine.sessions.manager import LEASE_SECONDS, Session, SessionMa
 from cottention.engine.sessions.memory_usage import VALUE_BYTES
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SqliteStore
+from cottention.engine.sessions.store.protocol import BlobReader
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.event_log import EventLog
 from cottention.engine.state.session_state import SessionState
@@ -115,16 +116,16 @@ def set_full(sessions: SmallSessions, is_full: bool) -> None:
 
 
 def during_the_next_read(sessions: SmallSessions, happen: Callable[[], None]) -> None:
-    """Let it happen once, after a state's file has been read and before anybody has its bytes."""
-    get = sessions._store.get
+    """Let it happen once, after a state's file has been opened and before anybody has its bytes."""
+    open_blob = sessions._store.open_blob
 
-    def late(digest: str) -> bytes:
-        sessions._store.get = get  # type: ignore[method-assign]
-        raw = get(digest)
+    def late(*part: Any) -> BlobReader:
+        sessions._store.open_blob = open_blob  # type: ignore[method-assign]
+        opened = open_blob(*part)
         happen()
-        return raw
+        return opened
 
-    sessions._store.get = late  # type: ignore[method-assign]
+    sessions._store.open_blob = late  # type: ignore[method-assign]
 
 
 def test_open_find_and_turns(sessions: SmallSessions) -> None:
@@ -482,15 +483,15 @@ def test_a_session_that_is_deleted_during_a_commit_is_not_in_memory(
 def test_reading_what_a_turn_is_just_replacing(sessions: SmallSessions) -> None:
     """The head that was looked up is gone when it is read, and the new one is read instead."""
     made = make(sessions)
-    get = sessions._store.get
+    open_blob = sessions._store.open_blob
 
-    def late(digest: str) -> bytes:
-        sessions._store.get = get  # type: ignore[method-assign]
+    def late(*part: Any) -> BlobReader:
+        sessions._store.open_blob = open_blob  # type: ignore[method-assign]
         for n in (2, 3, 4):  # more than there are checkpoints
             turn(sessions, made.id, n)
-        return get(digest)
+        return open_blob(*part)
 
-    sessions._store.get = late  # type: ignore[method-assign]
+    sessions._store.open_blob = late  # type: ignore[method-assign]
     assert sessions.export("a", made.id).raw == sessions.codec.encode(sessions.state(4))
 
 
