@@ -233,6 +233,7 @@ def test_forged_snapshots_are_refused_or_behave(live: Live, engine: Engine) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_many_forged_snapshots(live: Live, engine: Engine) -> None:
     try_many(live, Forger(engine), NUM_FORGERIES)
 
