@@ -281,10 +281,12 @@ class SqliteStore(SessionStore):
     @contextmanager
     def _within_quotas(self, db: queries.Db, owners: Iterable[str]) -> Iterator[None]:
         """SessionQuotaError where owners have too much after the block, and more than before."""
-        before = {owner: queries.usage_of(db, owner) for owner in owners}
+        quotas = {owner: self._quotas(owner) for owner in owners}
+        limited = {owner: quota for owner, quota in quotas.items() if quota != UNLIMITED}
+        before = {owner: queries.usage_of(db, owner) for owner in limited}
         yield
-        for owner, usage in before.items():
-            queries.check_quota(self._quotas(owner), usage, queries.usage_of(db, owner))
+        for owner, quota in limited.items():
+            queries.check_quota(quota, before[owner], queries.usage_of(db, owner))
 
     def _save_clock_if_due(self) -> None:
         saved, reading = self._saved, self._clock.reading()

@@ -351,8 +351,8 @@ def test_a_state_that_is_not_finite_is_neither_written_nor_read(name: str, wrong
         replace(FULL, pending=(99, 5)),
         replace(FULL, recent=(0, 5, 5)),
         replace(FULL, recent=(1, 5, 99)),
-        replace(FULL, counts=dict(FULL.counts) | {99: 10}),
-        replace(FULL, counts=dict(FULL.counts) | dict.fromkeys(range(10, 20), 0)),
+        replace(FULL, counts={**FULL.counts} | {99: 10}),
+        replace(FULL, counts={**FULL.counts} | dict.fromkeys(range(10, 20), 0)),
         replace(FULL, position=0, recent=(5, 99)),
         replace(SessionState(), undecoded=b"\xe2"),
     ],
@@ -434,8 +434,8 @@ def test_fingerprints_follow_the_files(folder: Path) -> None:
 
 
 def test_an_id_that_was_generated_more_often_than_a_count_tells() -> None:
-    long = replace(FULL, position=2**31, counts=dict(FULL.counts) | {99: 2**31 - 2})
+    long = replace(FULL, position=2**31, counts={**FULL.counts} | {99: 2**31 - 2})
     state = CODEC.decode(CODEC.encode(long))
     state = state.extended([], [99, 99, 99], WINDOW)
-    assert state.counts == dict(FULL.counts) | {99: 2**31 - 1}
+    assert state.counts == {**FULL.counts} | {99: 2**31 - 1}
     assert CODEC.decode(CODEC.encode(state)).counts == state.counts
