@@ -27,6 +27,7 @@ class EngineConfig:
         None,
         "file of a World vocabulary of RWKV, or a folder of tokenizer files",
         unset="the model's own",
+        is_path=True,
     )
     max_slots: int | None = setting(
         None,
