@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cottention.engine.ops import checks, loader, reference, varlen
 from cottention.engine.ops.activations import (
+    cos,
     exp,
     layer_norm,
     rms_norm,
@@ -21,6 +22,7 @@ from cottention.engine.ops.activations import (
     short_convolution,
     sigmoid,
     silu,
+    sin,
     softplus,
     tanh,
 )
@@ -35,7 +37,7 @@ from cottention.engine.ops.fused import (
     rwkv7_layers,
     sample,
 )
-from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack
+from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack, row_product
 from cottention.engine.ops.loader import Backend, backend, compiled_takes, warn_reference
 from cottention.engine.ops.reference import NO_INDEX, PADDING_SLOT, rotate
 from cottention.engine.ops.varlen import Segments, check_state_indices
@@ -54,6 +56,7 @@ __all__ = [
     "can_pack",
     "can_sample",
     "check_state_indices",
+    "cos",
     "cottention_attention_gelu",
     "cottention_features",
     "cottention_layers",
@@ -71,6 +74,7 @@ __all__ = [
     "rms_norm",
     "rotary_table",
     "rotate",
+    "row_product",
     "row_sums",
     "rwkv7_layers",
     "sample",
@@ -78,6 +82,7 @@ __all__ = [
     "short_convolution",
     "sigmoid",
     "silu",
+    "sin",
     "softplus",
     "tanh",
 ]

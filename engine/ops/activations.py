@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cottention.engine.ops import checks, reference
 from cottention.engine.ops.linear import FixedOrderLinear
-from cottention.engine.ops.loader import compiled_takes
+from cottention.engine.ops.loader import compiled_takes, needs_gradient
 
 
 def silu(x: Tensor) -> Tensor:
@@ -43,6 +43,16 @@ def exp(x: Tensor) -> Tensor:
     return _each(x, "exp", torch.exp)
 
 
+def sin(x: Tensor) -> Tensor:
+    """The sine, elementwise, x of any shape."""
+    return _rounded_once(x, torch.sin)
+
+
+def cos(x: Tensor) -> Tensor:
+    """The cosine, elementwise, x of any shape."""
+    return _rounded_once(x, torch.cos)
+
+
 def _each(x: Tensor, name: str, plain: Callable[[Tensor], Tensor]) -> Tensor:
     if not compiled_takes(x):
         return _rounded_once(x, plain)
@@ -52,12 +62,12 @@ def _each(x: Tensor, name: str, plain: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _rounded_once(x: Tensor, plain: Callable[[Tensor], Tensor]) -> Tensor:
-    """In float32 on the CPU by way of float64.
+    """In float32 on the CPU by way of float64, unless gradients are needed.
 
     The last bits of torch's functions depend on an element's place; of float64 they are rounded
     away.
     """
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    if x.dtype != torch.float32 or x.device.type != "cpu" or needs_gradient(x):
         return plain(x)
     return plain(x.double()).float()
 

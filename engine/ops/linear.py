@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cottention.engine.ops.loader import backend
+from cottention.engine.ops.loader import backend, needs_gradient
 
 TILE_ROWS = 32
 
@@ -83,6 +83,25 @@ class FixedOrderNorm(nn.Module):
 def _float32_copy(x: Tensor) -> Tensor:
     """A float32 copy: the original may be a view of a mapped file, which would stay mapped."""
     return x.detach().to(torch.float32, copy=True)
+
+
+def row_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x Wᵀ, in the type of both whatever autocast says: [..., C] → [..., O].
+
+    weight [O, C], or [H, O, C] with one per head for x [..., H, C]. In float32 on the CPU the bits
+    of a row do not depend on the other rows, unless gradients are needed. The weight is packed in
+    each call: it is small beside a layer's.
+    """
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not needs_gradient(x, weight):
+        if weight.dim() == 2:
+            rows: Tensor = FixedOrderLinear(weight)(x.reshape(-1, x.shape[-1]))
+            return rows.view(*x.shape[:-1], -1)
+        heads = zip(x.unbind(-2), weight, strict=True)
+        return torch.stack([row_product(of_head, own) for of_head, own in heads], dim=-2)
+    with torch.autocast(x.device.type, enabled=False):
+        if weight.dim() == 2:
+            return F.linear(x, weight)
+        return torch.einsum("...hc,hoc->...ho", x, weight)
 
 
 def can_pack(weight: Tensor) -> bool:

@@ -74,9 +74,12 @@ def compiled_takes(
     """Whether the CPU op takes x. The op itself refuses arguments that do not match x."""
     if x.device.type != "cpu" or x.dtype not in types:
         return False
-    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, *others)):
-        return False
-    return backend() == "compiled"
+    return not needs_gradient(x, *others) and backend() == "compiled"
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether an operation on these tensors is recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """Writes a trained model as a complete Hugging Face folder, with weights of 16 bits.
 
+A feature map's own weights are written in float32, as they are served.
 Of float16 and bfloat16, the type is used that scores better on the held-out files.
 """
 
@@ -13,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from cottention.engine.models.gptj.config import GPTJConfig
-from cottention.engine.models.gptj.model import CottentionForCausalLM
+from cottention.engine.models.gptj.feature_maps.random_features import RandomFeatures
+from cottention.engine.models.gptj.model import CottentionForCausalLM, weight_dtype
 from cottention.engine.training.data import END_OF_TEXT, end_of_text_id
 from cottention.engine.training.evaluate import HeldOut, Score, score
 
@@ -58,12 +60,15 @@ def config_json(config: GPTJConfig, dtype: str, end: int) -> dict[str, Any]:
         "n_positions": config.n_positions,
         "rotary_dim": config.rotary_dim,
         "torch_dtype": dtype,
-        **_fixed_length(config),
+        **_kind_settings(config),
     }
 
 
-def _fixed_length(config: GPTJConfig) -> dict[str, Any]:
-    """cosFormer's M; empty for other kinds of attention."""
+def _kind_settings(config: GPTJConfig) -> dict[str, Any]:
+    """cosFormer's M, the number of random features; empty for other kinds of attention."""
+    kind = config.feature_map
+    if isinstance(kind, RandomFeatures):
+        return {"num_random_features": kind.num_features(config)}
     if config.max_exact_length is None:
         return {}
     return {"cosformer_max_length": config.max_exact_length}
@@ -118,7 +123,10 @@ def to_half_precision(weights: Weights, config: GPTJConfig, held_out: HeldOut) -
 
 
 def _rounded(weights: Weights, name: str, config: GPTJConfig, held_out: HeldOut) -> HalfPrecision:
-    half = {key: weight.to(HALF_TYPES[name]).contiguous() for key, weight in weights.items()}
+    half = {
+        key: weight.to(weight_dtype(key, HALF_TYPES[name])).contiguous()
+        for key, weight in weights.items()
+    }
     model = CottentionForCausalLM(config).requires_grad_(False).eval()
     model.load_state_dict({key: weight.float() for key, weight in half.items()})
     return HalfPrecision(name, half, model, score(model, held_out, dtype=torch.float32))

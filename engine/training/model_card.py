@@ -39,7 +39,7 @@ def training_facts(
         "began_with": _facts_of_start(settings.begin_with),
         "corpus": _corpus_facts(settings, corpus),
         "model": {
-            "parameters": sum(weight.numel() for weight in rounded.weights.values()),
+            "parameters": sum(weight.numel() for weight in rounded.model.parameters()),
             "attention": settings.attention,
             "dtype": rounded.dtype,
             "context": settings.context,

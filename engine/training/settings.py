@@ -7,6 +7,7 @@ from pathlib import Path
 from cottention.engine.errors import ConfigurationError
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
+from cottention.engine.models.gptj.feature_maps.random_features import RandomFeatures
 from cottention.engine.settings.command_line import OneLineParser, add_config_flag, add_flags
 from cottention.engine.settings.declaration import check_settings, setting, settings_of
 from cottention.engine.settings.sources import (
@@ -63,6 +64,12 @@ class TrainingSettings:
         "kind of attention; softmax is for comparison and cannot be served",
         choices=ATTENTION_KINDS,
     )
+    num_random_features: int | None = setting(
+        None,
+        "random features per head, of performer and rfa",
+        unset="as many as make keys twice as wide as a head",
+        minimum=1,
+    )
     rotary_dim: int | None = setting(None, "rotary channels per head", unset="all", minimum=0)
     layers: int = setting(6, "number of layers", minimum=1)
     width: int = setting(256, "hidden size; the MLP is four times as wide", minimum=1)
@@ -100,6 +107,7 @@ class TrainingSettings:
     def model_config(self, end_of_text: int) -> GPTJConfig:
         """The model's shape: rotary over whole heads whatever the attention, M the context."""
         rotary_dim = self.width // self.heads if self.rotary_dim is None else self.rotary_dim
+        is_random = isinstance(ATTENTION_KINDS[self.attention], RandomFeatures)
         return GPTJConfig(
             vocab_size=self.vocab_size,
             n_embd=self.width,
@@ -111,6 +119,7 @@ class TrainingSettings:
             eos_token_ids=(end_of_text,),
             attention_type=self.attention,
             cosformer_max_length=self.context if self.attention == "cosformer" else None,
+            num_random_features=self.num_random_features if is_random else None,
         )
 
 

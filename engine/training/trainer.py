@@ -46,6 +46,7 @@ MAX_INT = 2**31 - 1
 IDENTITY = (
     "seed",
     "attention",
+    "num_random_features",
     "rotary_dim",
     "context",
     "layers",

@@ -172,7 +172,7 @@ def small_spec(kind: str, width: int = 8, more_keys: int = 0) -> StateSpec:
         recurrence_tensors(
             layers=1,
             heads=2,
-            value_width=width,
+            value_width=config.feature_map.value_width(config),
             key_width=config.feature_map.key_width(config) + more_keys,
             has_denominator=config.feature_map.has_denominator,
         )

@@ -4,12 +4,16 @@ from cottention.engine.models.gptj.feature_maps.base import FeatureMap
 from cottention.engine.models.gptj.feature_maps.cosformer import CosFormer
 from cottention.engine.models.gptj.feature_maps.cottention import Cottention
 from cottention.engine.models.gptj.feature_maps.linear import Linear
+from cottention.engine.models.gptj.feature_maps.performer import Performer
+from cottention.engine.models.gptj.feature_maps.rfa import RFA
 from cottention.engine.models.gptj.feature_maps.softmax import Softmax
 
 ATTENTION_KINDS: dict[str, FeatureMap] = {
     "cottention": Cottention(),
     "cosformer": CosFormer(),
     "linear": Linear(),
+    "performer": Performer(),
+    "rfa": RFA(),
     "softmax": Softmax(),
 }
 """All kinds that are trained and measured; softmax is for comparison and cannot be served."""

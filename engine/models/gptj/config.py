@@ -3,6 +3,7 @@
 Loads no torch. Everything here raises ModelFolderError; `where` names the file in the message.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -17,6 +18,7 @@ from cottention.engine.models.config import (
 )
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS, RECURRENT_KINDS
 from cottention.engine.models.gptj.feature_maps.base import FeatureMap
+from cottention.engine.models.gptj.feature_maps.random_features import RandomFeatures
 from cottention.engine.settings.declaration import shown
 from cottention.engine.state.spec import StateTensor, recurrence_tensors
 
@@ -39,6 +41,7 @@ class GPTJConfig(ModelConfig):
         "attention_bias",
         "cosformer_max_length",
     )
+    optional_arithmetic_fields: ClassVar[Mapping[str, object]] = {"num_random_features": None}
 
     n_embd: int
     n_layer: int
@@ -50,6 +53,7 @@ class GPTJConfig(ModelConfig):
     attention_type: str = "cottention"
     attention_bias: bool = False
     cosformer_max_length: int | None = None
+    num_random_features: int | None = None
 
     @property
     def head_dim(self) -> int:
@@ -77,7 +81,7 @@ class GPTJConfig(ModelConfig):
         return recurrence_tensors(
             layers=self.n_layer,
             heads=self.n_head,
-            value_width=self.head_dim,
+            value_width=self.feature_map.value_width(self),
             key_width=self.feature_map.key_width(self),
             has_denominator=self.feature_map.has_denominator,
         )
@@ -112,6 +116,7 @@ class GPTJConfig(ModelConfig):
             torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
             attention_bias=switch(raw, "attention_bias", where),
             cosformer_max_length=_max_length(raw, where),
+            num_random_features=_num_features(raw, sizes["n_embd"] // sizes["n_head"], where),
         )
         _check_shape(config, where)
         return config
@@ -145,6 +150,17 @@ def _max_length(raw: dict[str, Any], where: str) -> int | None:
     if raw.get("attention_type") != "cosformer":
         return None
     return size(raw, "cosformer_max_length", where, default=raw["n_positions"])
+
+
+MAX_RANDOM_FEATURES = 2**16
+
+
+def _num_features(raw: dict[str, Any], head_dim: int, where: str) -> int | None:
+    kind = ATTENTION_KINDS[raw.get("attention_type", "cottention")]
+    if not isinstance(kind, RandomFeatures):
+        return None
+    default = kind.default_num_features(head_dim)
+    return size(raw, "num_random_features", where, default=default, most=MAX_RANDOM_FEATURES)
 
 
 def _check_shape(config: GPTJConfig, where: str) -> None:

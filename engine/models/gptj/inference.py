@@ -114,8 +114,8 @@ class TorchLayers:
     ) -> Tensor:
         """First product [N, 3C + inner] → input of the second, [N, C + inner]."""
         features, up = split_heads(self._config, joined, self._layers[index].map_weights, at)
-        mixed = recurrence(index, features).flatten(-2).to(up.dtype)
-        return torch.cat([mixed, ops.gelu_new(up)], dim=-1)
+        mixed = self._config.feature_map.outputs(recurrence(index, features))
+        return torch.cat([mixed.flatten(-2).to(up.dtype), ops.gelu_new(up)], dim=-1)
 
 
 def _torch_layer(block: Block, device: str) -> TorchLayer:
@@ -199,6 +199,6 @@ class PackedLayer:
         self._norm.into(x, normed)
         self._project_in.into(normed, joined)
         features, up = split_heads(self._config, joined, self._map_weights, at)
-        out = recurrence(self._index, features).flatten(-2)
+        out = self._config.feature_map.outputs(recurrence(self._index, features)).flatten(-2)
         torch.cat([out, ops.gelu_new(up)], dim=-1, out=mixed)
         self._project_out.add_to(mixed, x)

@@ -123,8 +123,8 @@ class CottentionForCausalLM(nn.Module):
         """Output of one block's attention and MLP, to be added to x [..., N, C]."""
         joined = nn.functional.linear(block.ln_1(x), *block.stacked_in())
         features, up = split_heads(self.config, joined, block.attn.map_weights(), at)
-        mixed = attend(layer, features).flatten(-2).to(up.dtype)
-        out = torch.cat([mixed, ops.gelu_new(up)], dim=-1)
+        mixed = self.config.feature_map.outputs(attend(layer, features))
+        out = torch.cat([mixed.flatten(-2).to(up.dtype), ops.gelu_new(up)], dim=-1)
         return nn.functional.linear(out, *block.stacked_out())
 
 

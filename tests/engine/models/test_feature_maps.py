@@ -28,7 +28,8 @@ def config_of(attention: str, length: int) -> GPTJConfig:
 @pytest.mark.parametrize("attention", RECURRENT_KINDS)
 def test_parallel_and_recurrent_forms_agree(attention: str, length: int) -> None:
     config = config_of(attention, length)
-    kind, key_width = config.feature_map, config.feature_map.key_width(config)
+    kind = config.feature_map
+    key_width, value_width = kind.key_width(config), kind.value_width(config)
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, length, HEADS, WIDTH, dtype=torch.float64, generator=generator)
     with torch.inference_mode():
@@ -36,16 +37,19 @@ def test_parallel_and_recurrent_forms_agree(attention: str, length: int) -> None
     at = token_positions(config, torch.arange(length), torch.float64)
     q, k, v = kind.features(q, k, v, at, weights)
     assert q.shape == k.shape == (length, HEADS, key_width)
+    assert v.shape == (length, HEADS, value_width)
 
     heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]  # [1, H, T, ·]
     parallel = reference.parallel(*heads_first, denominator=kind.has_denominator)
-    state = q.new_zeros(1, HEADS, WIDTH, key_width)
+    state = q.new_zeros(1, HEADS, value_width, key_width)
     z = q.new_zeros(1, HEADS, key_width) if kind.has_denominator else None
     row = torch.zeros(1, dtype=torch.int32)
     steps = [
         recurrent_step(*(x[t : t + 1] for x in (q, k, v)), state, z, row) for t in range(length)
     ]
-    torch.testing.assert_close(torch.cat(steps), parallel[0].transpose(0, 1), rtol=0, atol=1e-12)
+    forms = [kind.outputs(out) for out in (torch.cat(steps), parallel[0].transpose(0, 1))]
+    assert forms[0].shape == (length, HEADS, WIDTH)
+    torch.testing.assert_close(*forms, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("attention", ATTENTION_KINDS)

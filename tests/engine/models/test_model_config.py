@@ -92,8 +92,8 @@ def test_the_window_ends_where_weights_would_turn_negative() -> None:
         ({"model_type": None}, "model_type is None"),
         ({"model_type": ["gptj"]}, "model_type is ['gptj']"),
         (
-            {"attention_type": "performer"},
-            "attention_type 'performer' is not one of: cosformer",
+            {"attention_type": "hyena"},
+            "attention_type 'hyena' is not one of: cosformer",
         ),
         ({"attention_type": ["cottention"]}, "attention_type ['cottention'] is not one of"),
         ({"attention_type": None}, "attention_type None is not one of"),

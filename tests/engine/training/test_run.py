@@ -18,12 +18,12 @@ from cottention.engine.errors import ConfigurationError, ModelFolderError
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
-from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.models.registry import read_config
 from cottention.engine.models.weight_files import read_weights
 from cottention.engine.settings.command_line import to_arguments
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.engine.training.__main__ import train
+from cottention.engine.training.forward import initial_model
 from cottention.engine.training.progress import (
     BarProgress,
     PlainProgress,
@@ -89,6 +89,12 @@ def settings(tmp_path: Path) -> TrainingSettings:
         save_every=2,
         device="cpu",
     )
+
+
+def seeded(config: GPTJConfig, seed: int) -> dict[str, Tensor]:
+    """The weights with which a run begins."""
+    torch.manual_seed(seed)
+    return initial_model(config, None).state_dict()
 
 
 def weights_of(settings: TrainingSettings) -> dict[str, Tensor]:
@@ -179,7 +185,7 @@ def test_hours_end_a_run(settings: TrainingSettings) -> None:
 def test_other_kinds_of_attention_are_trained_alike(
     settings: TrainingSettings, attention: str
 ) -> None:
-    """Same parameters except Cottention's m; kinds with a state of fixed size are served."""
+    """Same weights but for the map's own; kinds with a state of fixed size are served."""
     listener = Listener()
     train(replace(settings, steps=40, attention=attention), [], listener)
     assert listener.losses[-1] < listener.losses[0] - 0.3
@@ -187,9 +193,14 @@ def test_other_kinds_of_attention_are_trained_alike(
     assert isinstance(config, GPTJConfig)
     assert (config.attention_type, config.rotary_dim) == (attention, 8)
     assert config.max_exact_length == (16 if attention == "cosformer" else None)
-    first, other = (CottentionForCausalLM(each) for each in (settings.model_config(0), config))
-    missing = {"transformer.h.0.attn.norm_const"}
-    assert first.state_dict().keys() - other.state_dict().keys() == missing
+    first, other = (seeded(each, settings.seed) for each in (settings.model_config(0), config))
+    assert first.keys() - other.keys() == {"transformer.h.0.attn.norm_const"}
+    assert all(torch.equal(first[name], other[name]) for name in first.keys() & other.keys())
+    written = weights_of(settings)
+    for name in other.keys() - first.keys():
+        assert written[name].dtype == torch.float32
+        is_trained = name.endswith("rfa_sigma")
+        assert torch.equal(written[name], other[name]) != is_trained, "of the seed, as it was"
     if attention == "softmax":
         with pytest.raises(ModelFolderError, match="for training and benchmarks only"):
             Engine(settings.output)

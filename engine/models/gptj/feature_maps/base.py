@@ -41,6 +41,11 @@ class AttentionConfig(Protocol):
         """cosFormer's M; None: `n_positions`."""
         ...
 
+    @property
+    def num_random_features(self) -> int | None:
+        """Random features per head of Performer and RFA; None: the map's default."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class TokenPositions:
@@ -98,6 +103,17 @@ class FeatureMap(ABC):
     def key_width(self, config: AttentionConfig) -> int:
         """Width K of the mapped queries and keys of one head."""
         return config.head_dim
+
+    def value_width(self, config: AttentionConfig) -> int:
+        """Width V of the mapped values of one head."""
+        return config.head_dim
+
+    def outputs(self, mixed: "Tensor") -> "Tensor":
+        """What the recurrence returned, [..., N, H, V], to the attention's outputs [..., N, H, D].
+
+        In float32 on a CPU the bits of a row must not depend on the other rows.
+        """
+        return mixed
 
     def max_exact_length(self, _config: AttentionConfig) -> int | None:
         """Tokens after which the map means nothing, if there is such a limit."""
