@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-clients docker-test fuzz asan crash faults stops soak check bounds bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-clients docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -62,6 +62,9 @@ $(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt
 
 crash: setup ## Kill the server two hundred times under load, and look for what is lost
 	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/sessions/test_crash.py::test_kill_9_loses_nothing_answered
+
+forgeries: setup ## Import ten thousand forged snapshots
+	COTTENTION_FORGERIES=10000 $(BIN)/python -m pytest tests/server/sessions/test_forged_snapshots.py::test_many_forged_snapshots
 
 faults: setup ## Inject a thousand faults under load, and look who fails
 	COTTENTION_FAULTS=1000 $(BIN)/python -m pytest -s --show-capture=no tests/server/test_faults.py

@@ -1,5 +1,5 @@
-// rotary_table, cottention_features, gelu_new, elu_plus_one, layer_norm and argmax on the CPU:
-// checks and calls. The rotary angles are computed here, in float64; the other arithmetic is in
+// rotary_table, cottention_features, gelu_new, gelu_erf, elu_plus_one, layer_norm and argmax on the
+// CPU: checks and calls. The rotary angles are computed here, in float64; the other arithmetic is in
 // elementwise.h and argmax.h.
 #include <torch/csrc/stable/ops.h>
 
@@ -94,6 +94,8 @@ std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Te
 
 // x [N, C], rows any distance apart → contiguous [N, C].
 Tensor gelu_new(const Tensor& x) { return each_row(x, kernels().gelu); }
+
+Tensor gelu_erf(const Tensor& x) { return each_row(x, kernels().gelu_erf); }
 
 Tensor elu_plus_one(const Tensor& x) { return each_row(x, kernels().elu_plus_one); }
 

@@ -1,5 +1,5 @@
 // Per-token operations around the recurrence: rotary embedding, unit norm, scaling by position,
-// gelu_new, elu + 1 and layer norm.
+// gelu in two forms, elu + 1 and layer norm.
 //
 // The compiler vectorises the elementwise loops. With contraction off, the bits of an element do
 // not depend on its index. Sums run over sixteen fixed lanes. Included by kernels.cpp only.
@@ -111,6 +111,24 @@ inline void gelu_of(const float* x, int64_t count, float* __restrict out) {
 
 inline void gelu(const RowsParams& p, int64_t row) {
   gelu_of(p.x + row * p.x_stride, p.columns, p.out + row * p.out_stride);
+}
+
+// x Φ(x), Φ(x) = erfc(−x / √2) / 2. For y = |x| / √2, erfc(y) = p(1 / (1 + c y)) e^{−y²} to 1.5e-7
+// (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26).
+inline void gelu_erf(const RowsParams& p, int64_t row) {
+  const float* x = p.x + row * p.x_stride;
+  float* __restrict out = p.out + row * p.out_stride;
+  for (int64_t i = 0; i < p.columns; ++i) {
+    const float y = (x[i] < 0.0f ? -x[i] : x[i]) * 0.70710678f;
+    const float t = 1.0f / multiply_add(0.3275911f, y, 1.0f);
+    float series = 1.061405429f;
+    series = multiply_add(series, t, -1.453152027f);
+    series = multiply_add(series, t, 1.421413741f);
+    series = multiply_add(series, t, -0.284496736f);
+    series = multiply_add(series, t, 0.254829592f);
+    const float above = 0.5f * series * t * exponential(-y * y);  // Φ(−|x|)
+    out[i] = x[i] * (x[i] < 0.0f ? above : 1.0f - above);
+  }
 }
 
 // elu(x) + 1: x + 1 for x >= 0, e^x below.

@@ -202,6 +202,7 @@ struct Kernels {
   void (*to_bfloat16)(const ToBFloat16Params&, int64_t row);
   void (*features)(const FeatureParams&, int64_t token);
   void (*gelu)(const RowsParams&, int64_t row);
+  void (*gelu_erf)(const RowsParams&, int64_t row);
   void (*elu_plus_one)(const RowsParams&, int64_t row);
   void (*layer_norm)(const NormParams&, int64_t row);
   void (*argmax)(const ArgmaxParams&, int64_t row);

@@ -28,6 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Te
                                                        const Tensor& sigma, const Tensor& cos,
                                                        const Tensor& sin);
 Tensor gelu_new(const Tensor& x);
+Tensor gelu_erf(const Tensor& x);
 Tensor elu_plus_one(const Tensor& x);
 void layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon,
                 const Tensor& out);

@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(cottention, m) {
       "cottention_features(Tensor q, Tensor k, Tensor v, Tensor positions, Tensor sigma, "
       "Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)");
   m.def("gelu_new(Tensor x) -> Tensor");
+  m.def("gelu_erf(Tensor x) -> Tensor");
   m.def("elu_plus_one(Tensor x) -> Tensor");
   m.def("silu(Tensor x) -> Tensor");
   m.def("sigmoid(Tensor x) -> Tensor");
@@ -58,6 +59,7 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("rotary_table", TORCH_BOX(&cottention::rotary_table));
   m.impl("cottention_features", TORCH_BOX(&cottention::cottention_features));
   m.impl("gelu_new", TORCH_BOX(&cottention::gelu_new));
+  m.impl("gelu_erf", TORCH_BOX(&cottention::gelu_erf));
   m.impl("elu_plus_one", TORCH_BOX(&cottention::elu_plus_one));
   m.impl("silu", TORCH_BOX(&cottention::silu));
   m.impl("sigmoid", TORCH_BOX(&cottention::sigmoid));

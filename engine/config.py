@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError
 from cottention.engine.settings.declaration import check_settings, setting
 from cottention.engine.state.context_window import ContextPolicy
@@ -26,6 +27,7 @@ class EngineConfig:
         None,
         "file of a World vocabulary of RWKV, or a folder of tokenizer files",
         unset="the model's own",
+        is_path=True,
     )
     max_slots: int | None = setting(
         None,
@@ -85,6 +87,24 @@ class EngineConfig:
         256 * 1024**2,
         "memory for the states of cached prompts; 0 disables the cache",
         minimum=0,
+        unit="bytes",
+    )
+    embeddings: bool = setting(
+        False,
+        "let a model that generates text give embeddings as well, of its last hidden states; an"
+        " encoder always does",
+    )
+    pooling: Literal["auto", Pooling] = setting(
+        "auto",
+        "which hidden states are an embedding; auto is what 1_Pooling/config.json of the model's"
+        " folder says, else mean",
+    )
+    normalize_embeddings: bool = setting(False, "divide embeddings by their Euclidean norm")
+    encoder_memory: int = setting(
+        1024**3,
+        "memory for the hidden states of texts longer than --max-batch-tokens that an encoder reads"
+        " at the same time; a text that needs more by itself is refused",
+        minimum=1,
         unit="bytes",
     )
     threads: int | None = setting(None, "number of CPU threads", unset="chosen by torch", minimum=1)

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cottention.engine.config import EngineConfig
+from cottention.engine.encoding import Capability
 from cottention.engine.errors import EngineStoppedError
 from cottention.engine.execution.loading import load
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
-from cottention.engine.scheduling.context_policy import ContextPolicies
+from cottention.engine.scheduling.context_policy import MAX_HELD, ContextPolicies
 from cottention.engine.scheduling.input_processor import InputProcessor, Prompt, RequestLimits
 from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
@@ -77,6 +78,17 @@ class Engine:
         self._inboxes = OutputInboxes()
         self._num_steps = self._num_faults = self._num_unsampled = 0
         self._runner.warm_up()
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the model can do."""
+        more: tuple[Capability, ...] = ("embeddings",) if self.config.embeddings else ()
+        return ("completions", "chat", "sessions", *more)
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Tokens of the longest text that can be embedded."""
+        return MAX_HELD
 
     def submit(
         self,
@@ -156,7 +168,7 @@ class Engine:
     def _process(self, batch: Batch, result: BatchResult) -> list[Output]:
         """Bring the requests of a batch up to date with its result."""
         self._num_steps += 1
-        outputs = self._request_manager.advance(batch, result.prompt_logprobs)
+        outputs = self._request_manager.advance(batch, result)
         for sample in result.samples:
             outputs += self._append_token(sample)
         self._num_unsampled += len(result.unsampled)

@@ -15,6 +15,8 @@ CottentionError
     ├── SessionMovedError       it is not at the version that the caller has seen
     ├── NothingToRewindError    no turn to go back to
     ├── ContextPolicyError      too old for another policy
+    ├── SessionQuotaError       its owner has no room for more
+    ├── NonFiniteStateError     its new state has values that are not finite
     └── StoreUnavailableError   the store does not take it, or cannot be read now
         └── StoreFullError          the disk takes no more
 """
@@ -82,6 +84,14 @@ class NothingToRewindError(SessionError):
 
 class ContextPolicyError(SessionError):
     """The session is past the window in which every context policy is the same."""
+
+
+class SessionQuotaError(SessionError):
+    """The owner's sessions are as many, or take as much, as its quota allows."""
+
+
+class NonFiniteStateError(SessionError):
+    """A state to be stored has NaN or infinite values; the session stays as it was."""
 
 
 class StoreUnavailableError(SessionError):

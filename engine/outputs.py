@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from cottention.engine.encoding import Encoded
 from cottention.engine.errors import RequestFailedError
 from cottention.engine.state.prefix_cache import CacheStats
 
@@ -56,6 +57,7 @@ class Output:
     logprobs: one for each of token_ids, where requested.
     state: the session's state after the turn, in the last output, unless the turn was cut.
     context_start: index of the oldest token that the next one would depend on.
+    encoded: what was asked of the prompt's hidden states, in an encoder's only output.
 
     Per-request fields. started: when the request first had slots, by time.monotonic. Sent only with
     choice 0: prompt_logprobs, one for each prompt id, None for the first, in its first output;
@@ -75,6 +77,7 @@ class Output:
     num_cached: int = 0
     context_start: int = 0
     started: float | None = None
+    encoded: Encoded | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from cottention.engine.encoding import EncodeParams
 from cottention.engine.errors import ParameterError
 from cottention.engine.state.context_window import ContextPolicy
 
@@ -46,6 +47,7 @@ class SamplingParams:
     allowed_token_ids: the only ids that may be generated. bad_words: texts never generated.
     context_policy: "renew" or "exact", for sequences longer than the model's window; None: that of
     the session or the engine.
+    encode: what is asked of the prompt's hidden states in place of a continuation; encoders only.
     logprobs, prompt_logprobs: 0 to 20 most probable ids to report beside each id; None: no report.
 
     Raises ParameterError naming the field and what it allows.
@@ -73,6 +75,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     context_policy: ContextPolicy | None = None
+    encode: EncodeParams | None = None
 
     def __post_init__(self) -> None:
         _check_integer("max_tokens", self.max_tokens, 0, None)

@@ -10,6 +10,7 @@ from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 
 if TYPE_CHECKING:  # a worker is given its engine, and works with any that has these methods
+    from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.engine import Engine
     from cottention.engine.state.session_state import SessionState
 
@@ -21,7 +22,10 @@ class EngineWorker:
     """Runs an engine in a thread of its own; its methods may be called from any thread."""
 
     def __init__(
-        self, engine: "Engine", deliver: Deliver, on_death: Callable[[BaseException], None]
+        self,
+        engine: "Engine | EncoderEngine",
+        deliver: Deliver,
+        on_death: Callable[[BaseException], None],
     ) -> None:
         """`on_death` is called with an exception that ended the thread.
 

@@ -137,6 +137,13 @@ class ServerConfig:
         " half of them",
         minimum=2,
     )
+    session_ttl_seconds: float | None = setting(
+        None,
+        "lifetime of a session that is created without ttl_seconds",
+        unset="unlimited",
+        minimum=0.001,
+        unit="seconds",
+    )
     max_snapshot_bytes: int = setting(
         256 * 1024**2, "maximum size of a session to import", minimum=1, unit="bytes"
     )
@@ -194,6 +201,16 @@ class ServerConfig:
     )
     key_max_stop: int | None = setting(
         None, "maximum number of stop strings, with an API key", unset="16", minimum=1
+    )
+    key_max_sessions: int | None = setting(
+        None, "maximum number of sessions per API key", unset="unlimited", minimum=1
+    )
+    key_max_session_bytes: int | None = setting(
+        None,
+        "maximum size of the sessions of an API key on the disk, each counted in full",
+        unset="unlimited",
+        minimum=1,
+        unit="bytes",
     )
     allow_unauthenticated: bool = setting(
         False, "do not warn when other machines can connect without an API key"

@@ -6,16 +6,19 @@ The model's family, device, dtype and context policy are chosen here.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from cottention.engine.config import EngineConfig
+from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError, ModelFolderError, ParameterError
 from cottention.engine.execution.model_runner import ModelRunner
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
+from cottention.engine.models.family import EmbeddingModel, ServedModel
 from cottention.engine.models.generation_config import (
     FILE_NAME,
     SAMPLING_FIELDS,
@@ -23,7 +26,9 @@ from cottention.engine.models.generation_config import (
     read_generation_config,
 )
 from cottention.engine.models.model_folder import resolve_model
+from cottention.engine.models.pooling import read_pooling
 from cottention.engine.models.registry import family_of, read_config
+from cottention.engine.sampling.pooling import Pooler
 from cottention.engine.sampling.sampler import Sampler
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.state.context_window import ContextPolicy
@@ -33,7 +38,7 @@ from cottention.engine.text.read_tokenizer import read_tokenizer
 
 _log = logging.getLogger(__name__)
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +70,29 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     name, folder = resolve_model(model)
     model_config = read_config(folder)
     model_config.check_served(str(folder))
+    if model_config.is_encoder:
+        raise ModelFolderError(
+            f"{folder}: this is an encoder, which does not generate text: `cottention serve` serves"
+            " its embeddings and its predictions of masked tokens"
+        )
     context_policy = _context_policy(config, model_config)
     spec = model_config.state_spec(has_spare=context_policy == "renew")
     num_slots = config.num_slots(spec)
-    device = _device(config)
-    dtype = _dtype(config, device, model_config)
+    device = device_of(config)
+    dtype = dtype_of(config, device, model_config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(folder, config.tokenizer, model_config)
     generation_config = read_generation_config(folder)
     model_config = _with_all_ends(model_config, generation_config, tokenizer, folder)
-    weights = load_model(folder, model_config, _DTYPES[dtype])
+    weights = load_model(folder, model_config, DTYPES[dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
-    served = family_of(model_config).implementation().serve(weights, device)
+    served = cast(ServedModel, family_of(model_config).implementation().serve(weights, device))
+    if config.embeddings and not isinstance(served, EmbeddingModel):
+        raise ConfigurationError(
+            f"--embeddings: models of type {model_config.model_type} give no embeddings"
+        )
+    new_pooler = partial(Pooler, pooling_of(config, folder), normalize=config.normalize_embeddings)
     pool = StatePool(spec, num_slots, device)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
     return LoadedModel(
@@ -91,7 +106,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
         tokenizer=tokenizer,
         default_sampling_params=_sampling_defaults(config, generation_config, folder),
         pool=pool,
-        runner=ModelRunner(served, pool, sampler, device),
+        runner=ModelRunner(served, pool, sampler, device, new_pooler),
     )
 
 
@@ -107,7 +122,15 @@ def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextP
     return config.context_policy
 
 
-def _device(config: EngineConfig) -> str:
+def pooling_of(config: EngineConfig, folder: Path) -> Pooling:
+    """The setting; auto is what the folder says, else the mean. Raises ModelFolderError."""
+    if config.pooling != "auto":
+        return config.pooling
+    return cast(Pooling, read_pooling(folder) or "mean")
+
+
+def device_of(config: EngineConfig) -> str:
+    """The device that the settings choose. Raises ConfigurationError."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("--device cuda: torch sees no CUDA device; give --device cpu")
     if config.device == "auto":
@@ -115,12 +138,12 @@ def _device(config: EngineConfig) -> str:
     return config.device
 
 
-def _dtype(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
+def dtype_of(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
     """auto is float32 on a CPU, where its bits are reproducible, and the checkpoint's on CUDA."""
     if config.dtype != "auto":
         return config.dtype
     stored = model_config.torch_dtype
-    return stored if device == "cuda" and stored in _DTYPES else "float32"
+    return stored if device == "cuda" and stored in DTYPES else "float32"
 
 
 def _tokenizer(folder: Path, chosen: str | None, model_config: ModelConfig) -> BaseTokenizer:

@@ -1,17 +1,18 @@
 """A batch to sampled ids: rows prepared, the model run, an id sampled for each complete context."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.execution.cuda_graphs import CapturedDecode, Row
-from cottention.engine.models.family import ServedModel
+from cottention.engine.models.family import EmbeddingModel, ServedModel
 from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.outputs import SampledToken, TokenLogprob
 from cottention.engine.sampling.logprobs import gather_logprobs
+from cottention.engine.sampling.pooling import Pooler
 from cottention.engine.sampling.sampler import Sampler, SamplingInput, uniform
 from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
 from cottention.engine.scheduling.request import Choice, Request
@@ -37,8 +38,17 @@ class SamplingTarget(NamedTuple):
 class ModelRunner:
     """Runs batches on the pool's rows; on CUDA, batches that only decode run as a graph."""
 
-    def __init__(self, model: ServedModel, pool: StatePool, sampler: Sampler, device: str) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        pool: StatePool,
+        sampler: Sampler,
+        device: str,
+        new_pooler: Callable[[], Pooler],
+    ) -> None:
+        """new_pooler: of one embedding; only an `EmbeddingModel` is asked for any."""
         self._model = model
+        self._new_pooler = new_pooler
         self._pool = pool
         self._sampler = sampler
         self._device = device
@@ -59,12 +69,14 @@ class ModelRunner:
         hidden = self._hidden(segments)
         copy_prompt_states(batch, self._pool)
         prompt_logprobs = self._prompt_logprobs(hidden, batch)
+        embeddings = self._embeddings(hidden, batch)
         targets = _sampling_targets(batch)
         if not targets:
-            return BatchResult([], [], prompt_logprobs)
+            return BatchResult([], [], prompt_logprobs, embeddings)
         logits = self._model.logits(hidden[[target.hidden_row for target in targets]])
         tokens = self._sampler.sample(logits, [_sampling_input(target) for target in targets])
-        return _batch_result(targets, tokens, prompt_logprobs)
+        result = _batch_result(targets, tokens, prompt_logprobs)
+        return result._replace(embeddings=embeddings)
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """One token of each slot, as captured: logits float32 [R, vocab_size]."""
@@ -106,6 +118,25 @@ class ModelRunner:
                 prompt_logprobs[chunk.request] = gather_logprobs(logits, next_ids, num_top)
             row += chunk.stop - chunk.start
         return prompt_logprobs
+
+    def _embeddings(self, hidden: Tensor, batch: Batch) -> dict[Request, bytes]:
+        """Pool the hidden states of each chunk whose request asks for an embedding.
+
+        Returns those of complete prompts. An id that several contexts have counts once.
+        """
+        embeddings: dict[Request, bytes] = {}
+        row = sum(len(choice.pending) for choice in batch.decode)
+        for chunk in batch.prefill:
+            request, num_rows = chunk.request, chunk.stop - chunk.start
+            first = max(chunk.start, chunk.span.scored_from)
+            if request.params.encode is not None and first < chunk.stop:
+                request.pooler = request.pooler or self._new_pooler()
+                rows = hidden[row + first - chunk.start : row + num_rows]
+                request.pooler.add(cast(EmbeddingModel, self._model).last_hidden(rows))
+            if request.pooler is not None and chunk.is_last:
+                embeddings[request] = request.pooler.result()
+            row += num_rows
+        return embeddings
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self._device)

@@ -35,7 +35,7 @@ def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> nn.Modu
     with torch.device("meta"):
         model: nn.Module = implementation.build(config)
     weights = without_wrappers(weights, model.state_dict().keys(), folder)
-    weights = implementation.renamed(weights, config)
+    weights = implementation.fit(implementation.renamed(weights, config), model)
     weights = _without_constants(weights, model, implementation, folder)
     faults = weight_faults(weights, model)
     if faults:

@@ -23,10 +23,12 @@ class ModelConfig(ABC):
     arithmetic_fields: fields on which a state's numbers, or their meaning, depend.
     optional_arithmetic_fields: more of them, each with the value that a model had before the field
     came to be; with this value it is not part of the fingerprint, so that older sessions remain.
+    is_encoder: whether it reads a text as a whole, and neither generates text nor keeps a state.
     torch_dtype: type in which the weights are stored.
     """
 
     model_type: ClassVar[str]
+    is_encoder: ClassVar[bool] = False
     arithmetic_fields: ClassVar[tuple[str, ...]]
     optional_arithmetic_fields: ClassVar[Mapping[str, object]] = {}
 

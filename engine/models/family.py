@@ -9,7 +9,7 @@ Letters: N tokens, R rows, C channels.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.state.context_window import ContextPolicy
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a configuration is read, and its state's size known, withou
     import torch
     from torch import Tensor
 
+    from cottention.engine.models.encoder import ServedEncoder
     from cottention.engine.models.recurrence import Recurrence
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
@@ -36,6 +37,15 @@ class ServedModel(Protocol):
         ...
 
 
+@runtime_checkable
+class EmbeddingModel(ServedModel, Protocol):
+    """A served model whose last hidden states can be used as embeddings."""
+
+    def last_hidden(self, hidden: "Tensor") -> "Tensor":
+        """What `hidden` returned, [R, C] → the states that the head of the logits reads, [R, C]."""
+        ...
+
+
 def as_published(weights: "dict[str, Tensor]", _config: object) -> "dict[str, Tensor]":
     """The `renamed` of a family whose weights have one set of names."""
     return weights
@@ -51,6 +61,11 @@ def has_no_constants(_name: str, _shape: tuple[int, ...]) -> bool:
     return False
 
 
+def as_they_are(weights: "dict[str, Tensor]", _model: object) -> "dict[str, Tensor]":
+    """The `fit` of a family whose folders all have the same weights."""
+    return weights
+
+
 @dataclass(frozen=True, slots=True)
 class ModelImplementation(Generic[ConfigT, ModelT]):
     """The part of a family that needs torch.
@@ -60,23 +75,26 @@ class ModelImplementation(Generic[ConfigT, ModelT]):
     weight_dtype: (name of a weight, dtype of the model) → dtype that it is kept in.
     weights_hint: (names in the files, config) → what may be wrong where they are not the model's,
     to follow the list of faults in the message, or "".
-    serve: (model with its weights, device) → the model arranged for inference. It may take the
-    model apart.
+    serve: (model with its weights, device) → the model arranged for inference, a ServedEncoder if
+    the configuration is an encoder's. It may take the model apart.
     is_constant: (name, shape of a tensor that the model lacks) → whether it is a constant that
     training code has stored beside the weights, to be left out.
     renamed: (weights under the names in the files, config) → weights under the model's names, for a
     family that is published under several.
     completed: (weights under the names in the files, config) → the configuration with sizes that
     only the weights have.
+    fit: (weights of the files, model without weights) → weights under the model's own names. It may
+    remove from the model what a folder does without, and raises ModelFolderError.
     """
 
     build: Callable[[ConfigT], ModelT]
     weight_dtype: "Callable[[str, torch.dtype], torch.dtype]"
     weights_hint: Callable[[Iterable[str], ConfigT], str]
-    serve: Callable[[ModelT, str], ServedModel]
+    serve: "Callable[[ModelT, str], ServedModel | ServedEncoder]"
     is_constant: Callable[[str, tuple[int, ...]], bool] = has_no_constants
     renamed: "Callable[[dict[str, Tensor], ConfigT], dict[str, Tensor]]" = as_published
     completed: "Callable[[Mapping[str, Tensor], ConfigT], ConfigT]" = as_configured
+    fit: "Callable[[dict[str, Tensor], ModelT], dict[str, Tensor]]" = as_they_are
 
 
 @dataclass(frozen=True, slots=True)

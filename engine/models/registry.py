@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cottention.engine.errors import ModelFolderError
+from cottention.engine.models.bert.family import BERT
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import AnyFamily
 from cottention.engine.models.fla.family import FLA
@@ -14,7 +15,7 @@ from cottention.engine.models.rwkv7.family import RWKV7
 from cottention.engine.settings.declaration import shown
 from cottention.engine.text.files import Report, read_json, warn
 
-_ALL: tuple[AnyFamily, ...] = (GPTJ, MAMBA, MAMBA_2, RWKV7, *FLA)
+_ALL: tuple[AnyFamily, ...] = (BERT, GPTJ, MAMBA, MAMBA_2, RWKV7, *FLA)
 
 FAMILIES: dict[str, AnyFamily] = {family.model_type: family for family in _ALL}
 

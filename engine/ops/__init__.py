@@ -63,6 +63,7 @@ __all__ = [
     "elu_plus_one",
     "exp",
     "fused_kernel_has_width",
+    "gelu_erf",
     "gelu_new",
     "kernel_has_width",
     "layer_norm",
@@ -225,6 +226,14 @@ def gelu_new(x: Tensor) -> Tensor:
         out: Tensor = torch.ops.cottention.gelu_new(x)
         return out
     return reference.gelu_new(x)
+
+
+def gelu_erf(x: Tensor) -> Tensor:
+    """x Φ(x), Φ the normal distribution function, elementwise. Compiled for x [N, C]."""
+    if x.dim() == 2 and compiled_takes(x):
+        out: Tensor = torch.ops.cottention.gelu_erf(x)
+        return out
+    return reference.gelu_erf(x)
 
 
 def elu_plus_one(x: Tensor) -> Tensor:

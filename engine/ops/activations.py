@@ -98,10 +98,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Sum of each row: x [N, C] → [N]."""
-    if x.dtype == torch.float32 and x.device.type == "cpu":
-        out: Tensor = _ones(x.shape[1])(x)
-        return out.squeeze(-1)
+    """Sum of each row: x [..., C] → [...]."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and not needs_gradient(x):
+        out: Tensor = _ones(x.shape[-1])(x.reshape(-1, x.shape[-1]))
+        return out.view(x.shape[:-1])
     return x.sum(-1)
 
 

@@ -101,6 +101,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "rotary_table": rotary_table,
     "cottention_features": cottention_features,
     "gelu_new": elementwise,
+    "gelu_erf": elementwise,
     "elu_plus_one": elementwise,
     "silu": elementwise,
     "sigmoid": elementwise,

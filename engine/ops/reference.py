@@ -168,6 +168,11 @@ def gelu_new(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def gelu_erf(x: Tensor) -> Tensor:
+    """x Φ(x), Φ the normal distribution function."""
+    return torch.nn.functional.gelu(x)
+
+
 def elu_plus_one(x: Tensor) -> Tensor:
     """elu(x) + 1: x + 1 for x ≥ 0, exp(x) below."""
     return torch.where(x < 0, x.clamp_max(0).exp(), x + 1)

@@ -1,6 +1,8 @@
 """What one step computes, and its result."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from cottention.engine.outputs import SampledToken, TokenLogprob
@@ -68,9 +70,11 @@ class BatchResult(NamedTuple):
     """The result of a step.
 
     unsampled: choices for which no id could be sampled. prompt_logprobs: of the prompt ids that
-    follow those of each chunk, where the request asks for them.
+    follow those of each chunk, where the request asks for them. embeddings: of the requests whose
+    prompts are complete and that ask for one.
     """
 
     samples: list[Sample]
     unsampled: list[Choice]
     prompt_logprobs: dict[Request, list[TokenLogprob]]
+    embeddings: Mapping[Request, bytes] = MappingProxyType({})

@@ -10,6 +10,7 @@ from typing import Self
 import torch
 
 from cottention.engine.config import EngineConfig
+from cottention.engine.encoding import EncodeParams
 from cottention.engine.errors import ParameterError
 from cottention.engine.sampling.token_constraints import TokenConstraints, encode_bad_words
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary, shortened
@@ -25,19 +26,26 @@ class RequestLimits:
     """What a request may ask of an engine.
 
     num_ids: ids are 0 to num_ids − 1. sampleable_ids: those that may be generated. num_slots: limit
-    of `n`. max_tokens: limit of `max_tokens`.
+    of `n`. max_tokens: limit of `max_tokens`. has_embeddings: prompts may be embedded.
     """
 
     num_ids: int
     sampleable_ids: frozenset[int]
     num_slots: int
     max_tokens: int
+    has_embeddings: bool = False
 
     @classmethod
     def of(cls, tokenizer: BaseTokenizer, pool: StatePool, config: EngineConfig) -> Self:
         """The limits of an engine with this tokenizer, pool and configuration."""
         sampleable = frozenset(tokenizer.sampleable_ids)
-        return cls(tokenizer.num_ids, sampleable, pool.num_slots, config.max_tokens_limit)
+        return cls(
+            tokenizer.num_ids,
+            sampleable,
+            pool.num_slots,
+            config.max_tokens_limit,
+            config.embeddings,
+        )
 
     def check_prompt(
         self, prompt_ids: Sequence[int], params: SamplingParams, start: SessionState | None
@@ -45,6 +53,8 @@ class RequestLimits:
         """Raise ParameterError, naming the field and what it allows, for a prompt beyond them."""
         if not prompt_ids and (start is None or not start.num_tokens):
             raise ParameterError("prompt", "prompt must hold at least one token; it is empty")
+        if params.encode is not None:
+            self._check_encode(params, params.encode, start)
         if start is not None:
             _check_turn(params)
         self._check_ids("prompt", "prompt ids", prompt_ids)
@@ -69,6 +79,16 @@ class RequestLimits:
                 " fewer than min_tokens, stop_token_ids and the model's end forbid every one;"
                 " allow more ids",
             )
+
+    def _check_encode(
+        self, params: SamplingParams, encode: EncodeParams, start: SessionState | None
+    ) -> None:
+        if encode.mask_id is not None or not self.has_embeddings:
+            message = "the model generates text; it fills no masks, and embeds with --embeddings"
+            raise ParameterError("model", message)
+        if start is not None or params.max_tokens or params.n > 1:
+            message = "an embedding is of one prompt, without a session or generated tokens"
+            raise ParameterError("max_tokens", message)
 
     def _check_ids(self, param: str, what: str, ids: Collection[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.num_ids:

@@ -94,6 +94,7 @@ def _output(
         num_cached,
         choice.context_start,
         request.started,
+        None if reason is None else request.encoded,
     )
 
 

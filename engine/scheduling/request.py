@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
+from cottention.engine.encoding import Encoded
 from cottention.engine.outputs import FinishReason, TokenLogprob
 from cottention.engine.sampling.token_history import TokenHistory
 from cottention.engine.sampling_params import SamplingParams
@@ -29,6 +30,9 @@ from cottention.engine.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:  # it holds tensors; the scheduler needs no torch
     from cottention.engine.sampling.token_constraints import TokenConstraints
+
+if TYPE_CHECKING:  # requests are scheduled without torch
+    from cottention.engine.sampling.pooling import Pooler
 
 
 class RequestStatus(Enum):
@@ -128,6 +132,7 @@ class Request:
     prompt_logprobs, num_cached, started: per-request fields of the output, the first two sent with
     choice 0 only. num_cached: prompt ids restored from the prefix cache. started: when the request
     first had slots, by time.monotonic.
+    pooler, encoded: where an embedding is asked for, the hidden states so far and the result.
     """
 
     id: str
@@ -151,6 +156,8 @@ class Request:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     num_cached: int = 0
     started: float | None = None
+    pooler: "Pooler | None" = None
+    encoded: Encoded | None = None
 
     @classmethod
     def new(
@@ -187,7 +194,7 @@ class Request:
 
     def _plan_prefill(self, num_held: int) -> None:
         """Set the spans that follow a state of `num_held` ids."""
-        is_scored = self.params.prompt_logprobs is not None
+        is_scored = self.params.prompt_logprobs is not None or self.params.encode is not None
         spans = prefill_spans(
             self.context_schedule,
             num_held,
@@ -221,7 +228,8 @@ class Request:
 
         The context policy is part of the scope, because states differ between policies.
         """
-        if self.start is None and self.params.prompt_logprobs is None:
+        params = self.params
+        if self.start is None and params.prompt_logprobs is None and params.encode is None:
             self.prefix = Prefix(f"{self.context_schedule.name} {scope}")
 
     @property

@@ -2,12 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from cottention.engine.encoding import Encoded
 from cottention.engine.errors import ParameterError
-from cottention.engine.outputs import FinishReason, Output, TokenLogprob
-from cottention.engine.scheduling.batch import Batch, Sample
+from cottention.engine.outputs import FinishReason, Output
+from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
 from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
 from cottention.engine.scheduling.prefix_reuse import PrefixReuse
@@ -80,16 +80,16 @@ class RequestManager:
                 self._pool.write(request.choices[0].row, request.start.rows)
             self._prefix_reuse.restore(request)
 
-    def advance(
-        self, batch: Batch, prompt_logprobs: Mapping[Request, Sequence[TokenLogprob]]
-    ) -> list[Output]:
+    def advance(self, batch: Batch, result: BatchResult) -> list[Output]:
         """Note what a step has put into the states; requests that generate nothing end here."""
         for choice in batch.decode:
             self._prefix_reuse.extend(choice)
             choice.position += len(choice.pending)
             choice.pending = []
-        for request, logprobs in prompt_logprobs.items():
+        for request, logprobs in result.prompt_logprobs.items():
             request.prompt_logprobs += logprobs
+        for request, embedding in result.embeddings.items():
+            request.encoded = Encoded(embedding=embedding)
         outputs = []
         for chunk in batch.prefill:
             request = chunk.request

@@ -58,7 +58,8 @@ class SessionManager:
 
     Thread-safe; calls wait for the disk. SessionNotFoundError is raised for another owner's
     session as for an unknown one. memory_bytes: budget for values kept in memory between turns.
-    max_checkpoints: turns that can be rewound. is_durable: whether the store survives a restart.
+    max_checkpoints: turns that can be rewound. ttl_seconds: lifetime of sessions that are created
+    without one; None: unlimited. is_durable: whether the store survives a restart.
     """
 
     def __init__(
@@ -69,8 +70,10 @@ class SessionManager:
         memory_bytes: int,
         max_checkpoints: int,
         is_durable: bool,
+        ttl_seconds: float | None = None,
     ) -> None:
         self._store = store
+        self._ttl_seconds = ttl_seconds
         self._codec = codec
         self._cache = StateCache(store, codec, memory_bytes)
         self._max_checkpoints = max_checkpoints
@@ -230,7 +233,8 @@ class SessionManager:
     # Maintenance
 
     def maintain(self) -> bool:
-        """Renew the leases of running turns, and delete some sessions that have expired.
+        """Renew the leases of running turns, delete some sessions that have expired, and give some
+        of the space that is free again back to the disk.
 
         To be called more often than every LEASE_SECONDS. Returns whether there may be more.
         """
@@ -240,7 +244,7 @@ class SessionManager:
         expired = self._store.expire(MAX_EXPIRED_AT_ONCE)
         for session_id in expired:
             self._cache.remove(session_id)
-        return len(expired) == MAX_EXPIRED_AT_ONCE
+        return self._store.give_back() or len(expired) == MAX_EXPIRED_AT_ONCE
 
     def close(self) -> None:
         """Abandon running turns, try once more to store unsaved states, and close the store."""
@@ -258,6 +262,7 @@ class SessionManager:
     def _create(
         self, owner: str, raw: bytes, state: SessionState, metadata: Metadata, ttl: float | None
     ) -> Session:
+        ttl = self._ttl_seconds if ttl is None else ttl
         new = NewSession(
             owner,
             state.num_tokens,

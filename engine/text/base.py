@@ -56,6 +56,10 @@ class BaseTokenizer(ABC):
         """Text of one id by itself, special tokens written out."""
         return self.written_bytes[token_id].decode("utf-8", errors="replace")
 
+    def written(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens written out, incomplete characters as U+FFFD."""
+        return b"".join(self.written_bytes[i] for i in ids).decode("utf-8", errors="replace")
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens left out, incomplete characters as U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")

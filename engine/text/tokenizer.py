@@ -37,7 +37,7 @@ class Tokenizer(BaseTokenizer):
         backend.no_truncation()  # a folder may have it enabled from training; prompts are whole
         backend.no_padding()
         self._backend = backend
-        self._before, self._after = _frame(backend)
+        self._before, self._after = frame_of(backend)
         self.added_tokens: dict[int, AddedToken] = backend.get_added_tokens_decoder()
         vocabulary = backend.get_vocab(with_added_tokens=True)
         _check_ids(vocabulary, where)
@@ -63,16 +63,16 @@ class Tokenizer(BaseTokenizer):
             )
         where = str(folder / "tokenizer.json") if is_new else str(folder)
         try:
-            backend = _from_tokenizer_json(folder) if is_new else _from_vocab_and_merges(folder)
+            backend = read_tokenizer_json(folder) if is_new else _from_vocab_and_merges(folder)
             facts = read_token_facts(folder, is_needed=not is_new)
-            _add_tokens(backend, facts.added)
-            _add_specials(backend, facts, folder, max_ids)
+            add_tokens(backend, facts.added)
+            add_specials(backend, facts, folder, max_ids)
             eos_token = facts.named.get("eos_token")
             made = cls(backend, where, None if eos_token is None else eos_token.content)
-        except _UnsupportedTokenizerError as error:
+        except UnsupportedTokenizerError as error:
             raise ModelFolderError(str(error)) from None
         except BaseException as error:  # the tokenizers library raises Exception, and panics
-            if not _is_of_library(error):
+            if not is_of_library(error):
                 raise
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ModelFolderError(f"the tokenizer in {where} cannot be read: {reason}") from None
@@ -137,7 +137,7 @@ class Tokenizer(BaseTokenizer):
         return self._backend.id_to_token(token_id) or ""
 
 
-def _frame(backend: Backend) -> tuple[list[int], list[int]]:
+def frame_of(backend: Backend) -> tuple[list[int], list[int]]:
     """Special ids that the tokenizer's post-processor puts before and after a text."""
     encoding = backend.encode("a")
     is_text = [not added for added in encoding.special_tokens_mask]
@@ -192,11 +192,11 @@ _OLDER_FILES = ("vocab.json", "merges.txt")
 _FILES = ("tokenizer.json", *_OLDER_FILES, "added_tokens.json")
 
 
-class _UnsupportedTokenizerError(ModelFolderError):
+class UnsupportedTokenizerError(ModelFolderError):
     """A tokenizer that is read and is of another kind, or contradicts itself."""
 
 
-def _is_of_library(error: BaseException) -> bool:
+def is_of_library(error: BaseException) -> bool:
     """Whether this is an exception, or a panic of a library in Rust, which is none of Python's."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
@@ -205,18 +205,18 @@ def _check_kind(raw: dict[str, Any], where: str) -> None:
     """Refuse what is no byte-level BPE."""
     decoder = (raw["decoder"] or {}).get("type")
     if decoder != "ByteLevel":
-        raise _UnsupportedTokenizerError(
+        raise UnsupportedTokenizerError(
             f"{where}: the tokenizer's decoder is {decoder}; only byte-level BPE"
             " (decoder ByteLevel) is supported"
         )
     if raw["model"].get("type") != "BPE":
-        raise _UnsupportedTokenizerError(
+        raise UnsupportedTokenizerError(
             f"{where}: the tokenizer's model is {raw['model'].get('type')}; only byte-level BPE"
             " (model BPE) is supported"
         )
     steps = [*_steps(raw["pre_tokenizer"]), *_steps(raw["normalizer"])]
     if "ByteLevel" not in steps:
-        raise _UnsupportedTokenizerError(
+        raise UnsupportedTokenizerError(
             f"{where}: the tokenizer splits text by {', '.join(steps) or 'nothing'}; only"
             " byte-level BPE (pre_tokenizer ByteLevel) is supported"
         )
@@ -233,11 +233,11 @@ def _steps(raw: dict[str, Any] | None) -> Iterator[str]:
 def _check_ids(vocabulary: dict[str, int], where: str) -> None:
     """Refuse a vocabulary without tokens, or with two of one id; warn of bytes without a token."""
     if not vocabulary:
-        raise _UnsupportedTokenizerError(f"{where}: the tokenizer has no tokens")
+        raise UnsupportedTokenizerError(f"{where}: the tokenizer has no tokens")
     ((token_id, count),) = Counter(vocabulary.values()).most_common(1)
     if count > 1:
         tokens = sorted(token for token, each in vocabulary.items() if each == token_id)
-        raise _UnsupportedTokenizerError(
+        raise UnsupportedTokenizerError(
             f"{where}: {tokens[0]!r} and {tokens[1]!r} have one id, {token_id}"
         )
     missing = _BYTE_OF_CHARACTER.keys() - vocabulary.keys()
@@ -249,7 +249,7 @@ def _check_ids(vocabulary: dict[str, int], where: str) -> None:
         )
 
 
-def _from_tokenizer_json(folder: Path) -> Backend:
+def read_tokenizer_json(folder: Path) -> Backend:
     path = folder / "tokenizer.json"
     text = read_text(path)
     backend = Backend.from_str(text)
@@ -286,7 +286,7 @@ def _merges(path: Path) -> Iterator[tuple[str, str]]:
         yield parts[0], parts[1]
 
 
-def _add_tokens(backend: Backend, added: Iterable[NumberedToken]) -> None:
+def add_tokens(backend: Backend, added: Iterable[NumberedToken]) -> None:
     """Add tokens to the vocabulary, and make those special that are.
 
     Their ids must be what they get here, which follow those of the vocabulary.
@@ -299,13 +299,13 @@ def _add_tokens(backend: Backend, added: Iterable[NumberedToken]) -> None:
             what = "the next free id is" if known is None else "its id is"
             message = f"{each.file} gives {content!r} the id {each.token_id}; {what} {found}"
             if each.is_required:
-                raise _UnsupportedTokenizerError(message)
+                raise UnsupportedTokenizerError(message)
             _log.warning("%s; it is ignored", message)
         else:
             _add(backend, each.token)
 
 
-def _add_specials(backend: Backend, facts: TokenFacts, folder: Path, max_ids: int | None) -> None:
+def add_specials(backend: Backend, facts: TokenFacts, folder: Path, max_ids: int | None) -> None:
     """Make the named tokens special; unknown ones are added where the model has ids for them."""
     for role, token in facts.named.items():
         is_known = backend.token_to_id(token.content) is not None

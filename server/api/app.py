@@ -3,20 +3,23 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 
+from cottention.engine.encoding import Capability
 from cottention.server.api import (
     chat,
     completions,
+    embeddings,
+    fill_mask,
     session_events,
     sessions,
     snapshots,
     status,
     tokenize,
 )
-from cottention.server.api.dependencies import Context, session_bytes
+from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.exception_handlers import add_exception_handlers
 from cottention.server.api.openapi import install_openapi
 from cottention.server.config import ServerConfig
@@ -46,23 +49,29 @@ from cottention.server.observability.access_log import AccessLogMiddleware
 from cottention.server.observability.metrics import make_registry
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
+from cottention.server.schemas.encoding import EmbeddingRequest, FillMaskRequest
 from cottention.server.schemas.sessions import AppendRequest, ForkRequest, SessionRequest
 from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue
 from cottention.server.version import package_version
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
+    from cottention.engine.engine import Engine
     from cottention.engine.sessions.manager import SessionManager
 
-ROUTERS = (
-    completions.router,
-    chat.router,
-    snapshots.router,
-    session_events.router,
-    sessions.router,
-    tokenize.router,
-    status.router,
+ROUTERS: tuple[tuple[APIRouter, Capability | None], ...] = (
+    (completions.router, "completions"),
+    (chat.router, "chat"),
+    (snapshots.router, "sessions"),
+    (session_events.router, "sessions"),
+    (sessions.router, "sessions"),
+    (embeddings.router, "embeddings"),
+    (fill_mask.router, "fill-mask"),
+    (tokenize.router, None),
+    (status.router, None),
 )
+"""Each with the capability of a model that its endpoints need."""
+
 BODIES = (
     CompletionRequest,
     ChatRequest,
@@ -72,6 +81,8 @@ BODIES = (
     SessionRequest,
     AppendRequest,
     ForkRequest,
+    EmbeddingRequest,
+    FillMaskRequest,
 )
 
 
@@ -79,20 +90,25 @@ def create_app(
     engine: AsyncEngine,
     config: ServerConfig,
     keys: Sequence[ApiKey],
-    sessions: "SessionManager",
+    sessions: "SessionManager | None",
     template: ChatTemplate | UnusableTemplate | None = None,
 ) -> FastAPI:
     """An application that serves an engine, which it starts and stops.
 
     keys: accepted API keys; without any no key is required.
-    sessions: the session manager, which the caller closes after the application's shutdown.
+    sessions: the session manager, which the caller closes after the application's shutdown; None
+    for an encoder.
     """
-    turns = TurnQueue(sessions)
+    turns = None if sessions is None else TurnQueue(sessions)
     app = _new_app(engine, turns)
     name = config.served_model_name or engine.engine.name
-    cost = session_bytes(engine.engine, config)
-    registry = make_registry(engine, sessions.sizes, cost, name)
-    max_snapshot_bytes = min(config.max_snapshot_bytes, sessions.max_snapshot_nbytes)
+    if sessions is None:
+        registry = make_registry(engine, None, None, name)
+        max_snapshot_bytes = 0
+    else:
+        cost = session_bytes(cast("Engine", engine.engine), config)
+        registry = make_registry(engine, sessions.sizes, cost, name)
+        max_snapshot_bytes = min(config.max_snapshot_bytes, sessions.max_snapshot_nbytes)
     app.state.context = Context(
         engine,
         config,
@@ -103,15 +119,16 @@ def create_app(
         BodyMemory(config.max_received_bytes, max_snapshot_bytes),
         template,
     )
-    for router in ROUTERS:
-        app.include_router(router)
+    for router, capability in ROUTERS:
+        needed = [] if capability is None else [requires(capability)]
+        app.include_router(router, dependencies=needed)
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
     _add_middleware(app, keys, config, engine)
     return app
 
 
-def _new_app(engine: AsyncEngine, turns: TurnQueue) -> FastAPI:
+def _new_app(engine: AsyncEngine, turns: TurnQueue | None) -> FastAPI:
     """An application without endpoints; its shutdown waits until every turn has been stored."""
 
     @asynccontextmanager
@@ -119,7 +136,8 @@ def _new_app(engine: AsyncEngine, turns: TurnQueue) -> FastAPI:
         engine.start()
         yield
         await asyncio.to_thread(engine.stop)
-        await turns.wait_settled()
+        if turns is not None:
+            await turns.wait_settled()
 
     # The interactive pages load scripts from elsewhere; only /openapi.json is served.
     return FastAPI(

@@ -55,7 +55,9 @@ EXAMPLES = (
 @router.post(
     "/v1/chat/completions",
     response_model=ChatCompletion,
-    **request_docs(ChatRequest, examples=EXAMPLES, streams=True, more=error_responses(409, 412)),
+    **request_docs(
+        ChatRequest, examples=EXAMPLES, streams=True, more=error_responses(403, 409, 412)
+    ),
 )
 async def create_chat_completion(request: Request, context: ContextDep) -> Response:
     """Answer the last of some messages; the response is whole or a stream of events."""

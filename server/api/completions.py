@@ -37,7 +37,7 @@ EXAMPLES = (
     "/v1/completions",
     response_model=Completion,
     **request_docs(
-        CompletionRequest, examples=EXAMPLES, streams=True, more=error_responses(409, 412)
+        CompletionRequest, examples=EXAMPLES, streams=True, more=error_responses(403, 409, 412)
     ),
 )
 async def create_completion(request: Request, context: ContextDep) -> Response:

@@ -5,17 +5,19 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from fastapi import Depends, Request
 from prometheus_client import CollectorRegistry
 
+from cottention.engine.encoding import Capability
 from cottention.engine.sessions.memory_usage import SessionBytes
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.http.body import Pace, shown
 from cottention.server.http.body_memory import BodyMemory
+from cottention.server.http.errors import ApiError
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import counting_read, limits_of
 from cottention.server.sessions.reads import ReadLimit
@@ -52,13 +54,16 @@ class IgnoredKeys:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Shared by all requests of an application, except `limits`, which are those of the key."""
+    """Shared by all requests of an application, except `limits`, which are those of the key.
+
+    session_manager, turn_queue: None where the model is an encoder, which has no sessions.
+    """
 
     engine: AsyncEngine
     config: ServerConfig
     registry: CollectorRegistry
-    sessions: "SessionManager"
-    turns: TurnQueue
+    session_manager: "SessionManager | None"
+    turn_queue: TurnQueue | None
     reads: ReadLimit
     bodies: BodyMemory
     template: ChatTemplate | UnusableTemplate | None = None
@@ -66,14 +71,36 @@ class Context:
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)
 
     @property
+    def sessions(self) -> "SessionManager":
+        """The session manager; not for an encoder."""
+        assert self.session_manager is not None
+        return self.session_manager
+
+    @property
+    def turns(self) -> TurnQueue:
+        """The turns of sessions; not for an encoder."""
+        assert self.turn_queue is not None
+        return self.turn_queue
+
+    @property
     def tokenizer(self) -> "BaseTokenizer":
-        """The model's tokenizer."""
-        return self.engine.engine.tokenizer
+        """The model's tokenizer; an encoder's has what /tokenize and /detokenize use of it."""
+        return cast("BaseTokenizer", self.engine.engine.tokenizer)
 
     @property
     def policies(self) -> "ContextPolicies":
-        """The context policies that the engine supports."""
-        return self.engine.engine.policies
+        """The context policies that the engine supports; not for an encoder."""
+        return cast("Engine", self.engine.engine).policies
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """What the served model can do."""
+        return self.engine.engine.capabilities
+
+    @property
+    def max_text_tokens(self) -> int:
+        """Tokens of the longest text that can be embedded."""
+        return self.engine.engine.max_text_tokens
 
     @property
     def default_sampling_params(self) -> Mapping[str, Any]:
@@ -102,8 +129,8 @@ class Context:
 
     @property
     def session_bytes(self) -> SessionBytes:
-        """The memory and disk space of one session."""
-        return session_bytes(self.engine.engine, self.config)
+        """The memory and disk space of one session; not for an encoder."""
+        return session_bytes(cast("Engine", self.engine.engine), self.config)
 
     @property
     def trained_length(self) -> int | None:
@@ -138,3 +165,30 @@ def reading(request: Request, context: Context) -> Iterator[None]:
 
 
 ContextDep = Annotated[Context, Depends(_context)]
+
+
+PATHS: Mapping[Capability, str] = {
+    "completions": "POST /v1/completions",
+    "chat": "POST /v1/chat/completions",
+    "sessions": "/v1/sessions",
+    "embeddings": "POST /v1/embeddings",
+    "fill-mask": "POST /v1/fill-mask",
+}
+"""Where each of a model's capabilities is used."""
+
+
+def check_capability(wanted: Capability, context: Context) -> None:
+    """Raise ApiError 400 for what the served model cannot do; it says what the model can."""
+    if wanted not in context.capabilities:
+        able = ", ".join(f"{each} ({PATHS[each]})" for each in context.capabilities)
+        message = f"the model {shown(context.model_name)} does not serve {wanted}; it serves {able}"
+        raise ApiError(400, message, param="model", code="unsupported_by_model")
+
+
+def requires(wanted: Capability) -> Any:
+    """A dependency of endpoints that the served model may be unable to serve."""
+
+    async def check(context: ContextDep) -> None:
+        check_capability(wanted, context)
+
+    return Depends(check)

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 
@@ -40,7 +40,15 @@ MAX_INLINE_BYTES = 16 * 1024
 """Longer bodies are parsed and tokenized in a thread, to keep the event loop responsive."""
 
 
+class HasTokens(Protocol):
+    """A parsed body whose tokens are known."""
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
+
+
 Parsed = TypeVar("Parsed")
+Counted = TypeVar("Counted", bound=HasTokens)
 Parser = Callable[[dict[str, Any], Context], Parsed]
 
 
@@ -55,7 +63,9 @@ async def generate(
 
     Raises ParameterError, EngineStoppedError, ApiError.
     """
-    parsed, arrived_at = await _read_request(request, context, parse, max_inline_bytes)
+    parsed, arrived_at = await read_request(request, context, parse, max_inline_bytes)
+    context.limits.check(parsed)
+    parsed.check_items(context.config.max_response_items)
     deadline = deadline_of(arrived_at, context.config, parsed.body.timeout)
     name = f"{endpoint.id_prefix}-{parsed.body.request_id or request_id_of(request)}"
     if parsed.turn is not None:
@@ -63,9 +73,12 @@ async def generate(
     return await _respond(request, context, parsed, endpoint, name, deadline)
 
 
-async def _read_request(
-    request: Request, context: Context, parse: Parser[ParsedRequest], max_inline_bytes: int
-) -> tuple[ParsedRequest, float]:
+async def read_request(
+    request: Request,
+    context: Context,
+    parse: Parser[Counted],
+    max_inline_bytes: int = MAX_INLINE_BYTES,
+) -> tuple[Counted, float]:
     """The parsed body, and the event loop time at which all of it had arrived."""
     engine = context.engine
     engine.check_accepting()
@@ -86,8 +99,6 @@ async def _read_request(
             work = _parse_in_thread(fields, context, parse, stack.pop_all())
             parsed = await wait_for_client(deadline, request.receive, work)
     queue.record_tokens(len(raw), parsed.num_prompt_tokens)
-    context.limits.check(parsed)
-    parsed.check_items(context.config.max_response_items)
     return parsed, arrived_at
 
 

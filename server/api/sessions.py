@@ -48,7 +48,7 @@ router = APIRouter()
 MAX_PAGE = 100
 LIMIT = f"a whole number from 1 to {MAX_PAGE}"
 ERRORS = error_responses(400, 401, 404, 500)
-TURN_ERRORS = error_responses(409, 412, 507)
+TURN_ERRORS = error_responses(403, 409, 412, 507)
 
 
 @router.post(

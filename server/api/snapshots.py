@@ -42,7 +42,7 @@ async def get_snapshot(session_id: str, request: Request, context: ContextDep) -
 @router.post(
     "/v1/sessions/import",
     response_model=SessionObject,
-    responses=error_responses(400, 401, 409, 413, 415, 429, 500, 503, 507),
+    responses=error_responses(400, 401, 403, 409, 413, 415, 429, 500, 503, 507),
     dependencies=[only_query_params("metadata", "ttl_seconds")],
     openapi_extra={"requestBody": {"required": True, "content": BINARY}},
 )

@@ -5,7 +5,7 @@ import asyncio
 from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from cottention.server.api.dependencies import Context, ContextDep
+from cottention.server.api.dependencies import Context, ContextDep, check_capability
 from cottention.server.api.generate import unknown_model
 from cottention.server.api.openapi import error_responses
 from cottention.server.generation.async_engine import Phase
@@ -78,12 +78,14 @@ def _model(context: Context) -> JsonObject:
         "root": context.engine.engine.name,
         "parent": None,
         "max_model_len": context.trained_length,
+        "capabilities": list(context.capabilities),
     }
 
 
-@router.get("/v1/capacity", response_model=Capacity, responses=error_responses(401))
+@router.get("/v1/capacity", response_model=Capacity, responses=error_responses(400, 401))
 async def capacity(context: ContextDep) -> JsonObject:
     """The memory that a session takes, and what pool, memory and disk hold."""
+    check_capability("sessions", context)
     stats, cost = context.engine.stats(), context.session_bytes
     sizes = await asyncio.to_thread(context.sessions.sizes)
     return {

@@ -24,20 +24,18 @@ from cottention.server.generation.json_pieces import (
 from cottention.server.generation.request import MAX_INLINE_ITEMS, decode_ids, encode_text
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.schemas.chat import MESSAGES, Messages, unknown_keys
-from cottention.server.schemas.field_types import Text, TokenIds
+from cottention.server.schemas.field_types import ShortText, Text, TokenIds
 from cottention.server.schemas.responses import Detokenized, JsonObject, Tokenized
-from cottention.server.schemas.sampling import BOOLEAN, IDS
+from cottention.server.schemas.sampling import BOOLEAN, IDS, MODEL
 from cottention.server.schemas.unsupported import TOKENIZE, NeutralValues
 
 router = APIRouter()
-
-MODEL = "a string, an id from /v1/models"
 
 
 class TokenizeRequest(RequestModel):
     """Body of POST /tokenize for a text."""
 
-    model: Text | None = Field(None, description=MODEL)
+    model: ShortText | None = Field(None, description=MODEL)
     prompt: Text = Field(description="a string, unless there are messages")
     add_special_tokens: bool = Field(True, description=BOOLEAN)
     return_token_strs: bool = Field(False, description=BOOLEAN)
@@ -48,7 +46,7 @@ class TokenizeChatRequest(RequestModel):
 
     neutral: ClassVar[NeutralValues] = TOKENIZE
 
-    model: Text | None = Field(None, description=MODEL)
+    model: ShortText | None = Field(None, description=MODEL)
     messages: Messages = Field(description=MESSAGES)
     add_generation_prompt: bool = Field(True, description=BOOLEAN)
     add_special_tokens: bool = Field(False, description=BOOLEAN)
@@ -59,7 +57,7 @@ class TokenizeChatRequest(RequestModel):
 class DetokenizeRequest(RequestModel):
     """Body of POST /detokenize."""
 
-    model: Text | None = Field(None, description=MODEL)
+    model: ShortText | None = Field(None, description=MODEL)
     tokens: TokenIds = Field(description=IDS)
 
 

@@ -25,6 +25,7 @@ from cottention.server.config import GenerateConfig, ServerConfig
 from cottention.server.log_config import FIELDS, LogFormat
 
 if TYPE_CHECKING:
+    from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.engine import Engine
 
 logger = logging.getLogger("cottention")
@@ -44,7 +45,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
 
     table = connection_table(config, raise_open_files_limit())
     with bind_socket(config.host, config.port, config.send_seconds) as sock:
-        from cottention.engine.engine import Engine
+        from cottention.engine.opening import open_engine
         from cottention.engine.worker import EngineWorker
         from cottention.server.api.app import create_app
         from cottention.server.cli.serve import describe_access, warn_of_open_access
@@ -52,25 +53,25 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from cottention.server.generation.async_engine import AsyncEngine
         from cottention.server.generation.chat_template import find_template
         from cottention.server.http.origin import check_access
-        from cottention.server.limits.api_keys import load_api_keys
-        from cottention.server.sessions.storage import check_folder, describe_storage, open_sessions
+        from cottention.server.limits.api_keys import load_api_keys, session_quotas
+        from cottention.server.sessions.storage import check_folder, describe_storage, sessions_of
 
         keys = load_api_keys(config)
         check_access(config)
         check_folder(config)
         template = find_template(config.chat_template, resolve_model(model).folder)
-        engine = Engine(model, engine_config)
+        engine = open_engine(model, engine_config)
         async_engine = AsyncEngine(
             engine,
             partial(EngineWorker, engine),
             AdmissionQueue.of(config),
             config.stream_buffer_bytes,
         )
-        with open_sessions(engine, config) as sessions:
+        with sessions_of(engine, config, session_quotas(keys, config)) as sessions:
             app = create_app(async_engine, config, keys, sessions, template)
             warn_of_open_access(sock, config)
             facts = {
-                "sessions": describe_storage(config),
+                "sessions": "none" if sessions is None else describe_storage(config),
                 "access": describe_access(sock, config),
                 "ready": url_of(sock),
             }
@@ -106,10 +107,15 @@ def _sampling_params(config: GenerateConfig, defaults: Mapping[str, Any]) -> Sam
 
 def info(model: str | None, engine_config: EngineConfig) -> int:
     """Print a model's facts and its memory per session; allocates a pool of one slot."""
-    from cottention.engine.engine import Engine
+    from cottention.engine.encoder_engine import EncoderEngine
+    from cottention.engine.opening import open_engine
 
-    engine = Engine(model, replace(engine_config, max_slots=1, state_memory=None))
-    for name, value in _facts(engine, engine_config.num_slots(engine.spec)):
+    engine = open_engine(model, replace(engine_config, max_slots=1, state_memory=None))
+    if isinstance(engine, EncoderEngine):
+        facts = _encoder_facts(engine)
+    else:
+        facts = _facts(engine, engine_config.num_slots(engine.spec))
+    for name, value in facts:
         write_output(f"{name:<18} {value}\n")
     return 0
 
@@ -158,7 +164,7 @@ def _standard_input() -> str:
         raise ConfigurationError(f"standard input cannot be read: {error.strerror}") from None
 
 
-def _announce(engine: "Engine", facts: dict[str, str], form: LogFormat) -> None:
+def _announce(engine: "Engine | EncoderEngine", facts: dict[str, str], form: LogFormat) -> None:
     """Print the start-up facts, or log them as one record where the log is JSON."""
     stats = engine.stats()
     facts = {
@@ -198,6 +204,19 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield "position limit", f"{MAX_HELD:,} tokens"
 
 
+def _encoder_facts(engine: "EncoderEngine") -> Iterator[tuple[str, str]]:
+    config = engine.model_config
+    per_token, per_text = engine.bytes_per_token, engine.pool.spec.bytes_per_slot
+    yield "model", engine.name
+    yield "parameters", f"{engine.num_parameters:,}"
+    yield "runs on", _on_what(engine)
+    yield from config.description().items()
+    yield "serves", ", ".join(engine.capabilities)
+    yield "pooling", engine.pooling
+    yield "bytes per text", f"{per_text:,}, and {per_token:,} for each of its tokens"
+    yield "longest text", f"{engine.max_text_tokens:,} tokens"
+
+
 CONTEXT_POLICIES: dict[ContextPolicy, str] = {
     "renew": "renew: past the trained length the oldest tokens are forgotten, and quality stays",
     "exact": "exact: past the trained length quality declines; nothing is forgotten on purpose",
@@ -226,7 +245,7 @@ def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:
     yield "  stored", f"{num['stored']:,} at least, on disk"
 
 
-def _on_what(engine: "Engine") -> str:
+def _on_what(engine: "Engine | EncoderEngine") -> str:
     from cottention.engine.ops import backend
 
     return f"{engine.dtype} on {engine.device}, {backend()} ops"

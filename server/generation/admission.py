@@ -64,6 +64,7 @@ class AdmissionQueue:
         self._request_rate, self._token_rate = Rate(), Rate()
         self._bytes, self._tokens = INITIAL_BYTES, INITIAL_TOKENS
         self._num_requests_of: Counter[str] = Counter()
+        self._num_tokens_of: Counter[str] = Counter()
         self.num_requests = self.num_tokens = self.num_refused = 0
 
     @classmethod
@@ -75,11 +76,15 @@ class AdmissionQueue:
         """Raise ApiError 429 unless the queue has room.
 
         owner: of the request's key; "" without keys. Where an owner has nothing in the queue, a
-        request of any length is accepted: an empty queue would never have more room.
+        request of any length is accepted: an empty queue would never have more room. Where others
+        have filled it, an owner still has an equal part: together they have at most twice the
+        bounds, and one request of any length each.
         """
         excess_requests = self.num_requests + num_requests - self._max_requests
         excess_tokens = self.num_tokens + num_tokens - self._max_tokens
         if not self._num_requests_of[owner] or (excess_requests <= 0 and excess_tokens <= 0):
+            return
+        if self._is_within_part(num_requests, num_tokens, owner):
             return
         self._pass_time()
         self.num_refused += 1
@@ -98,6 +103,7 @@ class AdmissionQueue:
         self.check(num_requests, num_tokens, owner)
         self._pass_time()
         self._num_requests_of[owner] += num_requests
+        self._num_tokens_of[owner] += num_tokens
         self.num_requests += num_requests
         self.num_tokens += num_tokens
 
@@ -107,6 +113,7 @@ class AdmissionQueue:
         """Remove prompts from the queue; those that were served determine its rates."""
         self._pass_time()
         self._num_requests_of[owner] -= num_requests
+        self._num_tokens_of[owner] -= num_tokens
         self.num_requests -= num_requests
         self.num_tokens -= num_tokens
         if was_served:
@@ -133,6 +140,15 @@ class AdmissionQueue:
         self._tokens += num_tokens
         if self._tokens > MAX_MEASURED_TOKENS:
             self._bytes, self._tokens = self._bytes / 2, self._tokens / 2
+
+    def _is_within_part(self, num_requests: int, num_tokens: int, owner: str) -> bool:
+        """Whether an owner would have no more than its equal part, where there are several."""
+        num_owners = sum(num > 0 for num in self._num_requests_of.values())
+        return (
+            num_owners > 1
+            and (self._num_requests_of[owner] + num_requests) * num_owners <= self._max_requests
+            and (self._num_tokens_of[owner] + num_tokens) * num_owners <= self._max_tokens
+        )
 
     def _pass_time(self) -> None:
         now = self._clock()

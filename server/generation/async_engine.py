@@ -25,6 +25,7 @@ from cottention.server.generation.request import GenerationRequest
 from cottention.server.http.errors import expired
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
+    from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.engine import Engine
     from cottention.engine.state.session_state import SessionState
     from cottention.engine.worker import EngineWorker
@@ -49,7 +50,7 @@ class AsyncEngine:
 
     def __init__(
         self,
-        engine: "Engine",
+        engine: "Engine | EncoderEngine",
         make_worker: Callable[[Deliver, OnDeath], "EngineWorker"],
         admission_queue: AdmissionQueue,
         max_unread_bytes: int,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from cottention.engine.encoding import Encoded
 from cottention.engine.outputs import FinishReason, Output, TokenLogprob
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class OutputDelta:
     tokens: None where only text is needed. num_tokens: their number, counted in either case.
     state: of the session after its turn, if the turn has ended by itself.
     context_start: index of the oldest token that the model's state still covers.
+    encoded: an encoder's answer.
     """
 
     tokens: TokenDeltas | None = None
@@ -57,6 +59,7 @@ class OutputDelta:
     state: "SessionState | None" = None
     context_start: int = 0
     num_tokens: int = 0
+    encoded: Encoded | None = None
     _text: io.StringIO = field(default_factory=io.StringIO)
 
     @property
@@ -75,6 +78,7 @@ class OutputDelta:
             self.stop_reason = output.stop_reason
             self.state = output.state
             self.context_start = output.context_start
+            self.encoded = output.encoded
 
     def merge(self, later: "OutputDelta") -> None:
         """Append a later delta of the same choice."""

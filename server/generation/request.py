@@ -260,8 +260,7 @@ def decode_ids(ids: list[int], tokenizer: "BaseTokenizer", param: str) -> str:
     """The text of token ids, special tokens included. Raises ApiError for an unknown id."""
     if ids and not 0 <= min(ids) <= max(ids) < tokenizer.num_ids:
         raise invalid(param, out_of_vocabulary(f"ids in {param}", ids, tokenizer.num_ids))
-    written = tokenizer.written_bytes
-    return b"".join(written[each] for each in ids).decode("utf-8", errors="replace")
+    return tokenizer.written(ids)
 
 
 def truncate_prompt(ids: list[int], body: SamplingBody, trained_length: int | None) -> list[int]:

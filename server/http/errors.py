@@ -13,11 +13,13 @@ from fastapi import Response
 
 from cottention.engine.errors import (
     ContextPolicyError,
+    NonFiniteStateError,
     NothingToRewindError,
     SessionBusyError,
     SessionError,
     SessionMovedError,
     SessionNotFoundError,
+    SessionQuotaError,
     SnapshotError,
     StoreFullError,
     StoreUnavailableError,
@@ -29,10 +31,12 @@ RETRY_AFTER_SECONDS = 5
 
 SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     SessionNotFoundError: (404, "session_not_found"),
+    SessionQuotaError: (403, "session_quota_exceeded"),
     SessionBusyError: (409, "session_busy"),
     NothingToRewindError: (409, "nothing_to_rewind"),
     ContextPolicyError: (409, "context_policy_settled"),
     SessionMovedError: (412, "session_moved"),
+    NonFiniteStateError: (500, "state_not_finite"),
     StoreFullError: (507, "store_full"),
     StoreUnavailableError: (507, "store_unavailable"),
 }

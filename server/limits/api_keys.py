@@ -7,7 +7,7 @@ invisible to others.
 import hashlib
 import hmac
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cottention.engine.errors import ConfigurationError
+from cottention.engine.sessions.store.protocol import Quotas
 from cottention.engine.text.files import not_utf8
 from cottention.server.config import ServerConfig
 from cottention.server.http.body import parse_object
@@ -126,6 +127,16 @@ def load_api_keys(config: ServerConfig) -> tuple[ApiKey, ...]:
         if len(keys) == len(config.api_key):
             raise ConfigurationError(f"{source} has no key in it")
     return keys
+
+
+def session_quotas(keys: Iterable[ApiKey], config: ServerConfig) -> Quotas:
+    """The quota of each owner; without keys there is one for all clients.
+
+    An owner whose key is no longer accepted has the limits of the flags.
+    """
+    default = KeyLimits.from_config(config).quota
+    quotas = {owner_id(key.secret): key.limits.quota for key in keys}
+    return lambda owner: quotas.get(owner, default)
 
 
 _SENDABLE = "printable ASCII without spaces around it"

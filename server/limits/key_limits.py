@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from cottention.engine.errors import ConfigurationError
 from cottention.engine.sampling_params import shortened
+from cottention.engine.sessions.store.protocol import Quota
 from cottention.server.config import ServerConfig
 from cottention.server.generation.request import ParsedRequest
 from cottention.server.http.errors import invalid
@@ -28,6 +29,8 @@ class KeyLimits:
     max_tokens: int | None = None
     max_n: int | None = None
     max_stop: int | None = None
+    max_sessions: int | None = None
+    max_session_bytes: int | None = None
 
     @classmethod
     def from_config(cls, config: ServerConfig) -> Self:
@@ -51,6 +54,11 @@ class KeyLimits:
                     f"{source}: {name} must be a whole number from 1, or null for no limit"
                 )
         return replace(self, **limits)
+
+    @property
+    def quota(self) -> Quota:
+        """What the key's sessions may take."""
+        return Quota(self.max_sessions, self.max_session_bytes)
 
     def check(self, request: ParsedRequest) -> None:
         """Raise ApiError 400 if the request asks for more than this key allows."""

@@ -109,11 +109,14 @@ HISTOGRAMS = {
 
 def make_registry(
     async_engine: AsyncEngine,
-    session_counts: Callable[[], "SessionCounts"],
-    session_size: SessionBytes,
+    session_counts: Callable[[], "SessionCounts"] | None,
+    session_size: SessionBytes | None,
     model_name: str,
 ) -> CollectorRegistry:
-    """A registry for one application, with the metrics of its engine and of the process."""
+    """A registry for one application, with the metrics of its engine and of the process.
+
+    session_counts, session_size: None where there are no sessions.
+    """
     registry = CollectorRegistry()
     registry.register(EngineCollector(async_engine, session_counts, session_size, model_name))
     ProcessCollector(registry=registry)
@@ -126,11 +129,11 @@ class EngineCollector(Collector):
     def __init__(
         self,
         async_engine: AsyncEngine,
-        session_counts: Callable[[], "SessionCounts"],
-        session_size: SessionBytes,
+        session_counts: Callable[[], "SessionCounts"] | None,
+        session_size: SessionBytes | None,
         model_name: str,
     ) -> None:
-        """session_size: of one session at most, by item and by place."""
+        """session_size: of one session at most, by item and by place. None: no sessions."""
         self._async_engine = async_engine
         self._session_counts = session_counts
         self._session_size = session_size
@@ -145,8 +148,10 @@ class EngineCollector(Collector):
         engine = self._async_engine
         stats = engine.stats()
         yield from self._gauges(GAUGES, stats)
-        yield from self._gauges(SESSION_GAUGES, self._session_counts())
-        yield from self._session_sizes()
+        if self._session_counts is not None:
+            yield from self._gauges(SESSION_GAUGES, self._session_counts())
+        if self._session_size is not None:
+            yield from self._session_sizes(self._session_size)
         yield from self._gauges(CACHE_GAUGES, stats.prefix_cache)
         yield from self._counters(CACHE_COUNTERS, stats.prefix_cache)
         yield from self._counters(COUNTERS, stats)
@@ -161,10 +166,10 @@ class EngineCollector(Collector):
             gauge.add_metric([self._model_name], getattr(values, attribute))
             yield gauge
 
-    def _session_sizes(self) -> Iterator[Metric]:
+    def _session_sizes(self, sizes: SessionBytes) -> Iterator[Metric]:
         for name, (attribute, label, text) in SESSION_SIZE_GAUGES.items():
             gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name", label])
-            for each, nbytes in getattr(self._session_size, attribute).items():
+            for each, nbytes in getattr(sizes, attribute).items():
                 gauge.add_metric([self._model_name, each], nbytes)
             yield gauge
         per_gb = GaugeMetricFamily(
@@ -172,7 +177,7 @@ class EngineCollector(Collector):
             "Minimum number of sessions that fit into 1 GB (10^9 bytes) of each place.",
             labels=["model_name", "place"],
         )
-        for place, num in self._session_size.per_gb().items():
+        for place, num in sizes.per_gb().items():
             per_gb.add_metric([self._model_name, place], num)
         yield per_gb
 

@@ -14,6 +14,7 @@ Prompt = str | list[int]
 PROMPTS = "text, a list of texts, a list of token ids, or a list of lists of token ids"
 BIASES = "an object of token ids, as strings, with a number from -100 to 100 each"
 MAX_ID_DIGITS = 10
+MAX_SHORT = 1024
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 PATTERN = f"^{REQUEST_ID_PATTERN.pattern}$"
 
@@ -52,6 +53,13 @@ def _text(value: Any, info: ValidationInfo) -> str:
     return value
 
 
+def _short_text(value: Any, info: ValidationInfo) -> str:
+    text = _text(value, info)
+    if len(text) > MAX_SHORT:
+        raise wrong_type()
+    return text
+
+
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not REQUEST_ID_PATTERN.fullmatch(value):
         raise wrong_type()
@@ -63,6 +71,7 @@ def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
 
     A turn of a session may have an empty prompt.
     """
+    name = info.field_name
     if value in ("", []) and info.data.get("session_id") is not None:
         return [[]]
     match value:
@@ -73,16 +82,16 @@ def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
         case _:
             raise wrong_type()
     if not prompts:
-        raise field_error("prompt must not be empty")
+        raise field_error(f"{name} must not be empty")
     for place, each in enumerate(prompts):
         if each in ("", []):
             where = f"; at index {place} it is" if prompts is value else ""
-            raise field_error(f"prompt must not be empty{where}")
+            raise field_error(f"{name} must not be empty{where}")
     if not (all(isinstance(each, str) for each in prompts) or all(map(_is_ids, prompts))):
-        raise field_error(f"prompt must be {PROMPTS}; {describe_mismatch(value)}")
+        raise field_error(f"{name} must be {PROMPTS}; {describe_mismatch(value)}")
     for each in prompts:
         if isinstance(each, str):
-            check_text("prompt", each)
+            check_text(str(name), each)
     return prompts
 
 
@@ -156,6 +165,11 @@ def _is_id(key: str) -> bool:
 
 
 Text = Annotated[str, PlainValidator(_text, json_schema_input_type=str)]
+ShortText = Annotated[
+    str,
+    PlainValidator(_short_text, json_schema_input_type=Annotated[str, Field(max_length=MAX_SHORT)]),
+]
+"""A name that is looked up or kept, and of which nothing is processed."""
 Name = Annotated[
     str, PlainValidator(_name, json_schema_input_type=Annotated[str, Field(pattern=PATTERN)])
 ]

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from cottention.engine.encoding import Capability
 from cottention.engine.outputs import FinishReason
 
 JsonObject = dict[str, Any]
@@ -161,7 +162,8 @@ class ChatCompletion(BaseModel):
 
 
 class Model(BaseModel):
-    """The served model; `max_model_len` is its trained length, which is not a limit.
+    """The served model; `max_model_len` is its trained length, which is not a limit, but for an
+    encoder, whose longest text it is.
 
     max_model_len: null where the model's files do not say it.
     root: the model's own name, also where it is served under another one.
@@ -174,6 +176,7 @@ class Model(BaseModel):
     root: str
     parent: None
     max_model_len: int | None
+    capabilities: list[Capability]
 
 
 class ModelList(BaseModel):

@@ -14,12 +14,13 @@ from cottention.server.http.errors import invalid
 from cottention.server.schemas.base import RequestModel
 from cottention.server.schemas.field_types import (
     BIASES,
+    MAX_SHORT,
     Biases,
     DistinctIds,
     ListedStrings,
     Name,
+    ShortText,
     Strings,
-    Text,
 )
 from cottention.server.schemas.unsupported import STREAM_OPTIONS, NeutralValues
 
@@ -32,7 +33,9 @@ BOOLEAN = "true or false"
 PRIORITY = "a whole number of 64 bits"
 NAME = "up to 128 letters, digits, ., _, : and -"
 IDS = "a list of token ids"
-SESSION = "a string, an id from /v1/sessions"
+SESSION = f"a string of up to {MAX_SHORT} characters, an id from /v1/sessions"
+MODEL = f"a string of up to {MAX_SHORT} characters, an id from /v1/models"
+SALT = f"a string of up to {MAX_SHORT} characters"
 CONFLICT = '"error" or "wait"'
 TIMEOUT = "a number of seconds greater than 0"
 POLICY = '"renew" or "exact"'
@@ -64,7 +67,7 @@ class SamplingBody(RequestModel):
 
     nested: ClassVar[Mapping[str, type[RequestModel]]] = {"stream_options": StreamOptions}
 
-    model: Text | None = Field(None, description="a string, an id from /v1/models")
+    model: ShortText | None = Field(None, description=MODEL)
     temperature: float = ranged(1.0, "a finite number from 0", 0)
     top_p: float = ranged(1.0, "a number greater than 0 and at most 1", 0, 1)
     top_k: int = ranged(0, "a whole number from 1, or 0 or -1 for all tokens", -1, 2**31 - 1)
@@ -93,9 +96,9 @@ class SamplingBody(RequestModel):
     stream_options: StreamOptions | None = Field(None, description="an object")
     priority: int = ranged(0, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
     timeout: float | None = ranged(None, TIMEOUT, 0)
-    cache_salt: Text | None = Field(None, description="a string")
+    cache_salt: ShortText | None = Field(None, description=SALT)
     request_id: Name | None = Field(None, description=NAME)
-    session_id: Text | None = Field(None, description=SESSION)
+    session_id: ShortText | None = Field(None, description=SESSION)
     on_conflict: OnConflict = Field("error", description=CONFLICT)
     on_cancel: OnCancel = Field("keep", description='"keep" or "rollback"')
     on_disconnect: OnDisconnect = Field("cancel", description='"cancel" or "continue"')

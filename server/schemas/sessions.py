@@ -70,7 +70,17 @@ def _metadata(value: Any) -> dict[str, str]:
 
 OnePrompt = Annotated[Prompt, PlainValidator(_prompt, json_schema_input_type=str | list[int])]
 Metadata = Annotated[
-    dict[str, str], PlainValidator(_metadata, json_schema_input_type=dict[str, str])
+    dict[str, str],
+    PlainValidator(
+        _metadata,
+        json_schema_input_type=Annotated[
+            dict[
+                Annotated[str, Field(max_length=MAX_KEY)],
+                Annotated[str, Field(max_length=MAX_VALUE)],
+            ],
+            Field(max_length=MAX_METADATA),
+        ],
+    ),
 ]
 
 

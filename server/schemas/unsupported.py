@@ -103,6 +103,7 @@ REASONS: Mapping[str, str] = {
     "chat_template": "the server's template is chosen with --chat-template",
     "use_beam_search": "a session has one state",
     "prompt_embeds": "prompts are text or token ids",
+    "dimensions": "an embedding is as wide as the model",
 }
 """Why a field is not supported, where "not yet" would be wrong."""
 

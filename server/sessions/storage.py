@@ -9,12 +9,14 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cottention.engine.errors import ConfigurationError
+from cottention.engine.sessions.store.protocol import UNLIMITED, Quotas
 from cottention.server.config import ServerConfig
 
 if TYPE_CHECKING:
+    from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.engine import Engine
     from cottention.engine.sessions.manager import SessionManager
 
@@ -24,7 +26,21 @@ PREFIX = "cottention-sessions-"
 
 
 @contextlib.contextmanager
-def open_sessions(engine: "Engine", config: ServerConfig) -> Iterator["SessionManager"]:
+def sessions_of(
+    engine: "Engine | EncoderEngine", config: ServerConfig, quotas: Quotas
+) -> Iterator["SessionManager | None"]:
+    """As `open_sessions`; None for an encoder, which has none."""
+    if "sessions" not in engine.capabilities:
+        yield None
+        return
+    with open_sessions(cast("Engine", engine), config, quotas) as sessions:
+        yield sessions
+
+
+@contextlib.contextmanager
+def open_sessions(
+    engine: "Engine", config: ServerConfig, quotas: Quotas = lambda _: UNLIMITED
+) -> Iterator["SessionManager"]:
     """The server's sessions; they are closed at the end of the block. Raises ConfigurationError."""
     from cottention.engine.sessions.maintenance import maintenance_thread
     from cottention.engine.sessions.manager import LEASE_SECONDS, SessionManager
@@ -34,11 +50,12 @@ def open_sessions(engine: "Engine", config: ServerConfig) -> Iterator["SessionMa
         is_durable = config.session_dir is not None
         folder = stack.enter_context(_temporary()) if not is_durable else _given(config)
         sessions = SessionManager(
-            SqliteStore(Path(folder), durable=is_durable),
+            SqliteStore(Path(folder), durable=is_durable, quotas=quotas),
             engine.session_codec(),
             memory_bytes=config.session_memory,
             max_checkpoints=config.session_checkpoints,
             is_durable=is_durable,
+            ttl_seconds=config.session_ttl_seconds,
         )
         stack.callback(sessions.close)
         stack.enter_context(maintenance_thread(sessions.maintain, LEASE_SECONDS / 3))

@@ -48,17 +48,17 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(*flags: str) -> Iterator[Served]:
+def serving(*flags: str, model: Path = MODEL) -> Iterator[Served]:
     """A server process; it may not die before its time."""
     settings = ["--port", "0", "--max-slots", "32", "--chat-template", "plain", "--api-key", KEY]
-    command = [SERVER_PYTHON, "-m", "cottention.server", "serve", str(MODEL), *settings, *flags]
+    command = [SERVER_PYTHON, "-m", "cottention.server", "serve", str(model), *settings, *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
         try:
             assert popen.stdout
             lines = iter(popen.stdout.readline, "")
             url = next((line.split()[-1] for line in lines if line.startswith("ready")), None)
             assert url, "the server did not start"
-            yield Served(url, KEY, MODEL.name)
+            yield Served(url, KEY, model.name)
             assert popen.poll() is None, "the server died"
         finally:
             popen.terminate()

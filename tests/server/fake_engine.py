@@ -45,6 +45,9 @@ class FakeTokenizer:
     def id_to_token(self, token_id: int) -> str:
         return f"<{token_id:02X}>"
 
+    def written(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
     def token_text(self, token_id: int) -> str:
         return bytes([token_id]).decode(errors="replace")
 
@@ -98,6 +101,7 @@ class Running:
 
 class FakeEngine:
     name = "fake"
+    capabilities = ("completions", "chat", "sessions")
 
     def __init__(self, num_slots: int = 64, step_seconds: float = 0.0) -> None:
         self.tokenizer = FakeTokenizer()

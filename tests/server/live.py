@@ -135,7 +135,7 @@ def serving(
     async_engine = AsyncEngine(
         engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes
     )
-    sessions = sessions or FakeSessions()
+    sessions = sessions or (FakeSessions() if "sessions" in engine.capabilities else None)
     app = create_app(async_engine, config, load_api_keys(config), sessions, template)
     sock = bind_socket("127.0.0.1", 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
@@ -148,7 +148,9 @@ def serving(
     thread.start()
     try:
         with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-            yield Live(engine, async_engine, sessions, app.state.context.turns, url, client, server)
+            yield Live(
+                engine, async_engine, sessions, app.state.context.turn_queue, url, client, server
+            )
     finally:
         if isinstance(engine, FakeEngine):  # a test that failed may have left it waiting
             engine.may_step.set()

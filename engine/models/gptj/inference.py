@@ -62,9 +62,13 @@ class ServedGPTJ:
         x = x.float() if self._is_packed else x
         return self._layers(x, token_positions(self.config, positions, x.dtype), recurrence)
 
+    def last_hidden(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, C] before the last norm → after it, [R, C]."""
+        return self._last_norm(hidden)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, C] → logits float32 [R, vocab_size]."""
-        return self._head(self._last_norm(hidden)).float()
+        return self._head(self.last_hidden(hidden)).float()
 
     def _norm(self, norm: nn.LayerNorm) -> Product:
         return ops.FixedOrderNorm(norm.weight, norm.bias, norm.eps) if self._is_packed else norm

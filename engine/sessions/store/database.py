@@ -19,7 +19,7 @@ T = TypeVar("T")
 Work = Callable[[sqlite3.Connection], T]
 Sync = Literal["FULL", "NORMAL", "OFF"]
 
-VERSION = 4
+VERSION = 5
 
 MAX_WAIT = 5.0
 """Seconds to wait for another program that has the file open for writing, such as a shell."""
@@ -28,16 +28,23 @@ MAX_WAIT = 5.0
 # time (`StoreClock`), lease_until by the monotonic clock of the process: leases end at a start.
 # clock: one row, the last ClockReading. states: a session's blobs, the one with the greatest n its
 # head, the others its checkpoints. The last events_nbytes of a blob are its turn's event log. The
-# rows of a session that was set aside stay, so that its blobs are not removed.
+# rows of a session that was set aside stay, so that its blobs are not removed. metadata: texts by
+# their content, each stored once; triggers remove what no session has. usage: what each owner's
+# sessions take, which triggers keep, so that no path can miss it.
 SCHEMA = f"""
 CREATE TABLE sessions (
     seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL,
-    created INTEGER NOT NULL, version INTEGER NOT NULL DEFAULT 1, metadata TEXT NOT NULL,
-    expires_at REAL, was_interrupted INTEGER NOT NULL DEFAULT 0,
+    created INTEGER NOT NULL, version INTEGER NOT NULL DEFAULT 1, metadata_key INTEGER NOT NULL,
+    metadata_nbytes INTEGER NOT NULL, expires_at REAL, was_interrupted INTEGER NOT NULL DEFAULT 0,
     fence INTEGER NOT NULL DEFAULT 0, lease_owner TEXT, lease_until REAL, lease_version INTEGER);
 CREATE INDEX sessions_by_owner ON sessions (owner, seq);
 CREATE INDEX sessions_by_expiry ON sessions (expires_at) WHERE expires_at IS NOT NULL;
+CREATE INDEX sessions_by_metadata ON sessions (metadata_key);
 CREATE INDEX sessions_by_lease ON sessions (lease_owner) WHERE lease_owner IS NOT NULL;
+CREATE TABLE metadata (
+    key INTEGER PRIMARY KEY, digest BLOB NOT NULL UNIQUE, text TEXT NOT NULL);
+CREATE TABLE usage (
+    owner TEXT PRIMARY KEY, num_sessions INTEGER NOT NULL, nbytes INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE states (
     seq INTEGER NOT NULL, n INTEGER NOT NULL, digest TEXT NOT NULL,
     position INTEGER NOT NULL, nbytes INTEGER NOT NULL,
@@ -47,6 +54,25 @@ CREATE INDEX states_by_digest ON states (digest, nbytes, position);
 CREATE TABLE set_aside (
     seq INTEGER PRIMARY KEY, id TEXT NOT NULL, owner TEXT NOT NULL, created INTEGER NOT NULL,
     version INTEGER NOT NULL, metadata TEXT NOT NULL, expires_at REAL, reason TEXT NOT NULL);
+CREATE TRIGGER session_added AFTER INSERT ON sessions BEGIN
+    INSERT INTO usage VALUES (NEW.owner, 1, NEW.metadata_nbytes) ON CONFLICT (owner) DO UPDATE SET
+        num_sessions = num_sessions + 1, nbytes = nbytes + NEW.metadata_nbytes;
+END;
+CREATE TRIGGER session_removed AFTER DELETE ON sessions BEGIN
+    UPDATE usage SET num_sessions = num_sessions - 1, nbytes = nbytes - OLD.metadata_nbytes
+        - (SELECT ifnull(sum(nbytes), 0) FROM states WHERE seq = OLD.seq) WHERE owner = OLD.owner;
+    DELETE FROM usage WHERE owner = OLD.owner AND num_sessions = 0;
+    DELETE FROM metadata WHERE key = OLD.metadata_key
+        AND NOT EXISTS (SELECT 1 FROM sessions WHERE metadata_key = OLD.metadata_key);
+END;
+CREATE TRIGGER state_added AFTER INSERT ON states BEGIN
+    UPDATE usage SET nbytes = nbytes + NEW.nbytes
+        WHERE owner = (SELECT owner FROM sessions WHERE seq = NEW.seq);
+END;
+CREATE TRIGGER state_removed AFTER DELETE ON states BEGIN
+    UPDATE usage SET nbytes = nbytes - OLD.nbytes
+        WHERE owner = (SELECT owner FROM sessions WHERE seq = OLD.seq);
+END;
 CREATE TABLE reserve (bytes BLOB NOT NULL);
 CREATE TABLE clock (time REAL NOT NULL, wall REAL NOT NULL);
 PRAGMA user_version = {VERSION};
@@ -55,6 +81,10 @@ PRAGMA user_version = {VERSION};
 LOG_PAGES = 200
 RESERVE_BYTES = 2 << 20
 """More than LOG_PAGES of 4096 bytes and the largest transaction after them."""
+PAGES_KEPT = 640
+"""Free pages that stay in the file: the reserve, and what the next sessions need."""
+PAGES_AT_ONCE = 256
+"""Free pages that are given back in one transaction, for which turns wait."""
 MIN_LOG_PAGES = 16
 """Without room for the reserve the log is restarted after so few, which makes leases slower."""
 
@@ -90,6 +120,19 @@ class Database:
         For leases, which end with the machine in any case.
         """
         return self._run(work, self._relaxed)
+
+    def give_back(self) -> bool:
+        """Give some of the file's free pages back to the disk; whether there are more."""
+        with self.lock:
+            [num_free] = self._db.execute("PRAGMA freelist_count").fetchone()
+            excess = num_free - PAGES_KEPT
+            if excess > 0:
+                num_pages = min(excess, PAGES_AT_ONCE)
+                self._run(
+                    lambda db: db.execute(f"PRAGMA incremental_vacuum({num_pages})").fetchall(),
+                    self._relaxed,
+                )
+            return bool(excess > PAGES_AT_ONCE)
 
     def free_reserve(self) -> None:
         """Give back what `reserve_space` took for the log, which grows again as needed."""
@@ -146,9 +189,11 @@ def connect(path: Path) -> sqlite3.Connection:
 
 def set_up(db: sqlite3.Connection, path: Path) -> None:
     """Set the connection's modes, and create the tables of a new file. ConfigurationError."""
+    [version] = db.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of an empty file alone: before its mode
     db.execute("PRAGMA journal_mode = WAL")
     db.execute(f"PRAGMA wal_autocheckpoint = {LOG_PAGES}")
-    [version] = db.execute("PRAGMA user_version").fetchone()
     if version == 0:
         db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
     elif version != VERSION:

@@ -4,7 +4,7 @@ Several machines may share such a store: correctness rests on its fences and ver
 which process a request reached.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -83,6 +83,23 @@ class Lease:
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """What one owner's sessions may take; None is unlimited.
+
+    max_bytes: of states, those that can be rewound to included, and of metadata. Each session
+    counts in full, whatever it shares with others: forks part with their next turns.
+    """
+
+    max_sessions: int | None = None
+    max_bytes: int | None = None
+
+
+UNLIMITED = Quota()
+Quotas = Callable[[str], Quota]
+"""The quota of an owner."""
+
+
+@dataclass(frozen=True, slots=True)
 class StoreCounts:
     """How much is stored. blob_bytes: of all blobs, shared ones counted once."""
 
@@ -112,7 +129,8 @@ class SessionStore(Protocol):
     What a method returned is stored; a method that raised changed nothing. All methods may be
     called from any thread. They raise SessionNotFoundError for an id that is unknown or expired,
     and StoreUnavailableError where the system refuses a write or a read, whatever the reason
-    (StoreFullError: the disk has no room).
+    (StoreFullError: the disk has no room). `create` and `commit` raise SessionQuotaError where the
+    owner would have more than its quota afterwards, and more than before.
 
     Lifetimes count in the store's time, which passes evenly although clocks are set.
     """
@@ -206,6 +224,10 @@ class SessionStore(Protocol):
 
         Returns their ids.
         """
+        ...
+
+    def give_back(self) -> bool:
+        """Give space that is free again back to the disk, a part of it; whether there is more."""
         ...
 
     def free_reserve(self) -> None:

@@ -5,6 +5,7 @@ of leases (`StoreClock`). A session's states are numbered: the one with
 the greatest n is its head, the others are its checkpoints.
 """
 
+import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable
@@ -15,19 +16,32 @@ from cottention.engine.errors import (
     SessionBusyError,
     SessionMovedError,
     SessionNotFoundError,
+    SessionQuotaError,
     SnapshotError,
 )
 from cottention.engine.sessions.store.clock import ClockReading
-from cottention.engine.sessions.store.protocol import Lease, NewSession, Records, SessionRecord
+from cottention.engine.sessions.store.protocol import (
+    Lease,
+    NewSession,
+    Quota,
+    Records,
+    SessionRecord,
+)
 
 Db = sqlite3.Connection
 State = tuple[str, int, int, str, int]
 """The columns of STATE_COLUMNS."""
 SessionRow = tuple[int, str, str, int, int, str, float | None, int]
 """The columns of SESSION_COLUMNS."""
+Usage = tuple[int, int]
+"""Number of an owner's sessions, and their bytes."""
 
 STATE_COLUMNS = "digest, position, nbytes, context_policy, events_nbytes"
-SESSION_COLUMNS = "seq, id, owner, created, version, metadata, expires_at, was_interrupted"
+SESSION_COLUMNS = (
+    "seq, id, owner, created, version,"
+    " (SELECT text FROM metadata WHERE key = metadata_key) AS metadata,"
+    " expires_at, was_interrupted"
+)
 
 IS_ALIVE = "(expires_at IS NULL OR expires_at > :now)"
 IS_FREE = "(lease_until IS NULL OR lease_until <= :monotonic)"
@@ -78,10 +92,11 @@ def insert_session(db: Db, new: NewSession, state: State | None, created: int) -
 
     created: unix seconds, to be shown only.
     """
-    metadata = json.dumps(dict(new.metadata), ensure_ascii=False)
+    key, nbytes = add_metadata(db, json.dumps(dict(new.metadata), ensure_ascii=False))
     cursor = db.execute(
-        "INSERT INTO sessions (id, owner, created, metadata, expires_at) VALUES (?, ?, ?, ?, ?)",
-        [f"sess-{token_hex(16)}", new.owner, created, metadata, new.expires_at],
+        "INSERT INTO sessions (id, owner, created, metadata_key, metadata_nbytes, expires_at)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        [f"sess-{token_hex(16)}", new.owner, created, key, nbytes, new.expires_at],
     )
     states = [find_state(db, digest) for digest in new.checkpoints]
     states.append(state or find_state(db, new.head or ""))
@@ -90,6 +105,33 @@ def insert_session(db: Db, new: NewSession, state: State | None, created: int) -
         [(cursor.lastrowid, n, *each) for n, each in enumerate(states)],
     )
     return read_session(db, cursor.lastrowid or 0)
+
+
+def add_metadata(db: Db, text: str) -> tuple[int, int]:
+    """The key of a text, which is stored if it is new, and its bytes."""
+    raw = text.encode()
+    digest = hashlib.sha256(raw).digest()
+    db.execute("INSERT OR IGNORE INTO metadata (digest, text) VALUES (?, ?)", [digest, text])
+    [key] = db.execute("SELECT key FROM metadata WHERE digest = ?", [digest]).fetchone()
+    return key, len(raw)
+
+
+def usage_of(db: Db, owner: str) -> Usage:
+    """What an owner's sessions take."""
+    statement = "SELECT num_sessions, nbytes FROM usage WHERE owner = ?"
+    row: Usage | None = db.execute(statement, [owner]).fetchone()
+    return row or (0, 0)
+
+
+def check_quota(quota: Quota, before: Usage, after: Usage) -> None:
+    """SessionQuotaError where an owner has come to more than its quota."""
+    limits = (quota.max_sessions, "sessions"), (quota.max_bytes, "bytes of sessions")
+    for (limit, what), old, new in zip(limits, before, after, strict=True):
+        if limit is not None and new > limit and new > old:
+            raise SessionQuotaError(
+                f"this would make {new} {what}, and {limit} are allowed: delete sessions, or give"
+                " them a shorter ttl_seconds"
+            )
 
 
 def find_state(db: Db, digest: str) -> State:
@@ -130,8 +172,8 @@ def delete_states(db: Db, seq: int, start: int, stop: int) -> list[str]:
 
 def delete_session(db: Db, seq: int) -> list[str]:
     """Delete a session and its states; returns the digests of these."""
-    db.execute("DELETE FROM sessions WHERE seq = ?", [seq])
     rows = db.execute("DELETE FROM states WHERE seq = ? RETURNING digest", [seq]).fetchall()
+    db.execute("DELETE FROM sessions WHERE seq = ?", [seq])
     return [digest for (digest,) in rows]
 
 

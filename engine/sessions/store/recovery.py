@@ -69,7 +69,10 @@ def check_states(db: Db, sizes: dict[str, int]) -> None:
 
 def set_aside(db: Db, seq: int, reason: str) -> None:
     """Move a session's row to where no request finds it, with the reason."""
-    columns = "seq, id, owner, created, version, metadata, expires_at"
-    statement = f"INSERT INTO set_aside SELECT {columns}, ? FROM sessions WHERE seq = ?"
+    statement = (
+        "INSERT INTO set_aside SELECT seq, id, owner, created, version,"
+        " (SELECT text FROM metadata WHERE key = metadata_key), expires_at, ?"
+        " FROM sessions WHERE seq = ?"
+    )
     db.execute(statement, [reason, seq])
     db.execute("DELETE FROM sessions WHERE seq = ?", [seq])

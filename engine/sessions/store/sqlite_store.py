@@ -34,10 +34,12 @@ from cottention.engine.sessions.store.folder_lock import (
     raise_unusable_folder,
 )
 from cottention.engine.sessions.store.protocol import (
+    UNLIMITED,
     BlobReader,
     Ids,
     Lease,
     NewSession,
+    Quotas,
     Records,
     SessionRecord,
     SessionStore,
@@ -81,6 +83,7 @@ class SqliteStore(SessionStore):
         folder: Path,
         *,
         durable: bool = True,
+        quotas: Quotas = lambda _: UNLIMITED,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = seconds_since_boot,
     ) -> None:
@@ -91,6 +94,7 @@ class SqliteStore(SessionStore):
         ConfigurationError: the folder cannot be used, or another process uses it.
         """
         self._wall = clock
+        self._quotas = quotas
         self._faults = StoreFaults()
         self._holder = uuid4().hex
         self._lock = lock_folder(folder, "" if durable else TEMPORARY)
@@ -124,10 +128,13 @@ class SqliteStore(SessionStore):
                 for new, blob in zip(records, staged, strict=True)
             ]
             pairs = [*zip(records, new_states, strict=True)]
+
+            def insert(db: queries.Db) -> Records:
+                with self._within_quotas(db, {new.owner for new in records}):
+                    return [queries.insert_session(db, *pair, created) for pair in pairs]
+
             with self._adopted([blob for blob in staged if blob]):
-                return self._index.write(
-                    lambda db: [queries.insert_session(db, *pair, created) for pair in pairs]
-                )
+                return self._index.write(insert)
 
     def acquire(
         self, session_id: str, ttl_seconds: float, owner: str | None = None
@@ -185,7 +192,9 @@ class SqliteStore(SessionStore):
 
             def change(db: queries.Db) -> tuple[SessionRecord, Digests]:
                 row = queries.compare_and_set(db, lease, expected_version, assignments)
-                dropped = queries.push_state(db, row[0], state, max_checkpoints)
+                seq, _, owner, *_ = row
+                with self._within_quotas(db, {owner}):
+                    dropped = queries.push_state(db, seq, state, max_checkpoints)
                 return queries.to_record(db, row), dropped
 
             with self._adopted([blob]):
@@ -253,6 +262,10 @@ class SqliteStore(SessionStore):
             self._remove_unreferenced(dropped)
         return expired
 
+    def give_back(self) -> bool:
+        with self._faults.writing():
+            return self._index.give_back()
+
     def free_reserve(self) -> None:
         with self._faults.writing():
             self._index.free_reserve()
@@ -264,6 +277,16 @@ class SqliteStore(SessionStore):
             self._index.close()
         finally:
             self._lock.release()
+
+    @contextmanager
+    def _within_quotas(self, db: queries.Db, owners: Iterable[str]) -> Iterator[None]:
+        """SessionQuotaError where owners have too much after the block, and more than before."""
+        quotas = {owner: self._quotas(owner) for owner in owners}
+        limited = {owner: quota for owner, quota in quotas.items() if quota != UNLIMITED}
+        before = {owner: queries.usage_of(db, owner) for owner in limited}
+        yield
+        for owner, quota in limited.items():
+            queries.check_quota(quota, before[owner], queries.usage_of(db, owner))
 
     def _save_clock_if_due(self) -> None:
         saved, reading = self._saved, self._clock.reading()

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.engine import Engine
-from cottention.engine.errors import ModelFolderError, SnapshotError, SnapshotMismatchError
+from cottention.engine.errors import (
+    ConfigurationError,
+    ModelFolderError,
+    SnapshotError,
+    SnapshotMismatchError,
+)
 from cottention.engine.models import registry
 from cottention.engine.models.config import ModelConfig, size
 from cottention.engine.models.family import ModelFamily, ModelImplementation
@@ -163,7 +168,7 @@ def codec(spec: StateSpec, layout: str = "layout") -> SnapshotCodec:
 
 
 def test_a_snapshot_has_it_by_name(spec: StateSpec) -> None:
-    state = SessionState(numbered(spec, 1), 2, (7,), (5, 6, 7), {7: 1})
+    state = SessionState(numbered(spec, 1), 2, (7,), (5, 6, 7), {5: 1, 6: 1, 7: 1})
     raw = codec(spec).encode(state)
     assert b'"row.state"' in raw
     assert b'"row.shift"' in raw
@@ -195,3 +200,9 @@ def test_its_weights_are_checked_and_its_hint_is_given(counter_folder: Path) -> 
     save_file({"other.weight": torch.zeros(1)}, counter_folder / "model.safetensors")
     with pytest.raises(ModelFolderError, match=r"missing: table\.weight; .*\. There are 1"):
         Engine(counter_folder, EngineConfig(max_slots=1))
+
+
+def test_it_refuses_to_embed(counter_folder: Path) -> None:
+    """It has no `last_hidden`; without the check the first request would end with an error."""
+    with pytest.raises(ConfigurationError, match="--embeddings: models of type counter"):
+        Engine(counter_folder, EngineConfig(max_slots=1, embeddings=True))

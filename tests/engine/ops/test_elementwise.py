@@ -1,4 +1,4 @@
-"""Rotary, features, gelu_new and elu_plus_one: against float64, at every place and stride."""
+"""Rotary, features, both gelus and elu_plus_one: against float64, at every place and stride."""
 
 from collections.abc import Callable
 from decimal import Decimal, localcontext
@@ -96,29 +96,33 @@ def test_gradients_take_the_reference() -> None:
     assert x.grad is not None
 
 
-def test_gelu_accuracy() -> None:
+each_gelu = pytest.mark.parametrize("name", ["gelu_new", "gelu_erf"])
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("gelu_new", 2e-7), ("gelu_erf", 3e-7)])
+def test_gelu_accuracy(name: str, tolerance: float) -> None:
     x = torch.cat([torch.linspace(-30, 30, 100_003), torch.tensor([0.0, -1e-30, 1e-30, 1e30])])
-    exact = reference.gelu_new(x.double())
-    error = (ops.gelu_new(x.unsqueeze(0))[0].double() - exact).abs()
-    assert (error <= 2e-7 * x.double().abs()).all()
+    exact = getattr(reference, name)(x.double())
+    error = (getattr(ops, name)(x.unsqueeze(0))[0].double() - exact).abs()
+    assert (error <= tolerance * x.double().abs()).all()
 
 
-def test_gelu_keeps_nan() -> None:
-    out = ops.gelu_new(torch.tensor([[float("nan"), float("inf"), 1.0]]))[0]
+@each_gelu
+def test_gelu_keeps_nan(name: str) -> None:
+    out = getattr(ops, name)(torch.tensor([[float("nan"), float("inf"), 1.0]]))[0]
     assert out.isnan().tolist() == [True, False, False]
     assert out[1] == float("inf")
 
 
-def test_gelu_of_an_element_does_not_depend_on_its_index() -> None:
-    x = torch.randn(101)
-    whole = ops.gelu_new(x.unsqueeze(0))[0]
+@each_gelu
+def test_gelu_of_an_element_does_not_depend_on_its_index(name: str) -> None:
+    x, gelu = torch.randn(101), getattr(ops, name)
+    whole = gelu(x.unsqueeze(0))[0]
     for start in range(0, 40):
-        assert torch.equal(
-            ops.gelu_new(x[start : start + 37].unsqueeze(0))[0], whole[start : start + 37]
-        )
+        assert torch.equal(gelu(x[start : start + 37].unsqueeze(0))[0], whole[start : start + 37])
     rows = torch.randn(9, 200)[:, 3:120]
-    assert torch.equal(ops.gelu_new(rows), ops.gelu_new(rows.contiguous()))
-    assert ops.gelu_new(rows).is_contiguous()
+    assert torch.equal(gelu(rows), gelu(rows.contiguous()))
+    assert gelu(rows).is_contiguous()
 
 
 def test_elu_plus_one_accuracy_and_nan() -> None:
@@ -141,6 +145,7 @@ def test_elu_plus_one_of_an_element_does_not_depend_on_its_index() -> None:
 def test_float64_takes_the_reference() -> None:
     x = torch.randn(4, 3, 9, dtype=torch.float64)
     assert torch.equal(ops.gelu_new(x[0]), reference.gelu_new(x[0]))
+    assert torch.equal(ops.gelu_erf(x[0]), reference.gelu_erf(x[0]))
     assert torch.equal(ops.elu_plus_one(x), reference.elu_plus_one(x))
 
 
@@ -150,7 +155,7 @@ def test_opcheck() -> None:
     compiled = torch.ops.cottention
     torch.library.opcheck(compiled.cottention_features.default, arguments)
     torch.library.opcheck(compiled.rotary_table.default, (arguments[3], 8, 1e4))
-    for op in (compiled.gelu_new, compiled.elu_plus_one):
+    for op in (compiled.gelu_new, compiled.gelu_erf, compiled.elu_plus_one):
         torch.library.opcheck(op.default, (torch.randn(3, 40)[:, :33],))
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from cottention.engine.outputs import FinishReason, Output, SampledToken
 from cottention.engine.sampling_params import SamplingParams
-from cottention.engine.scheduling.batch import Sample
+from cottention.engine.scheduling.batch import BatchResult, Sample
 from cottention.engine.scheduling.client import Client
 from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
@@ -63,7 +63,7 @@ class Parts:
         batch = self.scheduler.schedule()
         complete = [chunk.request for chunk in batch.prefill if chunk.is_last]
         choices = batch.decode + [choice for request in complete for choice in request.choices]
-        self.note(self.manager.advance(batch, {}))
+        self.note(self.manager.advance(batch, BatchResult([], [], {})))
         for choice in choices:
             self.note([self.manager.append_token(Sample(choice, SampledToken(5, None)))])
 

@@ -37,6 +37,22 @@ def test_no_field_is_both_built_and_neutral(body: type[RequestModel]) -> None:
     assert not body.neutral.keys() & body.model_fields.keys()
 
 
+def test_what_can_grow_and_is_bounded_says_so(description: Any, shared: Live) -> None:
+    """And the bound is kept: what is looked up or kept is not as long as a body may be."""
+    schemas = description["components"]["schemas"]
+    fields = schemas["CompletionRequest"]["properties"]
+    for name in ("model", "session_id", "cache_salt"):
+        [text] = [each for each in fields[name]["anyOf"] if each["type"] == "string"]
+        longest = "x" * text["maxLength"]
+        refused = shared.complete(prompt="x", **{name: longest + "x"})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == name
+        assert shared.complete(prompt="x", **{name: longest}).status_code in (200, 404)
+    metadata = schemas["SessionRequest"]["properties"]["metadata"]["anyOf"][0]
+    assert metadata["maxProperties"] == 16
+    assert metadata["additionalProperties"]["maxLength"] == 512
+
+
 def test_every_error_has_the_one_form(description: Any) -> None:
     for path, operations in description["paths"].items():
         for method, operation in operations.items():

@@ -18,6 +18,7 @@ import pytest
 from cottention.engine.ops import build
 from cottention.server.cli import main as cli
 from cottention.server.cli.serve import bind_socket
+from tests.engine.encoders import encoder_folder
 from tests.engine.making import attention_folder, rwkv7_file
 
 ROOT = Path(__file__).parents[3]
@@ -167,6 +168,16 @@ def test_info_of_a_cosformer_names_its_fixed_length(capsys: pytest.CaptureFixtur
     told = capsys.readouterr().out
     assert "cosformer, M = 20,000" in told
     assert re.search(r"denominator +1,024 bytes", told)
+
+
+def test_info_of_an_encoder_has_the_memory_of_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(encoder_folder()), "--pooling", "cls"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"attention +cottention, bidirectional\n", told)
+    assert re.search(r"serves +embeddings, fill-mask\n", told)
+    assert re.search(r"bytes per text +4,096, and 256 for each of its tokens\n", told)
+    assert re.search(r"longest text +64 tokens\n", told)
+    assert "session" not in told
 
 
 def test_info_of_a_single_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

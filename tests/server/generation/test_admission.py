@@ -243,3 +243,15 @@ def test_a_timeout_that_is_none_is_refused(shared: Live, timeout: object) -> Non
     response = shared.client.post("/v1/completions", content=raw)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "timeout"
+
+
+def test_a_queue_that_one_owner_has_filled_has_a_part_for_another() -> None:
+    line = AdmissionQueue(10, 100, Clock())
+    line.enter(1, 1_000_000, "a")
+    for _ in range(5):
+        line.enter(1, 10, "b")
+    for owner, num_tokens in (("a", 1), ("b", 1)):
+        with pytest.raises(ApiError):
+            line.enter(1, num_tokens, owner)
+    line.leave(1, 10, "b")
+    line.enter(1, 10, "b")

@@ -74,7 +74,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"stop": ["\ud800"]}, "stop", "lone surrogate, which is not a character: U+D800 at index 0"),
     ({"stop": ""}, "stop", "1 to 256 characters; at index 0 is '', of 0"),
     ({"stop": ["a", "b" * 300]}, "stop", "1 to 256 characters; at index 1 is 'bbb"),
-    ({"stop": ["x"] * 17}, "stop", "at most 16"),
+    ({"stop": [str(n) for n in range(17)]}, "stop", "at most 16"),
     ({"stream": "yes"}, "stream", "true or false"),
     ({"stream": 1}, "stream", "true or false"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),

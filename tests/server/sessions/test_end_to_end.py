@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.engine import Engine
@@ -84,6 +85,37 @@ def test_an_absurd_age_is_refused_before_it_is_stored(live: Live, solo: Engine) 
         assert answer.status_code == 400
         assert f"at most {MAX_HELD} tokens" in answer.json()["error"]["message"]
     assert live.client.get("/v1/capacity").json()["stored_bytes"] == before
+
+
+def test_a_state_that_is_not_finite_is_not_stored(
+    live: Live, solo: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An append sees no logits that could tell, and a turn's may be finite in spite of the rows."""
+    session_id = live.opened("def f(x):")
+    before = live.client.get(f"/v1/sessions/{session_id}/snapshot").content
+    read = live.engine.pool.read
+
+    def overflowing(row: int) -> tuple[torch.Tensor, ...]:
+        *others, last = read(row)
+        return (*others, last.index_fill(0, torch.tensor([0]), float("inf")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.engine.pool, "read", overflowing)
+        body = {"prompt": " return", "session_id": session_id}
+        refused = [
+            live.client.post("/v1/sessions", json={"prompt": "def f(x):"}),
+            live.client.post(f"/v1/sessions/{session_id}/append", json={"prompt": " return"}),
+            live.complete(**body, **TOKENS),
+        ]
+        events = live.events(**body, **TOKENS)
+    for answer in refused:
+        assert answer.status_code == 500, answer.text
+        assert answer.json()["error"]["code"] == "state_not_finite"
+    assert events[-1]["error"]["code"] == "state_not_finite"
+    assert live.client.get(f"/v1/sessions/{session_id}/snapshot").content == before
+    answer = live.complete(prompt="", session_id=session_id, **TOKENS).json()
+    said = said_after(solo, tuple(solo.tokenizer.encode("def f(x):")))
+    assert answer["choices"][0]["text"] == said
 
 
 def test_many_short_turns_say_what_one_long_request_says(live: Live, solo: Engine) -> None:

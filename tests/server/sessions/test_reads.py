@@ -53,7 +53,7 @@ class Large:
     def __init__(self, live: Live) -> None:
         self.live = live
         owner, rows = owner_id(ONE), (torch.ones(1, 1, WIDTH, WIDTH),)
-        state = SessionState(rows, 3, (), (1, 2, 3))
+        state = SessionState(rows, 2, (3,), (1, 2, 3), {1: 0, 2: 0, 3: 0})
         name = live.sessions.open(owner, state, {}, None).id
         live.sessions.commit(live.sessions.begin(owner, name), state, EVENTS)
         self.paths = [f"/v1/sessions/{name}/snapshot", f"/v1/sessions/{name}/events"]

@@ -49,7 +49,7 @@ class Performer(RandomFeatures):
         x = q.shape[-1] ** -0.25 * ops.rotate(torch.stack([q, k]), at.cos, at.sin)
         of_q, of_k = ops.row_product(x, projection)
         of_q = of_q - of_q.detach().amax(-1, keepdim=True)
-        of_k = (of_k - (x[1] * x[1]).sum(-1, keepdim=True) / 2).clamp(*KEY_EXPONENTS)
+        of_k = (of_k - ops.row_sums(x[1] * x[1]).unsqueeze(-1) / 2).clamp(*KEY_EXPONENTS)
         q, k = len(projection) ** -0.5 * ops.exp(torch.stack([of_q, of_k]))
         return q, k, with_denominator(v)
 

@@ -73,4 +73,6 @@ class RFA(RandomFeatures):
 
 def unit(x: "Tensor") -> "Tensor":
     """x / max(‖x‖, 1e-12) along the last dimension, with a gradient of 0 at 0."""
-    return x / (x * x).sum(-1, keepdim=True).clamp_min(NORM_FLOOR**2).sqrt()
+    from cottention.engine import ops
+
+    return x / ops.row_sums(x * x).unsqueeze(-1).clamp_min(NORM_FLOOR**2).sqrt()

@@ -1,0 +1,115 @@
+"""From an HTTP request to an encoder's answer: what /v1/embeddings and /v1/fill-mask share."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+
+from cottention.engine.encoding import Encoded, EncodeParams
+from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
+from cottention.server.api.dependencies import Context
+from cottention.server.api.generate import Parser, read_request
+from cottention.server.generation.deadline import deadline_of
+from cottention.server.generation.request import GenerationRequest, OutputOptions, encode_text
+from cottention.server.generation.responses import collect_outputs
+from cottention.server.generation.sse import close_on_disconnect
+from cottention.server.http.errors import engine_failed, invalid
+from cottention.server.http.request_id import request_id_of
+from cottention.server.limits.rate_limit import client_of, track
+from cottention.server.schemas.encoding import EncodingBody
+from cottention.server.schemas.responses import JsonObject
+
+Body = TypeVar("Body", bound=EncodingBody)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedEncoding(Generic[Body]):
+    """A validated body, its texts' token ids, and what is asked of them."""
+
+    body: Body
+    ids: list[list[int]]
+    params: EncodeParams
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(map(len, self.ids))
+
+
+Format = Callable[[ParsedEncoding[Body], Sequence[Encoded], Context], list[JsonObject]]
+"""(what was asked, the answers, context) → the entries of the response's `data`."""
+
+
+async def encode(
+    request: Request,
+    context: Context,
+    parse: Parser[ParsedEncoding[Body]],
+    id_prefix: str,
+    format_data: Format[Body],
+) -> Response:
+    """Read and parse a body, compute, and respond.
+
+    Raises ParameterError, EngineStoppedError, ApiError.
+    """
+    parsed, arrived_at = await read_request(request, context, parse)
+    body = parsed.body
+    name = f"{id_prefix}-{body.request_id or request_id_of(request)}"
+    params = SamplingParams(max_tokens=0, encode=parsed.params)
+    asked = GenerationRequest(
+        parsed.ids, params, OutputOptions(), [""] * len(parsed.ids), priority=body.priority
+    )
+    deadline = deadline_of(arrived_at, context.config, body.timeout)
+    stream = await context.engine.generate(
+        name, asked, deadline=deadline, client=client_of(request.scope)
+    )
+    track(request.scope, asked, stream)
+    async with close_on_disconnect(stream, request.receive):
+        deltas = await collect_outputs(stream)
+    found = [deltas[place].encoded for place in range(len(parsed.ids))]
+    answers = [each for each in found if each is not None]
+    if len(answers) != len(found):
+        raise engine_failed()
+
+    def respond() -> Response:
+        num_tokens = parsed.num_prompt_tokens
+        fields = {
+            "id": name,
+            "object": "list",
+            "created": int(time.time()),
+            "model": context.model_name,
+            "data": format_data(parsed, answers, context),
+            "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+        }
+        return JSONResponse(fields)
+
+    return await asyncio.to_thread(respond)
+
+
+def token_ids(
+    inputs: Sequence[str | list[int]], context: Context, *, add_special_tokens: bool
+) -> list[list[int]]:
+    """The ids of each text; ids are taken as they are. Raises ApiError 400 naming `input`."""
+    tokenizer, most = context.tokenizer, context.max_text_tokens
+    found = []
+    for place, each in enumerate(inputs):
+        ids = each
+        if isinstance(each, str):
+            ids = encode_text(each, tokenizer, add_special_tokens=add_special_tokens)
+        assert not isinstance(ids, str)
+        which = "input" if len(inputs) == 1 else f"input at index {place}"
+        if not ids:
+            raise invalid("input", f"{which} must hold at least one token; it has none")
+        if not 0 <= min(ids) <= max(ids) < tokenizer.num_ids:
+            raise invalid("input", out_of_vocabulary(f"ids in {which}", ids, tokenizer.num_ids))
+        if len(ids) > most:
+            message = (
+                f"{which} must have at most {most} tokens, special tokens included, which is what"
+                f" the model can read; it has {len(ids)}: shorten it"
+            )
+            raise invalid("input", message)
+        found.append(ids)
+    return found
