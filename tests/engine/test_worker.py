@@ -219,7 +219,7 @@ def test_num_running_is_exact_while_a_step_changes_it() -> None:
     scheduler = Scheduler(64)
     for number in range(4):
         scheduler.add(make_request(str(number), [1], SamplingParams(n=16)))
-    for request in scheduler.admit(64):
+    for request in scheduler.admit(64).admitted:
         scheduler.start_decoding(request)
     stop = threading.Event()
 

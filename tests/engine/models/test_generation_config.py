@@ -130,12 +130,16 @@ def test_a_default_is_at_most_what_a_request_may_have(folder: Path) -> None:
     assert engine.default_sampling_params == {"max_tokens": 6}
 
 
+def fingerprint_of(folder: Path, engine: Engine) -> Fingerprint:
+    return Fingerprint.of(folder, engine.tokenizer.files, engine.spec, engine.dtype)
+
+
 def test_sessions_stay_valid_whatever_the_sampling(folder: Path) -> None:
     engine = Engine(folder, SMALL)
-    before = Fingerprint.of(folder, engine.spec, engine.dtype)
+    before = fingerprint_of(folder, engine)
     write(folder, "generation_config", **FIELDS, eos_token_id=[5])
     after = Engine(folder, SMALL)
-    assert Fingerprint.of(folder, after.spec, after.dtype) == before
+    assert fingerprint_of(folder, after) == before
 
 
 def test_the_model_that_ships_has_no_defaults_of_its_own() -> None:

@@ -11,14 +11,14 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from cottention.engine.errors import SnapshotError, StoreFullError, StoreUnavailableError
 from cottention.engine.sessions.maintenance import maintenance_thread
 from cottention.engine.sessions.manager import SessionManager
-from cottention.engine.sessions.store import SqliteStore
+from cottention.engine.sessions.store import SqliteStore, blobs
 from tests.engine.sessions.kept import OWNER, kept, new, text_of, turn
 from tests.server.live import eventually
 
@@ -261,11 +261,11 @@ def test_what_cannot_be_read_now_is_not_called_damaged(
     session_id = new(sessions)
     sessions._cache.forget(session_id)
 
-    def refuse(_: Path) -> bytes:
+    def refuse(*_: object) -> BinaryIO:
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", refuse)
+        patch.setattr(blobs, "open", refuse, raising=False)  # the builtin, as the module sees it
         for read in (sessions.begin, sessions.export, sessions.events):
             with pytest.raises(StoreUnavailableError, match="cannot be read"):
                 read(OWNER, session_id)

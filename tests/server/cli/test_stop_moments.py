@@ -130,7 +130,9 @@ def test_every_request_without_an_answer_gets_a_503() -> None:
             for moment in moments(session, busy):
                 send(moment)
             send(Moment("store", f"/v1/sessions/{other}/fork", {}))
+            answered_at_once = {"/v1/embeddings", "/v1/fill-mask"}  # not what the model can do
             posts = [path for path, methods in paths.items() if "post" in methods]
+            posts = [path for path in posts if path not in answered_at_once]
             assert len(posts) >= 9
             for path in posts:
                 name = f"body {path}"

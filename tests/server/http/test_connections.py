@@ -14,7 +14,7 @@ from cottention.engine.errors import ConfigurationError
 from cottention.server.cli.open_files import RESERVED_FILES, connection_table
 from cottention.server.config import ServerConfig
 from cottention.server.http.connections import network_of
-from tests.server.generation.test_slow_clients import read_to_the_end
+from tests.server.generation.test_slow_clients import read_to_the_end, text_of
 from tests.server.http.test_hostile import answer, error_of
 from tests.server.live import Live, eventually, serving
 from tests.server.process import served
@@ -81,7 +81,7 @@ def test_running_requests_keep_their_connections_and_who_finds_all_busy_is_told(
                     received = answer(newcomer)
                 assert "all 4 connections" in error_of(received, 503)
                 assert b"\r\nretry-after: 5\r\n" in received
-                assert len(read_to_the_end(last)) == 300
+                assert len(text_of(read_to_the_end(last))) == 300
             with connect(live.url) as newcomer:
                 asked(newcomer)
             assert all(sock.recv(1) for sock in running)

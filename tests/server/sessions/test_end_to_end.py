@@ -71,7 +71,9 @@ def test_a_cut_turn_goes_on_from_what_was_delivered(
     assert live.session(session_id)["position"] == held.num_tokens
     solo_ids = held.recent
     if held.num_tokens == len(solo_ids):  # or some are older than the window
-        answer = live.complete(prompt="", session_id=session_id, **TOKENS).json()
+        answer = live.complete(
+            prompt="", session_id=session_id, on_conflict="wait", **TOKENS
+        ).json()
         assert answer["choices"][0]["text"] == said_after(solo, solo_ids)
 
 
@@ -113,7 +115,7 @@ def test_a_state_that_is_not_finite_is_not_stored(
         assert answer.json()["error"]["code"] == "state_not_finite"
     assert events[-1]["error"]["code"] == "state_not_finite"
     assert live.client.get(f"/v1/sessions/{session_id}/snapshot").content == before
-    answer = live.complete(prompt="", session_id=session_id, **TOKENS).json()
+    answer = live.complete(prompt="", session_id=session_id, on_conflict="wait", **TOKENS).json()
     said = said_after(solo, tuple(solo.tokenizer.encode("def f(x):")))
     assert answer["choices"][0]["text"] == said
 

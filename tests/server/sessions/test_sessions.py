@@ -338,7 +338,7 @@ def test_capacity_and_metrics_tell_where_sessions_are(live: Live) -> None:
         "turn_copy": 500,
         "checkpoints": 4 * snapshot,
     }
-    parked = 500 + 120 * 256 + 40 * 513 + 262_144
+    parked = 4096 + 3 + 500 + 120 * 256 + 40 * 513 + 2 * 262_144
     places = {"resident": 1000, "parked": parked, "stored": 5 * snapshot}
     assert capacity["bytes_per_place"] == places
     per_gb = {place: 10**9 // nbytes for place, nbytes in places.items()}
