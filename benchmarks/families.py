@@ -1,0 +1,178 @@
+"""Decode of recurrent families beside the libraries that people run them with, and their memory.
+
+Random weights in the shapes of Mamba-2 370M and RWKV-7 0.4B, float32, one token per stream and
+step. Each side is a process of its own with as many threads, and they decode in short turns, so
+that other load affects all alike; a turn's first step is not measured. Before, they must agree on
+the logits of a prompt. A library that is not installed is left out. Memory is that of one stream of
+two layers of the same widths, from token 1,000 to token 50,000.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import psutil
+import torch
+
+from benchmarks import family_models, family_sides
+from benchmarks.common import Report, run, show
+from cottention.engine.models.registry import read_config
+from cottention.engine.state.pool import StatePool
+
+BATCHES = (1, 8)
+FIRST, LAST = 1_000, 50_000
+TOLERANCE = 1e-2
+"""Of the logits' difference, in standard deviations: the rwkv package rounds a constant."""
+
+_OURS_ALONE = "GOMP_SPINCOUNT"
+"""Set by the engine when it is imported, as here, and read by torch when that is; the other
+libraries have torch's default."""
+
+Rows = list[dict[str, object]]
+
+
+class Family(NamedTuple):
+    """What is compared: files of some layers and ids, and the package that also runs them."""
+
+    name: str
+    file_name: str
+    make: Callable[..., Path]
+    peer: str
+
+
+FAMILIES = (
+    Family("Mamba-2 370M", "mamba2", family_models.mamba2, "transformers"),
+    Family("RWKV-7 0.4B", "rwkv7.pth", family_models.rwkv7, "rwkv"),
+)
+
+
+class Side:
+    """A process of benchmarks/family_sides.py."""
+
+    def __init__(self, name: str, model: Path) -> None:
+        self._name = name
+        threads = str(torch.get_num_threads())
+        command = [sys.executable, "-m", "benchmarks.family_sides", name, str(model), threads]
+        is_ours = family_sides.SIDES[name] is family_sides.ours
+        kept = {k: v for k, v in os.environ.items() if is_ours or k != _OURS_ALONE}
+        self._process = subprocess.Popen(
+            command, env=kept, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def ask(self, **command: object) -> list[float]:
+        """The answer to one command."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(command), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"the process of {self._name} ended; its error is above")
+        numbers: list[float] = json.loads(answer)
+        return numbers
+
+
+def measure(quick: bool) -> Report:
+    """Tables of speed and of memory."""
+    rows: Rows = []
+    for family in FAMILIES:
+        if find_spec(family.peer) is None:
+            print(f"{family.name}: {family.peer} is not installed: pip install '.[bench]'")
+        else:
+            rows += _beside_peer(family, num_turns=5 if quick else 25)
+    if rows:
+        show("Decode of recurrent families, random weights, float32, in turns", rows)
+    memory = [_memory(family, 5_000 if quick else LAST) for family in FAMILIES]
+    show("Memory of one stream, two layers", memory)
+    return {"families": rows, "families_memory": memory}
+
+
+def _beside_peer(family: Family, num_turns: int) -> Rows:
+    with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
+        model = family.make(Path(folder) / family.file_name)
+        with Side("ours", model) as ours, Side(family.peer, model) as peer:
+            _check(family, ours, peer)
+            return [_turns(family, batch, ours, peer, num_turns) for batch in BATCHES]
+
+
+def _check(family: Family, ours: Side, peer: Side) -> None:
+    """Exit if the sides compute something else."""
+    got, expected = (torch.tensor(side.ask(do="logits")) for side in (ours, peer))
+    error = float((got - expected).abs().max() / expected.std())
+    if not error <= TOLERANCE:
+        raise SystemExit(f"{family.name}: logits differ by {error:.1e}: nothing is reported")
+
+
+def _turns(family: Family, batch: int, ours: Side, peer: Side, number: int) -> dict[str, object]:
+    """Medians of steps, and of the ratios of two turns that follow each other."""
+    mine: list[float] = []
+    theirs: list[float] = []
+    ratios: list[float] = []
+    for turn in range(number):
+        took = {}
+        for side in (ours, peer) if turn % 2 else (peer, ours):
+            took[side] = side.ask(do="steps", batch=batch, steps=4)
+        mine += took[ours]
+        theirs += took[peer]
+        ratios.append(statistics.median(took[peer]) / statistics.median(took[ours]))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "shape": family.name,
+        "beside": family.peer,
+        "batch": batch,
+        "ms/step": 1e3 * statistics.median(mine),
+        "peer ms/step": 1e3 * statistics.median(theirs),
+        "peer / ours": middle,
+        "quartiles": f"{low:.2f}-{high:.2f}",
+        "shortest ms": 1e3 * min(mine),
+        "peer's": 1e3 * min(theirs),
+        "load": f"{os.getloadavg()[0]:.1f}",
+    }
+
+
+def _memory(family: Family, last: int) -> dict[str, object]:
+    """The bytes of a session, and how far resident memory was from that at token 1,000."""
+    with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
+        model = family.make(Path(folder) / family.file_name, num_layers=2, vocab_size=256)
+        spec = read_config(model).state_spec()
+        start = family_sides.ours(model)
+        pool = StatePool(spec, 1, "cpu")
+        if pool.nbytes != spec.bytes_per_slot:
+            raise SystemExit(f"the pool has {pool.nbytes} bytes, not {spec.bytes_per_slot}")
+        with torch.inference_mode():
+            stream = family_sides.Streams(start(1), 1)
+            process, resident = psutil.Process(), {}
+            for age in range(1, last + 1):
+                stream()
+                if age % FIRST == 0:
+                    resident[age] = process.memory_info().rss
+    return {
+        "shape": family.name,
+        "bytes": spec.bytes_per_slot,
+        "by tensor": ", ".join(f"{n} {b:,}" for n, b in spec.itemised_bytes().items() if b),
+        "tokens": last,
+        "growth MiB": (max(resident.values()) - resident[FIRST]) / 2**20,
+    }
+
+
+if __name__ == "__main__":
+    run(__doc__, measure)
