@@ -1,10 +1,10 @@
 """Decode of recurrent families beside the libraries that people run them with, and their memory.
 
 Random weights in the shapes of Mamba-2 370M and RWKV-7 0.4B, float32, one token per stream and
-step. Each side is a process of its own with as many threads, and they decode in short turns, so
-that other load affects all alike; a turn's first step is not measured. Before, they must agree on
-the logits of a prompt. A library that is not installed is left out. Memory is that of one stream of
-two layers of the same widths, from token 1,000 to token 50,000.
+step. Each side is a process of its own with as many threads, which wait in the same way, and they
+decode in short turns, so that other load affects all alike; a turn's first step is not measured.
+Before, they must agree on the logits of a prompt. A library that is not installed is left out.
+Memory is that of one stream of two layers of the same widths, from token 1,000 to token 50,000.
 """
 
 import json
@@ -29,12 +29,11 @@ from cottention.engine.state.pool import StatePool
 
 BATCHES = (1, 8)
 FIRST, LAST = 1_000, 50_000
+STEPS = 3
+"""Measured in a turn."""
+
 TOLERANCE = 1e-2
 """Of the logits' difference, in standard deviations: the rwkv package rounds a constant."""
-
-_OURS_ALONE = "GOMP_SPINCOUNT"
-"""Set by the engine when it is imported, as here, and read by torch when that is; the other
-libraries have torch's default."""
 
 Rows = list[dict[str, object]]
 
@@ -61,10 +60,8 @@ class Side:
         self._name = name
         threads = str(torch.get_num_threads())
         command = [sys.executable, "-m", "benchmarks.family_sides", name, str(model), threads]
-        is_ours = family_sides.SIDES[name] is family_sides.ours
-        kept = {k: v for k, v in os.environ.items() if is_ours or k != _OURS_ALONE}
         self._process = subprocess.Popen(
-            command, env=kept, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
     def __enter__(self) -> Self:
@@ -130,7 +127,7 @@ def _turns(family: Family, batch: int, ours: Side, peer: Side, number: int) -> d
     for turn in range(number):
         took = {}
         for side in (ours, peer) if turn % 2 else (peer, ours):
-            took[side] = side.ask(do="steps", batch=batch, steps=4)
+            took[side] = side.ask(do="steps", batch=batch, steps=STEPS)
         mine += took[ours]
         theirs += took[peer]
         ratios.append(statistics.median(took[peer]) / statistics.median(took[ours]))
@@ -154,10 +151,11 @@ def _memory(family: Family, last: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
         model = family.make(Path(folder) / family.file_name, num_layers=2, vocab_size=256)
         spec = read_config(model).state_spec()
-        start = family_sides.ours(model)
+        start, num_threads = family_sides.ours(model), torch.get_num_threads()
         pool = StatePool(spec, 1, "cpu")
         if pool.nbytes != spec.bytes_per_slot:
             raise SystemExit(f"the pool has {pool.nbytes} bytes, not {spec.bytes_per_slot}")
+        torch.set_num_threads(1)  # two layers gain nothing from more, and wait for them under load
         with torch.inference_mode():
             stream = family_sides.Streams(start(1), 1)
             process, resident = psutil.Process(), {}
@@ -165,6 +163,7 @@ def _memory(family: Family, last: int) -> dict[str, object]:
                 stream()
                 if age % FIRST == 0:
                     resident[age] = process.memory_info().rss
+        torch.set_num_threads(num_threads)
     return {
         "shape": family.name,
         "bytes": spec.bytes_per_slot,

@@ -1,8 +1,8 @@
 """One side of benchmarks/families.py, in a process of its own: ours, or the library beside it.
 
 `python -m benchmarks.family_sides SIDE MODEL THREADS` reads one JSON command a line and answers
-each with one JSON line. Nothing of cottention is imported for the other libraries, whose process is
-as their users have it: its environment has none of our settings.
+each with one JSON line. Threads of all sides wait as the engine lets them, which is in favour of
+all where other work runs on the machine.
 """
 
 import contextlib
