@@ -5,6 +5,9 @@ step. Each side is a process of its own with as many threads, which wait in the 
 decode in short turns, so that other load affects all alike; a turn's first step is not measured.
 Before, they must agree on the logits of a prompt. A library that is not installed is left out.
 Memory is that of one stream of two layers of the same widths, from token 1,000 to token 50,000.
+
+With --one-thread each side has one thread and is timed in that thread's processor time: on a
+machine that does other work, two threads wait for each other longer than they compute.
 """
 
 import json
@@ -23,7 +26,7 @@ import psutil
 import torch
 
 from benchmarks import family_models, family_sides
-from benchmarks.common import Report, run, show
+from benchmarks.common import Report, machine, parser, show, write_json
 from cottention.engine.models.registry import read_config
 from cottention.engine.state.pool import StatePool
 
@@ -56,10 +59,10 @@ FAMILIES = (
 class Side:
     """A process of benchmarks/family_sides.py."""
 
-    def __init__(self, name: str, model: Path) -> None:
+    def __init__(self, name: str, model: Path, num_threads: int) -> None:
         self._name = name
-        threads = str(torch.get_num_threads())
-        command = [sys.executable, "-m", "benchmarks.family_sides", name, str(model), threads]
+        arguments = name, str(model), str(num_threads)
+        command = [sys.executable, "-m", "benchmarks.family_sides", *arguments]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -88,25 +91,38 @@ class Side:
         return numbers
 
 
-def measure(quick: bool) -> Report:
+def main() -> None:
+    """Parse, measure, write JSON."""
+    options = parser(__doc__)
+    options.add_argument("--one-thread", action="store_true", help="in processor time")
+    arguments = options.parse_args()
+    figures = measure(arguments.quick, one_thread=arguments.one_thread)
+    if arguments.json:
+        write_json(arguments.json, {"machine": machine(), **figures})
+
+
+def measure(quick: bool, *, one_thread: bool = False) -> Report:
     """Tables of speed and of memory."""
+    num_threads = 1 if one_thread else torch.get_num_threads()
     rows: Rows = []
     for family in FAMILIES:
         if find_spec(family.peer) is None:
             print(f"{family.name}: {family.peer} is not installed: pip install '.[bench]'")
         else:
-            rows += _beside_peer(family, num_turns=5 if quick else 25)
+            rows += _beside_peer(family, num_threads, num_turns=5 if quick else 25)
     if rows:
-        show("Decode of recurrent families, random weights, float32, in turns", rows)
+        where = "one thread, processor time" if one_thread else f"{num_threads} threads"
+        show(f"Decode of recurrent families, random weights, float32, in turns, {where}", rows)
     memory = [_memory(family, 5_000 if quick else LAST) for family in FAMILIES]
     show("Memory of one stream, two layers", memory)
     return {"families": rows, "families_memory": memory}
 
 
-def _beside_peer(family: Family, num_turns: int) -> Rows:
+def _beside_peer(family: Family, num_threads: int, num_turns: int) -> Rows:
     with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
         model = family.make(Path(folder) / family.file_name)
-        with Side("ours", model) as ours, Side(family.peer, model) as peer:
+        ours, peer = (Side(name, model, num_threads) for name in ("ours", family.peer))
+        with ours, peer:
             _check(family, ours, peer)
             return [_turns(family, batch, ours, peer, num_turns) for batch in BATCHES]
 
@@ -174,4 +190,4 @@ def _memory(family: Family, last: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    run(__doc__, measure)
+    main()
