@@ -2,6 +2,7 @@
 
 from benchmarks import (
     decode,
+    families,
     long_prefill,
     memory,
     position,
@@ -13,7 +14,18 @@ from benchmarks import (
 )
 from benchmarks.common import Report, machine, parser, write_json
 
-BENCHMARKS = (step, decode, sampling, serving, long_prefill, position, memory, sessions, renewal)
+BENCHMARKS = (
+    step,
+    decode,
+    families,
+    sampling,
+    serving,
+    long_prefill,
+    position,
+    memory,
+    sessions,
+    renewal,
+)
 
 
 def main() -> None:

@@ -200,7 +200,7 @@ def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
     yield "pool when served", _pool(num_slots, size_of_one)
     length = config.trained_length
     yield "trained length", "not known" if length is None else f"{length:,} tokens"
-    yield "context policy", CONTEXT_POLICIES[engine.policies.default]
+    yield "context policy", _policy(engine.policies.default, is_length_known=length is not None)
     yield "position limit", f"{MAX_HELD:,} tokens"
 
 
@@ -217,10 +217,12 @@ def _encoder_facts(engine: "EncoderEngine") -> Iterator[tuple[str, str]]:
     yield "longest text", f"{engine.max_text_tokens:,} tokens"
 
 
-CONTEXT_POLICIES: dict[ContextPolicy, str] = {
-    "renew": "renew: past the trained length the oldest tokens are forgotten, and quality stays",
-    "exact": "exact: past the trained length quality declines; nothing is forgotten on purpose",
-}
+def _policy(policy: ContextPolicy, *, is_length_known: bool) -> str:
+    """What it means for a long session. Only a known length can be said to be passed."""
+    if policy == "renew":
+        return "renew: past the trained length the oldest tokens are forgotten, and quality stays"
+    decline = "past the trained length quality declines; " if is_length_known else ""
+    return f"exact: {decline}nothing is forgotten on purpose"
 
 
 def _costs(engine: "Engine") -> Iterator[tuple[str, str]]:

@@ -3,8 +3,10 @@
 import gc
 
 import psutil
+import pytest
 
-from cottention.engine import Engine, SamplingParams
+from cottention.engine import Engine, EngineConfig, SamplingParams
+from tests.engine.making import SESSION_FAMILIES, family_folder
 
 MIB = 2**20
 
@@ -26,6 +28,22 @@ def test_resident_memory_is_flat(engine: Engine) -> None:
     assert len(after) == 10
     assert max(after) - after[0] <= 2 * MIB
     assert engine.pool.nbytes == pool
+
+
+@pytest.mark.parametrize("family", SESSION_FAMILIES)
+def test_memory_of_a_recurrent_family_is_flat(family: str) -> None:
+    """Token 250 to token 1,000 of one stream; the pool has the bytes that the spec itemises."""
+    engine = Engine(family_folder(family), EngineConfig(max_slots=2))
+    each = sum(engine.spec.itemised_bytes().values())
+    params = SamplingParams(max_tokens=1000, ignore_eos=True, seed=0)
+    assert engine.pool.nbytes == 2 * each == 2 * engine.spec.bytes_per_slot
+    after: list[int] = []
+    for number, _ in enumerate(engine.stream("a", params), start=1):
+        if number % 250 == 0:
+            after.append(resident())
+    assert len(after) == 4
+    assert max(after) - after[0] <= 2 * MIB
+    assert engine.pool.nbytes == 2 * each
 
 
 def test_many_requests_leave_nothing_behind(engine: Engine) -> None:

@@ -200,6 +200,7 @@ def test_info_of_a_single_file(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert lines["spare"] == "0 bytes"
     assert lines["sessions per GB"] == f"{10**9 // (state + 2 * shift):,}"
     assert lines["trained length"] == "not known"
+    assert lines["context policy"] == "exact: nothing is forgotten on purpose"
 
 
 def test_a_file_keeps_no_sessions(

@@ -1,0 +1,140 @@
+"""One side of benchmarks/families.py, in a process of its own: ours, or the library beside it.
+
+`python -m benchmarks.family_sides SIDE MODEL THREADS` reads one JSON command a line and answers
+each with one JSON line. Threads of all sides wait as the engine lets them, which is in favour of
+all where other work runs on the machine.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IDS = (11, 300, 4_000, 5, 77, 12_345)
+"""A prompt that all sides are asked for the logits of."""
+
+Step = Callable[[Tensor], Tensor]
+"""ids int64 [B] → logits [B, vocab_size] of one more token of each stream."""
+
+Start = Callable[[int], Step]
+"""Batch size B → the step of as many streams without a past."""
+
+
+def ours(model: Path) -> Start:
+    """The served model, whose blocks are one call of a compiled op."""
+    from cottention.engine import ops
+    from cottention.engine.models.checkpoint import load_model
+    from cottention.engine.models.recurrence import Recurrence
+    from cottention.engine.models.registry import family_of, read_config
+    from cottention.engine.state.pool import StatePool
+
+    config = read_config(model)
+    weights = load_model(model, config, torch.float32)
+    served: Any = family_of(config).implementation().serve(weights, "cpu")
+
+    def start(batch: int) -> Step:
+        pool = StatePool(config.state_spec(), batch, "cpu")
+        rows = ops.Segments(torch.arange(batch, dtype=torch.int32))
+        recurrence, positions = Recurrence(pool.tensors, rows), torch.zeros(batch, dtype=torch.long)
+        return lambda ids: served.logits(served.hidden(ids, positions, recurrence))
+
+    return start
+
+
+def transformers(model: Path) -> Start:
+    """The recurrent step of `transformers`, with its cache; the batch is one call."""
+    from transformers import AutoModelForCausalLM
+
+    peer = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    def start(_batch: int) -> Step:
+        cache: Any = None  # None starts a sequence
+
+        def step(ids: Tensor) -> Tensor:
+            nonlocal cache
+            out = peer(ids.unsqueeze(1), cache=cache, use_cache=True)
+            cache = out.cache
+            return out.logits[:, -1]
+
+        return step
+
+    return start
+
+
+def rwkv(model: Path) -> Start:
+    """The `rwkv` package, cpu fp32 with its TorchScript. It has no batches: stream by stream."""
+    os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "1", "RWKV_CUDA_ON": "0"}
+    from rwkv.model import RWKV
+
+    peer = RWKV(model=str(model.with_suffix("")), strategy="cpu fp32")
+
+    def start(batch: int) -> Step:
+        states: list[Any] = [None] * batch
+
+        def step(ids: Tensor) -> Tensor:
+            rows = []
+            for stream, token in enumerate(ids.tolist()):
+                row, states[stream] = peer.forward([token], states[stream])
+                rows.append(row)
+            return torch.stack(rows)
+
+        return step
+
+    return start
+
+
+SIDES = {"ours": ours, "transformers": transformers, "rwkv": rwkv}
+"""By the name of the package, where it is another's."""
+
+
+class Streams:
+    """Greedy streams; each call is a step of all."""
+
+    def __init__(self, step: Step, batch: int) -> None:
+        self._step = step
+        self._clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        self._ids = torch.arange(batch) + IDS[0]
+
+    def __call__(self) -> float:
+        """Seconds of one step; with one thread, of its processor time."""
+        start = self._clock()
+        self._ids = self._step(self._ids).argmax(-1)
+        return self._clock() - start
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Answer commands until standard input ends."""
+    side, model, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # the rwkv package prints
+        start = SIDES[side](Path(model))
+        streams: dict[int, Streams] = {}
+        for line in sys.stdin:
+            print(json.dumps(_answer(json.loads(line), start, streams)), file=answers, flush=True)
+
+
+def _answer(command: dict[str, Any], start: Start, streams: dict[int, Streams]) -> list[float]:
+    """The logits [vocab_size] after IDS, or the seconds of some steps of a batch."""
+    if command["do"] == "logits":
+        step = start(1)
+        last = [step(torch.tensor([each])) for each in IDS][-1]
+        return last[0].tolist()
+    batch = command["batch"]
+    if batch not in streams:
+        streams[batch] = Streams(start(batch), batch)
+    work = streams[batch]
+    work()  # not measured: threads wake up, and the caches have this side's data
+    return [work() for _ in range(command["steps"])]
+
+
+if __name__ == "__main__":
+    main()
