@@ -29,8 +29,9 @@ from cottention.server.generation.sse import (
     until_done,
     usage_of,
 )
-from cottention.server.http.body import announced_bytes, parse_object, read_body, shown
+from cottention.server.http.body import announced_bytes, read_body, shown
 from cottention.server.http.errors import ApiError
+from cottention.server.http.json_body import parse_object
 from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import client_of, count_choices, track
 from cottention.server.schemas.base import RequestModel, validate
