@@ -67,6 +67,7 @@ async def generate(
     parsed, arrived_at = await read_request(request, context, parse, max_inline_bytes)
     context.limits.check(parsed)
     parsed.check_items(context.config.max_response_items)
+    context.bodies.response(request).at_least(parsed.num_items)
     deadline = deadline_of(arrived_at, context.config, parsed.body.timeout)
     name = f"{endpoint.id_prefix}-{parsed.body.request_id or request_id_of(request)}"
     if parsed.turn is not None:
