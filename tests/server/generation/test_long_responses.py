@@ -157,7 +157,7 @@ def test_the_bound_is_a_setting_and_a_stream_is_not_bound_by_what_it_generates()
 def test_responses_of_one_key_leave_room_for_another_s_until_they_are_sent() -> None:
     one, two = bearer("first-key"), bearer("second-key")
 
-    def status(key: dict[str, str], max_tokens: int) -> int:
+    def status(live: Live, key: dict[str, str], max_tokens: int) -> int:
         body = {"prompt": "x", "logprobs": 1, "max_tokens": max_tokens}
         return live.client.post("/v1/completions", json=body, headers=key).status_code
 
@@ -171,6 +171,6 @@ def test_responses_of_one_key_leave_room_for_another_s_until_they_are_sent() -> 
             assert refused.json()["error"]["code"] == "too_many_items"
             assert "90 token ids and log-probabilities together" in refused.text
             live.engine.may_step.set()
-            assert status(two, 50) == 200
+            assert status(live, two, 50) == 200
             assert live.complete(prompt="x", max_tokens=10).status_code == 200
-        eventually(lambda: status(one, 50), equals=200)
+        eventually(lambda: status(live, one, 50), equals=200)

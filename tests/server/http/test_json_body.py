@@ -1,11 +1,7 @@
 """Long bodies are parsed as short ones are, and in steps between which other threads may run."""
 
 import contextlib
-import gc
 import json
-import threading
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,43 +13,10 @@ from cottention.server.http.json_body import (
     MAX_NAMES,
     parse_object,
 )
+from tests.short_steps import takes_short_steps
 
 PADDING = f'"padding": "{"x" * MAX_AT_ONCE}"'
 """What makes a body long."""
-
-MAX_STEP_SECONDS = 0.1
-"""Of processor time; the standard library's scanner takes several times as much for these."""
-
-
-def longest_step(work: Callable[[], object]) -> float:
-    """The processor time that a thread has at most while another waits for the interpreter.
-
-    The tests' own objects are frozen, as a server's are: they are not collected meanwhile.
-    """
-    begin, ended, done = threading.Event(), threading.Event(), threading.Event()
-
-    def run() -> None:
-        begin.wait()
-        work()
-        ended.set()
-        done.wait()
-
-    thread = threading.Thread(target=run)
-    gc.collect()
-    gc.freeze()
-    thread.start()
-    assert thread.ident is not None
-    clock = time.pthread_getcpuclockid(thread.ident)
-    longest, last = 0.0, time.clock_gettime(clock)
-    begin.set()
-    while not ended.wait(0.001):
-        now = time.clock_gettime(clock)
-        longest, last = max(longest, now - last), now
-    longest = max(longest, time.clock_gettime(clock) - last)
-    done.set()
-    thread.join()
-    gc.unfreeze()
-    return longest
 
 
 @pytest.mark.parametrize("elements", [b"1," * (4 << 20), b"[]," * (1 << 20)], ids=["ids", "lists"])
@@ -62,8 +25,7 @@ def test_no_step_of_a_long_body_keeps_the_interpreter(elements: bytes) -> None:
         with contextlib.suppress(ApiError):
             parse_object(b'{"a": [' + elements + b"0]}")
 
-    # on a busy machine the thread that measures may be late, but not always
-    assert min(longest_step(parse) for _ in range(3)) < MAX_STEP_SECONDS
+    assert takes_short_steps(parse)
 
 
 @pytest.mark.parametrize(
