@@ -56,5 +56,5 @@ def memory_sum(settings: Settings, capacity: Mapping[str, Any], at_rest: int) ->
         "imports": IMPORTED * 2 * settings.max_snapshot_bytes,
         "reads": READ * settings.max_session_reads,
         "connections": CONNECTION * settings.max_connections,
-        "responses": ITEM * settings.max_response_items * settings.max_slots,
+        "responses": ITEM * 2 * settings.max_response_items,
     }

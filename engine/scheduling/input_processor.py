@@ -61,7 +61,7 @@ class RequestLimits:
 
     def check_params(self, params: SamplingParams) -> None:
         """The same for parameters."""
-        self._check_ids("stop_token_ids", "stop_token_ids", dict.fromkeys(params.stop_token_ids))
+        self._check_set("stop_token_ids", params.stop_token_ids)
         self._check_ids("logit_bias", "ids in logit_bias", params.logit_bias)
         if params.allowed_token_ids is not None:
             self._check_allowed(params.allowed_token_ids)
@@ -94,9 +94,18 @@ class RequestLimits:
         if ids and not 0 <= min(ids) <= max(ids) < self.num_ids:
             raise ParameterError(param, out_of_vocabulary(what, ids, self.num_ids))
 
+    def _check_set(self, param: str, ids: Collection[int]) -> None:
+        """The same for ids whose places mean nothing; where they are bad, the first stands for all.
+
+        A set of all of them would keep the interpreter from other threads while it is made.
+        """
+        bad = next((each for each in ids if not 0 <= each < self.num_ids), None)
+        if bad is not None:
+            self._check_ids(param, param, {bad: None})
+
     def _check_allowed(self, allowed: Sequence[int]) -> None:
         name = "allowed_token_ids"
-        self._check_ids(name, name, dict.fromkeys(allowed))
+        self._check_set(name, allowed)
         if not allowed:
             raise ParameterError(name, f"{name} must hold an id; it is empty: leave it out")
         if self.sampleable_ids.isdisjoint(allowed):

@@ -8,6 +8,7 @@ finds beside them. An id's bytes may be part of a character: streams are decoded
 import json
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -83,9 +84,12 @@ class Tokenizer(BaseTokenizer):
         """Ids of `text` without special tokens around it; those written in it become their ids.
 
         Uses `encode_batch_fast`, which releases the GIL: `encode` holds it, for seconds for a long
-        text.
+        text. Ids are read and what they come from is freed with it: one after the other.
         """
-        return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        encoding = self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
+        ids = encoding.ids
+        time.sleep(0)  # other threads have their turn before `encoding` is freed
+        return ids
 
     def encode_untrusted(
         self, text: str, spans: Sequence[tuple[int, int]], control_ids: Collection[int]

@@ -116,7 +116,7 @@ def create_app(
         sessions,
         turns,
         ReadLimit(config.max_session_reads),
-        BodyMemory(config.max_received_bytes, max_snapshot_bytes),
+        BodyMemory(config.max_received_bytes, max_snapshot_bytes, config.max_response_items),
         template,
     )
     for router, capability in ROUTERS:

@@ -29,8 +29,9 @@ from cottention.server.generation.sse import (
     until_done,
     usage_of,
 )
-from cottention.server.http.body import announced_bytes, parse_object, read_body, shown
+from cottention.server.http.body import announced_bytes, read_body, shown
 from cottention.server.http.errors import ApiError
+from cottention.server.http.json_body import parse_object
 from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import client_of, count_choices, track
 from cottention.server.schemas.base import RequestModel, validate
@@ -66,6 +67,7 @@ async def generate(
     parsed, arrived_at = await read_request(request, context, parse, max_inline_bytes)
     context.limits.check(parsed)
     parsed.check_items(context.config.max_response_items)
+    context.bodies.response(request).at_least(parsed.num_items)
     deadline = deadline_of(arrived_at, context.config, parsed.body.timeout)
     name = f"{endpoint.id_prefix}-{parsed.body.request_id or request_id_of(request)}"
     if parsed.turn is not None:

@@ -185,7 +185,7 @@ class CompletionFormatter(ChoiceFormatter):
         """One chunk; text alone has a fast path."""
         if not self._is_text_only:
             choice = self._choice(index, delta)
-            if self._output.echo:
+            if self._output.echo or choice.get("prompt_token_ids"):
                 yield f'"choices":[{"".join(json_pieces(choice, compact))}]'
             else:
                 yield f'"choices":[{compact(choice)}]'
@@ -282,7 +282,9 @@ class ChatFormatter(ChoiceFormatter):
                 f'{head}"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]'
             )
             ids = self._request.prompts[0] if self._output.token_ids else None
-            yield role + (f',"prompt_token_ids":{compact(ids)}' if ids else "")
+            yield role + (
+                f',"prompt_token_ids":{"".join(json_pieces(ids, compact))}' if ids else ""
+            )
         text = ""
         if delta.text or delta.finish_reason is None:  # as OpenAI, nothing at the end only
             text = f'"content":{quoted(delta.text)}'

@@ -176,8 +176,9 @@ class ParsedRequest:
             return None
         return TurnOptions(body.session_id, body.on_conflict, body.on_cancel, body.on_disconnect)
 
-    def check_items(self, limit: int) -> None:
-        """Raise ApiError 400 if the response could have more ids and log-probabilities than that.
+    @property
+    def num_items(self) -> int:
+        """Token ids, echoed tokens and log-probabilities that the response has at most.
 
         What is generated counts where the response is whole; a stream is read as it comes.
         """
@@ -186,6 +187,11 @@ class ParsedRequest:
         if not body.stream:
             per_token = output.token_ids + _num_logprobs(params.logprobs)
             num_items += len(self.prompts) * params.n * params.max_tokens * per_token
+        return num_items
+
+    def check_items(self, limit: int) -> None:
+        """Raise ApiError 400 if the response could have more items than that."""
+        num_items, output = self.num_items, self.output
         if num_items > limit:
             wanted = {
                 "prompt_logprobs": output.prompt_logprobs is not None,

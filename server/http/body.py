@@ -1,21 +1,19 @@
-"""A request's body, from bytes to one JSON object, with limits on its size, time and content.
+"""A request's body, with limits on its size and time, and how messages quote JSON values.
 
-Refused are encoded bodies, names given twice, and more nesting or digits than Python parses.
+Encoded bodies are refused.
 """
 
 import asyncio
 import json
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 
 from cottention.server.http.body_memory import Held
-from cottention.server.http.errors import ApiError, invalid
+from cottention.server.http.errors import ApiError
 
 IDENTITY = "identity"
-NOT_AN_OBJECT = "the body must be a JSON object"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +66,6 @@ def announced_bytes(request: Request) -> int:
     return int(announced) if announced.isdecimal() else 0
 
 
-def parse_object(raw: bytes) -> dict[str, Any]:
-    """The JSON object in `raw`. Raises ApiError 400."""
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise invalid(None, f"the body is not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise invalid(None, f"{NOT_AN_OBJECT}; it is not JSON: {error}") from None
-    except RecursionError:
-        raise invalid(None, f"{NOT_AN_OBJECT}; it is nested too deeply") from None
-    except ValueError:  # Python's own limit on the digits of an integer
-        raise invalid(None, "the body has a number with too many digits") from None
-    if not isinstance(value, dict):
-        raise invalid(None, f"{NOT_AN_OBJECT}; it is {shown(value)}")
-    return value
-
-
 def shown(value: Any) -> str:
     """A JSON value as messages quote it: short, and containers without their contents."""
     match value:
@@ -125,11 +106,3 @@ def _too_slow(pace: Pace) -> ApiError:
         f" {pace.seconds:g} s it must average {pace.bytes_per_second} bytes per second"
     )
     return ApiError(408, message, code="too_slow", headers={"Connection": "close"})
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        repeated = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise invalid(repeated, f"the body has {shown(repeated)} twice; send it once")
-    return found

@@ -1,8 +1,9 @@
-"""How many bytes of bodies there may be at once, and how many are processed at a time.
+"""How much of bodies and responses there may be at once, and how many are processed at a time.
 
 A body counts from its announced length on until its request has ended, with the turn that may go on
-after it. What a large body becomes while it is parsed and tokenized is many times its size, so
-those are processed one at a time.
+after it; a response counts by its token ids and log-probabilities until it has been sent. What a
+large body becomes while it is parsed and tokenized is many times its size, so those are processed
+one at a time.
 """
 
 import contextlib
@@ -23,12 +24,16 @@ NUM_SMALL = 2
 
 
 class BodyMemory:
-    """The bodies of all requests."""
+    """The bodies of all requests and responses."""
 
-    def __init__(self, max_bytes: int, max_snapshot_bytes: int) -> None:
-        """max_bytes: of all JSON bodies. Of snapshots there may be two of the maximum size."""
+    def __init__(self, max_bytes: int, max_snapshot_bytes: int, max_response_items: int) -> None:
+        """max_bytes: of all JSON bodies.
+
+        Of snapshots and of responses there may be two of the maximum size.
+        """
         self._bodies = Shares(max_bytes)
         self._snapshots = Shares(2 * max_snapshot_bytes)
+        self._responses = Shares(2 * max_response_items)
         self._large, self._small = FairTurns(1), FairTurns(NUM_SMALL)
 
     def body(self, request: Request) -> "Held":
@@ -38,6 +43,11 @@ class BodyMemory:
     def snapshot(self, request: Request) -> "Held":
         """The same for a snapshot."""
         return self._held(request.scope, self._snapshots)
+
+    def response(self, request: Request) -> "Held":
+        """What the response's token ids and log-probabilities are counted by, likewise."""
+        unit, code = "token ids and log-probabilities", "too_many_items"
+        return self._held(request.scope, self._responses, unit, code)
 
     @contextlib.asynccontextmanager
     async def turn(self, request: Request, num_bytes: int) -> AsyncIterator[None]:
@@ -52,40 +62,44 @@ class BodyMemory:
         async with turns.turn(_owner(request.scope)):
             yield
 
-    def _held(self, scope: Scope, shares: Shares) -> "Held":
+    def _held(
+        self, scope: Scope, shares: Shares, unit: str = "bytes", code: str = "too_many_bytes"
+    ) -> "Held":
         held: list[Held] = scope["state"].setdefault("held_bodies", [])
-        held.append(Held(shares, _owner(scope)))
+        held.append(Held(shares, _owner(scope), unit, code))
         return held[-1]
 
 
 class Held:
-    """The bytes of one body."""
+    """The bytes of one body, or what one response counts by."""
 
-    def __init__(self, shares: Shares, owner: str) -> None:
+    def __init__(self, shares: Shares, owner: str, unit: str, code: str) -> None:
+        """unit, code: what is counted, and the error's code, where there is no room for more."""
         self._shares = shares
         self._owner = owner
-        self._num_bytes = 0
+        self._unit, self._code = unit, code
+        self._amount = 0
 
-    def at_least(self, num_bytes: int) -> None:
-        """Count so many bytes, if not more have been. Raises ApiError 429."""
-        more = num_bytes - self._num_bytes
+    def at_least(self, amount: int) -> None:
+        """Count so much, if not more has been. Raises ApiError 429."""
+        more = amount - self._amount
         if more <= 0:
             return
         shares = self._shares
         if not shares.take(self._owner, more):
             raise too_many(
-                f"requests under way have bodies of {shares.num_held} bytes together,"
+                f"requests under way hold {shares.num_held} {self._unit} together,"
                 f" {shares.held_by(self._owner)} of them from this client, and there is no room for"
                 " this one; retry when others have ended",
                 RETRY_AFTER_SECONDS,
-                "too_many_bytes",
+                self._code,
             )
-        self._num_bytes = num_bytes
+        self._amount = amount
 
     def release(self) -> None:
-        """Count no bytes any more."""
-        self._shares.give_back(self._owner, self._num_bytes)
-        self._num_bytes = 0
+        """Count nothing any more."""
+        self._shares.give_back(self._owner, self._amount)
+        self._amount = 0
 
 
 def release_bodies(scope: Scope) -> None:

@@ -19,8 +19,8 @@ from cottention.engine.errors import ConfigurationError
 from cottention.engine.sessions.store.protocol import Quotas
 from cottention.engine.text.files import not_utf8
 from cottention.server.config import ServerConfig
-from cottention.server.http.body import parse_object
 from cottention.server.http.errors import ApiError
+from cottention.server.http.json_body import parse_object
 from cottention.server.limits.key_limits import KeyLimits
 
 OPEN_PATHS = frozenset({"/health", "/ready"})

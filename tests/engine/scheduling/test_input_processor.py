@@ -8,6 +8,7 @@ import pytest
 from cottention.engine.errors import ParameterError
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.input_processor import RequestLimits
+from tests.short_steps import takes_short_steps
 
 LIMITS = RequestLimits(
     num_ids=100, sampleable_ids=frozenset(range(90)), num_slots=4, max_tokens=1000
@@ -69,3 +70,15 @@ def test_an_error_of_a_parameter_quotes_the_value_in_short(params: Any, says: st
     with pytest.raises(ParameterError) as caught:
         SamplingParams(**params)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["stop_token_ids", "allowed_token_ids"])
+def test_very_many_ids_are_checked_in_short_steps(field: str) -> None:
+    fields: dict[str, Any] = {field: range(2_000_000)}
+    params = SamplingParams(**fields)
+
+    def check() -> None:
+        with pytest.raises(ParameterError, match=field):
+            LIMITS.check_params(params)
+
+    assert takes_short_steps(check)

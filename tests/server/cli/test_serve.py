@@ -117,6 +117,21 @@ def test_an_idle_server_stops_at_once() -> None:
         assert server.wait(CLOSING) == 0
 
 
+def test_threads_let_each_other_run_often() -> None:
+    """A body that is parsed beside the engine would else keep it waiting 5 ms time and again."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print('interval', sys.getswitchinterval()))\n"
+        "runpy.run_module('tests.server.fake_main', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "0", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
+        assert popen.stdout
+        assert popen.stdout.readline().startswith("http://")
+        popen.terminate()
+        assert float(popen.stdout.read().split()[-1]) < 0.001
+
+
 def test_a_dead_engine_ends_the_process_with_a_status() -> None:
     with process(0.0, 60) as server:
         assert server.client.post("/v1/completions", json={"prompt": "die"}).status_code == 500

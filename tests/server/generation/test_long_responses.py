@@ -16,6 +16,7 @@ from cottention.server.generation.json_pieces import (
     encode_unicode,
     json_pieces,
 )
+from tests.server.limits.test_api_keys import bearer
 from tests.server.live import Live, eventually, serving
 
 IDS = [7, 9] * 400
@@ -151,3 +152,25 @@ def test_the_bound_is_a_setting_and_a_stream_is_not_bound_by_what_it_generates()
         assert live.complete(**body | {"max_tokens": 21}).status_code == 400
         assert live.events(**body | {"max_tokens": 21})[-1] == "[DONE]"
         assert live.complete(prompt="x", max_tokens=100).status_code == 200
+
+
+def test_responses_of_one_key_leave_room_for_another_s_until_they_are_sent() -> None:
+    one, two = bearer("first-key"), bearer("second-key")
+
+    def status(live: Live, key: dict[str, str], max_tokens: int) -> int:
+        body = {"prompt": "x", "logprobs": 1, "max_tokens": max_tokens}
+        return live.client.post("/v1/completions", json=body, headers=key).status_code
+
+    with serving(api_key=("first-key", "second-key"), max_response_items=100) as live:
+        live.client.headers.update(one)
+        live.engine.may_step.clear()
+        with live.connect(prompt="x", logprobs=1, max_tokens=45):
+            eventually(lambda: live.engine.running)
+            refused = live.complete(prompt="x", logprobs=1, max_tokens=11)
+            assert refused.status_code == 429
+            assert refused.json()["error"]["code"] == "too_many_items"
+            assert "90 token ids and log-probabilities together" in refused.text
+            live.engine.may_step.set()
+            assert status(live, two, 50) == 200
+            assert live.complete(prompt="x", max_tokens=10).status_code == 200
+        eventually(lambda: status(live, one, 50), equals=200)

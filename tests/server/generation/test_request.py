@@ -2,13 +2,27 @@
 
 from typing import Any, cast
 
+import pytest
+
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.server.generation.chat_template import ChatContinuation
-from cottention.server.generation.request import OutputOptions, ParsedRequest, turn_prompt
+from cottention.server.generation.choice_format import (
+    ChatFormatter,
+    ChoiceFormatter,
+    CompletionFormatter,
+)
+from cottention.server.generation.output_stream import OutputDelta, TokenDeltas
+from cottention.server.generation.request import (
+    GenerationRequest,
+    OutputOptions,
+    ParsedRequest,
+    turn_prompt,
+)
 from cottention.server.schemas.completions import completion_request
 from tests.server.fake_engine import FakeTokenizer
+from tests.short_steps import takes_short_steps
 
 EMPTY = SessionState()
 HELD = EMPTY.extended([1, 2], (), 512)
@@ -60,3 +74,26 @@ def test_special_tokens_begin_a_session_and_no_later_turn() -> None:
     assert turn_prompt([5], EMPTY, tokenizer, add_special_tokens_if_empty=True) == [9, 5]
     assert turn_prompt([5], HELD, tokenizer, add_special_tokens_if_empty=True) == [5]
     assert turn_prompt([5], EMPTY, tokenizer) == [5]
+
+
+@pytest.mark.parametrize("field", ["stop", "stop_token_ids"])
+def test_very_long_lists_are_made_distinct_in_short_steps(field: str) -> None:
+    values: list[Any] = [*range(1_500_000)]
+    if not field.endswith("ids"):
+        values = [*map(str, values)]
+    assert takes_short_steps(lambda: completion_request({"prompt": "x", field: values}))
+
+
+@pytest.mark.parametrize("formatter", [CompletionFormatter, ChatFormatter])
+def test_the_ids_of_a_very_long_prompt_are_encoded_in_short_steps(
+    formatter: type[ChoiceFormatter],
+) -> None:
+    output = OutputOptions(token_ids=True)
+    request = GenerationRequest([[7] * 3_000_000], SamplingParams(), output, [""], is_stream=True)
+    tokenizer: Any = FakeTokenizer()
+
+    def chunk() -> None:
+        choices = formatter(request, tokenizer)
+        assert "7,7,7" in "".join(choices.chunks(0, OutputDelta(TokenDeltas())))
+
+    assert takes_short_steps(chunk)
