@@ -92,7 +92,7 @@ def test_it_runs_as_nobody_with_nothing_to_write_on() -> None:
 
 def test_it_has_limits() -> None:
     host = inspected("HostConfig")
-    assert host["Memory"] == 3 * 1024**3
+    assert host["Memory"] == 5 * 1024**3
     assert host["PidsLimit"] == 512
     assert host["ReadonlyRootfs"]
     assert host["RestartPolicy"]["Name"] == "unless-stopped"
@@ -129,12 +129,12 @@ def test_sigterm_lets_what_runs_finish() -> None:
 
 def test_keys_come_of_a_secret_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("# ours\na key of the tests\n")
+    keys.write_text("# ours\na-key-of-the-tests\n")
     for folder in (tmp_path, *tmp_path.parents[:3]):
         folder.chmod(0o755)
     up(API_KEYS=str(keys))
     assert httpx.get(f"{URL}/v1/models").status_code == 401
-    headers = {"Authorization": "Bearer a key of the tests"}
+    headers = {"Authorization": "Bearer a-key-of-the-tests"}
     assert httpx.get(f"{URL}/v1/models", headers=headers).status_code == 200
 
 
