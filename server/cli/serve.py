@@ -42,8 +42,8 @@ BACKLOG = 2048
 SWITCH_SECONDS = 0.0002
 """How long a thread keeps the interpreter while others wait for it.
 
-The engine's thread gives it up many times in a step, and each time would wait for Python's 5 ms
-where a long body is parsed beside it: measured, 16 tokens took 2 to 5 times as long as alone.
+The engine's thread gives it up many times in a step, and each time would wait for Python's default
+of 5 ms where a long body is parsed beside it.
 """
 
 CONNECTIONS = (
