@@ -8,20 +8,12 @@ from typing import TYPE_CHECKING, cast
 from fastapi import APIRouter, FastAPI
 
 from cottention.engine.encoding import Capability
-from cottention.server.api import (
-    chat,
-    completions,
-    embeddings,
-    fill_mask,
-    session_events,
-    sessions,
-    snapshots,
-    status,
-    tokenize,
-)
+from cottention.server.api import chat, completions, status, tokenize
 from cottention.server.api.dependencies import Context, requires, session_bytes
+from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
 from cottention.server.api.openapi import install_openapi
+from cottention.server.api.sessions import events, lifecycle, snapshots
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
@@ -63,8 +55,8 @@ ROUTERS: tuple[tuple[APIRouter, Capability | None], ...] = (
     (completions.router, "completions"),
     (chat.router, "chat"),
     (snapshots.router, "sessions"),
-    (session_events.router, "sessions"),
-    (sessions.router, "sessions"),
+    (events.router, "sessions"),
+    (lifecycle.router, "sessions"),
     (embeddings.router, "embeddings"),
     (fill_mask.router, "fill-mask"),
     (tokenize.router, None),
