@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from fastapi import APIRouter, FastAPI
 
 from cottention.engine.encoding import Capability
-from cottention.server.api import chat, completions, status, tokenize
+from cottention.server.api import chat, completions, requests, status, tokenize
 from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
@@ -16,6 +16,7 @@ from cottention.server.api.openapi import install_openapi
 from cottention.server.api.sessions import events, lifecycle, snapshots
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
+from cottention.server.generation.cancellation import RunningRequests
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.origin import (
@@ -60,6 +61,7 @@ ROUTERS: tuple[tuple[APIRouter, Capability | None], ...] = (
     (embeddings.router, "embeddings"),
     (fill_mask.router, "fill-mask"),
     (tokenize.router, None),
+    (requests.router, None),
     (status.router, None),
 )
 """Each with the capability of a model that its endpoints need."""
@@ -109,6 +111,7 @@ def create_app(
         turns,
         ReadLimit(config.max_session_reads),
         BodyMemory(config.max_received_bytes, max_snapshot_bytes, config.max_response_items),
+        RunningRequests(engine.cancel),
         template,
     )
     for router, capability in ROUTERS:

@@ -178,6 +178,10 @@ class AsyncEngine:
         if self.phase is not Phase.FAILED:
             self.phase = Phase.DRAINING
 
+    def cancel(self, stream: OutputStream) -> None:
+        """Cancel a request whose client asked for it; its stream gets the final outputs."""
+        self._dispatcher.cancel(stream)
+
     def cancel_all(self) -> None:
         """Cancel all running requests; their streams get the final outputs."""
         self._dispatcher.cancel_all()
