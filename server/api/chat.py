@@ -19,6 +19,7 @@ from cottention.server.generation.chat_template import (
 )
 from cottention.server.generation.choice_format import ChatFormatter
 from cottention.server.generation.control_tokens import ControlTokens, Message, RenderedChat
+from cottention.server.generation.message_boundaries import message_boundaries
 from cottention.server.generation.request import OutputOptions, ParsedRequest, truncate_prompt
 from cottention.server.generation.responses import EndpointFormat
 from cottention.server.http.body import is_text
@@ -77,10 +78,21 @@ def parse_chat(fields: dict[str, Any], context: Context) -> ParsedRequest:
     )
     ids = encode_chat(chat, tokenizer, control, add_special_tokens=body.add_special_tokens)
     prompts = [truncate_prompt(ids, body, context.trained_length)]
+    is_plain = body.session_id is None and body.truncate_prompt_tokens is None
+    boundaries: tuple[int, ...] = ()
+    if is_plain and not body.add_special_tokens:
+        boundaries = message_boundaries(chat.text, body.messages, ids, tokenizer)
     continuation = None
     if body.session_id is not None:
         continuation = _continuation(body, template, chat, tokenizer, control)
-    return ParsedRequest(body, params, _output_options(body), prompts, continuation=continuation)
+    return ParsedRequest(
+        body,
+        params,
+        _output_options(body),
+        prompts,
+        continuation=continuation,
+        boundaries=boundaries,
+    )
 
 
 def _continuation(

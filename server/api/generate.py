@@ -171,13 +171,13 @@ async def _respond(
     is_stream = generation_request.is_stream
     header = endpoint.header(name, context.model_name, is_stream=is_stream)
     choices = endpoint.formatter(generation_request, context.tokenizer)
-    scope = f"{owner_of(request)}\n{parsed.body.cache_salt or ''}"
+    cache = parsed.cache_use(owner_of(request))
     count_choices(request.scope, generation_request)
     stream = await context.engine.generate(
         name,
         generation_request,
         deadline=deadline,
-        cache_scope=scope,
+        cache=cache,
         client=client_of(request.scope),
     )
     cancellation.attach(stream)

@@ -62,10 +62,20 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool = Field(False, description=BOOLEAN)
 
 
+class CacheOptions(RequestModel):
+    """How a request uses the prefix cache."""
+
+    read: bool = Field(True, description=BOOLEAN)
+    write: bool = Field(True, description=BOOLEAN)
+
+
 class SamplingBody(RequestModel):
     """Fields of completions and of chats."""
 
-    nested: ClassVar[Mapping[str, type[RequestModel]]] = {"stream_options": StreamOptions}
+    nested: ClassVar[Mapping[str, type[RequestModel]]] = {
+        "stream_options": StreamOptions,
+        "cache": CacheOptions,
+    }
 
     model: ShortText | None = Field(None, description=MODEL)
     temperature: float = ranged(1.0, "a finite number from 0", 0)
@@ -97,6 +107,7 @@ class SamplingBody(RequestModel):
     priority: int = ranged(0, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
     timeout: float | None = ranged(None, TIMEOUT, 0)
     cache_salt: ShortText | None = Field(None, description=SALT)
+    cache: CacheOptions | None = Field(None, description="an object")
     request_id: Name | None = Field(None, description=NAME)
     session_id: ShortText | None = Field(None, description=SESSION)
     on_conflict: OnConflict = Field("error", description=CONFLICT)
