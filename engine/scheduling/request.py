@@ -219,7 +219,7 @@ class Request:
         undecoded = b"" if self.turn_ids else session.undecoded
         for index in range(params.n):
             text = Detokenizer(table, () if params.min_tokens else params.stop, undecoded)
-            history = TokenHistory(params, fed, self.constraints, session.counts)
+            history = TokenHistory(params, fed, self.constraints, session.counts, self.ids)
             self.choices.append(Choice(self, index, text, history, self.prefill_stop))
 
     def set_status(self, status: RequestStatus) -> None:

@@ -131,7 +131,7 @@ class GenerationRequest:
     def is_slow_to_submit(self) -> bool:
         """Whether it has too many ids or bad words to be checked on the event loop."""
         params = self.params
-        num_copies = params.n if params.has_penalty else 1
+        num_copies = params.n if params.has_penalty or params.has_dry else 1
         num_listed = len(params.stop_token_ids) + len(params.allowed_token_ids or ())
         num_characters = 2 * sum(map(len, params.bad_words))
         size = self.num_read_tokens * num_copies + num_listed + num_characters
@@ -190,7 +190,7 @@ class ParsedRequest:
         body, output, params = self.body, self.output, self.params
         num_items = output.num_prompt_items(self.num_prompt_tokens, body.n)
         if not body.stream:
-            per_token = output.token_ids + _num_logprobs(params.logprobs)
+            per_token = output.token_ids + _num_logprobs(body.num_alternatives(params.logprobs))
             num_items += len(self.prompts) * params.n * params.max_tokens * per_token
         return num_items
 
