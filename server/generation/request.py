@@ -129,13 +129,16 @@ class GenerationRequest:
 
     @property
     def is_slow_to_submit(self) -> bool:
-        """Whether it has too many ids or bad words to be checked on the event loop."""
+        """Whether it has too many ids or words to be checked on the event loop.
+
+        Strings that are breakers of repetitions are searched in the whole vocabulary.
+        """
         params = self.params
-        num_copies = params.n if params.has_penalty or params.has_dry else 1
+        num_copies = params.n if params.has_penalty else 1
         num_listed = len(params.stop_token_ids) + len(params.allowed_token_ids or ())
         num_characters = 2 * sum(map(len, params.bad_words))
         size = self.num_read_tokens * num_copies + num_listed + num_characters
-        return size > MAX_INLINE_TOKENS
+        return params.has_dry or size > MAX_INLINE_TOKENS
 
     @property
     def num_prompt_tokens(self) -> int:
