@@ -89,8 +89,7 @@ class CachedPrompt:
         known: index at which it parts from what is known.
         """
         if self.use.writes:
-            hints = [each for each in self.use.boundaries if begin < each < span.stop]
-            wanted = self.stops.get(span.start, {})
+            wanted, hints = self.stops.get(span.start, {}), self.use.boundaries
             self.stops[span.start] = planned_stops(span.start, begin, known, span.stop, hints)
             self.stops[span.start] |= {index: True for index in wanted if wanted[index]}
 
@@ -100,15 +99,17 @@ def planned_stops(
 ) -> dict[int, bool]:
     """Where to stop in a span start:stop, between `begin` and `stop`; arguments as in `plan`.
 
-    hints: the ends of messages. True for those where a later prompt is likely to part.
+    hints: the ends of messages, of which the first may be a system message, with which other
+    conversations begin. True for those where a later prompt is likely to part.
     """
     stops: dict[int, bool] = {}
     if known - begin >= MIN_GAIN and known < stop:
         stops[known] = True
     fresh = max(begin, known)
-    if hints and hints[0] > fresh:  # the system message, which other conversations begin with
-        stops[hints[0]] = True
-    for index in (*_between(start, stop, hints), *hints[-1:]):
+    new = [index for index in hints if fresh < index < stop]
+    if new and new[0] == hints[0]:
+        stops[new[0]] = True
+    for index in (*_between(start, stop, new), *new[-1:]):
         if index > fresh:
             stops.setdefault(index, False)
     stops = _spaced(stops, begin)

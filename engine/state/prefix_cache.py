@@ -24,6 +24,9 @@ Rows = tuple["Tensor", ...]
 ID_BYTES = 4
 """Bytes of an id in `packed`."""
 
+FIRST_STEP = 64
+"""Ids that are compared first; most prompts part at once."""
+
 NODE_BYTES = 512
 """What a node takes beside its ids and its state, approximately."""
 
@@ -38,16 +41,20 @@ def packed(ids: Sequence[int]) -> bytes:
 
 def num_common(a: bytes, b: bytes) -> int:
     """How many of their first ids two packed sequences have in common."""
-    low, high = 0, min(len(a), len(b)) // ID_BYTES
-    if a[: ID_BYTES * high] == b[: ID_BYTES * high]:
-        return high
+    end = min(len(a), len(b)) // ID_BYTES
+    low, step = 0, FIRST_STEP
+    while low < end and _is_same(a, b, low, high := min(low + step, end)):
+        low, step = high, 2 * step  # the cost is that of what they have in common
+    if low == end:
+        return end
     while high - low > 1:  # they agree up to `low` and not up to `high`
         middle = (low + high) // 2
-        if a[ID_BYTES * low : ID_BYTES * middle] == b[ID_BYTES * low : ID_BYTES * middle]:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if _is_same(a, b, low, middle) else (low, middle)
     return low
+
+
+def _is_same(a: bytes, b: bytes, begin: int, end: int) -> bool:
+    return a[ID_BYTES * begin : ID_BYTES * end] == b[ID_BYTES * begin : ID_BYTES * end]
 
 
 class Hit(NamedTuple):

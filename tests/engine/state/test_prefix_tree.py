@@ -92,6 +92,7 @@ def shared(a: list[int], b: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
-@given(SEQUENCES, SEQUENCES)
-def test_common_beginnings(a: list[int], b: list[int]) -> None:
+@given(SEQUENCES, SEQUENCES, st.integers(0, 300))
+def test_common_beginnings(a: list[int], b: list[int], num: int) -> None:
+    a, b = [*range(num), *a], [*range(num), *b]
     assert num_common(packed(a), packed(b)) == shared(a, b)
