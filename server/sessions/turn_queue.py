@@ -111,6 +111,7 @@ class TurnQueue:
         try:
             yield
         finally:
+            cancellation.end()
             active.has_ended.set()
             if self._active.get(key) is active:
                 del self._active[key]

@@ -3,6 +3,7 @@
 `live` is one server for all tests; every request in it is cancelled or ends.
 """
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -204,6 +205,26 @@ def test_an_append_is_cancelled_and_leaves_nothing(pool: ThreadPoolExecutor) -> 
         live.engine.may_step.set()
         assert ended.result() == (200, "cancelled")
         assert asked.result().json()["error"]["code"] == "request_cancelled"
+        assert live.text_of(session_id) == "x"
+
+
+def test_a_turn_is_cancelled_while_its_session_is_fetched(pool: ThreadPoolExecutor) -> None:
+    """A thread reads it from the disk; what that begins is given back."""
+    with serving() as live:
+        session_id, begin, may_begin = live.opened("x"), live.sessions.begin, threading.Event()
+
+        def begin_late(*args: Any) -> Any:
+            may_begin.wait()
+            return begin(*args)
+
+        live.sessions.begin = begin_late
+        path = f"/v1/sessions/{session_id}/append"
+        asked = pool.submit(live.client.post, path, json={"prompt": "y"})
+        eventually(lambda: live.turns._active)
+        assert cancel_turn(live, session_id) == (200, "cancelled")
+        assert asked.result().json()["error"]["code"] == "request_cancelled"
+        may_begin.set()
+        eventually(lambda: live.sessions.ends == ["abandon"] and not live.sessions.leased)
         assert live.text_of(session_id) == "x"
 
 
