@@ -2,11 +2,15 @@
 
 Clients share the engine's time by weighted fair queueing: each has a virtual time, which grows by
 its part of every step, divided by its weight, and the client with the least is served next (the
-virtual token counter of arXiv 2401.00588, counting slots in place of tokens). A client without
-waiting requests saves up no more than QUANTUM steps, and owes no more.
+virtual token counter of arXiv 2401.00588, counting slots in place of tokens). A client that begins
+to wait owes no more than QUANTUM steps, and one that holds slots has saved up no more than MAX_LAG.
 
-A client of weight w whose first request needs m slots waits for at most (4 + m) · QUANTUM · W / w
-steps without any slot, where W is the sum of all weights; the scheduler's simulation tests it.
+A client whose requests need up to m slots each waits for at most (QUANTUM + MAX_LAG) · m · W steps
+without any slot, where W is the sum of all clients' weights, as long as the states of preempted
+requests may be parked. For its virtual time t stands still meanwhile, and whoever is at t + QUANTUM
+gives it slots. After each step without success the others, those behind t + QUANTUM, hold 1/m of
+the slots or more, and so their distances from there, times their weights, fall by 1/m together.
+Each of these was at most QUANTUM + MAX_LAG. The scheduler's simulation tests it.
 """
 
 import bisect
@@ -23,6 +27,9 @@ MAX_OVERTAKES = 64
 
 QUANTUM = 16.0
 """Steps by which a client's virtual time must exceed another's before that one takes its slots."""
+
+MAX_LAG = 2 * QUANTUM
+"""Steps by which the virtual time of a client that holds slots may be behind that of any other."""
 
 
 class ClientQueue:
@@ -144,8 +151,10 @@ class FairQueue:
         """
         if len(self._shares) > 1:
             total = sum(share.num_slots for share in self._shares.values())
+            least = max(share.time for share in self._shares.values()) - MAX_LAG
             for share in self._shares.values():
                 if share.num_slots:
+                    share.time = max(share.time, least)
                     share.time += share.num_slots / (total * share.weight)
 
     def is_owed(self, request: Request) -> bool:
