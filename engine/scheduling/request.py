@@ -281,6 +281,11 @@ class Request:
         return self.ids[start - self.first_index : stop - self.first_index]
 
     @property
+    def num_slots(self) -> int:
+        """That it has or needs: one for each unfinished choice."""
+        return len(self.unfinished_choices)
+
+    @property
     def unfinished_choices(self) -> list[Choice]:
         """Choices that have not ended."""
         return [choice for choice in self.choices if choice.finish_reason is None]

@@ -49,7 +49,7 @@ class Scheduler:
         self._max_prefill_tokens = max_prefill_tokens
         self._max_preempted_states = max_preempted_states
         self._num_preempted_states = 0
-        self._waiting = FairQueue()
+        self._waiting: FairQueue[Request] = FairQueue()
         self._prefilling: deque[Request] = deque()
         self._decoding: deque[Choice] = deque()
 
@@ -86,17 +86,17 @@ class Scheduler:
         admitted: list[Request] = []
         blocked: list[Client] = []
         while (request := self._waiting.next(blocked)) is not None:
-            num_missing = len(request.unfinished_choices) - num_free_slots
+            num_missing = request.num_slots - num_free_slots
             victims = self._victims(request, num_missing) if num_missing > 0 else []
             if num_missing > 0 and not victims:
                 blocked.append(request.client)
                 continue
             for victim in victims:
                 self._preempt(victim)
-                num_free_slots += len(victim.unfinished_choices)
+                num_free_slots += victim.num_slots
             preempted += victims
             self._start(request)
-            num_free_slots -= len(request.unfinished_choices)
+            num_free_slots -= request.num_slots
             admitted.append(request)
         return Admission(preempted, admitted)
 
@@ -116,13 +116,13 @@ class Scheduler:
         """Whether the victims' states may be parked when those of the request no longer are."""
         num_states = self._num_preempted_states + _num_unfinished(victims)
         if request.is_preempted:
-            num_states -= len(request.unfinished_choices)
+            num_states -= request.num_slots
         return num_states <= self._max_preempted_states
 
     def _preempt(self, request: Request) -> None:
         self.remove_request(request)
         request.is_preempted = True
-        self._num_preempted_states += len(request.unfinished_choices)
+        self._num_preempted_states += request.num_slots
         self._waiting.add(request)
 
     def _start(self, request: Request) -> None:
@@ -133,7 +133,7 @@ class Scheduler:
     def _end_preemption(self, request: Request) -> None:
         if request.is_preempted:
             request.is_preempted = False
-            self._num_preempted_states -= len(request.unfinished_choices)
+            self._num_preempted_states -= request.num_slots
 
     def schedule(self) -> Batch:
         """The next step's batch. What does not fit into the budget comes first in a later step."""
@@ -201,7 +201,7 @@ class Scheduler:
         self._end_preemption(request)
         if request in self._prefilling:
             self._prefilling.remove(request)
-            self._waiting.free(request.client, len(request.unfinished_choices))
+            self._waiting.free(request.client, request.num_slots)
         for choice in [choice for choice in self._decoding if choice.request is request]:
             self.remove_choice(choice)
 
@@ -214,4 +214,4 @@ def _num_left(request: Request) -> int:
 
 
 def _num_unfinished(requests: list[Request]) -> int:
-    return sum(len(request.unfinished_choices) for request in requests)
+    return sum(request.num_slots for request in requests)

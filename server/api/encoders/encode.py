@@ -23,6 +23,11 @@ from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.schemas.encoding import EncodingBody
 from cottention.server.schemas.responses import JsonObject
 
+FLOAT_BYTES = 4
+
+NUMBERS_PER_ITEM = 4
+"""A number of an embedding takes a fourth of what a log-probability with its token does."""
+
 Body = TypeVar("Body", bound=EncodingBody)
 
 
@@ -78,6 +83,14 @@ async def encode(
     answers = [each for each in found if each is not None]
     if len(answers) != len(found):
         raise request_cancelled() if stream.was_cancelled else engine_failed()
+    num_items = sum(map(_num_items, answers))
+    if num_items > context.config.max_response_items:
+        message = (
+            f"the response would count as {num_items} items, and it may have at most"
+            f" {context.config.max_response_items} (--max-response-items): send fewer texts"
+        )
+        raise invalid("input", message)
+    context.bodies.response(request).at_least(num_items)
 
     def respond() -> Response:
         num_tokens = parsed.num_prompt_tokens
@@ -92,6 +105,13 @@ async def encode(
         return JSONResponse(fields)
 
     return await asyncio.to_thread(respond)
+
+
+def _num_items(answer: Encoded) -> int:
+    """What an answer counts as, among token ids and log-probabilities of other responses."""
+    num_numbers = len(answer.embedding) // FLOAT_BYTES
+    num_predictions = sum(len(mask.tokens) for mask in answer.masks)
+    return -(-num_numbers // NUMBERS_PER_ITEM) + num_predictions
 
 
 def token_ids(

@@ -13,6 +13,7 @@ from cottention.engine.state.session_state import SessionState
 from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.chat_template import find_template
 from cottention.server.generation.request import TurnOptions
+from cottention.server.sessions import turn
 from cottention.server.sessions.turn_queue import Caller, TurnQueue
 from tests.server.fake_sessions import FakeSessions
 from tests.server.live import Live, eventually, serving
@@ -100,6 +101,21 @@ def test_a_stalled_reader_keeps_what_was_written_to_its_socket() -> None:
             eventually(lambda: any(each.is_paused for each in live.engine.running.values()))
         eventually(lambda: live.sessions.ends, equals=["commit"])
         assert live.sessions.state_of(session_id).num_tokens < live.engine.num_generated
+        assert is_free(live, session_id)
+
+
+def test_a_cut_stream_that_leaves_too_much_to_read_is_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its snapshot would be one that no server takes."""
+    monkeypatch.setattr(turn, "MAX_PENDING", 12)
+    with serving() as live:
+        session_id = live.opened("x")
+        live.engine.step_seconds = 0.005
+        with live.connect(**ENDLESS, session_id=session_id, stream=True) as sock:
+            received(sock, least=12)
+        eventually(lambda: live.sessions.ends, equals=["abandon"])
+        assert live.text_of(session_id) == "x"
         assert is_free(live, session_id)
 
 
