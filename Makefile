@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-clients docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-cluster test-clients docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,10 +29,13 @@ serve: setup ## Serve the model that ships in the package (ARGS="--port 9000")
 PARALLEL := -n auto --dist worksteal
 
 test: setup ## Run the tests with the coverage gate, without those of test-slow
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not cluster" --cov --cov-report=term $(ARGS)
 
 test-slow: setup ## Run the tests that kill, flood, soak or compile for long
-	$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not cluster" $(ARGS)
+
+test-cluster: setup ## Run the tests of several servers over a PostgreSQL (skips where it is not installed)
+	$(BIN)/python -m pytest $(PARALLEL) -m cluster $(ARGS)
 
 # Not those that build libraries of their own. What is compiled here takes longer than a test may.
 OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \

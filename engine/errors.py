@@ -18,7 +18,8 @@ CottentionError
     ├── SessionQuotaError       its owner has no room for more
     ├── NonFiniteStateError     its new state has values that are not finite
     └── StoreUnavailableError   the store does not take it, or cannot be read now
-        └── StoreFullError          the disk takes no more
+        ├── StoreFullError          the disk takes no more
+        └── StoreUnreachableError   the database that several servers share cannot be used now
 """
 
 
@@ -100,3 +101,7 @@ class StoreUnavailableError(SessionError):
 
 class StoreFullError(StoreUnavailableError):
     """The disk takes no more."""
+
+
+class StoreUnreachableError(StoreUnavailableError):
+    """The database that several servers share cannot be used now; later it can."""

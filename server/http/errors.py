@@ -23,6 +23,7 @@ from cottention.engine.errors import (
     SnapshotError,
     StoreFullError,
     StoreUnavailableError,
+    StoreUnreachableError,
 )
 
 logger = logging.getLogger("cottention")
@@ -38,6 +39,7 @@ SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     SessionMovedError: (412, "session_moved"),
     NonFiniteStateError: (500, "state_not_finite"),
     StoreFullError: (507, "store_full"),
+    StoreUnreachableError: (503, "store_unreachable"),
     StoreUnavailableError: (507, "store_unavailable"),
 }
 """Status and `code` by exception."""
@@ -119,7 +121,8 @@ def turn_failed() -> ApiError:
 def session_error(error: SessionError) -> ApiError:
     """The response to an operation that a session does not allow."""
     status, code = SESSION_ERRORS[type(error)]
-    return ApiError(status, str(error), param="session_id", code=code)
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    return ApiError(status, str(error), param="session_id", code=code, headers=headers)
 
 
 def session_damaged(error: SnapshotError) -> ApiError:

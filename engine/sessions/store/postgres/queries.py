@@ -1,0 +1,464 @@
+"""The SQL of the store: sessions, leases, states and blobs.
+
+Each function runs inside a transaction of its caller, at PostgreSQL's default isolation: a
+statement sees what was committed before it began.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from secrets import token_hex
+from typing import Any, NamedTuple
+
+import psycopg
+
+from cottention.engine.errors import (
+    NothingToRewindError,
+    SessionBusyError,
+    SessionMovedError,
+    SessionNotFoundError,
+    SnapshotError,
+)
+from cottention.engine.sessions.store.postgres.replica import MISSED_SECONDS
+from cottention.engine.sessions.store.protocol import (
+    Lease,
+    NewSession,
+    Records,
+    SessionRecord,
+    Usage,
+)
+
+Db = psycopg.Connection[Any]
+Params = dict[str, Any]
+
+NOW = "extract(epoch FROM clock_timestamp())::float8"
+IS_ALIVE = f"(s.expires_at IS NULL OR s.expires_at > {NOW})"
+HOLDER_LIVES = (
+    "EXISTS (SELECT FROM cottention.replicas AS r"
+    " WHERE r.id = s.lease_owner AND r.until > clock_timestamp())"
+)
+IS_FREE = (
+    "(s.lease_owner IS NULL OR s.lease_until <= clock_timestamp()"
+    f" OR s.lease_owner = %(replica)s AND s.lease_turn = %(turn)s OR NOT {HOLDER_LIVES})"
+)
+IS_HELD = "s.id = %(id)s AND s.fence = %(fence)s AND s.lease_owner = %(replica)s"
+NO_LEASE = "lease_owner = NULL, lease_turn = NULL, lease_until = NULL, lease_version = NULL"
+WAS_INTERRUPTED = (
+    "(s.was_interrupted OR s.lease_owner IS NOT NULL AND s.lease_version = s.version"
+    f" AND NOT {HOLDER_LIVES})"
+)
+"""A turn of a replica that died was cut, although nobody has taken the session over yet."""
+
+STATES = (
+    "(SELECT json_agg(json_build_array(encode(t.digest, 'hex'), t.n, t.position, t.nbytes,"
+    " t.context_policy, t.events_nbytes) ORDER BY t.n)"
+    " FROM cottention.states AS t WHERE t.seq = s.seq)"
+)
+RECORD = (
+    "s.seq, s.id, s.owner, s.created, s.version, s.metadata, s.expires_at,"
+    f" {WAS_INTERRUPTED}, s.head, {STATES}"
+)
+
+
+class State(NamedTuple):
+    """The columns of a state besides its session, its n and the turn that wrote it."""
+
+    digest: bytes
+    position: int
+    nbytes: int
+    context_policy: str
+    events_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A state to be written: `raw` is a snapshot and, in its last bytes, the event log."""
+
+    digest: bytes
+    raw: bytes
+    position: int
+    context_policy: str
+    events_nbytes: int
+
+    @classmethod
+    def of(cls, snapshot: bytes, events: bytes, position: int, context_policy: str) -> "Blob":
+        raw = snapshot + events
+        return cls(sha256(raw).digest(), raw, position, context_policy, len(events))
+
+    @property
+    def state(self) -> State:
+        """The state that has this blob."""
+        return State(
+            self.digest, self.position, len(self.raw), self.context_policy, self.events_nbytes
+        )
+
+
+def to_record(row: Sequence[Any]) -> SessionRecord | None:
+    """The record of a row of RECORD.
+
+    None: a turn was committed while the row was read, and its states are not among those found;
+    states that a rewind has just removed may be, and do not count.
+    """
+    _, session_id, owner, created, version, metadata, expires_at, was_interrupted, head, found = row
+    states = [state for state in found or () if state[1] <= head]
+    if not states or states[-1][1] != head:
+        return None
+    digest, _, position, nbytes, context_policy, events_nbytes = states[-1]
+    return SessionRecord(
+        id=session_id,
+        owner=owner,
+        created=created,
+        version=version,
+        position=position,
+        nbytes=nbytes,
+        metadata=json.loads(metadata),
+        expires_at=expires_at,
+        head=digest,
+        checkpoints=tuple(state[0] for state in states[:-1]),
+        was_interrupted=was_interrupted,
+        context_policy=context_policy,
+        events_nbytes=events_nbytes,
+    )
+
+
+def read_session(db: Db, session_id: str, *, may_be_over: bool = False) -> SessionRecord:
+    """SessionNotFoundError where it is unknown, or has expired unless it `may_be_over`."""
+    is_alive = "true" if may_be_over else IS_ALIVE
+    statement = f"SELECT {RECORD} FROM cottention.sessions AS s WHERE s.id = %s AND {is_alive}"
+    row = db.execute(statement, [session_id]).fetchone()
+    if row is None:
+        raise SessionNotFoundError(f"no session {session_id!r}")
+    record = to_record(row)
+    assert record is not None, "one statement sees a session and its states at one moment"
+    return record
+
+
+class Held(Exception):
+    """A session is leased. is_late: its holder has missed beats, and may be dead."""
+
+    def __init__(self, *, is_late: bool) -> None:
+        self.is_late = is_late
+
+
+def acquire(
+    db: Db, session_id: str, owner: str | None, values: Params
+) -> tuple[Lease, SessionRecord]:
+    """Lease a session under the next fence, and read it, in one statement.
+
+    values: replica, turn (the same for repetitions), seconds. Raises Held; SessionNotFoundError.
+    """
+    belongs = "s.id = %(id)s AND (%(owner)s::text IS NULL OR s.owner = %(owner)s)"
+    values = {"id": session_id, "owner": owner, "missed": MISSED_SECONDS, **values}
+    row = db.execute(
+        "UPDATE cottention.sessions AS s SET fence = s.fence + 1, lease_owner = %(replica)s,"
+        " lease_turn = %(turn)s, lease_version = s.version,"
+        " lease_until = clock_timestamp() + make_interval(secs => %(seconds)s),"
+        f" was_interrupted = {WAS_INTERRUPTED}"
+        f" WHERE {belongs} AND {IS_ALIVE} AND {IS_FREE} RETURNING s.fence, {RECORD}",
+        values,
+    ).fetchone()
+    if row is not None:
+        fence, *session = row
+        record = to_record(session) or read_session(db, session_id, may_be_over=True)
+        return Lease(session_id, fence, record.version), record
+    late = (
+        "(SELECT r.until - clock_timestamp() < make_interval(secs => %(missed)s)"
+        " FROM cottention.replicas AS r WHERE r.id = s.lease_owner)"
+    )
+    found = db.execute(
+        f"SELECT coalesce({late}, true) FROM cottention.sessions AS s"
+        f" WHERE {belongs} AND {IS_ALIVE}",
+        values,
+    ).fetchone()
+    if found is None:
+        raise SessionNotFoundError(f"no session {session_id!r}")
+    raise Held(is_late=found[0])
+
+
+def renew(db: Db, lease: Lease, replica: str, seconds: float) -> None:
+    """SessionMovedError where it is no longer held."""
+    cursor = db.execute(
+        "UPDATE cottention.sessions AS s"
+        " SET lease_until = clock_timestamp() + make_interval(secs => %(seconds)s)"
+        f" WHERE {IS_HELD}",
+        {**_of(lease, replica), "seconds": seconds},
+    )
+    if cursor.rowcount == 0:
+        raise SessionMovedError(f"session {lease.session_id!r} is no longer held by this turn")
+
+
+def release(db: Db, lease: Lease, replica: str) -> None:
+    """Nothing happens where it is no longer held."""
+    statement = f"UPDATE cottention.sessions AS s SET {NO_LEASE} WHERE {IS_HELD}"
+    db.execute(statement, _of(lease, replica))
+
+
+def commit(
+    db: Db,
+    lease: Lease,
+    expected_version: int,
+    blob: Blob,
+    max_checkpoints: int,
+    turn: str,
+    replica: str,
+    *,
+    keeps_lease: bool,
+    check: Callable[[str, int], None],
+) -> None:
+    """Make `blob` the session's head, and drop states beyond `max_checkpoints`.
+
+    check: of the owner, after the session has grown by so many bytes. SessionMovedError: the lease
+    is no longer held, or the version is another.
+    """
+    values = {
+        **_of(lease, replica),
+        "version": expected_version,
+        "n": expected_version + 1,
+        "turn": turn,
+        "digest": blob.digest,
+        "position": blob.position,
+        "nbytes": len(blob.raw),
+        "policy": blob.context_policy,
+        "events": blob.events_nbytes,
+        "keep": max_checkpoints,
+    }
+    release = "" if keeps_lease else f", {NO_LEASE}"
+    row = db.execute(
+        "WITH dropped AS ("
+        "  DELETE FROM cottention.states AS t USING cottention.sessions AS s"
+        f" WHERE {IS_HELD} AND s.version = %(version)s AND t.seq = s.seq AND t.n NOT IN ("
+        "     SELECT o.n FROM cottention.states AS o WHERE o.seq = s.seq ORDER BY o.n DESC"
+        "     LIMIT %(keep)s) RETURNING t.digest, t.nbytes),"
+        " moved AS ("
+        f" UPDATE cottention.sessions AS s SET version = %(n)s, head = %(n)s{release},"
+        "  was_interrupted = false, nbytes = s.nbytes + %(nbytes)s"
+        "   - (SELECT coalesce(sum(nbytes), 0) FROM dropped)::bigint"
+        f" WHERE {IS_HELD} AND s.version = %(version)s RETURNING s.seq, s.owner),"
+        " pushed AS ("
+        " INSERT INTO cottention.states (seq, n, digest, position, nbytes, context_policy,"
+        "  events_nbytes, turn)"
+        "  SELECT seq, %(n)s, %(digest)s, %(position)s, %(nbytes)s, %(policy)s, %(events)s,"
+        "  %(turn)s FROM moved)"
+        " SELECT owner, (SELECT array_agg(digest) FROM dropped),"
+        " %(nbytes)s - (SELECT coalesce(sum(nbytes), 0) FROM dropped)::bigint FROM moved",
+        values,
+    ).fetchone()
+    if row is None:
+        raise _moved(lease, expected_version)
+    owner, dropped, growth = row
+    check(owner, growth)
+    change_blobs(db, [blob], dropped or [])
+
+
+def find_commit(db: Db, lease: Lease, expected_version: int, turn: str) -> SessionRecord | None:
+    """The session where this turn is in it; None where the turn has left nothing."""
+    statement = (
+        f"SELECT {RECORD}, (SELECT t.turn FROM cottention.states AS t"
+        " WHERE t.seq = s.seq AND t.n = %(n)s) FROM cottention.sessions AS s WHERE s.id = %(id)s"
+    )
+    values = {"id": lease.session_id, "n": expected_version + 1}
+    row = db.execute(statement, values).fetchone()
+    if row is None or row[-1] != turn:
+        return None
+    return to_record(row[:-1])
+
+
+def rewind(db: Db, lease: Lease, expected_version: int, replica: str) -> None:
+    """Make the newest checkpoint the head. NothingToRewindError; SessionMovedError."""
+    values = {**_of(lease, replica), "version": expected_version}
+    row = db.execute(
+        "UPDATE cottention.sessions AS s SET version = s.version + 1"
+        f" WHERE {IS_HELD} AND s.version = %(version)s RETURNING s.seq, s.head",
+        values,
+    ).fetchone()
+    if row is None:
+        raise _moved(lease, expected_version)
+    seq, head = row
+    [[before]] = db.execute(
+        "SELECT max(n) FROM cottention.states WHERE seq = %s AND n < %s", [seq, head]
+    ).fetchall()
+    if before is None:
+        raise NothingToRewindError("no earlier turn of this session is stored")
+    [[digest, nbytes]] = db.execute(
+        "DELETE FROM cottention.states WHERE seq = %s AND n = %s RETURNING digest, nbytes",
+        [seq, head],
+    ).fetchall()
+    db.execute(
+        "UPDATE cottention.sessions SET head = %s, nbytes = nbytes - %s WHERE seq = %s",
+        [before, nbytes, seq],
+    )
+    change_blobs(db, [], [digest])
+
+
+def change_blobs(
+    db: Db, added: Iterable[Blob], dropped: Iterable[bytes], named: Iterable[bytes] = ()
+) -> None:
+    """Count states that have come and gone; a blob without a state goes as well.
+
+    named: digests of new states whose blobs are stored; SnapshotError where one is not. In the
+    order of digests, so that no two transactions wait for each other.
+    """
+    raws: dict[bytes, bytes] = {}
+    changes: Counter[bytes] = Counter()
+    for blob in added:
+        raws[blob.digest] = blob.raw
+        changes[blob.digest] += 1
+    changes.update(named)
+    changes.subtract(dropped)
+    for digest, change in sorted(changes.items()):
+        if change > 0 and digest in raws:
+            db.execute(ADD_BLOB, [digest, change, len(raws[digest]), raws[digest]])
+        elif change > 0:
+            if db.execute(SHARE_BLOB, [change, digest]).rowcount == 0:
+                raise SnapshotError(f"no snapshot {digest.hex()!r} is stored")
+        elif change < 0:
+            db.execute(DROP_BLOB, {"digest": digest, "change": change})
+
+
+ADD_BLOB = (
+    "INSERT INTO cottention.blobs AS b (digest, refs, nbytes, bytes) VALUES (%s, %s, %s, %s)"
+    " ON CONFLICT (digest) DO UPDATE SET refs = b.refs + excluded.refs"
+)
+SHARE_BLOB = "UPDATE cottention.blobs SET refs = refs + %s WHERE digest = %s"
+DROP_BLOB = (
+    "WITH found AS ("
+    "  SELECT refs FROM cottention.blobs WHERE digest = %(digest)s FOR UPDATE),"
+    " gone AS ("
+    "  DELETE FROM cottention.blobs WHERE digest = %(digest)s"
+    "  AND (SELECT refs FROM found) + %(change)s <= 0 RETURNING 1)"
+    " UPDATE cottention.blobs SET refs = refs + %(change)s WHERE digest = %(digest)s"
+    " AND (SELECT refs FROM found) + %(change)s > 0"
+)
+
+
+def insert_session(db: Db, session_id: str, new: NewSession, blob: Blob | None) -> None:
+    """A session of version 1, whose blobs are counted already."""
+    names = [*new.checkpoints, *([] if blob else [new.head or ""])]
+    states = [find_state(db, as_digest(name)) for name in names]
+    if blob is not None:
+        states.append(blob.state)
+    text = json.dumps(dict(new.metadata))
+    nbytes = len(text) + sum(state.nbytes for state in states)
+    [[seq]] = db.execute(
+        "INSERT INTO cottention.sessions"
+        " (id, owner, created, head, nbytes, metadata, expires_at)"
+        f" VALUES (%s, %s, floor({NOW})::bigint, 1, %s, %s, %s) RETURNING seq",
+        [session_id, new.owner, nbytes, text, new.expires_at],
+    ).fetchall()
+    first = 2 - len(states)  # the head's number is the session's version, 1
+    with db.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO cottention.states (seq, n, digest, position, nbytes, context_policy,"
+            " events_nbytes, turn) VALUES (%s, %s, %s, %s, %s, %s, %s, '')",
+            [(seq, n, *state) for n, state in enumerate(states, first)],
+        )
+
+
+def find_state(db: Db, digest: bytes) -> State:
+    """A state that some session has; SnapshotError where none has it."""
+    row = db.execute(
+        "SELECT digest, position, nbytes, context_policy, events_nbytes FROM cottention.states"
+        " WHERE digest = %s LIMIT 1",
+        [digest],
+    ).fetchone()
+    if row is None:
+        raise SnapshotError(f"no snapshot {digest.hex()!r} is stored")
+    return State(*row)
+
+
+def read_sessions(db: Db, ids: Sequence[str]) -> Records:
+    """The records of sessions that exist, in this order."""
+    return [read_session(db, session_id, may_be_over=True) for session_id in ids]
+
+
+def new_id() -> str:
+    """A session's id."""
+    return f"sess-{token_hex(16)}"
+
+
+def as_digest(name: str) -> bytes:
+    """SnapshotError for what is no sha256 in lower hex."""
+    if len(name) != 64 or name.strip("0123456789abcdef"):
+        raise SnapshotError("not a digest of a snapshot")
+    return bytes.fromhex(name)
+
+
+def delete(db: Db, session_id: str, replica: str) -> None:
+    """SessionBusyError; SessionNotFoundError."""
+    values = {"id": session_id, "replica": replica, "turn": ""}
+    row = db.execute(
+        f"SELECT s.seq, {IS_FREE} FROM cottention.sessions AS s"
+        f" WHERE s.id = %(id)s AND {IS_ALIVE} FOR UPDATE OF s",
+        values,
+    ).fetchone()
+    if row is None:
+        raise SessionNotFoundError(f"no session {session_id!r}")
+    seq, is_free = row
+    if not is_free:
+        raise SessionBusyError("a turn has the session")
+    remove(db, [seq])
+
+
+def remove(db: Db, seqs: Sequence[int]) -> None:
+    """Delete sessions whose rows are locked, and the blobs that only they have."""
+    db.execute("DELETE FROM cottention.sessions WHERE seq = ANY(%s)", [seqs])
+    gone = db.execute(
+        "DELETE FROM cottention.states WHERE seq = ANY(%s) RETURNING digest", [seqs]
+    ).fetchall()
+    change_blobs(db, [], [digest for (digest,) in gone])
+
+
+def expire(db: Db, limit: int, replica: str) -> list[str]:
+    """Delete sessions that have expired and are not leased; their ids.
+
+    Those that another replica deletes at this moment are left to it.
+    """
+    rows = db.execute(
+        f"SELECT s.seq, s.id FROM cottention.sessions AS s WHERE s.expires_at <= {NOW}"
+        f" AND {IS_FREE} LIMIT %(limit)s FOR UPDATE OF s SKIP LOCKED",
+        {"limit": limit, "replica": replica, "turn": ""},
+    ).fetchall()
+    if rows:
+        remove(db, [seq for seq, _ in rows])
+    return [session_id for _, session_id in rows]
+
+
+def list_sessions(db: Db, owner: str, after: str | None, limit: int) -> tuple[Records, bool]:
+    """An owner's sessions, newest first, after `after`; whether there are more."""
+    values: Params = {"owner": owner, "limit": limit + 1, "after": after}
+    behind = ""
+    if after is not None:
+        place = "SELECT 1 FROM cottention.sessions WHERE id = %(after)s AND owner = %(owner)s"
+        if db.execute(place, values).fetchone() is None:
+            raise SessionNotFoundError(f"no session {after!r}")
+        behind = "AND s.seq < (SELECT seq FROM cottention.sessions WHERE id = %(after)s)"
+    rows = db.execute(
+        f"SELECT {RECORD} FROM cottention.sessions AS s"
+        f" WHERE s.owner = %(owner)s AND {IS_ALIVE} {behind} ORDER BY s.seq DESC LIMIT %(limit)s",
+        values,
+    ).fetchall()
+    found = [record for row in rows[:limit] if (record := to_record(row)) is not None]
+    return found, len(rows) > limit
+
+
+def usage_of(db: Db, owner: str) -> Usage:
+    """What an owner's sessions take; others of the owner wait until the transaction ends."""
+    db.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [owner])
+    [row] = db.execute(
+        "SELECT count(*), coalesce(sum(nbytes), 0)::bigint FROM cottention.sessions"
+        " WHERE owner = %s",
+        [owner],
+    ).fetchall()
+    return (row[0], row[1])
+
+
+def _of(lease: Lease, replica: str) -> Params:
+    return {"id": lease.session_id, "fence": lease.fence, "replica": replica}
+
+
+def _moved(lease: Lease, expected_version: int) -> SessionMovedError:
+    return SessionMovedError(
+        f"session {lease.session_id!r} is not at version {expected_version}, or was taken over"
+    )
