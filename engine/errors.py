@@ -17,6 +17,7 @@ CottentionError
     ├── ContextPolicyError      too old for another policy
     ├── SessionQuotaError       its owner has no room for more
     ├── NonFiniteStateError     its new state has values that are not finite
+    ├── StateTooLargeError      its new state has more bytes than are stored
     └── StoreUnavailableError   the store does not take it, or cannot be read now
         ├── StoreFullError          the disk takes no more
         └── StoreUnreachableError   the database that several servers share cannot be used now
@@ -93,6 +94,10 @@ class SessionQuotaError(SessionError):
 
 class NonFiniteStateError(SessionError):
     """A state to be stored has NaN or infinite values; the session stays as it was."""
+
+
+class StateTooLargeError(SessionError):
+    """A state to be stored has more bytes than the store takes; the session stays as it was."""
 
 
 class StoreUnavailableError(SessionError):

@@ -129,6 +129,17 @@ class ServerConfig:
         unset="PGPASSWORD, or the file that PGPASSFILE names",
         is_path=True,
     )
+    session_states: Literal["auto", "always"] = setting(
+        "auto",
+        "whether that database has the states of sessions: only where they do not follow from their"
+        " ids on this device, or always",
+    )
+    max_stored_state: int = setting(
+        64 * 1024**2,
+        "maximum size of a state in that database; a model whose states are larger is refused",
+        minimum=1,
+        unit="bytes",
+    )
     session_memory: int = setting(
         1024**3,
         "memory for idle sessions; beyond it they are kept on disk only",

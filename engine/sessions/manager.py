@@ -102,6 +102,8 @@ class SessionManager:
         """
         state = self._codec.decode(raw)
         check(state)
+        if self._codec.writes_recipes:  # rows from elsewhere are not always those of this machine
+            return self.open(owner, self._codec.stored_form(state), metadata, ttl_seconds)
         return self._create(owner, raw, state, metadata, ttl_seconds)
 
     def find(self, owner: str, session_id: str) -> Session:

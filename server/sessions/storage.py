@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.engine import Engine
     from cottention.engine.sessions.manager import SessionManager
+    from cottention.engine.sessions.snapshot import SnapshotCodec
     from cottention.engine.sessions.store import SessionStore
 
 logger = logging.getLogger("cottention")
@@ -55,7 +56,7 @@ def open_sessions(
         is_durable = config.session_dir is not None or config.session_store is not None
         sessions = SessionManager(
             _open_store(engine, config, quotas, stack),
-            engine.session_codec(),
+            _codec(engine, config),
             memory_bytes=config.session_memory,
             max_checkpoints=config.session_checkpoints,
             is_durable=is_durable,
@@ -64,6 +65,23 @@ def open_sessions(
         stack.callback(sessions.close)
         stack.enter_context(maintenance_thread(sessions.maintain, LEASE_SECONDS / 3))
         yield sessions
+
+
+def _codec(engine: "Engine", config: ServerConfig) -> "SnapshotCodec":
+    """ConfigurationError: the model's states are larger than the database takes."""
+    if config.session_store is None:
+        return engine.session_codec()
+    writes_recipes = config.session_states == "auto" and engine.has_one_arithmetic
+    codec = engine.session_codec(writes_recipes=writes_recipes, max_encoded=config.max_stored_state)
+    if writes_recipes and engine.policies.default == "renew":
+        return codec  # a session under `exact` may still be too large: its turn then says so
+    if codec.max_nbytes > config.max_stored_state:
+        raise ConfigurationError(
+            f"a session of this model takes up to {codec.max_nbytes} bytes, more than"
+            f" --max-stored-state, {config.max_stored_state}: raise it, which makes turns slower,"
+            " or store the sessions in a folder with --session-dir"
+        )
+    return codec
 
 
 def _open_store(

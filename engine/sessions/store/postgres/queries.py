@@ -206,8 +206,8 @@ def commit(
     *,
     keeps_lease: bool,
     check: Callable[[str, int], None],
-) -> None:
-    """Make `blob` the session's head, and drop states beyond `max_checkpoints`.
+) -> SessionRecord:
+    """Make `blob` the session's head, drop states beyond `max_checkpoints`; the session after it.
 
     check: of the owner, after the session has grown by so many bytes. SessionMovedError: the lease
     is no longer held, or the version is another.
@@ -235,21 +235,42 @@ def commit(
         f" UPDATE cottention.sessions AS s SET version = %(n)s, head = %(n)s{release},"
         "  was_interrupted = false, nbytes = s.nbytes + %(nbytes)s"
         "   - (SELECT coalesce(sum(nbytes), 0) FROM dropped)::bigint"
-        f" WHERE {IS_HELD} AND s.version = %(version)s RETURNING s.seq, s.owner),"
+        f" WHERE {IS_HELD} AND s.version = %(version)s RETURNING s.seq, s.owner, s.created,"
+        "  s.metadata, s.expires_at),"
         " pushed AS ("
         " INSERT INTO cottention.states (seq, n, digest, position, nbytes, context_policy,"
         "  events_nbytes, turn)"
         "  SELECT seq, %(n)s, %(digest)s, %(position)s, %(nbytes)s, %(policy)s, %(events)s,"
         "  %(turn)s FROM moved)"
-        " SELECT owner, (SELECT array_agg(digest) FROM dropped),"
-        " %(nbytes)s - (SELECT coalesce(sum(nbytes), 0) FROM dropped)::bigint FROM moved",
+        " SELECT owner, created, metadata, expires_at,"
+        " (SELECT array_agg(digest) FROM dropped),"
+        " (SELECT coalesce(sum(nbytes), 0) FROM dropped)::bigint,"
+        # the states as they were before this statement
+        " (SELECT array_agg(t.digest ORDER BY t.n) FROM cottention.states AS t"
+        "  WHERE t.seq = moved.seq)"
+        " FROM moved",
         values,
     ).fetchone()
     if row is None:
         raise _moved(lease, expected_version)
-    owner, dropped, growth = row
-    check(owner, growth)
+    owner, created, metadata, expires_at, dropped, dropped_nbytes, before = row
+    check(owner, len(blob.raw) - dropped_nbytes)
     change_blobs(db, [blob], dropped or [])
+    return SessionRecord(
+        id=lease.session_id,
+        owner=owner,
+        created=created,
+        version=expected_version + 1,
+        position=blob.position,
+        nbytes=len(blob.raw),
+        metadata=json.loads(metadata),
+        expires_at=expires_at,
+        head=blob.digest.hex(),
+        checkpoints=tuple(digest.hex() for digest in before[len(dropped or []) :]),
+        was_interrupted=False,
+        context_policy=blob.context_policy,
+        events_nbytes=blob.events_nbytes,
+    )
 
 
 def find_commit(db: Db, lease: Lease, expected_version: int, turn: str) -> SessionRecord | None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import tempfile
 import threading
 import time
@@ -41,6 +42,8 @@ from cottention.engine.sessions.store.protocol import (
     StoreCounts,
     Usage,
 )
+
+logger = logging.getLogger(__name__)
 
 HOLD_SECONDS = 30.0
 """How long a turn that has ended waits for the database to take it."""
@@ -102,6 +105,7 @@ class PostgresStore(SessionStore):
         try:
             self._connections.open()
             self._connections.write(migrate)
+            self._connections.statement(_warn_of_asynchronous_standbys)
             self._replica.start()
         except psycopg.Error as error:
             self._connections.close()
@@ -237,7 +241,7 @@ class PostgresStore(SessionStore):
                     before: Usage = (after[0], after[1] - growth)
                     quota.check(before, after)
 
-            queries.commit(
+            return queries.commit(
                 db,
                 lease,
                 expected_version,
@@ -248,7 +252,6 @@ class PostgresStore(SessionStore):
                 keeps_lease=keeps_lease,
                 check=check,
             )
-            return queries.read_session(db, lease.session_id, may_be_over=True)
 
         return self._connections.write(
             change,
@@ -317,6 +320,18 @@ class PostgresStore(SessionStore):
         with contextlib.suppress(*UNREACHABLE):
             self._replica.stop()
         self._connections.close()
+
+
+def _warn_of_asynchronous_standbys(db: Db) -> None:
+    [[num_standbys, names]] = db.execute(
+        "SELECT (SELECT count(*) FROM pg_stat_replication),"
+        " current_setting('synchronous_standby_names')"
+    ).fetchall()
+    if num_standbys and not names:
+        logger.warning(
+            "the database has standbys and no synchronous_standby_names: a failover to one of them"
+            " may lose turns that were answered"
+        )
 
 
 def _piece(db: Db, key: bytes, at: int) -> "tuple[int, bytes] | None":
