@@ -35,7 +35,9 @@ Db = psycopg.Connection[Any]
 Work = Callable[[Db], T]
 
 MAX_CONNECTIONS = 16
-CONNECT_SECONDS = 3
+CONNECT_SECONDS = 10
+POOL_SECONDS = 3.0
+"""How long one attempt waits for a connection of the pool."""
 ATTEMPT_SECONDS = 15.0
 """After which a transaction's connection is cut: the network may swallow packets without a word."""
 RETRY_SECONDS = 5.0
@@ -167,7 +169,7 @@ class Connections:
             time.sleep(PAUSE_SECONDS)
 
     def _attempt(self, work: Work[T], begin: str | None) -> T:
-        with self._pool.connection(CONNECT_SECONDS) as db, self.watched(db, ATTEMPT_SECONDS):
+        with self._pool.connection(POOL_SECONDS) as db, self.watched(db, ATTEMPT_SECONDS):
             if begin is None:
                 return work(db)
             db.execute(begin.encode())

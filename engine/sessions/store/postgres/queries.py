@@ -7,7 +7,7 @@ statement sees what was committed before it began.
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from cottention.engine.errors import (
     SessionMovedError,
     SessionNotFoundError,
     SnapshotError,
+    StoreUnreachableError,
 )
 from cottention.engine.sessions.store.postgres.replica import MISSED_SECONDS
 from cottention.engine.sessions.store.protocol import (
@@ -45,6 +46,9 @@ IS_FREE = (
 )
 IS_HELD = "s.id = %(id)s AND s.fence = %(fence)s AND s.lease_owner = %(replica)s"
 NO_LEASE = "lease_owner = NULL, lease_turn = NULL, lease_until = NULL, lease_version = NULL"
+NUM_TURNS = 16
+"""Of a session that are remembered by name, for commits in doubt."""
+ADD_TURN = f"turns = ARRAY[%(turn)s::text] || s.turns[1:{NUM_TURNS - 1}]"
 WAS_INTERRUPTED = (
     "(s.was_interrupted OR s.lease_owner IS NOT NULL AND s.lease_version = s.version"
     f" AND NOT {HOLDER_LIVES})"
@@ -232,16 +236,16 @@ def commit(
         "     SELECT o.n FROM cottention.states AS o WHERE o.seq = s.seq ORDER BY o.n DESC"
         "     LIMIT %(keep)s) RETURNING t.digest, t.nbytes),"
         " moved AS ("
-        f" UPDATE cottention.sessions AS s SET version = %(n)s, head = %(n)s{release},"
+        f" UPDATE cottention.sessions AS s SET version = %(n)s, head = %(n)s{release}, {ADD_TURN},"
         "  was_interrupted = false, nbytes = s.nbytes + %(nbytes)s"
         "   - (SELECT coalesce(sum(nbytes), 0) FROM dropped)::bigint"
         f" WHERE {IS_HELD} AND s.version = %(version)s RETURNING s.seq, s.owner, s.created,"
         "  s.metadata, s.expires_at),"
         " pushed AS ("
         " INSERT INTO cottention.states (seq, n, digest, position, nbytes, context_policy,"
-        "  events_nbytes, turn)"
-        "  SELECT seq, %(n)s, %(digest)s, %(position)s, %(nbytes)s, %(policy)s, %(events)s,"
-        "  %(turn)s FROM moved)"
+        "  events_nbytes)"
+        "  SELECT seq, %(n)s, %(digest)s, %(position)s, %(nbytes)s, %(policy)s, %(events)s"
+        "  FROM moved)"
         " SELECT owner, created, metadata, expires_at,"
         " (SELECT array_agg(digest) FROM dropped),"
         " (SELECT coalesce(sum(nbytes), 0) FROM dropped)::bigint,"
@@ -273,24 +277,61 @@ def commit(
     )
 
 
-def find_commit(db: Db, lease: Lease, expected_version: int, turn: str) -> SessionRecord | None:
-    """The session where this turn is in it; None where the turn has left nothing."""
-    statement = (
-        f"SELECT {RECORD}, (SELECT t.turn FROM cottention.states AS t"
-        " WHERE t.seq = s.seq AND t.n = %(n)s) FROM cottention.sessions AS s WHERE s.id = %(id)s"
-    )
-    values = {"id": lease.session_id, "n": expected_version + 1}
-    row = db.execute(statement, values).fetchone()
-    if row is None or row[-1] != turn:
-        return None
-    return to_record(row[:-1])
+def find_commit(
+    db: Db, lease: Lease, expected_version: int, blob: Blob, turn: str
+) -> SessionRecord | None:
+    """The session as this turn has left it; None where it has left nothing.
 
-
-def rewind(db: Db, lease: Lease, expected_version: int, replica: str) -> None:
-    """Make the newest checkpoint the head. NothingToRewindError; SessionMovedError."""
-    values = {**_of(lease, replica), "version": expected_version}
+    StoreUnreachableError: too many turns have followed to tell.
+    """
     row = db.execute(
-        "UPDATE cottention.sessions AS s SET version = s.version + 1"
+        f"SELECT s.version, s.turns, {RECORD} FROM cottention.sessions AS s WHERE s.id = %s",
+        [lease.session_id],
+    ).fetchone()
+    if row is None:
+        return None
+    version, turns, *session = row
+    age = version - (expected_version + 1)
+    if not _is_made_by(turn, turns, age, lease):
+        return None
+    record = to_record(session)
+    if age == 0 or record is None:
+        return record
+    return replace(
+        record,
+        version=expected_version + 1,
+        position=blob.position,
+        nbytes=len(blob.raw),
+        head=blob.digest.hex(),
+        checkpoints=(),  # they may be gone
+        context_policy=blob.context_policy,
+        events_nbytes=blob.events_nbytes,
+    )
+
+
+def is_rewound(db: Db, lease: Lease, expected_version: int, turn: str) -> bool:
+    """Whether a rewind of this name was done. StoreUnreachableError, as in `find_commit`."""
+    row = db.execute(
+        "SELECT version, turns FROM cottention.sessions WHERE id = %s", [lease.session_id]
+    ).fetchone()
+    return row is not None and _is_made_by(turn, row[1], row[0] - (expected_version + 1), lease)
+
+
+def _is_made_by(turn: str, turns: Sequence[str], age: int, lease: Lease) -> bool:
+    """Whether `turn` made the version that is `age` versions old."""
+    if age >= NUM_TURNS:
+        raise StoreUnreachableError(
+            f"the connection broke while a turn of session {lease.session_id!r} was stored, and"
+            f" {age} have followed: it may be among those before them"
+        )
+    return 0 <= age < len(turns) and turns[age] == turn
+
+
+def rewind(db: Db, lease: Lease, expected_version: int, turn: str, replica: str) -> None:
+    """Make the newest checkpoint the head. NothingToRewindError; SessionMovedError."""
+    values = {**_of(lease, replica), "version": expected_version, "turn": turn}
+    row = db.execute(
+        f"UPDATE cottention.sessions AS s SET version = s.version + 1, {ADD_TURN}"
         f" WHERE {IS_HELD} AND s.version = %(version)s RETURNING s.seq, s.head",
         values,
     ).fetchone()
@@ -372,7 +413,7 @@ def insert_session(db: Db, session_id: str, new: NewSession, blob: Blob | None) 
     with db.cursor() as cursor:
         cursor.executemany(
             "INSERT INTO cottention.states (seq, n, digest, position, nbytes, context_policy,"
-            " events_nbytes, turn) VALUES (%s, %s, %s, %s, %s, %s, %s, '')",
+            " events_nbytes) VALUES (%s, %s, %s, %s, %s, %s, %s)",
             [(seq, n, *state) for n, state in enumerate(states, first)],
         )
 

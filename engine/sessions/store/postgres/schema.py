@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 
 # replicas: the servers that use the database; one lives while `until` is to come.
 # sessions: a lease names a replica, and is valid while that lives and until `lease_until`. head: n
-# of the newest state. nbytes: of metadata and states. expires_at: unix seconds. Rows are updated
-# in place (HOT) where pages have room for it. states: n is the session's version when the state
-# was written, so no number is used twice. turn: names the transaction that wrote it. blobs: a
-# snapshot and its event log, refs: states that have it; written once, and only refs changes.
+# of the newest state. nbytes: of metadata and states. expires_at: unix seconds. turns: names of the
+# transactions that made the last versions, the newest first; a state may be dropped before the
+# commit that wrote it, if in doubt, can be looked up. Rows are updated in place (HOT) where pages
+# have room. states: n is the session's version when the state was written, so no number is used
+# twice. blobs: a snapshot and its event log, refs: states that have it; written once, and only refs
+# changes.
 _FIRST = """
 CREATE TABLE cottention.replicas (
     id text PRIMARY KEY, name text NOT NULL, url text, build text NOT NULL, model text NOT NULL,
@@ -26,13 +28,13 @@ CREATE TABLE cottention.sessions (
     head bigint NOT NULL, nbytes bigint NOT NULL, metadata text NOT NULL,
     expires_at double precision, was_interrupted boolean NOT NULL DEFAULT false,
     fence bigint NOT NULL DEFAULT 0, lease_owner text, lease_turn text, lease_until timestamptz,
-    lease_version bigint) WITH (fillfactor = 70);
+    lease_version bigint, turns text[] NOT NULL DEFAULT '{}') WITH (fillfactor = 70);
 CREATE INDEX sessions_by_owner ON cottention.sessions (owner, seq);
 CREATE INDEX sessions_by_expiry ON cottention.sessions (expires_at) WHERE expires_at IS NOT NULL;
 CREATE TABLE cottention.states (
     seq bigint NOT NULL, n bigint NOT NULL, digest bytea NOT NULL, position bigint NOT NULL,
     nbytes bigint NOT NULL, context_policy text NOT NULL, events_nbytes bigint NOT NULL,
-    turn text NOT NULL, PRIMARY KEY (seq, n));
+    PRIMARY KEY (seq, n));
 CREATE INDEX states_by_digest ON cottention.states (digest);
 CREATE TABLE cottention.blobs (
     digest bytea PRIMARY KEY, refs bigint NOT NULL, nbytes bigint NOT NULL, bytes bytea NOT NULL);

@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
+from secrets import token_hex
 from typing import BinaryIO
-from uuid import uuid4
 
 import psycopg
 
@@ -18,6 +18,7 @@ from cottention.engine.errors import (
     SessionBusyError,
     SessionNotFoundError,
     SnapshotError,
+    StoreUnavailableError,
 )
 from cottention.engine.sessions.store.postgres import queries
 from cottention.engine.sessions.store.postgres.connections import (
@@ -107,7 +108,7 @@ class PostgresStore(SessionStore):
             self._connections.write(migrate)
             self._connections.statement(_warn_of_asynchronous_standbys)
             self._replica.start()
-        except psycopg.Error as error:
+        except (psycopg.Error, StoreUnavailableError) as error:
             self._connections.close()
             raise ConfigurationError(
                 f"the database of --session-store cannot be used: {reason_of(error)}"
@@ -163,7 +164,7 @@ class PostgresStore(SessionStore):
         self, session_id: str, ttl_seconds: float, owner: str | None = None
     ) -> tuple[Lease, SessionRecord]:
         # a repetition takes what the first try may have leased
-        values = {"replica": self._replica.id, "turn": uuid4().hex, "seconds": ttl_seconds}
+        values = {"replica": self._replica.id, "turn": _new_turn(), "seconds": ttl_seconds}
         deadline = time.monotonic() + 2 * LIFE_SECONDS
         while True:
             try:
@@ -231,7 +232,7 @@ class PostgresStore(SessionStore):
         keeps_lease: bool = False,
     ) -> SessionRecord:
         blob = queries.Blob.of(snapshot, events, position, context_policy)
-        turn = uuid4().hex
+        turn = _new_turn()
 
         def change(db: Db) -> SessionRecord:
             def check(owner: str, growth: int) -> None:
@@ -255,19 +256,21 @@ class PostgresStore(SessionStore):
 
         return self._connections.write(
             change,
-            lambda db: queries.find_commit(db, lease, expected_version, turn),
+            lambda db: queries.find_commit(db, lease, expected_version, blob, turn),
             seconds=HOLD_SECONDS,
         )
 
     def rewind(self, lease: Lease, expected_version: int) -> SessionRecord:
+        turn = _new_turn()
+
         def change(db: Db) -> SessionRecord:
-            queries.rewind(db, lease, expected_version, self._replica.id)
+            queries.rewind(db, lease, expected_version, turn, self._replica.id)
             return queries.read_session(db, lease.session_id, may_be_over=True)
 
         def find(db: Db) -> SessionRecord | None:
-            """Nobody else could have changed it under this lease."""
-            record = queries.read_session(db, lease.session_id, may_be_over=True)
-            return record if record.version == expected_version + 1 else None
+            if not queries.is_rewound(db, lease, expected_version, turn):
+                return None
+            return queries.read_session(db, lease.session_id, may_be_over=True)
 
         return self._connections.write(change, find)
 
@@ -320,6 +323,11 @@ class PostgresStore(SessionStore):
         with contextlib.suppress(*UNREACHABLE):
             self._replica.stop()
         self._connections.close()
+
+
+def _new_turn() -> str:
+    """Names a transaction among the last ones of a session."""
+    return token_hex(8)
 
 
 def _warn_of_asynchronous_standbys(db: Db) -> None:

@@ -22,6 +22,7 @@ from cottention.engine.errors import (
     StoreUnavailableError,
 )
 from cottention.engine.sessions.store import NewSession, SessionRecord, SessionStore
+from cottention.engine.sessions.store.postgres import queries
 from cottention.engine.sessions.store.postgres.address import check_address, read_password
 from cottention.engine.sessions.store.postgres.store import PostgresStore
 from tests.engine.postgres import PASSWORD, Postgres, running_pgbouncer, running_postgres
@@ -186,6 +187,31 @@ def test_what_the_network_cuts_is_done_once(
         assert proxy.num_faults == 1
         assert other.record(record.id) == found
         other.release(other.acquire(record.id, 60)[0])
+
+
+def test_a_commit_in_doubt_is_found_after_turns_of_others(backend: PostgresBackend) -> None:
+    """Their states have taken the place of its own; the session is as the commit has left it."""
+    with closing(backend.open()) as store:
+        record = make(store)
+        lease, _ = store.acquire(record.id, 60)
+        blob = queries.Blob.of(b"two", b"", 2, "renew")
+
+        def find(turn: str) -> SessionRecord | None:
+            return store._connections.statement(
+                lambda db: queries.find_commit(db, lease, 1, blob, turn)
+            )
+
+        done = store.commit(lease, 1, b"two", 2, 0, "renew")
+        [[turns]] = backend.execute("SELECT turns FROM cottention.sessions")
+        assert find(turns[0]) == done
+        for n in range(queries.NUM_TURNS - 1):
+            other, _ = store.acquire(record.id, 60)
+            store.commit(other, other.version, b"%d" % n, 3, 0)
+            assert find(turns[0]) == done
+            assert find("another") is None
+        turn(store, record.id, b"one too many")
+        with pytest.raises(StoreUnavailableError, match="may be among"):
+            find(turns[0])
 
 
 def test_a_store_that_cannot_be_reached_says_so_and_recovers(
