@@ -21,6 +21,7 @@ from cottention.engine.errors import (
     StoreUnavailableError,
 )
 from cottention.engine.sessions.store.postgres import queries
+from cottention.engine.sessions.store.postgres.blobs import Blob, as_digest, change_blobs
 from cottention.engine.sessions.store.postgres.connections import (
     MAX_CONNECTIONS,
     UNREACHABLE,
@@ -132,11 +133,11 @@ class PostgresStore(SessionStore):
         blobs = [
             None
             if new.snapshot is None
-            else queries.Blob.of(new.snapshot, new.events, new.position, new.context_policy)
+            else Blob.of(new.snapshot, new.events, new.position, new.context_policy)
             for new in records
         ]
         named = [
-            queries.as_digest(name)
+            as_digest(name)
             for new, blob in zip(records, blobs, strict=True)
             for name in [*new.checkpoints, *([] if blob else [new.head or ""])]
         ]
@@ -145,7 +146,7 @@ class PostgresStore(SessionStore):
             owners = {new.owner for new in records}
             limited = {owner for owner in owners if self._quotas(owner) != UNLIMITED}
             before = {owner: queries.usage_of(db, owner) for owner in sorted(limited)}
-            queries.change_blobs(db, [blob for blob in blobs if blob], [], named)
+            change_blobs(db, [blob for blob in blobs if blob], [], named)
             for session_id, new, blob in zip(ids, records, blobs, strict=True):
                 queries.insert_session(db, session_id, new, blob)
             for owner, usage in before.items():
@@ -191,7 +192,7 @@ class PostgresStore(SessionStore):
         return self._connections.statement(lambda db: queries.read_session(db, session_id))
 
     def get(self, digest: str) -> bytes:
-        key = queries.as_digest(digest)
+        key = as_digest(digest)
         statement = "SELECT bytes FROM cottention.blobs WHERE digest = %s"
         row = self._connections.statement(lambda db: db.execute(statement, [key]).fetchone())
         if row is None:
@@ -202,7 +203,7 @@ class PostgresStore(SessionStore):
 
     def open_blob(self, digest: str, start: int, stop: int) -> BlobReader:
         """Spooled to a temporary file first: a transaction must not wait for a slow client."""
-        key = queries.as_digest(digest)
+        key = as_digest(digest)
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(tempfile.TemporaryFile())
             checksum = hashlib.sha256()
@@ -231,7 +232,7 @@ class PostgresStore(SessionStore):
         *,
         keeps_lease: bool = False,
     ) -> SessionRecord:
-        blob = queries.Blob.of(snapshot, events, position, context_policy)
+        blob = Blob.of(snapshot, events, position, context_policy)
         turn = _new_turn()
 
         def change(db: Db) -> SessionRecord:

@@ -24,6 +24,7 @@ from cottention.engine.errors import (
 from cottention.engine.sessions.store import NewSession, SessionRecord, SessionStore
 from cottention.engine.sessions.store.postgres import queries
 from cottention.engine.sessions.store.postgres.address import check_address, read_password
+from cottention.engine.sessions.store.postgres.blobs import Blob
 from cottention.engine.sessions.store.postgres.store import PostgresStore
 from tests.engine.postgres import PASSWORD, Postgres, running_pgbouncer, running_postgres
 from tests.engine.sessions.store.backends import PostgresBackend
@@ -194,7 +195,7 @@ def test_a_commit_in_doubt_is_found_after_turns_of_others(backend: PostgresBacke
     with closing(backend.open()) as store:
         record = make(store)
         lease, _ = store.acquire(record.id, 60)
-        blob = queries.Blob.of(b"two", b"", 2, "renew")
+        blob = Blob.of(b"two", b"", 2, "renew")
 
         def find(turn: str) -> SessionRecord | None:
             return store._connections.statement(
