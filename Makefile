@@ -7,7 +7,7 @@ CLIENTS := .venv-clients
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-clients docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-cluster test-clients docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,10 +31,13 @@ PARALLEL := --dist worksteal
 MORE_THAN_CORES = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 test: setup ## Run the tests with the coverage gate, without those of test-slow
-	$(BIN)/python -m pytest -n $(MORE_THAN_CORES) $(PARALLEL) -m "not slow" --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n $(MORE_THAN_CORES) $(PARALLEL) -m "not slow and not cluster" --cov --cov-report=term $(ARGS)
 
 test-slow: setup ## Run the tests that kill, flood, soak or compile for long
-	$(BIN)/python -m pytest -n auto $(PARALLEL) -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto $(PARALLEL) -m "slow and not cluster" $(ARGS)
+
+test-cluster: setup ## Run the tests of several servers over a PostgreSQL (skips where it is not installed)
+	$(BIN)/python -m pytest -n auto $(PARALLEL) -m cluster $(ARGS)
 
 # Not those that build libraries of their own. What is compiled here takes longer than a test may.
 OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \

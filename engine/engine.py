@@ -208,12 +208,28 @@ class Engine:
             self._is_closed = True
         return self._inboxes.post(self._run_commands() + self._request_manager.cancel_all())
 
-    def session_codec(self) -> SnapshotCodec:
-        """The codec of this model's session states; reads the model's files for the fingerprint."""
+    @property
+    def has_one_arithmetic(self) -> bool:
+        """Whether equal ids give equal bits, however they are cut into chunks and batches."""
+        return self.device == "cpu" and self.dtype == "float32"
+
+    def session_codec(
+        self, *, writes_recipes: bool = False, max_encoded: int | None = None
+    ) -> SnapshotCodec:
+        """The codec of this model's session states; reads the model's files for the fingerprint.
+
+        writes_recipes, max_encoded: as in SnapshotCodec.
+        """
         fingerprints = Fingerprint.of(self._folder, self.tokenizer.files, self.spec, self.dtype)
         num_ids, window = self.tokenizer.num_ids, self.policies.window
         return SnapshotCodec(
-            fingerprints, self.spec, num_ids, self.policies.context_schedules, window
+            fingerprints,
+            self.spec,
+            num_ids,
+            self.policies.context_schedules,
+            window,
+            writes_recipes=writes_recipes,
+            max_encoded=max_encoded,
         )
 
     def stats(self) -> EngineStats:

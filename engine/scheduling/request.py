@@ -180,7 +180,10 @@ class Request:
         session, new_ids = start or SessionState(), tuple(prompt_ids)
         past, fed = session.past, session.pending + new_ids
         if start is not None and not params.max_tokens:
-            fed = fed[:-1]  # a session's last id is never in its rows
+            # a session's last id is never in its rows, and without a new id no recipe is followed:
+            # the ids of a context that ends before the last id may not all be there
+            has_no_rows = session.position > 0 and not session.rows
+            fed = () if has_no_rows and not new_ids else fed[:-1]
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request = cls(
             request_id,

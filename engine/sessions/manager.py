@@ -102,6 +102,8 @@ class SessionManager:
         """
         state = self._codec.decode(raw)
         check(state)
+        if self._codec.writes_recipes:  # rows from elsewhere are not always those of this machine
+            return self.open(owner, self._codec.stored_form(state), metadata, ttl_seconds)
         return self._create(owner, raw, state, metadata, ttl_seconds)
 
     def find(self, owner: str, session_id: str) -> Session:
@@ -189,15 +191,21 @@ class SessionManager:
     ) -> Session:
         """Make `state` the session's state, stored when this returns, and end the turn.
 
+        A store that other servers share has it, or StoreUnavailableError is raised: then the
+        session is as before, unless the connection broke while the store took it.
+
         events: kept until the next turn's take their place. unsaved_events: kept instead where
-        the store does not take it; None: the same. In that case state and events stay in memory,
-        and the session is not durable until a later turn is stored. SessionMovedError: the lease
-        was taken over.
+        another store does not take it; None: the same. Then state and events stay in memory, and
+        the session is not durable until a later turn is stored. SessionMovedError: the lease was
+        taken over.
         """
         value = SessionValue(state, events)
         try:
             record = self._cache.commit(turn.lease, value, self._max_checkpoints)
         except StoreUnavailableError:
+            if self._store.is_shared:
+                self._cache.release(turn.lease)
+                raise
             kept = events if unsaved_events is None else unsaved_events
             record = self._keep_unsaved(turn, SessionValue(state, kept))
         except BaseException:
@@ -241,6 +249,7 @@ class SessionManager:
         for lease in self._cache.running():
             with suppress(SessionError):  # the turn has just ended, or its commit will report it
                 self._store.renew(lease, LEASE_SECONDS)
+        self._cache.retry_releases()
         expired = self._store.expire(MAX_EXPIRED_AT_ONCE)
         for session_id in expired:
             self._cache.remove(session_id)
