@@ -89,9 +89,12 @@ def _packed(weight: Tensor) -> Tensor:
     """
     can_widen = weight.shape[1] % 2 == 0 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     if weight.dtype == torch.float32 and can_widen and _is_bfloat16(weight):
-        packed: Tensor = torch.ops.cottention.pack_weight(weight.to(torch.bfloat16))
-        return packed.view(torch.int16)
-    packed = torch.ops.cottention.pack_weight(weight)
+        return _pack_weight(weight.to(torch.bfloat16)).view(torch.int16)
+    return _pack_weight(weight)
+
+
+def _pack_weight(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.cottention.pack_weight(weight)
     return packed
 
 
@@ -129,8 +132,7 @@ def _fixed_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, C], weight [O, C], float32 on the CPU → x Wᵀ [N, O], without gradients."""
     if not can_pack(weight):
         return linear_in_tiles(x, weight, None)
-    packed = torch.ops.cottention.pack_weight(weight)
-    out: Tensor = torch.ops.cottention.linear(x, packed, None, len(weight))
+    out: Tensor = torch.ops.cottention.linear(x, _pack_weight(weight), None, len(weight))
     return out
 
 
