@@ -91,12 +91,22 @@ def rwkv(model: Path) -> Start:
     return start
 
 
+_CALLBACKS: list[object] = []
+"""Those that C code calls, which does not keep them."""
+
+
 def llama_cpp(model: Path) -> Start:
     """llama.cpp on the same weights in float32; the batch is one call. Its threads spin."""
     import llama_cpp as llama
 
     from benchmarks.family_gguf import written
 
+    @llama.llama_log_callback
+    def quiet(*_: object) -> None:
+        """In place of a line on standard error for every tensor."""
+
+    _CALLBACKS.append(quiet)
+    llama.llama_log_set(quiet, None)
     llama.llama_backend_init()
     options = llama.llama_model_default_params()
     options.n_gpu_layers = 0
