@@ -20,8 +20,10 @@ constexpr int kRowGroup = 4;
 
 // So much arithmetic lies between the rows in memory that the hardware prefetcher is late: with
 // AVX-512 a step had 0.5 to 0.75 of the stream's speed without the lines ahead. 4 KB ahead measured
-// the same or slower, 8 KB slower.
+// the same or slower, except for narrow rows that a term reads first; 8 KB slower.
 constexpr int64_t kElementsAhead = 512;
+constexpr int64_t kNarrowElementsAhead = 1024;
+constexpr int64_t kNarrow = 64;
 
 // Which terms a step has, known when it is compiled.
 template <Decay kDecay_, bool kHasTerm_>
@@ -152,16 +154,17 @@ inline void advance_rows(float* h, const Token& t, int64_t row, int64_t width, L
     total[r] = advance_half<Form>(h + r * width + j, v[r], s[r], keys, total[r]);
 }
 
-inline void prefetch_ahead(const float* h, int64_t count) {
+inline void prefetch_ahead(const float* h, int64_t count, int64_t ahead) {
   prefetch_pages(h, count);
-  prefetch_lines(h + kElementsAhead, count);
+  prefetch_lines(h + ahead, count);
 }
 
 // The same on rows that are read from memory, in memory order. With a term that reads the state,
 // that term does the reading.
 template <class Form>
 inline void stream_rows(float* h, const Token& t, int64_t row, int64_t width, Lanes* total) {
-  prefetch_ahead(h, kRowGroup * width);
+  const bool is_late = Form::kHasTerm && width <= kNarrow;
+  prefetch_ahead(h, kRowGroup * width, is_late ? kNarrowElementsAhead : kElementsAhead);
   if (Form::kHasTerm) return advance_rows<Form>(h, t, row, width, total);
   const Lanes decay = head_decay_of<Form>(t);
   for (int r = 0; r < kRowGroup; ++r, h += width) {
@@ -190,7 +193,7 @@ inline void write_outputs(const Token& t, int64_t row, const Lanes* total) {
 // stream_rows for the common widths, with all that the rows share in registers.
 template <class Form, int kHeld>
 inline void stream_held_rows(float* h, const Keys* keys, const float* values, Lanes* total) {
-  prefetch_ahead(h, kRowGroup * kHeld * kLanes);
+  prefetch_ahead(h, kRowGroup * kHeld * kLanes, kElementsAhead);
 #pragma GCC unroll 8
   for (int r = 0; r < kRowGroup; ++r, h += kHeld * kLanes) {
     const Lanes v = broadcast(values[r]);
