@@ -13,6 +13,7 @@ from cottention.server.api import (
     completions,
     embeddings,
     fill_mask,
+    page,
     session_events,
     sessions,
     snapshots,
@@ -122,6 +123,8 @@ def create_app(
     for router, capability in ROUTERS:
         needed = [] if capability is None else [requires(capability)]
         app.include_router(router, dependencies=needed)
+    if config.ui:
+        app.include_router(page.make_router())
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
     _add_middleware(app, keys, config, engine)
