@@ -8,7 +8,7 @@ UI := .venv-ui
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-clients test-ui screenshots docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-clients test-ui screenshots wheel test-wheel docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,6 +74,12 @@ $(UI)/ready: tests/ui/requirements.txt
 	$(UI)/bin/pip install --quiet --disable-pip-version-check --requirement tests/ui/requirements.txt
 	-npm install --silent --no-fund --no-audit --prefix $(UI)/node axe-core@4.14.1
 	@touch $@
+
+wheel: setup ## Build a wheel with the compiled ops for all instruction sets inside, into dist/
+	PYTHON=$(BIN)/python .ci/build-wheel
+
+test-wheel: wheel ## Install that wheel where there is no compiler, and serve with it
+	COTTENTION_TEST_WHEEL=$(abspath dist) $(BIN)/python -m pytest -c tests/wheel/pytest.ini tests/wheel $(ARGS)
 
 crash: setup ## Kill the server two hundred times under load, and look for what is lost
 	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/sessions/test_crash.py::test_kill_9_loses_nothing_answered
