@@ -4,6 +4,7 @@ They are static and refer to each other and to the endpoints by relative URLs, s
 below any path that a proxy puts before them.
 """
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Annotated
@@ -35,8 +36,12 @@ HEADERS = {
 """What the model wrote is shown as text; should it ever become markup, nothing of it runs."""
 
 
+@functools.cache
 def make_router() -> APIRouter:
-    """The page at /, and its other files below PAGE_PATH; they are no part of the description."""
+    """The page at /, and its other files below PAGE_PATH; they are no part of the description.
+
+    One for all applications of a process.
+    """
     router = APIRouter(include_in_schema=False)
     files = {path.name: path for path in FOLDER.iterdir() if path.suffix in MEDIA_TYPES}
     _add(router, "/", files.pop("index.html"))
