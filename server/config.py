@@ -39,6 +39,7 @@ class ServerConfig:
     served_model_name: str | None = setting(
         None, "model name in requests and responses", unset="the model's own name"
     )
+    ui: bool = setting(True, "serve a page at / that shows the model and its sessions in a browser")
     drain_seconds: float = setting(
         30.0, "time for running requests to finish after SIGTERM", minimum=0, unit="seconds"
     )

@@ -142,6 +142,18 @@ class SessionManager:
         """The events that were committed with the last turn. SnapshotError: they are damaged."""
         return self._read_head(owner, session_id, self._cache.load_events)
 
+    def recent_ids(self, owner: str, session_id: str) -> tuple[Session, tuple[int, ...]]:
+        """The session, and the ids that it keeps of its end: as many as one context window holds.
+
+        SnapshotError: they are damaged.
+        """
+
+        def read(record: SessionRecord) -> tuple[Session, tuple[int, ...]]:
+            unsaved = self._cache.unsaved(record.id)
+            return self._session(record, unsaved), self._cache.load(record).state.recent
+
+        return self._read_head(owner, session_id, read)
+
     def delete(self, owner: str, session_id: str) -> None:
         """SessionBusyError while a turn runs."""
         self._record(owner, session_id)
@@ -218,12 +230,23 @@ class SessionManager:
         self._cache.release(turn.lease)
 
     def fork(
-        self, owner: str, session_id: str, n: int, expected_position: int | None = None
+        self,
+        owner: str,
+        session_id: str,
+        n: int,
+        expected_position: int | None = None,
+        metadata: Metadata | None = None,
     ) -> list[Session]:
-        """n new sessions with the state and the checkpoints of this one."""
+        """n new sessions with the state and the checkpoints of this one.
+
+        metadata: theirs; None: that of this session.
+        """
         with self._leased(owner, session_id, expected_position) as (_, record):
             value = self._cache.load_for_turn(record)
-            forks = self._store.create([self._fork_of(record, value)] * n)
+            new = self._fork_of(record, value)
+            if metadata is not None:
+                new = replace(new, metadata=metadata)
+            forks = self._store.create([new] * n)
             return [self._park(fork, value) for fork in forks]
 
     def rewind(self, owner: str, session_id: str, expected_position: int | None = None) -> Session:

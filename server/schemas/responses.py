@@ -167,6 +167,7 @@ class Model(BaseModel):
 
     max_model_len: null where the model's files do not say it.
     root: the model's own name, also where it is served under another one.
+    chat_template: whether there is a template, without which chats are a 400.
     """
 
     id: str
@@ -177,6 +178,7 @@ class Model(BaseModel):
     parent: None
     max_model_len: int | None
     capabilities: list[Capability]
+    chat_template: bool
 
 
 class ModelList(BaseModel):
