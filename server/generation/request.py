@@ -126,8 +126,10 @@ class GenerationRequest:
 
     @property
     def is_slow_to_submit(self) -> bool:
-        """Whether it has too many ids or bad words to be checked on the event loop."""
+        """Whether it has too much to be checked on the event loop: ids, bad words, a grammar."""
         params = self.params
+        if params.structured is not None:  # its grammar is compiled
+            return True
         num_copies = params.n if params.has_penalty else 1
         num_listed = len(params.stop_token_ids) + len(params.allowed_token_ids or ())
         num_characters = 2 * sum(map(len, params.bad_words))

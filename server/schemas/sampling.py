@@ -22,6 +22,7 @@ from cottention.server.schemas.field_types import (
     ShortText,
     Strings,
 )
+from cottention.server.schemas.structured import StructuredFields
 from cottention.server.schemas.unsupported import STREAM_OPTIONS, NeutralValues
 
 MAX_CHOICES = 128
@@ -62,7 +63,7 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool = Field(False, description=BOOLEAN)
 
 
-class SamplingBody(RequestModel):
+class SamplingBody(StructuredFields):
     """Fields of completions and of chats."""
 
     nested: ClassVar[Mapping[str, type[RequestModel]]] = {"stream_options": StreamOptions}
@@ -111,7 +112,7 @@ class SamplingBody(RequestModel):
         """
         given = {name: getattr(self, name) for name in _ENGINE_FIELDS}
         own = {name: defaults[name] for name in defaults.keys() - self.model_fields_set}
-        return SamplingParams(**given | own | more)
+        return SamplingParams(**given | own | {"structured": self.structured} | more)
 
     def check_together(self, num_choices: int, choices_param: str) -> None:
         """Check fields that depend on each other. Raises ApiError.

@@ -30,15 +30,9 @@ SAMPLING: NeutralValues = {
     "repetition_min_count": (0,),
     "thinking_token_budget": (-1,),
     # vLLM: the rest
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": (ANY,),  # there is one
+    "guided_whitespace_pattern": (),  # structured_outputs has whitespace_pattern
     "return_token_offsets": (ANY,),  # only used by vLLM's render endpoints
     "return_mm_kwargs": (ANY,),  # only used for inputs other than text
     "routed_experts_prompt_start": (0,),

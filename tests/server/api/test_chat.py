@@ -299,7 +299,6 @@ def part(each: Any) -> dict[str, Any]:
         ({"tools": [{}]}, "tools", "tool calls are not supported"),
         ({"functions": [{}]}, "functions", "tool calls are not supported"),
         ({"chat_template": "x"}, "chat_template", "--chat-template"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"top_logprobs": 2}, "top_logprobs", "logprobs is true"),
         ({"logprobs": 1}, "logprobs", "true or false"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "0 to 20"),
