@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
 from cottention.server.generation.chat_template import ChatContinuation
+from cottention.server.generation.tool_calls import CallFormat
 from cottention.server.http.errors import invalid
 from cottention.server.schemas.sampling import (
     OnCancel,
@@ -43,6 +44,7 @@ class OutputOptions:
     for no log-probabilities. prompt_logprobs: the same for prompts. token_ids: of prompt and text.
     tokens_as_ids: tokens are named `token_id:N` in log-probabilities.
     has_prompt_once: what it contains of a prompt is not repeated for each choice.
+    calls: how its calls of functions are written; None for text alone.
     """
 
     echo: bool = False
@@ -51,10 +53,11 @@ class OutputOptions:
     token_ids: bool = False
     tokens_as_ids: bool = False
     has_prompt_once: bool = False
+    calls: CallFormat | None = None
 
     @property
     def is_text_only(self) -> bool:
-        """Whether a response has text and nothing else."""
+        """Whether a response has text, or calls that are read from it, and nothing else."""
         return not (self.echo or self.items_per_token or self.items_per_prompt_token)
 
     @property

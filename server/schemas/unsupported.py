@@ -53,7 +53,6 @@ CHAT: NeutralValues = {
     "metadata": (ANY,),  # nothing is stored
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (ANY,),  # there are no tools
     "prediction": (),
     "prompt_cache_key": (ANY,),
     "prompt_cache_options": (),
@@ -62,8 +61,6 @@ CHAT: NeutralValues = {
     "safety_identifier": (ANY,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM
@@ -90,10 +87,8 @@ STREAM_OPTIONS: NeutralValues = {"include_obfuscation": (False,)}
 
 REASONS: Mapping[str, str] = {
     "suffix": "the model only continues text",
-    "tools": "tool calls are not supported",
-    "functions": "tool calls are not supported",
-    "tool_choice": "tool calls are not supported",
-    "function_call": "tool calls are not supported",
+    "functions": "tools have taken its place",
+    "function_call": "tool_choice has taken its place",
     "chat_template": "the server's template is chosen with --chat-template",
     "use_beam_search": "a session has one state",
     "prompt_embeds": "prompts are text or token ids",
