@@ -11,6 +11,7 @@ from benchmarks import (
     serving,
     sessions,
     step,
+    structured,
 )
 from benchmarks.common import Report, machine, parser, write_json
 
@@ -25,6 +26,7 @@ BENCHMARKS = (
     memory,
     sessions,
     renewal,
+    structured,
 )
 
 

@@ -4,6 +4,7 @@ The library is imported where it is used: an engine that is asked for text alone
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 from cottention.engine.text.base import BaseTokenizer
@@ -51,24 +52,27 @@ def compile_grammar(tokenizer: Any, grammar: str) -> Any:
 
 Encode = Callable[[str], Sequence[int]]
 
+MAX_REMEMBERED = 4096
+"""Texts whose ids are remembered: those that grammars force are few, and come again and again."""
+
 
 def library_tokenizer(vocabulary: Vocabulary, encode: Encode) -> Any:
     """The vocabulary as llguidance reads it.
 
     encode: ids of a text. Where a grammar leaves one text, these are the ids that it allows.
     """
-    from llguidance import LLTokenizer, TokenizerWrapper
+    from llguidance import LLTokenizer
 
     class Source:
-        """What `TokenizerWrapper` takes."""
+        """What the library asks of a tokenizer, by these names."""
 
+        is_tokenizer_wrapper = True
         eos_token_id = vocabulary.eos_ids[0]
         bos_token_id = None
         tokens = vocabulary.token_bytes
         special_token_ids = sorted({*vocabulary.specials.values(), *vocabulary.eos_ids})
+        __call__ = staticmethod(lru_cache(MAX_REMEMBERED)(lambda text: list(encode(text))))
 
-        def __call__(self, text: bytes) -> list[int]:
-            return list(encode(text.decode()))
-
+    source: Any = Source()
     num_ids = len(vocabulary.token_bytes)
-    return LLTokenizer(TokenizerWrapper(Source()), n_vocab=num_ids, eos_token=vocabulary.eos_ids)
+    return LLTokenizer(source, n_vocab=num_ids, eos_token=vocabulary.eos_ids)
