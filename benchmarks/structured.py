@@ -48,7 +48,7 @@ RECORDS = {
 def measure(quick: bool) -> Report:
     """Tokens per second of constrained streams, and the answers to every schema."""
     engine = Engine(config=EngineConfig(max_slots=STREAMS))
-    speed = _speed(engine, num_turns=4 if quick else 30)
+    speed = _speed(engine, num_turns=4 if quick else 12)
     show("64 streams, free and constrained by turns", [speed])
     schemas = all_schemas()[:: 10 if quick else 1]
     answers = _answers(engine, schemas, num_seeds=2 if quick else SEEDS)

@@ -56,7 +56,35 @@ def _styled(schema: Any, whitespace: str | None = None) -> dict[str, Any]:
     if whitespace is not None:
         style |= {"whitespace_pattern": whitespace, "item_separator": ",", "key_separator": ":"}
         del style["whitespace_flexible"]
-    return schema | {"x-guidance": style}
+    is_combined = '"allOf"' in json.dumps(schema)  # what it combines may be anywhere, by $ref
+    return {**_closed(schema, is_part=is_combined), "x-guidance": style}
+
+
+_COMBINING = {"anyOf", "oneOf", "$ref", "if", "not", "patternProperties"}
+"""Keywords beside which an object's properties are not all that it may have."""
+
+
+def _closed(schema: Any, *, is_part: bool = False) -> Any:
+    """A schema whose objects have no other properties than those it names, unless it says so.
+
+    All that follows it follows the given one, too. Models add properties without end otherwise.
+    is_part: of a schema that others are combined with, which is left as it is.
+    """
+    if isinstance(schema, list):
+        return [_closed(each, is_part=is_part) for each in schema]
+    if not isinstance(schema, dict) or is_part:
+        return schema
+    found: dict[str, Any] = dict(schema)
+    for name, value in schema.items():
+        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
+            found[name] = {key: _closed(each) for key, each in value.items()}
+        elif name in ("items", "prefixItems", "additionalProperties"):
+            found[name] = _closed(value)
+        elif name in ("anyOf", "oneOf"):
+            found[name] = _closed(value, is_part="properties" in schema)
+    if "properties" in schema and not _COMBINING & schema.keys():
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 def _escaped(text: str) -> str:

@@ -50,7 +50,7 @@ class StructuredOutputs(BaseModel):
     grammar: str | None = None
     whitespace_pattern: str | None = None
     disable_any_whitespace: bool | None = None
-    disable_additional_properties: Literal[False] | None = None
+    disable_additional_properties: bool | None = None
 
 
 def _given(value: dict[str, Any]) -> dict[str, Any]:
@@ -133,10 +133,9 @@ def _structured_outputs(value: Any, info: ValidationInfo) -> TextStructure | Non
     if whitespace is not None:
         _text(f"{name}.whitespace_pattern", whitespace)
     for option in ("disable_any_whitespace", "disable_additional_properties"):
-        found = given.pop(option, False)
-        allowed = (True, False) if option == "disable_any_whitespace" else (False,)
-        if not isinstance(found, bool) or found not in allowed:
-            raise field_error(f"{name}.{option} must be false; it is {shown(found)}")
+        found = given.pop(option, True)  # they are how JSON is written, whatever is asked
+        if not isinstance(found, bool):
+            raise field_error(f"{name}.{option} must be true or false; it is {shown(found)}")
     if len(given) != 1 or not given.keys() <= _KINDS.keys():
         names = ", ".join(given) or "none"
         raise field_error(f"{name} must be {STRUCTURED}; it has {shown(names)}")

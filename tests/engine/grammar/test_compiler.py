@@ -75,6 +75,30 @@ def test_options_in_a_schema_do_not_change_how_it_is_followed(compiler: GrammarC
         compiler.compile(lenient)
 
 
+A = {"type": "object", "properties": {"a": {"type": "null"}}}
+B = {"type": "object", "properties": {"b": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+    ("value", "closed", "opened"),
+    [
+        (A, '{"a": null}', '{"x": 1}'),
+        ({"type": "array", "items": A}, "[{}]", '[{"x": 1}]'),
+        ({"anyOf": [A, {"$ref": "#/$defs/b"}], "$defs": {"b": B}}, '{"b": null}', '{"x": 1}'),
+        (A | {"additionalProperties": {"type": "integer"}}, '{"x": 1}', '{"x": true}'),
+        ({"type": "object"}, '{"x": 1}', '{"x": ]'),
+        ({"allOf": [A, B]}, '{"a": null, "b": null}', '{"a": 1}'),
+        ({"allOf": [{"$ref": "#/$defs/a"}, B], "$defs": {"a": A}}, '{"a": null, "b": null}', "1"),
+    ],
+)
+def test_an_object_has_the_properties_that_its_schema_names(
+    compiler: GrammarCompiler, value: Any, closed: str, opened: str
+) -> None:
+    """Any others would be valid, and small models write them without end."""
+    assert is_complete(compiler, schema(value), closed)
+    assert not is_complete(compiler, schema(value), opened)
+
+
 CHAIN = "\n".join(f'R{i}: "a" R{i + 1}' for i in range(4000))
 
 

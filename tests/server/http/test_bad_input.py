@@ -144,9 +144,9 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {}}, "structured_outputs", "one of json, json_object, regex"),
     ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "regex, json"),
     (
-        {"structured_outputs": {"regex": "a", "disable_additional_properties": True}},
+        {"structured_outputs": {"regex": "a", "disable_additional_properties": 1}},
         "structured_outputs",
-        "disable_additional_properties must be false",
+        "disable_additional_properties must be true or false",
     ),
     ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "not possible with guided_regex"),
 ]
