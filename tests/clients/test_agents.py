@@ -130,6 +130,12 @@ def test_instructor(client: OpenAI, served: Served, mode: instructor.Mode) -> No
 
 
 def test_dspy(served: Served) -> None:
+    class Local(dspy.LM):
+        """Of a model that the client's catalogue does not know: it is told what that can do."""
+
+        supports_response_schema = True
+        supported_params = frozenset({"response_format"})
+
     class Ask(dspy.Signature):
         """Answer a question."""
 
@@ -138,7 +144,7 @@ def test_dspy(served: Served) -> None:
         warm: bool = dspy.OutputField()
 
     name = f"openai/{served.model}"
-    model = dspy.LM(name, api_base=served.base_url, api_key=served.key, cache=False, **LIMITS)
+    model = Local(name, api_base=served.base_url, api_key=served.key, cache=False, **LIMITS)
     with dspy.context(lm=model, adapter=dspy.JSONAdapter()):
         answer = dspy.Predict(Ask)(question=SAID)
     assert answer.city in ("Rome", "Oslo")
