@@ -42,10 +42,15 @@ def is_complete(compiler: GrammarCompiler, structure: StructuredOutput, text: st
 @pytest.mark.parametrize(
     ("structure", "texts", "others"),
     [
-        (schema({"type": "integer"}), ["0", "-12"], ["01", "1.5", '"1"']),
+        (schema({"type": "integer"}), ["0", "-12"], ["01", "1.5", '"1"', "9" * 17]),
         (schema({"enum": ["a", 1]}), ['"a"', "1"], ["a"]),
         (schema({"const": {"a": [1, 2]}}), ['{"a": [1, 2]}'], ['{"a":[1,2]}', '{ "a": [1, 2]}']),
         (schema(True), ["null"], ["nul"]),
+        (
+            schema({"type": "string", "pattern": r'^[^"\\]+$'}),
+            ['"a b"'],
+            [r'"a\"b"', r'"a\\b"'],
+        ),
         (TextStructure("regex", "[a-c]+"), ["a", "abc"], ["abd", ""]),
         (TextStructure("regex", "^ab?$"), ["a", "ab"], ["abb"]),
         (
