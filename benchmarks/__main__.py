@@ -10,6 +10,7 @@ from benchmarks import (
     sampling,
     serving,
     sessions,
+    shared_prefix,
     step,
     structured,
 )
@@ -21,6 +22,7 @@ BENCHMARKS = (
     families,
     sampling,
     serving,
+    shared_prefix,
     long_prefill,
     position,
     memory,

@@ -213,6 +213,7 @@ def _sampling_input(target: SamplingTarget) -> SamplingInput:
         request.constraints,
         is_early,
         None if matcher is None else matcher.mask,
+        choice.history.repeat_penalties(),
     )
 
 

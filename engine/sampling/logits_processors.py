@@ -1,7 +1,7 @@
 """Masks, bias and penalties of requests, applied to their own rows of the logits.
 
-The order is vLLM's: masks, those of grammars among them, then bias, then penalties. Rows are
-processed together, because a call costs more than its work.
+The order is vLLM's: masks, those of grammars among them, then bias, then penalties, of which DRY is
+the last. Rows are processed together, because a call costs more than its work.
 
 Letters: R rows, N vocabulary, M ids of several rows, concatenated, W words of a packed mask.
 """
@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from cottention.engine.sampling.dry import RepeatPenalties
 from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS, TokenConstraints
 from cottention.engine.sampling.token_history import TokenCounts
 from cottention.engine.sampling_params import SamplingParams
@@ -30,6 +31,7 @@ class LogitsAdjustment:
     masked_token_ids: ids that must not be sampled in this step, besides those of the constraints.
     is_early: whether stop ids must not be sampled yet.
     grammar_mask: ids that the row's grammar allows, packed, int32 [W]; None without a grammar.
+    repeats: what is subtracted from the logits of ids that would go on with a repetition.
     """
 
     params: SamplingParams
@@ -38,6 +40,7 @@ class LogitsAdjustment:
     constraints: TokenConstraints = NO_CONSTRAINTS
     is_early: bool = False
     grammar_mask: Tensor | None = None
+    repeats: RepeatPenalties | None = None
 
     @property
     def mask(self) -> Tensor | None:
@@ -50,7 +53,7 @@ class LogitsAdjustment:
     def __bool__(self) -> bool:
         tensors = (self.mask, self.constraints.biases, self.grammar_mask)
         has_ids = any(each is not None for each in tensors)
-        return has_ids or bool(self.masked_token_ids or self.counts)
+        return has_ids or bool(self.masked_token_ids or self.counts or self.repeats)
 
 
 def adjust_logits(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
@@ -60,6 +63,7 @@ def adjust_logits(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -
     _apply_masked_token_ids(logits, adjustments)
     _apply_logit_bias(logits, adjustments)
     _apply_penalties(logits, adjustments)
+    _apply_repeat_penalties(logits, adjustments)
 
 
 def _apply_masks(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
@@ -157,6 +161,16 @@ def _apply_penalties(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]
     frequency = penalty(lambda params: params.frequency_penalty)
     presence = penalty(lambda params: params.presence_penalty)
     logits.put_(places, seen - (frequency * times + presence * (times > 0)))
+
+
+def _apply_repeat_penalties(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
+    rows = {row: one.repeats for row, one in adjustments.items() if one.repeats is not None}
+    if not rows:
+        return
+    ids = {row: torch.from_numpy(each.ids).to(logits.device) for row, each in rows.items()}
+    penalties = [torch.from_numpy(each.penalties) for each in rows.values()]
+    places = _places(logits, ids)
+    logits.view(-1).index_add_(0, places, torch.cat(penalties).to(logits.device), alpha=-1)
 
 
 def _places(logits: Tensor, ids: Mapping[int, Tensor]) -> Tensor:

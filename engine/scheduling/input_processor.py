@@ -4,7 +4,7 @@ May be used from any thread.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -13,6 +13,7 @@ from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import EncodeParams
 from cottention.engine.errors import ParameterError
 from cottention.engine.grammar.compiler import Grammar, GrammarCompiler
+from cottention.engine.sampling.dry import BreakerIds, RepeatRules
 from cottention.engine.sampling.logits_processors import unpacked
 from cottention.engine.sampling.token_constraints import TokenConstraints, encode_bad_words
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary, shortened
@@ -64,6 +65,7 @@ class RequestLimits:
     def check_params(self, params: SamplingParams) -> None:
         """The same for parameters."""
         self._check_set("stop_token_ids", params.stop_token_ids)
+        self._check_set("logprob_token_ids", params.logprob_token_ids or ())
         self._check_ids("logit_bias", "ids in logit_bias", params.logit_bias)
         if params.allowed_token_ids is not None:
             self._check_allowed(params.allowed_token_ids)
@@ -155,6 +157,7 @@ class InputProcessor:
         self.limits = limits
         self.policies = policies
         self._grammars = grammars
+        self._breakers = BreakerIds(tokenizer.written_bytes)
         self._last: tuple[SamplingParams, TokenConstraints, Grammar | None] | None = None
 
     def tokenize(self, prompt: Prompt) -> Sequence[int]:
@@ -198,5 +201,9 @@ class InputProcessor:
         structured = params.structured
         grammar = None if structured is None else self._grammars.compile(structured)
         self.limits.check_first_token(params, constraints, grammar)
+        if params.has_dry:
+            is_breaker = self._breakers.find(params.dry_sequence_breakers)
+            rules = RepeatRules.of(params, is_breaker, self.policies.window)
+            constraints = replace(constraints, repeats=rules)
         self._last = params, constraints, grammar
         return constraints, grammar

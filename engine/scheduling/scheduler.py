@@ -14,7 +14,6 @@ from cottention.engine.scheduling.batch import Batch, LookaheadRow, PrefillChunk
 from cottention.engine.scheduling.client import Client
 from cottention.engine.scheduling.fair_queue import FairQueue
 from cottention.engine.scheduling.request import Choice, Request
-from cottention.engine.state.prefix_cache import BLOCK
 
 _PREFILL_SHARE = 4
 """Prompts get at least 1/4 of the budget, and the oldest prompt 1/4 of what prompts get."""
@@ -168,16 +167,20 @@ class Scheduler:
         return min(left, max(_MIN_PREFILL_TOKENS, num_decode) if limit is None else limit)
 
     def _schedule_prefill(self, budget: int) -> list[PrefillChunk]:
-        """Chunks, shortest remaining prompt first; a share is reserved for the oldest prompt."""
+        """Chunks, shortest remaining prompt first; a share is reserved for the oldest prompt.
+
+        What is held comes after what it waits for.
+        """
         chunks = []
-        oldest = self._prefilling[0] if self._prefilling else None
+        prompts = [request for request in self._prefilling if not request.is_held]
+        oldest = prompts[0] if prompts else None
         reserved = max(1, budget // _PREFILL_SHARE)
-        for request in sorted(self._prefilling, key=_num_left):
+        for request in sorted(prompts, key=_num_left):
             if request is oldest:
                 reserved = 0
             if budget > reserved:
                 start = request.num_prefilled
-                stop = _chunk_stop(request, start + budget - reserved)
+                stop = min(request.next_stop, start + budget - reserved)
                 budget -= stop - start
                 chunks.append(PrefillChunk(request, request.prefill_spans[0], start, stop))
         return chunks
@@ -203,22 +206,11 @@ class Scheduler:
             self.remove_choice(choice)
 
 
-def _chunk_stop(request: Request, limit: int) -> int:
-    """Where the next chunk ends, at most at `limit`.
-
-    With prefix reuse it is a whole number of blocks where possible, because states are cached
-    there.
-    """
-    span = request.prefill_spans[0]
-    stop = min(span.stop, limit)
-    if request.prefix is None or span.is_spare:
-        return stop
-    block_stop = min(stop, span.stop - 1) // BLOCK * BLOCK
-    return block_stop if block_stop > request.num_prefilled else stop
-
-
 def _num_left(request: Request) -> int:
-    return request.prefill_stop - request.num_prefilled
+    """Ids of the prompt, or of a shorter one that waits for it."""
+    left = request.prefill_stop - request.num_prefilled
+    followers = request.num_left_of_followers
+    return left if followers is None else min(left, followers)
 
 
 def _num_unfinished(requests: list[Request]) -> int:

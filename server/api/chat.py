@@ -19,13 +19,19 @@ from cottention.server.generation.chat_template import (
 )
 from cottention.server.generation.choice_format import ChatFormatter
 from cottention.server.generation.control_tokens import ControlTokens, Message, RenderedChat
+from cottention.server.generation.message_boundaries import message_boundaries
 from cottention.server.generation.request import OutputOptions, ParsedRequest, truncate_prompt
 from cottention.server.generation.responses import EndpointFormat
-from cottention.server.generation.tool_calls import CallFormat
-from cottention.server.generation.tool_formats import as_text, instructed
+from cottention.server.generation.tools.calls import CallFormat
+from cottention.server.generation.tools.formats import as_text, instructed
 from cottention.server.http.body import is_text
 from cottention.server.http.errors import invalid
-from cottention.server.schemas.chat import ChatRequest, chat_request, unknown_keys
+from cottention.server.schemas.chat import (
+    ChatRequest,
+    RenderedMessages,
+    chat_request,
+    unknown_keys,
+)
 from cottention.server.schemas.responses import ChatCompletion
 
 if TYPE_CHECKING:
@@ -75,17 +81,25 @@ def parse_chat(fields: dict[str, Any], context: Context) -> ParsedRequest:
     calls = _call_format(body, template)
     params = _params(body, context, template.stop, calls)
     tokenizer, control = context.tokenizer, control_tokens(context, template)
-    messages, tools = _with_tools(body.messages, template, calls)
-    chat = render(
-        template, messages, body.add_generation_prompt, body.chat_template_kwargs, control, tools
-    )
+    messages, tools = with_tools(body.messages, template, calls)
+    chat = render(template, body, control, messages, tools)
     ids = encode_chat(chat, tokenizer, control, add_special_tokens=body.add_special_tokens)
     prompts = [truncate_prompt(ids, body, context.trained_length)]
+    is_plain = body.session_id is None and body.truncate_prompt_tokens is None
+    boundaries: tuple[int, ...] = ()
+    if is_plain and not body.add_special_tokens:
+        boundaries = message_boundaries(chat.text, messages, ids, tokenizer)
     continuation = None
     if body.session_id is not None:
         continuation = _continuation(body, template, chat, tokenizer, control, tools)
-    output = _output_options(body, calls)
-    return ParsedRequest(body, params, output, prompts, continuation=continuation)
+    return ParsedRequest(
+        body,
+        params,
+        _output_options(body, calls),
+        prompts,
+        continuation=continuation,
+        boundaries=boundaries,
+    )
 
 
 def _call_format(body: ChatRequest, template: ChatTemplate) -> CallFormat | None:
@@ -94,7 +108,7 @@ def _call_format(body: ChatRequest, template: ChatTemplate) -> CallFormat | None
     return None if options is None else CallFormat(template.tool_format, options)
 
 
-def _with_tools(
+def with_tools(
     messages: Sequence[Message], template: ChatTemplate, calls: CallFormat | None
 ) -> tuple[Sequence[Message], Sequence[Mapping[str, Any]]]:
     """Messages and functions as the template takes them.
@@ -120,9 +134,15 @@ def _continuation(
 
     Raises ApiError.
     """
-    variables = body.chat_template_kwargs | {"add_generation_prompt": body.add_generation_prompt}
     messages = body.messages if template.has_tools else as_text(body.messages)
-    found = render_after(template, messages, variables, control, tools)
+    found = render_after(
+        template,
+        messages,
+        _variables(body),
+        control,
+        tools,
+        continues_last=body.continue_final_message,
+    )
     if found is None:
         is_opened = chat.text.startswith(template.opening)
         found = chat.after(len(template.opening) if is_opened else 0), ""
@@ -147,18 +167,28 @@ def control_tokens(context: Context, template: ChatTemplate) -> ControlTokens | 
     return ControlTokens.of(context.tokenizer, template.literals)
 
 
+def _variables(body: RenderedMessages) -> dict[str, Any]:
+    """The template's variables; a last message that goes on is followed by no other."""
+    begins_answer = body.add_generation_prompt and not body.continue_final_message
+    return body.chat_template_kwargs | {"add_generation_prompt": begins_answer}
+
+
 def render(
     template: ChatTemplate,
-    messages: Sequence[Message],
-    add_generation_prompt: bool,
-    kwargs: dict[str, Any],
+    body: RenderedMessages,
     control: ControlTokens | None,
+    messages: Sequence[Message],
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> RenderedChat:
-    """The text of a chat's prompt. Raises ApiError."""
-    variables = kwargs | {"add_generation_prompt": add_generation_prompt}
+    """The text of a chat's prompt: `messages` are its own as the template takes them.
+
+    Raises ApiError.
+    """
+    variables = _variables(body)
     try:
         chat = template.track(messages, variables, control, tools)
+        if body.continue_final_message:
+            chat = template.up_to_last_content(chat, messages, variables)
     except ChatTemplateError as error:
         raise invalid("messages", str(error)) from None
     if not chat.text:
@@ -220,7 +250,7 @@ def _output_options(body: ChatRequest, calls: CallFormat | None) -> OutputOption
     return OutputOptions(
         calls=calls,
         has_prompt_once=True,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs=body.num_alternatives((body.top_logprobs or 0) if body.logprobs else None),
         prompt_logprobs=body.prompt_logprobs,
         token_ids=body.return_token_ids,
         tokens_as_ids=body.return_tokens_as_token_ids,

@@ -35,7 +35,7 @@ from cottention.server.generation.template_environment import (
     variables_of,
 )
 from cottention.server.generation.template_files import choose_source, special_tokens
-from cottention.server.generation.tool_formats import PLAIN_JSON, ToolFormat, format_of
+from cottention.server.generation.tools.formats import PLAIN_JSON, ToolFormat, format_of
 
 if TYPE_CHECKING:
     from cottention.engine.text.base import BaseTokenizer
@@ -151,6 +151,26 @@ class ChatTemplate:
         except UntrackableError as error:
             raise ChatTemplateError(f"the chat template {error}") from None
 
+    def up_to_last_content(
+        self, chat: RenderedChat, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> RenderedChat:
+        """The prompt up to the end of the last message's content, which an answer goes on with.
+
+        chat: what `track` made of the messages. White space at the end of the content stays if the
+        template keeps it. Raises ChatTemplateError.
+        """
+        mark = f"mark{secrets.token_hex(8)}"
+        *others, last = messages
+        marked = {**last, "content": f"{last['content']}{mark}"}
+        begin, found, _ = self.render([*others, marked], variables).partition(mark)
+        for kept in (begin, begin.rstrip()):
+            if found and kept and chat.text.startswith(kept):
+                return chat.until(len(kept))
+        raise ChatTemplateError(
+            "the chat template does not write the last message as it is, so that it cannot be"
+            " continued"
+        )
+
 
 def find_template(choice: str | None, folder: Path) -> ChatTemplate | UnusableTemplate | None:
     """The chosen template, else the model folder's own, else None.
@@ -239,9 +259,12 @@ def render_after(
     variables: Mapping[str, Any],
     control: ControlTokens | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    continues_last: bool = False,
 ) -> tuple[RenderedChat, str] | None:
     """What a template writes after an assistant's message, and the seam with which that begins.
 
+    continues_last: only up to the end of the last message's content.
     None if the template rejects `messages` at that place.
     """
     mark = f"mark{secrets.token_hex(8)}"
@@ -249,6 +272,8 @@ def render_after(
     marked = [*past, {**messages[0], "content": mark}]
     try:
         whole = template.track([*past, *messages], variables, control, tools)
+        if continues_last:
+            whole = template.up_to_last_content(whole, [*past, *messages], variables)
         seams = template.render(marked, variables).split(mark)
     except ChatTemplateError:
         return None

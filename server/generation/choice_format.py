@@ -23,7 +23,7 @@ from cottention.server.generation.json_pieces import (
 )
 from cottention.server.generation.output_stream import OutputDelta, TokenDeltas
 from cottention.server.generation.request import GenerationRequest
-from cottention.server.generation.tool_calls import CallReader
+from cottention.server.generation.tools.calls import CallReader
 from cottention.server.schemas.responses import JsonObject
 
 if TYPE_CHECKING:

@@ -8,6 +8,8 @@ function of the prompt, so that a test can ask for a fault or for a certain text
     "quiet"       says nothing until its last token
     "loud"        says each letter ten thousand times
     "say:<text>"  says exactly <text>, a character a step, then stops
+
+It waits while `may_step` is cleared: by a test, or by itself after `hold_after` generated tokens.
 """
 
 import threading
@@ -21,6 +23,7 @@ from cottention.engine.outputs import EngineStats, FinishReason, Output, TokenLo
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.scheduling.context_policy import ContextPolicies
+from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
 
@@ -89,6 +92,7 @@ class Running:
     prompt_ids: Sequence[int]
     priority: int = 0
     client: Client = DEFAULT_CLIENT
+    cache: CacheUse | None = None
     said: int = 0
     cancelled_at: int | None = None
     is_paused: bool = False
@@ -115,6 +119,7 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self.may_step = threading.Event()
         self.may_step.set()
+        self.hold_after: int | None = None
         self.running: dict[str, Running] = {}
         self.cancelled: list[Cancelled] = []
         self.num_steps = self.num_prompt = self.num_generated = 0
@@ -130,7 +135,7 @@ class FakeEngine:
         request_id: str,
         priority: int = 0,
         start: SessionState | None = None,
-        cache_scope: str | None = None,  # noqa: ARG002
+        cache: CacheUse | None = None,
         client: Client = DEFAULT_CLIENT,
     ) -> str:
         start = None if start is None else self.policies.settled(start, params)
@@ -155,7 +160,7 @@ class FakeEngine:
             self.running[request_id] = Running(
                 prompt, params, prompt_ids, priority, unfinished=set(range(params.n)), start=start
             )
-            self.running[request_id].client = client
+            self.running[request_id].client, self.running[request_id].cache = client, cache
             self.seen.append(self.running[request_id])
         return request_id
 
@@ -187,7 +192,11 @@ class FakeEngine:
         time.sleep(self.step_seconds)
         with self._lock:
             self.num_steps += 1
-            return [out for name in list(self.running) for out in self._step_one(name)]
+            outputs = [out for name in list(self.running) for out in self._step_one(name)]
+            if self.hold_after is not None and self.num_generated >= self.hold_after:
+                self.hold_after = None
+                self.may_step.clear()
+            return outputs
 
     def close(self) -> list[Output]:
         with self._lock:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from cottention.server.generation.chat_template import ChatTemplate, find_template
-from cottention.server.generation.tool_calls import CallFormat, CallReader
-from cottention.server.generation.tool_formats import (
+from cottention.server.generation.tools.calls import CallFormat, CallReader
+from cottention.server.generation.tools.formats import (
     HERMES,
     LLAMA_3,
     MISTRAL,

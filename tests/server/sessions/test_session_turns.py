@@ -10,6 +10,7 @@ import pytest
 
 from cottention.engine.errors import SnapshotError
 from cottention.engine.state.session_state import SessionState
+from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.chat_template import find_template
 from cottention.server.generation.request import TurnOptions
 from cottention.server.sessions.turn_queue import Caller, TurnQueue
@@ -188,7 +189,8 @@ async def cancelled_in_mid_turn(turns: TurnQueue, session_id: str, seconds: floa
 
     async def work() -> None:
         terms = TurnOptions(session_id, on_conflict="wait")
-        async with turns.turn(Caller("", None), terms, nobody) as turn:
+        never = Cancellation(lambda _: None)
+        async with turns.turn(Caller("", None), terms, nobody, never) as turn:
             await turn.commit(turn.state)
 
     task = asyncio.create_task(work())

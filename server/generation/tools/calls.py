@@ -7,7 +7,7 @@ end of the arguments, which are JSON, has to be looked for.
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cottention.server.generation.tool_formats import ToolFormat
+from cottention.server.generation.tools.formats import ToolFormat
 from cottention.server.schemas.tools import CallOptions
 
 Delta = dict[str, Any]
