@@ -63,7 +63,8 @@ $(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt
 	echo '*' > $(CLIENTS)/.gitignore
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt torch==2.13.0
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt --editable '.[clients]'
-	-npm install --silent --no-fund --no-audit --prefix $(CLIENTS)/node openai@7.57.0
+	-npm install --silent --no-fund --no-audit --prefix $(CLIENTS)/node openai@7.57.0 \
+	  ai@6.0.326 @ai-sdk/openai-compatible@2.0.92 zod@4.6.7
 	@touch $@
 
 test-ui: setup $(UI)/ready ## Test the page in Chromium (skips where none is installed)

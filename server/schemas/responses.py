@@ -119,16 +119,31 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class CalledFunction(BaseModel):
+    """A function that the model calls, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(BaseModel):
-    """The message that the model generated."""
+    """The message that the model generated; content is null where it has calls alone."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
     annotations: None
     audio: None
     function_call: None
-    tool_calls: None
+    tool_calls: list[ToolCall] | None
     reasoning: None
 
 
@@ -138,7 +153,7 @@ class ChatChoice(BaseModel):
     index: int
     message: Message
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
     stop_reason: str | int | None
     context_start: int
     token_ids: list[int] | None = None
