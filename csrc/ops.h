@@ -54,6 +54,8 @@ Tensor selective_scan(const Tensor& u, const Tensor& delta, const Tensor& log_de
 Tensor short_convolution(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                          const Tensor& tails, const Tensor& state_indices,
                          const std::optional<Tensor>& cu_seqlens);
+void apply_token_bitmask(const Tensor& logits, const Tensor& rows, const Tensor& bitmask,
+                         const Tensor& places);
 Tensor sample(const Tensor& logits, const Tensor& argmax, const Tensor& sampling_rows);
 void cottention_attention_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                                const Tensor& cos, const Tensor& sin, const Tensor& state,

@@ -31,6 +31,8 @@ STABLE_TORCH_LIBRARY(cottention, m) {
       "Tensor state_indices, Tensor? cu_seqlens=None) -> Tensor");
   m.def("argmax(Tensor logits) -> Tensor");
   m.def("sample(Tensor logits, Tensor argmax, Tensor sampling_rows) -> Tensor");
+  m.def(
+      "apply_token_bitmask(Tensor(a!) logits, Tensor rows, Tensor bitmask, Tensor places) -> ()");
   m.def("linear_out(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_add(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float epsilon, Tensor(a!) out) -> ()");
@@ -71,6 +73,7 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("short_convolution", TORCH_BOX(&cottention::short_convolution));
   m.impl("argmax", TORCH_BOX(&cottention::argmax));
   m.impl("sample", TORCH_BOX(&cottention::sample));
+  m.impl("apply_token_bitmask", TORCH_BOX(&cottention::apply_token_bitmask));
   m.impl("linear_out", TORCH_BOX(&cottention::linear_out));
   m.impl("linear_add", TORCH_BOX(&cottention::linear_add));
   m.impl("layer_norm", TORCH_BOX(&cottention::layer_norm));

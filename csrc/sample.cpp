@@ -1,5 +1,5 @@
 // sample on the CPU: a random token id for each row of logits, after temperature, min_p, top_k and
-// top_p.
+// top_p; and apply_token_bitmask, which leaves only the ids of a packed mask.
 //
 // The weights of ids (unnormalised probabilities) are computed in sampling_weights.h; here the ids
 // that top_k and top_p keep are selected, and one is drawn by inverting the cumulative sum. Ids of
@@ -18,6 +18,8 @@ namespace cottention {
 namespace {
 
 constexpr int64_t kLogitsPerThread = 4096;
+constexpr int64_t kMaskedPerThread = 65536;
+constexpr int64_t kWordBits = 32;
 
 struct SamplingRow {
   double uniform, temperature, min_p, top_k, top_p;
@@ -171,7 +173,46 @@ int64_t sample_one(SamplingWeightsParams p, const SamplingRow& params, Candidate
   return candidates.pick(params.uniform);
 }
 
+// Logits of a word's ids: those whose bit is not set become -inf.
+void mask_word(float* x, int64_t count, uint32_t bits) {
+  constexpr float kNever = -std::numeric_limits<float>::infinity();
+  if (bits == 0) {
+    std::fill(x, x + count, kNever);
+  } else if (bits != ~uint32_t{0}) {
+    for (int64_t bit = 0; bit < count; ++bit) x[bit] = bits >> bit & 1 ? x[bit] : kNever;
+  }
+}
+
 }  // namespace
+
+// logits [R, N], rows any distance apart, changed in place; bitmask int32 [M, W]; rows and places
+// int64 [B]: row rows[b] keeps its logits where bit i % 32 of word i / 32 of bitmask[places[b]] is
+// set, and gets -inf elsewhere, below 32 W.
+void apply_token_bitmask(const Tensor& logits, const Tensor& rows, const Tensor& bitmask,
+                         const Tensor& places) {
+  check_rows(logits, "logits", 2);
+  check_contiguous(rows, "rows", 1, ScalarType::Long);
+  check_contiguous(bitmask, "bitmask", 2, ScalarType::Int);
+  check_contiguous(places, "places", 1, ScalarType::Long);
+  const int64_t count = rows.size(0), words = bitmask.size(1);
+  check_size(places, "places", 0, count);
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  const int64_t* place = places.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(row[i] >= 0 && row[i] < logits.size(0), "row ", row[i], " is out of range");
+    STD_TORCH_CHECK(place[i] >= 0 && place[i] < bitmask.size(0), "place ", place[i],
+                    " is out of range");
+  }
+  float* x = logits.mutable_data_ptr<float>();
+  const int32_t* bits = bitmask.const_data_ptr<int32_t>();
+  const int64_t columns = std::min(logits.size(1), kWordBits * words);
+  for_each_task(count, ceil_div(kMaskedPerThread, std::max<int64_t>(1, columns)), [&](int64_t i) {
+    float* first = x + row[i] * logits.stride(0);
+    const int32_t* word = bits + place[i] * words;
+    for (int64_t start = 0; start < columns; start += kWordBits, ++word)
+      mask_word(first + start, std::min(kWordBits, columns - start), *word);
+  });
+}
 
 // logits [R, N], rows any distance apart; argmax int64 [R], the index of each row's largest logit;
 // sampling_rows float64 [R, 5]: a random number in [0, 1), temperature, min_p, top_k, top_p →

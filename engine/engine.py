@@ -180,10 +180,10 @@ class Engine:
     def _process(self, batch: Batch, result: BatchResult) -> list[Output]:
         """Bring the requests of a batch up to date with its result."""
         self._num_steps += 1
+        self._advance_matchers(result.samples)
         outputs = self._request_manager.advance(batch, result)
         for sample in result.samples:
             outputs += self._append_token(sample)
-        self._advance_matchers(result.samples)
         self._num_unsampled += len(result.unsampled)
         for request in dict.fromkeys(choice.request for choice in result.unsampled):
             error = _grammar_error(request) or NO_SAMPLE

@@ -27,8 +27,8 @@ MAX_KEPT_SIZE = 1024**2
 class Grammar:
     """A compiled grammar.
 
-    native: the library's matcher at the beginning. first_mask, end_mask: int32 [W], of the first
-    id, and of the ids that end a text.
+    native: the library's matcher at the beginning. first_mask: int32 [1, W], of the first id.
+    end_mask: int32 [W], of the ids that end a text.
     """
 
     native: Any
@@ -99,7 +99,7 @@ class GrammarCompiler:
             return self._native, self._trial
 
     def _first_mask(self, native: Any) -> Tensor:
-        mask = torch.zeros(num_words(self._tokenizer.num_ids), dtype=torch.int32)
+        mask = torch.zeros(1, num_words(self._tokenizer.num_ids), dtype=torch.int32)
         native.unsafe_compute_mask_ptr(mask.data_ptr(), mask.nbytes)
         return mask
 

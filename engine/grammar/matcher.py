@@ -17,6 +17,13 @@ import torch
 from torch import Tensor
 
 
+class MaskRow(NamedTuple):
+    """A mask where it lies: row `place` of masks int32 [R, W] that were computed together."""
+
+    masks: Tensor
+    place: int
+
+
 class MaskResult(NamedTuple):
     """Masks of the choices of one step, int32 [R, W]; errors: by their place, of those without."""
 
@@ -30,17 +37,17 @@ class Matcher:
     def __init__(self, native: Any, first_mask: Tensor, end_mask: Tensor) -> None:
         """native: the library's own, of this choice alone.
 
-        first_mask, end_mask: int32 [W], of the first id, and of the ids that end a text.
+        first_mask: int32 [1, W], of the first id. end_mask: int32 [W], of the ids that end a text.
         """
         self.native = native
         self._end_mask = end_mask
-        self._mask = first_mask
+        self._mask = MaskRow(first_mask, 0)
         self._error = ""
         self._pending: tuple[Future[MaskResult], int] | None = None
 
     @property
-    def mask(self) -> Tensor:
-        """The ids that may be next, int32 [W]: none after an error. Waits for the worker."""
+    def mask(self) -> MaskRow:
+        """The ids that may be next: none after an error. Waits for the worker."""
         self._settle()
         return self._mask
 
@@ -53,7 +60,8 @@ class Matcher:
     @property
     def is_complete(self) -> bool:
         """Whether nothing but an end of the text may be next."""
-        return not bool((self.mask & ~self._end_mask).any())
+        masks, place = self.mask
+        return not bool((masks[place] & ~self._end_mask).any())
 
     def await_mask(self, result: Future[MaskResult], place: int) -> None:
         """Take the next mask from this result, at this place, when it is there."""
@@ -64,7 +72,7 @@ class Matcher:
             result, place = self._pending
             masks, errors = result.result()
             self._pending = None
-            self._mask, self._error = masks[place], errors.get(place, "")
+            self._mask, self._error = MaskRow(masks, place), errors.get(place, "")
 
 
 class MaskWorker:

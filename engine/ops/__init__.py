@@ -8,6 +8,8 @@ gradients.
 Letters: B segments, N tokens, R rows, H heads, K key width, V value width, S slots, D head width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ from cottention.engine.ops.fused import (
 )
 from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack, row_product
 from cottention.engine.ops.loader import Backend, backend, compiled_takes, warn_reference
-from cottention.engine.ops.reference import NO_INDEX, PADDING_SLOT, rotate
+from cottention.engine.ops.reference import NO_INDEX, PADDING_SLOT, rotate, unpack_bitmask
 from cottention.engine.ops.varlen import Segments, check_state_indices
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "FixedOrderLinear",
     "FixedOrderNorm",
     "Segments",
+    "apply_token_bitmask",
     "argmax",
     "backend",
     "can_fuse_attention",
@@ -85,6 +88,7 @@ __all__ = [
     "sin",
     "softplus",
     "tanh",
+    "unpack_bitmask",
 ]
 
 MAX_RECURRENT_TOKENS = 32
@@ -218,6 +222,22 @@ def argmax(logits: Tensor) -> Tensor:
         out: Tensor = torch.ops.cottention.argmax(logits)
         return out
     return reference.argmax(logits)
+
+
+def apply_token_bitmask(
+    logits: Tensor, rows: Sequence[int], bitmask: Tensor, places: Sequence[int]
+) -> None:
+    """Set to −∞ what a packed mask does not have, in rows of logits [R, N], in place.
+
+    bitmask int32 [M, W], contiguous, on the CPU: row rows[i] keeps the ids whose bit id % 32 of
+    word id / 32 of bitmask[places[i]] is set, and those from 32 W on. Raises RuntimeError or
+    IndexError for rows and places that do not exist.
+    """
+    if compiled_takes(logits):
+        chosen = torch.tensor(rows), bitmask, torch.tensor(places)
+        torch.ops.cottention.apply_token_bitmask(logits, *chosen)
+    else:
+        reference.apply_token_bitmask(logits, rows, bitmask, places)
 
 
 def gelu_new(x: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "short_convolution": short_convolution,
     "argmax": argmax,
     "sample": sample,
+    "apply_token_bitmask": in_place,
     "linear_out": in_place,
     "linear_add": in_place,
     "layer_norm": in_place,

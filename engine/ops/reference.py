@@ -6,7 +6,7 @@ Letters: B segments, N tokens of all segments, T tokens of one sequence, H heads
 V value width, S slots.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -176,6 +176,23 @@ def argmax(logits: Tensor) -> Tensor:
     """First index of the largest logit of each row of [R, N], −1 if it is not finite: int64 [R]."""
     largest, indices = logits.max(dim=-1)
     return indices.masked_fill(~largest.isfinite(), NO_INDEX)
+
+
+def apply_token_bitmask(
+    logits: Tensor, rows: Sequence[int], bitmask: Tensor, places: Sequence[int]
+) -> None:
+    """Set logits [R, N] of row rows[i] to −∞ where bitmask[places[i]], int32 [W], has no bit."""
+    is_allowed = unpack_bitmask(bitmask[list(places)].to(logits.device))[:, : logits.shape[-1]]
+    chosen = torch.tensor(rows, device=logits.device)
+    columns = is_allowed.shape[-1]
+    kept = logits[chosen, :columns].masked_fill(~is_allowed, -torch.inf)
+    logits[chosen, :columns] = kept
+
+
+def unpack_bitmask(bitmask: Tensor) -> Tensor:
+    """The bits of packed masks int32 [M, W], the lowest first: bool [M, 32·W]."""
+    bits = bitmask.unsqueeze(-1) >> torch.arange(32, device=bitmask.device)
+    return (bits & 1).bool().flatten(1)
 
 
 def gelu_new(x: Tensor) -> Tensor:

@@ -3,17 +3,18 @@
 The order is vLLM's: masks, those of grammars among them, then bias, then penalties, of which DRY is
 the last. Rows are processed together, because a call costs more than its work.
 
-Letters: R rows, N vocabulary, M ids of several rows, concatenated, W words of a packed mask.
+Letters: R rows, N vocabulary, M ids of several rows, concatenated.
 """
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from cottention.engine import ops
+from cottention.engine.grammar.matcher import MaskRow
 from cottention.engine.sampling.dry import RepeatPenalties
 from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS, TokenConstraints
 from cottention.engine.sampling.token_history import TokenCounts
@@ -30,7 +31,7 @@ class LogitsAdjustment:
     counts: how often each id of its prompt and text was generated, empty without a penalty.
     masked_token_ids: ids that must not be sampled in this step, besides those of the constraints.
     is_early: whether stop ids must not be sampled yet.
-    grammar_mask: ids that the row's grammar allows, packed, int32 [W]; None without a grammar.
+    grammar_mask: ids that the row's grammar allows; None without a grammar.
     repeats: what is subtracted from the logits of ids that would go on with a repetition.
     """
 
@@ -39,7 +40,7 @@ class LogitsAdjustment:
     masked_token_ids: Sequence[int] = ()
     constraints: TokenConstraints = NO_CONSTRAINTS
     is_early: bool = False
-    grammar_mask: Tensor | None = None
+    grammar_mask: MaskRow | None = None
     repeats: RepeatPenalties | None = None
 
     @property
@@ -83,36 +84,16 @@ def _apply_masks(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) ->
 
 
 def _apply_grammar_masks(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
-    """Rows that follow each other are unpacked together."""
-    masks = {
-        row: one.grammar_mask for row, one in adjustments.items() if one.grammar_mask is not None
-    }
-    for start, stop in _runs(masks):
-        packed = torch.stack([masks[row] for row in range(start, stop)]).to(logits.device)
-        is_allowed = unpacked(packed)[:, : logits.shape[-1]]
-        logits[start:stop, : is_allowed.shape[-1]].masked_fill_(~is_allowed, -torch.inf)
-
-
-def _runs(rows: Iterable[int]) -> list[tuple[int, int]]:
-    """Begin and end of each run of consecutive rows."""
-    runs: list[tuple[int, int]] = []
-    for row in sorted(rows):
-        start = runs.pop()[0] if runs and runs[-1][1] == row else row
-        runs.append((start, row + 1))
-    return runs
-
-
-def unpacked(masks: Tensor) -> Tensor:
-    """The bits of packed masks int32 [R, W], the lowest first: bool [R, 32·W]."""
-    octets = masks.contiguous().view(torch.uint8)
-    return _bits(masks.device)[octets.int()].view(len(masks), -1)
-
-
-@lru_cache
-def _bits(device: torch.device) -> Tensor:
-    """The bits of each byte, the lowest first: bool [256, 8]."""
-    octets = torch.arange(256, device=device).unsqueeze(-1)
-    return (octets >> torch.arange(8, device=device)) % 2 == 1
+    """One call for all rows whose masks were computed together, as those of a step are."""
+    groups: dict[int, tuple[Tensor, list[int], list[int]]] = {}
+    for row, one in adjustments.items():
+        if one.grammar_mask is not None:
+            masks, place = one.grammar_mask
+            _, rows, places = groups.setdefault(id(masks), (masks, [], []))
+            rows.append(row)
+            places.append(place)
+    for masks, rows, places in groups.values():
+        ops.apply_token_bitmask(logits, rows, masks, places)
 
 
 def _apply_masked_token_ids(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:

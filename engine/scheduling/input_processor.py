@@ -9,12 +9,12 @@ from typing import Self
 
 import torch
 
+from cottention.engine import ops
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import EncodeParams
 from cottention.engine.errors import ParameterError
 from cottention.engine.grammar.compiler import Grammar, GrammarCompiler
 from cottention.engine.sampling.dry import BreakerIds, RepeatRules
-from cottention.engine.sampling.logits_processors import unpacked
 from cottention.engine.sampling.token_constraints import TokenConstraints, encode_bad_words
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary, shortened
 from cottention.engine.scheduling.context_policy import ContextPolicies
@@ -79,7 +79,7 @@ class RequestLimits:
         is_sampleable = torch.zeros(self.num_ids, dtype=torch.bool)
         is_sampleable[torch.tensor([*self.sampleable_ids])] = True
         if grammar is not None:
-            is_sampleable &= unpacked(grammar.first_mask.unsqueeze(0))[0, : self.num_ids]
+            is_sampleable &= ops.unpack_bitmask(grammar.first_mask)[0, : self.num_ids]
         if params.max_tokens and not constraints.leaves_one_of(is_sampleable):
             also = "" if params.structured is None else f", {params.structured.param}"
             raise ParameterError(

@@ -1,4 +1,4 @@
-"""The compiled op `sample` against sampling in torch: the same ids for all parameters."""
+"""The compiled op `sample` against sampling in torch: the same ids for all parameters; masks."""
 
 import math
 import random
@@ -125,6 +125,38 @@ def test_each_row_uses_its_own_mode_without_the_op(monkeypatch: pytest.MonkeyPat
     expected = sample_each(logits, logits.argmax(-1), wanted).tolist()
     monkeypatch.setattr(ops, "can_sample", lambda _: False)
     assert sample_each(logits, logits.argmax(-1), wanted).tolist() == expected
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 100, 4096])
+def test_masked_ids_are_those_of_the_definition(columns: int) -> None:
+    """Words without ids, with all and with some; rows in any order, that share a mask or not."""
+    random_bits = torch.Generator().manual_seed(columns)
+    bitmask = torch.randint(-(2**31), 2**31, (5, 3), generator=random_bits).int()
+    bitmask[0], bitmask[1] = 0, -1
+    rows, places = [8, 0, 3, 5, 4, 1], [0, 1, 2, 3, 4, 3]
+    logits = some(9, columns, seed=1)
+    expected = logits.clone()
+    ops.apply_token_bitmask(logits, rows, bitmask, places)
+    for row, place in zip(rows, places, strict=True):
+        for token_id in range(min(columns, 96)):
+            if not int(bitmask[place, token_id // 32]) >> token_id % 32 & 1:
+                expected[row, token_id] = -torch.inf
+    assert torch.equal(logits, expected)
+    as_double = some(9, columns, seed=1).double()
+    ops.apply_token_bitmask(as_double, rows, bitmask, places)  # by the reference
+    assert torch.equal(as_double.float(), expected)
+
+
+def test_masks_that_do_not_exist_are_not_read() -> None:
+    logits, bitmask = some(2, 40, seed=1), torch.zeros(1, 2, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="row 2 is out of range"):
+        ops.apply_token_bitmask(logits, [2], bitmask, [0])
+    with pytest.raises(RuntimeError, match="place -1 is out of range"):
+        ops.apply_token_bitmask(logits, [0], bitmask, [-1])
+    with pytest.raises(RuntimeError, match="bitmask has the wrong dtype"):
+        ops.apply_token_bitmask(logits, [0], bitmask.long(), [0])
+    with pytest.raises(RuntimeError, match="places"):
+        ops.apply_token_bitmask(logits, [0], bitmask, [0, 0])
 
 
 @pytest.mark.parametrize("argmax", [0, 3])
