@@ -6,6 +6,7 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
+from cottention.engine.grammar.narrowing import narrowed
 from cottention.engine.structured_output import CallStructure, StructuredOutput, TextStructure
 
 ANY_TEXT = r"/(.|\n)*/"
@@ -19,9 +20,6 @@ JSON_STYLE: Mapping[str, Any] = {
 }
 """One way to write a value: a model that may write white space may write it without end."""
 
-LARGEST = 2**53 - 1
-"""Of integers without bounds: what every reader of JSON takes."""
-
 SAFE_ESCAPES = "nrbtf"
 """Beside a pattern with [^...]: in 1.9.1 it lets an excluded quote or backslash pass, escaped."""
 
@@ -29,19 +27,26 @@ Specials = Mapping[str, int]
 """Ids of special tokens by their spellings."""
 
 
-def library_grammar(structure: StructuredOutput, specials: Specials) -> str:
-    """The grammar as llguidance reads it. Raises ValueError for what is no such description."""
+def library_grammar(
+    structure: StructuredOutput, specials: Specials, *, is_narrowed: bool = True
+) -> str:
+    """The grammar as llguidance reads it. Raises ValueError for what is no such description.
+
+    is_narrowed: whether JSON is narrowed to answers that end.
+    """
     if isinstance(structure, CallStructure):
-        return _calls(structure, specials)
-    return _text(structure)
+        return _calls(structure, specials, is_narrowed=is_narrowed)
+    return _text(structure, is_narrowed=is_narrowed)
 
 
-def _text(structure: TextStructure) -> str:
+def _text(structure: TextStructure, *, is_narrowed: bool) -> str:
     from llguidance import LLMatcher, grammar_from
 
     match structure.kind:
         case "json_schema":
-            schema = _styled(json.loads(structure.text), structure.whitespace)
+            schema = _styled(
+                json.loads(structure.text), structure.whitespace, is_narrowed=is_narrowed
+            )
             return LLMatcher.grammar_from_json_schema(json.dumps(schema))
         case "regex":
             return LLMatcher.grammar_from_regex(structure.text)
@@ -52,7 +57,9 @@ def _text(structure: TextStructure) -> str:
             return grammar_from("grammar", structure.text)
 
 
-def _styled(schema: Any, whitespace: str | None = None) -> dict[str, Any]:
+def _styled(
+    schema: Any, whitespace: str | None = None, *, is_narrowed: bool = True
+) -> dict[str, Any]:
     """A schema with the options of its JSON, in place of any that it brings."""
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
@@ -65,42 +72,9 @@ def _styled(schema: Any, whitespace: str | None = None) -> dict[str, Any]:
     if "[^" in json.dumps(schema):
         style["json_allowed_escapes"] = SAFE_ESCAPES
     is_combined = '"allOf"' in json.dumps(schema)  # what it combines may be anywhere, by $ref
-    return {**_closed(schema, is_part=is_combined), "x-guidance": style}
-
-
-_COMBINING = {"anyOf", "oneOf", "$ref", "if", "not", "patternProperties"}
-"""Keywords beside which an object's properties are not all that it may have."""
-
-
-def _closed(schema: Any, *, is_part: bool = False) -> Any:
-    """A schema whose objects have no other properties than those it names, unless it says so.
-
-    Its integers are at most LARGEST. All that follows it follows the given one, too. Models add
-    properties and digits without end otherwise.
-    is_part: of a schema that others are combined with, which is left as it is.
-    """
-    if isinstance(schema, list):
-        return [_closed(each, is_part=is_part) for each in schema]
-    if not isinstance(schema, dict) or is_part:
-        return schema
-    found: dict[str, Any] = dict(schema)
-    for name, value in schema.items():
-        if name in ("properties", "$defs", "definitions") and isinstance(value, dict):
-            found[name] = {key: _closed(each) for key, each in value.items()}
-        elif name in ("items", "prefixItems", "additionalProperties"):
-            found[name] = _closed(value)
-        elif name in ("anyOf", "oneOf"):
-            found[name] = _closed(value, is_part="properties" in schema)
-    if "properties" in schema and not _COMBINING & schema.keys():
-        found.setdefault("additionalProperties", False)
-    if schema.get("type") == "integer" and not {"enum", "const", "multipleOf"} & schema.keys():
-        low = schema.get("minimum", schema.get("exclusiveMinimum"))
-        high = schema.get("maximum", schema.get("exclusiveMaximum"))
-        if low is None and (high is None or high > -LARGEST):
-            found["minimum"] = -LARGEST
-        if high is None and (low is None or low < LARGEST):
-            found["maximum"] = LARGEST
-    return found
+    if is_narrowed and not is_combined:
+        schema = narrowed(schema)
+    return {**schema, "x-guidance": style}
 
 
 def _escaped(text: str) -> str:
@@ -109,7 +83,7 @@ def _escaped(text: str) -> str:
     return "".join(f"\\{each}" if each in special else each for each in text)
 
 
-def _calls(structure: CallStructure, specials: Specials) -> str:
+def _calls(structure: CallStructure, specials: Specials, *, is_narrowed: bool) -> str:
     """Calls, after any text or in place of it where they are not required.
 
     What stands before a call's value is one string, because a lexeme of free text that begins like
@@ -129,7 +103,8 @@ def _calls(structure: CallStructure, specials: Specials) -> str:
         calls.append(f"{any_call(structure.separator)}*")
     rules = [*start, f"calls: {' '.join([*calls, *_literals(structure.closing, specials)])}"]
     for place, call in enumerate(structure.calls):
-        value = f"%json {json.dumps(_styled(json.loads(call.schema)))}"
+        schema = _styled(json.loads(call.schema), is_narrowed=is_narrowed)
+        value = f"%json {json.dumps(schema)}"
         rules.append(f"call_{place}: {' '.join([value, *_literals(call.end, specials)])}")
     return "\n".join(rules)
 

@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 from cottention.engine.grammar.lark import Specials, library_grammar
 from cottention.engine.grammar.library import Vocabulary, compile_grammar, library_tokenizer
-from cottention.engine.structured_output import StructuredOutput
+from cottention.engine.structured_output import StructuredOutput, TextStructure
 
 START_SECONDS = 120.0
 """For the process to begin, on a machine that does other things as well."""
@@ -127,8 +127,33 @@ def _receive(process: subprocess.Popen[bytes], seconds: float) -> "Verdict | boo
 
 
 def _try(structure: StructuredOutput, specials: Specials, tokenizer: Any) -> Verdict:
+    """Narrowed, or as it was given where that leaves no text.
+
+    Branches of `oneOf` that exclude each other when they are narrowed may overlap as they were
+    given: those are tried first as they were given.
+    """
+    if "oneOf" in _description(structure):
+        given = _try_one(structure, specials, tokenizer, is_narrowed=False)
+        if given.error:
+            return given
+    found = _try_one(structure, specials, tokenizer, is_narrowed=True)
+    if not found.error:
+        return found
+    return _try_one(structure, specials, tokenizer, is_narrowed=False)
+
+
+def _description(structure: StructuredOutput) -> str:
+    """All schemas of a structure."""
+    if isinstance(structure, TextStructure):
+        return structure.text
+    return "".join(call.schema for call in structure.calls)
+
+
+def _try_one(
+    structure: StructuredOutput, specials: Specials, tokenizer: Any, *, is_narrowed: bool
+) -> Verdict:
     try:
-        grammar = library_grammar(structure, specials)
+        grammar = library_grammar(structure, specials, is_narrowed=is_narrowed)
         matcher = compile_grammar(tokenizer, grammar)
         error = matcher.get_error() or _first_mask_error(matcher)
     except MemoryError:

@@ -104,6 +104,35 @@ def test_an_object_has_the_properties_that_its_schema_names(
     assert not is_complete(compiler, schema(value), opened)
 
 
+@pytest.mark.parametrize(
+    ("value", "texts", "others"),
+    [
+        ({"type": "number"}, ["-1.5", "0.123456789", "9007199254740991"], ["0.1234567891", "1e5"]),
+        ({"type": ["integer", "null"]}, ["null", "7"], ["9" * 17]),
+        ({"type": "integer", "multipleOf": 2}, ["10"], ["2" * 17]),
+        ({"type": "number", "minimum": 1e-12, "maximum": 1e-11}, ["0.000000000005"], ["0"]),
+        ({"type": "integer", "minimum": 2**53}, [str(2**53), "9" * 17], ["1"]),
+        ({"type": "string", "pattern": "z$"}, ['"az"'], [f'"{"a" * 1024}z"']),
+        ({"type": "string", "pattern": "^a{1100}$"}, [f'"{"a" * 1100}"'], ['"a"']),
+        ({"type": "string", "format": "email"}, ['"a@b.cd"'], [f'"{"a" * 256}@b.cd"']),
+    ],
+)
+def test_numbers_and_patterns_have_a_greatest_length(
+    compiler: GrammarCompiler, value: Any, texts: list[str], others: list[str]
+) -> None:
+    """Where that leaves no text, there is none."""
+    assert [each for each in texts if not is_complete(compiler, schema(value), each)] == []
+    assert [each for each in others if is_complete(compiler, schema(value), each)] == []
+
+
+def test_branches_that_exclude_each_other_only_once_narrowed_are_refused(
+    compiler: GrammarCompiler,
+) -> None:
+    """`{"b": null}` is valid for both as they were given, and so not for their `oneOf`."""
+    with pytest.raises(ParameterError, match="oneOf"):
+        compiler.compile(schema({"oneOf": [A, B | {"required": ["b"]}]}))
+
+
 CHAIN = "\n".join(f'R{i}: "a" R{i + 1}' for i in range(4000))
 
 
