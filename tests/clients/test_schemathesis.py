@@ -32,7 +32,7 @@ not_a_server_error.expected-statuses = ["2xx", "3xx", "4xx", "504"]
 """A request that asks for a `timeout` of almost nothing gets the 504 that is described."""
 
 
-@pytest.mark.timeout(0 if SECONDS else 240)
+@pytest.mark.timeout(0 if SECONDS else 1200)
 def test_the_description_holds(tmp_path: Path) -> None:
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     with serving("--max-tokens-limit", "40", "--default-max-tokens", "8") as served:
@@ -41,6 +41,7 @@ def test_the_description_holds(tmp_path: Path) -> None:
             *("--header", f"Authorization: Bearer {served.key}"),
             *("--checks", ",".join(CHECKS), "--warnings", "off", "--workers", "2"),
             *("--request-timeout", "30", "--continue-on-failure", *EFFORT),
+            *("--suppress-health-check", "too_slow"),  # of the machine, not of the description
         ]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     print(done.stdout[-1500:])
