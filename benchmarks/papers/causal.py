@@ -91,16 +91,22 @@ class _Task:
 
     def __init__(self, run: Causal, stream: Tensor) -> None:
         self._run, self._stream = run, stream
-        torch.manual_seed(run.seed)
-        config = run.settings().model_config(end_of_text=int(stream[0]))
-        self.model = init_weights(CottentionForCausalLM(config))
-        _change(self.model, run)
+        self.model = new_twin(run, int(stream[0]))
 
     def loss(self, step: int) -> Tensor:
         run = self._run
         batch = run.batch_tokens // run.context
         windows = training_batch(self._stream, run.context, batch, run.seed, step)
         return mean_loss(self.model, windows, dtype=torch.bfloat16)
+
+
+def new_twin(run: Causal, end_of_text: int) -> CottentionForCausalLM:
+    """The run's model with its first weights."""
+    torch.manual_seed(run.seed)
+    config = run.settings().model_config(end_of_text)
+    model = init_weights(CottentionForCausalLM(config))
+    _change(model, run)
+    return model
 
 
 @torch.no_grad()

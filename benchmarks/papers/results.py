@@ -21,7 +21,7 @@ def read_results(path: Path = RESULTS) -> dict[str, Result]:
     return results
 
 
-def add_result(name: str, result: Result, path: Path = RESULTS) -> None:
+def add_result(name: str, result: Result, path: Path) -> None:
     """Add one result, one line of the file; the file is replaced as a whole, sorted by name."""
     with _alone(path.parent):
         results = read_results(path) | {name: result}

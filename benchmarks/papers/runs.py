@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from benchmarks.papers.carried import Carried
 from benchmarks.papers.causal import Causal
+from benchmarks.papers.lengths import LENGTHS, WAYS, Length
 from benchmarks.papers.listops import ListOps
 from benchmarks.papers.masked import Masked
 from benchmarks.papers.recall import Recall
@@ -46,7 +48,7 @@ LINEAR_KINDS = ("softmax", "cottention", "cosformer", "linear")
 class Experiment(Protocol):
     """One run: it trains or measures, and returns its figures."""
 
-    def run(self, folder: Path, shared: Path) -> Result:
+    def run(self, folder: Path, shared: Path, /) -> Result:
         """folder: the run's own checkpoints; shared: what several runs use."""
         ...
 
@@ -70,10 +72,12 @@ def all_runs() -> list[Run]:
         *_causal(("cosformer", "linear")),
         *_masked(),
         *_causal(("performer", "rfa")),
-        *_recall(128),
         *_changes(2),
+        *_carried(),
+        *_recall(128),
         *_changes(3),
         *_listops_long(),
+        *_lengths(),
     ]
 
 
@@ -92,9 +96,9 @@ def best_rate(
     return min(scores, key=scores.__getitem__)
 
 
-def _tuned(name: str, prefix: str, base: Causal | Masked) -> Run:
+def _tuned(name: str, prefix: str, base: Causal | Carried | Masked) -> Run:
     """A run with the best learning rate of the trials PREFIX."""
-    figure = "bits_per_byte" if isinstance(base, Causal) else "bits_per_token"
+    figure = "bits_per_token" if isinstance(base, Masked) else "bits_per_byte"
 
     def experiment(results: Mapping[str, Result]) -> Experiment | None:
         rate = best_rate(results, prefix, figure)
@@ -154,3 +158,19 @@ def _listops_short() -> Iterator[Run]:
 def _listops_long() -> Iterator[Run]:
     for kind in LINEAR_KINDS:
         yield _fixed(f"listops/{kind}/length=2000", ListOps(kind, 500, 2000, 10, 150, 8))
+
+
+def _carried() -> Iterator[Run]:
+    """Half of the steps with carried states, beside none; both beside renewal."""
+    for seed in SEEDS:
+        for name, plain_steps in (("plain", 500), ("carried", 250)):
+            base = Carried(seed, 0, plain_steps)
+            yield _tuned(f"carried/{name}/seed={seed}", "causal/cottention", base)
+
+
+def _lengths() -> Iterator[Run]:
+    for length in LENGTHS:
+        for way in WAYS:
+            for name, is_training in (("training", True), ("inference", False)):
+                measured = Length(way, length, is_training)
+                yield _fixed(f"length/{name}/{way}/{length}", measured)

@@ -1,4 +1,4 @@
-"""The text of the language models: the shipped model's corpus in a small vocabulary, kept on disk."""
+"""The text of the language models: the shipped model's corpus in a small vocabulary."""
 
 import functools
 from dataclasses import dataclass

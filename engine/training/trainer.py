@@ -221,7 +221,7 @@ def training_device(settings: TrainingSettings) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-IN_BLOCK = re.compile(r"\.(h|layer)\.\d+\.")
+IN_BLOCK = re.compile(r"(^|\.)(h|layer)\.\d+\.")
 """In the name of a weight: it belongs to a block of a GPT-J or to a layer of a BERT."""
 
 
