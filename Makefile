@@ -24,15 +24,17 @@ $(VENV)/ready: pyproject.toml constraints.txt
 serve: setup ## Serve the model that ships in the package (ARGS="--port 9000")
 	$(BIN)/cottention serve $(ARGS)
 
-# A process per core. Each begins with a half of the tests that lie together and share fixtures, and
-# takes over from others when it is done.
-PARALLEL := -n auto --dist worksteal
+# Each process begins with a part of the tests that lie together and share fixtures, and takes over
+# from others when it is done. Tests also wait, for processes, clocks and disks: there is one process
+# more than cores. Those that flood and soak leave no core idle.
+PARALLEL := --dist worksteal
+MORE_THAN_CORES = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 test: setup ## Run the tests with the coverage gate, without those of test-slow
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n $(MORE_THAN_CORES) $(PARALLEL) -m "not slow" --cov --cov-report=term $(ARGS)
 
 test-slow: setup ## Run the tests that kill, flood, soak or compile for long
-	$(BIN)/python -m pytest $(PARALLEL) -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto $(PARALLEL) -m slow $(ARGS)
 
 # Not those that build libraries of their own. What is compiled here takes longer than a test may.
 OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \

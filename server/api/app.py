@@ -1,11 +1,13 @@
 """The FastAPI application: endpoints, middleware, and the start and end of the engine's thread."""
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 
 from fastapi import APIRouter, FastAPI
+from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
 from cottention.server.api import (
@@ -119,13 +121,24 @@ def create_app(
         BodyMemory(config.max_received_bytes, max_snapshot_bytes, config.max_response_items),
         template,
     )
-    for router, capability in ROUTERS:
-        needed = [] if capability is None else [requires(capability)]
-        app.include_router(router, dependencies=needed)
+    app.router.routes.extend(_routes())
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
     _add_middleware(app, keys, config, engine)
     return app
+
+
+@functools.cache
+def _routes() -> list[BaseRoute]:
+    """The routes of all endpoints, shared by a process's applications.
+
+    FastAPI derives the models of parameters and responses again for each inclusion of a router.
+    """
+    whole = APIRouter()
+    for router, capability in ROUTERS:
+        needed = [] if capability is None else [requires(capability)]
+        whole.include_router(router, dependencies=needed)
+    return whole.routes
 
 
 def _new_app(engine: AsyncEngine, turns: TurnQueue | None) -> FastAPI:

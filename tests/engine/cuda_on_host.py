@@ -3,15 +3,18 @@
 import ctypes
 import functools
 import os
-import shlex
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cottention.engine.ops.build import BuildError, compiler
+from cottention.engine.ops.build import (
+    build_dir,
+    build_library,
+    compiler,
+    digest,
+    source_dir,
+)
 from tests.engine.step_cases import Case
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -168,17 +171,13 @@ def _is_aligned(x: Tensor) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Compiled once per process."""
+    """Compiled into the cache of the ops, where the other test processes find it."""
     source = Path(__file__).with_suffix(".cpp")
     include = Path(torch.__file__).parent / "include"
-    flags = "-std=c++17 -O2 -fPIC -shared -Wall -Werror -Wno-unknown-pragmas "
-    flags += os.environ.get("COTTENTION_CXXFLAGS", "")
-    with tempfile.TemporaryDirectory() as folder:
-        target = os.path.join(folder, "cuda_on_host.so")
-        command = [*shlex.split(compiler()), *flags.split(), "-isystem", str(include)]
-        run = subprocess.run(
-            [*command, str(source), "-o", target], capture_output=True, text=True, check=False
-        )
-        if run.returncode:
-            raise BuildError(run.stderr)
-        return ctypes.CDLL(target)
+    extra = os.environ.get("COTTENTION_CXXFLAGS", "")
+    flags = f"-std=c++17 -O2 -fPIC -shared -Wall -Werror -Wno-unknown-pragmas {extra}"
+    command = f"{compiler()} {flags} -isystem {include} {source} -o library.so"
+    sources = [source, *source_dir().glob("*.h"), *(source_dir() / "cuda").glob("*.*h")]
+    library = build_dir() / f"cuda-on-host-{digest(command, sources)}.so"
+    rules = f"rule all\n  command = {command}\nbuild library.so: all\n"
+    return ctypes.CDLL(str(build_library(library, lambda: rules)))

@@ -32,7 +32,7 @@ def make(
     heads: int = 2,
     *,
     denominator: bool = False,
-    pool_size: int = 70,
+    pool_size: int = 12,
 ) -> Case:
     """Segments of the given lengths as slices of one stacked projection, on a pool that is full."""
     generator = torch.Generator().manual_seed(key * 1000 + value + len(lengths))

@@ -8,6 +8,8 @@ function of the prompt, so that a test can ask for a fault or for a certain text
     "quiet"       says nothing until its last token
     "loud"        says each letter ten thousand times
     "say:<text>"  says exactly <text>, a character a step, then stops
+
+It waits while `may_step` is cleared: by a test, or by itself after `hold_after` generated tokens.
 """
 
 import threading
@@ -115,6 +117,7 @@ class FakeEngine:
         self.step_seconds = step_seconds
         self.may_step = threading.Event()
         self.may_step.set()
+        self.hold_after: int | None = None
         self.running: dict[str, Running] = {}
         self.cancelled: list[Cancelled] = []
         self.num_steps = self.num_prompt = self.num_generated = 0
@@ -187,7 +190,11 @@ class FakeEngine:
         time.sleep(self.step_seconds)
         with self._lock:
             self.num_steps += 1
-            return [out for name in list(self.running) for out in self._step_one(name)]
+            outputs = [out for name in list(self.running) for out in self._step_one(name)]
+            if self.hold_after is not None and self.num_generated >= self.hold_after:
+                self.hold_after = None
+                self.may_step.clear()
+            return outputs
 
     def close(self) -> list[Output]:
         with self._lock:

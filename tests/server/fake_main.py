@@ -6,9 +6,8 @@ Arguments: seconds per step, seconds to drain. After SIGUSR1 a step takes no tim
 import signal
 import sys
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from cottention.engine.engine import Engine
 from cottention.engine.worker import EngineWorker
 from cottention.server.api.app import create_app
 from cottention.server.cli.open_files import connection_table, raise_open_files_limit
@@ -20,11 +19,14 @@ from cottention.server.limits.api_keys import load_api_keys
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import FakeSessions
 
+if TYPE_CHECKING:  # it imports torch, which takes longer than all else here
+    from cottention.engine.engine import Engine
+
 
 def main() -> int:
     fake = FakeEngine(step_seconds=float(sys.argv[1]))
     signal.signal(signal.SIGUSR1, lambda *_: setattr(fake, "step_seconds", 0.0))
-    engine = cast(Engine, fake)
+    engine = cast("Engine", fake)
     config = ServerConfig(port=0, drain_seconds=float(sys.argv[2]))
     async_engine = AsyncEngine(
         engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes

@@ -10,9 +10,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from cottention.engine.engine import Engine
 from cottention.engine.models.model_folder import DEFAULT_MODEL
 from cottention.engine.worker import EngineWorker
 from cottention.server.api.app import create_app
@@ -24,6 +23,9 @@ from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.chat_template import ChatTemplate, find_template
 from tests.server.fake_engine import FakeEngine, FakeTokenizer
 from tests.server.fake_sessions import FakeSessions
+
+if TYPE_CHECKING:  # it imports torch, which takes longer than all else here
+    from cottention.engine.engine import Engine
 
 HELD_TEXT = "hold the tokenizer"
 HELD_CHAT = "hold the template"
@@ -86,7 +88,7 @@ class HeldEngine(FakeEngine):
 def main() -> int:
     signal.signal(signal.SIGUSR1, lambda *_: FREE.set())
     fake = HeldEngine()
-    engine = cast(Engine, fake)
+    engine = cast("Engine", fake)
     config = ServerConfig(port=0, drain_seconds=float(sys.argv[1]))
     async_engine = AsyncEngine(
         engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes

@@ -1,16 +1,14 @@
 """Building and loading the CUDA ops: with nvcc alone, without a GPU, and without nvcc."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from cottention.engine.ops import BuildError, build
+from tests.engine.ops.forked import run_forked
 
-ROOT = Path(__file__).parents[3]
 OURS = ("COTTENTION_OPS", "COTTENTION_CUDA")
 LOAD = """
 import torch
@@ -33,17 +31,8 @@ for op, case in (
 """
 
 
-def _run(code: str, **changes: str) -> tuple[str, str]:
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name not in OURS} | changes,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=250,
-    )
-    return run.stdout, run.stderr
+def _environment(**changes: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in OURS} | changes
 
 
 def _nvcc_or_skip() -> None:
@@ -58,7 +47,7 @@ def test_they_compile_register_and_refuse_cpu_tensors(tmp_path: Path) -> None:
     """For sm_80, sm_90 and PTX; loading needs neither a GPU nor a torch that could use one."""
     _nvcc_or_skip()
     changes = {"COTTENTION_CUDA": "1", "COTTENTION_CACHE": str(tmp_path)}
-    out, err = _run(LOAD, **changes, COTTENTION_OPS="compiled")
+    [(out, err)] = run_forked([(LOAD, _environment(**changes, COTTENTION_OPS="compiled"))])
     refused = [f"{name} must be on the CUDA device of the others" for name in ("q", "joined")]
     assert (out.splitlines(), err) == (["True True", "True", *refused], "")
     (folder,) = tmp_path.iterdir()
@@ -86,12 +75,13 @@ def test_without_nvcc_torch_runs_with_one_warning(tmp_path: Path) -> None:
         "loader.find_cuda = lambda: None\n"
         "print(loader.is_cuda_ready(), loader.is_cuda_ready())\n"
     )
-    out, err = _run(raising, **changes)
-    assert out == "False False\n"
-    assert err.count("no nvcc here") == 1
-    _, err = _run(raising, **changes, COTTENTION_OPS="compiled")
-    assert "BuildError: the CUDA ops: no nvcc here" in err
-    assert _run(raising, **changes, COTTENTION_OPS="reference") == ("False False\n", "")
+    choices: list[dict[str, str]] = [{}, {"COTTENTION_OPS": "compiled"}]
+    choices.append({"COTTENTION_OPS": "reference"})
+    unset, compiled, chosen = run_forked([(raising, _environment(**changes | x)) for x in choices])
+    assert unset.out == "False False\n"
+    assert unset.err.count("no nvcc here") == 1
+    assert "BuildError: the CUDA ops: no nvcc here" in compiled.err
+    assert chosen == ("False False\n", "")
 
 
 def test_nvcc_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

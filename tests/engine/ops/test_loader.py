@@ -10,6 +10,7 @@ import torch
 
 from cottention.engine.ops import BuildError, backend
 from cottention.engine.ops.build import build, find, library_name
+from tests.engine.ops.forked import run_forked
 
 ROOT = Path(__file__).parents[3]
 SAY_BACKEND = "from cottention.engine import ops; print(ops.backend(), ops.backend())"
@@ -79,17 +80,11 @@ def _start(code: str, **changes: str) -> subprocess.Popen[str]:
     )
 
 
-def _run(code: str, **changes: str) -> tuple[str, str]:
-    process = _start(code, **changes)
-    out, err = process.communicate(timeout=250)
-    return out.strip(), err
-
-
 def test_every_instruction_set_agrees_with_the_reference() -> None:
     backend()
     sets = ["plain", "avx2", "avx512", "avx512_bf16", "avx1024"]
-    processes = {isa: _start(COMPARE_COMPILED, COTTENTION_CPU_ISA=isa) for isa in sets}
-    answers = {isa: process.communicate(timeout=250) for isa, process in processes.items()}
+    cases = [(COMPARE_COMPILED, _environment(COTTENTION_CPU_ISA=isa)) for isa in sets]
+    answers = dict(zip(sets, run_forked(cases), strict=True))
     for isa, (out, err) in answers.items():
         if f"COTTENTION_CPU_ISA={isa}: not one of" not in err:
             assert (isa, out, err) == (isa, "compiled\n", "")
@@ -109,18 +104,23 @@ def test_two_processes_build_at_once_into_an_empty_cache(tmp_path: Path) -> None
 
 def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path: Path) -> None:
     bare = {"PATH": "", "CXX": "", "XDG_CACHE_HOME": str(tmp_path), "COTTENTION_CACHE": ""}
-    out, err = _run(SAY_BACKEND, **bare)
-    assert out == "reference reference"
-    assert err.count("the torch reference runs") == 1
-    assert "no C++ compiler" in err
-    _, err = _run(SAY_BACKEND, **bare, COTTENTION_OPS="compiled")
-    assert "BuildError: COTTENTION_OPS=compiled: no C++ compiler" in err
+    environments = [_environment(**bare), _environment(**bare, COTTENTION_OPS="compiled")]
+    missing, required = run_forked([(SAY_BACKEND, each) for each in environments])
+    assert missing.out == "reference reference\n"
+    assert missing.err.count("the torch reference runs") == 1
+    assert "no C++ compiler" in missing.err
+    assert "BuildError: COTTENTION_OPS=compiled: no C++ compiler" in required.err
 
 
 def test_the_reference_computes_the_same() -> None:
-    assert _run(COMPARE, COTTENTION_OPS="reference") == ("reference", "")
-    _, err = _run(SAY_BACKEND, COTTENTION_OPS="fast")
-    assert "must be compiled or reference" in err
+    same, unknown = run_forked(
+        [
+            (COMPARE, _environment(COTTENTION_OPS="reference")),
+            (SAY_BACKEND, _environment(COTTENTION_OPS="fast")),
+        ]
+    )
+    assert same == ("reference\n", "")
+    assert "must be compiled or reference" in unknown.err
 
 
 def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_decode_on_permuted_slots_with_padding(tokens: int) -> None:
     order = torch.randperm(70, generator=torch.Generator().manual_seed(1))[:tokens]
     state_indices = order.tolist()
     state_indices[tokens // 2] = -1
-    case = make([1] * tokens, state_indices)._replace(cu_seqlens=None)
+    case = make([1] * tokens, state_indices, pool_size=70)._replace(cu_seqlens=None)
     poison(case)
     assert_parity(case)
 

@@ -13,7 +13,7 @@ def _int(*values: int) -> Tensor:
 
 
 WRONG = {
-    "out of range": lambda c: c._replace(state_indices=_int(70, 1)),
+    "out of range": lambda c: c._replace(state_indices=_int(12, 1)),
     "named twice": lambda c: c._replace(state_indices=_int(1, 1)),
     "must rise from 0 to 5": lambda c: c._replace(cu_seqlens=_int(0, 2, 4)),
     "cu_seqlens must rise": lambda c: c._replace(cu_seqlens=_int(0, 6, 5)),

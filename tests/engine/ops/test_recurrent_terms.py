@@ -116,7 +116,7 @@ def test_16_bit_inputs_with_float32_terms(form: str, dtype: torch.dtype) -> None
 
 WRONG = {
     "a and b must be given together": {"a": (5, 2)},
-    "a and b are not supported with z": {"a": (5, 2), "b": (5, 2), "z": (70, 2)},
+    "a and b are not supported with z": {"a": (5, 2), "b": (5, 2), "z": (12, 2)},
     r"\bw\b": {"w": (4, 2)},
     r"\bb\b": {"a": (5, 2), "b": (5, 1)},
 }

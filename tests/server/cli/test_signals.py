@@ -54,8 +54,14 @@ def arguments_with_pipe(flag: str, folder: Path) -> tuple[list[object], Path]:
     return ["serve", "--port", 0, flag, pipe], pipe
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("where", ["--config", "--api-key-file", "--chat-template"])
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("--config", signal.SIGINT),
+        ("--api-key-file", signal.SIGTERM),
+        ("--chat-template", signal.SIGINT),
+    ],
+)
 def test_a_signal_during_start_ends_the_process(tmp_path: Path, where: str, number: int) -> None:
     arguments, pipe = arguments_with_pipe(where, tmp_path)
     with running(arguments) as popen:
@@ -67,7 +73,7 @@ def test_a_signal_during_start_ends_the_process(tmp_path: Path, where: str, numb
 
 
 @pytest.mark.skipif(not can_unshare(), reason="process namespaces cannot be made here")
-@pytest.mark.parametrize("where", ["--config", "--api-key-file", "under an init"])
+@pytest.mark.parametrize("where", ["--api-key-file", "under an init"])
 def test_a_signal_ends_process_1(tmp_path: Path, where: str) -> None:
     prefix = AS_PROCESS_1
     if where == "under an init":
@@ -82,7 +88,10 @@ def test_a_signal_ends_process_1(tmp_path: Path, where: str) -> None:
         assert popen.wait(PATIENCE) == 128 + signal.SIGTERM
 
 
-@pytest.mark.parametrize("command", ["serve", "build", "info"])
+@pytest.mark.parametrize(
+    "command",
+    ["serve", *(pytest.param(each, marks=pytest.mark.slow) for each in ("build", "info"))],
+)
 def test_a_signal_ends_the_compiler_too(tmp_path: Path, command: str) -> None:
     """One that runs a program of its own, as g++ does."""
     compiler, running_pids = tmp_path / "c++", tmp_path / "pids"

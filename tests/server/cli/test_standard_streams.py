@@ -58,35 +58,39 @@ def free_port() -> int:
             return port
 
 
-def is_ready(url: str) -> bool:
+def is_ready(client: httpx.Client) -> bool:
     try:
-        return httpx.get(f"{url}/ready").status_code == 200
+        return client.get("/ready").status_code == 200
     except httpx.TransportError:
         return False
 
 
 def check_service(popen: "subprocess.Popen[Any]", port: int, model: str) -> None:
     """It serves, whatever becomes of its output, and stops."""
-    url = f"http://127.0.0.1:{port}"
-    eventually(lambda: is_ready(url) or popen.poll() is not None)
-    body = {"prompt": "def f(", "max_tokens": 5, "model": model}
-    answers = [httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE) for _ in range(3)]
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE) as client:
+        eventually(lambda: is_ready(client) or popen.poll() is not None)
+        body = {"prompt": "def f(", "max_tokens": 5, "model": model}
+        answers = [client.post("/v1/completions", json=body) for _ in range(3)]
     assert [each.status_code for each in answers] == [200] * 3
     popen.send_signal(signal.SIGTERM)
     assert popen.wait(PATIENCE) == 0
 
 
-@pytest.mark.parametrize("kind", [CLOSED, FULL, GONE])
-def test_a_server_needs_no_output(gptj_folder: Path, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("output", "errors"), [(CLOSED, CLOSED), (FULL, GONE)])
+def test_a_server_needs_no_output(
+    gptj_folder: Path, tmp_path: Path, output: str, errors: str
+) -> None:
+    """Of each kind; which of the two streams it is makes no difference to `dropping_stream`."""
     folder, port = shutil.copytree(gptj_folder, tmp_path / "tiny"), free_port()
-    command = [*shell(kind, 1, 2), *COMMAND, "serve", str(folder), "--port", str(port)]
+    command = [*shell(output, 1, 2), *COMMAND, "serve", str(folder), "--port", str(port)]
     with (
-        broken(kind) as output,
+        broken(output) as stdout,
+        broken(errors) as stderr,
         subprocess.Popen(
             [*command, "--max-slots", "2"],
             cwd=ROOT,
-            stdout=output,
-            stderr=output,
+            stdout=stdout,
+            stderr=stderr,
             env=os.environ | {"COTTENTION_UNKNOWN": "a warning at start"},
         ) as popen,
     ):
@@ -114,10 +118,15 @@ def test_a_server_whose_encoding_lacks_letters(gptj_folder: Path, tmp_path: Path
             popen.kill()
 
 
-@pytest.mark.parametrize("command", ["config", "config --json", "serve --help", "--version"])
 @pytest.mark.parametrize(
-    ("kind", "status", "says"),
-    [(CLOSED, 1, "cannot write to standard output"), (FULL, 1, "No space left"), (GONE, 141, "")],
+    ("command", "kind", "status", "says"),
+    [
+        ("config", GONE, 141, ""),
+        ("config --json", FULL, 1, "No space left"),
+        ("serve --help", FULL, 1, "No space left"),
+        ("serve --help", GONE, 141, ""),
+        ("--version", CLOSED, 1, "cannot write to standard output"),
+    ],
 )
 def test_a_command_says_that_its_output_is_lost(
     command: str, kind: str, status: int, says: str
@@ -125,8 +134,10 @@ def test_a_command_says_that_its_output_is_lost(
     check_loss(command.split(), kind, status, says)
 
 
-@pytest.mark.parametrize("command", ["generate", "info"])
-@pytest.mark.parametrize(("kind", "status", "says"), [(FULL, 1, "No space left"), (GONE, 141, "")])
+@pytest.mark.parametrize(
+    ("command", "kind", "status", "says"),
+    [("generate", GONE, 141, ""), ("info", FULL, 1, "No space left")],
+)
 def test_a_command_with_a_model_says_it_too(
     gptj_folder: Path, command: str, kind: str, status: int, says: str
 ) -> None:

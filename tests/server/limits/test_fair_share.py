@@ -22,8 +22,9 @@ def test_a_request_that_holds_every_slot_keeps_no_other_key_out(
     with serving(engine, **settings) as live:
         live.client.headers.update(bearer("one"))
         endless = {"max_tokens": 1_000_000, "ignore_eos": True, "priority": -(2**60)}
-        socks = [live.connect(prompt=[5], n=4, stream=True, **endless)]
+        socks = [live.connect(prompt=[5], n=4, **endless)]
         eventually(lambda: engine.stats().num_running, equals=1)
+        eventually(lambda: live.async_engine.admission_queue.num_requests, equals=0)
         socks.append(live.connect(prompt=[[5]] * 4, **endless))
         eventually(lambda: engine.stats().num_waiting, equals=4)
         assert live.complete(prompt=[5]).status_code == 429

@@ -85,13 +85,14 @@ def test_a_disconnected_request_is_logged(lines: Any) -> None:
         assert fields["completion_tokens"] > 3
 
 
-def leave_early(live: Live, **body: Any) -> None:
+def leave_early(live: Live, *, stream: bool, **body: Any) -> None:
     """A client of a turn that goes on leaves after a few tokens; the engine waits from then on."""
-    live.engine.step_seconds = 0.02
-    body |= {"session_id": live.opened("x"), "on_disconnect": "continue"}
-    with live.connect(**body):
-        eventually(lambda: live.engine.num_generated > 3)
-        live.engine.may_step.clear()
+    live.engine.hold_after = 4
+    body |= {"session_id": live.opened("x"), "on_disconnect": "continue", "stream": stream}
+    with live.connect(**body) as sock:
+        eventually(lambda: live.engine.num_generated, equals=4)
+        if stream:
+            sock.recv(1)
     eventually(lambda: not live.server.server_state.tasks)
 
 
@@ -102,7 +103,6 @@ def test_a_turn_that_continues_without_its_client_is_logged_at_its_end(
     with serving() as live:
         leave_early(live, prompt="y", max_tokens=100, stream=stream)
         assert [line["path"] for line in lines()] == ["/v1/sessions"], "it still runs"
-        live.engine.step_seconds = 0.0
         live.engine.may_step.set()
         eventually(lambda: len(lines()), equals=2)
         fields = lines()[-1]

@@ -32,7 +32,7 @@ from tests.engine.making import attention_folder
 from tests.server.live import Live, serving
 
 NUM_FORGERIES = int(os.environ.get("COTTENTION_FORGERIES", "2_000"))
-NUM_QUICK = 200
+NUM_QUICK = 80
 MAX_SECONDS = 0.1
 """Of processor time on the event loop, at once."""
 
