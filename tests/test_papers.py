@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.papers import tables
 from benchmarks.papers.__main__ import do_next
 from benchmarks.papers.listops import CLASSIFY, CLOSE, FIRST_DIGIT, FIRST_OPERATOR, Rules, batches
 from benchmarks.papers.loop import Schedule, train
 from benchmarks.papers.recall import recall_batch
 from benchmarks.papers.results import Result, add_result, read_results
 from benchmarks.papers.runs import LEARNING_RATES, Run, all_runs, best_rate
+from benchmarks.papers.tables import with_tables
 
 
 @dataclass
@@ -138,3 +140,30 @@ def test_an_expression_has_its_value_and_an_allowed_length() -> None:
     assert (ids[:, 0] == CLASSIFY).all()
     rows = zip(ids, mask, answers.tolist(), strict=True)
     assert all(value(row[keep][1:].tolist()) == answer for row, keep, answer in rows)
+
+
+def test_a_table_replaces_what_stands_between_its_marks_and_nothing_else() -> None:
+    runs = {
+        f"causal/{kind}/seed={seed}": {
+            "bits_per_byte": bits + seed / 10,
+            "by_position": {"0-128": 1.0, "128-256": 2.0},
+            "parameters": 1000,
+            "cpu_seconds": 1.0,
+            "settings": {"learning_rate": 0.01},
+        }
+        for kind, bits in (("softmax", 1.0), ("linear", 1.1))
+        for seed in (1, 2)
+    }
+    page = "before\n<!-- table causal twins -->\nold\n<!-- end of causal twins -->\nafter"
+    head, *rows, after = with_tables(page, runs).splitlines()
+    assert (head, after) == ("before", "after")
+    assert "old" not in rows
+    # 1.2 and 1.3 beside 1.1 and 1.2: 9.1 and 8.3 percent, each against the twin of its own seed
+    assert "| linear | 0.01 | 2 | 1.250 ± 0.050 | +8.7 ± 0.4 % |" in "\n".join(rows)
+
+
+def test_the_tables_of_the_page_are_those_of_the_results() -> None:
+    """Otherwise figures are told that no run has measured: `make report` writes them."""
+    text = tables.PAGE.read_text(encoding="utf-8")
+    assert text.count("<!-- table ") == len(tables.TABLES)
+    assert with_tables(text, read_results()) == text

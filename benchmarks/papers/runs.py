@@ -49,6 +49,10 @@ LINEAR_KINDS = KINDS[:4]
 MASKED_KINDS = KINDS[:2]
 
 
+TOGETHER: dict[str, Any] = {"heads": 1, "equal_query_key": True}
+"""The changes that helped most with the first seed, in runs as long as the causal twins."""
+
+
 class Experiment(Protocol):
     """One run: it trains or measures, and returns its figures."""
 
@@ -73,11 +77,13 @@ def all_runs() -> list[Run]:
         *_causal(("softmax", "cottention"), SEEDS),
         *_changes(first),
         *_causal(OTHER_KINDS, [first]),
+        *_together([first]),
         *_recall(64, RECALL_RATES[:1]),
         *_listops_short(),
         *_masked_trials(),
         *_masked([first]),
         *_carried([first]),
+        *_together(others),
         *_causal(OTHER_KINDS, others),
         *_masked(others),
         *_recall(64, RECALL_RATES[1:]),
@@ -139,6 +145,12 @@ def _changes(seed: int) -> Iterator[Run]:
     for change, fields in CHANGES.items():
         name = f"change/{change}/seed={seed}"
         yield _tuned(name, "causal/cottention", replace(base, **fields))
+
+
+def _together(seeds: Sequence[int]) -> Iterator[Run]:
+    for seed in seeds:
+        base = Causal("cottention", seed, 0, **TOGETHER)
+        yield _tuned(f"together/cottention/seed={seed}", "causal/cottention", base)
 
 
 def _masked_trials() -> Iterator[Run]:

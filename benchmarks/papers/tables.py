@@ -24,6 +24,8 @@ from benchmarks.papers.runs import (
 
 PAGE = Path("docs/quality.md")
 
+TOGETHER = "cottention, 1 head of 128, queries begin as keys"
+
 Results = Mapping[str, Result]
 Rows = Sequence[Sequence[str]]
 
@@ -54,8 +56,8 @@ def _causal(results: Results) -> Rows:
     places = ["0–128", "128–256"]
     rows = [[*head, *places, "parameters", "CPU s per run"]]
     softmax = _of_seeds(results, "causal/softmax")
-    for kind in KINDS:
-        runs = _of_seeds(results, f"causal/{kind}")
+    for kind in (*KINDS, TOGETHER):
+        runs = _of_seeds(results, f"causal/{kind}" if kind in KINDS else "together/cottention")
         if not runs:
             continue
         bits = [run["bits_per_byte"] for run in runs.values()]
@@ -66,7 +68,7 @@ def _causal(results: Results) -> Rows:
         rows.append(
             [
                 kind,
-                _rate(results, f"causal/{kind}"),
+                f"{next(iter(runs.values()))['settings']['learning_rate']:g}",
                 str(len(runs)),
                 mean_error(bits),
                 relative(runs, softmax),
