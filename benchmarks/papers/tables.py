@@ -4,6 +4,7 @@
 has; means have the standard error of the mean behind ±.
 """
 
+import fnmatch
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ from benchmarks.papers.runs import (
     LINEAR_KINDS,
     RECALL_RATES,
     SEEDS,
+    all_runs,
     best_rate,
 )
 
@@ -37,10 +39,10 @@ def update(page: Path = PAGE, results: Path = RESULTS) -> None:
 
 def with_tables(text: str, results: Results) -> str:
     """The text with what stands between the marks of each table replaced."""
-    for name, rows_of in TABLES.items():
+    for name, (rows_of, patterns) in TABLES.items():
         begin, end = f"<!-- table {name} -->\n", f"<!-- end of {name} -->"
         pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        table = _markdown(rows_of(results))
+        table = _markdown(rows_of(results)) + _still_missing(results, patterns)
         text = pattern.sub(lambda _, new=begin + table + end: new, text)
     return text
 
@@ -197,16 +199,27 @@ def _cost(run: Result | None) -> str:
     return f"{run['bytes'] / 2**20:,.0f} MiB, {run['seconds']:.3g} s"
 
 
-TABLES: dict[str, Callable[[Results], Rows]] = {
-    "causal twins": _causal,
-    "trials": _trials,
-    "masked twins": _masked,
-    "changes": _changes,
-    "recall": _recall,
-    "listops": _listops,
-    "carried": _carried,
-    "lengths": _lengths,
+TABLES: dict[str, tuple[Callable[[Results], Rows], tuple[str, ...]]] = {
+    "causal twins": (_causal, ("causal/*/seed=*", "together/*")),
+    "trials": (_trials, ("causal/*/lr=*", "masked/*/lr=*")),
+    "masked twins": (_masked, ("masked/*/seed=*",)),
+    "changes": (_changes, ("change/*",)),
+    "recall": (_recall, ("recall/*",)),
+    "listops": (_listops, ("listops/*",)),
+    "carried": (_carried, ("carried/*",)),
+    "lengths": (_lengths, ("length/*",)),
 }
+"""By name: its rows, and which runs they come from."""
+
+
+def _still_missing(results: Results, patterns: Sequence[str]) -> str:
+    """A line that says how many runs of a table are not done yet; nothing where all are."""
+    names = [run.name for run in all_runs()]
+    wanted = [name for name in names if any(fnmatch.fnmatchcase(name, each) for each in patterns)]
+    done = sum(name in results for name in wanted)
+    return (
+        "" if done == len(wanted) else f"\n{done} of this table's {len(wanted)} runs are done.\n\n"
+    )
 
 
 def _of_seeds(results: Results, prefix: str) -> dict[int, Result]:
