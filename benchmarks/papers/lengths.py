@@ -28,6 +28,7 @@ LENGTHS = tuple(2**power for power in range(9, 17))
 WAYS = ("cottention", "softmax, fused", "softmax, eager")
 MAX_BYTES = 4 << 30
 MAX_SECONDS = 150
+_NO_MEMORY = "can't allocate memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +50,15 @@ class Length:
             return {"skipped": f"one layer's scores take {matrix / 2**30:.0f} GiB"}
         command = [sys.executable, "-m", "benchmarks.papers.lengths", json.dumps(asdict(self))]
         try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, timeout=MAX_SECONDS, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=MAX_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             return {"skipped": f"over {MAX_SECONDS} s"}
-        if done.returncode:
+        if _NO_MEMORY in done.stderr:
             return {"skipped": f"over {MAX_BYTES >> 30} GiB"}
+        if done.returncode:
+            raise RuntimeError(done.stderr)
         result: Result = json.loads(done.stdout)
         return result
 
