@@ -10,6 +10,7 @@ from benchmarks import (
     sampling,
     serving,
     sessions,
+    shared_prefix,
     step,
 )
 from benchmarks.common import Report, machine, parser, write_json
@@ -20,6 +21,7 @@ BENCHMARKS = (
     families,
     sampling,
     serving,
+    shared_prefix,
     long_prefill,
     position,
     memory,

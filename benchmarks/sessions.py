@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.common import Report, percentile, run, show
 from cottention.engine import Engine, EngineConfig, SamplingParams
+from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.engine.sessions.manager import SessionManager
 from cottention.engine.sessions.store import SqliteStore
 from cottention.engine.state.session_state import SessionState
@@ -179,7 +180,7 @@ def _resent(engine: Engine) -> list[Report]:
     for _ in range(20):
         new = [chance.randrange(300, 3000) for _ in range(300)]
         conversation += new
-        engine.submit(conversation, answer, cache_scope=OWNER)
+        engine.submit(conversation, answer, cache=CacheUse(OWNER))
         outputs = [out for _ in iter(engine.has_work, False) for out in engine.step()]
         said = [token_id for out in outputs for token_id in out.token_ids]
         conversation += said

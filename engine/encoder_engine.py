@@ -23,6 +23,7 @@ from cottention.engine.outputs import EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.scheduling.encoder_scheduler import EncodeRequest, EncoderScheduler
+from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.engine.state.session_state import SessionState
 
 _log = logging.getLogger(__name__)
@@ -82,23 +83,24 @@ class EncoderEngine:
         request_id: str | None = None,
         priority: int = 0,
         start: SessionState | None = None,
-        cache_scope: str | None = None,
+        cache: CacheUse | None = None,
         client: Client = DEFAULT_CLIENT,
     ) -> str:
         """Submit a text and get its id; a later step returns its only output.
 
-        `params.encode` says what is asked of it. Lower `priority` starts first, whoever the client
-        is. There is no session and no cache. Raises ParameterError for a text or parameters that
-        the engine refuses and for a `request_id` in use, EngineStoppedError after `close`.
+        `params.encode` says what is asked of it. Clients share the steps by their weights; lower
+        `priority` starts first among the texts of one. There is no session and no cache. Raises
+        ParameterError for a text or parameters that the engine refuses and for a `request_id` in
+        use, EngineStoppedError after `close`.
         """
-        del cache_scope, client
+        del cache
         request_id = request_id or uuid.uuid4().hex
         if params.encode is None or start is not None:
             raise ParameterError(
                 "model", "the model is an encoder, which does not generate text and has no sessions"
             )
         self._check(prompt_ids, params.encode)
-        request = EncodeRequest(request_id, prompt_ids, params.encode, priority)
+        request = EncodeRequest(request_id, prompt_ids, params.encode, priority, client)
         with self._lock:
             if self._is_closed:
                 raise EngineStoppedError("the engine has stopped and takes no more requests")

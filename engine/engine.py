@@ -23,6 +23,7 @@ from cottention.engine.scheduling.context_policy import MAX_HELD, ContextPolicie
 from cottention.engine.scheduling.input_processor import InputProcessor, Prompt, RequestLimits
 from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
+from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.engine.scheduling.prefix_reuse import PrefixReuse
 from cottention.engine.scheduling.request import Request, RequestStatus
 from cottention.engine.scheduling.request_manager import RequestManager
@@ -98,24 +99,24 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         start: SessionState | None = None,
-        cache_scope: str | None = None,
+        cache: CacheUse | None = None,
         client: Client = DEFAULT_CLIENT,
     ) -> str:
         """Submit a request and get its id; later steps return its outputs.
 
         Clients share the slots by their weights, and a request may have to give up its slots for a
         time; of one client's requests those of lower `priority` start first. With `start` the
-        prompt continues that session, and the last output has the session's new state. Requests of
-        one `cache_scope` share the states of their prompts' prefixes; without a scope there is no
-        prefix cache. Raises ParameterError for a prompt or parameters that the engine refuses and
-        for a `request_id` in use, ContextPolicyError for a session whose policy can no longer
-        change, EngineStoppedError after `close`.
+        prompt continues that session, and the last output has the session's new state. `cache` says
+        how the prompt uses the prefix cache, None that it does not. Raises ParameterError for a
+        prompt or parameters that the engine refuses and for a `request_id` in use,
+        ContextPolicyError for a session whose policy can no longer change, EngineStoppedError after
+        `close`.
         """
         request_id = request_id or uuid.uuid4().hex
         request = self._input_processor.build_request(request_id, prompt_ids, params, start)
         request.priority, request.client = priority, client
-        if cache_scope is not None and self.config.prefix_cache_bytes:
-            request.enable_prefix_reuse(cache_scope)
+        if cache is not None and self.config.prefix_cache_bytes >= self.spec.bytes_per_row:
+            request.enable_prefix_reuse(cache)
         with self._submit_lock:
             if self._is_closed:
                 raise EngineStoppedError("the engine has stopped and takes no more requests")

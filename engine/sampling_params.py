@@ -20,6 +20,10 @@ MAX_TOP_K = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 128
+MAX_LOGPROB_IDS = 128
+MAX_BREAKERS = 16
+BREAKERS = ("\n", ":", '"', "*")
+"""llama.cpp's default of dry_sequence_breakers."""
 
 MAX_SHOWN = 40
 """Longer values are cut in messages."""
@@ -39,6 +43,11 @@ class SamplingParams:
     presence_penalty, frequency_penalty: −2 to 2, subtracted from the logits of ids generated
     before: once, and once for each time. repetition_penalty: above 0; divides positive logits of
     ids in prompt and text, multiplies negative ones.
+    dry_multiplier, dry_base, dry_allowed_length: a penalty on ids that would go on with a
+    repetition of at least dry_allowed_length ids, as `sampling/dry.py` defines it; from 0, which is
+    off, from 1, and from 1. dry_penalty_last_n: how many of the last ids are looked at; −1 and more
+    than the model's window are the window, 0 is off. dry_sequence_breakers: up to 16 texts across
+    which no repetition reaches.
     logit_bias: id → −100 to 100, added to its logit.
     min_tokens: ids generated before an end-of-text or stop id, or a stop string, may end the text.
     stop_token_ids: ids that end the text like the end-of-text id.
@@ -49,6 +58,8 @@ class SamplingParams:
     the session or the engine.
     encode: what is asked of the prompt's hidden states in place of a continuation; encoders only.
     logprobs, prompt_logprobs: 0 to 20 most probable ids to report beside each id; None: no report.
+    logprob_token_ids: up to 128 ids to report in place of the most probable, where there are
+    `logprobs`.
 
     Raises ParameterError naming the field and what it allows.
     """
@@ -65,6 +76,11 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = BREAKERS
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
@@ -74,6 +90,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] | None = None
     context_policy: ContextPolicy | None = None
     encode: EncodeParams | None = None
 
@@ -88,6 +105,12 @@ class SamplingParams:
         _check_number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_positive("repetition_penalty", self.repetition_penalty, math.inf)
+        _check_number("dry_multiplier", self.dry_multiplier, 0.0, math.inf)
+        _check_number("dry_base", self.dry_base, 1.0, math.inf)
+        _check_integer("dry_allowed_length", self.dry_allowed_length, 1, MAX_TOP_K)
+        _check_integer("dry_penalty_last_n", self.dry_penalty_last_n, -1, MAX_TOP_K)
+        _check_strings("dry_sequence_breakers", self.dry_sequence_breakers, MAX_BREAKERS)
+        _check_logprob_ids(self.logprob_token_ids, self.logprobs)
         if self.seed is not None:
             _check_integer("seed", self.seed, -MAX_SEED - 1, MAX_SEED)
         for name in ("logprobs", "prompt_logprobs"):
@@ -106,6 +129,11 @@ class SamplingParams:
             or self.presence_penalty != 0
             or self.frequency_penalty != 0
         )
+
+    @property
+    def has_dry(self) -> bool:
+        """Whether repetitions are penalized."""
+        return self.dry_multiplier > 0 and self.dry_penalty_last_n != 0
 
     @property
     def is_greedy(self) -> bool:
@@ -169,6 +197,17 @@ def _check_strings(name: str, strings: Sequence[str], limit: int) -> None:
             found = f"at index {place} is {shortened(text)}"
             found += f", of {len(text)} characters" if isinstance(text, str) else ""
             raise ParameterError(name, f"{allowed}; {found}")
+
+
+def _check_logprob_ids(ids: Sequence[int] | None, logprobs: int | None) -> None:
+    name = "logprob_token_ids"
+    if ids is None:
+        return
+    if logprobs is None:
+        raise ParameterError(name, f"{name} is only allowed with logprobs: leave it out")
+    if not 1 <= len(ids) <= MAX_LOGPROB_IDS:
+        message = f"{name} must have 1 to {MAX_LOGPROB_IDS} ids; it has {len(ids)}"
+        raise ParameterError(name, message)
 
 
 def _check_policy(policy: str | None) -> None:

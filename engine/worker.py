@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cottention.engine.outputs import EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
+from cottention.engine.scheduling.prefill_stops import CacheUse
 
 if TYPE_CHECKING:  # a worker is given its engine, and works with any that has these methods
     from cottention.engine.encoder_engine import EncoderEngine
@@ -55,7 +56,7 @@ class EngineWorker:
         request_id: str,
         priority: int = 0,
         start: "SessionState | None" = None,
-        cache_scope: str | None = None,
+        cache: CacheUse | None = None,
         client: Client = DEFAULT_CLIENT,
     ) -> str:
         """As Engine.submit."""
@@ -65,7 +66,7 @@ class EngineWorker:
             request_id=request_id,
             priority=priority,
             start=start,
-            cache_scope=cache_scope,
+            cache=cache,
             client=client,
         )
         self._wake.set()

@@ -209,6 +209,7 @@ def _sampling_input(target: SamplingTarget) -> SamplingInput:
         choice.history.ends_of_bad_words(),
         request.constraints,
         choice.is_early,
+        choice.history.repeat_penalties(),
     )
 
 

@@ -1,7 +1,7 @@
 """Masks, bias and penalties of requests, applied to their own rows of the logits.
 
-The order is vLLM's: masks, then bias, then penalties. Rows are processed together, because a call
-costs more than its work.
+The order is vLLM's: masks, then bias, then penalties, of which DRY is the last. Rows are processed
+together, because a call costs more than its work.
 
 Letters: R rows, N vocabulary, M ids of several rows, concatenated.
 """
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cottention.engine.sampling.dry import RepeatPenalties
 from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS, TokenConstraints
 from cottention.engine.sampling.token_history import TokenCounts
 from cottention.engine.sampling_params import SamplingParams
@@ -28,6 +29,7 @@ class LogitsAdjustment:
     counts: how often each id of its prompt and text was generated, empty without a penalty.
     masked_token_ids: ids that must not be sampled in this step, besides those of the constraints.
     is_early: whether stop ids must not be sampled yet.
+    repeats: what is subtracted from the logits of ids that would go on with a repetition.
     """
 
     params: SamplingParams
@@ -35,6 +37,7 @@ class LogitsAdjustment:
     masked_token_ids: Sequence[int] = ()
     constraints: TokenConstraints = NO_CONSTRAINTS
     is_early: bool = False
+    repeats: RepeatPenalties | None = None
 
     @property
     def mask(self) -> Tensor | None:
@@ -46,7 +49,7 @@ class LogitsAdjustment:
 
     def __bool__(self) -> bool:
         has_ids = self.mask is not None or self.constraints.biases is not None
-        return has_ids or bool(self.masked_token_ids or self.counts)
+        return has_ids or bool(self.masked_token_ids or self.counts or self.repeats)
 
 
 def adjust_logits(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
@@ -55,6 +58,7 @@ def adjust_logits(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -
     _apply_masked_token_ids(logits, adjustments)
     _apply_logit_bias(logits, adjustments)
     _apply_penalties(logits, adjustments)
+    _apply_repeat_penalties(logits, adjustments)
 
 
 def _apply_masks(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
@@ -119,6 +123,16 @@ def _apply_penalties(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]
     frequency = penalty(lambda params: params.frequency_penalty)
     presence = penalty(lambda params: params.presence_penalty)
     logits.put_(places, seen - (frequency * times + presence * (times > 0)))
+
+
+def _apply_repeat_penalties(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
+    rows = {row: one.repeats for row, one in adjustments.items() if one.repeats is not None}
+    if not rows:
+        return
+    ids = {row: torch.from_numpy(each.ids).to(logits.device) for row, each in rows.items()}
+    penalties = [torch.from_numpy(each.penalties) for each in rows.values()]
+    places = _places(logits, ids)
+    logits.view(-1).index_add_(0, places, torch.cat(penalties).to(logits.device), alpha=-1)
 
 
 def _places(logits: Tensor, ids: Mapping[int, Tensor]) -> Tensor:

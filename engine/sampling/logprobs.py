@@ -1,11 +1,18 @@
 """Log-probabilities to report: the model's own, before masks, bias, penalties and temperature."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cottention.engine.outputs import TokenLogprob
+
+
+def with_ids(entry: TokenLogprob, logits: Tensor, token_ids: Sequence[int]) -> TokenLogprob:
+    """A row's entry with these ids in place of the most likely ones; logits float32 [N]."""
+    logprobs = torch.log_softmax(logits, dim=-1)[list(token_ids)].tolist()
+    return replace(entry, top=tuple(zip(token_ids, logprobs, strict=True)))
 
 
 def gather_logprobs(logits: Tensor, token_ids: Sequence[int], num_top: int) -> list[TokenLogprob]:

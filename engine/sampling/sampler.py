@@ -14,8 +14,9 @@ from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.outputs import SampledToken, TokenLogprob
+from cottention.engine.sampling.dry import RepeatPenalties
 from cottention.engine.sampling.logits_processors import LogitsAdjustment, adjust_logits
-from cottention.engine.sampling.logprobs import gather_logprobs
+from cottention.engine.sampling.logprobs import gather_logprobs, with_ids
 from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS, TokenConstraints
 from cottention.engine.sampling.token_history import TokenCounts
 from cottention.engine.sampling.topk_topp import SamplingRow, sample_each
@@ -31,7 +32,8 @@ class SamplingInput:
 
     uniform: the row's random number in [0, 1). counts: how often each id of the prompt and the text
     was generated. masked_token_ids: ids that must not be sampled in this step, besides those of the
-    constraints. is_early: whether stop ids must not be sampled yet.
+    constraints. is_early: whether stop ids must not be sampled yet. repeats: penalties of ids that
+    would go on with a repetition.
     """
 
     params: SamplingParams
@@ -40,12 +42,18 @@ class SamplingInput:
     masked_token_ids: Sequence[int] = ()
     constraints: TokenConstraints = NO_CONSTRAINTS
     is_early: bool = False
+    repeats: RepeatPenalties | None = None
 
     def adjustment(self, device: torch.device) -> LogitsAdjustment:
         """What changes its logits, which are on `device`, before temperature and filters."""
         constraints = self.constraints.on(device)
         return LogitsAdjustment(
-            self.params, self.counts, self.masked_token_ids, constraints, self.is_early
+            self.params,
+            self.counts,
+            self.masked_token_ids,
+            constraints,
+            self.is_early,
+            self.repeats,
         )
 
     @property
@@ -132,7 +140,9 @@ def _logprobs(
         return {}
     rows = list(num_top)
     logprobs = gather_logprobs(logits[rows], [ids[row] for row in rows], max(num_top.values()))
-    return {
+    found = {
         row: replace(one, top=one.top[: num_top[row]])
         for row, one in zip(rows, logprobs, strict=True)
     }
+    asked = {row: named for row in rows if (named := inputs[row].params.logprob_token_ids)}
+    return found | {row: with_ids(found[row], logits[row], named) for row, named in asked.items()}

@@ -8,13 +8,16 @@ Letters: N ids of the tokenizer, M ids with a bias.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.text.base import BaseTokenizer
+
+if TYPE_CHECKING:
+    from cottention.engine.sampling.dry import RepeatRules
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +31,7 @@ class TokenConstraints:
     biased_ids int64 [M], biases float32 [M]: None without biases.
     bad_words: by their last id but one, the ids before the last one and that one.
     max_history: how many ids a bad word can have before its last one.
+    repeats: which repetitions are penalized; None for none.
     """
 
     stop_token_ids: frozenset[int] = frozenset()
@@ -38,6 +42,7 @@ class TokenConstraints:
     biases: Tensor | None = None
     bad_words: Mapping[int, Sequence[tuple[list[int], int]]] = field(default_factory=dict)
     max_history: int = 0
+    repeats: "RepeatRules | None" = None
     _on_devices: dict[torch.device, Self] = field(default_factory=dict)
 
     @classmethod

@@ -1,10 +1,11 @@
-"""What sampling depends on besides logits: counts for penalties, and the last ids for bad words."""
+"""What sampling depends on besides logits: counts for penalties, repetitions, and the last ids."""
 
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from cottention.engine.sampling.dry import RepeatPenalties, Repeats
 from cottention.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:  # it holds tensors; histories need no torch
@@ -24,8 +25,12 @@ class TokenHistory:
         prompt_ids: Sequence[int],
         constraints: "TokenConstraints",
         earlier_counts: Mapping[int, int],
+        all_ids: Sequence[int] = (),
     ) -> None:
-        """`earlier_counts`: those of the session before this prompt."""
+        """`earlier_counts`: those of the session before this prompt.
+
+        all_ids: the ids of the session that are known, and the prompt's.
+        """
         self._is_counting = params.has_penalty
         self._constraints = constraints
         self._last: deque[int] = deque(maxlen=constraints.max_history)
@@ -33,11 +38,20 @@ class TokenHistory:
             TokenCounts(prompt_ids, earlier_counts) if self._is_counting else TokenCounts()
         )
 
+        rules = constraints.repeats
+        self._repeats = None if rules is None else Repeats(rules, all_ids)
+
     def append(self, token_id: int) -> None:
         """Add a generated id."""
         self._last.append(token_id)
+        if self._repeats is not None:
+            self._repeats.append(token_id)
         if self._is_counting:
             self.counts.add(token_id)
+
+    def repeat_penalties(self) -> RepeatPenalties | None:
+        """Of the ids that would go on with a repetition now."""
+        return None if self._repeats is None else self._repeats.penalties()
 
     def ends_of_bad_words(self) -> list[int]:
         """Ids that would complete a bad word of several ids now."""

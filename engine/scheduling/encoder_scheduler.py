@@ -1,37 +1,44 @@
 """Which texts an encoder reads next: a batch of short ones, and a part of a long one.
 
 A text of up to `max_batch_tokens` is short: it is read in one step, together with others. A longer
-one is read over many steps, in which its stream stays in memory; long texts take turns.
+one is read over many steps, in which its stream stays in memory; long texts take turns. Clients
+share both by weighted fair queueing, counted in tokens of short texts and in parts of long ones.
 """
 
-import itertools
-from bisect import insort
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cottention.engine.encoding import EncodeParams
+from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
+from cottention.engine.scheduling.fair_queue import FairQueue
 
 
 @dataclass(slots=True, eq=False)
 class EncodeRequest:
     """A text and what is asked of it.
 
-    slot: of the pool, while it is read. started: when it first had a slot, by time.monotonic.
+    client: on whose behalf; lower `priority` starts first among the client's own. slot: of the
+    pool, while it is read. started: when it first had a slot, by time.monotonic.
     """
 
     id: str
     ids: Sequence[int]
     params: EncodeParams
     priority: int = 0
-    number: int = field(default_factory=itertools.count().__next__)
+    client: Client = DEFAULT_CLIENT
     slot: int | None = None
     started: float | None = None
 
     @property
-    def order(self) -> tuple[int, int]:
-        """Lower priority first, then by arrival."""
-        return self.priority, self.number
+    def num_slots(self) -> int:
+        """That it has or needs."""
+        return 1
+
+    @property
+    def is_preempted(self) -> bool:
+        """Never: a text that has begun keeps its slot."""
+        return False
 
 
 class EncoderScheduler:
@@ -41,8 +48,8 @@ class EncoderScheduler:
         """max_long_tokens: of the long texts that are in memory together."""
         self._max_batch_tokens = max_batch_tokens
         self.max_long_tokens = max_long_tokens
-        self._short: list[EncodeRequest] = []
-        self._long: list[EncodeRequest] = []
+        self._short: FairQueue[EncodeRequest] = FairQueue()
+        self._long: FairQueue[EncodeRequest] = FairQueue()
         self._running: deque[EncodeRequest] = deque()
 
     @property
@@ -70,42 +77,50 @@ class EncoderScheduler:
 
     def add(self, request: EncodeRequest) -> None:
         """Add a text. A long one must fit into memory by itself."""
-        is_long = self.is_long(len(request.ids))
-        insort(self._long if is_long else self._short, request, key=lambda each: each.order)
+        waiting = self._long if self.is_long(len(request.ids)) else self._short
+        waiting.add(request)
 
     def remove(self, request: EncodeRequest) -> None:
         """Forget a text, wherever it is."""
-        for requests in (self._short, self._long, self._running):
-            if request in requests:
-                requests.remove(request)
+        if request in self._running:
+            self._running.remove(request)
+            self._long.free(request.client, 1)
+        else:
+            self._short.remove(request)
+            self._long.remove(request)
 
     def take_short(self, num_slots: int) -> list[EncodeRequest]:
         """Waiting short texts that one step reads together; they are not kept."""
         batch: list[EncodeRequest] = []
         num_tokens = 0
-        for request in self._short[:num_slots]:
+        while len(batch) < num_slots and (request := self._short.next()) is not None:
             num_tokens += len(request.ids)
             if num_tokens > self._max_batch_tokens:
                 break
+            self._short.admit(request)
+            self._short.charge(request.client, len(request.ids) / self._max_batch_tokens)
             batch.append(request)
-        del self._short[: len(batch)]
+        for request in batch:
+            self._short.free(request.client, 1)
         return batch
 
     def admit_long(self, num_slots: int) -> list[EncodeRequest]:
         """Waiting long texts for which there are slots and memory; they run from now on."""
         admitted: list[EncodeRequest] = []
-        while self._long and len(admitted) < num_slots:
-            num_tokens = self.num_long_tokens + len(self._long[0].ids)
-            if num_tokens > self.max_long_tokens:
+        while len(admitted) < num_slots and (request := self._long.next()) is not None:
+            if self.num_long_tokens + len(request.ids) > self.max_long_tokens:
                 break
-            request = self._long.pop(0)
+            self._long.admit(request)
             self._running.append(request)
             admitted.append(request)
         return admitted
 
     def next_long(self) -> EncodeRequest | None:
-        """The running long text whose turn it is."""
+        """The running long text whose turn it is: the next one of the client that has had least."""
         if not self._running:
             return None
-        self._running.rotate(-1)
-        return self._running[-1]
+        request = self._long.least_served(self._running)
+        self._running.remove(request)
+        self._running.append(request)
+        self._long.charge(request.client, 1)
+        return request

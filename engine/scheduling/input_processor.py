@@ -4,7 +4,7 @@ May be used from any thread.
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import EncodeParams
 from cottention.engine.errors import ParameterError
+from cottention.engine.sampling.dry import BreakerIds, RepeatRules
 from cottention.engine.sampling.token_constraints import TokenConstraints, encode_bad_words
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary, shortened
 from cottention.engine.scheduling.context_policy import ContextPolicies
@@ -62,6 +63,7 @@ class RequestLimits:
     def check_params(self, params: SamplingParams) -> None:
         """The same for parameters."""
         self._check_set("stop_token_ids", params.stop_token_ids)
+        self._check_set("logprob_token_ids", params.logprob_token_ids or ())
         self._check_ids("logit_bias", "ids in logit_bias", params.logit_bias)
         if params.allowed_token_ids is not None:
             self._check_allowed(params.allowed_token_ids)
@@ -146,6 +148,7 @@ class InputProcessor:
         self.eos_token_ids = eos_token_ids
         self.limits = limits
         self.policies = policies
+        self._breakers = BreakerIds(tokenizer.written_bytes)
         self._last: tuple[SamplingParams, TokenConstraints] | None = None
 
     def tokenize(self, prompt: Prompt) -> Sequence[int]:
@@ -187,5 +190,9 @@ class InputProcessor:
         num_ids = self.tokenizer.num_ids
         constraints = TokenConstraints.of(params, num_ids, self.eos_token_ids, bad_words)
         self.limits.check_first_token(params, constraints)
+        if params.has_dry:
+            is_breaker = self._breakers.find(params.dry_sequence_breakers)
+            rules = RepeatRules.of(params, is_breaker, self.policies.window)
+            constraints = replace(constraints, repeats=rules)
         self._last = params, constraints
         return constraints

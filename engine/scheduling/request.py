@@ -17,13 +17,13 @@ from cottention.engine.outputs import FinishReason, TokenLogprob
 from cottention.engine.sampling.token_history import TokenHistory
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
+from cottention.engine.scheduling.prefill_stops import MAX_ANSWER_IDS, CachedPrompt, CacheUse
 from cottention.engine.state.context_window import (
     ContextSchedule,
     ExactSchedule,
     PrefillSpan,
     prefill_spans,
 )
-from cottention.engine.state.prefix_cache import Prefix
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.text.base import BaseTokenizer
 from cottention.engine.text.detokenizer import Detokenizer
@@ -64,7 +64,8 @@ class Choice:
     position: number of ids in its state. pending: ids sampled after them, not in the state yet.
     slot: of the pool, while the request has slots and the choice has not ended. rows: of that slot,
     first the row in use, then the spare row where the pool has spare rows.
-    generated_ids: all sampled ids, kept only for a request that continues a session.
+    generated_ids: all sampled ids, kept only for a request that continues a session, and, up to
+    MAX_ANSWER_IDS, for one whose last state is cached.
     """
 
     request: "Request"
@@ -104,7 +105,9 @@ class Choice:
         """Add a sampled id, which is not in the state yet."""
         self.pending.append(token_id)
         self.history.append(token_id)
-        if self.request.start is not None:
+        request = self.request
+        is_cached = request.keeps_answer and self.num_generated < MAX_ANSWER_IDS
+        if request.start is not None or is_cached:
             self.generated_ids.append(token_id)
         self.num_generated += 1
 
@@ -128,7 +131,8 @@ class Request:
     context_schedule: where contexts begin. constraints: what its parameters say
     about ids.
     start, turn_ids: the session state that the request continues, and the prompt's own ids.
-    prefix: digest of the ids in the first choice's state, for requests that use the prefix cache.
+    cached_prompt: for requests that use the prefix cache. is_held: it waits for another's prefill;
+    num_left_of_followers: prompt ids that the shortest prompt still has that waits for this one.
     prompt_logprobs, num_cached, started: per-request fields of the output, the first two sent with
     choice 0 only. num_cached: prompt ids restored from the prefix cache. started: when the request
     first had slots, by time.monotonic.
@@ -152,7 +156,9 @@ class Request:
     num_prefilled: int = 0
     start: SessionState | None = None
     turn_ids: tuple[int, ...] = ()
-    prefix: Prefix | None = None
+    cached_prompt: CachedPrompt | None = None
+    is_held: bool = False
+    num_left_of_followers: int | None = None
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     num_cached: int = 0
     started: float | None = None
@@ -213,7 +219,7 @@ class Request:
         undecoded = b"" if self.turn_ids else session.undecoded
         for index in range(params.n):
             text = Detokenizer(table, () if params.min_tokens else params.stop, undecoded)
-            history = TokenHistory(params, fed, self.constraints, session.counts)
+            history = TokenHistory(params, fed, self.constraints, session.counts, self.ids)
             self.choices.append(Choice(self, index, text, history, self.prefill_stop))
 
     def set_status(self, status: RequestStatus) -> None:
@@ -223,14 +229,23 @@ class Request:
         )
         self.status = status
 
-    def enable_prefix_reuse(self, scope: str) -> None:
-        """Use the prefix cache within `scope`, unless every prompt id has to be computed.
-
-        The context policy is part of the scope, because states differ between policies.
-        """
+    def enable_prefix_reuse(self, use: CacheUse) -> None:
+        """Use the prefix cache, unless every prompt id has to be computed."""
         params = self.params
         if self.start is None and params.prompt_logprobs is None and params.encode is None:
-            self.prefix = Prefix(f"{self.context_schedule.name} {scope}")
+            self.cached_prompt = CachedPrompt.of(use, self.context_schedule.name, self.ids)
+
+    @property
+    def keeps_answer(self) -> bool:
+        """Whether the state at the end of its only choice is cached."""
+        prompt = self.cached_prompt
+        return prompt is not None and prompt.use.writes and self.params.n == 1
+
+    @property
+    def next_stop(self) -> int:
+        """Where the prefill of the first span stops at the latest."""
+        span, prompt = self.prefill_spans[0], self.cached_prompt
+        return span.stop if prompt is None else prompt.next_stop(span, self.num_prefilled)
 
     @property
     def last_index(self) -> int:
@@ -264,6 +279,11 @@ class Request:
     def ids_at(self, start: int, stop: int) -> Sequence[int]:
         """Ids at indices start:stop, as far as there are any."""
         return self.ids[start - self.first_index : stop - self.first_index]
+
+    @property
+    def num_slots(self) -> int:
+        """That it has or needs: one for each unfinished choice."""
+        return len(self.unfinished_choices)
 
     @property
     def unfinished_choices(self) -> list[Choice]:

@@ -60,7 +60,11 @@ class RequestManager:
         return []
 
     def admit(self) -> None:
-        """Start waiting requests for which there are slots, each where it has to go on."""
+        """Start waiting requests for which there are slots, each where it has to go on.
+
+        Those that waited for another's prefill go on as well.
+        """
+        self._prefix_reuse.release()
         preempted, admitted = self._scheduler.admit(self._pool.num_free)
         for request in preempted:
             self._preemption.park(request)
@@ -78,12 +82,11 @@ class RequestManager:
             request.started = time.monotonic()
             if request.start is not None and request.continues_session_rows:
                 self._pool.write(request.choices[0].row, request.start.rows)
-            self._prefix_reuse.restore(request)
+            self._prefix_reuse.start(request)
 
     def advance(self, batch: Batch, result: BatchResult) -> list[Output]:
         """Note what a step has put into the states; requests that generate nothing end here."""
         for choice in batch.decode:
-            self._prefix_reuse.extend(choice)
             choice.position += len(choice.pending)
             choice.pending = []
         for request, logprobs in result.prompt_logprobs.items():

@@ -14,7 +14,6 @@ from cottention.engine.scheduling.batch import Batch, LookaheadRow, PrefillChunk
 from cottention.engine.scheduling.client import Client
 from cottention.engine.scheduling.fair_queue import FairQueue
 from cottention.engine.scheduling.request import Choice, Request
-from cottention.engine.state.prefix_cache import BLOCK
 
 _PREFILL_SHARE = 4
 """Prompts get at least 1/4 of the budget, and the oldest prompt 1/4 of what prompts get."""
@@ -50,7 +49,7 @@ class Scheduler:
         self._max_prefill_tokens = max_prefill_tokens
         self._max_preempted_states = max_preempted_states
         self._num_preempted_states = 0
-        self._waiting = FairQueue()
+        self._waiting: FairQueue[Request] = FairQueue()
         self._prefilling: deque[Request] = deque()
         self._decoding: deque[Choice] = deque()
 
@@ -87,17 +86,17 @@ class Scheduler:
         admitted: list[Request] = []
         blocked: list[Client] = []
         while (request := self._waiting.next(blocked)) is not None:
-            num_missing = len(request.unfinished_choices) - num_free_slots
+            num_missing = request.num_slots - num_free_slots
             victims = self._victims(request, num_missing) if num_missing > 0 else []
             if num_missing > 0 and not victims:
                 blocked.append(request.client)
                 continue
             for victim in victims:
                 self._preempt(victim)
-                num_free_slots += len(victim.unfinished_choices)
+                num_free_slots += victim.num_slots
             preempted += victims
             self._start(request)
-            num_free_slots -= len(request.unfinished_choices)
+            num_free_slots -= request.num_slots
             admitted.append(request)
         return Admission(preempted, admitted)
 
@@ -117,13 +116,13 @@ class Scheduler:
         """Whether the victims' states may be parked when those of the request no longer are."""
         num_states = self._num_preempted_states + _num_unfinished(victims)
         if request.is_preempted:
-            num_states -= len(request.unfinished_choices)
+            num_states -= request.num_slots
         return num_states <= self._max_preempted_states
 
     def _preempt(self, request: Request) -> None:
         self.remove_request(request)
         request.is_preempted = True
-        self._num_preempted_states += len(request.unfinished_choices)
+        self._num_preempted_states += request.num_slots
         self._waiting.add(request)
 
     def _start(self, request: Request) -> None:
@@ -134,7 +133,7 @@ class Scheduler:
     def _end_preemption(self, request: Request) -> None:
         if request.is_preempted:
             request.is_preempted = False
-            self._num_preempted_states -= len(request.unfinished_choices)
+            self._num_preempted_states -= request.num_slots
 
     def schedule(self) -> Batch:
         """The next step's batch. What does not fit into the budget comes first in a later step."""
@@ -168,16 +167,20 @@ class Scheduler:
         return min(left, max(_MIN_PREFILL_TOKENS, num_decode) if limit is None else limit)
 
     def _schedule_prefill(self, budget: int) -> list[PrefillChunk]:
-        """Chunks, shortest remaining prompt first; a share is reserved for the oldest prompt."""
+        """Chunks, shortest remaining prompt first; a share is reserved for the oldest prompt.
+
+        What is held comes after what it waits for.
+        """
         chunks = []
-        oldest = self._prefilling[0] if self._prefilling else None
+        prompts = [request for request in self._prefilling if not request.is_held]
+        oldest = prompts[0] if prompts else None
         reserved = max(1, budget // _PREFILL_SHARE)
-        for request in sorted(self._prefilling, key=_num_left):
+        for request in sorted(prompts, key=_num_left):
             if request is oldest:
                 reserved = 0
             if budget > reserved:
                 start = request.num_prefilled
-                stop = _chunk_stop(request, start + budget - reserved)
+                stop = min(request.next_stop, start + budget - reserved)
                 budget -= stop - start
                 chunks.append(PrefillChunk(request, request.prefill_spans[0], start, stop))
         return chunks
@@ -198,28 +201,17 @@ class Scheduler:
         self._end_preemption(request)
         if request in self._prefilling:
             self._prefilling.remove(request)
-            self._waiting.free(request.client, len(request.unfinished_choices))
+            self._waiting.free(request.client, request.num_slots)
         for choice in [choice for choice in self._decoding if choice.request is request]:
             self.remove_choice(choice)
 
 
-def _chunk_stop(request: Request, limit: int) -> int:
-    """Where the next chunk ends, at most at `limit`.
-
-    With prefix reuse it is a whole number of blocks where possible, because states are cached
-    there.
-    """
-    span = request.prefill_spans[0]
-    stop = min(span.stop, limit)
-    if request.prefix is None or span.is_spare:
-        return stop
-    block_stop = min(stop, span.stop - 1) // BLOCK * BLOCK
-    return block_stop if block_stop > request.num_prefilled else stop
-
-
 def _num_left(request: Request) -> int:
-    return request.prefill_stop - request.num_prefilled
+    """Ids of the prompt, or of a shorter one that waits for it."""
+    left = request.prefill_stop - request.num_prefilled
+    followers = request.num_left_of_followers
+    return left if followers is None else min(left, followers)
 
 
 def _num_unfinished(requests: list[Request]) -> int:
-    return sum(len(request.unfinished_choices) for request in requests)
+    return sum(request.num_slots for request in requests)

@@ -10,22 +10,15 @@ from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
-from cottention.server.api import (
-    chat,
-    completions,
-    embeddings,
-    fill_mask,
-    session_events,
-    sessions,
-    snapshots,
-    status,
-    tokenize,
-)
+from cottention.server.api import chat, completions, requests, status, tokenize
 from cottention.server.api.dependencies import Context, requires, session_bytes
+from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
 from cottention.server.api.openapi import install_openapi
+from cottention.server.api.sessions import events, lifecycle, snapshots
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
+from cottention.server.generation.cancellation import RunningRequests
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.origin import (
@@ -65,11 +58,12 @@ ROUTERS: tuple[tuple[APIRouter, Capability | None], ...] = (
     (completions.router, "completions"),
     (chat.router, "chat"),
     (snapshots.router, "sessions"),
-    (session_events.router, "sessions"),
-    (sessions.router, "sessions"),
+    (events.router, "sessions"),
+    (lifecycle.router, "sessions"),
     (embeddings.router, "embeddings"),
     (fill_mask.router, "fill-mask"),
     (tokenize.router, None),
+    (requests.router, None),
     (status.router, None),
 )
 """Each with the capability of a model that its endpoints need."""
@@ -119,6 +113,7 @@ def create_app(
         turns,
         ReadLimit(config.max_session_reads),
         BodyMemory(config.max_received_bytes, max_snapshot_bytes, config.max_response_items),
+        RunningRequests(engine.cancel),
         template,
     )
     app.router.routes.extend(_routes())

@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -18,12 +17,18 @@ from cottention.server.generation.chat_template import (
     render_after,
 )
 from cottention.server.generation.choice_format import ChatFormatter
-from cottention.server.generation.control_tokens import ControlTokens, Message, RenderedChat
+from cottention.server.generation.control_tokens import ControlTokens, RenderedChat
+from cottention.server.generation.message_boundaries import message_boundaries
 from cottention.server.generation.request import OutputOptions, ParsedRequest, truncate_prompt
 from cottention.server.generation.responses import EndpointFormat
 from cottention.server.http.body import is_text
 from cottention.server.http.errors import invalid
-from cottention.server.schemas.chat import ChatRequest, chat_request, unknown_keys
+from cottention.server.schemas.chat import (
+    ChatRequest,
+    RenderedMessages,
+    chat_request,
+    unknown_keys,
+)
 from cottention.server.schemas.responses import ChatCompletion
 
 if TYPE_CHECKING:
@@ -72,15 +77,24 @@ def parse_chat(fields: dict[str, Any], context: Context) -> ParsedRequest:
     context.ignored_keys.warn(unknown_keys(fields["messages"]))
     params = _params(body, context, template.stop)
     tokenizer, control = context.tokenizer, control_tokens(context, template)
-    chat = render(
-        template, body.messages, body.add_generation_prompt, body.chat_template_kwargs, control
-    )
+    chat = render(template, body, control)
     ids = encode_chat(chat, tokenizer, control, add_special_tokens=body.add_special_tokens)
     prompts = [truncate_prompt(ids, body, context.trained_length)]
+    is_plain = body.session_id is None and body.truncate_prompt_tokens is None
+    boundaries: tuple[int, ...] = ()
+    if is_plain and not body.add_special_tokens:
+        boundaries = message_boundaries(chat.text, body.messages, ids, tokenizer)
     continuation = None
     if body.session_id is not None:
         continuation = _continuation(body, template, chat, tokenizer, control)
-    return ParsedRequest(body, params, _output_options(body), prompts, continuation=continuation)
+    return ParsedRequest(
+        body,
+        params,
+        _output_options(body),
+        prompts,
+        continuation=continuation,
+        boundaries=boundaries,
+    )
 
 
 def _continuation(
@@ -94,8 +108,10 @@ def _continuation(
 
     Raises ApiError.
     """
-    variables = body.chat_template_kwargs | {"add_generation_prompt": body.add_generation_prompt}
-    found = render_after(template, body.messages, variables, control)
+    continues = body.continue_final_message
+    found = render_after(
+        template, body.messages, _variables(body), control, continues_last=continues
+    )
     if found is None:
         is_opened = chat.text.startswith(template.opening)
         found = chat.after(len(template.opening) if is_opened else 0), ""
@@ -120,17 +136,21 @@ def control_tokens(context: Context, template: ChatTemplate) -> ControlTokens | 
     return ControlTokens.of(context.tokenizer, template.literals)
 
 
+def _variables(body: RenderedMessages) -> dict[str, Any]:
+    """The template's variables; a last message that goes on is followed by no other."""
+    begins_answer = body.add_generation_prompt and not body.continue_final_message
+    return body.chat_template_kwargs | {"add_generation_prompt": begins_answer}
+
+
 def render(
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    add_generation_prompt: bool,
-    kwargs: dict[str, Any],
-    control: ControlTokens | None,
+    template: ChatTemplate, body: RenderedMessages, control: ControlTokens | None
 ) -> RenderedChat:
     """The text of a chat's prompt. Raises ApiError."""
-    variables = kwargs | {"add_generation_prompt": add_generation_prompt}
+    variables = _variables(body)
     try:
-        chat = template.track(messages, variables, control)
+        chat = template.track(body.messages, variables, control)
+        if body.continue_final_message:
+            chat = template.up_to_last_content(chat, body.messages, variables)
     except ChatTemplateError as error:
         raise invalid("messages", str(error)) from None
     if not chat.text:
@@ -183,7 +203,7 @@ def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> Sampl
 def _output_options(body: ChatRequest) -> OutputOptions:
     return OutputOptions(
         has_prompt_once=True,
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        logprobs=body.num_alternatives((body.top_logprobs or 0) if body.logprobs else None),
         prompt_logprobs=body.prompt_logprobs,
         token_ids=body.return_token_ids,
         tokens_as_ids=body.return_tokens_as_token_ids,

@@ -76,7 +76,7 @@ def _token_ids(body: CompletionRequest, tokenizer: "BaseTokenizer") -> list[list
 def _output_options(body: CompletionRequest) -> OutputOptions:
     return OutputOptions(
         echo=body.echo,
-        logprobs=body.logprobs,
+        logprobs=body.num_alternatives(body.logprobs),
         prompt_logprobs=body.prompt_logprobs,
         token_ids=body.return_token_ids,
         tokens_as_ids=body.return_tokens_as_token_ids,

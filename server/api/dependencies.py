@@ -14,6 +14,7 @@ from cottention.engine.encoding import Capability
 from cottention.engine.sessions.memory_usage import SessionBytes
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
+from cottention.server.generation.cancellation import RunningRequests
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.http.body import Pace, shown
 from cottention.server.http.body_memory import BodyMemory
@@ -66,6 +67,7 @@ class Context:
     turn_queue: TurnQueue | None
     reads: ReadLimit
     bodies: BodyMemory
+    running: RunningRequests
     template: ChatTemplate | UnusableTemplate | None = None
     limits: KeyLimits = KeyLimits()
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)

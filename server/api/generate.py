@@ -9,6 +9,7 @@ from fastapi import Request, Response
 
 from cottention.server.api.dependencies import Context
 from cottention.server.api.turn_response import TurnResponse
+from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.deadline import (
     before_deadline,
     deadline_of,
@@ -69,10 +70,29 @@ async def generate(
     parsed.check_items(context.config.max_response_items)
     context.bodies.response(request).at_least(parsed.num_items)
     deadline = deadline_of(arrived_at, context.config, parsed.body.timeout)
-    name = f"{endpoint.id_prefix}-{parsed.body.request_id or request_id_of(request)}"
-    if parsed.turn is not None:
-        return TurnResponse(context, parsed, endpoint, name, caller_of(request), deadline)
-    return await _respond(request, context, parsed, endpoint, name, deadline)
+    name, cancellation = open_request(request, context, endpoint.id_prefix, parsed.body.request_id)
+    try:
+        if parsed.turn is not None:
+            caller = caller_of(request)
+            return TurnResponse(context, parsed, endpoint, name, caller, deadline, cancellation)
+        return await _respond(request, context, parsed, endpoint, name, deadline, cancellation)
+    except BaseException:
+        cancellation.end()
+        raise
+
+
+def open_request(
+    request: Request, context: Context, id_prefix: str, chosen_id: str | None
+) -> tuple[str, Cancellation]:
+    """The id of a request's answer, and how the request is cancelled by it. Raises ApiError 409.
+
+    chosen_id: the `request_id` of its body.
+    """
+    request_id = chosen_id or request_id_of(request)
+    cancellation = context.running.open(
+        owner_of(request), id_prefix, request_id, is_chosen=chosen_id is not None
+    )
+    return f"{id_prefix}-{request_id}", cancellation
 
 
 async def read_request(
@@ -144,21 +164,23 @@ async def _respond(
     endpoint: EndpointFormat,
     name: str,
     deadline: float | None,
+    cancellation: Cancellation,
 ) -> Response:
     """Generate without a session, and respond."""
     generation_request = parsed.build()
     is_stream = generation_request.is_stream
     header = endpoint.header(name, context.model_name, is_stream=is_stream)
     choices = endpoint.formatter(generation_request, context.tokenizer)
-    scope = f"{owner_of(request)}\n{parsed.body.cache_salt or ''}"
+    cache = parsed.cache_use(owner_of(request))
     count_choices(request.scope, generation_request)
     stream = await context.engine.generate(
         name,
         generation_request,
         deadline=deadline,
-        cache_scope=scope,
+        cache=cache,
         client=client_of(request.scope),
     )
+    cancellation.attach(stream)
     track(request.scope, generation_request, stream)
     if is_stream:
         formatter = EventFormatter(header, choices, generation_request)

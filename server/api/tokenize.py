@@ -23,7 +23,11 @@ from cottention.server.generation.json_pieces import (
 )
 from cottention.server.generation.request import MAX_INLINE_ITEMS, decode_ids, encode_text
 from cottention.server.schemas.base import RequestModel, validate
-from cottention.server.schemas.chat import MESSAGES, Messages, unknown_keys
+from cottention.server.schemas.chat import (
+    RenderedMessages,
+    check_generation_prompt,
+    unknown_keys,
+)
 from cottention.server.schemas.field_types import ShortText, Text, TokenIds
 from cottention.server.schemas.responses import Detokenized, JsonObject, Tokenized
 from cottention.server.schemas.sampling import BOOLEAN, IDS, MODEL
@@ -41,16 +45,13 @@ class TokenizeRequest(RequestModel):
     return_token_strs: bool = Field(False, description=BOOLEAN)
 
 
-class TokenizeChatRequest(RequestModel):
+class TokenizeChatRequest(RenderedMessages):
     """Body of POST /tokenize for a chat."""
 
     neutral: ClassVar[NeutralValues] = TOKENIZE
 
     model: ShortText | None = Field(None, description=MODEL)
-    messages: Messages = Field(description=MESSAGES)
-    add_generation_prompt: bool = Field(True, description=BOOLEAN)
     add_special_tokens: bool = Field(False, description=BOOLEAN)
-    chat_template_kwargs: dict[str, Any] = Field({}, description="an object")
     return_token_strs: bool = Field(False, description=BOOLEAN)
 
 
@@ -87,13 +88,12 @@ def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
     tokenizer = context.tokenizer
     if body.get("messages") is not None:
         chat = validate(TokenizeChatRequest, body)
+        check_generation_prompt(chat)
         check_model(chat.model, context)
         template = template_of(context)
         context.ignored_keys.warn(unknown_keys(body["messages"]))
         control = control_tokens(context, template)
-        rendered = render(
-            template, chat.messages, chat.add_generation_prompt, chat.chat_template_kwargs, control
-        )
+        rendered = render(template, chat, control)
         ids = encode_chat(rendered, tokenizer, control, add_special_tokens=chat.add_special_tokens)
         return _response(ids, chat.return_token_strs, context)
     request = validate(TokenizeRequest, body)

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from cottention.engine.scheduling.client import Client
 from cottention.server.api.dependencies import Context
+from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.deadline import entered_before
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.request import GenerationRequest, ParsedRequest
@@ -52,6 +53,7 @@ class TurnResponse(Response):
         name: str,
         caller: Caller,
         deadline: float | None,
+        cancellation: Cancellation,
     ) -> None:
         """name: the response's id. deadline: by the event loop's clock."""
         self.background = None
@@ -61,15 +63,19 @@ class TurnResponse(Response):
         self._name = name
         self._caller = caller
         self._deadline = deadline
+        self._cancellation = cancellation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; an exception before the first byte becomes an error response."""
         context, options = self._context, self._parsed.turn
         assert options is not None
         async with AsyncExitStack() as stack:
-            turns = context.turns.turn(self._caller, options, receive)
-            turn = await stack.enter_async_context(entered_before(self._deadline, turns))
+            stack.callback(self._cancellation.end)
+            turns = context.turns.turn(self._caller, options, receive, self._cancellation)
+            in_time = self._cancellation.entered(entered_before(self._deadline, turns))
+            turn = await stack.enter_async_context(in_time)
             request, stream = await self._generate(turn, client_of(scope))
+            self._cancellation.attach(stream)
             track(scope, request, stream)
             stack.callback(stream.close)
             if options.on_disconnect == "continue":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cottention.engine.errors import EngineStoppedError
 from cottention.engine.outputs import EngineStats, Output
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
+from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.dispatch import OutputDispatcher
 from cottention.server.generation.latency import LatencyStats
@@ -107,7 +108,7 @@ class AsyncEngine:
         *,
         start: "SessionState | None" = None,
         deadline: float | None = None,
-        cache_scope: str | None = None,
+        cache: CacheUse | None = None,
         client: Client = DEFAULT_CLIENT,
     ) -> OutputStream:
         """Submit every prompt; choice c of prompt p is number p * params.n + c of the stream.
@@ -116,7 +117,7 @@ class AsyncEngine:
         start: the session that the prompt continues; its next state comes with the last output.
         deadline: event loop time at which the request ends with what it has.
         client: whose turn at the slots it is.
-        cache_scope: prompts share cached prefixes within one scope; None: no prefix caching.
+        cache: how the prompts use the prefix cache; None: not at all.
 
         Raises ParameterError, EngineStoppedError, ApiError (queue full, or the deadline has
         passed); then nothing is left running.
@@ -137,10 +138,10 @@ class AsyncEngine:
         try:
             if request.is_slow_to_submit:
                 await asyncio.to_thread(
-                    self._submit, stream, request_ids, request, start, cache_scope, client
+                    self._submit, stream, request_ids, request, start, cache, client
                 )
             else:
-                self._submit(stream, request_ids, request, start, cache_scope, client)
+                self._submit(stream, request_ids, request, start, cache, client)
         except BaseException:
             stream.close()
             raise
@@ -152,7 +153,7 @@ class AsyncEngine:
         request_ids: Sequence[str],
         request: GenerationRequest,
         start: "SessionState | None",
-        cache_scope: str | None,
+        cache: CacheUse | None,
         client: Client,
     ) -> None:
         """In any thread.
@@ -167,7 +168,7 @@ class AsyncEngine:
                 request_id=request_id,
                 priority=request.priority,
                 start=start,
-                cache_scope=cache_scope,
+                cache=cache,
                 client=client,
             )
             if (reason := stream.cancel_reason) is not None:
@@ -177,6 +178,10 @@ class AsyncEngine:
         """Refuse new requests from now on; running ones continue."""
         if self.phase is not Phase.FAILED:
             self.phase = Phase.DRAINING
+
+    def cancel(self, stream: OutputStream) -> None:
+        """Cancel a request whose client asked for it; its stream gets the final outputs."""
+        self._dispatcher.cancel(stream)
 
     def cancel_all(self) -> None:
         """Cancel all running requests; their streams get the final outputs."""

@@ -128,6 +128,26 @@ class ChatTemplate:
         except UntrackableError as error:
             raise ChatTemplateError(f"the chat template {error}") from None
 
+    def up_to_last_content(
+        self, chat: RenderedChat, messages: Sequence[Message], variables: Mapping[str, Any]
+    ) -> RenderedChat:
+        """The prompt up to the end of the last message's content, which an answer goes on with.
+
+        chat: what `track` made of the messages. White space at the end of the content stays if the
+        template keeps it. Raises ChatTemplateError.
+        """
+        mark = f"mark{secrets.token_hex(8)}"
+        *others, last = messages
+        marked = {**last, "content": f"{last['content']}{mark}"}
+        begin, found, _ = self.render([*others, marked], variables).partition(mark)
+        for kept in (begin, begin.rstrip()):
+            if found and kept and chat.text.startswith(kept):
+                return chat.until(len(kept))
+        raise ChatTemplateError(
+            "the chat template does not write the last message as it is, so that it cannot be"
+            " continued"
+        )
+
 
 def find_template(choice: str | None, folder: Path) -> ChatTemplate | UnusableTemplate | None:
     """The chosen template, else the model folder's own, else None.
@@ -211,9 +231,12 @@ def render_after(
     messages: Sequence[Message],
     variables: Mapping[str, Any],
     control: ControlTokens | None = None,
+    *,
+    continues_last: bool = False,
 ) -> tuple[RenderedChat, str] | None:
     """What a template writes after an assistant's message, and the seam with which that begins.
 
+    continues_last: only up to the end of the last message's content.
     None if the template rejects `messages` at that place.
     """
     mark = f"mark{secrets.token_hex(8)}"
@@ -221,6 +244,8 @@ def render_after(
     marked = [*past, {**messages[0], "content": mark}]
     try:
         whole = template.track([*past, *messages], variables, control)
+        if continues_last:
+            whole = template.up_to_last_content(whole, [*past, *messages], variables)
         seams = template.render(marked, variables).split(mark)
     except ChatTemplateError:
         return None

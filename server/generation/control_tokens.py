@@ -80,6 +80,11 @@ class RenderedChat:
         spans = ((max(0, a - begin), b - begin) for a, b in self.untrusted if b > begin)
         return RenderedChat(self.text[begin:], tuple(spans))
 
+    def until(self, end: int) -> "RenderedChat":
+        """The text up to a place."""
+        spans = ((a, min(b, end)) for a, b in self.untrusted if a < end)
+        return RenderedChat(self.text[:end], tuple(spans))
+
     def encode(self, tokenizer: "BaseTokenizer", control: ControlTokens | None) -> list[int]:
         """Token ids, in which control tokens in untrusted text are ordinary text."""
         if control is None:

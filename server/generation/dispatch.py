@@ -122,6 +122,12 @@ class OutputDispatcher:
             stream.timer = asyncio.get_running_loop().call_at(deadline, self._on_deadline, stream)
         return stream
 
+    def cancel(self, stream: OutputStream) -> None:
+        """Cancel a stream's prompts by its client's wish; it gets the final outputs."""
+        if stream in self._streams:
+            stream.was_cancelled = True
+            self._cancel(stream, FinishReason.ABORT)
+
     def cancel_all(self) -> None:
         """Cancel all prompts; their streams get the final outputs."""
         for stream in self._streams:

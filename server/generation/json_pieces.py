@@ -16,9 +16,12 @@ from starlette.responses import Response, StreamingResponse
 Encode = Callable[[Any], str]
 
 BATCH_ITEMS = 128
+BATCH_CHARACTERS = 4 * 1024
+"""Elements of a list that are encoded at a time, at most, and characters that they should have"""
+
 TEXT_CHARACTERS = 64 * 1024
 BLOCK_CHARACTERS = 64 * 1024
-"""Elements of a list, characters of a text, and characters of a response that are made at a time"""
+"""Characters of a text, and of a response, that are made at a time"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +73,15 @@ def json_pieces(value: Any, encode: Encode) -> Iterator[str]:
 
 
 def encode_elements(values: Iterable[Any], encode: Encode) -> Iterator[str]:
-    """The elements of an array without its brackets, some of them at a time."""
-    values = iter(values)
-    while batch := list(islice(values, BATCH_ITEMS)):
-        yield encode(batch)[1:-1]
+    """The elements of an array without its brackets, some of them at a time.
+
+    How many depends on the size of those before: a token with 20 alternatives is 21 objects.
+    """
+    values, num = iter(values), 1
+    while batch := list(islice(values, num)):
+        text = encode(batch)[1:-1]
+        yield text
+        num = max(1, min(BATCH_ITEMS, len(batch) * BATCH_CHARACTERS // len(text)))
 
 
 def _array(array: LongList, encode: Encode) -> Iterator[str]:

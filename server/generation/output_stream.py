@@ -107,13 +107,15 @@ class OutputStream:
 
         The dispatcher keeps the ids of its prompts that wait for a reader in `paused`, and in
         `cancel_reason` why its prompts were cancelled: the engine forgets a cancellation of a
-        prompt that it does not know yet.
+        prompt that it does not know yet. was_cancelled: by its id. on_closed: called by `close`.
         """
         self._keeps_token_ids = keeps_token_ids
         self._max_unread_bytes = max_unread_bytes
         self._num_unread_bytes = 0
         self.paused: set[str] = set()
         self.cancel_reason: FinishReason | None = None
+        self.was_cancelled = False
+        self.on_closed: Callable[[], None] | None = None
         self._unread: dict[int, OutputDelta] = {}
         self._num_without_text: Counter[int] = Counter()
         self._unfinished = set(range(num_choices))
@@ -190,6 +192,8 @@ class OutputStream:
             self._changed.set()
             self._ended.set()
             self._on_close(self)
+            if self.on_closed is not None:
+                self.on_closed()
 
     async def _wait_changed(self, idle_seconds: float | None) -> None:
         """Wait for a change, for at most `idle_seconds`; cheaper than asyncio.timeout."""

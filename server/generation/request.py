@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
+from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.server.generation.chat_template import ChatContinuation
 from cottention.server.http.errors import invalid
 from cottention.server.schemas.sampling import (
+    CacheOptions,
     OnCancel,
     OnConflict,
     OnDisconnect,
@@ -33,6 +35,7 @@ MAX_INLINE_ITEMS = 4 * 1024
 """Responses with more token ids and log-probabilities are formatted in a thread."""
 
 DEFAULT_STREAM_OPTIONS = StreamOptions.model_validate({})
+DEFAULT_CACHE_OPTIONS = CacheOptions.model_validate({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +129,16 @@ class GenerationRequest:
 
     @property
     def is_slow_to_submit(self) -> bool:
-        """Whether it has too many ids or bad words to be checked on the event loop."""
+        """Whether it has too many ids or words to be checked on the event loop.
+
+        Strings that are breakers of repetitions are searched in the whole vocabulary.
+        """
         params = self.params
         num_copies = params.n if params.has_penalty else 1
         num_listed = len(params.stop_token_ids) + len(params.allowed_token_ids or ())
         num_characters = 2 * sum(map(len, params.bad_words))
         size = self.num_read_tokens * num_copies + num_listed + num_characters
-        return size > MAX_INLINE_TOKENS
+        return params.has_dry or size > MAX_INLINE_TOKENS
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -153,6 +159,7 @@ class ParsedRequest:
     add_special_tokens_if_empty: the tokenizer's special tokens are added to the prompt of a turn
     if its session is empty.
     continuation: the prompt of a turn if its session is not empty; None: the same as if it were.
+    boundaries: of a chat's only prompt, those of `CacheUse`.
     """
 
     body: SamplingBody
@@ -162,6 +169,7 @@ class ParsedRequest:
     echoes: Sequence[str] = ()
     add_special_tokens_if_empty: bool = False
     continuation: ChatContinuation | None = None
+    boundaries: tuple[int, ...] = ()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -185,7 +193,7 @@ class ParsedRequest:
         body, output, params = self.body, self.output, self.params
         num_items = output.num_prompt_items(self.num_prompt_tokens, body.n)
         if not body.stream:
-            per_token = output.token_ids + _num_logprobs(params.logprobs)
+            per_token = output.token_ids + _num_logprobs(body.num_alternatives(params.logprobs))
             num_items += len(self.prompts) * params.n * params.max_tokens * per_token
         return num_items
 
@@ -205,6 +213,12 @@ class ParsedRequest:
                 f" (--max-response-items), but this one may have {num_items}: ask for fewer"
                 " choices, tokens or alternatives, or for a stream",
             )
+
+    def cache_use(self, owner: str) -> CacheUse:
+        """How its prompts use the prefix cache; those of other owners and salts are apart."""
+        options = self.body.cache or DEFAULT_CACHE_OPTIONS
+        scope = f"{owner}\n{self.body.cache_salt or ''}"
+        return CacheUse(scope, options.read, options.write, self.boundaries)
 
     def build(self) -> GenerationRequest:
         """The request, without a session."""

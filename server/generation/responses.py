@@ -48,7 +48,8 @@ async def collect_outputs(stream: OutputStream) -> dict[int, OutputDelta]:
     """Wait until all choices have ended. The stream must not have been read before.
 
     Raises OutputStreamClosed; ApiError if the engine failed, or if the request timed out or was
-    cancelled by shutdown before the first token.
+    cancelled by shutdown before the first token. One that its client cancelled ends with what it
+    has, be it nothing.
     """
     await stream.wait_ended()
     deltas = await stream.take()
@@ -64,7 +65,7 @@ def check_outcome(stream: OutputStream, deltas: Mapping[int, OutputDelta]) -> No
     if not stream.num_generated:
         if FinishReason.TIMEOUT in reasons:
             raise expired()
-        if FinishReason.ABORT in reasons:
+        if FinishReason.ABORT in reasons and not stream.was_cancelled:
             raise unavailable(Phase.DRAINING)
 
 

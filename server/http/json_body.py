@@ -19,7 +19,10 @@ from cottention.server.http.errors import ApiError, invalid
 NOT_AN_OBJECT = "the body must be a JSON object"
 
 MAX_AT_ONCE = 64 * 1024
-"""Characters of JSON that are parsed in one go."""
+"""Characters of a whole text that is parsed in one go."""
+
+MAX_NUMBERS = 8 * 1024
+"""Characters of numbers that are parsed in one go within a longer text."""
 
 MAX_CONTAINERS = 100_000
 """Lists and objects of one body: they take many times the bytes that they are sent with."""
@@ -30,7 +33,7 @@ MAX_NAMES = 10_000
 ScanOnce = Callable[[str, int], tuple[Any, int]]
 """(text, place) → the value that begins there, and the place behind it."""
 
-_NUMBERS = re.compile(rf"[-+.0-9eE, \t\r\n]{{256,{MAX_AT_ONCE - 1}}},(?=[ \t\r\n]*[-0-9])")
+_NUMBERS = re.compile(rf"[-+.0-9eE, \t\r\n]{{256,{MAX_NUMBERS - 1}}},(?=[ \t\r\n]*[-0-9])")
 """A part of a list of numbers, up to a comma behind which there is another one."""
 
 

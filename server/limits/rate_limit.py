@@ -17,6 +17,9 @@ from cottention.server.http.errors import RETRY_AFTER_SECONDS, ApiError, too_man
 from cottention.server.limits.key_limits import KeyLimits
 from cottention.server.observability.access_log import RequestRecord, request_record
 
+CANCEL = "/cancel"
+"""What the paths end with by which a key ends its own requests, however many it has."""
+
 LIMIT_CODE = "rate_limit_exceeded"
 
 
@@ -126,7 +129,7 @@ class RateLimitMiddleware:
             return
         record = request_record(scope)
         scope["state"]["key_usage"], record.key_name = usage, usage.name
-        if scope["method"] != "POST":
+        if scope["method"] != "POST" or scope["path"].endswith(CANCEL):
             await self._app(scope, receive, send)
             return
         try:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, PlainValidator
 
 from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
-from cottention.server.schemas.base import validate
+from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.schemas.field_types import check_text, field_error, wrong_type
 from cottention.server.schemas.sampling import BOOLEAN, SamplingBody, ranged
 from cottention.server.schemas.sessions import check_turn
@@ -132,19 +132,25 @@ Messages = Annotated[
 MESSAGES = "a list of objects with role and content"
 
 
-class ChatRequest(SamplingBody):
+class RenderedMessages(RequestModel):
+    """What a chat template is given."""
+
+    messages: Messages = Field(description=MESSAGES)
+    add_generation_prompt: bool = Field(True, description=BOOLEAN)
+    continue_final_message: bool = Field(False, description=BOOLEAN)
+    chat_template_kwargs: dict[str, Any] = Field({}, description="an object")
+
+
+class ChatRequest(RenderedMessages, SamplingBody):
     """Body of POST /v1/chat/completions."""
 
     neutral: ClassVar[NeutralValues] = CHAT
 
-    messages: Messages = Field(description=MESSAGES)
     max_tokens: int | None = ranged(None, "a whole number from 1", 1)
     max_completion_tokens: int | None = ranged(None, "a whole number from 1", 1)
     logprobs: bool = Field(False, description=BOOLEAN)
     top_logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)
-    add_generation_prompt: bool = Field(True, description=BOOLEAN)
     add_special_tokens: bool = Field(False, description=BOOLEAN)
-    chat_template_kwargs: dict[str, Any] = Field({}, description="an object")
 
     @property
     def limit(self) -> tuple[str, int | None]:
@@ -154,11 +160,20 @@ class ChatRequest(SamplingBody):
         return "max_tokens", self.max_tokens
 
 
+def check_generation_prompt(request: RenderedMessages) -> None:
+    """Raise ApiError 400 where the answer is to be both a new message and a part of the last."""
+    is_asked = "add_generation_prompt" in request.model_fields_set
+    if request.continue_final_message and is_asked and request.add_generation_prompt:
+        message = "add_generation_prompt must be false or absent with continue_final_message"
+        raise invalid("add_generation_prompt", message)
+
+
 def chat_request(body: Mapping[str, Any]) -> ChatRequest:
     """Validate a body. Raises ApiError 400 naming the field."""
     unused = {tools for choice, tools in UNUSED_TOOLS.items() if body.get(choice) == "none"}
     is_used = {name: name not in unused or not isinstance(body[name], list) for name in body}
     request = validate(ChatRequest, {name: body[name] for name in body if is_used[name]})
+    check_generation_prompt(request)
     request.check_together(request.n, "n")
     check_turn(request, num_prompts=1)
     both = (request.max_tokens, request.max_completion_tokens)

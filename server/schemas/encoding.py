@@ -15,8 +15,8 @@ from cottention.server.schemas.field_types import (
     ListedStrings,
     Name,
     Prompts,
-    Strings,
     Text,
+    Texts,
 )
 from cottention.server.schemas.sampling import (
     BOOLEAN,
@@ -65,7 +65,7 @@ class EmbeddingRequest(EncodingBody):
 class FillMaskRequest(EncodingBody):
     """Body of POST /v1/fill-mask."""
 
-    input: Strings = Field(description="text with mask tokens, or a list of such texts")
+    input: Texts = Field(description="text with mask tokens, or a list of such texts")
     top_k: int = ranged(5, TOP_K, 1, MAX_PREDICTIONS)
     targets: ListedStrings | None = Field(
         None, description=f"a list of 1 to {MAX_PREDICTIONS} strings, each a token"

@@ -118,7 +118,7 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and all(type(each) is int for each in value)
 
 
-def _strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+def _texts(value: Any, info: ValidationInfo) -> tuple[str, ...]:
     """One string or a list of them."""
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list):
@@ -127,7 +127,11 @@ def _strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
         if not isinstance(each, str):
             raise wrong_element(place, each)
         check_text(str(info.field_name), each)
-    return _distinct(strings)
+    return tuple(strings)
+
+
+def _strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
+    return _distinct(_texts(value, info))
 
 
 def _listed_strings(value: Any, info: ValidationInfo) -> tuple[str, ...]:
@@ -184,9 +188,12 @@ Prompts = Annotated[
     list[Prompt],
     PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
+Texts = Annotated[tuple[str, ...], PlainValidator(_texts, json_schema_input_type=str | list[str])]
+"""One text or several, each of which is answered."""
 Strings = Annotated[
     tuple[str, ...], PlainValidator(_strings, json_schema_input_type=str | list[str])
 ]
+"""A set of strings, likewise below: what is repeated counts once."""
 ListedStrings = Annotated[
     tuple[str, ...], PlainValidator(_listed_strings, json_schema_input_type=list[str])
 ]

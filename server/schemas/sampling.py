@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.sampling_params import BREAKERS, SamplingParams
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
@@ -38,6 +38,7 @@ MODEL = f"a string of up to {MAX_SHORT} characters, an id from /v1/models"
 SALT = f"a string of up to {MAX_SHORT} characters"
 CONFLICT = '"error" or "wait"'
 TIMEOUT = "a number of seconds greater than 0"
+LAST_N = "a whole number from 0, which is off, or -1 for the model's window"
 POLICY = '"renew" or "exact"'
 TRUNCATION = "a whole number from 1, or -1 for the model's trained length"
 
@@ -62,10 +63,20 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool = Field(False, description=BOOLEAN)
 
 
+class CacheOptions(RequestModel):
+    """How a request uses the prefix cache."""
+
+    read: bool = Field(True, description=BOOLEAN)
+    write: bool = Field(True, description=BOOLEAN)
+
+
 class SamplingBody(RequestModel):
     """Fields of completions and of chats."""
 
-    nested: ClassVar[Mapping[str, type[RequestModel]]] = {"stream_options": StreamOptions}
+    nested: ClassVar[Mapping[str, type[RequestModel]]] = {
+        "stream_options": StreamOptions,
+        "cache": CacheOptions,
+    }
 
     model: ShortText | None = Field(None, description=MODEL)
     temperature: float = ranged(1.0, "a finite number from 0", 0)
@@ -82,6 +93,11 @@ class SamplingBody(RequestModel):
     presence_penalty: float = ranged(0.0, "a number from -2 to 2", -2, 2)
     frequency_penalty: float = ranged(0.0, "a number from -2 to 2", -2, 2)
     repetition_penalty: float = ranged(1.0, "a finite number greater than 0", 0)
+    dry_multiplier: float = ranged(0.0, "a finite number from 0, which is off", 0)
+    dry_base: float = ranged(1.75, "a finite number from 1", 1)
+    dry_allowed_length: int = ranged(2, "a whole number from 1", 1, 2**31 - 1)
+    dry_penalty_last_n: int = ranged(-1, LAST_N, -1, 2**31 - 1)
+    dry_sequence_breakers: ListedStrings = Field(BREAKERS, description="a list of strings")
     logit_bias: Biases = Field({}, description=BIASES)
     allowed_token_ids: DistinctIds | None = Field(None, description=IDS)
     bad_words: ListedStrings = Field((), description="a list of strings")
@@ -90,6 +106,7 @@ class SamplingBody(RequestModel):
     truncate_prompt_tokens: int | None = ranged(None, TRUNCATION, -1)
     truncation_side: Literal["left", "right"] = Field("left", description='"left" or "right"')
     prompt_logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)
+    logprob_token_ids: DistinctIds | None = Field(None, description=IDS)
     return_token_ids: bool = Field(False, description=BOOLEAN)
     return_tokens_as_token_ids: bool = Field(False, description=BOOLEAN)
     stream: bool = Field(False, description=BOOLEAN)
@@ -97,6 +114,7 @@ class SamplingBody(RequestModel):
     priority: int = ranged(0, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
     timeout: float | None = ranged(None, TIMEOUT, 0)
     cache_salt: ShortText | None = Field(None, description=SALT)
+    cache: CacheOptions | None = Field(None, description="an object")
     request_id: Name | None = Field(None, description=NAME)
     session_id: ShortText | None = Field(None, description=SESSION)
     on_conflict: OnConflict = Field("error", description=CONFLICT)
@@ -112,6 +130,14 @@ class SamplingBody(RequestModel):
         given = {name: getattr(self, name) for name in _ENGINE_FIELDS}
         own = {name: defaults[name] for name in defaults.keys() - self.model_fields_set}
         return SamplingParams(**given | own | more)
+
+    def num_alternatives(self, num_top: int | None) -> int | None:
+        """Alternatives beside each token: the named ids, or else the `num_top` most probable.
+
+        None where there are no log-probabilities.
+        """
+        named = self.logprob_token_ids
+        return num_top if named is None or num_top is None else len(named)
 
     def check_together(self, num_choices: int, choices_param: str) -> None:
         """Check fields that depend on each other. Raises ApiError.

@@ -55,6 +55,16 @@ class DeletedSession(BaseModel):
     deleted: Literal[True]
 
 
+class CancelledTurn(BaseModel):
+    """What became of a session's turn that was to be cancelled.
+
+    status: the turn was cancelled, still ends, or had just ended; or none was running.
+    """
+
+    id: str
+    status: Literal["cancelled", "cancelling", "completed", "idle"]
+
+
 class Places(BaseModel):
     """A number for each place where a session may be kept."""
 

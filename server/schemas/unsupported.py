@@ -21,7 +21,6 @@ SAMPLING: NeutralValues = {
     "length_penalty": (ANY,),  # only used by beam search
     "early_stopping": (False,),
     "spaces_between_special_tokens": (ANY,),  # byte-level BPE adds none
-    "logprob_token_ids": (),
     "logits_processors": ([],),
     "watermarking": (False,),
     "repetition_detection": (),
@@ -75,7 +74,6 @@ CHAT: NeutralValues = {
     # vLLM
     "best_of": (1,),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": ([],),
     "echo": (False,),
     "return_prompt_text": (False,),
@@ -86,7 +84,6 @@ CHAT: NeutralValues = {
 
 TOKENIZE: NeutralValues = {
     "chat_template": (),
-    "continue_final_message": (False,),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "tools": ([],),

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from fastapi import Request
 from starlette.types import Receive
 
 from cottention.engine.errors import SessionBusyError
+from cottention.server.generation.cancellation import CANCEL_SECONDS, Cancellation, CancelStatus
 from cottention.server.generation.request import TurnOptions
 from cottention.server.generation.sse import until_done
 from cottention.server.http.errors import ApiError
@@ -62,6 +63,14 @@ def caller_of(request: Request) -> Caller:
     return Caller(owner, int(found[1]))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ActiveTurn:
+    """A turn that has its session, and whether it has given it back."""
+
+    cancellation: Cancellation
+    has_ended: asyncio.Event
+
+
 class TurnQueue:
     """The turns of one application."""
 
@@ -69,31 +78,78 @@ class TurnQueue:
         self._sessions = sessions
         self._queues: dict[Key, Waiting] = {}
         self._live: dict[Key, LiveEvents] = {}
+        self._active: dict[Key, ActiveTurn] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @contextlib.asynccontextmanager
     async def turn(
-        self, caller: Caller, terms: TurnOptions, receive: Receive
+        self,
+        caller: Caller,
+        terms: TurnOptions,
+        receive: Receive,
+        cancellation: Cancellation,
     ) -> AsyncIterator[RunningTurn]:
         """Begin a turn when it is the caller's, and settle it at the end of the block.
 
+        cancellation: what `cancel` of the session asks for while the turn has it.
         Raises SessionError; OutputStreamClosed where the client leaves while it waits.
         """
         place = self.exclusive(caller.owner, terms.session_id, terms.on_conflict, receive)
         async with place as leave:
-            begun = await self._begin(caller, terms)
-            turn = RunningTurn(self._sessions, begun, terms.on_cancel, leave)
-            try:
-                yield turn
-            finally:
-                await asyncio.shield(self._spawn(turn.settle()))
+            with self._activated((caller.owner, terms.session_id), cancellation):
+                begun = await self._begin(caller, terms)
+                turn = RunningTurn(self._sessions, begun, terms.on_cancel, leave)
+                try:
+                    yield turn
+                finally:
+                    await asyncio.shield(self._spawn(turn.settle()))
+
+    @contextlib.contextmanager
+    def _activated(self, key: Key, cancellation: Cancellation) -> Iterator[None]:
+        """A turn that can be found by its session; the next one may begin before it is left."""
+        self._active[key] = active = ActiveTurn(cancellation, asyncio.Event())
+        try:
+            yield
+        finally:
+            cancellation.end()
+            active.has_ended.set()
+            if self._active.get(key) is active:
+                del self._active[key]
+
+    async def cancel(self, owner: str, session_id: str) -> CancelStatus | None:
+        """Cancel a session's turn, and wait until it has ended, or for CANCEL_SECONDS.
+
+        None where no turn runs.
+        """
+        active = self._active.get((owner, session_id))
+        if active is None:
+            return None
+        active.cancellation.request()
+        try:
+            async with asyncio.timeout(CANCEL_SECONDS):
+                await active.has_ended.wait()
+        except TimeoutError:
+            return "cancelling"
+        return active.cancellation.status
+
+    def request_cancel(self, owner: str, session_id: str) -> None:
+        """The same without waiting."""
+        if active := self._active.get((owner, session_id)):
+            active.cancellation.request()
 
     @contextlib.asynccontextmanager
     async def exclusive(
-        self, owner: str, session_id: str, on_conflict: OnConflict, receive: Receive
+        self,
+        owner: str,
+        session_id: str,
+        on_conflict: OnConflict,
+        receive: Receive,
+        *,
+        is_next: bool = False,
     ) -> AsyncIterator[Callable[[], None]]:
         """Wait for the session; no other request changes it within the block.
 
+        is_next: it comes before all others that wait.
         Gives a function that ends this before the block does. Raises SessionBusyError;
         OutputStreamClosed where the client leaves while it waits.
         """
@@ -104,7 +160,7 @@ class TurnQueue:
                 ' have "on_conflict": "wait"'
             )
         mine = asyncio.Event()
-        queue.append(mine)
+        queue.insert(1 if is_next else len(queue), mine)
         try:
             if queue[0] is not mine:
                 await _until(mine, receive)

@@ -96,6 +96,41 @@ def test_logprobs_of_both_kinds(client: OpenAI, served: Served) -> None:
     assert len(chat.choices[0].logprobs.content[0].top_logprobs) == 3
 
 
+def test_an_answer_that_is_begun_and_named_ids(client: OpenAI, served: Served) -> None:
+    """vLLM's `continue_final_message` and `logprob_token_ids`, llama.cpp's DRY, and no cache."""
+    begun = texts()["chat", "greedy"][:6]
+    chat = client.chat.completions.create(
+        model=served.model,
+        messages=[*MESSAGES, {"role": "assistant", "content": begun}],
+        max_tokens=2,
+        logprobs=True,
+        extra_body={
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+            "logprob_token_ids": [9, 250, 3],
+            "dry_multiplier": 0.8,
+            "dry_sequence_breakers": ["."],
+            "cache": {"read": False, "write": False},
+        },
+    )
+    assert chat.choices[0].logprobs
+    assert chat.choices[0].logprobs.content
+    assert [len(each.top_logprobs) for each in chat.choices[0].logprobs.content] == [3, 3]
+
+
+def test_a_stream_is_cancelled_by_its_id(client: OpenAI, served: Served) -> None:
+    """It ends as others do, so that what has come can be used; nobody repeats it."""
+    body: Any = {"max_tokens": 100_000, "stream": True, "extra_body": {"ignore_eos": True}}
+    stream = client.completions.create(model=served.model, prompt=PROMPT, **body)
+    first = next(iter(stream))
+    told = client.post(f"/requests/{first.id}/cancel", cast_to=object)
+    assert told == {"id": first.id, "status": "cancelled"}
+    *_, last = stream
+    assert str(last.choices[0].finish_reason) == "abort"
+    with pytest.raises(openai.NotFoundError):
+        client.post("/requests/unknown/cancel", cast_to=object)
+
+
 def test_n_and_extra_fields(client: OpenAI, served: Served) -> None:
     completion = client.completions.create(
         model=served.model,

@@ -27,6 +27,7 @@ from cottention.engine.opening import open_engine
 from cottention.engine.outputs import FinishReason, Output
 from cottention.engine.sampling.pooling import Pooler
 from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.client import Client
 from cottention.engine.sessions.fingerprint import Fingerprint
 from tests.engine.encoders import copied, encoder_folder
 
@@ -171,6 +172,24 @@ def test_long_texts_are_bounded_by_memory_and_hold_up_no_short_one() -> None:
     small = engine_of(max_batch_tokens=8, encoder_memory=32 * 64 * 4)
     with pytest.raises(ParameterError, match=r"at most 32 tokens.*--encoder-memory has no room"):
         small.submit([9] * 33, EMBED)
+
+
+@pytest.mark.parametrize(("weight", "least"), [(1, 3), (3, 7)])
+def test_clients_share_steps_and_parts_whatever_their_priority(weight: int, least: int) -> None:
+    """One client's many texts, short or long, hold up another's no longer than its weight says."""
+    hog, other = Client("hog"), Client("other", weight)
+    for length, budget in ((8, 32), (40, 8)):
+        engine = engine_of(max_batch_tokens=budget, max_slots=32)
+        for number in range(12):
+            engine.submit([9] * length, EMBED, request_id=f"hog {number}", priority=-9, client=hog)
+        outputs = engine.step()
+        for number in range(8):
+            engine.submit([9] * length, EMBED, request_id=f"other {number}", client=other)
+        outputs += run_all(engine)
+        ended = [output.request_id.split()[0] for output in outputs]
+        assert ended.index("other") <= 8
+        assert ended[ended.index("other") :][:12].count("other") >= least
+        assert len(ended) == 20
 
 
 def test_a_cancelled_text_leaves_nothing_behind() -> None:

@@ -23,6 +23,7 @@ from cottention.engine.outputs import EngineStats, FinishReason, Output, TokenLo
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.scheduling.context_policy import ContextPolicies
+from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
 
@@ -91,6 +92,7 @@ class Running:
     prompt_ids: Sequence[int]
     priority: int = 0
     client: Client = DEFAULT_CLIENT
+    cache: CacheUse | None = None
     said: int = 0
     cancelled_at: int | None = None
     is_paused: bool = False
@@ -133,7 +135,7 @@ class FakeEngine:
         request_id: str,
         priority: int = 0,
         start: SessionState | None = None,
-        cache_scope: str | None = None,  # noqa: ARG002
+        cache: CacheUse | None = None,
         client: Client = DEFAULT_CLIENT,
     ) -> str:
         start = None if start is None else self.policies.settled(start, params)
@@ -158,7 +160,7 @@ class FakeEngine:
             self.running[request_id] = Running(
                 prompt, params, prompt_ids, priority, unfinished=set(range(params.n)), start=start
             )
-            self.running[request_id].client = client
+            self.running[request_id].client, self.running[request_id].cache = client, cache
             self.seen.append(self.running[request_id])
         return request_id
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
-from cottention.engine.state.prefix_cache import BLOCK, Prefix, PrefixCache
+from cottention.engine.scheduling.prefill_stops import BLOCK, CacheUse
 
 pytestmark = pytest.mark.every_session
 
@@ -26,7 +26,7 @@ def say(
     engine: Engine, ids: Sequence[int], params: SamplingParams = SEEDED, scope: str | None = "a"
 ) -> tuple[list[int], int]:
     """What is said, and how many ids of the prompt were spared."""
-    name = engine.submit(ids, params, cache_scope=scope)
+    name = engine.submit(ids, params, cache=None if scope is None else CacheUse(scope))
     outputs: list[Output] = []
     while engine.has_work():
         outputs += engine.step()
@@ -38,12 +38,6 @@ def say(
 
 def ids_from(seed: int, num: int) -> list[int]:
     return torch.randint(5, 200, (num,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def prefix_of(ids: Sequence[int], scope: str = "a") -> Prefix:
-    prefix = Prefix(scope)
-    prefix.add(ids)
-    return prefix
 
 
 def test_warm_and_cold_answers_are_equal(engine: Engine) -> None:
@@ -93,7 +87,7 @@ def test_several_choices_share_what_was_read(engine: Engine) -> None:
 def test_scores_are_read_whole(engine: Engine) -> None:
     prompt = ids_from(4, 2 * BLOCK)
     say(engine, prompt)
-    name = engine.submit(prompt, replace(SEEDED, prompt_logprobs=0), cache_scope="a")
+    name = engine.submit(prompt, replace(SEEDED, prompt_logprobs=0), cache=CacheUse("a"))
     outputs: list[Output] = []
     while engine.has_work():
         outputs += engine.step()
@@ -112,38 +106,11 @@ def test_no_budget_keeps_nothing(gptj_folder: Path) -> None:
 
 def test_a_cancelled_request_leaves_what_it_read(engine: Engine) -> None:
     prompt = ids_from(6, 3 * BLOCK)
-    name = engine.submit(prompt, SEEDED, cache_scope="a")
-    engine.step()
+    name = engine.submit(prompt, SEEDED, cache=CacheUse("a"))
+    for _ in range(2):  # 100 ids, then 28 up to where a state is kept
+        engine.step()
     engine.cancel(name)
     while engine.has_work():
         engine.step()
     expected, _ = say(engine, prompt, scope=None)
-    assert say(engine, prompt) == (expected, BLOCK)
-
-
-def test_those_used_last_stay() -> None:
-    rows = (torch.zeros(10),)
-    cache = PrefixCache(3 * rows[0].nbytes)
-    for first in range(3):
-        cache.put(prefix_of([first, 1]), rows)
-    assert cache.find("a", [0, 1, 5]) is not None
-    cache.put(prefix_of([3, 1, 2]), rows)
-    assert cache.find("a", [1, 1, 5]) is None
-    assert cache.find("a", [0, 1, 5]) is not None
-    assert cache.stats().nbytes == 3 * rows[0].nbytes
-
-
-def test_the_longest_prefix_that_leaves_an_id() -> None:
-    cache = PrefixCache(10**6)
-    for length in (1, 3, 4):
-        cache.put(prefix_of([7] * length), (torch.full((1,), float(length)),))
-    for num, expected in ((1, None), (2, 1), (3, 1), (4, 3), (5, 4), (50, 4)):
-        hit = cache.find("a", [7] * num)
-        assert (hit and hit.length) == expected
-
-
-def test_a_state_larger_than_the_budget_is_not_kept() -> None:
-    cache = PrefixCache(8)
-    cache.put(prefix_of([1]), (torch.zeros(10),))
-    assert cache.find("a", [1, 2]) is None
-    assert cache.stats().nbytes == 0
+    assert say(engine, prompt) == (expected, 2 * BLOCK)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cottention.engine import Engine, SamplingParams
 from cottention.engine.errors import ContextPolicyError, ParameterError
+from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.engine.state.context_window import (
     ExactSchedule,
     RenewalSchedule,
@@ -249,7 +250,7 @@ def test_warm_and_cold_answers_are_equal_at_any_length(attention: str) -> None:
     num_spared = 0
     for length in [*range(60, 700, 37), 666, 670, 690]:
         before = warm.stats().num_prompt_tokens
-        assert say(warm, prompt[:length], 3, cache_scope="a") == say(cold, prompt[:length], 3)
+        assert say(warm, prompt[:length], 3, cache=CacheUse("a")) == say(cold, prompt[:length], 3)
         num_spared += length - (warm.stats().num_prompt_tokens - before)
     assert num_spared > 3000
     assert warm.stats().prefix_cache.num_hit > 0
@@ -262,7 +263,7 @@ def test_policies_do_not_share_what_was_read(attention: str) -> None:
     for _ in range(4):
         for policy in ("renew", "exact"):
             params = replace(PARAMS, max_tokens=20, context_policy=policy)
-            name = warm.submit(conversation, params, cache_scope="a")
+            name = warm.submit(conversation, params, cache=CacheUse("a"))
             said = told(drain(warm), name)
             name = cold.submit(conversation, params)
             assert told(drain(cold), name) == said

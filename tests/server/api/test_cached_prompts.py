@@ -8,6 +8,7 @@ import pytest
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.engine import Engine
+from cottention.server.generation.chat_template import find_template
 from tests.server.live import Live, serving
 
 PROMPT = list(range(20, 180))
@@ -40,6 +41,40 @@ def test_keys_and_salts_are_apart(live: Live) -> None:
     assert ask(live, "two")[1] == 0
     assert ask(live, "one", cache_salt="mine")[1] == 0
     assert ask(live, "one", cache_salt="mine")[1] == 128
+
+
+def test_a_request_may_use_no_cache(live: Live) -> None:
+    ask(live, "one", cache={"write": False})
+    assert ask(live, "one", cache={"read": False, "write": True})[1] == 0
+    assert ask(live, "one", cache={"read": False})[1] == 0
+    assert ask(live, "one", cache={})[1] == 128
+    body = {"prompt": "x", "cache": {"reads": False}}
+    headers = {"Authorization": "Bearer one"}
+    refused = live.client.post("/v1/completions", json=body, headers=headers)
+    assert refused.json()["error"]["param"] == "cache.reads"
+
+
+def test_a_chat_s_messages_are_places_to_begin() -> None:
+    """The ids before each message's content; not in a session, nor where a prompt is truncated."""
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " é "},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "Go on"},
+    ]
+    with serving(template=find_template("plain", Path())) as live:
+        ask_chat(live, messages)
+        [prompt] = [bytes(each.prompt_ids).decode() for each in live.engine.seen]
+        places = live.engine.seen[-1].cache.boundaries
+        assert [prompt.encode()[place:].decode()[0] for place in places] == ["é", "G"]
+        ask_chat(live, messages, truncate_prompt_tokens=20)
+        ask_chat(live, messages[1:2])
+        assert [each.cache.boundaries for each in live.engine.seen[1:]] == [(), ()]
+
+
+def ask_chat(live: Live, messages: list[dict[str, str]], **more: Any) -> None:
+    body = {"messages": messages, "max_tokens": 1} | more
+    assert live.client.post("/v1/chat/completions", json=body).status_code == 200
 
 
 def test_a_stream_tells_it_in_its_usage(live: Live) -> None:

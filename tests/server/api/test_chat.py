@@ -339,3 +339,62 @@ def test_what_a_template_refuses_is_a_400(tmp_path: Path) -> None:
     source = "{{ raise_exception('roles must alternate') }}"
     with serving(template=template(tmp_path, source)) as live:
         assert "roles must alternate" in refused(live.chat("x"))["message"]
+
+
+CHATML = """{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chatml(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with serving(template=template(tmp_path_factory.mktemp("chatml"), CHATML)) as live:
+        yield live
+
+
+ASKED = {"role": "user", "content": "Name it."}
+
+
+def prompt_of(live: Live, messages: list[Any], **more: Any) -> str:
+    """What the model is given."""
+    body = {"messages": messages, "max_tokens": 1} | more
+    response = live.client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    return live.engine.seen[-1].prompt
+
+
+@pytest.mark.parametrize("more", [{}, {"add_generation_prompt": False}])
+@pytest.mark.parametrize(
+    ("content", "ends"), [("It is", "It is"), (" It is ", "It is"), ("|>It", "|>It"), ("?", "?")]
+)
+def test_an_answer_goes_on_with_the_last_message(
+    chatml: Live, content: str, ends: str, more: Any
+) -> None:
+    """White space stays as far as the template keeps it; it trims contents."""
+    messages = [ASKED, {"role": "assistant", "content": content}]
+    prompt = prompt_of(chatml, messages, continue_final_message=True, **more)
+    assert prompt == f"<|user|>Name it.\n<|assistant|>{ends}"
+    body = {"messages": messages, "continue_final_message": True} | more
+    tokens = chatml.client.post("/tokenize", json=body).json()["tokens"]
+    assert bytes(tokens).decode() == prompt
+
+
+def test_a_turn_goes_on_with_the_last_message(chatml: Live) -> None:
+    session_id = chatml.opened("<|user|>Hi\n<|assistant|>Ho")
+    messages = [ASKED, {"role": "assistant", "content": "It is"}]
+    prompt = prompt_of(chatml, messages, continue_final_message=True, session_id=session_id)
+    assert prompt == "\n<|user|>Name it.\n<|assistant|>It is"
+
+
+def test_a_message_that_the_template_does_not_write_cannot_go_on(tmp_path: Path) -> None:
+    source = "{{ messages[-1].content | upper }}"
+    with serving(template=template(tmp_path, source)) as live:
+        response = live.chat("abc", continue_final_message=True)
+        assert response.status_code == 400
+        assert "continued" in response.json()["error"]["message"]
+
+
+def test_an_answer_is_new_or_goes_on(chatml: Live) -> None:
+    body = {"continue_final_message": True, "add_generation_prompt": True}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = chatml.client.post(path, json={"messages": [ASKED]} | body)
+        assert response.json()["error"]["param"] == "add_generation_prompt"

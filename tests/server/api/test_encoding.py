@@ -214,6 +214,22 @@ def test_keys_limits_deadlines_and_the_log_hold(caplog: pytest.LogCaptureFixture
     assert (line["prompt_tokens"], line["finish_reason"]) == (6, "stop")
 
 
+def test_answers_count_as_items_of_a_response() -> None:
+    """A vector of 64 numbers as 16, a prediction as one."""
+    with serving(encoder(), max_response_items=32) as live:
+        assert len(embed(live, input=["a", "b"])["data"]) == 2
+        masks = {"input": [MASKED] * 2, "top_k": 8}
+        answer = live.client.post("/v1/fill-mask", json=masks)
+        assert len(answer.json()["data"]) == 2, "equal texts are answered each"
+        for path, body in (
+            ("embeddings", {"input": ["a"] * 3}),
+            ("fill-mask", masks | {"top_k": 9}),
+        ):
+            response = live.client.post(f"/v1/{path}", json=body)
+            assert response.status_code == 400
+            assert "at most 32 (--max-response-items)" in response.json()["error"]["message"]
+
+
 def test_a_deadline_ends_a_text_that_waits() -> None:
     engine = encoder()
     engine._scheduler.take_short = lambda _: []  # type: ignore[method-assign]

@@ -33,7 +33,7 @@ class HandWorker:
         pass
 
     def submit(self, _: Any, __: Any, *, request_id: str, **more: Any) -> None:
-        assert more == {"priority": 3, "start": None, "cache_scope": None, "client": Client()}
+        assert more == {"priority": 3, "start": None, "cache": None, "client": Client()}
         self.submitted.append(request_id)
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:

@@ -97,6 +97,37 @@ def test_sampled_tokens_have_logprobs_whatever_the_parameters(
         check(choice["logprobs"], ids + choice["token_ids"], model)
 
 
+def test_named_ids_have_the_model_s_own_logprobs(live: Live, model: CottentionForCausalLM) -> None:
+    """In place of the most probable, in their order; the token itself is told as well."""
+    [given] = prompts(1)
+    named = [9, 250, 3]
+    body: dict[str, Any] = {"max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    body |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+    body["logprob_token_ids"] = named
+    choice = live.complete(prompt=given, logprobs=2, **body).json()["choices"][0]
+    own = own_logprobs(model, given + choice["token_ids"])[len(given) - 1 : -1]
+    told = choice["logprobs"]["top_logprobs"]
+    for row, drawn, top in zip(own, choice["token_ids"], told, strict=True):
+        ids = list(dict.fromkeys([*named, drawn]))
+        assert [*top] == [f"token_id:{each}" for each in ids]
+        assert [*top.values()] == pytest.approx(row[ids].tolist(), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"logprob_token_ids": [1]},
+        {"logprob_token_ids": [], "logprobs": 0},
+        {"logprob_token_ids": [10**6], "logprobs": 0},
+        {"logprob_token_ids": list(range(129)), "logprobs": 0},
+    ],
+)
+def test_named_ids_that_cannot_be_told(live: Live, body: Any) -> None:
+    refused = live.complete(prompt="x", **body)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "logprob_token_ids"
+
+
 def test_prompt_logprobs_of_each_choice_are_streamed(live: Live) -> None:
     body = {"prompt": ["def f(x):", "import"], "n": 2, "echo": True, "logprobs": 1, "seed": 3}
     whole = live.complete(max_tokens=4, **body).json()["choices"]

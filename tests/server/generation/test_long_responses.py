@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cottention.server.generation.json_pieces import (
+    BATCH_CHARACTERS,
     BATCH_ITEMS,
     TEXT_CHARACTERS,
     LongList,
@@ -65,6 +66,15 @@ def test_pieces_are_the_json_of_their_value(value: Any, encode: Any) -> None:
     pieces = list(json_pieces(value, encode))
     assert json.loads("".join(pieces)) == value
     assert max(map(len, pieces)) <= 12 * TEXT_CHARACTERS
+
+
+def test_elements_of_many_objects_are_encoded_a_few_at_a_time() -> None:
+    """Nobody else runs in Python meanwhile: 128 tokens with 20 alternatives each took 4 ms."""
+    scored = {str(rank): {"rank": rank, "token": "x" * 20} for rank in range(21)}
+    size = len(compact(scored))
+    texts = list(encode_elements([scored] * 300, compact))
+    assert json.loads(f"[{','.join(texts)}]") == [scored] * 300
+    assert max(map(len, texts)) <= max(size, BATCH_CHARACTERS) + size
 
 
 def test_a_list_goes_on_after_what_is_encoded() -> None:

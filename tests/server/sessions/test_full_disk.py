@@ -59,3 +59,35 @@ def test_turns_on_a_full_disk_are_rewound_one_by_one_or_not_and_a_stop_stores_th
     with served(gptj_folder, small_disk / "sessions") as (_, client):
         after = client.get(url).json()
         assert (after["position"], after["durable"]) == (before["position"], True)
+
+
+def test_a_key_that_fills_its_quota_leaves_another_the_room_of_its_own(
+    gptj_folder: Path, small_disk: Path
+) -> None:
+    """Both quotas fit on the disk: neither key gets a 507, however often sessions are replaced."""
+    keys = [{"authorization": f"Bearer key-of-{name}"} for name in ("one", "two")]
+    flags = ("--api-key=key-of-one", "--api-key=key-of-two", f"--key-max-session-bytes={3 << 19}")
+    metadata = {f"{place:02}": "x" * 500 for place in range(16)}
+    with served(gptj_folder, small_disk / "sessions", *flags) as (_, client):
+
+        def fill() -> list[str]:
+            """Sessions until there is no more room; each has a turn."""
+            made = []
+            while True:
+                answer = client.post("/v1/sessions", json={"prompt": "d", "metadata": metadata})
+                if answer.status_code != 200:
+                    break
+                made.append(answer.json()["id"])
+                body = {"prompt": "xy", "session_id": made[-1], "max_tokens": 2}
+                told = client.post("/v1/completions", json=body)
+                assert told.status_code in (200, 403), told.text
+            assert answer.status_code == 403, answer.text
+            return made
+
+        client.headers.update(keys[0])
+        for _ in range(4):
+            for session_id in fill():
+                assert client.delete(f"/v1/sessions/{session_id}").status_code == 200
+        fill()
+        client.headers.update(keys[1])
+        assert len(fill()) > 10

@@ -10,8 +10,10 @@ import pytest
 
 from cottention.engine.errors import SnapshotError
 from cottention.engine.state.session_state import SessionState
+from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.chat_template import find_template
 from cottention.server.generation.request import TurnOptions
+from cottention.server.sessions import turn
 from cottention.server.sessions.turn_queue import Caller, TurnQueue
 from tests.server.fake_sessions import FakeSessions
 from tests.server.live import Live, eventually, serving
@@ -102,6 +104,21 @@ def test_a_stalled_reader_keeps_what_was_written_to_its_socket() -> None:
         assert is_free(live, session_id)
 
 
+def test_a_cut_stream_that_leaves_too_much_to_read_is_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its snapshot would be one that no server takes."""
+    monkeypatch.setattr(turn, "MAX_PENDING", 12)
+    with serving() as live:
+        session_id = live.opened("x")
+        live.engine.step_seconds = 0.005
+        with live.connect(**ENDLESS, session_id=session_id, stream=True) as sock:
+            received(sock, least=12)
+        eventually(lambda: live.sessions.ends, equals=["abandon"])
+        assert live.text_of(session_id) == "x"
+        assert is_free(live, session_id)
+
+
 def test_a_cut_stream_may_be_rolled_back() -> None:
     with serving() as live:
         session_id = live.opened("x")
@@ -188,7 +205,8 @@ async def cancelled_in_mid_turn(turns: TurnQueue, session_id: str, seconds: floa
 
     async def work() -> None:
         terms = TurnOptions(session_id, on_conflict="wait")
-        async with turns.turn(Caller("", None), terms, nobody) as turn:
+        never = Cancellation(lambda _: None)
+        async with turns.turn(Caller("", None), terms, nobody, never) as turn:
             await turn.commit(turn.state)
 
     task = asyncio.create_task(work())

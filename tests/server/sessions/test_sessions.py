@@ -1,5 +1,6 @@
 """Sessions over HTTP: their life, their turns, and what cannot be done with them."""
 
+import socket
 from typing import Any, cast
 
 import pytest
@@ -14,7 +15,7 @@ from cottention.server.config import ServerConfig
 from cottention.server.sessions.turn import num_delivered
 from tests.server.fake_engine import FakeEngine, FakeTokenizer
 from tests.server.fake_sessions import FULL, FakeSessions
-from tests.server.live import Live, eventually, serving
+from tests.server.live import PATIENCE, Live, eventually, serving
 
 TOLD = {"context_start": 0, "durable": True}
 
@@ -229,6 +230,20 @@ def test_a_snapshot_s_tag_is_that_of_its_bytes(live: Live, monkeypatch: pytest.M
 def test_what_is_no_snapshot_is_refused(live: Live, raw: bytes, params: Any, expected: Any) -> None:
     response = live.client.post("/v1/sessions/import", content=raw, params=params)
     assert error_of(response) == expected
+
+
+def test_an_import_larger_than_any_snapshot_is_refused_before_it_is_sent() -> None:
+    """Whatever --max-snapshot-bytes allows: a session of this model takes no more."""
+    sessions = FakeSessions()
+    sessions.max_snapshot_nbytes = 99
+    with serving(sessions=sessions) as live:
+        host, port = live.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), PATIENCE) as sock:
+            sock.sendall(
+                b"POST /v1/sessions/import HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Length: 100\r\n\r\n"
+            )
+            assert sock.recv(12) == b"HTTP/1.1 413"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 
 from cottention.engine.encoding import MAX_PREDICTIONS, Encoded, EncodeParams, MaskPrediction
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.encode import ParsedEncoding, encode, token_ids
+from cottention.server.api.encoders.encode import ParsedEncoding, encode, token_ids
 from cottention.server.api.generate import check_model
 from cottention.server.api.openapi import request_docs
 from cottention.server.http.body import shown

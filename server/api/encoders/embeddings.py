@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from cottention.engine.encoding import Encoded, EncodeParams
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.encode import ParsedEncoding, encode, token_ids
+from cottention.server.api.encoders.encode import ParsedEncoding, encode, token_ids
 from cottention.server.api.generate import check_model
 from cottention.server.api.openapi import request_docs
 from cottention.server.schemas.encoding import EmbeddingRequest, encoding_request

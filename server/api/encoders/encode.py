@@ -12,16 +12,21 @@ from fastapi.responses import JSONResponse
 from cottention.engine.encoding import Encoded, EncodeParams
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
 from cottention.server.api.dependencies import Context
-from cottention.server.api.generate import Parser, read_request
+from cottention.server.api.generate import Parser, open_request, read_request
+from cottention.server.generation.cancellation import request_cancelled
 from cottention.server.generation.deadline import deadline_of
 from cottention.server.generation.request import GenerationRequest, OutputOptions, encode_text
 from cottention.server.generation.responses import collect_outputs
 from cottention.server.generation.sse import close_on_disconnect
 from cottention.server.http.errors import engine_failed, invalid
-from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.schemas.encoding import EncodingBody
 from cottention.server.schemas.responses import JsonObject
+
+FLOAT_BYTES = 4
+
+NUMBERS_PER_ITEM = 4
+"""A number of an embedding takes a fourth of what a log-probability with its token does."""
 
 Body = TypeVar("Body", bound=EncodingBody)
 
@@ -57,22 +62,35 @@ async def encode(
     """
     parsed, arrived_at = await read_request(request, context, parse)
     body = parsed.body
-    name = f"{id_prefix}-{body.request_id or request_id_of(request)}"
     params = SamplingParams(max_tokens=0, encode=parsed.params)
     asked = GenerationRequest(
         parsed.ids, params, OutputOptions(), [""] * len(parsed.ids), priority=body.priority
     )
     deadline = deadline_of(arrived_at, context.config, body.timeout)
-    stream = await context.engine.generate(
-        name, asked, deadline=deadline, client=client_of(request.scope)
-    )
+    name, cancellation = open_request(request, context, id_prefix, body.request_id)
+    try:
+        stream = await context.engine.generate(
+            name, asked, deadline=deadline, client=client_of(request.scope)
+        )
+    except BaseException:
+        cancellation.end()
+        raise
+    cancellation.attach(stream)
     track(request.scope, asked, stream)
     async with close_on_disconnect(stream, request.receive):
         deltas = await collect_outputs(stream)
     found = [deltas[place].encoded for place in range(len(parsed.ids))]
     answers = [each for each in found if each is not None]
     if len(answers) != len(found):
-        raise engine_failed()
+        raise request_cancelled() if stream.was_cancelled else engine_failed()
+    num_items = sum(map(_num_items, answers))
+    if num_items > context.config.max_response_items:
+        message = (
+            f"the response would count as {num_items} items, and it may have at most"
+            f" {context.config.max_response_items} (--max-response-items): send fewer texts"
+        )
+        raise invalid("input", message)
+    context.bodies.response(request).at_least(num_items)
 
     def respond() -> Response:
         num_tokens = parsed.num_prompt_tokens
@@ -87,6 +105,13 @@ async def encode(
         return JSONResponse(fields)
 
     return await asyncio.to_thread(respond)
+
+
+def _num_items(answer: Encoded) -> int:
+    """What an answer counts as, among token ids and log-probabilities of other responses."""
+    num_numbers = len(answer.embedding) // FLOAT_BYTES
+    num_predictions = sum(len(mask.tokens) for mask in answer.masks)
+    return -(-num_numbers // NUMBERS_PER_ITEM) + num_predictions
 
 
 def token_ids(

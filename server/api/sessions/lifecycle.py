@@ -1,4 +1,4 @@
-"""/v1/sessions: create, list, get, append to, fork, rewind and delete sessions."""
+"""/v1/sessions: create, list, get, append to, fork, rewind, cancel and delete sessions."""
 
 import asyncio
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +11,7 @@ from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import read_empty, read_parsed
 from cottention.server.api.openapi import EMPTY_BODY, error_responses, request_docs
 from cottention.server.api.query_params import must_be, only_query_params
+from cottention.server.generation.cancellation import Cancellation, request_cancelled
 from cottention.server.generation.deadline import (
     deadline_of,
     entered_before,
@@ -23,7 +24,9 @@ from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.schemas.base import validate
 from cottention.server.schemas.responses import JsonObject
+from cottention.server.schemas.sampling import BOOLEAN, OnConflict
 from cottention.server.schemas.session_responses import (
+    CancelledTurn,
     DeletedSession,
     SessionList,
     SessionObject,
@@ -105,15 +108,43 @@ async def get_session(session_id: str, request: Request, context: ContextDep) ->
     "/v1/sessions/{session_id}",
     response_model=DeletedSession,
     responses=ERRORS | error_responses(409, 412, 413, 415),
+    dependencies=[only_query_params("cancel")],
 )
-async def delete_session(session_id: str, request: Request, context: ContextDep) -> JsonObject:
-    """Delete a session, unless a turn is running."""
-    caller = caller_of(request)
+async def delete_session(
+    session_id: str,
+    request: Request,
+    context: ContextDep,
+    cancel: Annotated[bool, must_be("cancel", BOOLEAN)] = False,
+) -> JsonObject:
+    """Delete a session, unless a turn is running; with `cancel` that is cancelled first."""
+    caller, turns = caller_of(request), context.turns
     await read_empty(request, context)
-    async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
+    if cancel:  # If-Match is the position before the turn, which changes it
+        await _find_at_position(caller, session_id, context)
+        caller = Caller(caller.owner, None)
+        turns.request_cancel(caller.owner, session_id)
+    on_conflict: OnConflict = "wait" if cancel else "error"
+    async with turns.exclusive(
+        caller.owner, session_id, on_conflict, request.receive, is_next=cancel
+    ):
         await _find_at_position(caller, session_id, context)
         await asyncio.to_thread(context.sessions.delete, caller.owner, session_id)
     return {"id": session_id, "object": "session", "deleted": True}
+
+
+@router.post(
+    "/v1/sessions/{session_id}/cancel",
+    response_model=CancelledTurn,
+    responses=ERRORS | error_responses(413, 415),
+    openapi_extra={"requestBody": EMPTY_BODY},
+)
+async def cancel_turn(session_id: str, request: Request, context: ContextDep) -> JsonObject:
+    """End the session's running turn, also one that goes on without its client."""
+    owner = caller_of(request).owner
+    await read_empty(request, context)
+    await asyncio.to_thread(context.sessions.find, owner, session_id)
+    status = await context.turns.cancel(owner, session_id)
+    return {"id": session_id, "status": status or "idle"}
 
 
 @router.post(
@@ -134,10 +165,17 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
     is_text = isinstance(body.prompt, str)
     ids = await _encode(body.prompt, request, context, deadline)
     options = TurnOptions(session_id, body.on_conflict, "rollback")
-    turns = context.turns.turn(caller, options, request.receive)
-    async with entered_before(deadline, turns) as turn:
+    cancellation = Cancellation(context.engine.cancel)
+    turns = context.turns.turn(caller, options, request.receive, cancellation)
+    async with cancellation.entered(entered_before(deadline, turns)) as turn:
         state = await _prefill(
-            request, context, ids, turn.state, deadline, add_special_tokens_if_empty=is_text
+            request,
+            context,
+            ids,
+            turn.state,
+            deadline,
+            add_special_tokens_if_empty=is_text,
+            cancellation=cancellation,
         )
         return session_response(await turn.commit(state))
 
@@ -202,9 +240,11 @@ async def _prefill(
     deadline: float | None,
     *,
     add_special_tokens_if_empty: bool,
+    cancellation: Cancellation | None = None,
 ) -> "SessionState":
     """The session `start` with a prompt added; `add_special_tokens_if_empty` is ParsedRequest's.
 
+    cancellation: that of the turn, which may be cancelled by its session.
     Raises ParameterError, EngineStoppedError, ApiError.
     """
     prompt_ids = turn_prompt(
@@ -220,10 +260,13 @@ async def _prefill(
     stream = await context.engine.generate(
         name, generation_request, start=start, deadline=deadline, client=client
     )
+    if cancellation is not None:
+        cancellation.attach(stream)
     track(request.scope, generation_request, stream)
     async with close_on_disconnect(stream, request.receive):
         state = (await collect_outputs(stream))[0].state
-    assert state is not None, "a prefill generates no text that could be cut"
+    if state is None:  # a prefill generates no text that could be cut
+        raise request_cancelled()
     return state
 
 

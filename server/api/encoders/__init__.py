@@ -1,0 +1,1 @@
+"""Endpoints of encoders, and of models that embed: embeddings and masks."""
