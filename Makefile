@@ -4,10 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+UI := .venv-ui
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-clients docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-cluster test-clients test-ui screenshots wheel test-wheel docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,10 +32,13 @@ PARALLEL := --dist worksteal
 MORE_THAN_CORES = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 test: setup ## Run the tests with the coverage gate, without those of test-slow
-	$(BIN)/python -m pytest -n $(MORE_THAN_CORES) $(PARALLEL) -m "not slow" --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -n $(MORE_THAN_CORES) $(PARALLEL) -m "not slow and not cluster" --cov --cov-report=term $(ARGS)
 
 test-slow: setup ## Run the tests that kill, flood, soak or compile for long
-	$(BIN)/python -m pytest -n auto $(PARALLEL) -m slow $(ARGS)
+	$(BIN)/python -m pytest -n auto $(PARALLEL) -m "slow and not cluster" $(ARGS)
+
+test-cluster: setup ## Run the tests of several servers over a PostgreSQL (skips where it is not installed)
+	$(BIN)/python -m pytest -n auto $(PARALLEL) -m cluster $(ARGS)
 
 # Not those that build libraries of their own. What is compiled here takes longer than a test may.
 OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \
@@ -59,8 +63,29 @@ $(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt
 	echo '*' > $(CLIENTS)/.gitignore
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt torch==2.13.0
 	$(CLIENTS)/bin/pip install --quiet --disable-pip-version-check --constraint tests/clients/constraints.txt --editable '.[clients]'
-	-npm install --silent --no-fund --no-audit --prefix $(CLIENTS)/node openai@7.57.0
+	-npm install --silent --no-fund --no-audit --prefix $(CLIENTS)/node openai@7.57.0 \
+	  ai@6.0.326 @ai-sdk/openai-compatible@2.0.92 zod@4.6.7
 	@touch $@
+
+test-ui: setup $(UI)/ready ## Test the page in Chromium (skips where none is installed)
+	$(UI)/bin/python -m pytest -c tests/ui/pytest.ini tests/ui $(ARGS)
+
+screenshots: setup $(UI)/ready ## Take the pictures of the page again that docs/ and README show
+	$(UI)/bin/python -m tests.ui.screenshots
+
+# axe-core, which judges accessibility, comes from npm; without it those tests are skipped.
+$(UI)/ready: tests/ui/requirements.txt
+	$(PYTHON) -m venv $(UI)
+	echo '*' > $(UI)/.gitignore
+	$(UI)/bin/pip install --quiet --disable-pip-version-check --requirement tests/ui/requirements.txt
+	-npm install --silent --no-fund --no-audit --prefix $(UI)/node axe-core@4.14.1
+	@touch $@
+
+wheel: setup ## Build a wheel with the compiled ops for all instruction sets inside, into dist/
+	PYTHON=$(BIN)/python .ci/build-wheel
+
+test-wheel: wheel ## Install that wheel where there is no compiler, and serve with it
+	COTTENTION_TEST_WHEEL=$(abspath dist) $(BIN)/python -m pytest -c tests/wheel/pytest.ini tests/wheel $(ARGS)
 
 crash: setup ## Kill the server two hundred times under load, and look for what is lost
 	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/sessions/test_crash.py::test_kill_9_loses_nothing_answered
@@ -112,4 +137,4 @@ format: setup ## Rewrite the code in the house's format
 	$(BIN)/ruff format .
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(CLIENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(CLIENTS) $(UI) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -12,6 +12,7 @@ from benchmarks import (
     sessions,
     shared_prefix,
     step,
+    structured,
 )
 from benchmarks.common import Report, machine, parser, write_json
 
@@ -27,6 +28,7 @@ BENCHMARKS = (
     memory,
     sessions,
     renewal,
+    structured,
 )
 
 

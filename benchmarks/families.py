@@ -3,8 +3,10 @@
 Random weights in the shapes of Mamba-2 370M and RWKV-7 0.4B, float32, one token per stream and
 step. Each side is a process of its own with as many threads, which wait in the same way, and they
 decode in short turns, so that other load affects all alike; a turn's first step is not measured.
-Before, they must agree on the logits of a prompt. A library that is not installed is left out.
-Memory is that of one stream of two layers of the same widths, from token 1,000 to token 50,000.
+Before, they must agree on the logits of a prompt. A library that is not installed is left out:
+`transformers`, `rwkv`, and llama.cpp (`llama_cpp` and `gguf`), with the same weights in float32.
+Memory is that of one stream, from token 1,000 on: of two layers of the same widths to token 50,000,
+and of the whole model to token 5,000.
 
 With --one-thread each side has one thread and is timed in that thread's processor time: on a
 machine that does other work, two threads wait for each other longer than they compute.
@@ -16,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -31,28 +33,33 @@ from cottention.engine.models.registry import read_config
 from cottention.engine.state.pool import StatePool
 
 BATCHES = (1, 8)
-FIRST, LAST = 1_000, 50_000
+FIRST = 1_000
+LAST = {2: 50_000, None: 5_000}
+"""Tokens by the number of layers; None: all."""
 STEPS = 3
 """Measured in a turn."""
 
 TOLERANCE = 1e-2
 """Of the logits' difference, in standard deviations: the rwkv package rounds a constant."""
 
+INSTALL_BENCH = "pip install '.[bench]'"
+INSTALL = {"llama_cpp": "pip install llama-cpp-python==0.3.36 gguf, which compiles for long"}
+
 Rows = list[dict[str, object]]
 
 
 class Family(NamedTuple):
-    """What is compared: files of some layers and ids, and the package that also runs them."""
+    """What is compared: files of some layers and ids, and the packages that also run them."""
 
     name: str
     file_name: str
     make: Callable[..., Path]
-    peer: str
+    peers: tuple[str, ...]
 
 
 FAMILIES = (
-    Family("Mamba-2 370M", "mamba2", family_models.mamba2, "transformers"),
-    Family("RWKV-7 0.4B", "rwkv7.pth", family_models.rwkv7, "rwkv"),
+    Family("Mamba-2 370M", "mamba2", family_models.mamba2, ("transformers", "llama_cpp")),
+    Family("RWKV-7 0.4B", "rwkv7.pth", family_models.rwkv7, ("rwkv", "llama_cpp")),
 )
 
 
@@ -106,36 +113,45 @@ def measure(quick: bool, *, one_thread: bool = False) -> Report:
     num_threads = 1 if one_thread else torch.get_num_threads()
     rows: Rows = []
     for family in FAMILIES:
-        if find_spec(family.peer) is None:
-            print(f"{family.name}: {family.peer} is not installed: pip install '.[bench]'")
-        else:
-            rows += _beside_peer(family, num_threads, num_turns=5 if quick else 25)
+        missing = [peer for peer in family.peers if find_spec(peer) is None]
+        for peer in missing:
+            print(f"{family.name}: {peer} is not installed: {INSTALL.get(peer, INSTALL_BENCH)}")
+        peers = [peer for peer in family.peers if peer not in missing]
+        if peers:
+            rows += _beside_peers(family, peers, num_threads, num_turns=5 if quick else 25)
     if rows:
         where = "one thread, processor time" if one_thread else f"{num_threads} threads"
         show(f"Decode of recurrent families, random weights, float32, in turns, {where}", rows)
-    memory = [_memory(family, 5_000 if quick else LAST) for family in FAMILIES]
-    show("Memory of one stream, two layers", memory)
+    lasts = {2: 5_000} if quick else LAST
+    memory = [
+        _memory(family, layers, last) for layers, last in lasts.items() for family in FAMILIES
+    ]
+    show("Memory of one stream", memory)
     return {"families": rows, "families_memory": memory}
 
 
-def _beside_peer(family: Family, num_threads: int, num_turns: int) -> Rows:
+def _beside_peers(family: Family, peers: Sequence[str], num_threads: int, num_turns: int) -> Rows:
+    rows: Rows = []
     with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
         model = family.make(Path(folder) / family.file_name)
-        ours, peer = (Side(name, model, num_threads) for name in ("ours", family.peer))
-        with ours, peer:
-            _check(family, ours, peer)
-            return [_turns(family, batch, ours, peer, num_turns) for batch in BATCHES]
+        for name in peers:
+            with Side("ours", model, num_threads) as ours, Side(name, model, num_threads) as peer:
+                _check(f"{family.name}, {name}", ours, peer)
+                for batch in BATCHES:
+                    row = {"shape": family.name, "beside": name, "batch": batch}
+                    rows.append(row | _turns(batch, ours, peer, num_turns))
+    return rows
 
 
-def _check(family: Family, ours: Side, peer: Side) -> None:
+def _check(what: str, ours: Side, peer: Side) -> None:
     """Exit if the sides compute something else."""
     got, expected = (torch.tensor(side.ask(do="logits")) for side in (ours, peer))
     error = float((got - expected).abs().max() / expected.std())
     if not error <= TOLERANCE:
-        raise SystemExit(f"{family.name}: logits differ by {error:.1e}: nothing is reported")
+        raise SystemExit(f"{what}: logits differ by {error:.1e}: nothing is reported")
 
 
-def _turns(family: Family, batch: int, ours: Side, peer: Side, number: int) -> dict[str, object]:
+def _turns(batch: int, ours: Side, peer: Side, number: int) -> dict[str, object]:
     """Medians of steps, and of the ratios of two turns that follow each other."""
     mine: list[float] = []
     theirs: list[float] = []
@@ -149,9 +165,6 @@ def _turns(family: Family, batch: int, ours: Side, peer: Side, number: int) -> d
         ratios.append(statistics.median(took[peer]) / statistics.median(took[ours]))
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {
-        "shape": family.name,
-        "beside": family.peer,
-        "batch": batch,
         "ms/step": 1e3 * statistics.median(mine),
         "peer ms/step": 1e3 * statistics.median(theirs),
         "peer / ours": middle,
@@ -162,16 +175,18 @@ def _turns(family: Family, batch: int, ours: Side, peer: Side, number: int) -> d
     }
 
 
-def _memory(family: Family, last: int) -> dict[str, object]:
+def _memory(family: Family, layers: int | None, last: int) -> dict[str, object]:
     """The bytes of a session, and how far resident memory was from that at token 1,000."""
     with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
-        model = family.make(Path(folder) / family.file_name, num_layers=2, vocab_size=256)
+        sizes = {} if layers is None else {"num_layers": layers, "vocab_size": 256}
+        model = family.make(Path(folder) / family.file_name, **sizes)
         spec = read_config(model).state_spec()
         start, num_threads = family_sides.ours(model), torch.get_num_threads()
         pool = StatePool(spec, 1, "cpu")
         if pool.nbytes != spec.bytes_per_slot:
             raise SystemExit(f"the pool has {pool.nbytes} bytes, not {spec.bytes_per_slot}")
-        torch.set_num_threads(1)  # two layers gain nothing from more, and wait for them under load
+        if layers is not None:  # few gain nothing from more, and wait for them under load
+            torch.set_num_threads(1)
         with torch.inference_mode():
             stream = family_sides.Streams(start(1), 1)
             process, resident = psutil.Process(), {}
@@ -182,6 +197,7 @@ def _memory(family: Family, last: int) -> dict[str, object]:
         torch.set_num_threads(num_threads)
     return {
         "shape": family.name,
+        "layers": layers or "all",
         "bytes": spec.bytes_per_slot,
         "by tensor": ", ".join(f"{n} {b:,}" for n, b in spec.itemised_bytes().items() if b),
         "tokens": last,

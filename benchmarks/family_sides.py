@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,55 @@ def rwkv(model: Path) -> Start:
     return start
 
 
-SIDES = {"ours": ours, "transformers": transformers, "rwkv": rwkv}
+_CALLBACKS: list[object] = []
+"""Those that C code calls, which does not keep them."""
+
+
+def llama_cpp(model: Path) -> Start:
+    """llama.cpp on the same weights in float32; the batch is one call. Its threads spin."""
+    import llama_cpp as llama
+
+    from benchmarks.family_gguf import written
+
+    @llama.llama_log_callback
+    def quiet(*_: object) -> None:
+        """In place of a line on standard error for every tensor."""
+
+    _CALLBACKS.append(quiet)
+    llama.llama_log_set(quiet, None)
+    llama.llama_backend_init()
+    options = llama.llama_model_default_params()
+    options.n_gpu_layers = 0
+    weights = llama.llama_model_load_from_file(str(written(model)).encode(), options)
+    vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(weights))
+
+    def start(batch: int) -> Step:
+        settings = llama.llama_context_default_params()
+        settings.n_ctx = settings.n_batch = 512 * batch
+        settings.n_seq_max = batch
+        settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+        context = llama.llama_init_from_model(weights, settings)
+        tokens, position = llama.llama_batch_init(batch, 0, 1), 0
+
+        def step(ids: Tensor) -> Tensor:
+            nonlocal position
+            tokens.n_tokens = batch
+            for stream, token in enumerate(ids.tolist()):
+                tokens.token[stream], tokens.pos[stream] = token, position
+                tokens.n_seq_id[stream], tokens.logits[stream] = 1, 1
+                tokens.seq_id[stream][0] = stream
+            if llama.llama_decode(context, tokens):
+                raise RuntimeError("llama_decode failed")
+            position += 1
+            logits = llama.llama_get_logits(context)
+            return torch.from_numpy(np.ctypeslib.as_array(logits, (batch, vocab_size))).clone()
+
+        return step
+
+    return start
+
+
+SIDES = {"ours": ours, "transformers": transformers, "rwkv": rwkv, "llama_cpp": llama_cpp}
 """By the name of the package, where it is another's."""
 
 

@@ -1,6 +1,6 @@
 // The 32-bit words that weights and rows of a product are made of: one channel in float32, or two
 // neighbouring channels in bfloat16 (the first in the lower half); and the conversion to bfloat16.
-// Included by kernels.cpp only.
+// A word of weights is multiplied with kRowWords words of a row. Included by kernels.cpp only.
 #pragma once
 
 #include "kernels.h"
@@ -9,13 +9,29 @@
 namespace cottention::COTTENTION_ISA {
 
 struct Float32Word {
+  static constexpr int kRowWords = 1;
+  static Lanes part(Lanes weights, int) { return weights; }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     return COTTENTION_ISA::multiply_add(a, b, c);
   }
 };
 
 struct BFloat16Pair {
+  static constexpr int kRowWords = 1;
+  static Lanes part(Lanes weights, int) { return weights; }
   static Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return multiply_add_pairs(a, b, c); }
+};
+
+// Weights in bfloat16 that stand for float32 of the same value; the row is float32. One multiply-add
+// after the other, as with weights in float32.
+struct WidenedPair {
+  static constexpr int kRowWords = 2;
+  static Lanes part(Lanes weights, int i) {
+    return i == 0 ? first_halves(weights) : second_halves(weights);
+  }
+  static Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+    return COTTENTION_ISA::multiply_add(a, b, c);
+  }
 };
 
 inline uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }

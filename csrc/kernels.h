@@ -62,7 +62,8 @@ struct RecurrentParams {
 };
 
 struct LinearParams {
-  const float* x;       // 32-bit words [rows, words], rows x_stride words apart
+  const float* x;       // 32-bit words [rows, words], rows x_stride words apart; linear_widened: twice
+                        // as many
   const float* packed;  // [ceil(columns / kPanel), words, kPanel]
   const float* bias;    // [columns] or null
   float* out;           // [rows, columns]
@@ -198,7 +199,8 @@ struct Kernels {
   void (*recurrent)(const RecurrentParams&, int64_t task);     // segments × heads × row splits
   void (*attention_gelu)(const AttentionGeluParams&, int64_t task);  // as recurrent
   void (*linear)(const LinearParams&, int64_t task);                 // panels × blocks of rows
-  void (*linear_bfloat16)(const LinearParams&, int64_t task);  // as linear, weights in bfloat16
+  void (*linear_bfloat16)(const LinearParams&, int64_t task);  // as linear, all in bfloat16
+  void (*linear_widened)(const LinearParams&, int64_t task);   // as linear, weights in bfloat16
   void (*to_bfloat16)(const ToBFloat16Params&, int64_t row);
   void (*features)(const FeatureParams&, int64_t token);
   void (*gelu)(const RowsParams&, int64_t row);

@@ -2,7 +2,8 @@
 //
 // Packed layout [panels, words, 64]: panel i has the output columns 64 i to 64 i + 63 side by side
 // for each 32-bit word of channels, padded with zeros. A word is one float32 channel or two
-// bfloat16 channels; the tensor is [panels, C, 64] or [panels, C / 2, 128].
+// bfloat16 channels; the tensor is [panels, C, 64] or [panels, C / 2, 128]. The latter as int16 says
+// that these are float32 weights, for x in float32, which lose nothing in bfloat16; C is even.
 #include <torch/csrc/stable/ops.h>
 
 #include <vector>
@@ -60,18 +61,24 @@ void check_bias(const std::optional<Tensor>& bias, int64_t columns) {
   check_size(*bias, "bias", 0, columns);
 }
 
+bool is_packed_type(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Short;
+}
+
 LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                     const Tensor& out) {
   check_rows(x, "x", 2);
   check_contiguous(out, "out", 2, ScalarType::Float);
   check_size(out, "out", 0, x.size(0));
   check_bias(bias, out.size(1));
-  const bool is_float = packed.scalar_type() == ScalarType::Float;
-  const int64_t each = is_float ? 1 : 2;
-  check_contiguous(packed, "packed", 3, is_float ? ScalarType::Float : ScalarType::BFloat16);
+  const ScalarType type = packed.scalar_type();
+  const int64_t each = type == ScalarType::Float ? 1 : 2;
+  check_contiguous(packed, "packed", 3, is_packed_type(type) ? type : ScalarType::Float);
   check_size(packed, "packed", 0, ceil_div(out.size(1), kPanel));
   check_size(packed, "packed", 1, ceil_div(x.size(1), each));
   check_size(packed, "packed", 2, kPanel * each);
+  STD_TORCH_CHECK(type != ScalarType::Short || x.size(1) % 2 == 0,
+                  "packed as int16 takes an even number of channels, not ", x.size(1));
   LinearParams p{x.const_data_ptr<float>(), static_cast<const float*>(packed.const_data_ptr())};
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.out = out.mutable_data_ptr<float>();
@@ -82,28 +89,65 @@ LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<T
   return p;
 }
 
-void run(const LinearParams& p, void (*kernel)(const LinearParams&, int64_t)) {
-  const int64_t tasks = p.panels() * p.blocks();
-  const int64_t products = std::max<int64_t>(1, std::min(p.rows, kTaskRows) * kPanel * p.words);
-  for_each_task(tasks, kProductsPerThread / products, [&](int64_t task) { kernel(p, task); });
+// A product with its kernel; its tasks are the next after those of the products before it.
+struct Product {
+  LinearParams p;
+  void (*kernel)(const LinearParams&, int64_t);
+  int64_t first_task, channels;
+
+  int64_t tasks() const { return p.panels() * p.blocks(); }
+  bool is_bfloat16() const { return kernel == kernels().linear_bfloat16; }
+};
+
+void (*kernel_for(ScalarType type))(const LinearParams&, int64_t) {
+  const Kernels& table = kernels();
+  return type == ScalarType::Float      ? table.linear
+         : type == ScalarType::BFloat16 ? table.linear_bfloat16
+                                        : table.linear_widened;
 }
 
 // Converts all rows to bfloat16 once for all panels; the buffer is kept for the next call.
-void run_bfloat16(LinearParams p, int64_t channels) {
+void convert_rows(std::vector<Product>& products) {
   static thread_local std::vector<float> buffer;
-  const int64_t stride = p.words + kWordsBetween;
-  buffer.resize(std::max<size_t>(buffer.size(), p.rows * stride));
-  const ToBFloat16Params conversion{p.x, buffer.data(), channels, p.x_stride, stride};
-  for_each_task(p.rows, kConvertedPerThread / std::max<int64_t>(1, channels),
-                [&](int64_t row) { kernels().to_bfloat16(conversion, row); });
-  p.x = buffer.data();
-  p.x_stride = stride;
-  run(p, kernels().linear_bfloat16);
+  size_t size = 0;
+  for (const Product& each : products)
+    if (each.is_bfloat16()) size += each.p.rows * (each.p.words + kWordsBetween);
+  if (size > buffer.size()) buffer.resize(size);
+  float* words = buffer.data();
+  for (Product& each : products) {
+    if (!each.is_bfloat16()) continue;
+    LinearParams& p = each.p;
+    const ToBFloat16Params conversion{p.x, words, each.channels, p.x_stride,
+                                      p.words + kWordsBetween};
+    for_each_task(p.rows, kConvertedPerThread / std::max<int64_t>(1, each.channels),
+                  [&](int64_t row) { kernels().to_bfloat16(conversion, row); });
+    p.x = words;
+    p.x_stride = conversion.words_stride;
+    words += p.rows * p.x_stride;
+  }
 }
 
-void run(const LinearParams& p, const Tensor& x, const Tensor& packed) {
-  if (packed.scalar_type() == ScalarType::Float) return run(p, kernels().linear);
-  run_bfloat16(p, x.size(1));
+// All products as the tasks of one list, which the threads share.
+void run(std::vector<Product> products) {
+  convert_rows(products);
+  int64_t tasks = 0, work = 0;
+  for (Product& each : products) {
+    const LinearParams& p = each.p;
+    each.first_task = tasks;
+    tasks += each.tasks();
+    work += each.tasks() * std::min(p.rows, kTaskRows) * kPanel * p.words;
+  }
+  const int64_t mean = std::max<int64_t>(1, work / std::max<int64_t>(1, tasks));
+  for_each_task(tasks, kProductsPerThread / mean, [&](int64_t task) {
+    const Product* each = &products.back();
+    while (task < each->first_task) --each;
+    each->kernel(each->p, task - each->first_task);
+  });
+}
+
+Product product(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                const Tensor& out) {
+  return {params(x, packed, bias, out), kernel_for(packed.scalar_type()), 0, x.size(1)};
 }
 
 }  // namespace
@@ -130,15 +174,23 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
 // As linear, written to out [N, out_features].
 void linear_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                 const Tensor& out) {
-  run(params(x, packed, bias, out), x, packed);
+  run({product(x, packed, bias, out)});
 }
 
 // As linear, added to out [N, out_features].
 void linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                 const Tensor& out) {
-  LinearParams p = params(x, packed, bias, out);
-  p.adds = true;
-  run(p, x, packed);
+  Product added = product(x, packed, bias, out);
+  added.p.adds = true;
+  run({added});
+}
+
+// As linear_out for each, at once. None takes what another gives.
+void linear_out_all(const std::vector<LinearCall>& calls) {
+  std::vector<Product> products;
+  for (const LinearCall& each : calls)
+    products.push_back(product(each.x, each.packed, each.bias, each.out));
+  run(std::move(products));
 }
 
 }  // namespace cottention

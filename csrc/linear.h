@@ -5,8 +5,8 @@
 // Channels are processed in blocks, so that a block of a panel stays in the L1 cache for all rows
 // of the task; between blocks the sums are kept in a float32 tile, which leaves the chain
 // unchanged. Each group of rows prefetches a part of the next block, so that loads overlap with
-// arithmetic. Float32 and bfloat16 weights differ in the word type alone (bfloat16.h). Included by
-// kernels.cpp only.
+// arithmetic. Float32 and bfloat16 weights, and float32 ones that are kept in bfloat16 because that
+// loses nothing, differ in the word type alone (bfloat16.h). Included by kernels.cpp only.
 #pragma once
 
 #include "bfloat16.h"
@@ -61,11 +61,17 @@ inline void extend_chains(const RowBlock& x, const PanelBlock& block, int64_t co
     Lanes weights[A];
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) weights[a] = load(panel + a * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Lanes value = broadcast(x.words[r * x.stride + c]);
+#pragma GCC unroll 2
+    for (int i = 0; i < Word::kRowWords; ++i) {
+      Lanes part[A];
 #pragma GCC unroll 4
-      for (int a = 0; a < A; ++a) sums[r][a] = Word::multiply_add(weights[a], value, sums[r][a]);
+      for (int a = 0; a < A; ++a) part[a] = Word::part(weights[a], i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Lanes value = broadcast(x.words[r * x.stride + c * Word::kRowWords + i]);
+#pragma GCC unroll 4
+        for (int a = 0; a < A; ++a) sums[r][a] = Word::multiply_add(part[a], value, sums[r][a]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -141,7 +147,7 @@ inline void linear(const LinearParams& p, int64_t task) {
   const int64_t rows = p.rows * (block_of_rows + 1) / p.blocks() - first;
   __builtin_memset(tile, 0, rows * kPanel * sizeof(float));
   for (int64_t w = 0; w < p.words; w += kBlock) {
-    const RowBlock x{p.x + first * p.x_stride + w, p.x_stride};
+    const RowBlock x{p.x + first * p.x_stride + w * Word::kRowWords, p.x_stride};
     const float* weights = p.packed + (panel * p.words + w) * kPanel;
     const PanelBlock block{weights, min(p.words - w, kBlock), 0, 0};
     rows > kFewRows ? extend_many<Word>(x, block, rows, tile)

@@ -22,6 +22,15 @@ void linear_out(const Tensor& x, const Tensor& packed, const std::optional<Tenso
                 const Tensor& out);
 void linear_add(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
                 const Tensor& out);
+
+// The arguments of a linear_out.
+struct LinearCall {
+  Tensor x, packed;
+  std::optional<Tensor> bias;
+  Tensor out;
+};
+void linear_out_all(const std::vector<LinearCall>& calls);
+
 std::tuple<Tensor, Tensor> rotary_table(const Tensor& positions, int64_t rotary_dim, double base);
 std::tuple<Tensor, Tensor, Tensor> cottention_features(const Tensor& q, const Tensor& k,
                                                        const Tensor& v, const Tensor& positions,

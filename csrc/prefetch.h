@@ -9,8 +9,8 @@ namespace cottention::COTTENTION_ISA {
 constexpr uintptr_t kPage = 4096;  // bytes
 
 // The hardware prefetches the lines of a page, but not the next page. For each page that begins in
-// these `count` elements, prefetch one line of the page two further on. Prefetching every line, or
-// for writing, measured slower.
+// these `count` elements, prefetch one line of the page two further on. Prefetching for writing
+// measured slower.
 inline void prefetch_pages(const float* data, int64_t count) {
   const auto begin = reinterpret_cast<uintptr_t>(data);
   const uintptr_t end = begin + count * sizeof(float);

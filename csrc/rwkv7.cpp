@@ -137,25 +137,25 @@ Buffers make_buffers(const Tensor& x, const std::vector<int64_t>& ranks, int64_t
   return s;
 }
 
-// x down, then `kernel` on it if there is one, then up.
-void low_rank(const Tensor& x, const Tensor& down, const Tensor& low,
-              void (*kernel)(const RowsParams&, int64_t), const Tensor& up,
-              const std::optional<Tensor>& bias, const Tensor& out) {
-  linear_out(x, down, std::nullopt, low);
-  if (kernel) each_row(low, kernel);
-  linear_out(low, up, bias, out);
-}
-
+// The products of the mixed rows: first all that these are multiplied with, then what comes after
+// the low ranks.
 void project(const Tensor* w, const Buffers& s, bool is_first) {
   const auto mixed = [&](int64_t i) { return torch::stable::select(s.mixes, 0, i); };
-  const Kernels& table = kernels();
-  linear_out(mixed(0), w[kReceptance], std::nullopt, s.r);
-  linear_out(mixed(2), w[kKey], std::nullopt, s.k);
-  linear_out(mixed(3), w[kValue], std::nullopt, is_first ? s.v_first : s.v);
-  low_rank(mixed(1), w[kWDown], s.low_w, table.tanh, w[kWUp], w[kWBias], s.w);
-  low_rank(mixed(4), w[kADown], s.low_a, nullptr, w[kAUp], w[kABias], s.a);
-  low_rank(mixed(5), w[kGDown], s.low_g, table.sigmoid, w[kGUp], std::nullopt, s.g);
-  if (!is_first) low_rank(mixed(3), w[kVDown], s.low_v, nullptr, w[kVUp], w[kVBias], s.v_mix);
+  std::vector<LinearCall> calls{{mixed(0), w[kReceptance], std::nullopt, s.r},
+                                {mixed(2), w[kKey], std::nullopt, s.k},
+                                {mixed(3), w[kValue], std::nullopt, is_first ? s.v_first : s.v},
+                                {mixed(1), w[kWDown], std::nullopt, s.low_w},
+                                {mixed(4), w[kADown], std::nullopt, s.low_a},
+                                {mixed(5), w[kGDown], std::nullopt, s.low_g}};
+  if (!is_first) calls.push_back({mixed(3), w[kVDown], std::nullopt, s.low_v});
+  linear_out_all(calls);
+  each_row(s.low_w, kernels().tanh);
+  each_row(s.low_g, kernels().sigmoid);
+  calls = {{s.low_w, w[kWUp], w[kWBias], s.w},
+           {s.low_a, w[kAUp], w[kABias], s.a},
+           {s.low_g, w[kGUp], std::nullopt, s.g}};
+  if (!is_first) calls.push_back({s.low_v, w[kVUp], w[kVBias], s.v_mix});
+  linear_out_all(calls);
 }
 
 void run_heads(const Batch& batch, const Tensor* w, const Buffers& s, const Tensor& state,

@@ -89,6 +89,22 @@ class EngineConfig:
         minimum=0,
         unit="bytes",
     )
+    grammar_seconds: float = setting(
+        5.0,
+        "maximum time to compile the schema, pattern or grammar of a request's structured output;"
+        " one that takes longer is refused",
+        minimum=0.01,
+        unit="seconds",
+    )
+    grammar_memory: int = setting(
+        256 * 1024**2,
+        "maximum memory to compile one; one that needs more is refused",
+        minimum=1024**2,
+        unit="bytes",
+    )
+    max_grammar_size: int = setting(
+        64 * 1024, "maximum length of one", minimum=1, unit="characters"
+    )
     embeddings: bool = setting(
         False,
         "let a model that generates text give embeddings as well, of its last hidden states; an"

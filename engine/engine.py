@@ -15,6 +15,9 @@ from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Capability
 from cottention.engine.errors import EngineStoppedError
 from cottention.engine.execution.loading import load
+from cottention.engine.grammar.compiler import GrammarCompiler
+from cottention.engine.grammar.matcher import MaskWorker
+from cottention.engine.grammar.trial import Limits
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
@@ -55,8 +58,16 @@ class Engine:
         self.pool, self.spec = loaded.pool, loaded.pool.spec
         self.policies = ContextPolicies.of(self.model_config, loaded.context_policy)
         limits = RequestLimits.of(self.tokenizer, self.pool, self.config)
+        ends = self.model_config.reachable_ends
+        self._grammars = GrammarCompiler(
+            self.tokenizer,
+            ends,
+            Limits(self.config.grammar_seconds, self.config.grammar_memory),
+            self.config.max_grammar_size,
+        )
+        self._mask_worker = MaskWorker(self.tokenizer.num_ids)
         self._input_processor = InputProcessor(
-            self.tokenizer, self.model_config.reachable_ends, limits, self.policies
+            self.tokenizer, ends, limits, self.policies, self._grammars
         )
         self._scheduler = Scheduler(
             self.config.max_batch_tokens,
@@ -172,10 +183,22 @@ class Engine:
         outputs = self._request_manager.advance(batch, result)
         for sample in result.samples:
             outputs += self._append_token(sample)
+        self._advance_matchers(result.samples)
         self._num_unsampled += len(result.unsampled)
         for request in dict.fromkeys(choice.request for choice in result.unsampled):
-            outputs += self._request_manager.finish(request, FinishReason.ERROR, NO_SAMPLE)
+            error = _grammar_error(request) or NO_SAMPLE
+            outputs += self._request_manager.finish(request, FinishReason.ERROR, error)
         return outputs
+
+    def _advance_matchers(self, samples: Sequence[Sample]) -> None:
+        """Begin to compute the masks that the next step's samples need."""
+        self._mask_worker.advance(
+            [
+                (sample.choice.matcher, sample.token.token_id)
+                for sample in samples
+                if sample.choice.matcher is not None
+            ]
+        )
 
     def _append_token(self, sample: Sample) -> list[Output]:
         """The output of a sampled id; a fault ends its request and no other."""
@@ -206,14 +229,32 @@ class Engine:
         """Refuse new requests and cancel all others; returns the last outputs."""
         with self._submit_lock:
             self._is_closed = True
+        self._mask_worker.close()
+        self._grammars.close()
         return self._inboxes.post(self._run_commands() + self._request_manager.cancel_all())
 
-    def session_codec(self) -> SnapshotCodec:
-        """The codec of this model's session states; reads the model's files for the fingerprint."""
+    @property
+    def has_one_arithmetic(self) -> bool:
+        """Whether equal ids give equal bits, however they are cut into chunks and batches."""
+        return self.device == "cpu" and self.dtype == "float32"
+
+    def session_codec(
+        self, *, writes_recipes: bool = False, max_encoded: int | None = None
+    ) -> SnapshotCodec:
+        """The codec of this model's session states; reads the model's files for the fingerprint.
+
+        writes_recipes, max_encoded: as in SnapshotCodec.
+        """
         fingerprints = Fingerprint.of(self._folder, self.tokenizer.files, self.spec, self.dtype)
         num_ids, window = self.tokenizer.num_ids, self.policies.window
         return SnapshotCodec(
-            fingerprints, self.spec, num_ids, self.policies.context_schedules, window
+            fingerprints,
+            self.spec,
+            num_ids,
+            self.policies.context_schedules,
+            window,
+            writes_recipes=writes_recipes,
+            max_encoded=max_encoded,
         )
 
     def stats(self) -> EngineStats:
@@ -285,6 +326,14 @@ class Engine:
             for request_id in prompts:
                 self.cancel(request_id)
             self._inboxes.post(self._run_commands())
+
+
+def _grammar_error(request: Request) -> str:
+    """Why one of a request's grammars cannot be followed any further; empty where all can."""
+    matchers = (choice.matcher for choice in request.unfinished_choices)
+    errors = (each.error for each in matchers if each is not None)
+    found = next((each for each in errors if each), "")
+    return found and f"the grammar cannot be followed any further: {found}"
 
 
 class OutputInboxes:

@@ -17,8 +17,10 @@ CottentionError
     ├── ContextPolicyError      too old for another policy
     ├── SessionQuotaError       its owner has no room for more
     ├── NonFiniteStateError     its new state has values that are not finite
+    ├── StateTooLargeError      its new state has more bytes than are stored
     └── StoreUnavailableError   the store does not take it, or cannot be read now
-        └── StoreFullError          the disk takes no more
+        ├── StoreFullError          the disk takes no more
+        └── StoreUnreachableError   the database that several servers share cannot be used now
 """
 
 
@@ -94,9 +96,17 @@ class NonFiniteStateError(SessionError):
     """A state to be stored has NaN or infinite values; the session stays as it was."""
 
 
+class StateTooLargeError(SessionError):
+    """A state to be stored has more bytes than the store takes; the session stays as it was."""
+
+
 class StoreUnavailableError(SessionError):
     """The store does not take a write, or cannot be read now; what was stored is as it was."""
 
 
 class StoreFullError(StoreUnavailableError):
     """The disk takes no more."""
+
+
+class StoreUnreachableError(StoreUnavailableError):
+    """The database that several servers share cannot be used now; later it can."""

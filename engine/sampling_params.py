@@ -9,6 +9,7 @@ from typing import Any, get_args
 from cottention.engine.encoding import EncodeParams
 from cottention.engine.errors import ParameterError
 from cottention.engine.state.context_window import ContextPolicy
+from cottention.engine.structured_output import StructuredOutput
 
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: dividing by them would overflow."""
@@ -56,6 +57,8 @@ class SamplingParams:
     allowed_token_ids: the only ids that may be generated. bad_words: texts never generated.
     context_policy: "renew" or "exact", for sequences longer than the model's window; None: that of
     the session or the engine.
+    structured: what the text has to be, from its first generated id on; None: any text. The text
+    ends where that is complete, which `min_tokens` does not delay, so `ignore_eos` is refused.
     encode: what is asked of the prompt's hidden states in place of a continuation; encoders only.
     logprobs, prompt_logprobs: 0 to 20 most probable ids to report beside each id; None: no report.
     logprob_token_ids: up to 128 ids to report in place of the most probable, where there are
@@ -92,6 +95,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] | None = None
     context_policy: ContextPolicy | None = None
+    structured: StructuredOutput | None = None
     encode: EncodeParams | None = None
 
     def __post_init__(self) -> None:
@@ -120,6 +124,9 @@ class SamplingParams:
         _check_strings("bad_words", self.bad_words, MAX_BAD_WORDS)
         _check_biases(self.logit_bias)
         _check_policy(self.context_policy)
+        if self.ignore_eos and self.structured is not None:
+            message = f"ignore_eos is not possible with {self.structured.param}: leave it out"
+            raise ParameterError("ignore_eos", message)
 
     @property
     def has_penalty(self) -> bool:

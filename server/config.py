@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cottention.engine.errors import ConfigurationError
+from cottention.engine.sessions.store.postgres.address import check_address
 from cottention.engine.settings.declaration import check_settings, setting
 from cottention.server.log_config import LogFormat
 
@@ -38,6 +39,7 @@ class ServerConfig:
     served_model_name: str | None = setting(
         None, "model name in requests and responses", unset="the model's own name"
     )
+    ui: bool = setting(True, "serve a page at / that shows the model and its sessions in a browser")
     drain_seconds: float = setting(
         30.0, "time for running requests to finish after SIGTERM", minimum=0, unit="seconds"
     )
@@ -115,6 +117,29 @@ class ServerConfig:
     )
     session_dir: str | None = setting(
         None, "folder to store sessions in", unset="a temporary one, removed at exit", is_path=True
+    )
+    session_store: str | None = setting(
+        None,
+        "PostgreSQL database for sessions that several servers share, as"
+        " postgresql://user@host/database; needs the extra `cluster`",
+        unset="the folder of --session-dir",
+    )
+    session_store_password_file: str | None = setting(
+        None,
+        "file with the password of that database",
+        unset="PGPASSWORD, or the file that PGPASSFILE names",
+        is_path=True,
+    )
+    session_states: Literal["auto", "always"] = setting(
+        "auto",
+        "whether that database has the states of sessions: only where they do not follow from their"
+        " ids on this device, or always",
+    )
+    max_stored_state: int = setting(
+        64 * 1024**2,
+        "maximum size of a state in that database; a model whose states are larger is refused",
+        minimum=1,
+        unit="bytes",
     )
     session_memory: int = setting(
         1024**3,
@@ -241,6 +266,13 @@ class ServerConfig:
                 f"--max-received-bytes {self.max_received_bytes} must be at least --max-body-bytes,"
                 f" {self.max_body_bytes}"
             )
+        if self.session_store is not None:
+            check_address(self.session_store)
+            if self.session_dir is not None:
+                raise ConfigurationError(
+                    "--session-store and --session-dir cannot both be given: sessions are stored in"
+                    " a database or in a folder"
+                )
 
 
 @dataclass(frozen=True, slots=True)

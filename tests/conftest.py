@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.postgres import Postgres, running_postgres
+
 _OWN_COPY = Path(__file__).parent / "data" / "golden"
 
 # A shell without job control starts what runs in the background with SIGINT ignored, and processes
@@ -26,6 +28,13 @@ def golden() -> Path:
 def gptj_folder() -> Path:
     """A small causal Cottention model with random weights, as a Hugging Face folder."""
     return _OWN_COPY / "cottention-gptj"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL for all tests that neither kill nor crash it; skipped where there is none."""
+    with running_postgres() as server:
+        yield server
 
 
 @pytest.fixture

@@ -202,13 +202,17 @@ def _sampling_input(target: SamplingTarget) -> SamplingInput:
     params = request.params
     is_random = not params.is_greedy
     number = uniform(request.seed, choice.index, target.token_index) if is_random else 0.0
+    matcher, is_early = choice.matcher, choice.is_early
+    if matcher is not None and is_early:  # what is complete ends all the same
+        is_early = not matcher.is_complete
     return SamplingInput(
         params,
         number,
         choice.history.counts,
         choice.history.ends_of_bad_words(),
         request.constraints,
-        choice.is_early,
+        is_early,
+        None if matcher is None else matcher.mask,
         choice.history.repeat_penalties(),
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cottention.engine.ops.loader import backend, needs_gradient
 
 TILE_ROWS = 32
+_ROWS_AT_ONCE = 256
 
 
 class FixedOrderLinear(nn.Module):
@@ -18,8 +19,9 @@ class FixedOrderLinear(nn.Module):
 
     weight [out_features, C] and bias [out_features] or None, on the device where the layer runs.
     Float32 and bfloat16 weights on the CPU are packed for the compiled product, which takes and
-    returns float32; for bfloat16 weights it rounds x to bfloat16 and accumulates in float32. No
-    gradients.
+    returns float32; for bfloat16 weights it rounds x to bfloat16 and accumulates in float32.
+    Float32 weights that were widened from bfloat16 are kept in half the memory, with the bits of
+    the product in float32. No gradients.
     """
 
     weight: Tensor
@@ -31,7 +33,7 @@ class FixedOrderLinear(nn.Module):
         self.is_packed = can_pack(weight)
         weight, bias = weight.detach(), None if bias is None else bias.detach()
         if self.is_packed:
-            weight = torch.ops.cottention.pack_weight(weight)
+            weight = _packed(weight)
             bias = None if bias is None else _float32_copy(bias)
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -80,6 +82,28 @@ class FixedOrderNorm(nn.Module):
         torch.ops.cottention.layer_norm(x, self.weight, self.bias, self.epsilon, out)
 
 
+def _packed(weight: Tensor) -> Tensor:
+    """As the compiled product takes it; int16 holds the bfloat16 bits of float32 weights.
+
+    Widening takes as long as multiplying where vectors are short, so there float32 is kept.
+    """
+    can_widen = weight.shape[1] % 2 == 0 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    if weight.dtype == torch.float32 and can_widen and _is_bfloat16(weight):
+        return _pack_weight(weight.to(torch.bfloat16)).view(torch.int16)
+    return _pack_weight(weight)
+
+
+def _pack_weight(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.cottention.pack_weight(weight)
+    return packed
+
+
+def _is_bfloat16(weight: Tensor) -> bool:
+    """Whether bfloat16 has every value of a float32 matrix: the lower halves of all are zero."""
+    parts = weight.view(torch.int32).split(_ROWS_AT_ONCE)
+    return not any(bool((part & 0xFFFF).any()) for part in parts)
+
+
 def _float32_copy(x: Tensor) -> Tensor:
     """A float32 copy: the original may be a view of a mapped file, which would stay mapped."""
     return x.detach().to(torch.float32, copy=True)
@@ -108,8 +132,7 @@ def _fixed_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [N, C], weight [O, C], float32 on the CPU → x Wᵀ [N, O], without gradients."""
     if not can_pack(weight):
         return linear_in_tiles(x, weight, None)
-    packed = torch.ops.cottention.pack_weight(weight)
-    out: Tensor = torch.ops.cottention.linear(x, packed, None, len(weight))
+    out: Tensor = torch.ops.cottention.linear(x, _pack_weight(weight), None, len(weight))
     return out
 
 

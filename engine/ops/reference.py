@@ -19,17 +19,32 @@ PADDING_SLOT = -1
 NO_INDEX = -1
 
 
-def parallel(q: Tensor, k: Tensor, v: Tensor, *, denominator: bool = False) -> Tensor:
+def parallel(
+    q: Tensor, k: Tensor, v: Tensor, *, w: Tensor | None = None, denominator: bool = False
+) -> Tensor:
     """Causal attention without softmax over whole sequences: o_t = Σ_{j≤t} (q_t·k_j) v_j.
 
-    q, k [..., T, K] and v [..., T, V] give [..., T, V]. With `denominator`, each o_t is divided by
-    max(Σ_{j≤t} q_t·k_j, 1e-6). Quadratic in T.
+    q, k [..., T, K] and v [..., T, V] give [..., T, V]. With decays w [..., T] the score of j at t
+    is multiplied by w_{j+1} ⋯ w_t. With `denominator`, each o_t is divided by the sum of its
+    scores, at least 1e-6. Quadratic in T.
     """
     scores = (q @ k.transpose(-1, -2)).tril()
+    if w is not None:
+        scores = scores * decays_between(log_decay(w))
     out = scores @ v
     if not denominator:
         return out
     return out / scores.sum(-1, keepdim=True).clamp_min(DENOMINATOR_FLOOR)
+
+
+def log_decay(w: Tensor) -> Tensor:
+    """Σ_{j≤t} ln w_j of decays [..., T] in [0, 1]; 0 counts as the least normal number."""
+    return w.clamp_min(torch.finfo(w.dtype).tiny).log().cumsum(-1)
+
+
+def decays_between(sums: Tensor) -> Tensor:
+    """w_{j+1} ⋯ w_t [..., T, T] for j < t, else 1, from the sums of `log_decay` [..., T]."""
+    return (sums.unsqueeze(-1) - sums.unsqueeze(-2)).tril().exp()
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, *, denominator: bool = False) -> Tensor:

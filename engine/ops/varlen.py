@@ -278,6 +278,25 @@ def chunked(
     return out.flatten(2, 3)[:, :, :length], state, z
 
 
+def chunked_with_decay(
+    q: Tensor, k: Tensor, v: Tensor, w: Tensor, state: Tensor, *, chunk_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """As `chunked`, with the decays w [B, H, T] in [0, 1] and without denominator."""
+    length = q.shape[-2]
+    qs, ks, vs = (_split(x, chunk_size) for x in (q, k, v))
+    padded = torch.nn.functional.pad(w, (0, -length % chunk_size), value=1.0)
+    sums = reference.log_decay(padded.unflatten(-1, (-1, chunk_size)))
+    whole = sums[..., -1:]
+    kept = (ks * (whole - sums).exp().unsqueeze(-1)).to(k.dtype)  # of a key, at the chunk's end
+    borders = [state]
+    for update, each in zip((vs.mT @ kept).unbind(2), whole.exp().unbind(2), strict=True):
+        borders.append(borders[-1] * each.unsqueeze(-1) + update.to(state.dtype))
+    scores = (qs @ ks.mT).tril() * reference.decays_between(sums).to(q.dtype)
+    before = torch.stack(borders[:-1], dim=2).to(q.dtype)
+    out = scores @ vs + sums.exp().unsqueeze(-1).to(q.dtype) * (qs @ before.mT)
+    return out.flatten(2, 3)[:, :, :length], borders[-1]
+
+
 def _split(x: Tensor, chunk_size: int) -> Tensor:
     """[B, H, T, D] → [B, H, chunks, chunk_size, D], padded with zeros, which add nothing."""
     padding = -x.shape[-2] % chunk_size

@@ -1,14 +1,15 @@
 """Masks, bias and penalties of requests, applied to their own rows of the logits.
 
-The order is vLLM's: masks, then bias, then penalties, of which DRY is the last. Rows are processed
-together, because a call costs more than its work.
+The order is vLLM's: masks, those of grammars among them, then bias, then penalties, of which DRY is
+the last. Rows are processed together, because a call costs more than its work.
 
-Letters: R rows, N vocabulary, M ids of several rows, concatenated.
+Letters: R rows, N vocabulary, M ids of several rows, concatenated, W words of a packed mask.
 """
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class LogitsAdjustment:
     counts: how often each id of its prompt and text was generated, empty without a penalty.
     masked_token_ids: ids that must not be sampled in this step, besides those of the constraints.
     is_early: whether stop ids must not be sampled yet.
+    grammar_mask: ids that the row's grammar allows, packed, int32 [W]; None without a grammar.
     repeats: what is subtracted from the logits of ids that would go on with a repetition.
     """
 
@@ -37,6 +39,7 @@ class LogitsAdjustment:
     masked_token_ids: Sequence[int] = ()
     constraints: TokenConstraints = NO_CONSTRAINTS
     is_early: bool = False
+    grammar_mask: Tensor | None = None
     repeats: RepeatPenalties | None = None
 
     @property
@@ -48,13 +51,15 @@ class LogitsAdjustment:
         return self.constraints.early_mask if self.is_early else self.constraints.mask
 
     def __bool__(self) -> bool:
-        has_ids = self.mask is not None or self.constraints.biases is not None
+        tensors = (self.mask, self.constraints.biases, self.grammar_mask)
+        has_ids = any(each is not None for each in tensors)
         return has_ids or bool(self.masked_token_ids or self.counts or self.repeats)
 
 
 def adjust_logits(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
     """Change the rows of logits float32 [R, N], contiguous, that have an adjustment, in place."""
     _apply_masks(logits, adjustments)
+    _apply_grammar_masks(logits, adjustments)
     _apply_masked_token_ids(logits, adjustments)
     _apply_logit_bias(logits, adjustments)
     _apply_penalties(logits, adjustments)
@@ -75,6 +80,39 @@ def _apply_masks(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) ->
             runs.append((row, row + 1, mask))
     for start, stop, mask in runs:
         logits[start:stop, : len(mask)].masked_fill_(mask, -torch.inf)
+
+
+def _apply_grammar_masks(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:
+    """Rows that follow each other are unpacked together."""
+    masks = {
+        row: one.grammar_mask for row, one in adjustments.items() if one.grammar_mask is not None
+    }
+    for start, stop in _runs(masks):
+        packed = torch.stack([masks[row] for row in range(start, stop)]).to(logits.device)
+        is_allowed = unpacked(packed)[:, : logits.shape[-1]]
+        logits[start:stop, : is_allowed.shape[-1]].masked_fill_(~is_allowed, -torch.inf)
+
+
+def _runs(rows: Iterable[int]) -> list[tuple[int, int]]:
+    """Begin and end of each run of consecutive rows."""
+    runs: list[tuple[int, int]] = []
+    for row in sorted(rows):
+        start = runs.pop()[0] if runs and runs[-1][1] == row else row
+        runs.append((start, row + 1))
+    return runs
+
+
+def unpacked(masks: Tensor) -> Tensor:
+    """The bits of packed masks int32 [R, W], the lowest first: bool [R, 32·W]."""
+    octets = masks.contiguous().view(torch.uint8)
+    return _bits(masks.device)[octets.int()].view(len(masks), -1)
+
+
+@lru_cache
+def _bits(device: torch.device) -> Tensor:
+    """The bits of each byte, the lowest first: bool [256, 8]."""
+    octets = torch.arange(256, device=device).unsqueeze(-1)
+    return (octets >> torch.arange(8, device=device)) % 2 == 1
 
 
 def _apply_masked_token_ids(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:

@@ -3,7 +3,7 @@
 A row's id depends on its own logits, parameters and (seed, choice index, absolute token index)
 alone, never on other rows: random numbers are a function of these, not the state of a generator.
 
-Letters: R rows, N vocabulary.
+Letters: R rows, N vocabulary, W words of a packed mask.
 """
 
 from collections.abc import Sequence
@@ -32,8 +32,9 @@ class SamplingInput:
 
     uniform: the row's random number in [0, 1). counts: how often each id of the prompt and the text
     was generated. masked_token_ids: ids that must not be sampled in this step, besides those of the
-    constraints. is_early: whether stop ids must not be sampled yet. repeats: penalties of ids that
-    would go on with a repetition.
+    constraints. is_early: whether stop ids must not be sampled yet. grammar_mask: ids that its
+    grammar allows, packed, int32 [W]; None without a grammar. repeats: penalties of ids that would
+    go on with a repetition.
     """
 
     params: SamplingParams
@@ -42,6 +43,7 @@ class SamplingInput:
     masked_token_ids: Sequence[int] = ()
     constraints: TokenConstraints = NO_CONSTRAINTS
     is_early: bool = False
+    grammar_mask: Tensor | None = None
     repeats: RepeatPenalties | None = None
 
     def adjustment(self, device: torch.device) -> LogitsAdjustment:
@@ -53,6 +55,7 @@ class SamplingInput:
             self.masked_token_ids,
             constraints,
             self.is_early,
+            self.grammar_mask,
             self.repeats,
         )
 

@@ -12,7 +12,9 @@ import torch
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import EncodeParams
 from cottention.engine.errors import ParameterError
+from cottention.engine.grammar.compiler import Grammar, GrammarCompiler
 from cottention.engine.sampling.dry import BreakerIds, RepeatRules
+from cottention.engine.sampling.logits_processors import unpacked
 from cottention.engine.sampling.token_constraints import TokenConstraints, encode_bad_words
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary, shortened
 from cottention.engine.scheduling.context_policy import ContextPolicies
@@ -70,16 +72,21 @@ class RequestLimits:
         _check_at_most("n", params.n, self.num_slots, "the engine's slots")
         _check_at_most("max_tokens", params.max_tokens, self.max_tokens, "the engine's limit")
 
-    def check_first_token(self, params: SamplingParams, constraints: TokenConstraints) -> None:
-        """Raise ParameterError where the constraints leave no id for the first token."""
+    def check_first_token(
+        self, params: SamplingParams, constraints: TokenConstraints, grammar: Grammar | None
+    ) -> None:
+        """Raise ParameterError where constraints and grammar leave no id for the first token."""
         is_sampleable = torch.zeros(self.num_ids, dtype=torch.bool)
         is_sampleable[torch.tensor([*self.sampleable_ids])] = True
+        if grammar is not None:
+            is_sampleable &= unpacked(grammar.first_mask.unsqueeze(0))[0, : self.num_ids]
         if params.max_tokens and not constraints.leaves_one_of(is_sampleable):
+            also = "" if params.structured is None else f", {params.structured.param}"
             raise ParameterError(
                 "stop_token_ids" if params.allowed_token_ids is None else "allowed_token_ids",
-                "no token is left to begin with: allowed_token_ids, bad_words and, while there are"
-                " fewer than min_tokens, stop_token_ids and the model's end forbid every one;"
-                " allow more ids",
+                f"no token is left to begin with: allowed_token_ids, bad_words{also} and, while"
+                " there are fewer than min_tokens, stop_token_ids and the model's end forbid every"
+                " one; allow more ids",
             )
 
     def _check_encode(
@@ -142,14 +149,16 @@ class InputProcessor:
         eos_token_ids: Sequence[int],
         limits: RequestLimits,
         policies: ContextPolicies,
+        grammars: GrammarCompiler,
     ) -> None:
         """eos_token_ids: end-of-text ids of the model."""
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.limits = limits
         self.policies = policies
+        self._grammars = grammars
         self._breakers = BreakerIds(tokenizer.written_bytes)
-        self._last: tuple[SamplingParams, TokenConstraints] | None = None
+        self._last: tuple[SamplingParams, TokenConstraints, Grammar | None] | None = None
 
     def tokenize(self, prompt: Prompt) -> Sequence[int]:
         """A prompt's ids. Raises ParameterError for text that is not valid Unicode."""
@@ -172,27 +181,29 @@ class InputProcessor:
         Raises ParameterError or ContextPolicyError.
         """
         self.limits.check_prompt(prompt_ids, params, start)
-        constraints = self._prepare(params)
+        constraints, grammar = self._prepare(params)
         if start is not None:
             start = self.policies.settled(start, params)
         schedule = self.policies.schedule(prompt_ids, params, start)
         return Request.new(
-            request_id, prompt_ids, params, self.tokenizer, constraints, start, schedule
+            request_id, prompt_ids, params, self.tokenizer, constraints, start, schedule, grammar
         )
 
-    def _prepare(self, params: SamplingParams) -> TokenConstraints:
-        """The constraints of checked parameters; once for the prompts that are sent together."""
+    def _prepare(self, params: SamplingParams) -> tuple[TokenConstraints, Grammar | None]:
+        """What checked parameters say about ids; once for the prompts that are sent together."""
         last = self._last
         if last is not None and last[0] is params:
-            return last[1]
+            return last[1:]
         self.limits.check_params(params)
         bad_words = encode_bad_words(params.bad_words, self.tokenizer)
         num_ids = self.tokenizer.num_ids
         constraints = TokenConstraints.of(params, num_ids, self.eos_token_ids, bad_words)
-        self.limits.check_first_token(params, constraints)
+        structured = params.structured
+        grammar = None if structured is None else self._grammars.compile(structured)
+        self.limits.check_first_token(params, constraints, grammar)
         if params.has_dry:
             is_breaker = self._breakers.find(params.dry_sequence_breakers)
             rules = RepeatRules.of(params, is_breaker, self.policies.window)
             constraints = replace(constraints, repeats=rules)
-        self._last = params, constraints
-        return constraints
+        self._last = params, constraints, grammar
+        return constraints, grammar

@@ -28,11 +28,11 @@ from cottention.engine.state.session_state import SessionState
 from cottention.engine.text.base import BaseTokenizer
 from cottention.engine.text.detokenizer import Detokenizer
 
-if TYPE_CHECKING:  # it holds tensors; the scheduler needs no torch
-    from cottention.engine.sampling.token_constraints import TokenConstraints
-
-if TYPE_CHECKING:  # requests are scheduled without torch
+if TYPE_CHECKING:  # they hold tensors; requests are scheduled without torch
+    from cottention.engine.grammar.compiler import Grammar
+    from cottention.engine.grammar.matcher import Matcher
     from cottention.engine.sampling.pooling import Pooler
+    from cottention.engine.sampling.token_constraints import TokenConstraints
 
 
 class RequestStatus(Enum):
@@ -66,6 +66,7 @@ class Choice:
     first the row in use, then the spare row where the pool has spare rows.
     generated_ids: all sampled ids, kept only for a request that continues a session, and, up to
     MAX_ANSWER_IDS, for one whose last state is cached.
+    matcher: where its text is in the request's grammar, until it has ended; None without one.
     """
 
     request: "Request"
@@ -79,6 +80,7 @@ class Choice:
     generated_ids: "array[int]" = field(default_factory=lambda: array("i"))
     num_generated: int = 0
     finish_reason: FinishReason | None = None
+    matcher: "Matcher | None" = None
 
     @property
     def row(self) -> int:
@@ -175,12 +177,19 @@ class Request:
         constraints: "TokenConstraints",
         start: SessionState | None = None,
         context_schedule: ContextSchedule | None = None,
+        grammar: "Grammar | None" = None,
     ) -> "Request":
-        """A waiting request; its seed is random where `params` has none."""
+        """A waiting request; its seed is random where `params` has none.
+
+        grammar: of its structured output; each choice gets a matcher of it.
+        """
         session, new_ids = start or SessionState(), tuple(prompt_ids)
         past, fed = session.past, session.pending + new_ids
         if start is not None and not params.max_tokens:
-            fed = fed[:-1]  # a session's last id is never in its rows
+            # a session's last id is never in its rows, and without a new id no recipe is followed:
+            # the ids of a context that ends before the last id may not all be there
+            has_no_rows = session.position > 0 and not session.rows
+            fed = () if has_no_rows and not new_ids else fed[:-1]
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request = cls(
             request_id,
@@ -196,6 +205,9 @@ class Request:
         )
         request._plan_prefill(session.position)
         request._add_choices(tokenizer, fed, session)
+        if grammar is not None:
+            for choice in request.choices:
+                choice.matcher = grammar.matcher()
         return request
 
     def _plan_prefill(self, num_held: int) -> None:

@@ -174,7 +174,7 @@ class RequestManager:
 
     def _finish_choice(self, choice: Choice, reason: FinishReason) -> None:
         """Free the choice's slot; the request is finished with its last choice."""
-        choice.finish_reason = reason
+        choice.finish_reason, choice.matcher = reason, None
         self.num_finished[reason] += 1
         if choice.slot is not None:
             self._pool.free(choice.slot)

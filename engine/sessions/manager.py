@@ -102,6 +102,8 @@ class SessionManager:
         """
         state = self._codec.decode(raw)
         check(state)
+        if self._codec.writes_recipes:  # rows from elsewhere are not always those of this machine
+            return self.open(owner, self._codec.stored_form(state), metadata, ttl_seconds)
         return self._create(owner, raw, state, metadata, ttl_seconds)
 
     def find(self, owner: str, session_id: str) -> Session:
@@ -139,6 +141,18 @@ class SessionManager:
     def events(self, owner: str, session_id: str) -> EventLog:
         """The events that were committed with the last turn. SnapshotError: they are damaged."""
         return self._read_head(owner, session_id, self._cache.load_events)
+
+    def recent_ids(self, owner: str, session_id: str) -> tuple[Session, tuple[int, ...]]:
+        """The session, and the ids that it keeps of its end: as many as one context window holds.
+
+        SnapshotError: they are damaged.
+        """
+
+        def read(record: SessionRecord) -> tuple[Session, tuple[int, ...]]:
+            unsaved = self._cache.unsaved(record.id)
+            return self._session(record, unsaved), self._cache.load(record).state.recent
+
+        return self._read_head(owner, session_id, read)
 
     def delete(self, owner: str, session_id: str) -> None:
         """SessionBusyError while a turn runs."""
@@ -189,15 +203,21 @@ class SessionManager:
     ) -> Session:
         """Make `state` the session's state, stored when this returns, and end the turn.
 
+        A store that other servers share has it, or StoreUnavailableError is raised: then the
+        session is as before, unless the connection broke while the store took it.
+
         events: kept until the next turn's take their place. unsaved_events: kept instead where
-        the store does not take it; None: the same. In that case state and events stay in memory,
-        and the session is not durable until a later turn is stored. SessionMovedError: the lease
-        was taken over.
+        another store does not take it; None: the same. Then state and events stay in memory, and
+        the session is not durable until a later turn is stored. SessionMovedError: the lease was
+        taken over.
         """
         value = SessionValue(state, events)
         try:
             record = self._cache.commit(turn.lease, value, self._max_checkpoints)
         except StoreUnavailableError:
+            if self._store.is_shared:
+                self._cache.release(turn.lease)
+                raise
             kept = events if unsaved_events is None else unsaved_events
             record = self._keep_unsaved(turn, SessionValue(state, kept))
         except BaseException:
@@ -210,12 +230,23 @@ class SessionManager:
         self._cache.release(turn.lease)
 
     def fork(
-        self, owner: str, session_id: str, n: int, expected_position: int | None = None
+        self,
+        owner: str,
+        session_id: str,
+        n: int,
+        expected_position: int | None = None,
+        metadata: Metadata | None = None,
     ) -> list[Session]:
-        """n new sessions with the state and the checkpoints of this one."""
+        """n new sessions with the state and the checkpoints of this one.
+
+        metadata: theirs; None: that of this session.
+        """
         with self._leased(owner, session_id, expected_position) as (_, record):
             value = self._cache.load_for_turn(record)
-            forks = self._store.create([self._fork_of(record, value)] * n)
+            new = self._fork_of(record, value)
+            if metadata is not None:
+                new = replace(new, metadata=metadata)
+            forks = self._store.create([new] * n)
             return [self._park(fork, value) for fork in forks]
 
     def rewind(self, owner: str, session_id: str, expected_position: int | None = None) -> Session:
@@ -241,6 +272,7 @@ class SessionManager:
         for lease in self._cache.running():
             with suppress(SessionError):  # the turn has just ended, or its commit will report it
                 self._store.renew(lease, LEASE_SECONDS)
+        self._cache.retry_releases()
         expired = self._store.expire(MAX_EXPIRED_AT_ONCE)
         for session_id in expired:
             self._cache.remove(session_id)

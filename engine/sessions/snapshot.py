@@ -5,6 +5,8 @@
 What follows the checksum is a safetensors file. Every state has exactly one valid encoding. A
 reader takes from a header only the numbers that determine it, writes the header that they make, and
 requires those very bytes: whatever else a header contains is refused without being interpreted.
+
+A recipe is a snapshot without the state's tensors, where these follow from the ids that it has.
 """
 
 import codecs
@@ -20,7 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cottention.engine.errors import NonFiniteStateError, SnapshotError, SnapshotMismatchError
+from cottention.engine.errors import (
+    NonFiniteStateError,
+    SnapshotError,
+    SnapshotMismatchError,
+    StateTooLargeError,
+)
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.state.context_window import ContextPolicy, ContextSchedule
 from cottention.engine.state.session_state import MAX_PENDING, MAX_UNDECODED, SessionState
@@ -171,7 +178,9 @@ class SnapshotCodec:
     """Encodes and decodes sessions of one model; equal states have equal bytes.
 
     num_ids: ids of the tokenizer; a snapshot with others is refused. window: recent ids that a
-    session holds. max_nbytes: bytes of the largest snapshot.
+    session holds. max_nbytes: bytes of the largest snapshot. writes_recipes: `encode` leaves out
+    tensors that follow from the ids; `decode` reads both forms. max_encoded: bytes of the largest
+    snapshot that `encode` may write; None: unlimited.
     """
 
     def __init__(
@@ -181,7 +190,12 @@ class SnapshotCodec:
         num_ids: int,
         context_schedules: Mapping[ContextPolicy, ContextSchedule],
         window: int,
+        *,
+        writes_recipes: bool = False,
+        max_encoded: int | None = None,
     ) -> None:
+        self.writes_recipes = writes_recipes
+        self._max_encoded = max_encoded
         self.context_schedules = context_schedules
         self._policies = {each.name: policy for policy, each in context_schedules.items()}
         self._window = window
@@ -201,8 +215,18 @@ class SnapshotCodec:
         longest = self._entries(_Sizes(0, "", True, self._max_lengths))
         self.max_nbytes = _BODY_AT + 8 + MAX_HEADER_BYTES + longest["undecoded"].end
 
+    def stored_form(self, state: SessionState) -> SessionState:
+        """What `encode` writes of a session: its recipe, where it may and can be one.
+
+        What was cut in the first turn after a recipe has no rows yet, and stays one.
+        """
+        is_recipe = self.writes_recipes or (state.position > 0 and not state.rows)
+        return (state.recipe() if is_recipe else None) or state
+
     def encode(self, state: SessionState) -> bytes:
         """The snapshot of a session. NonFiniteStateError: a value of its rows is not finite.
+
+        StateTooLargeError: it would have more than `max_encoded` bytes.
 
         Whatever is stored has come through here or through `decode`.
         """
@@ -212,6 +236,7 @@ class SnapshotCodec:
                 " the session is as it was before; the model cannot process this input"
             )
         assert not state.rows or [row.shape for row in state.rows] == [at for *_, at in self._rows]
+        state = self.stored_form(state)
         counts = sorted(state.counts.items())
         lists: dict[str, Sequence[int]] = {
             "pending": state.pending,
@@ -223,9 +248,16 @@ class SnapshotCodec:
         lengths = {name: len(values) for name, values in lists.items()}
         name = self.context_schedules[state.context_policy].name
         sizes = _Sizes(state.position, name, bool(state.rows), lengths)
+        header = self._header(sizes)
+        nbytes = _BODY_AT + len(header) + self._entries(sizes)["undecoded"].end
+        if self._max_encoded is not None and nbytes > self._max_encoded:
+            raise StateTooLargeError(
+                f"the session's state has {nbytes} bytes, and {self._max_encoded} are stored at"
+                " most (--max-stored-state): the session is as it was before"
+            )
         return seal(
             [
-                self._header(sizes),
+                header,
                 *(floats_to_bytes(row) for row in state.rows),
                 *(ints_to_bytes(_LISTS[name], values) for name, values in lists.items()),
             ]
@@ -321,7 +353,9 @@ class SnapshotCodec:
             raise SnapshotError("the snapshot's counts are not one for each id that it holds")
         if lengths["recent"] != min(num_held, self._window):
             raise SnapshotError("the snapshot's number of recent ids does not match its position")
-        if bool(sizes.position) != sizes.has_rows:
+        policy = self._policies[sizes.context_policy]
+        is_recipe = policy == "renew" and lengths["pending"] == lengths["recent"]
+        if bool(sizes.position) != sizes.has_rows and (sizes.has_rows or not is_recipe):
             raise SnapshotError("the snapshot has a position and no state, or a state without one")
         if num_held and not lengths["pending"]:
             raise SnapshotError("the snapshot's last id is not among its pending ids")

@@ -211,6 +211,16 @@ class StateCache:
         with self._lock:
             return [*self._running.values()]
 
+    def retry_releases(self) -> None:
+        """End the leases that the store has not released: another server may want them.
+
+        StoreUnavailableError: it still does not.
+        """
+        with self._lock:
+            session_ids = [*self._unreleased]
+        for session_id in session_ids:
+            self._retry_release(session_id)
+
     def load(self, record: SessionRecord) -> SessionValue:
         """A session's value, from wherever it is. SnapshotError: damaged, or no longer stored."""
         return self._in_memory(record) or self._decode(record)

@@ -31,7 +31,8 @@ class SessionState:
     """All that the next token of a session depends on, besides the model and the request.
 
     rows: float32 tensors on the host, in the pool's order: state [L, H, V, K] and, where the
-    attention has one, denominator [L, H, K]; empty stands for zeros.
+    attention has one, denominator [L, H, K]. Empty: zeros, or, where `position` is not 0, a state
+    that no token will be computed in, because the next one's context begins among the recent ids.
     position: number of ids that are in the rows. pending: ids that follow them.
     recent: the last ids of all, pending ones included, as many as renewal may need.
     counts: id → how often it was generated; 0 for an id that was only in a prompt.
@@ -61,6 +62,16 @@ class SessionState:
     def nbytes(self) -> int:
         """Bytes of the rows."""
         return sum(row.nbytes for row in self.rows)
+
+    def recipe(self) -> Self | None:
+        """The same session without rows: the next turn computes them again from its recent ids.
+
+        None where they depend on more ids than are kept. Equal bits need one arithmetic.
+        """
+        position = self.num_tokens - len(self.recent)
+        if position and self.context_policy == "exact":
+            return None
+        return replace(self, rows=(), position=position, pending=self.recent)
 
     def under(self, policy: ContextPolicy | None, window: int) -> Self:
         """The same ids under this policy; None: unchanged.

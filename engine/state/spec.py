@@ -77,6 +77,14 @@ class StateSpec:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
+    def softmax_bytes_per_token(self) -> int:
+        """Bytes that a softmax model of the same layers and heads would add to its key-value cache
+        with each token: a key and a value, V wide, of float32.
+        """
+        layers, heads, value_width, _ = self.shapes["state"]
+        return 2 * layers * heads * value_width * BYTES_PER_ELEMENT["float32"]
+
+    @property
     def bytes_per_slot(self) -> int:
         """Bytes of one slot of the pool: of a state, and of its spare."""
         return sum(self.itemised_bytes().values())

@@ -14,7 +14,7 @@ from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import Attend, CottentionForCausalLM, map_weight
 from cottention.engine.models.recurrence import Features
-from cottention.engine.ops.varlen import chunked
+from cottention.engine.ops.varlen import chunked, chunked_with_decay
 from cottention.engine.training.data import IGNORE_INDEX, Windows
 
 INITIAL_STD = 0.02
@@ -50,6 +50,9 @@ def attend_from_zero(config: GPTJConfig, dtype: torch.dtype) -> Attend:
     def attend(_layer: int, features: Features) -> Tensor:
         q, k, v = (x.transpose(1, 2).to(dtype) for x in features[:3])
         state = features.v.new_zeros((*v.shape[:2], v.shape[-1], k.shape[-1]))
+        if features.w is not None:
+            w = features.w.transpose(1, 2)
+            return chunked_with_decay(q, k, v, w, state)[0].transpose(1, 2)
         z = state.new_zeros((*v.shape[:2], k.shape[-1])) if has_denominator else None
         return chunked(q, k, v, state, z)[0].transpose(1, 2)
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
-from cottention.server.api import chat, completions, requests, status, tokenize
+from cottention.server.api import chat, completions, page, requests, status, tokenize
 from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
@@ -117,6 +117,8 @@ def create_app(
         template,
     )
     app.router.routes.extend(_routes())
+    if config.ui:
+        app.router.routes.extend(page.make_router().routes)
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
     _add_middleware(app, keys, config, engine)

@@ -1,5 +1,6 @@
 """POST /v1/chat/completions."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -17,10 +18,12 @@ from cottention.server.generation.chat_template import (
     render_after,
 )
 from cottention.server.generation.choice_format import ChatFormatter
-from cottention.server.generation.control_tokens import ControlTokens, RenderedChat
+from cottention.server.generation.control_tokens import ControlTokens, Message, RenderedChat
 from cottention.server.generation.message_boundaries import message_boundaries
 from cottention.server.generation.request import OutputOptions, ParsedRequest, truncate_prompt
 from cottention.server.generation.responses import EndpointFormat
+from cottention.server.generation.tools.calls import CallFormat
+from cottention.server.generation.tools.formats import as_text, instructed
 from cottention.server.http.body import is_text
 from cottention.server.http.errors import invalid
 from cottention.server.schemas.chat import (
@@ -75,26 +78,48 @@ def parse_chat(fields: dict[str, Any], context: Context) -> ParsedRequest:
     check_model(body.model, context)
     template = template_of(context)
     context.ignored_keys.warn(unknown_keys(fields["messages"]))
-    params = _params(body, context, template.stop)
+    calls = _call_format(body, template)
+    params = _params(body, context, template.stop, calls)
     tokenizer, control = context.tokenizer, control_tokens(context, template)
-    chat = render(template, body, control)
+    messages, tools = with_tools(body.messages, template, calls)
+    chat = render(template, body, control, messages, tools)
     ids = encode_chat(chat, tokenizer, control, add_special_tokens=body.add_special_tokens)
     prompts = [truncate_prompt(ids, body, context.trained_length)]
     is_plain = body.session_id is None and body.truncate_prompt_tokens is None
     boundaries: tuple[int, ...] = ()
     if is_plain and not body.add_special_tokens:
-        boundaries = message_boundaries(chat.text, body.messages, ids, tokenizer)
+        boundaries = message_boundaries(chat.text, messages, ids, tokenizer)
     continuation = None
     if body.session_id is not None:
-        continuation = _continuation(body, template, chat, tokenizer, control)
+        continuation = _continuation(body, template, chat, tokenizer, control, tools)
     return ParsedRequest(
         body,
         params,
-        _output_options(body),
+        _output_options(body, calls),
         prompts,
         continuation=continuation,
         boundaries=boundaries,
     )
+
+
+def _call_format(body: ChatRequest, template: ChatTemplate) -> CallFormat | None:
+    """How the answer's calls are written; None if it can have none. Raises ApiError."""
+    options = body.calls
+    return None if options is None else CallFormat(template.tool_format, options)
+
+
+def with_tools(
+    messages: Sequence[Message], template: ChatTemplate, calls: CallFormat | None
+) -> tuple[Sequence[Message], Sequence[Mapping[str, Any]]]:
+    """Messages and functions as the template takes them.
+
+    One that knows nothing of functions gets them, calls and results as texts of messages.
+    """
+    tools = () if calls is None else calls.options.tools
+    if template.has_tools:
+        return messages, [tool.given for tool in tools]
+    texts = as_text(messages)
+    return (instructed(texts, tools) if tools else texts), ()
 
 
 def _continuation(
@@ -103,14 +128,20 @@ def _continuation(
     chat: RenderedChat,
     tokenizer: "BaseTokenizer",
     control: ControlTokens | None,
+    tools: Sequence[Mapping[str, Any]],
 ) -> ChatContinuation:
     """The prompt of a turn in a session that is not empty; `chat` is that in an empty session.
 
     Raises ApiError.
     """
-    continues = body.continue_final_message
+    messages = body.messages if template.has_tools else as_text(body.messages)
     found = render_after(
-        template, body.messages, _variables(body), control, continues_last=continues
+        template,
+        messages,
+        _variables(body),
+        control,
+        tools,
+        continues_last=body.continue_final_message,
     )
     if found is None:
         is_opened = chat.text.startswith(template.opening)
@@ -143,14 +174,21 @@ def _variables(body: RenderedMessages) -> dict[str, Any]:
 
 
 def render(
-    template: ChatTemplate, body: RenderedMessages, control: ControlTokens | None
+    template: ChatTemplate,
+    body: RenderedMessages,
+    control: ControlTokens | None,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> RenderedChat:
-    """The text of a chat's prompt. Raises ApiError."""
+    """The text of a chat's prompt: `messages` are its own as the template takes them.
+
+    Raises ApiError.
+    """
     variables = _variables(body)
     try:
-        chat = template.track(body.messages, variables, control)
+        chat = template.track(messages, variables, control, tools)
         if body.continue_final_message:
-            chat = template.up_to_last_content(chat, body.messages, variables)
+            chat = template.up_to_last_content(chat, messages, variables)
     except ChatTemplateError as error:
         raise invalid("messages", str(error)) from None
     if not chat.text:
@@ -177,7 +215,9 @@ def _checked(chat: RenderedChat) -> RenderedChat:
     return chat
 
 
-def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> SamplingParams:
+def _params(
+    body: ChatRequest, context: Context, stop: tuple[str, ...], calls: CallFormat | None
+) -> SamplingParams:
     """The engine's parameters; without a limit of the client that of the server or model holds."""
     name, limit = body.limit
     most = context.max_tokens
@@ -186,9 +226,15 @@ def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> Sampl
     if limit is not None and limit > most:
         message = f"{name} must be at least 1 and at most {most}; it is {shortened(limit)}"
         raise invalid(name, message)
+    more: dict[str, Any] = {}
+    if calls is not None:
+        # The texts of a format may be special tokens, by which calls are read.
+        structured = calls.format.structure(calls.options)
+        more = {"structured": structured, "skip_special_tokens": False}
     try:
         return body.engine_params(
             own,
+            **more,
             max_tokens=min(default, most) if limit is None else limit,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             stop=(*body.stop, *stop) if len(body.stop) < MAX_STOP_STRINGS else body.stop,
@@ -200,8 +246,9 @@ def _params(body: ChatRequest, context: Context, stop: tuple[str, ...]) -> Sampl
         raise invalid(param, message) from None
 
 
-def _output_options(body: ChatRequest) -> OutputOptions:
+def _output_options(body: ChatRequest, calls: CallFormat | None) -> OutputOptions:
     return OutputOptions(
+        calls=calls,
         has_prompt_once=True,
         logprobs=body.num_alternatives((body.top_logprobs or 0) if body.logprobs else None),
         prompt_logprobs=body.prompt_logprobs,

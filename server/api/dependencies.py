@@ -135,6 +135,11 @@ class Context:
         return session_bytes(cast("Engine", self.engine.engine), self.config)
 
     @property
+    def softmax_bytes_per_token(self) -> int:
+        """What a softmax model of this shape would keep of each token; not for an encoder."""
+        return cast("Engine", self.engine.engine).spec.softmax_bytes_per_token
+
+    @property
     def trained_length(self) -> int | None:
         """Context length that the model was trained on, in tokens; it is not a limit.
 

@@ -9,6 +9,7 @@ from cottention.server.api.dependencies import Context, ContextDep, check_capabi
 from cottention.server.api.generate import unknown_model
 from cottention.server.api.openapi import error_responses
 from cottention.server.generation.async_engine import Phase
+from cottention.server.generation.chat_template import ChatTemplate
 from cottention.server.http.errors import unavailable
 from cottention.server.http.routing import plain_path
 from cottention.server.schemas.responses import JsonObject, Model, ModelList, Status, Version
@@ -79,6 +80,7 @@ def _model(context: Context) -> JsonObject:
         "parent": None,
         "max_model_len": context.trained_length,
         "capabilities": list(context.capabilities),
+        "chat_template": isinstance(context.template, ChatTemplate),
     }
 
 
@@ -93,6 +95,7 @@ async def capacity(context: ContextDep) -> JsonObject:
         "bytes_per_session": cost.items,
         "bytes_per_place": cost.places,
         "sessions_per_gb": cost.per_gb(),
+        "softmax_bytes_per_token": context.softmax_bytes_per_token,
         "slots": stats.num_slots,
         "free_slots": stats.num_free_slots,
         "paused_states": stats.num_paused_states,

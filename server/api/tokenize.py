@@ -12,6 +12,7 @@ from cottention.server.api.chat import (
     encode_chat,
     render,
     template_of,
+    with_tools,
 )
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import check_model, read_parsed
@@ -93,7 +94,8 @@ def _tokenized(body: Mapping[str, Any], context: Context) -> JsonObject:
         template = template_of(context)
         context.ignored_keys.warn(unknown_keys(body["messages"]))
         control = control_tokens(context, template)
-        rendered = render(template, chat, control)
+        messages, _ = with_tools(chat.messages, template, None)
+        rendered = render(template, chat, control, messages)
         ids = encode_chat(rendered, tokenizer, control, add_special_tokens=chat.add_special_tokens)
         return _response(ids, chat.return_token_strs, context)
     request = validate(TokenizeRequest, body)

@@ -54,11 +54,11 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from cottention.server.generation.chat_template import find_template
         from cottention.server.http.origin import check_access
         from cottention.server.limits.api_keys import load_api_keys, session_quotas
-        from cottention.server.sessions.storage import check_folder, describe_storage, sessions_of
+        from cottention.server.sessions.storage import check_storage, describe_storage, sessions_of
 
         keys = load_api_keys(config)
         check_access(config)
-        check_folder(config)
+        check_storage(config)
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = open_engine(model, engine_config)
         async_engine = AsyncEngine(

@@ -29,8 +29,13 @@ from cottention.server.generation.control_tokens import (
     UntrackableError,
     track,
 )
-from cottention.server.generation.template_environment import compile_template, literals_of
+from cottention.server.generation.template_environment import (
+    compile_template,
+    literals_of,
+    variables_of,
+)
 from cottention.server.generation.template_files import choose_source, special_tokens
+from cottention.server.generation.tools.formats import PLAIN_JSON, ToolFormat, format_of
 
 if TYPE_CHECKING:
     from cottention.engine.text.base import BaseTokenizer
@@ -73,6 +78,7 @@ class ChatTemplate:
     variables: the special tokens, by name.
     opening: the token at the beginning of a conversation, unless every turn has it; else empty.
     literals: the texts that are written in the template.
+    has_tools: whether it shows the functions that may be called, and calls.
     """
 
     template: Template
@@ -80,6 +86,12 @@ class ChatTemplate:
     variables: Mapping[str, str]
     opening: str = ""
     literals: str = ""
+    has_tools: bool = False
+
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model that it is for writes calls."""
+        return format_of(self.literals) if self.has_tools else PLAIN_JSON
 
     @property
     def end_texts(self) -> tuple[str, ...]:
@@ -114,17 +126,28 @@ class ChatTemplate:
         messages: Sequence[Message],
         variables: Mapping[str, Any],
         control: ControlTokens | None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> RenderedChat:
-        """The prompt, and which parts of it come from the messages. Raises ChatTemplateError."""
+        """The prompt, and which parts of it come from the client. Raises ChatTemplateError.
+
+        tools: functions that the template shows; control tokens in them are text, too.
+        """
+
+        def rendered(parts: Sequence[Message]) -> str:
+            if not tools:
+                return self.render(parts, variables)
+            *marked, last = parts
+            return self.render(marked, {**variables, **last})
 
         def render_marked(marked: Sequence[Message]) -> str | None:
             try:
-                return self.render(marked, variables)
+                return rendered(marked)
             except ChatTemplateError:
                 return None
 
+        parts = [*messages, {"tools": list(tools)}] if tools else messages
         try:
-            return track(self.render(messages, variables), render_marked, messages, control)
+            return track(rendered(parts), render_marked, parts, control)
         except UntrackableError as error:
             raise ChatTemplateError(f"the chat template {error}") from None
 
@@ -164,7 +187,11 @@ def find_template(choice: str | None, folder: Path) -> ChatTemplate | UnusableTe
             return None
         compiled = compile_template(source)
         template = ChatTemplate(
-            compiled, stop, special_tokens(folder, config), literals=literals_of(source)
+            compiled,
+            stop,
+            special_tokens(folder, config),
+            literals=literals_of(source),
+            has_tools="tools" in variables_of(source),
         )
     except ConfigurationError:
         raise
@@ -231,6 +258,7 @@ def render_after(
     messages: Sequence[Message],
     variables: Mapping[str, Any],
     control: ControlTokens | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
     *,
     continues_last: bool = False,
 ) -> tuple[RenderedChat, str] | None:
@@ -243,7 +271,7 @@ def render_after(
     past = [PROBE_MESSAGES[0], {"role": "assistant", "content": mark}]
     marked = [*past, {**messages[0], "content": mark}]
     try:
-        whole = template.track([*past, *messages], variables, control)
+        whole = template.track([*past, *messages], variables, control, tools)
         if continues_last:
             whole = template.up_to_last_content(whole, [*past, *messages], variables)
         seams = template.render(marked, variables).split(mark)

@@ -12,7 +12,7 @@ from itertools import chain
 from json.encoder import encode_basestring_ascii as quoted
 from typing import TYPE_CHECKING, Any
 
-from cottention.engine.outputs import TokenLogprob
+from cottention.engine.outputs import FinishReason, TokenLogprob
 from cottention.server.generation.json_pieces import (
     Encode,
     LongList,
@@ -23,6 +23,7 @@ from cottention.server.generation.json_pieces import (
 )
 from cottention.server.generation.output_stream import OutputDelta, TokenDeltas
 from cottention.server.generation.request import GenerationRequest
+from cottention.server.generation.tools.calls import CallReader
 from cottention.server.schemas.responses import JsonObject
 
 if TYPE_CHECKING:
@@ -267,12 +268,16 @@ class _ScoredPrompt:
         return LongList(more, encoded)
 
 
-NO_MESSAGE_PARTS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning")
-"""Parts of a message in OpenAI's and vLLM's responses that no model of this server generates."""
+MESSAGE_PARTS = ("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning")
+"""Parts of a message in OpenAI's and vLLM's responses that are null; but for calls always."""
 
 
 class ChatFormatter(ChoiceFormatter):
     """Choices of POST /v1/chat/completions."""
+
+    def __init__(self, request: GenerationRequest, tokenizer: "BaseTokenizer") -> None:
+        super().__init__(request, tokenizer)
+        self._readers: dict[int, CallReader] = {}
 
     def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
         """The role in a chunk of its own, then the delta; text alone has a fast path."""
@@ -285,6 +290,9 @@ class ChatFormatter(ChoiceFormatter):
             yield role + (
                 f',"prompt_token_ids":{"".join(json_pieces(ids, compact))}' if ids else ""
             )
+        if self._output.calls is not None:
+            yield from self._call_chunks(index, delta, head)
+            return
         text = ""
         if delta.text or delta.finish_reason is None:  # as OpenAI, nothing at the end only
             text = f'"content":{quoted(delta.text)}'
@@ -296,14 +304,41 @@ class ChatFormatter(ChoiceFormatter):
             f'"finish_reason":{finish_fields(delta)}{self._ids(delta)}}}]'
         )
 
+    def _call_chunks(self, index: int, delta: OutputDelta, head: str) -> Iterator[str]:
+        """A chunk for each part of the message that may have calls; the last has all else."""
+        reader = self._reader(index)
+        parts = reader.read(delta.text, is_last=delta.finish_reason is not None)
+        *before, last = parts or [{}]
+        for part in before:
+            yield f'{head}{compact(part)[1:-1]}}},"logprobs":null,"finish_reason":null}}]'
+        reason = finish_fields(delta, _finish_reason(delta, reader))
+        yield (
+            f'{head}{compact(last)[1:-1]}}},"logprobs":{compact(self._logprobs(delta))},'
+            f'"finish_reason":{reason}{self._ids(delta)}}}]'
+        )
+
+    def _reader(self, index: int) -> CallReader:
+        assert self._output.calls is not None
+        if index not in self._readers:
+            self._readers[index] = CallReader(self._output.calls)
+        return self._readers[index]
+
     def whole(self, index: int, delta: OutputDelta) -> JsonObject:
         """The JSON object of a choice that has ended."""
         message: JsonObject = {"role": "assistant", "content": delta.text}
+        message |= dict.fromkeys(MESSAGE_PARTS)
+        reason: str | None = delta.finish_reason
+        if self._output.calls is not None:
+            reader = self._reader(index)
+            reader.read(delta.text, is_last=True)
+            message["content"] = reader.content or (None if reader.calls else "")
+            message["tool_calls"] = [call.as_json() for call in reader.calls] or None
+            reason = _finish_reason(delta, reader)
         choice: JsonObject = {
             "index": index,
-            "message": message | dict.fromkeys(NO_MESSAGE_PARTS),
+            "message": message,
             "logprobs": self._logprobs(delta),
-            "finish_reason": delta.finish_reason,
+            "finish_reason": reason,
             "stop_reason": delta.stop_reason,
             "context_start": delta.context_start if delta.finish_reason else None,
             "token_ids": None,
@@ -334,11 +369,20 @@ class ChatFormatter(ChoiceFormatter):
         return f',"token_ids":{compact(delta.tokens.ids)}'
 
 
-def finish_fields(delta: OutputDelta) -> str:
-    """The JSON value of "finish_reason" and, if the choice has ended, the fields after it."""
+def _finish_reason(delta: OutputDelta, reader: CallReader) -> str | None:
+    """As OpenAI, tool_calls where a choice has ended by itself and with calls."""
+    has_calls = delta.finish_reason is FinishReason.STOP and reader.is_complete
+    return "tool_calls" if has_calls else delta.finish_reason
+
+
+def finish_fields(delta: OutputDelta, reason: str | None = None) -> str:
+    """The JSON value of "finish_reason" and, if the choice has ended, the fields after it.
+
+    reason: in place of the engine's own.
+    """
     if delta.finish_reason is None:
         return "null"
     return (
-        f'"{delta.finish_reason}","stop_reason":{json.dumps(delta.stop_reason)},'
+        f'"{reason or delta.finish_reason}","stop_reason":{json.dumps(delta.stop_reason)},'
         f'"context_start":{delta.context_start}'
     )

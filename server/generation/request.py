@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
 from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.server.generation.chat_template import ChatContinuation
+from cottention.server.generation.tools.calls import CallFormat
 from cottention.server.http.errors import invalid
 from cottention.server.schemas.sampling import (
     CacheOptions,
@@ -46,6 +47,7 @@ class OutputOptions:
     for no log-probabilities. prompt_logprobs: the same for prompts. token_ids: of prompt and text.
     tokens_as_ids: tokens are named `token_id:N` in log-probabilities.
     has_prompt_once: what it contains of a prompt is not repeated for each choice.
+    calls: how its calls of functions are written; None for text alone.
     """
 
     echo: bool = False
@@ -54,10 +56,11 @@ class OutputOptions:
     token_ids: bool = False
     tokens_as_ids: bool = False
     has_prompt_once: bool = False
+    calls: CallFormat | None = None
 
     @property
     def is_text_only(self) -> bool:
-        """Whether a response has text and nothing else."""
+        """Whether a response has text, or calls that are read from it, and nothing else."""
         return not (self.echo or self.items_per_token or self.items_per_prompt_token)
 
     @property
@@ -129,11 +132,13 @@ class GenerationRequest:
 
     @property
     def is_slow_to_submit(self) -> bool:
-        """Whether it has too many ids or words to be checked on the event loop.
+        """Whether it has too much to be checked on the event loop: ids, words, a grammar.
 
         Strings that are breakers of repetitions are searched in the whole vocabulary.
         """
         params = self.params
+        if params.structured is not None:  # its grammar is compiled
+            return True
         num_copies = params.n if params.has_penalty else 1
         num_listed = len(params.stop_token_ids) + len(params.allowed_token_ids or ())
         num_characters = 2 * sum(map(len, params.bad_words))

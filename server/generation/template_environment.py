@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -44,6 +44,11 @@ def literals_of(source: str) -> str:
     texts = [each.data for each in tree.find_all(nodes.TemplateData)]
     texts += [each.value for each in tree.find_all(nodes.Const) if isinstance(each.value, str)]
     return "\0".join(texts)
+
+
+def variables_of(source: str) -> set[str]:
+    """The names that a template takes from outside."""
+    return meta.find_undeclared_variables(_environment().parse(source))
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

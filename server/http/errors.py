@@ -21,8 +21,10 @@ from cottention.engine.errors import (
     SessionNotFoundError,
     SessionQuotaError,
     SnapshotError,
+    StateTooLargeError,
     StoreFullError,
     StoreUnavailableError,
+    StoreUnreachableError,
 )
 
 logger = logging.getLogger("cottention")
@@ -37,7 +39,9 @@ SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     ContextPolicyError: (409, "context_policy_settled"),
     SessionMovedError: (412, "session_moved"),
     NonFiniteStateError: (500, "state_not_finite"),
+    StateTooLargeError: (409, "state_too_large"),
     StoreFullError: (507, "store_full"),
+    StoreUnreachableError: (503, "store_unreachable"),
     StoreUnavailableError: (507, "store_unavailable"),
 }
 """Status and `code` by exception."""
@@ -119,7 +123,8 @@ def turn_failed() -> ApiError:
 def session_error(error: SessionError) -> ApiError:
     """The response to an operation that a session does not allow."""
     status, code = SESSION_ERRORS[type(error)]
-    return ApiError(status, str(error), param="session_id", code=code)
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    return ApiError(status, str(error), param="session_id", code=code, headers=headers)
 
 
 def session_damaged(error: SnapshotError) -> ApiError:

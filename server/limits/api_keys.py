@@ -25,13 +25,19 @@ from cottention.server.limits.key_limits import KeyLimits
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 METRICS_PATH = "/metrics"
+PAGE_PATH = "/ui"
+"""The folder of the page's files, which have no secret and ask for the key themselves."""
 
 
 def requires_key(path: str, config: ServerConfig) -> bool:
     """Whether requests of `path` need a key."""
     if path == METRICS_PATH:
         return config.metrics_key is not None
-    return path not in OPEN_PATHS and bool(config.api_key or config.api_key_file)
+    return not _is_open(path) and bool(config.api_key or config.api_key_file)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path == "/" or path.startswith(f"{PAGE_PATH}/")
 
 
 def checks_host(path: str, config: ServerConfig) -> bool:
@@ -65,7 +71,7 @@ class ApiKeyMiddleware:
     def _owners_for(self, path: str) -> Collection[str]:
         if path == METRICS_PATH:
             return self._metrics_owners
-        return () if path in OPEN_PATHS else self._owners
+        return () if _is_open(path) else self._owners
 
 
 def invalid_api_key() -> ApiError:

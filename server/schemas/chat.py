@@ -11,19 +11,33 @@ from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.schemas.field_types import check_text, field_error, wrong_type
 from cottention.server.schemas.sampling import BOOLEAN, SamplingBody, ranged
 from cottention.server.schemas.sessions import check_turn
+from cottention.server.schemas.tools import (
+    TOOL_CHOICE,
+    TOOLS,
+    CallOptions,
+    ToolChoice,
+    Tools,
+    call_options,
+    message_calls,
+)
 from cottention.server.schemas.unsupported import CHAT, NeutralValues, is_neutral
 
-TEXT_NAMES = ("role", "content", "name")
+TEXT_NAMES = ("role", "content", "name", "tool_call_id")
 
 NEUTRAL_IN_MESSAGES: NeutralValues = {
     "audio": (),
     "function_call": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
 }
 """Fields of a message that are refused, except values without effect; null counts as absent."""
 
-KNOWN_KEYS = {*TEXT_NAMES, *NEUTRAL_IN_MESSAGES, "annotations", "cache_control", "refusal"}
+KNOWN_KEYS = {
+    *TEXT_NAMES,
+    *NEUTRAL_IN_MESSAGES,
+    "annotations",
+    "cache_control",
+    "refusal",
+    "tool_calls",
+}
 """Keys of a message that are not logged as unknown; some are ignored."""
 
 TEXT_PARTS: Mapping[str, str] = {
@@ -36,7 +50,7 @@ TEXT_PARTS: Mapping[str, str] = {
 
 KNOWN_PART_KEYS = {"type", "annotations", "cache_control"}
 
-UNUSED_TOOLS: Mapping[str, str] = {"tool_choice": "tools", "function_call": "functions"}
+UNUSED_TOOLS: Mapping[str, str] = {"function_call": "functions"}
 """Where the first is "none", the second is not used."""
 
 
@@ -47,16 +61,33 @@ class TextPart(BaseModel):
     text: str
 
 
+class CalledFunction(BaseModel):
+    """A function that was called, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class MessageCall(BaseModel):
+    """A call in an assistant's message."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     """A message of a chat."""
 
     role: str
     content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_calls: list[MessageCall] | None = None
+    tool_call_id: str | None = None
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
-    """Messages with text contents; several parts are joined with newlines."""
+def _messages(value: Any) -> list[dict[str, Any]]:
+    """Messages with text contents; several parts are joined with newlines. Calls are parsed."""
     if not isinstance(value, list):
         raise wrong_type()
     if not value:
@@ -64,8 +95,8 @@ def _messages(value: Any) -> list[dict[str, str]]:
     return [_message(each, f"messages[{place}]") for place, each in enumerate(value)]
 
 
-def _message(value: Any, where: str) -> dict[str, str]:
-    """A message's text fields. An assistant's content may be absent: it is empty."""
+def _message(value: Any, where: str) -> dict[str, Any]:
+    """A message's text fields and calls. An assistant's content may be absent: it is empty."""
     if not isinstance(value, dict):
         raise field_error(f"{where} must be an object; it is {shown(value)}")
     given = _given(value)
@@ -74,14 +105,15 @@ def _message(value: Any, where: str) -> dict[str, str]:
             raise field_error(f"{where}.{name} is not supported yet: leave it out")
     default = "" if given.get("role") == "assistant" else None
     found = {"role": given.get("role"), "content": _content(given.get("content", default), where)}
-    if "name" in given:
-        found["name"] = given["name"]
+    found |= {name: given[name] for name in ("name", "tool_call_id") if name in given}
     for name, text in found.items():
         if text is None:
             raise field_error(f"{where}.{name} is required; it must be a string")
         if not isinstance(text, str):
             raise field_error(f"{where}.{name} must be a string; it is {shown(text)}")
         check_text(f"{where}.{name}", text)
+    if calls := message_calls(given.get("tool_calls", []), f"{where}.tool_calls"):
+        found["tool_calls"] = calls
     return found
 
 
@@ -126,7 +158,7 @@ def unknown_keys(messages: list[dict[str, Any]]) -> Iterator[str]:
 
 
 Messages = Annotated[
-    list[dict[str, str]], PlainValidator(_messages, json_schema_input_type=list[ChatMessage])
+    list[dict[str, Any]], PlainValidator(_messages, json_schema_input_type=list[ChatMessage])
 ]
 
 MESSAGES = "a list of objects with role and content"
@@ -151,6 +183,22 @@ class ChatRequest(RenderedMessages, SamplingBody):
     logprobs: bool = Field(False, description=BOOLEAN)
     top_logprobs: int | None = ranged(None, "a whole number from 0 to 20", 0, 20)
     add_special_tokens: bool = Field(False, description=BOOLEAN)
+    tools: Tools = Field((), description=f"a list of {TOOLS}")
+    tool_choice: ToolChoice | None = Field(None, description=TOOL_CHOICE)
+    parallel_tool_calls: bool = Field(True, description=BOOLEAN)
+
+    @property
+    def calls(self) -> CallOptions | None:
+        """Which tools the answer may call, and whether it must; None: it is text.
+
+        Raises ApiError.
+        """
+        options = call_options(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if options is not None and self.structured is not None:
+            name = self.structured.param
+            message = f'{name} is not possible with tools, unless tool_choice is "none"'
+            raise invalid(name, message)
+        return options
 
     @property
     def limit(self) -> tuple[str, int | None]:

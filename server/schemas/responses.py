@@ -119,16 +119,31 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class CalledFunction(BaseModel):
+    """A function that the model calls, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A call that the model asks for."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(BaseModel):
-    """The message that the model generated."""
+    """The message that the model generated; content is null where it has calls alone."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
     annotations: None
     audio: None
     function_call: None
-    tool_calls: None
+    tool_calls: list[ToolCall] | None
     reasoning: None
 
 
@@ -138,7 +153,7 @@ class ChatChoice(BaseModel):
     index: int
     message: Message
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason | Literal["tool_calls"] | None
     stop_reason: str | int | None
     context_start: int
     token_ids: list[int] | None = None
@@ -167,6 +182,7 @@ class Model(BaseModel):
 
     max_model_len: null where the model's files do not say it.
     root: the model's own name, also where it is served under another one.
+    chat_template: whether there is a template, without which chats are a 400.
     """
 
     id: str
@@ -177,6 +193,7 @@ class Model(BaseModel):
     parent: None
     max_model_len: int | None
     capabilities: list[Capability]
+    chat_template: bool
 
 
 class ModelList(BaseModel):

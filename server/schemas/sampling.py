@@ -22,6 +22,7 @@ from cottention.server.schemas.field_types import (
     ShortText,
     Strings,
 )
+from cottention.server.schemas.structured import StructuredFields
 from cottention.server.schemas.unsupported import STREAM_OPTIONS, NeutralValues
 
 MAX_CHOICES = 128
@@ -70,7 +71,7 @@ class CacheOptions(RequestModel):
     write: bool = Field(True, description=BOOLEAN)
 
 
-class SamplingBody(RequestModel):
+class SamplingBody(StructuredFields):
     """Fields of completions and of chats."""
 
     nested: ClassVar[Mapping[str, type[RequestModel]]] = {
@@ -129,7 +130,7 @@ class SamplingBody(RequestModel):
         """
         given = {name: getattr(self, name) for name in _ENGINE_FIELDS}
         own = {name: defaults[name] for name in defaults.keys() - self.model_fields_set}
-        return SamplingParams(**given | own | more)
+        return SamplingParams(**given | own | {"structured": self.structured} | more)
 
     def num_alternatives(self, num_top: int | None) -> int | None:
         """Alternatives beside each token: the named ids, or else the `num_top` most probable.

@@ -47,6 +47,20 @@ class SessionList(BaseModel):
     has_more: bool
 
 
+class SessionTokens(BaseModel):
+    """The token ids that a session keeps of its end.
+
+    start: index of the first of them in the session; the last one's is `position` - 1.
+    """
+
+    id: str
+    object: Literal["session.tokens"]
+    position: int
+    context_start: int
+    start: int
+    tokens: list[int]
+
+
 class DeletedSession(BaseModel):
     """A deleted session."""
 
@@ -78,6 +92,7 @@ class Capacity(BaseModel):
 
     bytes_per_session: by item. bytes_per_place: maximum bytes of one session; a running turn takes
     a slot of the pool. sessions_per_gb: minimum number of sessions in 10⁹ bytes of each place.
+    softmax_bytes_per_token: what a key-value cache of the same layers and heads would take.
     paused_states: states of streams that wait for their readers, kept on the host.
     """
 
@@ -85,6 +100,7 @@ class Capacity(BaseModel):
     bytes_per_session: dict[str, int]
     bytes_per_place: Places
     sessions_per_gb: Places
+    softmax_bytes_per_token: int
     slots: int
     free_slots: int
     paused_states: int
@@ -99,6 +115,19 @@ class Capacity(BaseModel):
 def session_response(session: "Session") -> JSONResponse:
     """One session, with its position as ETag."""
     return JSONResponse(session_object(session), headers={"ETag": etag_of(session)})
+
+
+def session_tokens_response(session: "Session", ids: Sequence[int]) -> JSONResponse:
+    """The last ids of a session, with its position as ETag."""
+    fields = {
+        "id": session.id,
+        "object": "session.tokens",
+        "position": session.position,
+        "context_start": session.context_start,
+        "start": session.position - len(ids),
+        "tokens": list(ids),
+    }
+    return JSONResponse(fields, headers={"ETag": etag_of(session)})
 
 
 def session_list_response(sessions: Sequence["Session"], has_more: bool) -> JSONResponse:

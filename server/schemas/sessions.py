@@ -109,6 +109,9 @@ class ForkRequest(RequestModel):
     """Body of POST /v1/sessions/ID/fork."""
 
     n: int = ranged(1, FORKS, 1, MAX_FORKS)
+    metadata: Metadata | None = Field(
+        None, description=f"{METADATA}; unless given that of the session"
+    )
     on_conflict: OnConflict = Field("error", description=CONFLICT)
 
 

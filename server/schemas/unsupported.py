@@ -29,15 +29,9 @@ SAMPLING: NeutralValues = {
     "repetition_min_count": (0,),
     "thinking_token_budget": (-1,),
     # vLLM: the rest
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "structural_tag": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
+    "guided_decoding_backend": (ANY,),  # there is one
+    "guided_whitespace_pattern": (),  # structured_outputs has whitespace_pattern
     "return_token_offsets": (ANY,),  # only used by vLLM's render endpoints
     "return_mm_kwargs": (ANY,),  # only used for inputs other than text
     "routed_experts_prompt_start": (0,),
@@ -58,7 +52,6 @@ CHAT: NeutralValues = {
     "metadata": (ANY,),  # nothing is stored
     "modalities": (["text"],),
     "moderation": (),
-    "parallel_tool_calls": (ANY,),  # there are no tools
     "prediction": (),
     "prompt_cache_key": (ANY,),
     "prompt_cache_options": (),
@@ -67,8 +60,6 @@ CHAT: NeutralValues = {
     "safety_identifier": (ANY,),
     "service_tier": ("auto", "default"),
     "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
     # vLLM
@@ -93,10 +84,8 @@ STREAM_OPTIONS: NeutralValues = {"include_obfuscation": (False,)}
 
 REASONS: Mapping[str, str] = {
     "suffix": "the model only continues text",
-    "tools": "tool calls are not supported",
-    "functions": "tool calls are not supported",
-    "tool_choice": "tool calls are not supported",
-    "function_call": "tool calls are not supported",
+    "functions": "tools have taken its place",
+    "function_call": "tool_choice has taken its place",
     "chat_template": "the server's template is chosen with --chat-template",
     "use_beam_search": "a session has one state",
     "prompt_embeds": "prompts are text or token ids",

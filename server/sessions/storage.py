@@ -1,24 +1,31 @@
 """Opens the session store for the time that the server runs, and starts its maintenance.
 
-The folder is that of --session-dir, or a temporary one that is removed with the server. Modules
-that load torch are imported inside the functions.
+It is the database of --session-store, the folder of --session-dir, or a temporary folder that is
+removed with the server. Modules that load torch, and what is an extra, are imported inside the
+functions.
 """
 
 import contextlib
 import logging
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
 
 from cottention.engine.errors import ConfigurationError
+from cottention.engine.sessions.store.postgres.address import read_password
 from cottention.engine.sessions.store.protocol import UNLIMITED, Quotas
 from cottention.server.config import ServerConfig
+from cottention.server.version import package_version
 
 if TYPE_CHECKING:
     from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.engine import Engine
     from cottention.engine.sessions.manager import SessionManager
+    from cottention.engine.sessions.snapshot import SnapshotCodec
+    from cottention.engine.sessions.store import SessionStore
 
 logger = logging.getLogger("cottention")
 
@@ -44,14 +51,12 @@ def open_sessions(
     """The server's sessions; they are closed at the end of the block. Raises ConfigurationError."""
     from cottention.engine.sessions.maintenance import maintenance_thread
     from cottention.engine.sessions.manager import LEASE_SECONDS, SessionManager
-    from cottention.engine.sessions.store import SqliteStore
 
     with contextlib.ExitStack() as stack:
-        is_durable = config.session_dir is not None
-        folder = stack.enter_context(_temporary()) if not is_durable else _given(config)
+        is_durable = config.session_dir is not None or config.session_store is not None
         sessions = SessionManager(
-            SqliteStore(Path(folder), durable=is_durable, quotas=quotas),
-            engine.session_codec(),
+            _open_store(engine, config, quotas, stack),
+            _codec(engine, config),
             memory_bytes=config.session_memory,
             max_checkpoints=config.session_checkpoints,
             is_durable=is_durable,
@@ -62,16 +67,66 @@ def open_sessions(
         yield sessions
 
 
-def check_folder(config: ServerConfig) -> None:
-    """Check the folder before the model is loaded. Raises ConfigurationError."""
+def _codec(engine: "Engine", config: ServerConfig) -> "SnapshotCodec":
+    """ConfigurationError: the model's states are larger than the database takes."""
+    if config.session_store is None:
+        return engine.session_codec()
+    writes_recipes = config.session_states == "auto" and engine.has_one_arithmetic
+    codec = engine.session_codec(writes_recipes=writes_recipes, max_encoded=config.max_stored_state)
+    if writes_recipes and engine.policies.default == "renew":
+        return codec  # a session under `exact` may still be too large: its turn then says so
+    if codec.max_nbytes > config.max_stored_state:
+        raise ConfigurationError(
+            f"a session of this model takes up to {codec.max_nbytes} bytes, more than"
+            f" --max-stored-state, {config.max_stored_state}: raise it, which makes turns slower,"
+            " or store the sessions in a folder with --session-dir"
+        )
+    return codec
+
+
+def _open_store(
+    engine: "Engine", config: ServerConfig, quotas: Quotas, stack: contextlib.ExitStack
+) -> "SessionStore":
+    from cottention.engine.sessions.store import SqliteStore
+
+    if config.session_store is not None:
+        from cottention.engine.sessions.store.postgres.store import PostgresStore
+
+        return PostgresStore(
+            config.session_store,
+            password=_password(config),
+            quotas=quotas,
+            name=socket.gethostname(),
+            build=package_version(),
+            model=config.served_model_name or engine.name,
+        )
+    if config.session_dir is None:
+        folder = stack.enter_context(_temporary())
+        return SqliteStore(Path(folder), durable=False, quotas=quotas)
+    return SqliteStore(Path(_given(config)), quotas=quotas)
+
+
+def _password(config: ServerConfig) -> str | None:
+    path = config.session_store_password_file
+    return None if path is None else read_password(path)
+
+
+def check_storage(config: ServerConfig) -> None:
+    """Check the folder, or the file with the database's password, before the model is loaded.
+
+    Raises ConfigurationError.
+    """
     from cottention.engine.sessions.store import folder_lock
 
+    _password(config)
     if config.session_dir is not None:
         folder_lock.check_folder(Path(_given(config)))
 
 
 def describe_storage(config: ServerConfig) -> str:
     """Where sessions are kept, for the lines that are printed at start-up."""
+    if config.session_store is not None:
+        return f"stored in PostgreSQL, {urlsplit(config.session_store).hostname or 'this machine'}"
     if config.session_dir is None:
         return "kept until the server ends; --session-dir keeps them longer"
     return f"kept in {Path(config.session_dir).absolute()}"

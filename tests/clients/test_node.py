@@ -1,10 +1,11 @@
-"""OpenAI's own client for Node, where there is Node and `make test-clients` has installed it."""
+"""Clients for Node, OpenAI's own and the AI SDK, where `make test-clients` has installed them."""
 
 import json
 import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +18,15 @@ MODULES = Path(
 )
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="there is no node here")
-@pytest.mark.skipif(not MODULES.is_dir(), reason=f"{MODULES} is not there; npm install failed")
-def test_node(served: Served) -> None:
-    asked = {
-        "prompt": PROMPT,
-        "messages": [{"role": "user", "content": SAID}],
-        "ways": WAYS,
-    }
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("node"), reason="there is no node here"),
+    pytest.mark.skipif(not MODULES.is_dir(), reason=f"{MODULES} is not there; npm install failed"),
+]
+
+
+def heard_by(script: str, served: Served, *more: str) -> Any:
     done = subprocess.run(
-        ["node", "client.cjs", served.base_url, served.key, served.model, json.dumps(asked)],
+        ["node", script, served.base_url, served.key, served.model, *more],
         cwd=HERE,
         env=os.environ | {"NODE_PATH": str(MODULES)},
         capture_output=True,
@@ -35,7 +35,16 @@ def test_node(served: Served) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    heard = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_node(served: Served) -> None:
+    asked = {
+        "prompt": PROMPT,
+        "messages": [{"role": "user", "content": SAID}],
+        "ways": WAYS,
+    }
+    heard = heard_by("client.cjs", served, json.dumps(asked))
     for (kind, way), text in texts().items():
         assert heard["texts"][way][kind] == [text, text]
     assert heard["models"] == [served.model]
@@ -44,3 +53,21 @@ def test_node(served: Served) -> None:
         "unknown": ["NotFoundError", 404, "model", "model_not_found"],
         "stranger": ["AuthenticationError", 401, None, "invalid_api_key"],
     }
+
+
+def is_weather(value: Any) -> bool:
+    is_city = value["city"] in ("Rome", "Oslo") and 0 <= value["level"] <= 99
+    return is_city and len(value["notes"]) <= 2
+
+
+def test_agents(served: Served) -> None:
+    """zod validates what was heard; it is looked at again here."""
+    heard = heard_by("agents.cjs", served)
+    answers = [heard["openai"]["parsed"], heard["sdk"]["object"]]
+    assert all(map(is_weather, answers))
+    for client in heard.values():
+        assert client["called"]
+        assert all(map(is_weather, client["called"]))
+        assert client["streamed"] == client["called"]
+    assert heard["sdk"]["results"] == [each["level"] + 1 for each in heard["sdk"]["called"]]
+    assert heard["sdk"]["reason"] == "tool-calls"

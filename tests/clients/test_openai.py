@@ -203,7 +203,7 @@ def test_refusals_are_its_own_exceptions(client: OpenAI, served: Served) -> None
     assert refused.value.request_id
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="gpt-9", prompt="x")
-    tools: Any = [{"type": "function", "function": {"name": "f"}}]
+    tools: Any = [{"type": "function", "function": {"name": "no name"}}]
     with pytest.raises(openai.BadRequestError, match="tool"):
         client.chat.completions.create(model=served.model, messages=MESSAGES, tools=tools)
     stranger = client.with_options(api_key="wrong")

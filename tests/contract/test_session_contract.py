@@ -86,6 +86,7 @@ VERBS: dict[str, Callable[[Any, str, str], Any]] = {
     "find": lambda sessions, owner, name: sessions.find(owner, name),
     "begin": lambda sessions, owner, name: sessions.begin(owner, name),
     "fork": lambda sessions, owner, name: sessions.fork(owner, name, 1),
+    "recent_ids": lambda sessions, owner, name: sessions.recent_ids(owner, name),
     "rewind": lambda sessions, owner, name: sessions.rewind(owner, name),
     "delete": lambda sessions, owner, name: sessions.delete(owner, name),
     "export": lambda sessions, owner, name: sessions.export(owner, name),
@@ -198,6 +199,12 @@ def test_a_rewind_takes_back_turn_after_turn(sessions: Any) -> None:
         sessions.rewind(OWNER, session_id)
     assert text_of(sessions, session_id) == b"abc"
     assert versions == sorted(set(versions)), "a version is never told twice"
+
+
+def test_forks_may_have_metadata_of_their_own(sessions: Any) -> None:
+    name = opened(sessions)
+    [fork] = sessions.fork(OWNER, name, 1, None, {"a": "b"})
+    assert (fork.metadata, sessions.find(OWNER, name).metadata) == ({"a": "b"}, {})
 
 
 def test_forks_go_their_own_ways_and_have_the_same_past(sessions: Any) -> None:

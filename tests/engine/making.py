@@ -69,6 +69,9 @@ def weights_of_kind(config: GPTJConfig) -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         made = CottentionForCausalLM(config).state_dict()
+        for name, weight in made.items():
+            if name.endswith("rfa_gate_weight"):  # at first 0, so that no gate looks at its token
+                weight.normal_()
     return weights | {k: v for k, v in made.items() if map_weight(k) is not None}
 
 

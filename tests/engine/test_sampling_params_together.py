@@ -41,7 +41,8 @@ def model_logprobs(engine: Engine, gptj_folder: Path, token_ids: list[int]) -> t
 
     def attend(_layer: int, features: Any) -> torch.Tensor:
         q, k, v = (x.transpose(-3, -2) for x in features[:3])
-        return reference.parallel(q, k, v, denominator=is_divided).transpose(-3, -2)
+        w = None if features.w is None else features.w.transpose(-2, -1)
+        return reference.parallel(q, k, v, w=w, denominator=is_divided).transpose(-3, -2)
 
     with torch.inference_mode():
         logits = model(torch.tensor(token_ids), torch.arange(len(token_ids)), attend)

@@ -62,6 +62,7 @@ class FakeModelConfig:
 
 class FakeSpec:
     bytes_per_row, bytes_per_slot = 500, 1000
+    softmax_bytes_per_token = 80
 
     def itemised_bytes(self) -> dict[str, int]:
         return {"state": 400, "denominator": 100, "spare": 500}

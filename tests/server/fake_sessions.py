@@ -155,11 +155,17 @@ class FakeSessions:
             self._release(turn, "abandon")
 
     def fork(
-        self, owner: str, session_id: str, n: int, expected_position: int | None = None
+        self,
+        owner: str,
+        session_id: str,
+        n: int,
+        expected_position: int | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> list[FakeSession]:
         session = self._check_free(owner, session_id)
         self._check_position(session, expected_position)
-        made = [self.open(owner, session.states[-1], session.metadata, None) for _ in range(n)]
+        kept = session.metadata if metadata is None else metadata
+        made = [self.open(owner, session.states[-1], kept, None) for _ in range(n)]
         forks = [
             replace(each, states=session.states, expires_at=session.expires_at) for each in made
         ]
@@ -183,6 +189,10 @@ class FakeSessions:
 
     def events(self, owner: str, session_id: str) -> EventLog:
         return self.find(owner, session_id).logs[-1]
+
+    def recent_ids(self, owner: str, session_id: str) -> tuple[FakeSession, tuple[int, ...]]:
+        found = self.find(owner, session_id)
+        return found, found.states[-1].recent
 
     def export(self, owner: str, session_id: str) -> tuple[FakeSession, bytes]:
         found, snapshot = self.open_export(owner, session_id)

@@ -5,7 +5,7 @@ from cottention.engine.models.gptj.feature_maps.cosformer import CosFormer
 from cottention.engine.models.gptj.feature_maps.cottention import Cottention
 from cottention.engine.models.gptj.feature_maps.linear import Linear
 from cottention.engine.models.gptj.feature_maps.performer import Performer
-from cottention.engine.models.gptj.feature_maps.rfa import RFA
+from cottention.engine.models.gptj.feature_maps.rfa import RFA, GatedRFA
 from cottention.engine.models.gptj.feature_maps.softmax import Softmax
 
 ATTENTION_KINDS: dict[str, FeatureMap] = {
@@ -14,6 +14,7 @@ ATTENTION_KINDS: dict[str, FeatureMap] = {
     "linear": Linear(),
     "performer": Performer(),
     "rfa": RFA(),
+    "gated_rfa": GatedRFA(),
     "softmax": Softmax(),
 }
 """All kinds that are trained and measured; softmax is for comparison and cannot be served."""

@@ -100,9 +100,10 @@ class TorchLayers:
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
         fused = self._fused if recurrence.segments.chunks is None else None
         for index, layer in enumerate(self._layers):
-            joined = layer.project_in(layer.norm(x))
+            normed = layer.norm(x)
+            joined = layer.project_in(normed)
             if fused is None:
-                between = self._in_torch(index, joined, at, recurrence)
+                between = self._in_torch(index, normed, joined, at, recurrence)
             else:
                 between = joined.new_empty(len(joined), joined.shape[1] - 2 * self._config.n_embd)
                 fused(joined, at, layer.map_weights, recurrence, index, between)
@@ -110,10 +111,16 @@ class TorchLayers:
         return x
 
     def _in_torch(
-        self, index: int, joined: Tensor, at: TokenPositions, recurrence: Recurrence
+        self,
+        index: int,
+        normed: Tensor,
+        joined: Tensor,
+        at: TokenPositions,
+        recurrence: Recurrence,
     ) -> Tensor:
-        """First product [N, 3C + inner] → input of the second, [N, C + inner]."""
-        features, up = split_heads(self._config, joined, self._layers[index].map_weights, at)
+        """First product [N, 3C + inner] of normed [N, C] → input of the second, [N, C + inner]."""
+        weights = self._layers[index].map_weights
+        features, up = split_heads(self._config, normed, joined, weights, at)
         mixed = self._config.feature_map.outputs(recurrence(index, features))
         return torch.cat([mixed.flatten(-2).to(up.dtype), ops.gelu_new(up)], dim=-1)
 
@@ -198,7 +205,7 @@ class PackedLayer:
         """
         self._norm.into(x, normed)
         self._project_in.into(normed, joined)
-        features, up = split_heads(self._config, joined, self._map_weights, at)
+        features, up = split_heads(self._config, normed, joined, self._map_weights, at)
         out = self._config.feature_map.outputs(recurrence(self._index, features)).flatten(-2)
         torch.cat([out, ops.gelu_new(up)], dim=-1, out=mixed)
         self._project_out.add_to(mixed, x)

@@ -121,8 +121,9 @@ class CottentionForCausalLM(nn.Module):
         self, block: Block, layer: int, x: Tensor, at: TokenPositions, attend: Attend
     ) -> Tensor:
         """Output of one block's attention and MLP, to be added to x [..., N, C]."""
-        joined = nn.functional.linear(block.ln_1(x), *block.stacked_in())
-        features, up = split_heads(self.config, joined, block.attn.map_weights(), at)
+        normed = block.ln_1(x)
+        joined = nn.functional.linear(normed, *block.stacked_in())
+        features, up = split_heads(self.config, normed, joined, block.attn.map_weights(), at)
         mixed = self.config.feature_map.outputs(attend(layer, features))
         out = torch.cat([mixed.flatten(-2).to(up.dtype), ops.gelu_new(up)], dim=-1)
         return nn.functional.linear(out, *block.stacked_out())
@@ -140,18 +141,26 @@ def token_positions(config: GPTJConfig, positions: Tensor, dtype: torch.dtype) -
 
 
 def split_heads(
-    config: GPTJConfig, joined: Tensor, map_weights: Sequence[Tensor], at: TokenPositions
+    config: GPTJConfig,
+    normed: Tensor,
+    joined: Tensor,
+    map_weights: Sequence[Tensor],
+    at: TokenPositions,
 ) -> tuple[Features, Tensor]:
     """First product [..., N, 3C + inner] → mapped q, k, v and the MLP's [..., N, inner].
 
-    map_weights: what `Attention.map_weights` returned. Features are float32 or wider whatever the
-    model's dtype, as the state is.
+    normed: its input [..., N, C]. map_weights: what `Attention.map_weights` returned. Features are
+    float32 or wider whatever the model's dtype, as the state is.
     """
     width = config.n_embd
     wide = torch.promote_types(joined.dtype, torch.float32)
     *qkv, up = joined.split([width, width, width, config.n_inner], dim=-1)
     q, k, v = (x.unflatten(-1, (config.n_head, config.head_dim)).to(wide) for x in qkv)
-    return Features(*config.feature_map.features(q, k, v, at, map_weights)), up
+    q, k, v = config.feature_map.features(q, k, v, at, map_weights)
+    gate = config.feature_map.gate(normed.to(wide), map_weights)
+    if gate is None:
+        return Features(q, k, v), up
+    return Features(q, k, (1 - gate).unsqueeze(-1) * v, gate), up
 
 
 _MAP_WEIGHTS = tuple({name for kind in ATTENTION_KINDS.values() for name in kind.weight_names})

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cottention.engine.errors import SessionQuotaError
+
 
 @dataclass(frozen=True, slots=True)
 class NewSession:
@@ -93,6 +95,19 @@ class Quota:
     max_sessions: int | None = None
     max_bytes: int | None = None
 
+    def check(self, before: "Usage", after: "Usage") -> None:
+        """SessionQuotaError where an owner has come to more than its quota."""
+        limits = (self.max_sessions, "sessions"), (self.max_bytes, "bytes of sessions")
+        for (limit, what), old, new in zip(limits, before, after, strict=True):
+            if limit is not None and new > limit and new > old:
+                raise SessionQuotaError(
+                    f"this would make {new} {what}, and {limit} are allowed: delete sessions, or"
+                    " give them a shorter ttl_seconds"
+                )
+
+
+Usage = tuple[int, int]
+"""Number of an owner's sessions, and their bytes."""
 
 UNLIMITED = Quota()
 Quotas = Callable[[str], Quota]
@@ -133,7 +148,12 @@ class SessionStore(Protocol):
     owner would have more than its quota afterwards, and more than before.
 
     Lifetimes count in the store's time, which passes evenly although clocks are set.
+
+    is_shared: other servers use it as well. What such a store does not take may not be kept in
+    memory for later: another server would go on from what the store has.
     """
+
+    is_shared: bool
 
     def create(self, records: Sequence[NewSession]) -> Records:
         """Create all of them or none. SnapshotError: a named blob is not stored."""

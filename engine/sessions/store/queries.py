@@ -16,16 +16,15 @@ from cottention.engine.errors import (
     SessionBusyError,
     SessionMovedError,
     SessionNotFoundError,
-    SessionQuotaError,
     SnapshotError,
 )
 from cottention.engine.sessions.store.clock import ClockReading
 from cottention.engine.sessions.store.protocol import (
     Lease,
     NewSession,
-    Quota,
     Records,
     SessionRecord,
+    Usage,
 )
 
 Db = sqlite3.Connection
@@ -33,8 +32,6 @@ State = tuple[str, int, int, str, int]
 """The columns of STATE_COLUMNS."""
 SessionRow = tuple[int, str, str, int, int, str, float | None, int]
 """The columns of SESSION_COLUMNS."""
-Usage = tuple[int, int]
-"""Number of an owner's sessions, and their bytes."""
 
 STATE_COLUMNS = "digest, position, nbytes, context_policy, events_nbytes"
 SESSION_COLUMNS = (
@@ -121,17 +118,6 @@ def usage_of(db: Db, owner: str) -> Usage:
     statement = "SELECT num_sessions, nbytes FROM usage WHERE owner = ?"
     row: Usage | None = db.execute(statement, [owner]).fetchone()
     return row or (0, 0)
-
-
-def check_quota(quota: Quota, before: Usage, after: Usage) -> None:
-    """SessionQuotaError where an owner has come to more than its quota."""
-    limits = (quota.max_sessions, "sessions"), (quota.max_bytes, "bytes of sessions")
-    for (limit, what), old, new in zip(limits, before, after, strict=True):
-        if limit is not None and new > limit and new > old:
-            raise SessionQuotaError(
-                f"this would make {new} {what}, and {limit} are allowed: delete sessions, or give"
-                " them a shorter ttl_seconds"
-            )
 
 
 def find_state(db: Db, digest: str) -> State:

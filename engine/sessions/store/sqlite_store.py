@@ -78,6 +78,8 @@ class StoredPart(BlobReader):
 class SqliteStore(SessionStore):
     """See SessionStore. Durable: a kill or a loss of power loses nothing that was returned."""
 
+    is_shared = False
+
     def __init__(
         self,
         folder: Path,
@@ -286,7 +288,7 @@ class SqliteStore(SessionStore):
         before = {owner: queries.usage_of(db, owner) for owner in limited}
         yield
         for owner, quota in limited.items():
-            queries.check_quota(quota, before[owner], queries.usage_of(db, owner))
+            quota.check(before[owner], queries.usage_of(db, owner))
 
     def _save_clock_if_due(self) -> None:
         saved, reading = self._saved, self._clock.reading()

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from cottention.engine.errors import SessionMovedError
-from cottention.server.api.dependencies import Context, ContextDep
+from cottention.server.api.dependencies import Context, ContextDep, reading
 from cottention.server.api.generate import read_empty, read_parsed
 from cottention.server.api.openapi import EMPTY_BODY, error_responses, request_docs
 from cottention.server.api.query_params import must_be, only_query_params
@@ -30,8 +30,10 @@ from cottention.server.schemas.session_responses import (
     DeletedSession,
     SessionList,
     SessionObject,
+    SessionTokens,
     session_list_response,
     session_response,
+    session_tokens_response,
 )
 from cottention.server.schemas.sessions import (
     AppendRequest,
@@ -102,6 +104,14 @@ async def get_session(session_id: str, request: Request, context: ContextDep) ->
     """One session."""
     owner = caller_of(request).owner
     return session_response(await asyncio.to_thread(context.sessions.find, owner, session_id))
+
+
+@router.get("/v1/sessions/{session_id}/tokens", response_model=SessionTokens, responses=ERRORS)
+async def get_session_tokens(session_id: str, request: Request, context: ContextDep) -> Response:
+    """The token ids that a session keeps of its end: as many as one context window holds."""
+    owner, read = caller_of(request).owner, context.sessions.recent_ids
+    with reading(request, context):
+        return session_tokens_response(*await asyncio.to_thread(read, owner, session_id))
 
 
 @router.delete(
@@ -193,7 +203,9 @@ async def fork_session(session_id: str, request: Request, context: ContextDep) -
     fork, position = context.sessions.fork, caller.expected_position
     place = context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive)
     async with entered_before(_deadline_from_now(context), place):
-        forks = await asyncio.to_thread(fork, caller.owner, session_id, body.n, position)
+        forks = await asyncio.to_thread(
+            fork, caller.owner, session_id, body.n, position, body.metadata
+        )
     return session_list_response(forks, has_more=False)
 
 

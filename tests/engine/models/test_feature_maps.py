@@ -36,16 +36,22 @@ def test_parallel_and_recurrent_forms_agree(attention: str, length: int) -> None
         weights = Attention(config).double().map_weights()
     at = token_positions(config, torch.arange(length), torch.float64)
     q, k, v = kind.features(q, k, v, at, weights)
+    x = torch.randn(length, HEADS * WIDTH, dtype=torch.float64, generator=generator)
+    w = kind.gate(x, weights)
     assert q.shape == k.shape == (length, HEADS, key_width)
     assert v.shape == (length, HEADS, value_width)
 
     heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]  # [1, H, T, ·]
-    parallel = reference.parallel(*heads_first, denominator=kind.has_denominator)
+    decays = None if w is None else w.T.unsqueeze(0)
+    parallel = reference.parallel(*heads_first, w=decays, denominator=kind.has_denominator)
     state = q.new_zeros(1, HEADS, value_width, key_width)
     z = q.new_zeros(1, HEADS, key_width) if kind.has_denominator else None
     row = torch.zeros(1, dtype=torch.int32)
     steps = [
-        recurrent_step(*(x[t : t + 1] for x in (q, k, v)), state, z, row) for t in range(length)
+        recurrent_step(
+            *(x[t : t + 1] for x in (q, k, v)), state, z, row, w=None if w is None else w[t : t + 1]
+        )
+        for t in range(length)
     ]
     forms = [kind.outputs(out) for out in (torch.cat(steps), parallel[0].transpose(0, 1))]
     assert forms[0].shape == (length, HEADS, WIDTH)

@@ -19,7 +19,7 @@ from cottention.engine.models.gptj.feature_maps.random_features import RandomFea
 from cottention.engine.models.registry import read_config
 from cottention.engine.models.weight_files import read_weights
 from cottention.engine.ops import recurrent_step
-from cottention.engine.ops.varlen import chunked
+from cottention.engine.ops.varlen import chunked, chunked_with_decay
 from cottention.engine.sessions.fingerprint import Fingerprint
 from tests.engine.making import attention_folder
 
@@ -88,6 +88,39 @@ def test_golden_chunked(case: Case) -> None:
     state = q.new_zeros(1, q.shape[1], v.shape[-1], q.shape[-1])
     out = kind_of(case.name).outputs(chunked(q, k, v, state, chunk_size=7)[0])
     assert (out - case.expected["output"]).abs().max() <= 1e-10
+
+
+def test_golden_gated_recurrent_and_chunked(golden: Path) -> None:
+    """With the gates of the case: its outputs, and the state whose row V is the denominator."""
+    case = Case("rfa", golden)
+    q, k, v = case.features(torch.float64)
+    width, w = case.tokens("v").shape[-1], case.tokens("gate")
+    v = (1 - w).unsqueeze(-1) * v
+    state = q.new_zeros(1, q.shape[1], v.shape[-1], q.shape[-1])
+    heads_first = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v, w)]
+    out, last = chunked_with_decay(*heads_first, state, chunk_size=7)
+    ends = torch.tensor([0, len(q)], dtype=torch.int32)
+    steps = recurrent_step(q, k, v, state, None, SLOT, ends, w=w)
+    for found, pool in ((out[0].transpose(0, 1), last), (steps, state)):
+        outputs = kind_of("gated_rfa").outputs(found).transpose(0, 1)
+        assert (outputs - case.expected["gated_output"][0]).abs().max() <= 1e-10
+        assert (pool[0, :, :width] - case.expected["gated_state_final"][0]).abs().max() <= 1e-10
+        assert (pool[0, :, width] - case.expected["gated_z_final"][0]).abs().max() <= 1e-10
+
+
+def test_gates_are_learned_from_zero_and_may_close() -> None:
+    """A logarithm of 0 would make training's sums of decays NaN."""
+    q, k, v = torch.randn(3, 1, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    logits = torch.tensor([-200.0, 0.0, 200.0] * 3).expand(1, 2, 9).clone().requires_grad_()
+    w, state = torch.sigmoid(logits), torch.zeros(1, 2, 8, 8)
+    out, _ = chunked_with_decay(q, k, v, w, state, chunk_size=4)
+    out.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    rows, pool = [x[0].transpose(0, 1).contiguous() for x in (q, k, v, w.detach())], state.clone()
+    ends = torch.tensor([0, 9], dtype=torch.int32)
+    expected = recurrent_step(*rows[:3], pool, None, SLOT, ends, w=rows[3])
+    torch.testing.assert_close(out[0].transpose(0, 1), expected)
 
 
 def test_golden_queries_differ_by_a_factor_each(golden: Path) -> None:

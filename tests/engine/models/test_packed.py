@@ -44,7 +44,8 @@ def _exact(config: GPTJConfig, length: int) -> Tensor:
 
     def attend(_: int, features: Features) -> Tensor:
         q, k, v = (x.transpose(0, 1) for x in features[:3])
-        return reference.parallel(q, k, v, denominator=is_divided).transpose(0, 1)
+        w = None if features.w is None else features.w.transpose(0, 1)
+        return reference.parallel(q, k, v, w=w, denominator=is_divided).transpose(0, 1)
 
     positions = torch.arange(length)
     with torch.inference_mode():

@@ -43,6 +43,32 @@ def test_a_row_has_equal_bits_in_any_batch(dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize(("channels", "columns"), [(256, 64), (130, 129), (1000, 100), (514, 65)])
+def test_float32_weights_that_bfloat16_has_keep_the_bits_of_float32(
+    channels: int, columns: int
+) -> None:
+    """They take half the memory, and a folder in bfloat16 gives what its float32 form would."""
+    weight, bias = _weights(channels, columns)
+    weight = weight.bfloat16().float()
+    layer = ops.FixedOrderLinear(weight, bias)
+    packed = torch.ops.cottention.pack_weight(weight)
+    for rows in (0, 1, 2, 3, 5, 8, 49, 100):
+        x, out = torch.randn(rows, channels + 3)[:, 1:-2], torch.empty(rows, columns)
+        torch.ops.cottention.linear_out(x, packed, bias, out)
+        assert torch.equal(layer(x), out)
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        assert layer.weight.nbytes * 2 == packed.nbytes
+    weight[-1, -1] = 0.1
+    assert ops.FixedOrderLinear(weight, bias).weight.nbytes == packed.nbytes
+
+
+def test_widened_weights_take_pairs_of_channels() -> None:
+    """An odd row would be read beyond its end."""
+    packed = torch.ops.cottention.pack_weight(torch.zeros(8, 11).bfloat16()).view(torch.int16)
+    with pytest.raises(RuntimeError, match="even number of channels"):
+        torch.ops.cottention.linear(torch.zeros(3, 11), packed, None, 8)
+
+
 def test_bfloat16_keeps_nan() -> None:
     layer = ops.FixedOrderLinear(torch.ones(3, 40).bfloat16())
     x = torch.ones(3, 40)

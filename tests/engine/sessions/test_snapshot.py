@@ -342,7 +342,6 @@ def test_a_state_that_is_not_finite_is_neither_written_nor_read(name: str, wrong
         replace(FULL, recent=(2**31 - 1,)),
         replace(FULL, counts={NUM_IDS: 1}),
         replace(FULL, counts={1: -1}),
-        replace(FULL, rows=()),
         replace(FULL, undecoded=b"\xe2\x82\xac"),
         replace(FULL, undecoded=b"abcd"),
         replace(FULL, undecoded=b"\x80"),

@@ -199,7 +199,7 @@ def test_other_kinds_of_attention_are_trained_alike(
     written = weights_of(settings)
     for name in other.keys() - first.keys():
         assert written[name].dtype == torch.float32
-        is_trained = name.endswith("rfa_sigma")
+        is_trained = "rfa_sigma" in name or "rfa_gate" in name
         assert torch.equal(written[name], other[name]) != is_trained, "of the seed, as it was"
     if attention == "softmax":
         with pytest.raises(ModelFolderError, match="for training and benchmarks only"):

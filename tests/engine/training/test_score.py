@@ -41,7 +41,8 @@ def test_the_chunked_form_is_the_parallel_one(attention: str) -> None:
 
     def attend(_layer: int, features: Features) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in features[:3])
-        return reference.parallel(q, k, v, denominator=is_divided).transpose(1, 2)
+        w = None if features.w is None else features.w.transpose(1, 2)
+        return reference.parallel(q, k, v, w=w, denominator=is_divided).transpose(1, 2)
 
     shape = replace(SMALL, attention=attention, context=300).model_config(0)
     model = init_weights(CottentionForCausalLM(shape)).double()

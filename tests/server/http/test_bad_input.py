@@ -134,7 +134,21 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"request_id": "\ud800"}, "request_id", "up to 128 letters"),
     ({"echo": True, "prompt": [300]}, "prompt", "0 to 255; 300 (at index 0) is not"),
     ({"suffix": "end"}, "suffix", "since the model only continues text"),
-    ({"response_format": {"type": "json_object"}}, "response_format", 'send {"type": "text"}'),
+    ({"response_format": "json"}, "response_format", 'must be {"type": "text"}'),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "its json_schema is null"),
+    ({"guided_json": "{"}, "guided_json", "its text is no JSON"),
+    ({"guided_json": [1]}, "guided_json", "a JSON schema, as an object or its text; it is a list"),
+    ({"guided_choice": ["a", ""]}, "guided_choice", "guided_choice[1] must be a text that is not"),
+    ({"guided_regex": "\ud800"}, "guided_regex", "lone surrogate"),
+    ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "possible with guided_regex"),
+    ({"structured_outputs": {}}, "structured_outputs", "one of json, json_object, regex"),
+    ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs", "regex, json"),
+    (
+        {"structured_outputs": {"regex": "a", "disable_additional_properties": 1}},
+        "structured_outputs",
+        "disable_additional_properties must be true or false",
+    ),
+    ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "not possible with guided_regex"),
 ]
 
 

@@ -176,6 +176,31 @@ def test_forks_go_on_by_themselves(live: Live) -> None:
         assert error_of(live.client.post(url, json={"n": wrong}))[:2] == (400, "n")
 
 
+def test_forks_may_have_metadata_of_their_own(live: Live) -> None:
+    session_id = live.opened("x", metadata={"name": "first"})
+    url = f"/v1/sessions/{session_id}/fork"
+    for given, expected in (({}, {"name": "first"}), ({"metadata": {"a": "b"}}, {"a": "b"})):
+        [fork] = live.client.post(url, json=given).json()["data"]
+        assert fork["metadata"] == expected
+    assert live.session(session_id)["metadata"] == {"name": "first"}
+    refused = live.client.post(url, json={"metadata": {"a": 1}})
+    assert error_of(refused)[:2] == (400, "metadata")
+
+
+def test_the_last_ids_of_a_session_can_be_read(live: Live) -> None:
+    """Of a longer one only those of a window are kept; the rest of it is in the state alone."""
+    session_id = live.opened("x" * 510)
+    live.complete(session_id=session_id, prompt="y", max_tokens=3)
+    response = live.client.get(f"/v1/sessions/{session_id}/tokens")
+    told = response.json()
+    assert response.headers["etag"] == '"514"'
+    assert (told["object"], told["id"]) == ("session.tokens", session_id)
+    assert (told["position"], told["start"]) == (514, 2)
+    assert told["context_start"] == live.session(session_id)["context_start"] > 0
+    assert bytes(told["tokens"]) == b"x" * 508 + b"yabc"
+    assert live.client.get("/v1/sessions/other/tokens").status_code == 404
+
+
 def test_a_deleted_session_is_gone(live: Live) -> None:
     session_id = live.opened("x")
     url = f"/v1/sessions/{session_id}"
@@ -359,6 +384,7 @@ def test_capacity_and_metrics_tell_where_sessions_are(live: Live) -> None:
     per_gb = {place: 10**9 // nbytes for place, nbytes in places.items()}
     assert capacity["sessions_per_gb"] == per_gb
     assert (capacity["slots"], capacity["free_slots"]) == (64, 64)
+    assert capacity["softmax_bytes_per_token"] == 80
     assert capacity["parked"] == len(live.sessions.kept)
     metrics = live.client.get("/metrics").text
     assert f'num_sessions_parked{{model_name="fake"}} {len(live.sessions.kept)}.0' in metrics

@@ -115,6 +115,15 @@ class FeatureMap(ABC):
         """
         return mixed
 
+    def gate(self, _x: "Tensor", _weights: Sequence["Tensor"]) -> "Tensor | None":
+        """The share g [..., N, H] of its state that a head keeps at each token; None: all of it.
+
+        The values of the token are multiplied by 1 − g. x: the attention's input [..., N, C],
+        float32 or wider. weights: as in `features`. In float32 on a CPU the bits of a row must not
+        depend on the other rows.
+        """
+        return None
+
     def max_exact_length(self, _config: AttentionConfig) -> int | None:
         """Tokens after which the map means nothing, if there is such a limit."""
         return None

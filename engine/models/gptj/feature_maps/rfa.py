@@ -1,4 +1,4 @@
-"""Random feature attention (arXiv 2103.02143), without its gate."""
+"""Random feature attention (arXiv 2103.02143), without its gate and with it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
@@ -69,6 +69,47 @@ class RFA(RandomFeatures):
         """W [H, F, D], with σ."""
         sigma = attention.get_parameter("rfa_sigma")
         return (attention.get_buffer("rfa_projection") * sigma,)
+
+
+class GatedRFA(RFA):
+    """RFA that forgets: S ← g S + (1 − g) v φ(k)ᵀ and z ← g z + (1 − g) φ(k) (section 3.2).
+
+    g = σ(w·x + b) of a head is learned, from what the layer's queries and keys are made of. The
+    weights have w as `rfa_gate_weight` [H, C], at first 0, and b as `rfa_gate_bias` [H]; with that
+    heads at first remember about 8 to 256 tokens.
+    """
+
+    description: ClassVar[str] = (
+        "causal random feature attention (arXiv 2103.02143: random Fourier features, with gate)"
+    )
+    weight_names: ClassVar[tuple[str, ...]] = (
+        *RFA.weight_names,
+        "rfa_gate_weight",
+        "rfa_gate_bias",
+    )
+
+    def gate(self, x: "Tensor", weights: Sequence["Tensor"]) -> "Tensor":
+        from cottention.engine import ops
+
+        _, weight, bias = (each.to(x.dtype) for each in weights)
+        return ops.sigmoid(ops.row_product(x, weight) + bias)
+
+    def add_weights(self, attention: "nn.Module", config: AttentionConfig) -> None:
+        """All float32."""
+        import torch
+        from torch import nn
+
+        super().add_weights(attention, config)
+        width = config.n_head * config.head_dim
+        forgotten = torch.logspace(-3, -8, config.n_head, base=2)  # 1 − g
+        weight, bias = torch.zeros(config.n_head, width), (1 - forgotten).logit()
+        attention.register_parameter("rfa_gate_weight", nn.Parameter(weight))
+        attention.register_parameter("rfa_gate_bias", nn.Parameter(bias))
+
+    def prepared_weights(self, attention: "nn.Module") -> "tuple[Tensor, ...]":
+        """W [H, F, D], with σ; w [H, C] and b [H]."""
+        own = (attention.get_parameter(name) for name in ("rfa_gate_weight", "rfa_gate_bias"))
+        return (*super().prepared_weights(attention), *own)
 
 
 def unit(x: "Tensor") -> "Tensor":

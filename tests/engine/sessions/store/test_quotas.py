@@ -7,21 +7,22 @@ from pathlib import Path
 import pytest
 
 from cottention.engine.errors import SessionQuotaError
-from cottention.engine.sessions.store import NewSession, SessionRecord, SqliteStore
+from cottention.engine.sessions.store import NewSession, SessionRecord, SessionStore, SqliteStore
 from cottention.engine.sessions.store.protocol import Quota
+from tests.engine.sessions.store.backends import Backend
 
 METADATA = {f"name {n}": f"{n:02}" + "x" * 2_000 for n in range(16)}
 QUOTAS = {"a": Quota(max_sessions=3, max_bytes=1000), "b": Quota()}
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteStore]:
-    opened = SqliteStore(tmp_path / "sessions", durable=False, quotas=QUOTAS.__getitem__)
+def store(backend: Backend) -> Iterator[SessionStore]:
+    opened = backend.open(QUOTAS.__getitem__)
     yield opened
     opened.close()
 
 
-def make(store: SqliteStore, nbytes: int, owner: str = "a") -> SessionRecord:
+def make(store: SessionStore, nbytes: int, owner: str = "a") -> SessionRecord:
     [record] = store.create([NewSession(owner, 1, snapshot=bytes(nbytes))])
     return record
 
@@ -36,7 +37,7 @@ def fork_of(record: SessionRecord) -> NewSession:
     )
 
 
-def test_one_owner_s_quota_is_not_another_s(store: SqliteStore) -> None:
+def test_one_owner_s_quota_is_not_another_s(store: SessionStore) -> None:
     first = make(store, 100)
     store.create([fork_of(first)] * 2)
     with pytest.raises(SessionQuotaError, match="4 sessions, and 3 are allowed: delete"):
@@ -47,7 +48,7 @@ def test_one_owner_s_quota_is_not_another_s(store: SqliteStore) -> None:
     make(store, 100)
 
 
-def test_a_turn_beyond_the_quota_leaves_its_session_as_it_was(store: SqliteStore) -> None:
+def test_a_turn_beyond_the_quota_leaves_its_session_as_it_was(store: SessionStore) -> None:
     """Each session counts in full, with what it can be rewound to."""
     record = make(store, 400)
     store.create([fork_of(record)])

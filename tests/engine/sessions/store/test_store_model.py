@@ -1,10 +1,8 @@
 """Any sequence of changes against the same in plain dictionaries, over restarts."""
 
-import shutil
-import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,10 +14,13 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
+    run_state_machine_as_test,
 )
 
 from cottention.engine.errors import NothingToRewindError, SessionBusyError, SessionMovedError
-from cottention.engine.sessions.store import Lease, NewSession, SqliteStore
+from cottention.engine.sessions.store import Lease, NewSession
+from tests.engine.postgres import Postgres
+from tests.engine.sessions.store.backends import Backend, PostgresBackend, SqliteBackend
 
 SNAPSHOTS = st.binary(min_size=1, max_size=2)  # few: equal bytes are frequent
 EVENTS = b"log"
@@ -28,12 +29,16 @@ EVENTS = b"log"
 
 @dataclass
 class Twin:
-    """What a session should be; its blobs, the head last."""
+    """What a session should be; its blobs, the head last.
+
+    over: the fence up to which a restart has ended all leases.
+    """
 
     blobs: list[bytes]
     version: int = 1
     lease: Lease | None = None
     fence: int = 0
+    over: int = 0
     was_interrupted: bool = False
 
 
@@ -45,14 +50,17 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        self.store = SqliteStore(self.folder, durable=False)
+        self.backend = self.new_backend()
+        self.store = self.backend.open()
         self.twins: dict[str, Twin] = {}
         self.num_restarts = 0
 
     def teardown(self) -> None:
         self.store.close()
-        shutil.rmtree(self.folder)
+        self.backend.remove()
+
+    def new_backend(self) -> Backend:
+        return SqliteBackend()
 
     @rule(target=sessions, raw=SNAPSHOTS)
     def make(self, raw: bytes) -> str:
@@ -88,9 +96,9 @@ class StoreMachine(RuleBasedStateMachine):
         return twin is not None and twin.lease == lease
 
     def is_old(self, lease: Lease) -> bool:
-        """Surely no right: its session is gone, or a later lease was given."""
+        """Surely no right: its session is gone, a later lease was given, or a restart ended it."""
         twin = self.twins.get(lease.session_id)
-        return twin is None or twin.fence > lease.fence
+        return twin is None or twin.fence > lease.fence or twin.over >= lease.fence
 
     @rule(lease=leases, raw=SNAPSHOTS, keep=st.integers(0, 2), behind=st.integers(0, 1))
     def put(self, lease: Lease, raw: bytes, keep: int, behind: int) -> None:
@@ -155,12 +163,12 @@ class StoreMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         self.num_restarts += 1
         self.store.close()
-        self.store = SqliteStore(self.folder, durable=False)
+        self.store = self.backend.open()
         for session_id, twin in self.twins.items():
             twin.was_interrupted = self.store.record(session_id).was_interrupted
             if twin.lease is not None:
                 assert twin.was_interrupted or twin.lease.version < twin.version
-                twin.fence += 1
+                twin.over = twin.fence
                 twin.lease = None
 
     @invariant()
@@ -186,6 +194,22 @@ class StoreMachine(RuleBasedStateMachine):
 
 class AtLength(StoreMachine):
     """More of the same."""
+
+
+class OverPostgres(StoreMachine):
+    """The same in a database, whose server the test sets."""
+
+    server: ClassVar[Postgres]
+
+    def new_backend(self) -> Backend:
+        return PostgresBackend(self.server)
+
+
+@pytest.mark.cluster
+def test_any_sequence_of_changes_over_postgres(postgres: Postgres) -> None:
+    OverPostgres.server = postgres
+    few = settings(TestStore.settings, max_examples=10)
+    run_state_machine_as_test(OverPostgres, settings=few)
 
 
 TestStore = StoreMachine.TestCase

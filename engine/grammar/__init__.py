@@ -1,0 +1,1 @@
+"""Structured output: grammars, and which ids they allow next."""

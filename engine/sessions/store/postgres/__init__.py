@@ -1,0 +1,1 @@
+"""Sessions in PostgreSQL, for several servers at once. Needs the extra `cluster`."""

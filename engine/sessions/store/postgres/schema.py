@@ -1,0 +1,62 @@
+"""The tables of the store, and how an older database gets what is new.
+
+A migration only adds: servers of the release before it go on beside those that run it, so that
+replicas can be replaced one by one. A database that has more than this release knows is used as it
+is.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from psycopg import Connection
+
+# replicas: the servers that use the database; one lives while `until` is to come.
+# sessions: a lease names a replica, and is valid while that lives and until `lease_until`. head: n
+# of the newest state. nbytes: of metadata and states. expires_at: unix seconds. turns: names of the
+# transactions that made the last versions, the newest first; a state may be dropped before the
+# commit that wrote it, if in doubt, can be looked up. Rows are updated in place (HOT) where pages
+# have room. states: n is the session's version when the state was written, so no number is used
+# twice. blobs: a snapshot and its event log, refs: states that have it; written once, and only refs
+# changes.
+_FIRST = """
+CREATE TABLE cottention.replicas (
+    id text PRIMARY KEY, name text NOT NULL, url text, build text NOT NULL, model text NOT NULL,
+    until timestamptz NOT NULL, draining boolean NOT NULL DEFAULT false);
+CREATE TABLE cottention.sessions (
+    seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, id text NOT NULL UNIQUE,
+    owner text NOT NULL, created bigint NOT NULL, version bigint NOT NULL DEFAULT 1,
+    head bigint NOT NULL, nbytes bigint NOT NULL, metadata text NOT NULL,
+    expires_at double precision, was_interrupted boolean NOT NULL DEFAULT false,
+    fence bigint NOT NULL DEFAULT 0, lease_owner text, lease_turn text, lease_until timestamptz,
+    lease_version bigint, turns text[] NOT NULL DEFAULT '{}') WITH (fillfactor = 70);
+CREATE INDEX sessions_by_owner ON cottention.sessions (owner, seq);
+CREATE INDEX sessions_by_expiry ON cottention.sessions (expires_at) WHERE expires_at IS NOT NULL;
+CREATE TABLE cottention.states (
+    seq bigint NOT NULL, n bigint NOT NULL, digest bytea NOT NULL, position bigint NOT NULL,
+    nbytes bigint NOT NULL, context_policy text NOT NULL, events_nbytes bigint NOT NULL,
+    PRIMARY KEY (seq, n));
+CREATE INDEX states_by_digest ON cottention.states (digest);
+CREATE TABLE cottention.blobs (
+    digest bytea PRIMARY KEY, refs bigint NOT NULL, nbytes bigint NOT NULL, bytes bytea NOT NULL);
+"""
+
+MIGRATIONS = (_FIRST,)
+"""In order; the first one makes the tables of an empty database."""
+
+LOCK_KEY = 0x636F7474
+"""Of the advisory lock under which one replica at a time migrates."""
+
+
+def migrate(db: "Connection[Any]") -> None:
+    """Bring the database up to date, inside a transaction of the caller."""
+    db.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK_KEY])
+    db.execute("CREATE SCHEMA IF NOT EXISTS cottention")
+    db.execute(
+        "CREATE TABLE IF NOT EXISTS cottention.migrations"
+        " (version integer PRIMARY KEY, applied timestamptz NOT NULL DEFAULT clock_timestamp())"
+    )
+    rows = db.execute("SELECT coalesce(max(version), 0) FROM cottention.migrations").fetchall()
+    [[applied]] = rows
+    for version, statements in enumerate(MIGRATIONS[applied:], applied + 1):
+        db.execute(statements)
+        db.execute("INSERT INTO cottention.migrations (version) VALUES (%s)", [version])

@@ -1,0 +1,356 @@
+"""`PostgresStore`: sessions in a PostgreSQL database, which many servers use at once."""
+
+import contextlib
+import hashlib
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from secrets import token_hex
+from typing import BinaryIO
+
+import psycopg
+
+from cottention.engine.errors import (
+    ConfigurationError,
+    SessionBusyError,
+    SessionNotFoundError,
+    SnapshotError,
+    StoreUnavailableError,
+)
+from cottention.engine.sessions.store.postgres import queries
+from cottention.engine.sessions.store.postgres.blobs import Blob, as_digest, change_blobs
+from cottention.engine.sessions.store.postgres.connections import (
+    MAX_CONNECTIONS,
+    UNREACHABLE,
+    Connections,
+    Db,
+    reason_of,
+)
+from cottention.engine.sessions.store.postgres.replica import LIFE_SECONDS, Replica
+from cottention.engine.sessions.store.postgres.schema import migrate
+from cottention.engine.sessions.store.protocol import (
+    UNLIMITED,
+    BlobReader,
+    Ids,
+    Lease,
+    NewSession,
+    Quotas,
+    Records,
+    SessionRecord,
+    SessionStore,
+    StoreCounts,
+    Usage,
+)
+
+logger = logging.getLogger(__name__)
+
+HOLD_SECONDS = 30.0
+"""How long a turn that has ended waits for the database to take it."""
+WAIT_SECONDS = 0.2
+"""Between looks at a lease whose holder has missed beats."""
+PIECE_BYTES = 1 << 20
+
+
+class SpooledPart(BlobReader):
+    """A part of a blob, in a temporary file of this machine."""
+
+    def __init__(self, file: BinaryIO, start: int, stop: int) -> None:
+        self.nbytes = stop - start
+        self._file = file
+        self._start = start
+        self._lock = threading.Lock()
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        with self._lock:
+            self._file.seek(self._start + start)
+            return self._file.read(min(num_bytes, self.nbytes - start))
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+
+class PostgresStore(SessionStore):
+    """See SessionStore. A lease ends with the life of its replica, or at its own time.
+
+    A session whose holder has missed heartbeats is waited for until the holder beats again or is
+    dead; then it is taken over, and the fence refuses what the old holder may still write.
+    """
+
+    is_shared = True
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        password: str | None = None,
+        quotas: Quotas = lambda _: UNLIMITED,
+        name: str = "replica",
+        replica_url: str | None = None,
+        build: str = "",
+        model: str = "",
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
+        """url: without a password; password: None where PGPASSWORD or PGPASSFILE has it.
+
+        name, replica_url, build, model: what the table of replicas says of this one.
+        ConfigurationError: the database cannot be used.
+        """
+        self._quotas = quotas
+        self._connections = Connections(url, password, max_connections)
+        self._replica = Replica(
+            self._connections, name=name, url=replica_url, build=build, model=model
+        )
+        try:
+            self._connections.open()
+            self._connections.write(migrate)
+            self._connections.statement(_warn_of_asynchronous_standbys)
+            self._replica.start()
+        except (psycopg.Error, StoreUnavailableError) as error:
+            self._connections.close()
+            raise ConfigurationError(
+                f"the database of --session-store cannot be used: {reason_of(error)}"
+            ) from error
+        except BaseException:
+            self._connections.close()
+            raise
+
+    @property
+    def replica_id(self) -> str:
+        """Of this process in the table of replicas."""
+        return self._replica.id
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether this replica's last heartbeat is young enough for its leases to be valid."""
+        return self._replica.is_alive
+
+    def create(self, records: Sequence[NewSession]) -> Records:
+        ids = [queries.new_id() for _ in records]
+        blobs = [
+            None
+            if new.snapshot is None
+            else Blob.of(new.snapshot, new.events, new.position, new.context_policy)
+            for new in records
+        ]
+        named = [
+            as_digest(name)
+            for new, blob in zip(records, blobs, strict=True)
+            for name in [*new.checkpoints, *([] if blob else [new.head or ""])]
+        ]
+
+        def insert(db: Db) -> Records:
+            owners = {new.owner for new in records}
+            limited = {owner for owner in owners if self._quotas(owner) != UNLIMITED}
+            before = {owner: queries.usage_of(db, owner) for owner in sorted(limited)}
+            change_blobs(db, [blob for blob in blobs if blob], [], named)
+            for session_id, new, blob in zip(ids, records, blobs, strict=True):
+                queries.insert_session(db, session_id, new, blob)
+            for owner, usage in before.items():
+                self._quotas(owner).check(usage, queries.usage_of(db, owner))
+            return queries.read_sessions(db, ids)
+
+        def find(db: Db) -> Records | None:
+            try:
+                return queries.read_sessions(db, ids)
+            except SessionNotFoundError:
+                return None
+
+        return self._connections.write(insert, find)
+
+    def acquire(
+        self, session_id: str, ttl_seconds: float, owner: str | None = None
+    ) -> tuple[Lease, SessionRecord]:
+        # a repetition takes what the first try may have leased
+        values = {"replica": self._replica.id, "turn": _new_turn(), "seconds": ttl_seconds}
+        deadline = time.monotonic() + 2 * LIFE_SECONDS
+        while True:
+            try:
+                return self._connections.statement(
+                    lambda db: queries.acquire(db, session_id, owner, values)
+                )
+            except queries.Held as held:
+                if not held.is_late or time.monotonic() > deadline:
+                    raise SessionBusyError(f"another turn has session {session_id!r}") from None
+            time.sleep(WAIT_SECONDS)
+
+    def renew(self, lease: Lease, ttl_seconds: float) -> None:
+        self._connections.statement(
+            lambda db: queries.renew(db, lease, self._replica.id, ttl_seconds)
+        )
+
+    def release(self, lease: Lease) -> None:
+        self._connections.statement(lambda db: queries.release(db, lease, self._replica.id))
+
+    def head(self, session_id: str) -> int:
+        return self.record(session_id).version
+
+    def record(self, session_id: str) -> SessionRecord:
+        return self._connections.statement(lambda db: queries.read_session(db, session_id))
+
+    def get(self, digest: str) -> bytes:
+        key = as_digest(digest)
+        statement = "SELECT bytes FROM cottention.blobs WHERE digest = %s"
+        row = self._connections.statement(lambda db: db.execute(statement, [key]).fetchone())
+        if row is None:
+            raise SnapshotError(f"snapshot {digest} is missing")
+        raw = bytes(row[0])
+        _check(hashlib.sha256(raw).digest(), key)
+        return raw
+
+    def open_blob(self, digest: str, start: int, stop: int) -> BlobReader:
+        """Spooled to a temporary file first: a transaction must not wait for a slow client."""
+        key = as_digest(digest)
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(tempfile.TemporaryFile())
+            checksum = hashlib.sha256()
+            at, nbytes = 0, 1
+            while at < nbytes:
+                row = self._connections.statement(partial(_piece, key=key, at=at))
+                if row is None:
+                    raise SnapshotError(f"snapshot {digest} is missing")
+                nbytes, piece = row[0], bytes(row[1])
+                at += len(piece)
+                checksum.update(piece)
+                file.write(piece)
+            _check(checksum.digest(), key)
+            stack.pop_all()
+        return SpooledPart(file, start, stop)
+
+    def commit(
+        self,
+        lease: Lease,
+        expected_version: int,
+        snapshot: bytes,
+        position: int,
+        max_checkpoints: int,
+        context_policy: str = "exact",
+        events: bytes = b"",
+        *,
+        keeps_lease: bool = False,
+    ) -> SessionRecord:
+        blob = Blob.of(snapshot, events, position, context_policy)
+        turn = _new_turn()
+
+        def change(db: Db) -> SessionRecord:
+            def check(owner: str, growth: int) -> None:
+                quota = self._quotas(owner)
+                if growth > 0 and quota != UNLIMITED:
+                    after = queries.usage_of(db, owner)
+                    before: Usage = (after[0], after[1] - growth)
+                    quota.check(before, after)
+
+            return queries.commit(
+                db,
+                lease,
+                expected_version,
+                blob,
+                max_checkpoints,
+                turn,
+                self._replica.id,
+                keeps_lease=keeps_lease,
+                check=check,
+            )
+
+        return self._connections.write(
+            change,
+            lambda db: queries.find_commit(db, lease, expected_version, blob, turn),
+            seconds=HOLD_SECONDS,
+        )
+
+    def rewind(self, lease: Lease, expected_version: int) -> SessionRecord:
+        turn = _new_turn()
+
+        def change(db: Db) -> SessionRecord:
+            queries.rewind(db, lease, expected_version, turn, self._replica.id)
+            return queries.read_session(db, lease.session_id, may_be_over=True)
+
+        def find(db: Db) -> SessionRecord | None:
+            if not queries.is_rewound(db, lease, expected_version, turn):
+                return None
+            return queries.read_session(db, lease.session_id, may_be_over=True)
+
+        return self._connections.write(change, find)
+
+    def delete(self, session_id: str) -> None:
+        def find(db: Db) -> bool | None:
+            try:
+                queries.read_session(db, session_id)
+            except SessionNotFoundError:
+                return True
+            return None
+
+        def change(db: Db) -> bool:
+            queries.delete(db, session_id, self._replica.id)
+            return True
+
+        self._connections.write(change, find)
+
+    def list(self, owner: str, after: str | None, limit: int) -> tuple[Records, bool]:
+        return self._connections.statement(
+            lambda db: queries.list_sessions(db, owner, after, limit)
+        )
+
+    def counts(self) -> StoreCounts:
+        statement = (
+            "SELECT (SELECT count(*) FROM cottention.sessions),"
+            " (SELECT coalesce(sum(nbytes), 0)::bigint FROM cottention.blobs)"
+        )
+        [row] = self._connections.statement(lambda db: db.execute(statement).fetchall())
+        return StoreCounts(*row)
+
+    def now(self) -> float:
+        return self._replica.now()
+
+    def unix_time(self, moment: float) -> float:
+        """The same: the store's time is the database's, in unix seconds."""
+        return moment
+
+    def expire(self, limit: int) -> Ids:
+        return self._connections.write(lambda db: queries.expire(db, limit, self._replica.id))
+
+    def give_back(self) -> bool:
+        """PostgreSQL's autovacuum does it."""
+        return False
+
+    def free_reserve(self) -> None:
+        """There is none."""
+
+    def close(self) -> None:
+        """Nothing happens the second time."""
+        with contextlib.suppress(*UNREACHABLE):
+            self._replica.stop()
+        self._connections.close()
+
+
+def _new_turn() -> str:
+    """Names a transaction among the last ones of a session."""
+    return token_hex(8)
+
+
+def _warn_of_asynchronous_standbys(db: Db) -> None:
+    [[num_standbys, names]] = db.execute(
+        "SELECT (SELECT count(*) FROM pg_stat_replication),"
+        " current_setting('synchronous_standby_names')"
+    ).fetchall()
+    if num_standbys and not names:
+        logger.warning(
+            "the database has standbys and no synchronous_standby_names: a failover to one of them"
+            " may lose turns that were answered"
+        )
+
+
+def _piece(db: Db, key: bytes, at: int) -> "tuple[int, bytes] | None":
+    row = db.execute(
+        "SELECT nbytes, substring(bytes FROM %s FOR %s) FROM cottention.blobs WHERE digest = %s",
+        [at + 1, PIECE_BYTES, key],
+    ).fetchone()
+    return row and (row[0], row[1])
+
+
+def _check(found: bytes, key: bytes) -> None:
+    if found != key:
+        raise SnapshotError(f"snapshot {key.hex()} is damaged in the database")
