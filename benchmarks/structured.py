@@ -21,7 +21,7 @@ from cottention.engine.outputs import Completion
 from cottention.engine.structured_output import TextStructure
 
 STREAMS = 64
-TOKENS = 96
+STEPS = 8
 PROMPT = "data = "
 MAX_TOKENS = 2048
 SEEDS = 20
@@ -47,9 +47,9 @@ RECORDS = {
 
 def measure(quick: bool) -> Report:
     """Tokens per second of constrained streams, and the answers to every schema."""
-    engine = Engine(config=EngineConfig(max_slots=STREAMS))
-    speed = _speed(engine, num_turns=4 if quick else 12)
+    speed = _speed(num_turns=20 if quick else 100)
     show("64 streams, free and constrained by turns", [speed])
+    engine = Engine(config=EngineConfig(max_slots=STREAMS))
     schemas = all_schemas()[:: 10 if quick else 1]
     answers = _answers(engine, schemas, num_seeds=2 if quick else SEEDS)
     engine.close()
@@ -60,32 +60,40 @@ def _json(schema: object) -> TextStructure:
     return TextStructure("json_schema", json.dumps(schema), param="response_format")
 
 
-def _speed(engine: Engine, num_turns: int) -> Report:
-    """Medians over the turns; each is some tokens of 64 streams of either kind."""
-    structure = _json(RECORDS)
-    rates: dict[str, list[float]] = {"free": [], "constrained": []}
-    for turn in range(num_turns + 1):
-        for name in rates:
-            is_free = name == "free"
-            params = SamplingParams(
-                max_tokens=TOKENS,
-                seed=turn,
-                ignore_eos=is_free,
-                structured=None if is_free else structure,
-            )
+def _speed(num_turns: int) -> Report:
+    """Times of some steps of 64 streams of either kind, by turns: medians, and ratios of pairs."""
+    engines = {"free": _busy_engine(None), "constrained": _busy_engine(_json(RECORDS))}
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(num_turns):
+        for name in sorted(engines, reverse=turn % 2 == 0):
             start = time.perf_counter()
-            done = engine.generate([f"{PROMPT}{place}" for place in range(STREAMS)], params)
-            seconds = time.perf_counter() - start
-            if turn:  # the first compiles the grammar, and warms up
-                rates[name].append(sum(len(each.token_ids) for each in done) / seconds)
-    ratios = [b / a for a, b in zip(*rates.values(), strict=True)]
+            num_tokens = sum(
+                len(out.token_ids) for _ in range(STEPS) for out in engines[name].step()
+            )
+            seconds[name].append((time.perf_counter() - start) / num_tokens)
+    for engine in engines.values():
+        engine.close()
+    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
     return {
-        "free tok/s": statistics.median(rates["free"]),
-        "constrained tok/s": statistics.median(rates["constrained"]),
+        "free tok/s": 1 / statistics.median(seconds["free"]),
+        "constrained tok/s": 1 / statistics.median(seconds["constrained"]),
         "ratio": statistics.median(ratios),
         "ratio p10": percentile(ratios, 10),
         "ratio p90": percentile(ratios, 90),
     }
+
+
+def _busy_engine(structure: TextStructure | None) -> Engine:
+    """An engine with as many streams as slots, none of which ends before the turns do."""
+    engine = Engine(config=EngineConfig(max_slots=STREAMS))
+    params = SamplingParams(
+        max_tokens=MAX_TOKENS, seed=1, ignore_eos=structure is None, structured=structure
+    )
+    for place in range(STREAMS):
+        engine.submit(engine.tokenizer.encode(f"{PROMPT}{place}"), params)
+    for _ in range(STEPS):
+        engine.step()
+    return engine
 
 
 def _answers(engine: Engine, schemas: list[NamedSchema], num_seeds: int) -> Report:
