@@ -122,6 +122,7 @@ def test_a_port_in_use_is_told_before_the_model_is_read(
     [
         ("--session-dir", "sessions: a part of its path is a file; give --session-dir a folder"),
         ("--api-key-file", "sessions cannot be read: "),
+        ("--tls-cert", "sessions cannot be read: "),
     ],
 )
 def test_a_path_that_cannot_be_is_told_before_the_model_is_read(
