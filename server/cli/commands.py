@@ -41,7 +41,7 @@ GENERATE_MAX_TOKENS = 256
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until a signal. Limits, port, keys and folders are checked before loading the model."""
     from cottention.server.cli.open_files import connection_table, raise_open_files_limit
-    from cottention.server.cli.serve import listening, run_server, url_of
+    from cottention.server.cli.serve import listening, page_url, run_server, url_of
     from cottention.server.cli.tls import tls_context
 
     table = connection_table(config, raise_open_files_limit())
@@ -75,8 +75,10 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             facts = {
                 "sessions": "none" if sessions is None else describe_storage(config),
                 "access": describe_access(sock, config),
-                "ready": url_of(sock, has_tls=tls is not None),
             }
+            page = page_url(sock, has_tls=tls is not None) if config.ui else None
+            facts |= {} if page is None else {"page": page}
+            facts["ready"] = url_of(sock, has_tls=tls is not None)
             announce = partial(_announce, engine, facts, config.log_format)
             return run_server(app, async_engine, config, sock, table, announce, tls)
 

@@ -112,6 +112,16 @@ def url_of(sock: socket.socket, *, has_tls: bool = False) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
+def page_url(sock: socket.socket, *, has_tls: bool = False) -> str | None:
+    """What to open in a browser of this machine; None for a unix socket, which none can open."""
+    url = url_of(sock, has_tls=has_tls)
+    if sock.family == socket.AF_UNIX:
+        return None
+    for anything, this_machine in (("//0.0.0.0:", "//127.0.0.1:"), ("//[::]:", "//[::1]:")):
+        url = url.replace(anything, this_machine)
+    return f"{url}/"
+
+
 def bounded(config: ServerConfig, table: ConnectionTable) -> type[asyncio.Protocol]:
     """The class of connections for uvicorn, with its limits bound."""
     made: Any = partial(
