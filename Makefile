@@ -123,7 +123,7 @@ bench: setup ## Run all benchmarks (ARGS="--quick")
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(ARGS)
 
-report: setup ## Draw the pictures of docs/quality.md (ARGS="--measure default" measures first)
+report: setup ## Draw the pictures and write the tables of docs/quality.md (ARGS="--measure default" measures first)
 	$(BIN)/python -m benchmarks.report $(ARGS)
 
 gpu-check: ## Test and measure on a GPU, with the Python that is there; ends with 2 where there is none

@@ -6,6 +6,7 @@ of a few KiB. What is added to the description is in here without a change.
 
 import json
 from collections.abc import Iterator, Mapping
+from string import Formatter
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -14,6 +15,8 @@ Schema = dict[str, Any]
 LARGE_NUMBER = 2**31 - 1
 TARGET_BYTES = 8_000
 """Of a path or a query, whose head may have 64 KiB."""
+
+UNKNOWN = "unknown"
 
 JSON, OCTETS = "application/json", "application/octet-stream"
 TEXT = "a word or two, "
@@ -36,7 +39,9 @@ class Description:
     def __init__(
         self, description: Schema, max_body_bytes: int, paths: Mapping[str, str], snapshot: bytes
     ) -> None:
-        """paths: values of the parameters in paths. snapshot: a valid body of an import."""
+        """paths: values of parameters in paths, the others name nothing that there is. snapshot: a
+        valid body of an import.
+        """
         self._description = description
         self._max_bytes = max_body_bytes - 1000
         self._paths = paths
@@ -52,7 +57,9 @@ class Description:
 
     def _of(self, path: str, method: str, operation: Schema) -> Iterator[Asked]:
         label = f"{method} {path}"
-        target, body, kind = path.format(**self._paths), b"", {}
+        names = (each[1] for each in Formatter().parse(path) if each[1])
+        paths = dict.fromkeys(names, UNKNOWN) | dict(self._paths)
+        target, body, kind = path.format(**paths), b"", {}
         content = operation.get("requestBody", {}).get("content", {})
         if JSON in content:
             kind = {"content-type": JSON}
@@ -66,7 +73,7 @@ class Description:
                 if place == "query":
                     yield Asked(here, method, f"{target}?{urlencode({name: text})}", kind, body)
                 elif place == "path":
-                    long = path.format(**{**self._paths, name: quote(text, safe="")})
+                    long = path.format(**{**paths, name: quote(text, safe="")})
                     yield Asked(here, method, long, kind, body)
                 else:
                     yield Asked(here, method, target, {**kind, name: text}, body)

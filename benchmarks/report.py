@@ -1,4 +1,6 @@
-"""The plots of docs/quality.md: bits per byte by position up to 64k, and memory by position.
+"""The plots of docs/quality.md, and its tables of small runs.
+
+Plots: bits per byte by position up to 64k, and memory by position. Tables: `benchmarks/papers`.
 
 Figures are kept in docs/endless.json. --measure MODEL ("default" or a model folder) first scores a
 model on long held-out text and adds its figures: exact and renewed, or for a softmax model with a
@@ -20,6 +22,7 @@ from benchmarks import long_context
 from benchmarks.common import machine, show, write_json
 from benchmarks.held_out import LongText, load
 from benchmarks.memory import kv_cache_bytes
+from benchmarks.papers import tables
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.model_folder import DEFAULT_MODEL
 from cottention.engine.models.registry import read_config
@@ -32,7 +35,7 @@ MEMORY_AT = [2**power for power in range(6, 17)]
 
 
 def main() -> None:
-    """Measure the given models, then plot all figures."""
+    """Measure the given models, then plot all figures and write the tables."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--measure", nargs="*", default=[], metavar="MODEL")
     options.add_argument("--streams", type=int, default=NUM_STREAMS, help="number of long streams")
@@ -45,6 +48,7 @@ def main() -> None:
     mpl.use("Agg")
     _draw_quality(series, DOCS / "endless.png")
     _draw_memory(DOCS / "growth.png")
+    tables.update()
 
 
 def _read() -> dict[str, Any]:

@@ -8,6 +8,7 @@ same weights: weights, optimizers, random generators and position.
 import ctypes
 import os
 import platform
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.models.gptj.model import CottentionForCausalLM
+from cottention.engine.models.gptj.model import map_weight
 from cottention.engine.training.data import Windows, batches_per_epoch, training_batch
 from cottention.engine.training.evaluate import HeldOut, score
 from cottention.engine.training.forward import add_dropout, initial_model, mean_loss
@@ -220,20 +221,39 @@ def training_device(settings: TrainingSettings) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+IN_BLOCK = re.compile(r"(^|\.)(h|layer)\.\d+\.")
+"""In the name of a weight: it belongs to a block of a GPT-J or to a layer of a BERT."""
+
+
 class Optimizers:
-    """Muon and AdamW, stepped and saved as one."""
+    """Muon and AdamW, stepped and saved as one.
+
+    map_rate and map_weight_decay, for comparisons: the learning rate of the attention's own weights
+    (Cottention's m) as a multiple of `learning_rate`, and their weight decay.
+    """
 
     def __init__(
-        self, model: CottentionForCausalLM, learning_rate: float, weight_decay: float
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        weight_decay: float,
+        *,
+        map_rate: float = 1.0,
+        map_weight_decay: float = 0.0,
     ) -> None:
         matrices: list[nn.Parameter] = []
         tables: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
+        own: list[nn.Parameter] = []
+        is_apart = (map_rate, map_weight_decay) != (1.0, 0.0)
         for name, weight in model.named_parameters():
-            in_block = name.startswith("transformer.h.")
+            if is_apart and map_weight(name) is not None:
+                own.append(weight)
+                continue
+            in_block = IN_BLOCK.search(name) is not None
             kind = others if weight.ndim != 2 else matrices if in_block else tables
             kind.append(weight)
-        self._learning_rate = learning_rate
+        apart = {"params": own, "weight_decay": map_weight_decay, "rate": map_rate}
         self._muon = torch.optim.Muon(
             matrices,
             lr=learning_rate,
@@ -244,19 +264,21 @@ class Optimizers:
             [
                 {"params": tables, "weight_decay": weight_decay},
                 {"params": others, "weight_decay": 0.0},
+                *([apart] if own else []),
             ],
             lr=learning_rate,
             betas=(0.9, 0.95),
             eps=1e-10,
         )
-        self._weights = [*matrices, *tables, *others]
+        self._learning_rate = learning_rate
+        self._weights = [*matrices, *tables, *others, *own]
 
     def step(self, factor: float) -> None:
         """Apply the gradients with `factor` times the learning rate, then clear them."""
         torch.nn.utils.clip_grad_norm_(self._weights, MAX_GRAD_NORM)
         for optimizer in self._each():
             for group in optimizer.param_groups:
-                group["lr"] = self._learning_rate * factor
+                group["lr"] = self._learning_rate * group.get("rate", 1.0) * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -274,12 +296,12 @@ class Optimizers:
         yield self._adam
 
 
-def learning_rate_factor(step: int, done: float) -> float:
+def learning_rate_factor(step: int, done: float, warmup_steps: int = WARMUP_STEPS) -> float:
     """Learning rate at `step`, as a fraction of the peak: warm-up, constant, linear to zero.
 
     done: fraction of the run that is done.
     """
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
+    warm = min(1.0, (step + 1) / max(1, warmup_steps))
     return warm * min(1.0, max(0.0, (1 - done) / (1 - DECAY_FROM)))
 
 

@@ -32,6 +32,7 @@ def test_parallel_and_recurrent_forms_agree(attention: str, length: int) -> None
     key_width, value_width = kind.key_width(config), kind.value_width(config)
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, length, HEADS, WIDTH, dtype=torch.float64, generator=generator)
+    torch.manual_seed(length)  # of the random features, whose denominators may be near 0
     with torch.inference_mode():
         weights = Attention(config).double().map_weights()
     at = token_positions(config, torch.arange(length), torch.float64)
@@ -55,7 +56,7 @@ def test_parallel_and_recurrent_forms_agree(attention: str, length: int) -> None
     ]
     forms = [kind.outputs(out) for out in (torch.cat(steps), parallel[0].transpose(0, 1))]
     assert forms[0].shape == (length, HEADS, WIDTH)
-    torch.testing.assert_close(*forms, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*forms, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("attention", ATTENTION_KINDS)

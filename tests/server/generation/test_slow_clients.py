@@ -40,8 +40,9 @@ def text_of(chunks: list[Any]) -> str:
 
 def test_a_stream_pauses_until_its_client_reads_again() -> None:
     """All the text comes, what had waited in one event, and what waited was bounded."""
-    num_tokens = 2000
+    num_tokens = 1000
     with serving(stream_buffer_bytes=100_000) as live:
+        live.step_with_loop()
         with live.connect(prompt="loud", stream=True, max_tokens=num_tokens) as sock:
             eventually(lambda: paused(live))
             generated = live.engine.num_generated

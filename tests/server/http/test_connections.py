@@ -59,9 +59,10 @@ def test_a_newcomer_has_the_place_of_the_one_that_was_idle_longest(sends: bytes)
         idle = []
         for _ in range(30):
             idle.append(stack.enter_context(connect(live.url)))
-            idle[-1].sendall(sends)
             if sends == GET:
-                idle[-1].recv(1000)
+                asked(idle[-1])
+            else:
+                idle[-1].sendall(sends)
             asked(stack.enter_context(connect(live.url)))
         eventually(lambda: num_connections(live) <= 10)
         assert answer(idle[0]) == b""
