@@ -36,6 +36,24 @@ class ServerConfig:
 
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0 is every IPv4 interface")
     port: int = setting(8000, "port to listen on; 0 chooses a free one", minimum=0, maximum=65_535)
+    uds: str | None = setting(
+        None,
+        "unix socket to listen on, instead of --host and --port; its owner and group can connect",
+        unset="none",
+        is_path=True,
+    )
+    tls_cert: str | None = setting(
+        None,
+        "PEM file of a certificate, followed by those that lead to its authority; serves HTTPS",
+        unset="none: plain HTTP",
+        is_path=True,
+    )
+    tls_key: str | None = setting(
+        None,
+        "PEM file of that certificate's private key, not encrypted",
+        unset="in the file of --tls-cert",
+        is_path=True,
+    )
     served_model_name: str | None = setting(
         None, "model name in requests and responses", unset="the model's own name"
     )
@@ -79,7 +97,7 @@ class ServerConfig:
     max_connections_per_address: int | None = setting(
         None,
         "maximum number of connections from one IP address, or IPv6 network of 64 bits",
-        unset="half of --max-connections",
+        unset="half of --max-connections; with --uds all of them",
         minimum=1,
     )
     max_body_bytes: int = setting(
@@ -266,6 +284,8 @@ class ServerConfig:
                 f"--max-received-bytes {self.max_received_bytes} must be at least --max-body-bytes,"
                 f" {self.max_body_bytes}"
             )
+        if self.tls_key is not None and self.tls_cert is None:
+            raise ConfigurationError("--tls-key needs the certificate of --tls-cert")
         if self.session_store is not None:
             check_address(self.session_store)
             if self.session_dir is not None:

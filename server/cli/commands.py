@@ -41,10 +41,12 @@ GENERATE_MAX_TOKENS = 256
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until a signal. Limits, port, keys and folders are checked before loading the model."""
     from cottention.server.cli.open_files import connection_table, raise_open_files_limit
-    from cottention.server.cli.serve import bind_socket, run_server, url_of
+    from cottention.server.cli.serve import listening, page_url, run_server, url_of
+    from cottention.server.cli.tls import tls_context
 
     table = connection_table(config, raise_open_files_limit())
-    with bind_socket(config.host, config.port, config.send_seconds) as sock:
+    tls = tls_context(config)
+    with listening(config) as sock:
         from cottention.engine.opening import open_engine
         from cottention.engine.worker import EngineWorker
         from cottention.server.api.app import create_app
@@ -73,10 +75,12 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             facts = {
                 "sessions": "none" if sessions is None else describe_storage(config),
                 "access": describe_access(sock, config),
-                "ready": url_of(sock),
             }
+            page = page_url(sock, has_tls=tls is not None) if config.ui else None
+            facts |= {} if page is None else {"page": page}
+            facts["ready"] = url_of(sock, has_tls=tls is not None)
             announce = partial(_announce, engine, facts, config.log_format)
-            return run_server(app, async_engine, config, sock, table, announce)
+            return run_server(app, async_engine, config, sock, table, announce, tls)
 
 
 def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -> int:

@@ -34,6 +34,8 @@ def raise_open_files_limit() -> int:
 def connection_table(config: ServerConfig, max_files: int) -> ConnectionTable:
     """The table of connections of these settings. max_files: the limit of open files.
 
+    Clients of a unix socket have no addresses: they count as one.
+
     ConfigurationError: the limit leaves too few files for connections.
     """
     reserved = RESERVED_FILES + config.max_session_reads
@@ -46,7 +48,8 @@ def connection_table(config: ServerConfig, max_files: int) -> ConnectionTable:
             f" open files, {max_files}: raise that with ulimit -n"
         )
     max_connections = wanted or min(DEFAULT_MAX_CONNECTIONS, allowed)
-    max_per_address = config.max_connections_per_address or max(1, max_connections // 2)
+    share = max_connections if config.uds else max(1, max_connections // 2)
+    max_per_address = config.max_connections_per_address or share
     return ConnectionTable(max_connections, max_per_address)
 
 

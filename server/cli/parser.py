@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from cottention.engine.config import EngineConfig
 from cottention.engine.settings.command_line import OneLineParser
 from cottention.engine.settings.sources import Resolved, unknown_variables
-from cottention.engine.standard_streams import write_notice
+from cottention.engine.standard_streams import write_notice, write_output
 from cottention.server.cli import commands
 from cottention.server.cli.options import (
     GENERATE_SETTINGS,
@@ -27,6 +27,8 @@ from cottention.server.cli.options import (
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version
+
+SHELLS = ("bash", "zsh", "fish")
 
 PRECEDENCE = (
     "A flag takes precedence over its variable, named in [brackets], and a variable over the file"
@@ -116,6 +118,18 @@ def _build(_: argparse.Namespace) -> int:
     return commands.build()
 
 
+def _add_shell(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
+
+
+def _completion(given: argparse.Namespace) -> int:
+    from cottention.server.cli.completion import completion_script
+
+    settings = (SERVE_SETTINGS | GENERATE_SETTINGS).values()
+    write_output(completion_script(given.shell, _parser(), settings))
+    return 0
+
+
 def _add_nothing(_: argparse.ArgumentParser) -> None:
     """For a command whose arguments are its settings."""
 
@@ -150,4 +164,10 @@ COMMANDS = {
         _add_json,
     ),
     "build": Command("compile the ops now instead of at first use", "", _build),
+    "completion": Command(
+        "print a script by which a shell completes commands, flags and files",
+        "SHELL",
+        _completion,
+        add_arguments=_add_shell,
+    ),
 }

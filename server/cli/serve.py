@@ -11,6 +11,7 @@ import logging
 import math
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from cottention.engine.errors import ConfigurationError
+from cottention.server.cli.unix_socket import unix_socket
 from cottention.server.config import SEND_SECONDS, ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.http.connections import ConnectionTable
@@ -58,6 +60,18 @@ CONNECTIONS = (
 the kernel, so that a slow reader is noticed here."""
 
 
+@contextlib.contextmanager
+def listening(config: ServerConfig) -> Iterator[socket.socket]:
+    """The listening socket of these settings. Raises ConfigurationError."""
+    made = (
+        bind_socket(config.host, config.port, config.send_seconds)
+        if config.uds is None
+        else unix_socket(config.uds, BACKLOG)
+    )
+    with made as sock:
+        yield sock
+
+
 def bind_socket(host: str, port: int, send_seconds: float = SEND_SECONDS) -> socket.socket:
     """Open a listening socket. Raises ConfigurationError.
 
@@ -89,10 +103,23 @@ def bind_socket(host: str, port: int, send_seconds: float = SEND_SECONDS) -> soc
     return sock
 
 
-def url_of(sock: socket.socket) -> str:
-    """The URL of a listening socket."""
+def url_of(sock: socket.socket, *, has_tls: bool = False) -> str:
+    """The URL of a listening socket; unix:PATH for a unix socket."""
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
+    scheme = "https" if has_tls else "http"
     host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def page_url(sock: socket.socket, *, has_tls: bool = False) -> str | None:
+    """What to open in a browser of this machine; None for a unix socket, which none can open."""
+    url = url_of(sock, has_tls=has_tls)
+    if sock.family == socket.AF_UNIX:
+        return None
+    for anything, this_machine in (("//0.0.0.0:", "//127.0.0.1:"), ("//[::]:", "//[::1]:")):
+        url = url.replace(anything, this_machine)
+    return f"{url}/"
 
 
 def bounded(config: ServerConfig, table: ConnectionTable) -> type[asyncio.Protocol]:
@@ -113,6 +140,7 @@ def run_server(
     sock: socket.socket,
     table: ConnectionTable,
     announce: Callable[[], None],
+    tls: ssl.SSLContext | None = None,
 ) -> int:
     """Serve until a signal and return the exit status; `announce` is called once it is ready."""
     settings = uvicorn.Config(
@@ -125,8 +153,9 @@ def run_server(
         server_header=False,
         timeout_keep_alive=IDLE_CONNECTION_SECONDS,
         timeout_graceful_shutdown=FINAL_EVENT_SECONDS,  # type: ignore[arg-type]  # takes parts, too
+        ssl_context_factory=None if tls is None else lambda *_: tls,
     )
-    server = DrainingServer(settings, table, engine, config.drain_seconds, announce)
+    server = DrainingServer(settings, table, engine, config, announce)
     gc.freeze()  # what is loaded stays: collecting it would stop all streams for a while
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
@@ -144,14 +173,14 @@ class DrainingServer(BoundedServer):
         config: uvicorn.Config,
         table: ConnectionTable,
         engine: AsyncEngine,
-        drain_seconds: float,
+        limits: ServerConfig,
         announce: Callable[[], None],
     ) -> None:
-        super().__init__(config, table)
+        super().__init__(config, table, limits.send_seconds)
         self.exit_status = 0
         self._draining = False
         self._engine = engine
-        self._drain_seconds = drain_seconds
+        self._drain_seconds = limits.drain_seconds
         self._announce = announce
 
     @contextlib.contextmanager
@@ -215,6 +244,8 @@ def warn_of_open_access(sock: socket.socket, config: ServerConfig) -> None:
 def describe_access(sock: socket.socket, config: ServerConfig) -> str:
     """Who can connect, for the start-up lines."""
     keys = "API key required" if _has_keys(config) else "no API key required"
+    if sock.family == socket.AF_UNIX:
+        return f"the socket's owner and group; {keys}"
     if not _is_local(sock):
         return f"open to other machines; {keys}"
     advice = "use --host 0.0.0.0 to open it"
@@ -224,7 +255,7 @@ def describe_access(sock: socket.socket, config: ServerConfig) -> str:
 
 
 def _is_local(sock: socket.socket) -> bool:
-    return ipaddress.ip_address(_host(sock)).is_loopback
+    return sock.family == socket.AF_UNIX or ipaddress.ip_address(_host(sock)).is_loopback
 
 
 def _host(sock: socket.socket) -> str:

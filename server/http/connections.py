@@ -91,6 +91,12 @@ class ConnectionTable:
         else:
             idle.pop(connection, None)
 
+    def close_idle(self) -> None:
+        """Close all connections without a request, as a server does that stops."""
+        for entry in [*self._addresses.values()]:
+            while self._close_one(entry):
+                pass
+
     def _close_one(self, entry: _Address) -> bool:
         """Close the connection that has been idle longest; whether there was one."""
         for connection in entry.idle:

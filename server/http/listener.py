@@ -1,13 +1,15 @@
 """Accepting connections one at a time, each when there is a place for it.
 
 An event loop's own servers accept all that wait at once, before anything can count them: a burst
-would take every descriptor that the process has.
+would take every descriptor that the process has. A TLS handshake has a place as well, so that
+clients which never finish theirs take neither the descriptors nor the time of others.
 """
 
 import asyncio
 import errno
 import logging
 import socket
+import ssl
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -23,6 +25,9 @@ MAX_REFUSED = 16
 """Refused connections that stay open for a moment, so that their clients read why."""
 
 REFUSED_SECONDS = 1.0
+HANDSHAKE_SECONDS = 10.0
+"""Time for a TLS handshake."""
+
 RETRY_SECONDS = 0.1
 """Pause after the system has refused to accept, for want of descriptors or memory."""
 
@@ -32,9 +37,13 @@ EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class BoundedServer(uvicorn.Server):
     """A uvicorn server whose connections are counted by a table before they are made."""
 
-    def __init__(self, config: uvicorn.Config, table: ConnectionTable) -> None:
+    def __init__(
+        self, config: uvicorn.Config, table: ConnectionTable, tls_shutdown_seconds: float = 30.0
+    ) -> None:
+        """tls_shutdown_seconds: time to send what is left and say goodbye, where there is TLS."""
         super().__init__(config)
         self._table = table
+        self._tls_shutdown_seconds = tls_shutdown_seconds
         self._tasks: set[asyncio.Task[None]] = set()
         self._acceptors: list[asyncio.Task[None]] = []
         self._refused: dict[socket.socket, asyncio.TimerHandle] = {}
@@ -51,6 +60,7 @@ class BoundedServer(uvicorn.Server):
         await asyncio.gather(*self._acceptors, return_exceptions=True)
         for sock in [*self._refused]:
             self._close_refused(sock)
+        self._table.close_idle()
         await super().shutdown(sockets=sockets)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -73,7 +83,8 @@ class BoundedServer(uvicorn.Server):
                     await asyncio.sleep(RETRY_SECONDS)
                 continue  # or the client has left already
             is_exhausted = False
-            await self._connect(sock, network_of(address[0]))
+            is_tcp = isinstance(address, tuple)  # clients of a unix socket have no addresses
+            await self._connect(sock, network_of(address[0]) if is_tcp else "")
 
     async def _connect(self, sock: socket.socket, address: str) -> None:
         try:
@@ -81,9 +92,30 @@ class BoundedServer(uvicorn.Server):
         except ApiError as error:
             self._refuse(sock, error)
             return
+        context = self.config.ssl
+        if context is not None:
+            handshake = Handshake(sock)
+            self._table.add(handshake, address)
+            self._spawn(self._encrypt(handshake, context))
+            return
         with suppress(OSError):  # the client has left already
             loop = asyncio.get_running_loop()
             await loop.connect_accepted_socket(self._protocol_factory(), sock)
+
+    async def _encrypt(self, handshake: "Handshake", context: ssl.SSLContext) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.connect_accepted_socket(
+                self._protocol_factory(),
+                handshake.sock,
+                ssl=context,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                ssl_shutdown_timeout=self._tls_shutdown_seconds,
+            )
+        except OSError as error:  # those of ssl are such
+            logger.info("a TLS handshake failed: %s", getattr(error, "reason", None) or error)
+        finally:
+            self._table.remove(handshake)
 
     def _protocol_factory(self) -> Callable[[], asyncio.Protocol]:
         """As uvicorn makes its connections."""
@@ -93,8 +125,14 @@ class BoundedServer(uvicorn.Server):
         )
 
     def _refuse(self, sock: socket.socket, error: ApiError) -> None:
-        """Answer before the request has come, and close when the client has had time to read."""
+        """Answer before the request has come, and close when the client has had time to read.
+
+        Where there is TLS, a client could not read it without a handshake: it is only closed.
+        """
         logger.info("refused a connection: %s", error)
+        if self.config.ssl is not None:
+            sock.close()
+            return
         with suppress(OSError):
             sock.send(refusal(error))
             sock.shutdown(socket.SHUT_WR)
@@ -106,3 +144,16 @@ class BoundedServer(uvicorn.Server):
     def _close_refused(self, sock: socket.socket) -> None:
         self._refused.pop(sock).cancel()
         sock.close()
+
+
+class Handshake:
+    """A connection that is not encrypted yet, as the table knows it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def close_idle(self) -> bool:
+        """As Connection.close_idle: the handshake fails, which closes it."""
+        with suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        return True

@@ -63,7 +63,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._receive_seconds = receive_seconds
         self._send_seconds = send_seconds
         self._socket: asyncio.Transport
-        self._refusal = _malformed()
+        self._refusal = _malformed(has_tls=False)
+        self._has_tls = False
         self._in_head, self._in_body = False, False
         self._num_head_bytes = self._num_framing_bytes = 0
         self._unanswered: deque[RequestResponseCycle] = deque()
@@ -76,6 +77,8 @@ class BoundedProtocol(HttpToolsProtocol):
         """Limit the time until the first request."""
         super().connection_made(transport)
         self._socket = transport
+        self._has_tls = transport.get_extra_info("sslcontext") is not None
+        self._refusal = _malformed(has_tls=self._has_tls)
         self._table.add(self, network_of(self.client[0] if self.client else ""))
         self._set_timer(self._receive_seconds)
 
@@ -206,7 +209,10 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._socket.get_write_buffer_size():
             return False
         self._set_timer(None)
-        self._socket.close()
+        if self._has_tls:  # closing would wait for the client's goodbye
+            self._socket.abort()
+        else:
+            self._socket.close()
         return True
 
     def _note_idle(self) -> None:
@@ -309,8 +315,9 @@ class UnchunkedTransport(asyncio.Transport):
         self._transport.write(body)
 
 
-def _malformed() -> ApiError:
-    return ApiError(400, "this is not a valid HTTP/1.1 request; the server speaks HTTP without TLS")
+def _malformed(*, has_tls: bool) -> ApiError:
+    hint = "" if has_tls else "; the server speaks HTTP without TLS"
+    return ApiError(400, f"this is not a valid HTTP/1.1 request{hint}")
 
 
 def _head_too_slow(seconds: float) -> ApiError:

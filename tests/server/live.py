@@ -16,7 +16,8 @@ import uvicorn
 from cottention.engine.worker import EngineWorker
 from cottention.server.api.app import create_app
 from cottention.server.cli.open_files import connection_table
-from cottention.server.cli.serve import bind_socket, bounded, url_of
+from cottention.server.cli.serve import bounded, listening, url_of
+from cottention.server.cli.tls import tls_context
 from cottention.server.config import ServerConfig
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.async_engine import AsyncEngine
@@ -58,7 +59,7 @@ class Live:
         turns: Any,
         url: str,
         client: httpx.Client,
-        server: uvicorn.Server,
+        server: BoundedServer,
     ) -> None:
         self.server = server
         self.engine = engine
@@ -155,18 +156,25 @@ def serving(
     )
     sessions = sessions or (FakeSessions() if "sessions" in engine.capabilities else None)
     app = create_app(async_engine, config, load_api_keys(config), sessions, template)
-    sock = bind_socket("127.0.0.1", 0)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
-    url = url_of(sock)
-    table = connection_table(config, -1)
-    server = BoundedServer(
-        uvicorn.Config(app, log_config=None, ws="none", http=bounded(config, table)), table
+    tls, table = tls_context(config), connection_table(config, -1)
+    wire = uvicorn.Config(
+        app,
+        log_config=None,
+        ws="none",
+        http=bounded(config, table),
+        ssl_context_factory=None if tls is None else lambda *_: tls,
     )
+    server = BoundedServer(wire, table)
+    opened = contextlib.ExitStack()
+    sock = opened.enter_context(listening(config))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65_536)  # or stalling takes megabytes
+    url = "http://localhost" if config.uds else url_of(sock, has_tls=tls is not None)
+    wire_of_client = httpx.HTTPTransport(uds=config.uds, verify=False)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
         # Without verify=False it would read the certificates of all authorities, for plain HTTP.
-        with httpx.Client(base_url=url, timeout=PATIENCE, verify=False) as client:
+        with httpx.Client(base_url=url, timeout=PATIENCE, transport=wire_of_client) as client:
             yield Live(
                 engine, async_engine, sessions, app.state.context.turn_queue, url, client, server
             )
@@ -175,7 +183,7 @@ def serving(
             engine.may_step.set()
         server.should_exit = True
         thread.join(PATIENCE)
-        sock.close()
+        opened.close()
     assert not thread.is_alive()
 
 

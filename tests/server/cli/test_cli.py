@@ -122,6 +122,7 @@ def test_a_port_in_use_is_told_before_the_model_is_read(
     [
         ("--session-dir", "sessions: a part of its path is a file; give --session-dir a folder"),
         ("--api-key-file", "sessions cannot be read: "),
+        ("--tls-cert", "sessions cannot be read: "),
     ],
 )
 def test_a_path_that_cannot_be_is_told_before_the_model_is_read(
@@ -312,13 +313,15 @@ def test_serve_answers_and_stops(gptj_folder: Path, tmp_path: Path) -> None:
         try:
             assert popen.stdout
             assert popen.stderr
-            model, memory, kept, access, ready = (popen.stdout.readline() for _ in range(5))
+            lines = [popen.stdout.readline() for _ in range(6)]
+            model, memory, kept, access, page, ready = lines
             assert "tiny, float32 on cpu" in model
             assert "4 slots of 16,384 bytes" in memory
             assert "until the server ends" in kept
             assert "localhost only; no API key required" in access
             assert ready.startswith("ready    http://127.0.0.1:")
             url = ready.split()[-1]
+            assert page == f"page     {url}/\n"
             body = {"prompt": "def f(", "max_tokens": 5, "model": "tiny", "seed": 1}
             whole = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()
             assert whole["usage"]["completion_tokens"] <= 5

@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from cottention.engine.errors import ConfigurationError
-from cottention.server.cli.serve import bind_socket, url_of
+from cottention.server.cli.serve import bind_socket, page_url, url_of
+from cottention.server.cli.unix_socket import unix_socket
 from tests.server.live import eventually
 
 ROOT = Path(__file__).parents[3]
@@ -160,3 +161,14 @@ def test_an_address_that_cannot_be_bound_is_one_line(
 def test_an_ipv6_address_is_bracketed() -> None:
     with bind_socket("::1", 0) as sock:
         assert url_of(sock).startswith("http://[::1]:")
+
+
+def test_the_page_is_named_by_an_address_that_a_browser_of_this_machine_can_open(
+    tmp_path: Path,
+) -> None:
+    with bind_socket("0.0.0.0", 0) as sock:
+        port = sock.getsockname()[1]
+        assert page_url(sock) == f"http://127.0.0.1:{port}/"
+        assert page_url(sock, has_tls=True) == f"https://127.0.0.1:{port}/"
+    with unix_socket(str(tmp_path / "socket"), 1) as sock:
+        assert page_url(sock) is None
