@@ -38,19 +38,21 @@ class ServerConfig:
     port: int = setting(8000, "port to listen on; 0 chooses a free one", minimum=0, maximum=65_535)
     uds: str | None = setting(
         None,
-        "unix socket to listen on, instead of --host and --port; its owner and group can connect",
+        "path of a unix socket to listen on, instead of --host and --port; its owner and group can"
+        " connect",
         unset="none",
         is_path=True,
     )
     tls_cert: str | None = setting(
         None,
-        "PEM file of a certificate, followed by those that lead to its authority; serves HTTPS",
+        "file of a certificate in PEM form, followed by those that lead to its authority; serves"
+        " HTTPS",
         unset="none: plain HTTP",
         is_path=True,
     )
     tls_key: str | None = setting(
         None,
-        "PEM file of that certificate's private key, not encrypted",
+        "file of that certificate's private key in PEM form, not encrypted",
         unset="in the file of --tls-cert",
         is_path=True,
     )

@@ -186,7 +186,7 @@ def test_the_json_format_is_one_object() -> None:
     assert "ValueError: broken" in json.loads(line)["exception"]
 
 
-STARTS = ("model", "memory", "sessions", "access", "ready")
+STARTS = ("model", "memory", "sessions", "access", "page", "ready")
 
 
 def test_with_the_json_format_all_output_is_json(gptj_folder: Path) -> None:
