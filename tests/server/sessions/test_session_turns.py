@@ -96,8 +96,10 @@ def test_a_stalled_reader_keeps_what_was_written_to_its_socket() -> None:
     """Each letter is said ten thousand times, so that the socket is full soon."""
     with serving() as live:
         session_id = live.opened("x")
+        live.step_with_loop()
         body = {"prompt": "loud", "max_tokens": 1_000_000, "session_id": session_id}
-        with live.connect(**body, stream=True):
+        with live.connect(**body, stream=True) as sock:
+            sock.recv(1)  # something has been written
             eventually(lambda: any(each.is_paused for each in live.engine.running.values()))
         eventually(lambda: live.sessions.ends, equals=["commit"])
         assert live.sessions.state_of(session_id).num_tokens < live.engine.num_generated
