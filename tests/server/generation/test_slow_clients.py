@@ -59,6 +59,7 @@ def test_a_stream_pauses_until_its_client_reads_again() -> None:
 
 def test_log_probabilities_count_towards_the_buffer() -> None:
     with serving(stream_buffer_bytes=50_000) as live:
+        live.step_with_loop()
         body = {"prompt": "x", "stream": True, "max_tokens": 100_000, "logprobs": 20}
         with live.connect(**body):
             eventually(lambda: paused(live))
