@@ -63,13 +63,12 @@ def test_a_gpu_agrees(gptj_folder: Path, name: str, max_recurrent_tokens: int) -
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("has_mix", [False, True])
 def test_sixteen_bits_are_those_of_products_alone(
-    gptj_folder: Path, monkeypatch: pytest.MonkeyPatch, has_mix: bool
+    gptj_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What goes from layer to layer is float32: else its rounding outgrows that of products."""
     monkeypatch.setattr(ops, "can_pack", lambda _: False)
-    monkeypatch.setattr(ops, "can_fuse_attention", lambda _device, _width: has_mix)
+    monkeypatch.setattr(ops, "can_fuse_attention", lambda _device, _width: False)
     config = read_config(gptj_folder)
     model = ServedGPTJ(load_model(gptj_folder, config, torch.bfloat16), "cpu")
     pool = StatePool(config.state_spec(), 1, "cpu")
