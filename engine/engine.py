@@ -14,6 +14,7 @@ from pathlib import Path
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Capability
 from cottention.engine.errors import EngineStoppedError
+from cottention.engine.execution.device import check_device
 from cottention.engine.execution.loading import load
 from cottention.engine.grammar.compiler import GrammarCompiler
 from cottention.engine.grammar.matcher import MaskWorker
@@ -157,7 +158,8 @@ class Engine:
     def step(self) -> list[Output]:
         """Execute what was submitted, cancelled or paused, then compute one batch.
 
-        Returns at most one output for each choice.
+        Returns at most one output for each choice. Raises DeviceFaultError, after which no step
+        can succeed.
         """
         outputs = self._run_commands()
         self._request_manager.admit()
@@ -166,6 +168,7 @@ class Engine:
             try:
                 result = self._runner.run(batch)
             except Exception as error:
+                check_device(self.device, error)
                 outputs += self._fail_batch(batch, error)
             else:
                 outputs += self._process(batch, result)

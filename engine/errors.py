@@ -6,6 +6,7 @@ CottentionError
 ├── OutOfMemoryError      the pool does not fit: what was asked, what there is
 ├── ParameterError        a request's field: its name and what is allowed
 ├── EngineStoppedError    the engine takes no more work
+├── DeviceFaultError      the device computes nothing any more: the engine ends
 ├── RequestFailedError    a request that the engine accepted and could not finish
 ├── SnapshotError         bytes that are no snapshot of a session
 │   └── SnapshotMismatchError   a snapshot of another model, tokenizer, layout or format
@@ -50,6 +51,10 @@ class ParameterError(CottentionError):
 
 class EngineStoppedError(CottentionError):
     """The engine is stopping or stopped: it takes no more work."""
+
+
+class DeviceFaultError(CottentionError):
+    """The device has failed, not a request: nothing more can be computed in this process."""
 
 
 class RequestFailedError(CottentionError):

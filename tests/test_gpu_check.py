@@ -99,6 +99,23 @@ sys.exit(pytest.main({options + files}))"""
     assert " 300M  1,234\n" in run.stdout
 
 
+def test_a_dry_run_tells_what_would_run_and_stays_within_six_minutes() -> None:
+    """Machines with a GPU are lent by the minute: what runs there must fit, and be known before."""
+    run = subprocess.run(
+        [SCRIPT, "--dry-run"],
+        env=os.environ | {"OUT": "/nowhere"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *parts, last = run.stdout.splitlines()
+    limits = [int(seconds) for seconds in re.findall(r"at most +(\d+) s  ", run.stdout)]
+    assert len(limits) == len(parts) >= 4
+    assert last == f"at most {sum(limits)} s in all; results in /nowhere"
+    assert sum(limits) <= 360
+    assert all("/nowhere/" in part for part in parts[1:])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so() -> None:
     run = subprocess.run(

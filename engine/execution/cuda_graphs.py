@@ -28,6 +28,8 @@ from cottention.engine.sampling.topk_topp import (
 MAX_ROWS = 512
 """In larger batches launches take no time of their own, and a graph's logits are hundreds of MB."""
 
+_SMALL_SIZES = (1, 2, 4, 8, 16, 32, 64)
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
@@ -80,9 +82,12 @@ class DecodeGraphs(Generic[T]):
             self._graph(size)
 
     def sizes(self) -> list[int]:
-        """Rows of the graphs: powers of two, and `max_rows`."""
-        powers = [2**i for i in range((self.max_rows - 1).bit_length())]
-        return [*powers, self.max_rows]
+        """Rows of the graphs: powers of two to 64, from there in steps of 64, and `max_rows`.
+
+        A batch of 257 rows would else take a step of 512: padding costs as much as rows do.
+        """
+        sizes = [*_SMALL_SIZES, *range(2 * _SMALL_SIZES[-1], MAX_ROWS, _SMALL_SIZES[-1])]
+        return [*(size for size in sizes if size < self.max_rows), self.max_rows]
 
     def run(self, rows: Sequence[Row], sampling_rows: Sequence[SamplingRow] = ()) -> T:
         """The step's outputs for the rows, then for padding; the next run overwrites them.

@@ -15,6 +15,7 @@ import torch
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError, ModelFolderError, ParameterError
+from cottention.engine.execution.device import use_exact_products
 from cottention.engine.execution.model_runner import ModelRunner
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
@@ -80,6 +81,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     num_slots = config.num_slots(spec)
     device = device_of(config)
     dtype = dtype_of(config, device, model_config)
+    use_exact_products(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(folder, config.tokenizer, model_config)

@@ -76,7 +76,7 @@ def served_product(weight: Tensor, bias: Tensor | None, device: str) -> Callable
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+    return ops.wide_product(x, weight, bias).to(x.dtype)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

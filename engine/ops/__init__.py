@@ -39,7 +39,13 @@ from cottention.engine.ops.fused import (
     rwkv7_layers,
     sample,
 )
-from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack, row_product
+from cottention.engine.ops.linear import (
+    FixedOrderLinear,
+    FixedOrderNorm,
+    can_pack,
+    row_product,
+    wide_product,
+)
 from cottention.engine.ops.loader import Backend, backend, compiled_takes, warn_reference
 from cottention.engine.ops.reference import NO_INDEX, PADDING_SLOT, rotate, unpack_bitmask
 from cottention.engine.ops.varlen import Segments, check_state_indices
@@ -89,6 +95,7 @@ __all__ = [
     "softplus",
     "tanh",
     "unpack_bitmask",
+    "wide_product",
 ]
 
 MAX_RECURRENT_TOKENS = 32

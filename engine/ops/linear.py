@@ -14,6 +14,19 @@ TILE_ROWS = 32
 _ROWS_AT_ONCE = 256
 
 
+def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [N, C] W[O, C]ᵀ + bias [O] → float32 or wider [N, O]; operands in the type of the weights.
+
+    CUDA's products of 16-bit operands accumulate in float32 and here are not rounded after it.
+    """
+    x = x.to(weight.dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight.device.type != "cuda" or weight.dtype == wide:
+        return F.linear(x, weight, bias).to(wide)
+    out = torch.mm(x, weight.T, out_dtype=wide)
+    return out if bias is None else out.add_(bias)
+
+
 class FixedOrderLinear(nn.Module):
     """x Wᵀ + bias; on the CPU the bits of a row do not depend on the number of rows.
 

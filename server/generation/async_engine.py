@@ -202,7 +202,7 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._fail, error)
 
     def _fail(self, error: BaseException) -> None:
-        logger.critical("the engine's thread died", exc_info=error)
+        logger.critical("the engine's thread died: %s", error, exc_info=error)
         self.phase = Phase.FAILED
         for stream in self._dispatcher.streams:
             stream.fail()

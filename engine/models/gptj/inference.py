@@ -9,6 +9,7 @@ Letters: N tokens, R rows, C channels.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -53,13 +54,16 @@ class ServedGPTJ:
         kind = PackedLayers if self._is_packed else TorchLayers
         self._layers: Layers = kind(self.config, device, model.take_blocks())
         self._last_norm = self._norm(model.transformer.ln_f.to(device))
-        self._head = product(weight, model.lm_head.bias, device)
+        bias = model.lm_head.bias
+        if device == "cpu":
+            self._head = product(weight, bias, device)
+        else:
+            self._head = partial(ops.wide_product, weight=weight.to(device), bias=bias.to(device))
         del model.lm_head
 
     def hidden(self, ids: Tensor, positions: Tensor, recurrence: Recurrence) -> Tensor:
         """ids and positions int64 [N] → hidden states [N, C] before the last norm."""
-        x = nn.functional.embedding(ids, self._embedding)
-        x = x.float() if self._is_packed else x
+        x = nn.functional.embedding(ids, self._embedding).float()
         return self._layers(x, token_positions(self.config, positions, x.dtype), recurrence)
 
     def last_hidden(self, hidden: Tensor) -> Tensor:
@@ -71,7 +75,9 @@ class ServedGPTJ:
         return self._head(self.last_hidden(hidden)).float()
 
     def _norm(self, norm: nn.LayerNorm) -> Product:
-        return ops.FixedOrderNorm(norm.weight, norm.bias, norm.eps) if self._is_packed else norm
+        if self._is_packed:
+            return ops.FixedOrderNorm(norm.weight, norm.bias, norm.eps)
+        return norm.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,7 @@ class TorchLayer:
 class TorchLayers:
     """The layers in torch's own operations, on any device and in any type.
 
+    What goes from layer to layer and the norms are float32, products have the weights' type.
     On CUDA a compiled op, where there is one, computes all between the two products for batches
     that are not prefilled in chunks.
     """
@@ -127,7 +134,7 @@ class TorchLayers:
 
 def _torch_layer(block: Block, device: str) -> TorchLayer:
     return TorchLayer(
-        norm=block.ln_1.to(device),
+        norm=block.ln_1.to(device).float(),
         project_in=product(*block.stacked_in(), device),
         map_weights=tuple(weight.to(device) for weight in block.attn.map_weights()),
         project_out=product(*block.stacked_out(), device),
@@ -139,7 +146,7 @@ def product(weight: Tensor, bias: Tensor, device: str) -> Product:
     weight, bias = weight.to(device), bias.to(device)
     if device == "cpu" and (weight.dtype == torch.float32 or ops.can_pack(weight)):
         return ops.FixedOrderLinear(weight, bias)
-    return lambda x: nn.functional.linear(x, weight, bias)
+    return lambda x: nn.functional.linear(x.to(weight.dtype), weight, bias)
 
 
 class PackedLayers:

@@ -95,6 +95,8 @@ def test_sizes_end_where_graphs_stop_paying() -> None:
     assert DecodeGraphs(doubled, 10_000, "cpu", run_again).sizes()[-1] == MAX_ROWS
     assert DecodeGraphs(doubled, 1, "cpu", run_again).sizes() == [1]
     assert DecodeGraphs(doubled, 8, "cpu", run_again).sizes() == [1, 2, 4, 8]
+    large = DecodeGraphs(doubled, 300, "cpu", run_again).sizes()
+    assert large == [1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 300]
 
 
 def test_a_slot_named_twice_is_refused_before_anything_runs() -> None:

@@ -61,3 +61,20 @@ def test_a_gpu_agrees(gptj_folder: Path, name: str, max_recurrent_tokens: int) -
     got = logits_and_state(gptj_folder, "cuda", LENGTHS[name], max_recurrent_tokens)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_sixteen_bits_are_those_of_products_alone(
+    gptj_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes from layer to layer is float32: else its rounding outgrows that of products."""
+    monkeypatch.setattr(ops, "can_pack", lambda _: False)
+    monkeypatch.setattr(ops, "can_fuse_attention", lambda _device, _width: False)
+    config = read_config(gptj_folder)
+    model = ServedGPTJ(load_model(gptj_folder, config, torch.bfloat16), "cpu")
+    pool = StatePool(config.state_spec(), 1, "cpu")
+    rows = Recurrence(pool.tensors, Segments.of([0], [5], 1, "cpu"))
+    with torch.inference_mode():
+        hidden = model.hidden(torch.arange(5), torch.arange(5), rows)
+        assert hidden.dtype == model.last_hidden(hidden).dtype == torch.float32
+        assert not torch.equal(hidden, hidden.bfloat16().float())
+        assert model.logits(hidden).dtype == torch.float32
