@@ -25,6 +25,7 @@ from cottention.engine.sessions.store import NewSession, SessionRecord, SessionS
 from cottention.engine.sessions.store.postgres import queries
 from cottention.engine.sessions.store.postgres.address import check_address, read_password
 from cottention.engine.sessions.store.postgres.blobs import Blob
+from cottention.engine.sessions.store.postgres.functions import NUM_TURNS
 from cottention.engine.sessions.store.postgres.store import PostgresStore
 from tests.engine.postgres import PASSWORD, Postgres, running_pgbouncer, running_postgres
 from tests.engine.sessions.store.backends import PostgresBackend
@@ -151,7 +152,7 @@ def test_what_the_network_cuts_is_done_once(
     monkeypatch.setattr(
         "cottention.engine.sessions.store.postgres.connections.ATTEMPT_SECONDS", 1.0
     )
-    trigger = b"SET fence = s.fence + 1" if verb == "acquire" else b"COMMIT"
+    triggers = {"acquire": b"cottention.acquire_v1", "commit": b"cottention.commit_v1"}
     with (
         proxied(postgres.port) as proxy,
         closing(backend.open()) as other,
@@ -163,7 +164,7 @@ def test_what_the_network_cuts_is_done_once(
         # the heartbeats' own transactions would take the fault
         store._replica._stopping.set()
         store._replica._thread.join()
-        proxy.arm(trigger, fault)
+        proxy.arm(triggers.get(verb, b"COMMIT"), fault)
         if verb == "commit":
             found = store.commit(lease, 2, b"three", 3, 2)
             assert (found.version, found.position) == (3, 3)
@@ -197,19 +198,20 @@ def test_a_commit_in_doubt_is_found_after_turns_of_others(backend: PostgresBacke
         lease, _ = store.acquire(record.id, 60)
         blob = Blob.of(b"two", b"", 2, "renew")
 
-        def find(turn: str) -> SessionRecord | None:
-            return store._connections.statement(
+        def find(turn: int) -> SessionRecord | None:
+            stored = store._connections.statement(
                 lambda db: queries.find_commit(db, lease, 1, blob, turn)
             )
+            return stored and stored.record
 
         done = store.commit(lease, 1, b"two", 2, 0, "renew")
         [[turns]] = backend.execute("SELECT turns FROM cottention.sessions")
         assert find(turns[0]) == done
-        for n in range(queries.NUM_TURNS - 1):
+        for n in range(NUM_TURNS - 1):
             other, _ = store.acquire(record.id, 60)
             store.commit(other, other.version, b"%d" % n, 3, 0)
             assert find(turns[0]) == done
-            assert find("another") is None
+            assert find(turns[0] + 1) is None
         turn(store, record.id, b"one too many")
         with pytest.raises(StoreUnavailableError, match="may be among"):
             find(turns[0])
