@@ -52,6 +52,8 @@ IS_FREE = (
 BELONGS = "s.id = %(id)s AND (%(owner)s::text IS NULL OR s.owner = %(owner)s)"
 IS_HELD = "s.id = %(id)s AND s.fence = %(fence)s AND s.lease_owner = %(replica)s"
 NO_LEASE = "lease_owner = NULL, lease_turn = NULL, lease_until = NULL, lease_version = NULL"
+NO_TURN = -1
+"""No turn's name: whoever leases nothing for itself."""
 ADD_TURN = f"turns = %(turn)s::bigint || s.turns[1:{NUM_TURNS - 1}]"
 WAS_INTERRUPTED = (
     "(s.was_interrupted OR s.lease_owner IS NOT NULL AND s.lease_version = s.version"
@@ -352,7 +354,7 @@ def new_id() -> str:
 
 def delete(db: Db, session_id: str, replica: str) -> None:
     """SessionBusyError; SessionNotFoundError."""
-    values = {"id": session_id, "replica": replica, "turn": ""}
+    values = {"id": session_id, "replica": replica, "turn": NO_TURN}
     row = db.execute(
         f"SELECT s.seq, {IS_FREE} FROM cottention.sessions AS s"
         f" WHERE s.id = %(id)s AND {IS_ALIVE} FOR UPDATE OF s",
@@ -382,7 +384,7 @@ def expire(db: Db, limit: int, replica: str) -> list[str]:
     rows = db.execute(
         f"SELECT s.seq, s.id FROM cottention.sessions AS s WHERE s.expires_at <= {NOW}"
         f" AND {IS_FREE} LIMIT %(limit)s FOR UPDATE OF s SKIP LOCKED",
-        {"limit": limit, "replica": replica, "turn": ""},
+        {"limit": limit, "replica": replica, "turn": NO_TURN},
     ).fetchall()
     if rows:
         remove(db, [seq for seq, _ in rows])
