@@ -67,7 +67,7 @@ class Blob:
         """As it is in the database: deflated where that is shorter."""
         if len(self.raw) > MAX_DEFLATED:
             return self.raw
-        return min(zlib.compress(self.raw, 1), self.raw, key=len)
+        return min(self.raw, zlib.compress(self.raw, 1), key=len)  # equal lengths mean raw bytes
 
 
 def inflated(stored: bytes, nbytes: int) -> bytes:

@@ -2,11 +2,13 @@
 
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -24,7 +26,7 @@ from cottention.engine.errors import (
 from cottention.engine.sessions.store import NewSession, SessionRecord, SessionStore
 from cottention.engine.sessions.store.postgres import queries
 from cottention.engine.sessions.store.postgres.address import check_address, read_password
-from cottention.engine.sessions.store.postgres.blobs import Blob
+from cottention.engine.sessions.store.postgres.blobs import Blob, inflated
 from cottention.engine.sessions.store.postgres.functions import NUM_TURNS
 from cottention.engine.sessions.store.postgres.store import PostgresStore
 from tests.engine.postgres import PASSWORD, Postgres, running_pgbouncer, running_postgres
@@ -357,6 +359,19 @@ def test_passwords_come_from_a_file_a_variable_or_libpq_s_own_file(
     file.chmod(0o600)
     monkeypatch.setenv("PGPASSFILE", str(file))
     PostgresStore(postgres.url).close()
+
+
+def test_blobs_come_back_whether_deflating_makes_them_shorter_or_not() -> None:
+    """One whose deflated form is as long as itself was once read as what it is not."""
+    rng = random.Random(1)
+    ends = set()
+    for length in range(2000):
+        raw = bytes(rng.choices(b"0123456789 abcdef", k=length // 10))
+        stored = Blob.of(raw, b"", 1, "exact").deflated()
+        ends.add(len(zlib.compress(raw, 1)) - len(raw))
+        assert inflated(stored, len(raw)) == raw
+    assert min(ends) < 0 < max(ends)
+    assert 0 in ends
 
 
 def test_the_fence_is_what_refuses_a_late_writer(backend: PostgresBackend) -> None:
