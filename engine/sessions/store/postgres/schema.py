@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # that rows are updated in place (HOT) where pages have room.
 # blobs: a snapshot and its event log, written once, and what a state says of it; refs: states that
 # have it. bytes: deflated where they are shorter than nbytes; PostgreSQL need not try it again.
+# budgets: what is left of an owner's tokens of a minute, refilled since `filled_at`; lent: by the
+# last loan. key_use: requests of an owner that a replica runs.
 _FIRST = f"""
 CREATE TABLE cottention.replicas (
     id text PRIMARY KEY, name text NOT NULL, url text, build text NOT NULL, model text NOT NULL,
@@ -38,6 +40,12 @@ CREATE TABLE cottention.blobs (
     nbytes bigint NOT NULL, context_policy text NOT NULL, events_nbytes bigint NOT NULL,
     bytes bytea NOT NULL);
 ALTER TABLE cottention.blobs ALTER bytes SET STORAGE EXTERNAL;
+CREATE UNLOGGED TABLE cottention.budgets (
+    owner text PRIMARY KEY, tokens double precision NOT NULL, lent double precision NOT NULL,
+    filled_at timestamptz NOT NULL);
+CREATE UNLOGGED TABLE cottention.key_use (
+    owner text NOT NULL, replica text NOT NULL REFERENCES cottention.replicas ON DELETE CASCADE,
+    running bigint NOT NULL, PRIMARY KEY (owner, replica));
 {ACQUIRE}
 {COMMIT}
 """

@@ -34,6 +34,7 @@ from cottention.engine.sessions.store.postgres.connections import (
     Db,
     reason_of,
 )
+from cottention.engine.sessions.store.postgres.key_ledger import PostgresKeyLedger
 from cottention.engine.sessions.store.postgres.queries import Stored
 from cottention.engine.sessions.store.postgres.replica import LIFE_SECONDS, Replica
 from cottention.engine.sessions.store.postgres.schema import migrate
@@ -112,6 +113,7 @@ class PostgresStore(SessionStore):
         self._replica = Replica(
             self._connections, name=name, url=replica_url, build=build, model=model
         )
+        self.key_ledger = PostgresKeyLedger(self._connections, self._replica.id)
         try:
             self._connections.open()
             self._connections.write(migrate)
