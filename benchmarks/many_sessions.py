@@ -63,7 +63,7 @@ def build(server: Postgres, name: str, num: int, recipes: Recipes) -> tuple[str,
     """A database of so many sessions; its address and their ids."""
     with psycopg.connect(server.url, password=PASSWORD, autocommit=True) as db:
         db.execute(f"CREATE DATABASE {name}")
-    url = server.url.replace("/postgres", f"/{name}")
+    url = server.url.removesuffix("postgres") + name
     rng = random.Random(num)
     with closing(PostgresStore(url + RELAXED, password=PASSWORD)) as store:
         bases = [NewSession("a", 1, recipes.encode(n, 0, n)) for n in range(NUM_BASES)]

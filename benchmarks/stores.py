@@ -34,8 +34,8 @@ from tests.engine.postgres import PASSWORD, Postgres, running_postgres
 
 NUM_THREADS = 8
 NUM_SESSIONS = 64
-NUM_ROUNDS = 9
-SECONDS = 2.0
+NUM_ROUNDS = 7
+SECONDS = 1.5
 
 PLACES = f"generate_series(1, {NUM_SESSIONS}) AS n"
 
