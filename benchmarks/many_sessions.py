@@ -33,7 +33,7 @@ IDS_PER_TURN = 16
 NUM_BASES = 64
 IDS = range(300, 1000)
 """9.5 bits each, as much as those of a text."""
-BATCH = 500
+BATCH = 100
 NUM_THREADS = 8
 NUM_ROUNDS = 9
 LEASES_PER_ROUND = 1_000

@@ -107,7 +107,7 @@ def create_app(
         max_snapshot_bytes = 0
     else:
         cost = session_bytes(cast("Engine", engine.engine), config)
-        registry = make_registry(engine, sessions.sizes, cost, name)
+        registry = make_registry(engine, sessions.sizes, cost, name, ledger)
         max_snapshot_bytes = min(config.max_snapshot_bytes, sessions.max_snapshot_nbytes)
     app.state.context = Context(
         engine,

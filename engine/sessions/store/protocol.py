@@ -145,7 +145,15 @@ class Loan:
 
 
 class KeyLedger(Protocol):
-    """What owners use at all servers of a shared store together. StoreUnavailableError."""
+    """What owners use at all servers of a shared store together. StoreUnavailableError.
+
+    replica: the name of this server. is_alive: the others surely see that it lives.
+    """
+
+    replica: str
+
+    @property
+    def is_alive(self) -> bool: ...
 
     def borrow(self, owner: str, owed: float, portion: float, per_minute: int) -> Loan:
         """Pay what was used beyond earlier loans, and take up to `portion` tokens.

@@ -6,6 +6,7 @@ Both are lost in a crash of the database, as they are in one of a server, and fi
 from collections.abc import Mapping
 
 from cottention.engine.sessions.store.postgres.connections import Connections
+from cottention.engine.sessions.store.postgres.replica import Replica
 from cottention.engine.sessions.store.protocol import KeyLedger, Loan
 
 LEVEL = (
@@ -45,11 +46,16 @@ EXCHANGE = (
 
 
 class PostgresKeyLedger(KeyLedger):
-    """See KeyLedger. replica: the id of this one, which lives while it beats."""
+    """See KeyLedger."""
 
-    def __init__(self, connections: Connections, replica: str) -> None:
+    def __init__(self, connections: Connections, replica: Replica) -> None:
         self._connections = connections
         self._replica = replica
+        self.replica = replica.name
+
+    @property
+    def is_alive(self) -> bool:
+        return self._replica.is_alive
 
     def borrow(self, owner: str, owed: float, portion: float, per_minute: int) -> Loan:
         values = {"owner": owner, "owed": owed, "portion": portion, "per_minute": per_minute}
@@ -60,7 +66,7 @@ class PostgresKeyLedger(KeyLedger):
 
     def exchange(self, running: Mapping[str, int]) -> Mapping[str, int]:
         values = {
-            "replica": self._replica,
+            "replica": self._replica.id,
             "owners": [*running],
             "running": [*running.values()],
         }

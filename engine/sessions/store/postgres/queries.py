@@ -343,8 +343,15 @@ def insert_session(db: Db, session_id: str, new: NewSession, blob: Blob | None) 
 
 
 def read_sessions(db: Db, ids: Sequence[str]) -> Records:
-    """The records of sessions that exist, in this order."""
-    return [read_session(db, session_id, may_be_over=True).record for session_id in ids]
+    """The records of sessions, in this order. SessionNotFoundError where one does not exist."""
+    rows = db.execute(
+        f"SELECT {RECORD} FROM cottention.sessions AS s WHERE s.id = ANY(%s)", [[*ids]]
+    ).fetchall()
+    found = {record.id: record for record in map(to_record, rows)}
+    for session_id in ids:
+        if session_id not in found:
+            raise SessionNotFoundError(f"no session {session_id!r}")
+    return [found[session_id] for session_id in ids]
 
 
 def new_id() -> str:

@@ -58,6 +58,8 @@ HOLD_SECONDS = 30.0
 WAIT_SECONDS = 0.2
 """Between looks at a lease whose holder has missed beats."""
 PIECE_BYTES = 1 << 20
+MANY_SESSIONS = 10_000
+SECONDS_TO_COUNT = 60.0
 MAX_LEASED = 4096
 """Sessions whose states are remembered while they are leased."""
 
@@ -109,11 +111,12 @@ class PostgresStore(SessionStore):
         """
         self._quotas = quotas
         self._leased = LeasedSessions()
+        self._counted = 0.0, StoreCounts(0, 0)
         self._connections = Connections(url, password, max_connections)
         self._replica = Replica(
             self._connections, name=name, url=replica_url, build=build, model=model
         )
-        self.key_ledger = PostgresKeyLedger(self._connections, self._replica.id)
+        self.key_ledger = PostgresKeyLedger(self._connections, self._replica)
         try:
             self._connections.open()
             self._connections.write(migrate)
@@ -333,12 +336,18 @@ class PostgresStore(SessionStore):
         )
 
     def counts(self) -> StoreCounts:
+        """Of many sessions, as they were at most SECONDS_TO_COUNT ago: it reads all of them."""
+        counted_at, found = self._counted
+        if found.num_sessions >= MANY_SESSIONS and time.monotonic() < counted_at + SECONDS_TO_COUNT:
+            return found
         statement = (
             "SELECT (SELECT count(*) FROM cottention.sessions),"
             " (SELECT coalesce(sum(nbytes), 0)::bigint FROM cottention.blobs)"
         )
         [row] = self._connections.statement(lambda db: db.execute(statement).fetchall())
-        return StoreCounts(*row)
+        found = StoreCounts(*row)
+        self._counted = time.monotonic(), found
+        return found
 
     def now(self) -> float:
         return self._replica.now()
