@@ -197,7 +197,7 @@ def renew(db: Db, lease: Lease, replica: str, seconds: float) -> None:
         "UPDATE cottention.sessions AS s"
         " SET lease_until = clock_timestamp() + make_interval(secs => %(seconds)s)"
         f" WHERE {IS_HELD}",
-        {**_of(lease, replica), "seconds": seconds},
+        {**of_lease(lease, replica), "seconds": seconds},
     )
     if cursor.rowcount == 0:
         raise SessionMovedError(f"session {lease.session_id!r} is no longer held by this turn")
@@ -206,7 +206,7 @@ def renew(db: Db, lease: Lease, replica: str, seconds: float) -> None:
 def release(db: Db, lease: Lease, replica: str) -> None:
     """Nothing happens where it is no longer held."""
     statement = f"UPDATE cottention.sessions AS s SET {NO_LEASE} WHERE {IS_HELD}"
-    db.execute(statement, _of(lease, replica))
+    db.execute(statement, of_lease(lease, replica))
 
 
 def commit(
@@ -231,7 +231,7 @@ def commit(
         dropped.remove(blob.digest)
         changed = dropped
     values = {
-        **_of(lease, replica),
+        **of_lease(lease, replica),
         "version": stored.record.version,
         "turn": turn,
         "keeps": keeps_lease,
@@ -302,7 +302,7 @@ def _is_made_by(turn: int, turns: Sequence[int], age: int, lease: Lease) -> bool
 
 def rewind(db: Db, lease: Lease, expected_version: int, turn: int, replica: str) -> Stored:
     """Make the newest checkpoint the head. NothingToRewindError; SessionMovedError."""
-    values = {**_of(lease, replica), "version": expected_version, "turn": turn}
+    values = {**of_lease(lease, replica), "version": expected_version, "turn": turn}
     row = db.execute(
         "SELECT s.metadata, s.states FROM cottention.sessions AS s"
         f" WHERE {IS_HELD} AND s.version = %(version)s FOR UPDATE",
@@ -426,7 +426,8 @@ def usage_of(db: Db, owner: str) -> Usage:
     return (row[0], row[1])
 
 
-def _of(lease: Lease, replica: str) -> Params:
+def of_lease(lease: Lease, replica: str) -> Params:
+    """What IS_HELD needs to know."""
     return {"id": lease.session_id, "fence": lease.fence, "replica": replica}
 
 
