@@ -186,9 +186,13 @@ def cpu_seconds(database: Postgres | None) -> float:
     if database is None or database.process is None:
         return 0.0
     parent = psutil.Process(database.process.pid)
-    times = [each.cpu_times() for each in (parent, *parent.children(recursive=True))]
-    ended = times[0].children_user + times[0].children_system
-    return ended + sum(each.user + each.system for each in times)
+    used = 0.0
+    for each in parent.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = each.cpu_times()
+            used += times.user + times.system
+    times = parent.cpu_times()  # last: one that has just ended is in it
+    return used + times.user + times.system + times.children_user + times.children_system
 
 
 def first_token(engine: Engine, codec: SnapshotCodec, state: SessionState) -> Report:
