@@ -1,13 +1,17 @@
 """What a turn costs the store of sessions: a folder and PostgreSQL, whole states and recipes.
 
 Sessions of the default model, each longer than the context window. A turn is the lease, the
-encoding of the state and the commit, from eight threads. The bare transactions beside them are the
-least that a shared store can do: an UPDATE that leases, and one that puts as many bytes in place.
+encoding of the state and the commit, from eight threads; one checkpoint is kept. The bare
+transactions beside them are the least that a shared store can do with the same stored bytes, as
+durably: in a table with the key of sessions, an UPDATE that leases and an UPDATE that puts them in
+place. All take short turns one after another, and each figure is a median of its turns.
 PostgreSQL (fsync on) is started in a temporary folder: `python -m benchmarks.stores`, where
 Debian's package is installed; it is not among `python -m benchmarks`.
 """
 
+import contextlib
 import itertools
+import statistics
 import tempfile
 import threading
 import time
@@ -23,45 +27,80 @@ from benchmarks.common import Report, percentile, run, show
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import NewSession, SessionStore, SqliteStore
+from cottention.engine.sessions.store.postgres.blobs import Blob
 from cottention.engine.sessions.store.postgres.store import PostgresStore
 from cottention.engine.state.session_state import SessionState
 from tests.engine.postgres import PASSWORD, Postgres, running_postgres
 
 NUM_THREADS = 8
 NUM_SESSIONS = 64
-SECONDS = 8.0
+NUM_ROUNDS = 7
+SECONDS = 1.5
+
+PLACES = f"generate_series(1, {NUM_SESSIONS}) AS n"
+
+Turn = Callable[[int], None]
+"""One turn of the session of this number."""
 
 
 def measure(quick: bool) -> Report:
-    """Two tables: turns, and reading a state that is not in memory."""
+    """Three tables: turns, the database's time beside the bare one, and reading a state anew."""
     engine = Engine(config=EngineConfig(max_slots=4))
     state = long_session(engine)
     codecs = {
         "whole": engine.session_codec(),
         "recipe": engine.session_codec(writes_recipes=True),
     }
-    seconds = SECONDS / 8 if quick else SECONDS
-    rows, reads = [], []
-    with running_postgres(is_durable=True) as server, tempfile.TemporaryDirectory() as folder:
+    num_rounds = 1 if quick else NUM_ROUNDS
+    with (
+        running_postgres(is_durable=True) as server,
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        sides: dict[tuple[str, str], tuple[Turn, Postgres | None]] = {}
         for form, codec in codecs.items():
             stores: dict[str, SessionStore] = {
                 "folder": SqliteStore(Path(folder) / form),
                 "PostgreSQL": PostgresStore(server.url, password=PASSWORD),
             }
             for name, store in stores.items():
-                with closing(store):
-                    database = server if name == "PostgreSQL" else None
-                    row = turns(store, codec, state, seconds, database)
-                    rows.append({"store": name, "states": form} | row)
-        rows += [
-            {"store": "bare", "states": form} | bare(server, len(codec.encode(state)), seconds)
-            for form, codec in codecs.items()
-        ]
-    for form, codec in codecs.items():
-        reads.append({"states": form} | first_token(engine, codec, state))
+                stack.enter_context(closing(store))
+                database = server if name == "PostgreSQL" else None
+                sides[name, form] = turn_of(store, codec, state), database
+            sides["bare", form] = bare_turn(server, form, codec.encode(state)), server
+        measured: dict[tuple[str, str], list[Report]] = {side: [] for side in sides}
+        for _ in range(num_rounds):
+            for side, (turn, database) in sides.items():
+                measured[side].append(timed(turn, SECONDS, database))
+    sizes = {form: Blob.of(codec.encode(state), b"", 1, "") for form, codec in codecs.items()}
+    rows = [
+        {"store": name, "states": form, "bytes": len(sizes[form].raw)} | medians(taken)
+        for (name, form), taken in measured.items()
+    ]
+    ratios = [
+        {
+            "states": form,
+            "bytes": len(blob.raw),
+            "stored bytes": len(blob.deflated()),
+            "CPU beside bare": statistics.median(
+                mine["database CPU ms"] / least["database CPU ms"]
+                for mine, least in zip(
+                    measured["PostgreSQL", form], measured["bare", form], strict=True
+                )
+            ),
+        }
+        for form, blob in sizes.items()
+    ]
+    reads = [{"states": form} | first_token(engine, each, state) for form, each in codecs.items()]
     show("Stores: turns", rows)
+    show("Stores: the database's processor time", ratios)
     show("Stores: first token of a session that is not in memory", reads)
-    return {"turns": rows, "reads": reads}
+    return {"turns": rows, "ratios": ratios, "reads": reads}
+
+
+def medians(taken: list[Report]) -> Report:
+    """Of each figure, over the rounds."""
+    return {name: statistics.median(each[name] for each in taken) for name in taken[0]}
 
 
 def long_session(engine: Engine) -> SessionState:
@@ -73,48 +112,51 @@ def long_session(engine: Engine) -> SessionState:
     return outputs[-1].state
 
 
-def turns(
-    store: SessionStore,
-    codec: SnapshotCodec,
-    state: SessionState,
-    seconds: float,
-    database: Postgres | None,
-) -> Report:
-    """Turns of random sessions; every one writes another blob."""
+def turn_of(store: SessionStore, codec: SnapshotCodec, state: SessionState) -> Turn:
+    """Turns of a store's sessions; every one writes another blob."""
     raw = codec.encode(state)
     made = store.create([NewSession("a", 1, raw + b"%d" % n) for n in range(NUM_SESSIONS)])
     numbers = itertools.count(1000)
 
     def turn(n: int) -> None:
-        lease, _ = store.acquire(made[n % NUM_SESSIONS].id, 60)
+        lease, _ = store.acquire(made[n].id, 60)
         store.commit(lease, lease.version, codec.encode(state) + b"%d" % next(numbers), 1, 1)
 
-    return {"bytes": len(raw)} | timed(turn, seconds, database)
+    return turn
 
 
-def bare(server: Postgres, nbytes: int, seconds: float) -> Report:
+def bare_turn(server: Postgres, form: str, raw: bytes) -> Turn:
     """Two transactions of one UPDATE each on one table."""
-    raw = bytes(range(256)) * (nbytes // 256)
+    table = f"bare_{form}"
     connections = threading.local()
     with psycopg.connect(server.url, password=PASSWORD, autocommit=True) as db:
-        db.execute("CREATE TABLE IF NOT EXISTS bare (id int PRIMARY KEY, fence int, bytes bytea)")
-        db.execute("ALTER TABLE bare ALTER bytes SET STORAGE EXTERNAL")
-        db.execute("TRUNCATE bare")
-        db.execute("INSERT INTO bare SELECT n, 0, '' FROM generate_series(0, 63) AS n")
+        db.execute(
+            f"CREATE TABLE {table} (id text PRIMARY KEY, fence bigint, version bigint, bytes bytea)"
+            " WITH (fillfactor = 70)"
+        )
+        db.execute(f"ALTER TABLE {table} ALTER bytes SET STORAGE EXTERNAL")
+        db.execute(f"INSERT INTO {table} SELECT 'sess-' || md5(n::text), 0, 1, '' FROM {PLACES}")
+        rows = db.execute(f"SELECT id FROM {table} ORDER BY id").fetchall()
+    ids = [session_id for (session_id,) in rows]
+    numbers = itertools.count(1000)
 
     def turn(n: int) -> None:
         if not hasattr(connections, "db"):
             connections.db = psycopg.connect(
                 server.url, password=PASSWORD, autocommit=True, prepare_threshold=None
             )
-        place = n % NUM_SESSIONS
-        connections.db.execute("UPDATE bare SET fence = fence + 1 WHERE id = %s", [place])
-        connections.db.execute("UPDATE bare SET bytes = %s WHERE id = %s", [raw, place])
+        stored = Blob.of(raw + b"%d" % next(numbers), b"", 1, "").deflated()
+        connections.db.execute(
+            f"UPDATE {table} SET fence = fence + 1 WHERE id = %s RETURNING fence, version", [ids[n]]
+        ).fetchone()
+        connections.db.execute(
+            f"UPDATE {table} SET version = version + 1, bytes = %s WHERE id = %s", [stored, ids[n]]
+        )
 
-    return {"bytes": nbytes} | timed(turn, seconds, server)
+    return turn
 
 
-def timed(turn: Callable[[int], None], seconds: float, database: Postgres | None) -> Report:
+def timed(turn: Turn, seconds: float, database: Postgres | None) -> Report:
     """Turns a second from NUM_THREADS threads, their median, and the database's processor time."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
@@ -125,7 +167,7 @@ def timed(turn: Callable[[int], None], seconds: float, database: Postgres | None
             begun = time.perf_counter()
             if begun > end:
                 return
-            turn(n)
+            turn(n % NUM_SESSIONS)
             taken.append(1000 * (time.perf_counter() - begun))
 
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -140,12 +182,17 @@ def timed(turn: Callable[[int], None], seconds: float, database: Postgres | None
 
 
 def cpu_seconds(database: Postgres | None) -> float:
-    """Of the server's processes. Those that have ended in between are not in it."""
+    """Of the server's processes, those that have ended among them."""
     if database is None or database.process is None:
         return 0.0
     parent = psutil.Process(database.process.pid)
-    times = [each.cpu_times() for each in (parent, *parent.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
+    used = 0.0
+    for each in parent.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = each.cpu_times()
+            used += times.user + times.system
+    times = parent.cpu_times()  # last: one that has just ended is in it
+    return used + times.user + times.system + times.children_user + times.children_system
 
 
 def first_token(engine: Engine, codec: SnapshotCodec, state: SessionState) -> Report:

@@ -42,6 +42,18 @@ def test_a_run_ends_with_what_was_skipped_and_why(tmp_path: Path, status: int, l
     ]
 
 
+@pytest.mark.parametrize(("words", "status"), [((), 0), (("PostgreSQL", "HAProxy"), 1)])
+def test_what_a_machine_can_install_is_never_skipped(
+    tmp_path: Path, words: tuple[str, ...], status: int
+) -> None:
+    """Or the tests of many servers would be skipped for years, and a green run say nothing."""
+    (tmp_path / "test-cluster.log").write_text("SKIP install-postgres: no PostgreSQL\n")
+    command = [sys.executable, ROOT / ".ci" / "skipped", tmp_path, "0", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert ("for want of PostgreSQL" in done.stdout) == bool(status)
+
+
 def test_the_command_is_there_and_every_package_is_installed() -> None:
     """Nothing here is run from the wheel: what it would lack shows in nobody's checkout."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

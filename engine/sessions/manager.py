@@ -22,6 +22,7 @@ from cottention.engine.errors import (
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.state_cache import StateCache, UnsavedState
 from cottention.engine.sessions.store import Lease, NewSession, SessionRecord, SessionStore
+from cottention.engine.sessions.store.protocol import KeyLedger
 from cottention.engine.sessions.types import (
     BytesReader,
     Exported,
@@ -159,6 +160,11 @@ class SessionManager:
         self._record(owner, session_id)
         self._store.delete(session_id)
         self._cache.remove(session_id)
+
+    @property
+    def key_ledger(self) -> KeyLedger | None:
+        """Of the servers that share the store; None where there are no others."""
+        return self._store.key_ledger
 
     def sizes(self) -> SessionCounts:
         """Numbers of sessions by residence, and their bytes."""

@@ -2,8 +2,8 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 from fastapi import APIRouter, FastAPI
@@ -40,6 +40,7 @@ from cottention.server.limits.api_keys import (
 )
 from cottention.server.limits.key_limits import KeyLimits
 from cottention.server.limits.rate_limit import KeyUsage, RateLimitMiddleware
+from cottention.server.limits.shared_limits import SharedKeyUsage, SharedLimits
 from cottention.server.observability.access_log import AccessLogMiddleware
 from cottention.server.observability.metrics import make_registry
 from cottention.server.schemas.chat import ChatRequest
@@ -96,14 +97,17 @@ def create_app(
     for an encoder.
     """
     turns = None if sessions is None else TurnQueue(sessions)
-    app = _new_app(engine, turns)
+    ledger = None if sessions is None else sessions.key_ledger
+    shared = None if ledger is None else SharedLimits(ledger)
+    usage = _usage_by_owner(keys, config, shared)
+    app = _new_app(engine, turns, nullcontext() if shared is None else shared.exchanging(usage))
     name = config.served_model_name or engine.engine.name
     if sessions is None:
         registry = make_registry(engine, None, None, name)
         max_snapshot_bytes = 0
     else:
         cost = session_bytes(cast("Engine", engine.engine), config)
-        registry = make_registry(engine, sessions.sizes, cost, name)
+        registry = make_registry(engine, sessions.sizes, cost, name, ledger)
         max_snapshot_bytes = min(config.max_snapshot_bytes, sessions.max_snapshot_nbytes)
     app.state.context = Context(
         engine,
@@ -121,7 +125,7 @@ def create_app(
         app.router.routes.extend(page.make_router().routes)
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
-    _add_middleware(app, keys, config, engine)
+    _add_middleware(app, usage, config, engine)
     return app
 
 
@@ -138,13 +142,19 @@ def _routes() -> list[BaseRoute]:
     return whole.routes
 
 
-def _new_app(engine: AsyncEngine, turns: TurnQueue | None) -> FastAPI:
-    """An application without endpoints; its shutdown waits until every turn has been stored."""
+def _new_app(
+    engine: AsyncEngine, turns: TurnQueue | None, beside: AbstractAsyncContextManager[None]
+) -> FastAPI:
+    """An application without endpoints; its shutdown waits until every turn has been stored.
+
+    beside: entered while it runs.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        yield
+        async with beside:
+            yield
         await asyncio.to_thread(engine.stop)
         if turns is not None:
             await turns.wait_settled()
@@ -160,25 +170,36 @@ def _new_app(engine: AsyncEngine, turns: TurnQueue | None) -> FastAPI:
     )
 
 
-def _usage_by_owner(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, KeyUsage]:
-    """Usage by owner; without keys there is one for all clients."""
+def _usage_by_owner(
+    keys: Sequence[ApiKey], config: ServerConfig, shared: SharedLimits | None
+) -> dict[str, KeyUsage]:
+    """Usage by owner; without keys there is one for all clients.
+
+    shared: of other servers with the same keys.
+    """
+
+    def usage_of(owner: str, name: str, limits: KeyLimits, weight: int = 1) -> KeyUsage:
+        if shared is None:
+            return KeyUsage(name, limits, weight=weight)
+        return SharedKeyUsage(owner, name, limits, shared, weight=weight)
+
     if not keys:
-        return {"": KeyUsage("", KeyLimits.from_config(config))}
+        return {"": usage_of("", "", KeyLimits.from_config(config))}
     owners = [(owner_id(key.secret), key) for key in keys]
     return {
-        owner: KeyUsage(key.name or owner[:NAME_LENGTH], key.limits, weight=key.weight)
+        owner: usage_of(owner, key.name or owner[:NAME_LENGTH], key.limits, key.weight)
         for owner, key in owners
     }
 
 
 def _add_middleware(
-    app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig, engine: AsyncEngine
+    app: FastAPI, usage: Mapping[str, KeyUsage], config: ServerConfig, engine: AsyncEngine
 ) -> None:
     """From the innermost to the outermost: a 401 has CORS headers and a request id as well."""
-    usage = _usage_by_owner(keys, config)
+    has_keys = "" not in usage
     app.add_middleware(RateLimitMiddleware, usage_by_owner=usage)
     app.add_middleware(
-        ApiKeyMiddleware, owners=list(usage) if keys else [], metrics_key=config.metrics_key
+        ApiKeyMiddleware, owners=list(usage) if has_keys else [], metrics_key=config.metrics_key
     )
     app.add_middleware(
         HostMiddleware,

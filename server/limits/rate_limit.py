@@ -41,7 +41,8 @@ class KeyUsage:
     ) -> None:
         """name: of the key, in the log; "" is for all clients of a server without keys.
 
-        weight: its part of the slots, in proportion to those of other keys.
+        weight: its part of the slots, in proportion to those of other keys. num_elsewhere: choices
+        that run at other servers and count as well.
         """
         self.name = name
         self.weight = weight
@@ -50,6 +51,10 @@ class KeyUsage:
         self._refilled_at = clock()
         self._tokens = float(limits.max_tokens_per_minute or 0)
         self._num_running = 0
+        self.num_elsewhere = 0
+
+    async def prepare(self) -> None:
+        """Before `enter`: ask whoever counts for other servers as well. Here it is nobody."""
 
     def enter(self) -> None:
         """A request starts that may generate. Raises ApiError 429."""
@@ -77,10 +82,11 @@ class KeyUsage:
 
     def _check_running(self, num_more: int) -> None:
         limit = self.limits.max_requests
-        if limit is not None and self._num_running + num_more > limit:
+        num_running = self._num_running + self.num_elsewhere
+        if limit is not None and num_running + num_more > limit:
             message = (
                 f"the limit of concurrent requests for {self._whose} is {limit}, each counted"
-                f" prompts times n, and {self._num_running} are running; retry when one of them"
+                f" prompts times n, and {num_running} are running; retry when one of them"
                 " has ended"
             )
             raise too_many(message, RETRY_AFTER_SECONDS, LIMIT_CODE)
@@ -90,12 +96,14 @@ class KeyUsage:
         if per_minute is not None:
             self._refill(per_minute)
             if self._tokens <= 0:
-                message = (
-                    f"the limit of tokens per minute for {self._whose} is {per_minute}, and they"
-                    " are used up; retry after the seconds in Retry-After"
-                )
-                seconds = 60 * (1 - self._tokens) / per_minute
-                raise too_many(message, seconds, LIMIT_CODE)
+                raise self._used_up(per_minute, 60 * (1 - self._tokens) / per_minute)
+
+    def _used_up(self, per_minute: int, seconds: float) -> ApiError:
+        message = (
+            f"the limit of tokens per minute for {self._whose} is {per_minute}, and they"
+            " are used up; retry after the seconds in Retry-After"
+        )
+        return too_many(message, seconds, LIMIT_CODE)
 
     @property
     def _whose(self) -> str:
@@ -133,6 +141,7 @@ class RateLimitMiddleware:
             await self._app(scope, receive, send)
             return
         try:
+            await usage.prepare()
             usage.enter()
         except ApiError as error:
             await error.response()(scope, receive, send)

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from cottention.engine.outputs import EngineStats, FinishReason
 from cottention.engine.sessions.memory_usage import SessionBytes
+from cottention.engine.sessions.store.protocol import KeyLedger
 from cottention.server.generation.async_engine import AsyncEngine
 from cottention.server.generation.latency import Histogram, LatencyStats
 
@@ -112,13 +113,17 @@ def make_registry(
     session_counts: Callable[[], "SessionCounts"] | None,
     session_size: SessionBytes | None,
     model_name: str,
+    ledger: KeyLedger | None = None,
 ) -> CollectorRegistry:
     """A registry for one application, with the metrics of its engine and of the process.
 
-    session_counts, session_size: None where there are no sessions.
+    session_counts, session_size: None where there are no sessions. ledger: of the servers that
+    share them.
     """
     registry = CollectorRegistry()
-    registry.register(EngineCollector(async_engine, session_counts, session_size, model_name))
+    registry.register(
+        EngineCollector(async_engine, session_counts, session_size, model_name, ledger)
+    )
     ProcessCollector(registry=registry)
     return registry
 
@@ -132,12 +137,14 @@ class EngineCollector(Collector):
         session_counts: Callable[[], "SessionCounts"] | None,
         session_size: SessionBytes | None,
         model_name: str,
+        ledger: KeyLedger | None,
     ) -> None:
         """session_size: of one session at most, by item and by place. None: no sessions."""
         self._async_engine = async_engine
         self._session_counts = session_counts
         self._session_size = session_size
         self._model_name = model_name
+        self._ledger = ledger
 
     def describe(self) -> list[Metric]:
         """Nothing: registering must not read the values of an engine that has not started."""
@@ -152,6 +159,7 @@ class EngineCollector(Collector):
             yield from self._gauges(SESSION_GAUGES, self._session_counts())
         if self._session_size is not None:
             yield from self._session_sizes(self._session_size)
+        yield self._store_reachable()
         yield from self._gauges(CACHE_GAUGES, stats.prefix_cache)
         yield from self._counters(CACHE_COUNTERS, stats.prefix_cache)
         yield from self._counters(COUNTERS, stats)
@@ -165,6 +173,17 @@ class EngineCollector(Collector):
             gauge = GaugeMetricFamily(f"cottention:{name}", text, labels=["model_name"])
             gauge.add_metric([self._model_name], getattr(values, attribute))
             yield gauge
+
+    def _store_reachable(self) -> Metric:
+        gauge = GaugeMetricFamily(
+            "cottention:store_reachable",
+            "Whether the database of sessions hears from this server; 1 without a database.",
+            labels=["model_name", "replica"],
+        )
+        ledger = self._ledger
+        name, value = ("", 1) if ledger is None else (ledger.replica, int(ledger.is_alive))
+        gauge.add_metric([self._model_name, name], value)
+        return gauge
 
     def _session_sizes(self, sizes: SessionBytes) -> Iterator[Metric]:
         for name, (attribute, label, text) in SESSION_SIZE_GAUGES.items():

@@ -136,6 +136,38 @@ class BlobReader(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Tokens that a server may let an owner use; seconds until there is one to lend again."""
+
+    lent: float
+    seconds: float
+
+
+class KeyLedger(Protocol):
+    """What owners use at all servers of a shared store together. StoreUnavailableError.
+
+    replica: the name of this server. is_alive: the others surely see that it lives.
+    """
+
+    replica: str
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def borrow(self, owner: str, owed: float, portion: float, per_minute: int) -> Loan:
+        """Pay what was used beyond earlier loans, and take up to `portion` tokens.
+
+        The bucket refills to `per_minute` in a minute; what is owed may leave it below zero. A
+        negative `owed` gives tokens back.
+        """
+        ...
+
+    def exchange(self, running: Mapping[str, int]) -> Mapping[str, int]:
+        """Tell how many requests of each owner run here, and learn how many run elsewhere."""
+        ...
+
+
 class SessionStore(Protocol):
     """Sessions and their blobs. A blob is a snapshot and, after it, the turn's event log.
 
@@ -150,10 +182,12 @@ class SessionStore(Protocol):
     Lifetimes count in the store's time, which passes evenly although clocks are set.
 
     is_shared: other servers use it as well. What such a store does not take may not be kept in
-    memory for later: another server would go on from what the store has.
+    memory for later: another server would go on from what the store has. key_ledger: of those
+    servers; None where there are no others.
     """
 
     is_shared: bool
+    key_ledger: KeyLedger | None
 
     def create(self, records: Sequence[NewSession]) -> Records:
         """Create all of them or none. SnapshotError: a named blob is not stored."""

@@ -79,6 +79,7 @@ class SqliteStore(SessionStore):
     """See SessionStore. Durable: a kill or a loss of power loses nothing that was returned."""
 
     is_shared = False
+    key_ledger = None
 
     def __init__(
         self,

@@ -3,8 +3,9 @@
 Each function runs inside a transaction of its caller.
 """
 
+import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, NamedTuple
@@ -16,14 +17,28 @@ from cottention.engine.errors import SnapshotError
 Db = psycopg.Connection[Any]
 
 
+MAX_DEFLATED = 1 << 16
+"""Bytes of the largest blob that is deflated: ids become less than half, states hardly less."""
+
+
 class State(NamedTuple):
-    """The columns of a state besides its session, its n and the turn that wrote it."""
+    """What a session has of a state; in the database, as a list with the digest in hex."""
 
     digest: bytes
     position: int
     nbytes: int
     context_policy: str
     events_nbytes: int
+
+    def listed(self) -> list[Any]:
+        """As it is in the database."""
+        return [self.digest.hex(), *self[1:]]
+
+    @classmethod
+    def of_list(cls, found: Sequence[Any]) -> "State":
+        """What `listed` made."""
+        digest, *others = found
+        return cls(bytes.fromhex(digest), *others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +63,22 @@ class Blob:
             self.digest, self.position, len(self.raw), self.context_policy, self.events_nbytes
         )
 
+    def deflated(self) -> bytes:
+        """As it is in the database: deflated where that is shorter."""
+        if len(self.raw) > MAX_DEFLATED:
+            return self.raw
+        return min(self.raw, zlib.compress(self.raw, 1), key=len)  # equal lengths mean raw bytes
+
+
+def inflated(stored: bytes, nbytes: int) -> bytes:
+    """A blob of `nbytes` from what `Blob.deflated` made; damaged bytes do not become right ones."""
+    if len(stored) == nbytes:
+        return stored
+    try:
+        return zlib.decompressobj().decompress(stored, nbytes)
+    except zlib.error:
+        return b""
+
 
 def change_blobs(
     db: Db, added: Iterable[Blob], dropped: Iterable[bytes], named: Iterable[bytes] = ()
@@ -57,16 +88,16 @@ def change_blobs(
     named: digests of new states whose blobs are stored; SnapshotError where one is not. In the
     order of digests, so that no two transactions wait for each other.
     """
-    raws: dict[bytes, bytes] = {}
+    new: dict[bytes, Blob] = {}
     changes: Counter[bytes] = Counter()
     for blob in added:
-        raws[blob.digest] = blob.raw
+        new[blob.digest] = blob
         changes[blob.digest] += 1
     changes.update(named)
     changes.subtract(dropped)
     for digest, change in sorted(changes.items()):
-        if change > 0 and digest in raws:
-            db.execute(ADD_BLOB, [digest, change, len(raws[digest]), raws[digest]])
+        if change > 0 and digest in new:
+            db.execute(ADD_BLOB, [*new[digest].state, change, new[digest].deflated()])
         elif change > 0:
             if db.execute(SHARE_BLOB, [change, digest]).rowcount == 0:
                 raise SnapshotError(f"no snapshot {digest.hex()!r} is stored")
@@ -75,7 +106,9 @@ def change_blobs(
 
 
 ADD_BLOB = (
-    "INSERT INTO cottention.blobs AS b (digest, refs, nbytes, bytes) VALUES (%s, %s, %s, %s)"
+    "INSERT INTO cottention.blobs AS b"
+    " (digest, position, nbytes, context_policy, events_nbytes, refs, bytes)"
+    " VALUES (%s, %s, %s, %s, %s, %s, %s)"
     " ON CONFLICT (digest) DO UPDATE SET refs = b.refs + excluded.refs"
 )
 SHARE_BLOB = "UPDATE cottention.blobs SET refs = refs + %s WHERE digest = %s"
@@ -91,10 +124,10 @@ DROP_BLOB = (
 
 
 def find_state(db: Db, digest: bytes) -> State:
-    """A state that some session has; SnapshotError where none has it."""
+    """The state of a blob that is stored; SnapshotError where it is not."""
     row = db.execute(
-        "SELECT digest, position, nbytes, context_policy, events_nbytes FROM cottention.states"
-        " WHERE digest = %s LIMIT 1",
+        "SELECT digest, position, nbytes, context_policy, events_nbytes FROM cottention.blobs"
+        " WHERE digest = %s",
         [digest],
     ).fetchone()
     if row is None:

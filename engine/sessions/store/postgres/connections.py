@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 from cottention.engine.errors import (
@@ -61,6 +62,8 @@ REPEATABLE = (
     psycopg.errors.ReadOnlySqlTransaction,
 )
 """The server undid the transaction, which may go well the next time, or at the next server."""
+ENDINGS = ("08", "57")
+"""Classes of SQLSTATE after which a connection ends: what ran may have been committed."""
 
 
 class CommitInDoubtError(Exception):
@@ -120,7 +123,7 @@ class Connections:
 
         StoreUnreachableError.
         """
-        return self._repeat(lambda: self._attempt(work, None), RETRY_SECONDS, None)
+        return self._repeat(lambda: self._attempt(work), RETRY_SECONDS, None)
 
     def write(
         self,
@@ -129,16 +132,19 @@ class Connections:
         *,
         relaxed: bool = False,
         seconds: float = RETRY_SECONDS,
+        is_statement: bool = False,
     ) -> T:
         """Run `work` as one transaction, which is committed when this returns.
 
         Repeated while the database cannot be reached, `seconds` long. find: where a commit is in
         doubt, the result that its transaction has left; None: it has left nothing, and `work` may
         run again. Without it, `work` may run twice. relaxed: a crash of the database may lose it.
+        is_statement: `work` is one statement, which needs no BEGIN and COMMIT around it.
         StoreUnreachableError; after a commit in doubt, it may still turn out to be done.
         """
         begin = BEGIN_RELAXED if relaxed else BEGIN
-        return self._repeat(lambda: self._attempt(work, begin), seconds, find)
+        attempt = self._attempt_statement if is_statement else partial(self._attempt, begin=begin)
+        return self._repeat(lambda: attempt(work), seconds, find)
 
     def _repeat(
         self, attempt: Callable[[], T], seconds: float, find: Callable[[Db], T | None] | None
@@ -148,7 +154,7 @@ class Connections:
         while True:
             try:
                 if is_in_doubt and find is not None:
-                    found = self._attempt(find, None)
+                    found = self._attempt(find)
                     if found is not None:
                         return found
                 return attempt()
@@ -156,7 +162,7 @@ class Connections:
                 is_in_doubt, reason = True, error.__cause__
             except (SessionError, psycopg.errors.UniqueViolation):
                 # the transaction in doubt may have ended after `find` has looked
-                found = self._attempt(find, None) if is_in_doubt and find else None
+                found = self._attempt(find) if is_in_doubt and find else None
                 if found is None:
                     raise
                 return found
@@ -168,7 +174,16 @@ class Connections:
                 raise _unreachable(reason) from reason
             time.sleep(PAUSE_SECONDS)
 
-    def _attempt(self, work: Work[T], begin: str | None) -> T:
+    def _attempt_statement(self, work: Work[T]) -> T:
+        with self._pool.connection(POOL_SECONDS) as db, self.watched(db, ATTEMPT_SECONDS):
+            try:
+                return work(db)
+            except psycopg.Error as error:
+                if db.closed or (error.sqlstate or "08")[:2] in ENDINGS:
+                    raise CommitInDoubtError from error
+                raise
+
+    def _attempt(self, work: Work[T], begin: str | None = None) -> T:
         with self._pool.connection(POOL_SECONDS) as db, self.watched(db, ATTEMPT_SECONDS):
             if begin is None:
                 return work(db)

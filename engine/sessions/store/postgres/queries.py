@@ -5,8 +5,8 @@ statement sees what was committed before it began.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from secrets import token_hex
 from typing import Any
 
@@ -21,10 +21,12 @@ from cottention.engine.errors import (
 )
 from cottention.engine.sessions.store.postgres.blobs import (
     Blob,
+    State,
     as_digest,
     change_blobs,
     find_state,
 )
+from cottention.engine.sessions.store.postgres.functions import NUM_TURNS
 from cottention.engine.sessions.store.postgres.replica import MISSED_SECONDS
 from cottention.engine.sessions.store.protocol import (
     Lease,
@@ -47,66 +49,97 @@ IS_FREE = (
     "(s.lease_owner IS NULL OR s.lease_until <= clock_timestamp()"
     f" OR s.lease_owner = %(replica)s AND s.lease_turn = %(turn)s OR NOT {HOLDER_LIVES})"
 )
+BELONGS = "s.id = %(id)s AND (%(owner)s::text IS NULL OR s.owner = %(owner)s)"
 IS_HELD = "s.id = %(id)s AND s.fence = %(fence)s AND s.lease_owner = %(replica)s"
 NO_LEASE = "lease_owner = NULL, lease_turn = NULL, lease_until = NULL, lease_version = NULL"
-NUM_TURNS = 16
-"""Of a session that are remembered by name, for commits in doubt."""
-ADD_TURN = f"turns = ARRAY[%(turn)s::text] || s.turns[1:{NUM_TURNS - 1}]"
+NO_TURN = -1
+"""No turn's name: whoever leases nothing for itself."""
+ADD_TURN = f"turns = %(turn)s::bigint || s.turns[1:{NUM_TURNS - 1}]"
 WAS_INTERRUPTED = (
     "(s.was_interrupted OR s.lease_owner IS NOT NULL AND s.lease_version = s.version"
     f" AND NOT {HOLDER_LIVES})"
 )
 """A turn of a replica that died was cut, although nobody has taken the session over yet."""
 
-STATES = (
-    "(SELECT json_agg(json_build_array(encode(t.digest, 'hex'), t.n, t.position, t.nbytes,"
-    " t.context_policy, t.events_nbytes) ORDER BY t.n)"
-    " FROM cottention.states AS t WHERE t.seq = s.seq)"
-)
 RECORD = (
-    "s.seq, s.id, s.owner, s.created, s.version, s.metadata, s.expires_at,"
-    f" {WAS_INTERRUPTED}, s.head, {STATES}"
+    f"s.id, s.owner, s.created, s.version, s.metadata, s.expires_at, {WAS_INTERRUPTED}, s.states"
 )
 
 
-def to_record(row: Sequence[Any]) -> SessionRecord | None:
-    """The record of a row of RECORD.
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A session as it is stored at one version: its states, the head last, never change there."""
 
-    None: a turn was committed while the row was read, and its states are not among those found;
-    states that a rewind has just removed may be, and do not count.
-    """
-    _, session_id, owner, created, version, metadata, expires_at, was_interrupted, head, found = row
-    states = [state for state in found or () if state[1] <= head]
-    if not states or states[-1][1] != head:
-        return None
-    digest, _, position, nbytes, context_policy, events_nbytes = states[-1]
-    return SessionRecord(
+    record: SessionRecord
+    states: tuple[State, ...]
+
+    def after(self, blob: Blob, max_checkpoints: int) -> tuple["Stored", list[bytes]]:
+        """With `blob` as its head, at the next version; and the digests of dropped states."""
+        first = max(0, len(self.states) - max_checkpoints)
+        states = (*self.states[first:], blob.state)
+        record = replace(
+            self.record,
+            version=self.record.version + 1,
+            position=blob.position,
+            nbytes=len(blob.raw),
+            head=blob.digest.hex(),
+            checkpoints=tuple(state.digest.hex() for state in states[:-1]),
+            was_interrupted=False,
+            context_policy=blob.context_policy,
+            events_nbytes=blob.events_nbytes,
+        )
+        return Stored(record, states), [state.digest for state in self.states[:first]]
+
+    @property
+    def nbytes(self) -> int:
+        """Of metadata and states, as `sessions.nbytes` counts them."""
+        return _total_nbytes(json.dumps(dict(self.record.metadata)), self.states)
+
+
+def _total_nbytes(metadata: str, states: Iterable[State]) -> int:
+    return len(metadata) + sum(state.nbytes for state in states)
+
+
+def _as_json(states: Iterable[State]) -> str:
+    return json.dumps([state.listed() for state in states])
+
+
+def to_record(row: Sequence[Any]) -> SessionRecord:
+    """The record of a row of RECORD."""
+    return to_stored(row).record
+
+
+def to_stored(row: Sequence[Any]) -> Stored:
+    """A row of RECORD."""
+    session_id, owner, created, version, metadata, expires_at, was_interrupted, found = row
+    states = tuple(map(State.of_list, found))
+    head = states[-1]
+    record = SessionRecord(
         id=session_id,
         owner=owner,
         created=created,
         version=version,
-        position=position,
-        nbytes=nbytes,
+        position=head.position,
+        nbytes=head.nbytes,
         metadata=json.loads(metadata),
         expires_at=expires_at,
-        head=digest,
-        checkpoints=tuple(state[0] for state in states[:-1]),
+        head=head.digest.hex(),
+        checkpoints=tuple(state.digest.hex() for state in states[:-1]),
         was_interrupted=was_interrupted,
-        context_policy=context_policy,
-        events_nbytes=events_nbytes,
+        context_policy=head.context_policy,
+        events_nbytes=head.events_nbytes,
     )
+    return Stored(record, states)
 
 
-def read_session(db: Db, session_id: str, *, may_be_over: bool = False) -> SessionRecord:
+def read_session(db: Db, session_id: str, *, may_be_over: bool = False) -> Stored:
     """SessionNotFoundError where it is unknown, or has expired unless it `may_be_over`."""
     is_alive = "true" if may_be_over else IS_ALIVE
     statement = f"SELECT {RECORD} FROM cottention.sessions AS s WHERE s.id = %s AND {is_alive}"
     row = db.execute(statement, [session_id]).fetchone()
     if row is None:
         raise SessionNotFoundError(f"no session {session_id!r}")
-    record = to_record(row)
-    assert record is not None, "one statement sees a session and its states at one moment"
-    return record
+    return to_stored(row)
 
 
 class Held(Exception):
@@ -116,39 +149,46 @@ class Held(Exception):
         self.is_late = is_late
 
 
-def acquire(
-    db: Db, session_id: str, owner: str | None, values: Params
-) -> tuple[Lease, SessionRecord]:
+def acquire(db: Db, session_id: str, owner: str | None, values: Params) -> tuple[Lease, Stored]:
     """Lease a session under the next fence, and read it, in one statement.
 
     values: replica, turn (the same for repetitions), seconds. Raises Held; SessionNotFoundError.
     """
-    belongs = "s.id = %(id)s AND (%(owner)s::text IS NULL OR s.owner = %(owner)s)"
     values = {"id": session_id, "owner": owner, "missed": MISSED_SECONDS, **values}
-    row = db.execute(
-        "UPDATE cottention.sessions AS s SET fence = s.fence + 1, lease_owner = %(replica)s,"
-        " lease_turn = %(turn)s, lease_version = s.version,"
-        " lease_until = clock_timestamp() + make_interval(secs => %(seconds)s),"
-        f" was_interrupted = {WAS_INTERRUPTED}"
-        f" WHERE {belongs} AND {IS_ALIVE} AND {IS_FREE} RETURNING s.fence, {RECORD}",
+    [[row]] = db.execute(
+        "SELECT cottention.acquire_v1(%(id)s::text, %(owner)s::text, %(replica)s::text,"
+        " %(turn)s::bigint, %(seconds)s::float8)",
         values,
-    ).fetchone()
+    ).fetchall()
+    row = row or _take_over(db, values)
     if row is not None:
         fence, *session = row
-        record = to_record(session) or read_session(db, session_id, may_be_over=True)
-        return Lease(session_id, fence, record.version), record
+        stored = to_stored(session)
+        return Lease(session_id, fence, stored.record.version), stored
     late = (
         "(SELECT r.until - clock_timestamp() < make_interval(secs => %(missed)s)"
         " FROM cottention.replicas AS r WHERE r.id = s.lease_owner)"
     )
     found = db.execute(
         f"SELECT coalesce({late}, true) FROM cottention.sessions AS s"
-        f" WHERE {belongs} AND {IS_ALIVE}",
+        f" WHERE {BELONGS} AND {IS_ALIVE}",
         values,
     ).fetchone()
     if found is None:
         raise SessionNotFoundError(f"no session {session_id!r}")
     raise Held(is_late=found[0])
+
+
+def _take_over(db: Db, values: Params) -> Sequence[Any] | None:
+    """Lease a session whose holder's time is over, or that a first try has leased for us."""
+    return db.execute(
+        "UPDATE cottention.sessions AS s SET fence = s.fence + 1, lease_owner = %(replica)s,"
+        " lease_turn = %(turn)s, lease_version = s.version,"
+        " lease_until = clock_timestamp() + make_interval(secs => %(seconds)s),"
+        f" was_interrupted = {WAS_INTERRUPTED}"
+        f" WHERE {BELONGS} AND {IS_ALIVE} AND {IS_FREE} RETURNING s.fence, {RECORD}",
+        values,
+    ).fetchone()
 
 
 def renew(db: Db, lease: Lease, replica: str, seconds: float) -> None:
@@ -157,7 +197,7 @@ def renew(db: Db, lease: Lease, replica: str, seconds: float) -> None:
         "UPDATE cottention.sessions AS s"
         " SET lease_until = clock_timestamp() + make_interval(secs => %(seconds)s)"
         f" WHERE {IS_HELD}",
-        {**_of(lease, replica), "seconds": seconds},
+        {**of_lease(lease, replica), "seconds": seconds},
     )
     if cursor.rowcount == 0:
         raise SessionMovedError(f"session {lease.session_id!r} is no longer held by this turn")
@@ -166,120 +206,83 @@ def renew(db: Db, lease: Lease, replica: str, seconds: float) -> None:
 def release(db: Db, lease: Lease, replica: str) -> None:
     """Nothing happens where it is no longer held."""
     statement = f"UPDATE cottention.sessions AS s SET {NO_LEASE} WHERE {IS_HELD}"
-    db.execute(statement, _of(lease, replica))
+    db.execute(statement, of_lease(lease, replica))
 
 
 def commit(
     db: Db,
     lease: Lease,
-    expected_version: int,
+    stored: Stored,
     blob: Blob,
     max_checkpoints: int,
-    turn: str,
+    turn: int,
     replica: str,
     *,
     keeps_lease: bool,
-    check: Callable[[str, int], None],
-) -> SessionRecord:
-    """Make `blob` the session's head, drop states beyond `max_checkpoints`; the session after it.
+) -> Stored:
+    """Make `blob` the head of a session that is as `stored`, drop states beyond `max_checkpoints`.
 
-    check: of the owner, after the session has grown by so many bytes. SessionMovedError: the lease
-    is no longer held, or the version is another.
+    One statement: a transaction by itself, or a part of one. Returns the session after it.
+    SessionMovedError: the lease is no longer held, or the version is another.
     """
+    after, dropped = stored.after(blob, max_checkpoints)
+    changed = [*dropped, blob.digest]
+    if blob.digest in dropped:  # it goes and comes: its count stays as it is
+        dropped.remove(blob.digest)
+        changed = dropped
     values = {
-        **_of(lease, replica),
-        "version": expected_version,
-        "n": expected_version + 1,
+        **of_lease(lease, replica),
+        "version": stored.record.version,
         "turn": turn,
+        "keeps": keeps_lease,
+        "states": _as_json(after.states),
+        "total": after.nbytes,
+        "changed": sorted(changed),
         "digest": blob.digest,
         "position": blob.position,
         "nbytes": len(blob.raw),
         "policy": blob.context_policy,
         "events": blob.events_nbytes,
-        "keep": max_checkpoints,
+        "bytes": blob.deflated(),
     }
-    release = "" if keeps_lease else f", {NO_LEASE}"
-    row = db.execute(
-        "WITH dropped AS ("
-        "  DELETE FROM cottention.states AS t USING cottention.sessions AS s"
-        f" WHERE {IS_HELD} AND s.version = %(version)s AND t.seq = s.seq AND t.n NOT IN ("
-        "     SELECT o.n FROM cottention.states AS o WHERE o.seq = s.seq ORDER BY o.n DESC"
-        "     LIMIT %(keep)s) RETURNING t.digest, t.nbytes),"
-        " moved AS ("
-        f" UPDATE cottention.sessions AS s SET version = %(n)s, head = %(n)s{release}, {ADD_TURN},"
-        "  was_interrupted = false, nbytes = s.nbytes + %(nbytes)s"
-        "   - (SELECT coalesce(sum(nbytes), 0) FROM dropped)::bigint"
-        f" WHERE {IS_HELD} AND s.version = %(version)s RETURNING s.seq, s.owner, s.created,"
-        "  s.metadata, s.expires_at),"
-        " pushed AS ("
-        " INSERT INTO cottention.states (seq, n, digest, position, nbytes, context_policy,"
-        "  events_nbytes)"
-        "  SELECT seq, %(n)s, %(digest)s, %(position)s, %(nbytes)s, %(policy)s, %(events)s"
-        "  FROM moved)"
-        " SELECT owner, created, metadata, expires_at,"
-        " (SELECT array_agg(digest) FROM dropped),"
-        " (SELECT coalesce(sum(nbytes), 0) FROM dropped)::bigint,"
-        # the states as they were before this statement
-        " (SELECT array_agg(t.digest ORDER BY t.n) FROM cottention.states AS t"
-        "  WHERE t.seq = moved.seq)"
-        " FROM moved",
+    [[is_done]] = db.execute(
+        "SELECT cottention.commit_v1(%(id)s::text, %(fence)s::bigint, %(replica)s::text,"
+        " %(version)s::bigint, %(turn)s::bigint, %(keeps)s, %(states)s::json, %(total)s::bigint,"
+        " %(changed)s::bytea[], %(digest)s, %(position)s::bigint, %(nbytes)s::bigint,"
+        " %(policy)s::text, %(events)s::bigint, %(bytes)s)",
         values,
-    ).fetchone()
-    if row is None:
-        raise _moved(lease, expected_version)
-    owner, created, metadata, expires_at, dropped, dropped_nbytes, before = row
-    check(owner, len(blob.raw) - dropped_nbytes)
-    change_blobs(db, [blob], dropped or [])
-    return SessionRecord(
-        id=lease.session_id,
-        owner=owner,
-        created=created,
-        version=expected_version + 1,
-        position=blob.position,
-        nbytes=len(blob.raw),
-        metadata=json.loads(metadata),
-        expires_at=expires_at,
-        head=blob.digest.hex(),
-        checkpoints=tuple(digest.hex() for digest in before[len(dropped or []) :]),
-        was_interrupted=False,
-        context_policy=blob.context_policy,
-        events_nbytes=blob.events_nbytes,
-    )
+    ).fetchall()
+    if not is_done:
+        raise moved(lease, stored.record.version)
+    return after
 
 
 def find_commit(
-    db: Db, lease: Lease, expected_version: int, blob: Blob, turn: str
-) -> SessionRecord | None:
+    db: Db, lease: Lease, expected_version: int, blob: Blob, turn: int
+) -> Stored | None:
     """The session as this turn has left it; None where it has left nothing.
 
     StoreUnreachableError: too many turns have followed to tell.
     """
     row = db.execute(
-        f"SELECT s.version, s.turns, {RECORD} FROM cottention.sessions AS s WHERE s.id = %s",
+        f"SELECT s.turns, {RECORD} FROM cottention.sessions AS s WHERE s.id = %s",
         [lease.session_id],
     ).fetchone()
     if row is None:
         return None
-    version, turns, *session = row
-    age = version - (expected_version + 1)
+    turns, *session = row
+    stored = to_stored(session)
+    age = stored.record.version - (expected_version + 1)
     if not _is_made_by(turn, turns, age, lease):
         return None
-    record = to_record(session)
-    if age == 0 or record is None:
-        return record
-    return replace(
-        record,
-        version=expected_version + 1,
-        position=blob.position,
-        nbytes=len(blob.raw),
-        head=blob.digest.hex(),
-        checkpoints=(),  # they may be gone
-        context_policy=blob.context_policy,
-        events_nbytes=blob.events_nbytes,
-    )
+    if age == 0:
+        return stored
+    # later turns have followed: what else there was then may be gone
+    earlier = replace(stored.record, version=expected_version)
+    return Stored(earlier, ()).after(blob, 0)[0]
 
 
-def is_rewound(db: Db, lease: Lease, expected_version: int, turn: str) -> bool:
+def is_rewound(db: Db, lease: Lease, expected_version: int, turn: int) -> bool:
     """Whether a rewind of this name was done. StoreUnreachableError, as in `find_commit`."""
     row = db.execute(
         "SELECT version, turns FROM cottention.sessions WHERE id = %s", [lease.session_id]
@@ -287,7 +290,7 @@ def is_rewound(db: Db, lease: Lease, expected_version: int, turn: str) -> bool:
     return row is not None and _is_made_by(turn, row[1], row[0] - (expected_version + 1), lease)
 
 
-def _is_made_by(turn: str, turns: Sequence[str], age: int, lease: Lease) -> bool:
+def _is_made_by(turn: int, turns: Sequence[int], age: int, lease: Lease) -> bool:
     """Whether `turn` made the version that is `age` versions old."""
     if age >= NUM_TURNS:
         raise StoreUnreachableError(
@@ -297,31 +300,28 @@ def _is_made_by(turn: str, turns: Sequence[str], age: int, lease: Lease) -> bool
     return 0 <= age < len(turns) and turns[age] == turn
 
 
-def rewind(db: Db, lease: Lease, expected_version: int, turn: str, replica: str) -> None:
+def rewind(db: Db, lease: Lease, expected_version: int, turn: int, replica: str) -> Stored:
     """Make the newest checkpoint the head. NothingToRewindError; SessionMovedError."""
-    values = {**_of(lease, replica), "version": expected_version, "turn": turn}
+    values = {**of_lease(lease, replica), "version": expected_version, "turn": turn}
     row = db.execute(
-        f"UPDATE cottention.sessions AS s SET version = s.version + 1, {ADD_TURN}"
-        f" WHERE {IS_HELD} AND s.version = %(version)s RETURNING s.seq, s.head",
+        "SELECT s.metadata, s.states FROM cottention.sessions AS s"
+        f" WHERE {IS_HELD} AND s.version = %(version)s FOR UPDATE",
         values,
     ).fetchone()
     if row is None:
-        raise _moved(lease, expected_version)
-    seq, head = row
-    [[before]] = db.execute(
-        "SELECT max(n) FROM cottention.states WHERE seq = %s AND n < %s", [seq, head]
-    ).fetchall()
-    if before is None:
+        raise moved(lease, expected_version)
+    metadata, found = row
+    *states, head = map(State.of_list, found)
+    if not states:
         raise NothingToRewindError("no earlier turn of this session is stored")
-    [[digest, nbytes]] = db.execute(
-        "DELETE FROM cottention.states WHERE seq = %s AND n = %s RETURNING digest, nbytes",
-        [seq, head],
-    ).fetchall()
+    values |= {"states": _as_json(states), "total": _total_nbytes(metadata, states)}
     db.execute(
-        "UPDATE cottention.sessions SET head = %s, nbytes = nbytes - %s WHERE seq = %s",
-        [before, nbytes, seq],
+        "UPDATE cottention.sessions AS s SET version = s.version + 1, states = %(states)s::json,"
+        f" nbytes = %(total)s, {ADD_TURN} WHERE s.id = %(id)s",
+        values,
     )
-    change_blobs(db, [], [digest])
+    change_blobs(db, [], [head.digest])
+    return read_session(db, lease.session_id, may_be_over=True)
 
 
 def insert_session(db: Db, session_id: str, new: NewSession, blob: Blob | None) -> None:
@@ -331,25 +331,27 @@ def insert_session(db: Db, session_id: str, new: NewSession, blob: Blob | None) 
     if blob is not None:
         states.append(blob.state)
     text = json.dumps(dict(new.metadata))
-    nbytes = len(text) + sum(state.nbytes for state in states)
-    [[seq]] = db.execute(
+    db.execute(
         "INSERT INTO cottention.sessions"
-        " (id, owner, created, head, nbytes, metadata, expires_at)"
-        f" VALUES (%s, %s, floor({NOW})::bigint, 1, %s, %s, %s) RETURNING seq",
-        [session_id, new.owner, nbytes, text, new.expires_at],
-    ).fetchall()
-    first = 2 - len(states)  # the head's number is the session's version, 1
-    with db.cursor() as cursor:
-        cursor.executemany(
-            "INSERT INTO cottention.states (seq, n, digest, position, nbytes, context_policy,"
-            " events_nbytes) VALUES (%s, %s, %s, %s, %s, %s, %s)",
-            [(seq, n, *state) for n, state in enumerate(states, first)],
-        )
+        " (id, owner, created, nbytes, metadata, states, expires_at)"
+        f" VALUES (%s, %s, floor({NOW})::bigint, %s, %s, %s, %s)",
+        [
+            *(session_id, new.owner, _total_nbytes(text, states), text),
+            *(_as_json(states), new.expires_at),
+        ],
+    )
 
 
 def read_sessions(db: Db, ids: Sequence[str]) -> Records:
-    """The records of sessions that exist, in this order."""
-    return [read_session(db, session_id, may_be_over=True) for session_id in ids]
+    """The records of sessions, in this order. SessionNotFoundError where one does not exist."""
+    rows = db.execute(
+        f"SELECT {RECORD} FROM cottention.sessions AS s WHERE s.id = ANY(%s)", [[*ids]]
+    ).fetchall()
+    found = {record.id: record for record in map(to_record, rows)}
+    for session_id in ids:
+        if session_id not in found:
+            raise SessionNotFoundError(f"no session {session_id!r}")
+    return [found[session_id] for session_id in ids]
 
 
 def new_id() -> str:
@@ -359,7 +361,7 @@ def new_id() -> str:
 
 def delete(db: Db, session_id: str, replica: str) -> None:
     """SessionBusyError; SessionNotFoundError."""
-    values = {"id": session_id, "replica": replica, "turn": ""}
+    values = {"id": session_id, "replica": replica, "turn": NO_TURN}
     row = db.execute(
         f"SELECT s.seq, {IS_FREE} FROM cottention.sessions AS s"
         f" WHERE s.id = %(id)s AND {IS_ALIVE} FOR UPDATE OF s",
@@ -375,11 +377,10 @@ def delete(db: Db, session_id: str, replica: str) -> None:
 
 def remove(db: Db, seqs: Sequence[int]) -> None:
     """Delete sessions whose rows are locked, and the blobs that only they have."""
-    db.execute("DELETE FROM cottention.sessions WHERE seq = ANY(%s)", [seqs])
-    gone = db.execute(
-        "DELETE FROM cottention.states WHERE seq = ANY(%s) RETURNING digest", [seqs]
+    rows = db.execute(
+        "DELETE FROM cottention.sessions WHERE seq = ANY(%s) RETURNING states", [seqs]
     ).fetchall()
-    change_blobs(db, [], [digest for (digest,) in gone])
+    change_blobs(db, [], [State.of_list(each).digest for (states,) in rows for each in states])
 
 
 def expire(db: Db, limit: int, replica: str) -> list[str]:
@@ -390,7 +391,7 @@ def expire(db: Db, limit: int, replica: str) -> list[str]:
     rows = db.execute(
         f"SELECT s.seq, s.id FROM cottention.sessions AS s WHERE s.expires_at <= {NOW}"
         f" AND {IS_FREE} LIMIT %(limit)s FOR UPDATE OF s SKIP LOCKED",
-        {"limit": limit, "replica": replica, "turn": ""},
+        {"limit": limit, "replica": replica, "turn": NO_TURN},
     ).fetchall()
     if rows:
         remove(db, [seq for seq, _ in rows])
@@ -411,8 +412,7 @@ def list_sessions(db: Db, owner: str, after: str | None, limit: int) -> tuple[Re
         f" WHERE s.owner = %(owner)s AND {IS_ALIVE} {behind} ORDER BY s.seq DESC LIMIT %(limit)s",
         values,
     ).fetchall()
-    found = [record for row in rows[:limit] if (record := to_record(row)) is not None]
-    return found, len(rows) > limit
+    return [to_record(row) for row in rows[:limit]], len(rows) > limit
 
 
 def usage_of(db: Db, owner: str) -> Usage:
@@ -426,11 +426,13 @@ def usage_of(db: Db, owner: str) -> Usage:
     return (row[0], row[1])
 
 
-def _of(lease: Lease, replica: str) -> Params:
+def of_lease(lease: Lease, replica: str) -> Params:
+    """What IS_HELD needs to know."""
     return {"id": lease.session_id, "fence": lease.fence, "replica": replica}
 
 
-def _moved(lease: Lease, expected_version: int) -> SessionMovedError:
+def moved(lease: Lease, expected_version: int) -> SessionMovedError:
+    """The error of a turn whose session another one has, or has changed."""
     return SessionMovedError(
         f"session {lease.session_id!r} is not at version {expected_version}, or was taken over"
     )

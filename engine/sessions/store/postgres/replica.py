@@ -44,6 +44,7 @@ class Replica:
         self, connections: Connections, *, name: str, url: str | None, build: str, model: str
     ) -> None:
         self.id = uuid4().hex
+        self.name = name
         self._values = {
             "id": self.id,
             "name": name,

@@ -7,37 +7,47 @@ is.
 
 from typing import TYPE_CHECKING, Any
 
+from cottention.engine.sessions.store.postgres.functions import ACQUIRE, COMMIT
+
 if TYPE_CHECKING:
     from psycopg import Connection
 
 # replicas: the servers that use the database; one lives while `until` is to come.
-# sessions: a lease names a replica, and is valid while that lives and until `lease_until`. head: n
-# of the newest state. nbytes: of metadata and states. expires_at: unix seconds. turns: names of the
-# transactions that made the last versions, the newest first; a state may be dropped before the
-# commit that wrote it, if in doubt, can be looked up. Rows are updated in place (HOT) where pages
-# have room. states: n is the session's version when the state was written, so no number is used
-# twice. blobs: a snapshot and its event log, refs: states that have it; written once, and only refs
-# changes.
-_FIRST = """
+# sessions: a lease names a replica, and is valid while that lives and until `lease_until`. nbytes:
+# of metadata and states. expires_at: unix seconds. states: of `blobs.State`, the head last; what
+# the list is at a version never changes. turns: names of the transactions that made the last
+# versions, the newest first, for commits in doubt. No column that a turn changes is in an index, so
+# that rows are updated in place (HOT) where pages have room.
+# blobs: a snapshot and its event log, written once, and what a state says of it; refs: states that
+# have it. bytes: deflated where they are shorter than nbytes; PostgreSQL need not try it again.
+# budgets: what is left of an owner's tokens of a minute, refilled since `filled_at`; lent: by the
+# last loan. key_use: requests of an owner that a replica runs.
+_FIRST = f"""
 CREATE TABLE cottention.replicas (
     id text PRIMARY KEY, name text NOT NULL, url text, build text NOT NULL, model text NOT NULL,
     until timestamptz NOT NULL, draining boolean NOT NULL DEFAULT false);
 CREATE TABLE cottention.sessions (
     seq bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, id text NOT NULL UNIQUE,
     owner text NOT NULL, created bigint NOT NULL, version bigint NOT NULL DEFAULT 1,
-    head bigint NOT NULL, nbytes bigint NOT NULL, metadata text NOT NULL,
+    nbytes bigint NOT NULL, metadata text NOT NULL, states json NOT NULL,
     expires_at double precision, was_interrupted boolean NOT NULL DEFAULT false,
-    fence bigint NOT NULL DEFAULT 0, lease_owner text, lease_turn text, lease_until timestamptz,
-    lease_version bigint, turns text[] NOT NULL DEFAULT '{}') WITH (fillfactor = 70);
+    fence bigint NOT NULL DEFAULT 0, lease_owner text, lease_turn bigint, lease_until timestamptz,
+    lease_version bigint, turns bigint[] NOT NULL DEFAULT '{{}}') WITH (fillfactor = 70);
 CREATE INDEX sessions_by_owner ON cottention.sessions (owner, seq);
 CREATE INDEX sessions_by_expiry ON cottention.sessions (expires_at) WHERE expires_at IS NOT NULL;
-CREATE TABLE cottention.states (
-    seq bigint NOT NULL, n bigint NOT NULL, digest bytea NOT NULL, position bigint NOT NULL,
-    nbytes bigint NOT NULL, context_policy text NOT NULL, events_nbytes bigint NOT NULL,
-    PRIMARY KEY (seq, n));
-CREATE INDEX states_by_digest ON cottention.states (digest);
 CREATE TABLE cottention.blobs (
-    digest bytea PRIMARY KEY, refs bigint NOT NULL, nbytes bigint NOT NULL, bytes bytea NOT NULL);
+    digest bytea PRIMARY KEY, refs bigint NOT NULL, position bigint NOT NULL,
+    nbytes bigint NOT NULL, context_policy text NOT NULL, events_nbytes bigint NOT NULL,
+    bytes bytea NOT NULL);
+ALTER TABLE cottention.blobs ALTER bytes SET STORAGE EXTERNAL;
+CREATE UNLOGGED TABLE cottention.budgets (
+    owner text PRIMARY KEY, tokens double precision NOT NULL, lent double precision NOT NULL,
+    filled_at timestamptz NOT NULL);
+CREATE UNLOGGED TABLE cottention.key_use (
+    owner text NOT NULL, replica text NOT NULL REFERENCES cottention.replicas ON DELETE CASCADE,
+    running bigint NOT NULL, PRIMARY KEY (owner, replica));
+{ACQUIRE}
+{COMMIT}
 """
 
 MIGRATIONS = (_FIRST,)

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
-from secrets import token_hex
+from secrets import randbits
 from typing import BinaryIO
 
 import psycopg
@@ -21,7 +21,12 @@ from cottention.engine.errors import (
     StoreUnavailableError,
 )
 from cottention.engine.sessions.store.postgres import queries
-from cottention.engine.sessions.store.postgres.blobs import Blob, as_digest, change_blobs
+from cottention.engine.sessions.store.postgres.blobs import (
+    Blob,
+    as_digest,
+    change_blobs,
+    inflated,
+)
 from cottention.engine.sessions.store.postgres.connections import (
     MAX_CONNECTIONS,
     UNREACHABLE,
@@ -29,6 +34,8 @@ from cottention.engine.sessions.store.postgres.connections import (
     Db,
     reason_of,
 )
+from cottention.engine.sessions.store.postgres.key_ledger import PostgresKeyLedger
+from cottention.engine.sessions.store.postgres.queries import Stored
 from cottention.engine.sessions.store.postgres.replica import LIFE_SECONDS, Replica
 from cottention.engine.sessions.store.postgres.schema import migrate
 from cottention.engine.sessions.store.protocol import (
@@ -42,7 +49,6 @@ from cottention.engine.sessions.store.protocol import (
     SessionRecord,
     SessionStore,
     StoreCounts,
-    Usage,
 )
 
 logger = logging.getLogger(__name__)
@@ -52,6 +58,10 @@ HOLD_SECONDS = 30.0
 WAIT_SECONDS = 0.2
 """Between looks at a lease whose holder has missed beats."""
 PIECE_BYTES = 1 << 20
+MANY_SESSIONS = 10_000
+SECONDS_TO_COUNT = 60.0
+MAX_LEASED = 4096
+"""Sessions whose states are remembered while they are leased."""
 
 
 class SpooledPart(BlobReader):
@@ -100,10 +110,13 @@ class PostgresStore(SessionStore):
         ConfigurationError: the database cannot be used.
         """
         self._quotas = quotas
+        self._leased = LeasedSessions()
+        self._counted = 0.0, StoreCounts(0, 0)
         self._connections = Connections(url, password, max_connections)
         self._replica = Replica(
             self._connections, name=name, url=replica_url, build=build, model=model
         )
+        self.key_ledger = PostgresKeyLedger(self._connections, self._replica)
         try:
             self._connections.open()
             self._connections.write(migrate)
@@ -169,12 +182,15 @@ class PostgresStore(SessionStore):
         deadline = time.monotonic() + 2 * LIFE_SECONDS
         while True:
             try:
-                return self._connections.statement(
+                lease, stored = self._connections.statement(
                     lambda db: queries.acquire(db, session_id, owner, values)
                 )
             except queries.Held as held:
                 if not held.is_late or time.monotonic() > deadline:
                     raise SessionBusyError(f"another turn has session {session_id!r}") from None
+            else:
+                self._leased.put(lease, stored)
+                return lease, stored.record
             time.sleep(WAIT_SECONDS)
 
     def renew(self, lease: Lease, ttl_seconds: float) -> None:
@@ -183,21 +199,27 @@ class PostgresStore(SessionStore):
         )
 
     def release(self, lease: Lease) -> None:
+        self._leased.pop(lease)
         self._connections.statement(lambda db: queries.release(db, lease, self._replica.id))
 
     def head(self, session_id: str) -> int:
         return self.record(session_id).version
 
     def record(self, session_id: str) -> SessionRecord:
-        return self._connections.statement(lambda db: queries.read_session(db, session_id))
+        return self._read(session_id).record
+
+    def _read(self, session_id: str, *, may_be_over: bool = False) -> Stored:
+        return self._connections.statement(
+            lambda db: queries.read_session(db, session_id, may_be_over=may_be_over)
+        )
 
     def get(self, digest: str) -> bytes:
         key = as_digest(digest)
-        statement = "SELECT bytes FROM cottention.blobs WHERE digest = %s"
+        statement = "SELECT nbytes, bytes FROM cottention.blobs WHERE digest = %s"
         row = self._connections.statement(lambda db: db.execute(statement, [key]).fetchone())
         if row is None:
             raise SnapshotError(f"snapshot {digest} is missing")
-        raw = bytes(row[0])
+        raw = inflated(bytes(row[1]), row[0])
         _check(hashlib.sha256(raw).digest(), key)
         return raw
 
@@ -212,7 +234,10 @@ class PostgresStore(SessionStore):
                 row = self._connections.statement(partial(_piece, key=key, at=at))
                 if row is None:
                     raise SnapshotError(f"snapshot {digest} is missing")
-                nbytes, piece = row[0], bytes(row[1])
+                nbytes, is_deflated, piece = row[0], row[1], bytes(row[2])
+                if is_deflated:  # then it is one piece
+                    piece = inflated(piece, nbytes)
+                    nbytes = len(piece)
                 at += len(piece)
                 checksum.update(piece)
                 file.write(piece)
@@ -234,46 +259,62 @@ class PostgresStore(SessionStore):
     ) -> SessionRecord:
         blob = Blob.of(snapshot, events, position, context_policy)
         turn = _new_turn()
+        stored = self._leased.pop(lease)
+        if stored is None or stored.record.version != expected_version:
+            stored = self._read_leased(lease, expected_version)
+        owner, before = stored.record.owner, stored.nbytes
+        is_limited = self._quotas(owner) != UNLIMITED
 
-        def change(db: Db) -> SessionRecord:
-            def check(owner: str, growth: int) -> None:
-                quota = self._quotas(owner)
-                if growth > 0 and quota != UNLIMITED:
-                    after = queries.usage_of(db, owner)
-                    before: Usage = (after[0], after[1] - growth)
-                    quota.check(before, after)
-
-            return queries.commit(
+        def change(db: Db) -> Stored:
+            after = queries.commit(
                 db,
                 lease,
-                expected_version,
+                stored,
                 blob,
                 max_checkpoints,
                 turn,
                 self._replica.id,
                 keeps_lease=keeps_lease,
-                check=check,
             )
+            growth = after.nbytes - before
+            if is_limited and growth > 0:
+                usage = queries.usage_of(db, owner)
+                self._quotas(owner).check((usage[0], usage[1] - growth), usage)
+            return after
 
-        return self._connections.write(
+        after = self._connections.write(
             change,
             lambda db: queries.find_commit(db, lease, expected_version, blob, turn),
             seconds=HOLD_SECONDS,
+            is_statement=not is_limited,
         )
+        if keeps_lease:
+            self._leased.put(lease, after)
+        return after.record
+
+    def _read_leased(self, lease: Lease, expected_version: int) -> Stored:
+        """SessionMovedError where it is not at this version."""
+        try:
+            stored = self._read(lease.session_id, may_be_over=True)
+        except SessionNotFoundError:
+            raise queries.moved(lease, expected_version) from None
+        if stored.record.version != expected_version:
+            raise queries.moved(lease, expected_version)
+        return stored
 
     def rewind(self, lease: Lease, expected_version: int) -> SessionRecord:
         turn = _new_turn()
 
-        def change(db: Db) -> SessionRecord:
-            queries.rewind(db, lease, expected_version, turn, self._replica.id)
-            return queries.read_session(db, lease.session_id, may_be_over=True)
+        def change(db: Db) -> Stored:
+            return queries.rewind(db, lease, expected_version, turn, self._replica.id)
 
-        def find(db: Db) -> SessionRecord | None:
+        def find(db: Db) -> Stored | None:
             if not queries.is_rewound(db, lease, expected_version, turn):
                 return None
             return queries.read_session(db, lease.session_id, may_be_over=True)
 
-        return self._connections.write(change, find)
+        self._leased.pop(lease)
+        return self._connections.write(change, find).record
 
     def delete(self, session_id: str) -> None:
         def find(db: Db) -> bool | None:
@@ -295,12 +336,18 @@ class PostgresStore(SessionStore):
         )
 
     def counts(self) -> StoreCounts:
+        """Of many sessions, as they were at most SECONDS_TO_COUNT ago: it reads all of them."""
+        counted_at, found = self._counted
+        if found.num_sessions >= MANY_SESSIONS and time.monotonic() < counted_at + SECONDS_TO_COUNT:
+            return found
         statement = (
             "SELECT (SELECT count(*) FROM cottention.sessions),"
             " (SELECT coalesce(sum(nbytes), 0)::bigint FROM cottention.blobs)"
         )
         [row] = self._connections.statement(lambda db: db.execute(statement).fetchall())
-        return StoreCounts(*row)
+        found = StoreCounts(*row)
+        self._counted = time.monotonic(), found
+        return found
 
     def now(self) -> float:
         return self._replica.now()
@@ -326,9 +373,33 @@ class PostgresStore(SessionStore):
         self._connections.close()
 
 
-def _new_turn() -> str:
+class LeasedSessions:
+    """The sessions that this replica has leased, as they are stored. Thread-safe.
+
+    A commit needs a session's states, which are those that were read with its lease unless another
+    turn has moved it, and then the commit is refused. What is not here is read again.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found: dict[Lease, Stored] = {}
+
+    def put(self, lease: Lease, stored: Stored) -> None:
+        """Keep it until it is asked for; the oldest go where leases are left to run out."""
+        with self._lock:
+            self._found[lease] = stored
+            if len(self._found) > MAX_LEASED:
+                del self._found[next(iter(self._found))]
+
+    def pop(self, lease: Lease) -> Stored | None:
+        """What was put last, once."""
+        with self._lock:
+            return self._found.pop(lease, None)
+
+
+def _new_turn() -> int:
     """Names a transaction among the last ones of a session."""
-    return token_hex(8)
+    return randbits(63)
 
 
 def _warn_of_asynchronous_standbys(db: Db) -> None:
@@ -343,12 +414,13 @@ def _warn_of_asynchronous_standbys(db: Db) -> None:
         )
 
 
-def _piece(db: Db, key: bytes, at: int) -> "tuple[int, bytes] | None":
+def _piece(db: Db, key: bytes, at: int) -> "tuple[int, bool, bytes] | None":
     row = db.execute(
-        "SELECT nbytes, substring(bytes FROM %s FOR %s) FROM cottention.blobs WHERE digest = %s",
+        "SELECT nbytes, octet_length(bytes) < nbytes, substring(bytes FROM %s FOR %s)"
+        " FROM cottention.blobs WHERE digest = %s",
         [at + 1, PIECE_BYTES, key],
     ).fetchone()
-    return row and (row[0], row[1])
+    return row and (row[0], row[1], row[2])
 
 
 def _check(found: bytes, key: bytes) -> None:

@@ -100,7 +100,9 @@ def harm(rng: random.Random, running: list[Replica], server: Postgres, proxy: Tc
 
     def cut() -> None:
         for _ in range(10):
-            proxy.arm(b"COMMIT", rng.choice(["lose request", "lose answer", "swallow"]))
+            proxy.arm(
+                b"cottention.commit_v1", rng.choice(["lose request", "lose answer", "swallow"])
+            )
             time.sleep(0.05)
 
     def restart() -> None:

@@ -2,11 +2,13 @@
 
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -24,7 +26,8 @@ from cottention.engine.errors import (
 from cottention.engine.sessions.store import NewSession, SessionRecord, SessionStore
 from cottention.engine.sessions.store.postgres import queries
 from cottention.engine.sessions.store.postgres.address import check_address, read_password
-from cottention.engine.sessions.store.postgres.blobs import Blob
+from cottention.engine.sessions.store.postgres.blobs import Blob, inflated
+from cottention.engine.sessions.store.postgres.functions import NUM_TURNS
 from cottention.engine.sessions.store.postgres.store import PostgresStore
 from tests.engine.postgres import PASSWORD, Postgres, running_pgbouncer, running_postgres
 from tests.engine.sessions.store.backends import PostgresBackend
@@ -151,7 +154,7 @@ def test_what_the_network_cuts_is_done_once(
     monkeypatch.setattr(
         "cottention.engine.sessions.store.postgres.connections.ATTEMPT_SECONDS", 1.0
     )
-    trigger = b"SET fence = s.fence + 1" if verb == "acquire" else b"COMMIT"
+    triggers = {"acquire": b"cottention.acquire_v1", "commit": b"cottention.commit_v1"}
     with (
         proxied(postgres.port) as proxy,
         closing(backend.open()) as other,
@@ -163,7 +166,7 @@ def test_what_the_network_cuts_is_done_once(
         # the heartbeats' own transactions would take the fault
         store._replica._stopping.set()
         store._replica._thread.join()
-        proxy.arm(trigger, fault)
+        proxy.arm(triggers.get(verb, b"COMMIT"), fault)
         if verb == "commit":
             found = store.commit(lease, 2, b"three", 3, 2)
             assert (found.version, found.position) == (3, 3)
@@ -197,19 +200,20 @@ def test_a_commit_in_doubt_is_found_after_turns_of_others(backend: PostgresBacke
         lease, _ = store.acquire(record.id, 60)
         blob = Blob.of(b"two", b"", 2, "renew")
 
-        def find(turn: str) -> SessionRecord | None:
-            return store._connections.statement(
+        def find(turn: int) -> SessionRecord | None:
+            stored = store._connections.statement(
                 lambda db: queries.find_commit(db, lease, 1, blob, turn)
             )
+            return stored and stored.record
 
         done = store.commit(lease, 1, b"two", 2, 0, "renew")
         [[turns]] = backend.execute("SELECT turns FROM cottention.sessions")
         assert find(turns[0]) == done
-        for n in range(queries.NUM_TURNS - 1):
+        for n in range(NUM_TURNS - 1):
             other, _ = store.acquire(record.id, 60)
             store.commit(other, other.version, b"%d" % n, 3, 0)
             assert find(turns[0]) == done
-            assert find("another") is None
+            assert find(turns[0] + 1) is None
         turn(store, record.id, b"one too many")
         with pytest.raises(StoreUnavailableError, match="may be among"):
             find(turns[0])
@@ -355,6 +359,19 @@ def test_passwords_come_from_a_file_a_variable_or_libpq_s_own_file(
     file.chmod(0o600)
     monkeypatch.setenv("PGPASSFILE", str(file))
     PostgresStore(postgres.url).close()
+
+
+def test_blobs_come_back_whether_deflating_makes_them_shorter_or_not() -> None:
+    """One whose deflated form is as long as itself was once read as what it is not."""
+    rng = random.Random(1)
+    ends = set()
+    for length in range(2000):
+        raw = bytes(rng.choices(b"0123456789 abcdef", k=length // 10))
+        stored = Blob.of(raw, b"", 1, "exact").deflated()
+        ends.add(len(zlib.compress(raw, 1)) - len(raw))
+        assert inflated(stored, len(raw)) == raw
+    assert min(ends) < 0 < max(ends)
+    assert 0 in ends
 
 
 def test_the_fence_is_what_refuses_a_late_writer(backend: PostgresBackend) -> None:
