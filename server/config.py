@@ -189,6 +189,18 @@ class ServerConfig:
         minimum=0.001,
         unit="seconds",
     )
+    idempotency_seconds: float = setting(
+        86_400.0,
+        "how long the answer to a request with an Idempotency-Key is repeated",
+        minimum=0.001,
+        unit="seconds",
+    )
+    idempotency_bytes: int = setting(
+        512 * 1024,
+        "maximum size of such an answer; a longer one is sent once and not repeated",
+        minimum=0,
+        unit="bytes",
+    )
     max_snapshot_bytes: int = setting(
         256 * 1024**2, "maximum size of a session to import", minimum=1, unit="bytes"
     )

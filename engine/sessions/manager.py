@@ -6,7 +6,7 @@ rewind. A turn takes two transactions of the store: `begin` leases the session a
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -22,11 +22,13 @@ from cottention.engine.errors import (
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.state_cache import StateCache, UnsavedState
 from cottention.engine.sessions.store import Lease, NewSession, SessionRecord, SessionStore
+from cottention.engine.sessions.store.protocol import Answer, Claim, Claimed
 from cottention.engine.sessions.types import (
     BytesReader,
     Exported,
     OpenExport,
     Session,
+    SessionAnswer,
     SessionCounts,
     SessionValue,
     Turn,
@@ -200,6 +202,7 @@ class SessionManager:
         state: SessionState,
         events: EventLog = NO_EVENTS,
         unsaved_events: EventLog | None = None,
+        answer: SessionAnswer | None = None,
     ) -> Session:
         """Make `state` the session's state, stored when this returns, and end the turn.
 
@@ -209,17 +212,18 @@ class SessionManager:
         events: kept until the next turn's take their place. unsaved_events: kept instead where
         another store does not take it; None: the same. Then state and events stay in memory, and
         the session is not durable until a later turn is stored. SessionMovedError: the lease was
-        taken over.
+        taken over. answer: stored with the state, and only then.
         """
         value = SessionValue(state, events)
         try:
-            record = self._cache.commit(turn.lease, value, self._max_checkpoints)
+            kept = self._answer(answer)
+            record = self._cache.commit(turn.lease, value, self._max_checkpoints, kept)
         except StoreUnavailableError:
             if self._store.is_shared:
                 self._cache.release(turn.lease)
                 raise
-            kept = events if unsaved_events is None else unsaved_events
-            record = self._keep_unsaved(turn, SessionValue(state, kept))
+            log = events if unsaved_events is None else unsaved_events
+            record = self._keep_unsaved(turn, SessionValue(state, log))
         except BaseException:
             self._cache.release(turn.lease)
             raise
@@ -236,17 +240,18 @@ class SessionManager:
         n: int,
         expected_position: int | None = None,
         metadata: Metadata | None = None,
+        answer: SessionAnswer | None = None,
     ) -> list[Session]:
         """n new sessions with the state and the checkpoints of this one.
 
-        metadata: theirs; None: that of this session.
+        metadata: theirs; None: that of this session. answer: stored with them.
         """
         with self._leased(owner, session_id, expected_position) as (_, record):
             value = self._cache.load_for_turn(record)
             new = self._fork_of(record, value)
             if metadata is not None:
                 new = replace(new, metadata=metadata)
-            forks = self._store.create([new] * n)
+            forks = self._store.create([new] * n, self._answer(answer))
             return [self._park(fork, value) for fork in forks]
 
     def rewind(self, owner: str, session_id: str, expected_position: int | None = None) -> Session:
@@ -260,6 +265,20 @@ class SessionManager:
                 record = self._store.rewind(lease, lease.version)
                 self._cache.forget(session_id)
         return self._describe(record)
+
+    # Idempotency keys
+
+    def claim(self, owner: str, key: str, request: bytes, seconds: float) -> Claim | Claimed:
+        """As SessionStore.claim. StoreUnavailableError."""
+        return self._store.claim(owner, key, request, seconds)
+
+    def keep_answer(self, claim: Claim, answer: bytes) -> None:
+        """As SessionStore.keep_answer. StoreUnavailableError."""
+        self._store.keep_answer(claim, answer)
+
+    def drop_claim(self, claim: Claim) -> None:
+        """As SessionStore.drop_claim. StoreUnavailableError."""
+        self._store.drop_claim(claim)
 
     # Maintenance
 
@@ -290,6 +309,17 @@ class SessionManager:
             self._store.close()
 
     # Private
+
+    def _answer(self, answer: SessionAnswer | None) -> Answer | None:
+        """The same for the store; it is made while a session still belongs to its turn."""
+        if answer is None:
+            return None
+
+        def make(records: Sequence[SessionRecord]) -> bytes:
+            sessions = [self._session(record, None) for record in records]
+            return answer.make([replace(each, residence="parked") for each in sessions])
+
+        return Answer(answer.claim, make)
 
     def _create(
         self, owner: str, raw: bytes, state: SessionState, metadata: Metadata, ttl: float | None

@@ -1,10 +1,10 @@
 """The values that sessions are described by: what clients see, what a turn holds, counts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cottention.engine.sessions.store.protocol import BlobReader, Lease, SessionRecord
+from cottention.engine.sessions.store.protocol import BlobReader, Claim, Lease, SessionRecord
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import SessionState
@@ -84,6 +84,14 @@ class Turn:
     state: SessionState
     lease: Lease
     record: SessionRecord
+
+
+@dataclass(frozen=True, slots=True)
+class SessionAnswer:
+    """The answer of a claimed request, made of the sessions as they are after it."""
+
+    claim: Claim
+    make: Callable[[Sequence[Session]], bytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from cottention.server.http.origin import (
 from cottention.server.http.pacing import PacingMiddleware
 from cottention.server.http.request_id import RequestIdMiddleware
 from cottention.server.http.routing import RoutingMiddleware
+from cottention.server.idempotency.keys import IdempotencyKeys
 from cottention.server.limits.api_keys import (
     NAME_LENGTH,
     ApiKey,
@@ -96,7 +97,12 @@ def create_app(
     for an encoder.
     """
     turns = None if sessions is None else TurnQueue(sessions)
-    app = _new_app(engine, turns)
+    idempotency_keys = (
+        None
+        if sessions is None
+        else IdempotencyKeys(sessions, config.idempotency_seconds, config.idempotency_bytes)
+    )
+    app = _new_app(engine, turns, idempotency_keys)
     name = config.served_model_name or engine.engine.name
     if sessions is None:
         registry = make_registry(engine, None, None, name)
@@ -111,6 +117,7 @@ def create_app(
         registry,
         sessions,
         turns,
+        idempotency_keys,
         ReadLimit(config.max_session_reads),
         BodyMemory(config.max_received_bytes, max_snapshot_bytes, config.max_response_items),
         RunningRequests(engine.cancel),
@@ -138,7 +145,7 @@ def _routes() -> list[BaseRoute]:
     return whole.routes
 
 
-def _new_app(engine: AsyncEngine, turns: TurnQueue | None) -> FastAPI:
+def _new_app(engine: AsyncEngine, turns: TurnQueue | None, keys: IdempotencyKeys | None) -> FastAPI:
     """An application without endpoints; its shutdown waits until every turn has been stored."""
 
     @asynccontextmanager
@@ -148,6 +155,8 @@ def _new_app(engine: AsyncEngine, turns: TurnQueue | None) -> FastAPI:
         await asyncio.to_thread(engine.stop)
         if turns is not None:
             await turns.wait_settled()
+        if keys is not None:
+            await keys.wait_settled()
 
     # The interactive pages load scripts from elsewhere; only /openapi.json is served.
     return FastAPI(

@@ -19,6 +19,7 @@ from cottention.server.generation.chat_template import ChatTemplate, UnusableTem
 from cottention.server.http.body import Pace, shown
 from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.errors import ApiError
+from cottention.server.idempotency.keys import IdempotencyKeys
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import counting_read, limits_of
 from cottention.server.sessions.reads import ReadLimit
@@ -57,7 +58,8 @@ class IgnoredKeys:
 class Context:
     """Shared by all requests of an application, except `limits`, which are those of the key.
 
-    session_manager, turn_queue: None where the model is an encoder, which has no sessions.
+    session_manager, turn_queue, idempotency_keys: None where the model is an encoder, which has no
+    sessions.
     """
 
     engine: AsyncEngine
@@ -65,6 +67,7 @@ class Context:
     registry: CollectorRegistry
     session_manager: "SessionManager | None"
     turn_queue: TurnQueue | None
+    idempotency_keys: IdempotencyKeys | None
     reads: ReadLimit
     bodies: BodyMemory
     running: RunningRequests
@@ -83,6 +86,12 @@ class Context:
         """The turns of sessions; not for an encoder."""
         assert self.turn_queue is not None
         return self.turn_queue
+
+    @property
+    def keys(self) -> IdempotencyKeys:
+        """The requests with idempotency keys; not for an encoder."""
+        assert self.idempotency_keys is not None
+        return self.idempotency_keys
 
     @property
     def tokenizer(self) -> "BaseTokenizer":

@@ -34,6 +34,8 @@ from cottention.server.http.body import announced_bytes, read_body, shown
 from cottention.server.http.errors import ApiError
 from cottention.server.http.json_body import parse_object
 from cottention.server.http.request_id import request_id_of
+from cottention.server.idempotency.keys import key_of
+from cottention.server.idempotency.recording import Answering
 from cottention.server.limits.rate_limit import client_of, count_choices, track
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.sessions.turn_queue import caller_of, owner_of
@@ -61,10 +63,37 @@ async def generate(
     endpoint: EndpointFormat,
     max_inline_bytes: int = MAX_INLINE_BYTES,
 ) -> Response:
-    """Read and parse a body, generate, and respond.
+    """Read and parse a body, generate, and respond; once for each Idempotency-Key.
 
     Raises ParameterError, EngineStoppedError, ApiError.
     """
+    return await once(
+        request,
+        context,
+        lambda each: _generate(each, context, parse, endpoint, max_inline_bytes),
+    )
+
+
+async def once(request: Request, context: Context, answer: Answering) -> Response:
+    """What `answer` responds, or has responded to the request's Idempotency-Key.
+
+    Raises ApiError, SessionError and what `answer` raises.
+    """
+    if key_of(request) is None:
+        return await answer(request)
+    held = context.bodies.body(request)
+    raw = await read_body(request, context.max_body_bytes, context.pace, held)
+    held.release()  # who executes it counts it again
+    return await context.keys.respond(request, raw, owner_of(request), answer)
+
+
+async def _generate(
+    request: Request,
+    context: Context,
+    parse: Parser[ParsedRequest],
+    endpoint: EndpointFormat,
+    max_inline_bytes: int,
+) -> Response:
     parsed, arrived_at = await read_request(request, context, parse, max_inline_bytes)
     context.limits.check(parsed)
     parsed.check_items(context.config.max_response_items)

@@ -4,6 +4,7 @@ The turn begins, runs and ends while the response is sent, so that a session kee
 turn what was written to the socket. With `on_disconnect` "continue" it runs in a task of its own.
 """
 
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -26,10 +27,14 @@ from cottention.server.generation.responses import (
 from cottention.server.generation.sse import (
     EventFormatter,
     EventStreamResponse,
+    ResponseHeader,
     close_on_disconnect,
+    event_stream_headers,
     until_done,
     usage_of,
 )
+from cottention.server.idempotency.keys import KeyedRequest, ResponseOnce, keyed_request_of
+from cottention.server.idempotency.recording import encode_answer
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.observability.access_log import RequestRecord, request_record
 from cottention.server.schemas.session_responses import etag_of, session_summary
@@ -39,7 +44,7 @@ from cottention.server.sessions.turn_events import TurnEvents
 from cottention.server.sessions.turn_queue import Caller
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
-    from cottention.engine.sessions.types import Session
+    from cottention.engine.sessions.types import Session, SessionAnswer
 
 
 class TurnResponse(Response):
@@ -78,9 +83,10 @@ class TurnResponse(Response):
             self._cancellation.attach(stream)
             track(scope, request, stream)
             stack.callback(stream.close)
-            if options.on_disconnect == "continue":
+            keyed = keyed_request_of(scope)
+            if options.on_disconnect == "continue" or keyed is not None:
                 response = await self._continued(
-                    request, stream, turn, stack.pop_all(), request_record(scope), receive
+                    request, stream, turn, stack.pop_all(), request_record(scope), receive, keyed
                 )
             elif request.is_stream:
                 events = TurnEvents(stream, self._formatter(request), turn)
@@ -114,7 +120,10 @@ class TurnResponse(Response):
         async with close_on_disconnect(stream, receive):
             deltas = await collect_outputs(stream)
             session = await turn.finish(deltas[0])
-            return await self._formatted(request, deltas[0], stream.num_generated, session)
+            header = self._endpoint.header(self._name, self._context.model_name, is_stream=False)
+            return self._formatted(
+                request, deltas[0], stream.num_generated, session, header, at_once=False
+            )
 
     async def _continued(
         self,
@@ -124,16 +133,45 @@ class TurnResponse(Response):
         stack: AsyncExitStack,
         record: RequestRecord,
         receive: Receive,
+        keyed: KeyedRequest | None,
     ) -> Response:
-        """Run the turn in a task of its own, which closes `stack`; the client may follow it."""
+        """Run the turn in a task of its own, which closes `stack`; the client may follow it.
+
+        keyed: its answer is stored with the turn.
+        """
         context, is_whole = self._context, not request.is_stream
         live = LiveEvents(context.config.session_event_log_bytes)
+        header = self._endpoint.header(self._name, context.model_name, is_stream=False)
+
+        def respond(sessions: "list[Session]") -> Response:
+            return self._formatted(
+                request, events.whole, stream.num_generated, sessions[0], header, at_once=True
+            )
+
+        once = ResponseOnce(keyed, respond)
+
+        def answer(last_events: Callable[[], str]) -> "SessionAnswer | None":
+            if keyed is None or is_whole:
+                return once.answer
+            return keyed.session_answer(lambda _: _told(live, last_events()))
+
+        if keyed is not None:
+            turn.is_whole_or_undone = True
+            if not is_whole:
+                live.keep_all(context.config.idempotency_bytes)
         events = TurnEvents(
-            stream, self._formatter(request), turn, live.log_ending_with, gathers=is_whole
+            stream,
+            self._formatter(request),
+            turn,
+            live.log_ending_with,
+            answer,
+            gathers=is_whole,
         )
         key = (self._caller.owner, turn.session_id)
         record.background_turn = task = context.turns.detach(key, live, _run(events, live, stack))
         if not is_whole:
+            if keyed is not None:
+                task.add_done_callback(lambda _: _note_kept(keyed, events))
             follower = LiveEventFollower(live, 0)
             return EventStreamResponse(follower, context.config.sse_keep_alive_seconds)
         await until_done(task, receive)
@@ -141,18 +179,30 @@ class TurnResponse(Response):
             raise events.error
         assert events.session is not None
         check_outcome(stream, {0: events.whole})
-        return await self._formatted(request, events.whole, stream.num_generated, events.session)
+        if keyed is not None:
+            return once.respond([events.session])
+        return self._formatted(
+            request, events.whole, stream.num_generated, events.session, header, at_once=False
+        )
 
-    async def _formatted(
-        self, request: GenerationRequest, delta: OutputDelta, num_generated: int, session: "Session"
+    def _formatted(
+        self,
+        request: GenerationRequest,
+        delta: OutputDelta,
+        num_generated: int,
+        session: "Session",
+        header: ResponseHeader,
+        *,
+        at_once: bool,
     ) -> Response:
         """The whole response."""
         endpoint, context = self._endpoint, self._context
-        header = endpoint.header(self._name, context.model_name, is_stream=request.is_stream)
         choices = endpoint.formatter(request, context.tokenizer)
         usage = usage_of(request.num_prompt_tokens, num_generated)
         extra = {"session": session_summary(session)}
-        response = format_response({0: delta}, header, choices, request, usage, extra)
+        response = format_response(
+            {0: delta}, header, choices, request, usage, extra, at_once=at_once
+        )
         response.headers["ETag"] = etag_of(session)
         return response
 
@@ -160,6 +210,19 @@ class TurnResponse(Response):
         endpoint, context = self._endpoint, self._context
         header = endpoint.header(self._name, context.model_name, is_stream=True)
         return EventFormatter(header, endpoint.formatter(request, context.tokenizer), request)
+
+
+def _told(live: LiveEvents, last_events: str) -> bytes:
+    """The answer that has all events of a turn; one that says so where they are too long."""
+    headers = event_stream_headers()
+    body = live.all_ending_with(last_events)
+    return encode_answer(0 if body is None else 200, headers, body or b"")
+
+
+def _note_kept(keyed: KeyedRequest, events: TurnEvents) -> None:
+    """The turn's answer is stored with it, if the turn was."""
+    if events.session is not None and events.error is None:
+        keyed.is_kept = events.session.is_durable
 
 
 async def _run(events: TurnEvents, live: LiveEvents, stack: AsyncExitStack) -> None:

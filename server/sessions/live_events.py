@@ -30,12 +30,36 @@ def _id_line(turn: str, number: int) -> bytes:
     return b"id: %s-%d\n" % (turn.encode(), number)
 
 
+class Transcript:
+    """Bytes from the first on, or nothing where they are more than `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._parts: list[bytes] = []
+        self._num_bytes = 0
+
+    def add(self, part: bytes) -> None:
+        """Append a part."""
+        self._num_bytes += len(part)
+        if self._num_bytes <= self._max_bytes:
+            self._parts.append(part)
+        else:
+            self._parts.clear()
+
+    def ending_with(self, part: bytes) -> bytes | None:
+        """All parts and this one; None where they are too long."""
+        if self._num_bytes + len(part) > self._max_bytes:
+            return None
+        return b"".join([*self._parts, part])
+
+
 class LiveEvents:
     """The events of one running turn. To be used on the event loop only."""
 
     def __init__(self, max_bytes: int) -> None:
         self._buffer = EventBuffer(token_hex(8), max_bytes)
         self._followers: set[asyncio.Event] = set()
+        self._transcript = Transcript(0)
         self.has_ended = False
 
     @property
@@ -53,9 +77,20 @@ class LiveEvents:
         """The number that the next event will have."""
         return self._buffer.stop
 
+    def keep_all(self, max_bytes: int) -> None:
+        """Keep all events from the first on, as far as they have at most so many bytes."""
+        self._transcript = Transcript(max_bytes)
+
+    def all_ending_with(self, text: str) -> bytes | None:
+        """All events as they are sent, those of `text` last; None where they are too long."""
+        events = _split(text)
+        return self._transcript.ending_with(with_ids(self.turn, self.stop, events))
+
     def add(self, text: str) -> None:
         """Append the events of a text, and wake the followers."""
-        for event in _split(text):
+        events = _split(text)
+        self._transcript.add(with_ids(self.turn, self.stop, events))
+        for event in events:
             self._buffer.add(event)
         self._wake()
 

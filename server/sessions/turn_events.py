@@ -15,12 +15,20 @@ from cottention.server.schemas.session_responses import session_summary
 from cottention.server.sessions.turn import RunningTurn
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from cottention.engine.sessions.types import Session
+    from cottention.engine.sessions.types import Session, SessionAnswer
 
 logger = logging.getLogger("cottention")
 
 LogEndingWith = Callable[[str], EventLog]
 """The events to store with a turn whose last events are these."""
+
+
+AnswerEndingWith = Callable[[Callable[[], str]], "SessionAnswer | None"]
+"""The answer to store with a turn whose last events are those that a function returns then."""
+
+
+def no_answer(_: Callable[[], str]) -> None:
+    """For a turn without an idempotency key."""
 
 
 def no_log(_: str) -> EventLog:
@@ -40,6 +48,7 @@ class TurnEvents:
         formatter: EventFormatter,
         turn: RunningTurn,
         log_ending_with: LogEndingWith = no_log,
+        answer_ending_with: AnswerEndingWith = no_answer,
         *,
         gathers: bool = False,
     ) -> None:
@@ -47,6 +56,7 @@ class TurnEvents:
         self._formatter = formatter
         self._turn = turn
         self._log_ending_with = log_ending_with
+        self._answer_ending_with = answer_ending_with
         self._gathers = gathers
         self.whole = OutputDelta()
         self.session: Session | None = None
@@ -98,9 +108,14 @@ class TurnEvents:
             return self._formatter.frame(chunks, extra) + end
 
         try:
-            self.session = await self._turn.finish(
-                delta, lambda session: self._log_ending_with(last_events(session))
-            )
+            after: list[str] = []
+
+            def log_of(session: "Session") -> EventLog:
+                after.append(last_events(session))
+                return self._log_ending_with(after[-1])
+
+            answer = self._answer_ending_with(lambda: after[0])
+            self.session = await self._turn.finish(delta, log_of, answer)
         except SessionError as error:
             self.error = session_error(error)
             return self._formatter.error(self.error)

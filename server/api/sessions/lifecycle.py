@@ -8,7 +8,7 @@ from pydantic import Field
 
 from cottention.engine.errors import SessionMovedError
 from cottention.server.api.dependencies import Context, ContextDep, reading
-from cottention.server.api.generate import read_empty, read_parsed
+from cottention.server.api.generate import once, read_empty, read_parsed
 from cottention.server.api.openapi import EMPTY_BODY, error_responses, request_docs
 from cottention.server.api.query_params import must_be, only_query_params
 from cottention.server.generation.cancellation import Cancellation, request_cancelled
@@ -21,6 +21,7 @@ from cottention.server.generation.request import TurnOptions, prefill_request, t
 from cottention.server.generation.responses import collect_outputs
 from cottention.server.generation.sse import close_on_disconnect
 from cottention.server.http.request_id import request_id_of
+from cottention.server.idempotency.keys import ResponseOnce, keyed_request_of
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.schemas.base import validate
 from cottention.server.schemas.responses import JsonObject
@@ -160,10 +161,16 @@ async def cancel_turn(session_id: str, request: Request, context: ContextDep) ->
 @router.post(
     "/v1/sessions/{session_id}/append",
     response_model=SessionObject,
-    **request_docs(AppendRequest, examples=[{"prompt": "def f(x):"}], more=TURN_ERRORS),
+    **request_docs(
+        AppendRequest, examples=[{"prompt": "def f(x):"}], more=TURN_ERRORS, is_idempotent=True
+    ),
 )
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Add a prompt to a session without generating; an empty prompt changes nothing."""
+    return await once(request, context, lambda each: _append(session_id, each, context))
+
+
+async def _append(session_id: str, request: Request, context: Context) -> Response:
     context.engine.check_accepting()
     caller = caller_of(request)
     body = await read_parsed(request, context, lambda fields, _: validate(AppendRequest, fields))
@@ -187,26 +194,33 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
             add_special_tokens_if_empty=is_text,
             cancellation=cancellation,
         )
-        return session_response(await turn.commit(state))
+        told = ResponseOnce(keyed_request_of(request.scope), _one)
+        return told.respond([await turn.commit(state, answer=told.answer)])
 
 
 @router.post(
     "/v1/sessions/{session_id}/fork",
     response_model=SessionList,
-    **request_docs(ForkRequest, examples=[{"n": 2}], more=TURN_ERRORS),
+    **request_docs(ForkRequest, examples=[{"n": 2}], more=TURN_ERRORS, is_idempotent=True),
 )
 async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Copies of a session that are independent of it and of each other."""
+    return await once(request, context, lambda each: _fork(session_id, each, context))
+
+
+async def _fork(session_id: str, request: Request, context: Context) -> Response:
     context.engine.check_accepting()
     caller = caller_of(request)
     body = await read_parsed(request, context, lambda fields, _: fork_request(fields))
+    told = ResponseOnce(keyed_request_of(request.scope), _forks)
+    more = {} if told.answer is None else {"answer": told.answer}
     fork, position = context.sessions.fork, caller.expected_position
     place = context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive)
     async with entered_before(_deadline_from_now(context), place):
         forks = await asyncio.to_thread(
-            fork, caller.owner, session_id, body.n, position, body.metadata
+            fork, caller.owner, session_id, body.n, position, body.metadata, **more
         )
-    return session_list_response(forks, has_more=False)
+    return told.respond(forks)
 
 
 @router.post(
@@ -222,6 +236,14 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
     async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
         rewind, position = context.sessions.rewind, caller.expected_position
         return session_response(await asyncio.to_thread(rewind, caller.owner, session_id, position))
+
+
+def _one(sessions: "list[Session]") -> Response:
+    return session_response(sessions[0])
+
+
+def _forks(sessions: "list[Session]") -> Response:
+    return session_list_response(sessions, has_more=False)
 
 
 def _deadline_from_now(context: Context) -> float | None:

@@ -20,7 +20,8 @@ from cottention.engine.errors import (
     SnapshotError,
     StoreUnavailableError,
 )
-from cottention.engine.sessions.store.postgres import queries
+from cottention.engine.sessions.store.answers import require_kept
+from cottention.engine.sessions.store.postgres import answers, queries
 from cottention.engine.sessions.store.postgres.blobs import Blob, as_digest, change_blobs
 from cottention.engine.sessions.store.postgres.connections import (
     MAX_CONNECTIONS,
@@ -33,7 +34,10 @@ from cottention.engine.sessions.store.postgres.replica import LIFE_SECONDS, Repl
 from cottention.engine.sessions.store.postgres.schema import migrate
 from cottention.engine.sessions.store.protocol import (
     UNLIMITED,
+    Answer,
     BlobReader,
+    Claim,
+    Claimed,
     Ids,
     Lease,
     NewSession,
@@ -128,7 +132,7 @@ class PostgresStore(SessionStore):
         """Whether this replica's last heartbeat is young enough for its leases to be valid."""
         return self._replica.is_alive
 
-    def create(self, records: Sequence[NewSession]) -> Records:
+    def create(self, records: Sequence[NewSession], answer: Answer | None = None) -> Records:
         ids = [queries.new_id() for _ in records]
         blobs = [
             None
@@ -151,7 +155,9 @@ class PostgresStore(SessionStore):
                 queries.insert_session(db, session_id, new, blob)
             for owner, usage in before.items():
                 self._quotas(owner).check(usage, queries.usage_of(db, owner))
-            return queries.read_sessions(db, ids)
+            made = queries.read_sessions(db, ids)
+            _keep(db, answer, made)
+            return made
 
         def find(db: Db) -> Records | None:
             try:
@@ -231,6 +237,7 @@ class PostgresStore(SessionStore):
         events: bytes = b"",
         *,
         keeps_lease: bool = False,
+        answer: Answer | None = None,
     ) -> SessionRecord:
         blob = Blob.of(snapshot, events, position, context_policy)
         turn = _new_turn()
@@ -243,7 +250,7 @@ class PostgresStore(SessionStore):
                     before: Usage = (after[0], after[1] - growth)
                     quota.check(before, after)
 
-            return queries.commit(
+            changed = queries.commit(
                 db,
                 lease,
                 expected_version,
@@ -254,6 +261,8 @@ class PostgresStore(SessionStore):
                 keeps_lease=keeps_lease,
                 check=check,
             )
+            _keep(db, answer, [changed])
+            return changed
 
         return self._connections.write(
             change,
@@ -294,6 +303,18 @@ class PostgresStore(SessionStore):
             lambda db: queries.list_sessions(db, owner, after, limit)
         )
 
+    def claim(self, owner: str, key: str, request: bytes, seconds: float) -> Claim | Claimed:
+        new = Claim(owner, key, _new_turn())
+        return self._connections.write(
+            lambda db: answers.claim(db, new, request, self._replica.id, seconds)
+        )
+
+    def keep_answer(self, claim: Claim, answer: bytes) -> None:
+        self._connections.write(lambda db: answers.keep(db, claim, answer))
+
+    def drop_claim(self, claim: Claim) -> None:
+        self._connections.statement(lambda db: answers.drop(db, claim))
+
     def counts(self) -> StoreCounts:
         statement = (
             "SELECT (SELECT count(*) FROM cottention.sessions),"
@@ -310,6 +331,7 @@ class PostgresStore(SessionStore):
         return moment
 
     def expire(self, limit: int) -> Ids:
+        self._connections.statement(lambda db: answers.expire(db, limit))
         return self._connections.write(lambda db: queries.expire(db, limit, self._replica.id))
 
     def give_back(self) -> bool:
@@ -341,6 +363,12 @@ def _warn_of_asynchronous_standbys(db: Db) -> None:
             "the database has standbys and no synchronous_standby_names: a failover to one of them"
             " may lose turns that were answered"
         )
+
+
+def _keep(db: Db, answer: Answer | None, records: Records) -> None:
+    """Store the answer of a transaction that has stored these sessions. SessionMovedError."""
+    if answer is not None:
+        require_kept(answers.keep(db, answer.claim, answer.make(records)))
 
 
 def _piece(db: Db, key: bytes, at: int) -> "tuple[int, bytes] | None":

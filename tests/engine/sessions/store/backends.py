@@ -74,6 +74,9 @@ class PostgresBackend(Backend):
             " lease_until = lease_until - make_interval(secs => %(seconds)s)",
             {"seconds": seconds},
         )
+        self.execute(
+            "UPDATE cottention.answers SET until = until - make_interval(secs => %s)", [seconds]
+        )
 
     def remove(self) -> None:
         """The next one does it."""
