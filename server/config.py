@@ -150,6 +150,11 @@ class ServerConfig:
         unset="PGPASSWORD, or the file that PGPASSFILE names",
         is_path=True,
     )
+    replica_url: str | None = setting(
+        None,
+        "where the other servers of that database reach this one, as http://host:port",
+        unset="the address that it listens on, with the machine's name for 0.0.0.0",
+    )
     session_states: Literal["auto", "always"] = setting(
         "auto",
         "whether that database has the states of sessions: only where they do not follow from their"

@@ -22,8 +22,10 @@ from cottention.engine.errors import (
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.state_cache import StateCache, UnsavedState
 from cottention.engine.sessions.store import Lease, NewSession, SessionRecord, SessionStore
+from cottention.engine.sessions.store.journal import SessionJournal
 from cottention.engine.sessions.store.protocol import Answer, Claim, Claimed
 from cottention.engine.sessions.types import (
+    AdoptedTurn,
     BytesReader,
     Exported,
     OpenExport,
@@ -73,8 +75,11 @@ class SessionManager:
         max_checkpoints: int,
         is_durable: bool,
         ttl_seconds: float | None = None,
+        journal: SessionJournal | None = None,
     ) -> None:
+        """journal: of turns that go on without their client; None where no other server could."""
         self._store = store
+        self.journal = journal
         self._ttl_seconds = ttl_seconds
         self._codec = codec
         self._cache = StateCache(store, codec, memory_bytes)
@@ -265,6 +270,38 @@ class SessionManager:
                 record = self._store.rewind(lease, lease.version)
                 self._cache.forget(session_id)
         return self._describe(record)
+
+    # Turns that go on without their client
+
+    def now(self) -> float:
+        """The store's time."""
+        return self._store.now()
+
+    def adopt(self, session_id: str) -> AdoptedTurn | None:
+        """Go on with a turn whose server has died, or handed it over; None where none waits.
+
+        It ends as one that was begun here. SessionError, SnapshotError: then others may try.
+        """
+        journal = self.journal
+        assert journal is not None
+        adopted = journal.adopt(session_id, LEASE_SECONDS)
+        if adopted is None:
+            return None
+        self._cache.take(adopted.lease)
+        try:
+            state = self._cache.load_for_turn(adopted.record).state
+        except BaseException:
+            self._cache.leave(adopted.lease)
+            journal.hand_over(adopted.lease)
+            raise
+        turn = Turn(self._describe(adopted.record), state, adopted.lease, adopted.record)
+        return AdoptedTurn(turn, adopted.turn, adopted.ids, adopted.events)
+
+    def leave(self, turn: Turn, *, hands_over: bool) -> None:
+        """End a turn here that another server goes on with; hands_over: or shall go on with."""
+        self._cache.leave(turn.lease)
+        if hands_over and self.journal is not None:
+            self.journal.hand_over(turn.lease)
 
     # Idempotency keys
 

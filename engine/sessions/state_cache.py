@@ -191,6 +191,16 @@ class StateCache:
             self._running[session_id] = lease
         return lease, record
 
+    def take(self, lease: Lease) -> None:
+        """Note a turn that goes on under this lease, which the store has given already."""
+        with self._lock:
+            self._running[lease.session_id] = lease
+
+    def leave(self, lease: Lease) -> None:
+        """The opposite of `take`, for a turn that others go on with. Idempotent."""
+        with self._lock:
+            self._end(lease)
+
     def release(self, lease: Lease) -> None:
         """End a turn without a new value; nothing happens where it has ended.
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from cottention.engine.sessions.store.journal import JournaledTurn
 from cottention.engine.sessions.store.protocol import BlobReader, Claim, Lease, SessionRecord
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
@@ -84,6 +85,19 @@ class Turn:
     state: SessionState
     lease: Lease
     record: SessionRecord
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedTurn:
+    """A turn that another server has begun, what it needs to go on, and what it has done.
+
+    ids: generated so far. events: the bytes of those that were told.
+    """
+
+    turn: Turn
+    journaled: JournaledTurn
+    ids: tuple[int, ...]
+    events: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, cast
 
@@ -11,13 +11,14 @@ from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
 from cottention.server.api import chat, completions, page, requests, status, tokenize
+from cottention.server.api.adoption import go_on
 from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
 from cottention.server.api.openapi import install_openapi
 from cottention.server.api.sessions import events, lifecycle, snapshots
 from cottention.server.config import ServerConfig
-from cottention.server.generation.async_engine import AsyncEngine
+from cottention.server.generation.async_engine import AsyncEngine, Phase
 from cottention.server.generation.cancellation import RunningRequests
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.http.body_memory import BodyMemory
@@ -43,10 +44,12 @@ from cottention.server.limits.key_limits import KeyLimits
 from cottention.server.limits.rate_limit import KeyUsage, RateLimitMiddleware
 from cottention.server.observability.access_log import AccessLogMiddleware
 from cottention.server.observability.metrics import make_registry
+from cottention.server.replicas.replicas import Replicas
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.encoding import EmbeddingRequest, FillMaskRequest
 from cottention.server.schemas.sessions import AppendRequest, ForkRequest, SessionRequest
+from cottention.server.sessions.journal import JournalWriter
 from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue
 from cottention.server.version import package_version
@@ -97,12 +100,9 @@ def create_app(
     for an encoder.
     """
     turns = None if sessions is None else TurnQueue(sessions)
-    idempotency_keys = (
-        None
-        if sessions is None
-        else IdempotencyKeys(sessions, config.idempotency_seconds, config.idempotency_bytes)
-    )
-    app = _new_app(engine, turns, idempotency_keys)
+    replicas = None if sessions is None else _replicas(engine, sessions, lambda: app)
+    idempotency_keys = None if sessions is None else _idempotency_keys(sessions, config, replicas)
+    app = _new_app(engine, turns, idempotency_keys, replicas)
     name = config.served_model_name or engine.engine.name
     if sessions is None:
         registry = make_registry(engine, None, None, name)
@@ -118,6 +118,7 @@ def create_app(
         sessions,
         turns,
         idempotency_keys,
+        replicas,
         ReadLimit(config.max_session_reads),
         BodyMemory(config.max_received_bytes, max_snapshot_bytes, config.max_response_items),
         RunningRequests(engine.cancel),
@@ -130,6 +131,29 @@ def create_app(
     add_exception_handlers(app)
     _add_middleware(app, keys, config, engine)
     return app
+
+
+def _replicas(
+    engine: AsyncEngine, sessions: "SessionManager", app: Callable[[], FastAPI]
+) -> Replicas | None:
+    """None where no other server has the sessions."""
+    if sessions.journal is None:
+        return None
+    has_one_arithmetic = cast("Engine", engine.engine).has_one_arithmetic
+    return Replicas(
+        sessions,
+        JournalWriter(sessions.journal, gates=not has_one_arithmetic),
+        lambda adopted: go_on(app().state.context, adopted),
+        lambda: engine.phase is Phase.READY,
+    )
+
+
+def _idempotency_keys(
+    sessions: "SessionManager", config: ServerConfig, replicas: Replicas | None
+) -> IdempotencyKeys:
+    relay = None if replicas is None else replicas.relay
+    seconds, max_bytes = config.idempotency_seconds, config.idempotency_bytes
+    return IdempotencyKeys(sessions, seconds, max_bytes, relay)
 
 
 @functools.cache
@@ -145,13 +169,22 @@ def _routes() -> list[BaseRoute]:
     return whole.routes
 
 
-def _new_app(engine: AsyncEngine, turns: TurnQueue | None, keys: IdempotencyKeys | None) -> FastAPI:
+def _new_app(
+    engine: AsyncEngine,
+    turns: TurnQueue | None,
+    keys: IdempotencyKeys | None,
+    replicas: Replicas | None,
+) -> FastAPI:
     """An application without endpoints; its shutdown waits until every turn has been stored."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        if replicas is not None:
+            replicas.start()
         yield
+        if replicas is not None:
+            await replicas.stop()
         await asyncio.to_thread(engine.stop)
         if turns is not None:
             await turns.wait_settled()

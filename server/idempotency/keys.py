@@ -6,8 +6,9 @@ the stored answer. What ends with an error is not stored, and may be sent again.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # it imports torch, which the server must not load
     from cottention.engine.sessions.types import Session, SessionAnswer
 
 logger = logging.getLogger("cottention")
+
+Relay = Callable[[str, Request, bytes], Awaitable[Response]]
+"""Sends a request with this body to the server of a url. ConnectionError: it cannot be reached."""
 
 MAX_LENGTH = 255
 KEY = f"1 to {MAX_LENGTH} visible ASCII characters"
@@ -98,11 +102,18 @@ class ResponseOnce:
 class IdempotencyKeys:
     """The requests with keys that this server executes."""
 
-    def __init__(self, sessions: "SessionManager", lifetime_seconds: float, max_bytes: int) -> None:
-        """max_bytes: of one answer."""
+    def __init__(
+        self,
+        sessions: "SessionManager",
+        lifetime_seconds: float,
+        max_bytes: int,
+        relay: Relay | None = None,
+    ) -> None:
+        """max_bytes: of one answer. relay: to the server that executes a request."""
         self._sessions = sessions
         self._lifetime_seconds = lifetime_seconds
         self.max_bytes = max_bytes
+        self._relay = relay
         self._recordings: dict[tuple[str, str], Recording] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -131,6 +142,9 @@ class IdempotencyKeys:
             recording = self._recordings.get((owner, key))
             if recording is not None:
                 return RecordedResponse(recording)
+            if found.is_alive and found.url and self._relay and not found.is_mine:
+                with contextlib.suppress(ConnectionError):  # it has just died, or ends
+                    return await self._relay(found.url, request, raw)
             await asyncio.sleep(WAIT_SECONDS)
         raise unavailable("another request of this Idempotency-Key is being executed")
 
@@ -162,12 +176,26 @@ class IdempotencyKeys:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
+    def record(self, keyed: KeyedRequest, scope: Scope, response: "Awaitable[Response]") -> None:
+        """Record a response of `follow`, to its end."""
+
+        async def answer(_: Request) -> Response:
+            return await response
+
+        self._start(Request(scope | {"headers": []}, body_once(b"")), keyed, answer)
+
+    def _start(
+        self, request: Request, keyed: KeyedRequest, answer: Answering
+    ) -> "asyncio.Task[None]":
+        task = asyncio.create_task(self._run(request, keyed, answer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     def _execute(self, request: Request, raw: bytes, claim: Claim, answer: Answering) -> Response:
         keyed = self.follow(claim)
         scope = dict(request.scope) | {"state": request.scope["state"] | {"keyed": keyed}}
-        task = asyncio.create_task(self._run(Request(scope, body_once(raw)), keyed, answer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task = self._start(Request(scope, body_once(raw)), keyed, answer)
         request_record(request.scope).background_turn = task
         return RecordedResponse(keyed.recording)
 

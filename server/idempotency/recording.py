@@ -21,11 +21,17 @@ Answering = Callable[[Request], Awaitable[Response]]
 """An endpoint, given its request."""
 
 
-class Recording:
-    """The messages of one response, as they are made, up to `max_bytes` of its body.
+BUFFER_BYTES = 1024 * 1024
+STALL_SECONDS = 30.0
+"""How long a response waits for a client that does not read."""
 
-    Of a longer body the oldest bytes go: who has not read them by then cannot, and the answer is
-    not kept. error: why there is no response, or no end of it.
+
+class Recording:
+    """The messages of one response, as they are made.
+
+    max_bytes: of a body that is kept. Of a longer one there are BUFFER_BYTES at least, of which the
+    oldest go when all readers have them: what makes it waits for them, STALL_SECONDS long. error:
+    why there is no response, or no end of it.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -37,6 +43,7 @@ class Recording:
         self._body = bytearray()
         self._first = 0
         self._is_whole = False
+        self._places: dict[object, int] = {}
         self._changed = asyncio.Event()
 
     @property
@@ -44,8 +51,9 @@ class Recording:
         """The whole response as it is stored; None where it is no success."""
         if not self._is_whole or not 200 <= self.status < 300:
             return None
-        body = TOO_LONG if self._first else bytes(self._body)
-        return encode_answer(0 if self._first else self.status, self.headers, body)
+        if self._first or len(self._body) > self._max_bytes:
+            return encode_answer(0, (), b"")
+        return encode_answer(self.status, self.headers, bytes(self._body))
 
     async def send(self, message: Message) -> None:
         """As ASGI has it."""
@@ -53,12 +61,9 @@ class Recording:
             self.status, self.headers = message["status"], message["headers"]
         else:
             self._body += message.get("body", b"")
-            excess = len(self._body) - self._max_bytes
-            if excess > 0:
-                del self._body[:excess]
-                self._first += excess
             self._is_whole = not message.get("more_body", False)
         self._wake()
+        await self._make_room()
 
     def end(self, error: BaseException | None = None) -> None:
         """No more messages come. error: why the response is not whole."""
@@ -74,25 +79,59 @@ class Recording:
         if not self.status and self.error is not None:
             raise self.error
 
-    async def piece(self, place: int) -> bytes:
-        """Some of the body from this place on; empty at its end.
+    def attach(self, reader: object) -> None:
+        """A reader begins. Raises ApiError 410 where the beginning is no longer kept."""
+        if self._first:
+            raise not_kept()
+        self._places[reader] = 0
 
-        ConnectionResetError: it has no end, or that place is no longer kept.
+    def detach(self, reader: object) -> None:
+        """A reader has left. Idempotent."""
+        self._places.pop(reader, None)
+        self._wake()
+
+    async def piece(self, reader: object) -> bytes:
+        """What the reader has not read of the body, some of it; empty at its end.
+
+        ConnectionResetError: it has no end, or the reader is too far behind.
         """
+        place = self._places[reader]
         while True:
             start = place - self._first
             if start < 0:
                 raise ConnectionResetError("this client fell behind")
             if start < len(self._body):
-                return bytes(self._body[start : start + PIECE_BYTES])
+                piece = bytes(self._body[start : start + PIECE_BYTES])
+                self._places[reader] = place + len(piece)
+                if len(self._body) > self._room:
+                    self._wake()
+                return piece
             if self.has_ended:
                 if self.error is not None:
                     raise ConnectionResetError("the response was cut") from self.error
                 return b""
             await self._changed.wait()
 
+    @property
+    def _room(self) -> int:
+        return max(self._max_bytes, BUFFER_BYTES)
+
+    async def _make_room(self) -> None:
+        while (excess := len(self._body) - self._room) > 0:
+            unread = min(self._places.values(), default=self._first + excess)
+            num_read = min(excess, unread - self._first)
+            if not num_read:
+                try:
+                    async with asyncio.timeout(STALL_SECONDS):
+                        await self._changed.wait()
+                    continue
+                except TimeoutError:
+                    num_read = excess
+            del self._body[:num_read]
+            self._first += num_read
+
     def _wake(self) -> None:
-        """Readers that wait look again."""
+        """Those that wait look again."""
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -107,10 +146,11 @@ class RecordedResponse(Response):
         self._recording = recording
         self._is_closed = False
         self._task: asyncio.Task[Any]
+        recording.attach(self)
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; an error before the first byte becomes an error response."""
-        recording, place = self._recording, 0
+        recording = self._recording
         self._task = begun = asyncio.create_task(recording.wait_begun())
         async with close_on_disconnect(self, receive):
             await asyncio.wait([begun])
@@ -122,7 +162,7 @@ class RecordedResponse(Response):
                 {"type": "http.response.start", "status": recording.status, "headers": headers}
             )
             while not self._is_closed:
-                self._task = reading = asyncio.create_task(recording.piece(place))
+                self._task = reading = asyncio.create_task(recording.piece(self))
                 await asyncio.wait([reading])
                 if reading.cancelled():
                     return
@@ -131,7 +171,6 @@ class RecordedResponse(Response):
                 if reading.exception() is not None:
                     return  # without its end: the client sees that the response was cut
                 piece = reading.result()
-                place += len(piece)
                 await send(body_message(piece, more_body=bool(piece)))
                 if not piece:
                     return
@@ -139,10 +178,17 @@ class RecordedResponse(Response):
     def close(self) -> None:
         """The client has left. Idempotent."""
         self._is_closed = True
+        self._recording.detach(self)
         self._task.cancel()
 
 
-TOO_LONG = b""
+def not_kept() -> ApiError:
+    """A 410 for an answer that was too long to be repeated."""
+    message = (
+        "the request of this Idempotency-Key was executed, and its answer has more than"
+        " --idempotency-bytes: it is neither kept nor made again"
+    )
+    return ApiError(410, message, param="Idempotency-Key", code="answer_not_kept")
 
 
 def encode_answer(status: int, headers: Headers, body: bytes) -> bytes:
@@ -161,11 +207,7 @@ def replayed(raw: bytes) -> Response:
     head, _, body = raw.partition(b"\n")
     fields = json.loads(head)
     if not fields["status"]:
-        message = (
-            "the request of this Idempotency-Key was answered, with more than --idempotency-bytes,"
-            " and the answer was not kept; it is not executed again"
-        )
-        raise ApiError(410, message, param="Idempotency-Key", code="answer_not_kept")
+        raise not_kept()
     response = Response(body, fields["status"])
     response.raw_headers = [
         (name.encode("latin-1"), value.encode("latin-1")) for name, value in fields["headers"]

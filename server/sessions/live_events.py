@@ -9,6 +9,7 @@ from itertools import islice
 from secrets import token_hex
 
 from cottention.engine.state.event_log import EventBuffer, EventLog, leading
+from cottention.server.generation.output_stream import OutputStreamClosed
 from cottention.server.generation.sse import EventFormatter
 from cottention.server.http.errors import ApiError
 from cottention.server.http.pacing import PIECE_BYTES
@@ -56,11 +57,16 @@ class Transcript:
 class LiveEvents:
     """The events of one running turn. To be used on the event loop only."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._buffer = EventBuffer(token_hex(8), max_bytes)
+    def __init__(self, max_bytes: int, turn: str | None = None) -> None:
+        """turn: the first part of its events' ids; None for a new turn.
+
+        was_cut: the turn goes on elsewhere, and its events here end in the middle.
+        """
+        self._buffer = EventBuffer(turn or token_hex(8), max_bytes)
         self._followers: set[asyncio.Event] = set()
         self._transcript = Transcript(0)
         self.has_ended = False
+        self.was_cut = False
 
     @property
     def turn(self) -> str:
@@ -98,6 +104,11 @@ class LiveEvents:
         """Mark the end: no more events will come."""
         self.has_ended = True
         self._wake()
+
+    def cut(self) -> None:
+        """End without an end: clients shall ask another server for more."""
+        self.was_cut = True
+        self.end()
 
     def log_ending_with(self, text: str) -> EventLog:
         """The log of the turn if the events of `text` are its last ones. They are not added."""
@@ -140,7 +151,10 @@ class LiveEventFollower:
         live.add_follower(self._changed)
 
     async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
-        """As EventSource.events; ends with an error if the next event is no longer kept."""
+        """As EventSource.events; ends with an error if the next event is no longer kept.
+
+        OutputStreamClosed: the turn goes on elsewhere.
+        """
         live = self._live
         while not self._is_closed:
             self._changed.clear()
@@ -151,6 +165,8 @@ class LiveEventFollower:
             if missed := live.since(self._number):
                 yield with_ids(live.turn, self._number, missed)
                 self._number += len(missed)
+            elif live.was_cut:
+                raise OutputStreamClosed
             elif live.has_ended:
                 return
             elif not await self._wait_changed(idle_seconds):

@@ -21,6 +21,7 @@ from cottention.server.schemas.sampling import OnCancel
 
 if TYPE_CHECKING:  # they bring torch with them, which the server does not know
     from cottention.engine.sessions.manager import SessionManager
+    from cottention.engine.sessions.store.protocol import Lease
     from cottention.engine.sessions.types import Session, SessionAnswer, Turn
     from cottention.engine.state.session_state import SessionState
 
@@ -134,6 +135,27 @@ class RunningTurn:
         except Exception:
             logger.exception("a turn of session %s is lost", self._turn.session.id)
         await self._abandon()
+
+    @property
+    def lease(self) -> "Lease":
+        """Of the session."""
+        return self._turn.lease
+
+    async def leave(self, *, hands_over: bool) -> None:
+        """End the turn here, and leave it to another server as it is.
+
+        hands_over: as SessionManager.leave has it. StoreUnavailableError: it was not handed over.
+        """
+
+        async def left() -> "Session":
+            return self._turn.session
+
+        self._ending = asyncio.create_task(left())
+        try:
+            leave = partial(self._sessions.leave, self._turn, hands_over=hands_over)
+            await asyncio.shield(asyncio.create_task(asyncio.to_thread(leave)))
+        finally:
+            self._on_end()
 
     async def _abandon(self) -> "Session":
         async def abandoned() -> "Session":

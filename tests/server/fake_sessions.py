@@ -78,6 +78,7 @@ class FakeSessions:
     slow: dict[str, float] = field(default_factory=dict)
     is_full: bool = False
     max_snapshot_nbytes: int = 1 << 30
+    journal: None = None
 
     def __post_init__(self) -> None:
         self.kept: dict[str, FakeSession] = {}

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from cottention.engine.errors import SessionMovedError
-from cottention.server.api.dependencies import Context, ContextDep, reading
+from cottention.server.api.dependencies import Context, ContextDep, elsewhere, reading
 from cottention.server.api.generate import once, read_empty, read_parsed
 from cottention.server.api.openapi import EMPTY_BODY, error_responses, request_docs
 from cottention.server.api.query_params import must_be, only_query_params
@@ -126,13 +126,20 @@ async def delete_session(
     request: Request,
     context: ContextDep,
     cancel: Annotated[bool, must_be("cancel", BOOLEAN)] = False,
-) -> JsonObject:
+) -> JsonObject | Response:
     """Delete a session, unless a turn is running; with `cancel` that is cancelled first."""
     caller, turns = caller_of(request), context.turns
     await read_empty(request, context)
     if cancel:  # If-Match is the position before the turn, which changes it
         await _find_at_position(caller, session_id, context)
         caller = Caller(caller.owner, None)
+        is_active = turns.is_active(caller.owner, session_id)
+        if not is_active and (
+            found := await elsewhere(
+                request, context, session_id, lambda: turns.is_active(caller.owner, session_id)
+            )
+        ):
+            return found
         turns.request_cancel(caller.owner, session_id)
     on_conflict: OnConflict = "wait" if cancel else "error"
     async with turns.exclusive(
@@ -149,12 +156,21 @@ async def delete_session(
     responses=ERRORS | error_responses(413, 415),
     openapi_extra={"requestBody": EMPTY_BODY},
 )
-async def cancel_turn(session_id: str, request: Request, context: ContextDep) -> JsonObject:
+async def cancel_turn(
+    session_id: str, request: Request, context: ContextDep
+) -> JsonObject | Response:
     """End the session's running turn, also one that goes on without its client."""
-    owner = caller_of(request).owner
+    owner, turns = caller_of(request).owner, context.turns
     await read_empty(request, context)
     await asyncio.to_thread(context.sessions.find, owner, session_id)
-    status = await context.turns.cancel(owner, session_id)
+    status = await turns.cancel(owner, session_id)
+    if status is None:
+        found = await elsewhere(
+            request, context, session_id, lambda: turns.is_active(owner, session_id)
+        )
+        if found is not None:
+            return found
+        status = await turns.cancel(owner, session_id)
     return {"id": session_id, "status": status or "idle"}
 
 

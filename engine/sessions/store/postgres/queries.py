@@ -43,9 +43,12 @@ HOLDER_LIVES = (
     "EXISTS (SELECT FROM cottention.replicas AS r"
     " WHERE r.id = s.lease_owner AND r.until > clock_timestamp())"
 )
+GOES_ON = "EXISTS (SELECT FROM cottention.turns AS j WHERE j.session = s.id AND j.fence = s.fence)"
+"""A turn that goes on without its client: where its replica is dead, another adopts it."""
 IS_FREE = (
-    "(s.lease_owner IS NULL OR s.lease_until <= clock_timestamp()"
-    f" OR s.lease_owner = %(replica)s AND s.lease_turn = %(turn)s OR NOT {HOLDER_LIVES})"
+    "(s.lease_owner IS NULL"
+    " OR s.lease_owner = %(replica)s AND s.lease_turn = %(turn)s"
+    f" OR (s.lease_until <= clock_timestamp() OR NOT {HOLDER_LIVES}) AND NOT {GOES_ON})"
 )
 IS_HELD = "s.id = %(id)s AND s.fence = %(fence)s AND s.lease_owner = %(replica)s"
 NO_LEASE = "lease_owner = NULL, lease_turn = NULL, lease_until = NULL, lease_version = NULL"
@@ -157,7 +160,7 @@ def renew(db: Db, lease: Lease, replica: str, seconds: float) -> None:
         "UPDATE cottention.sessions AS s"
         " SET lease_until = clock_timestamp() + make_interval(secs => %(seconds)s)"
         f" WHERE {IS_HELD}",
-        {**_of(lease, replica), "seconds": seconds},
+        {**of_lease(lease, replica), "seconds": seconds},
     )
     if cursor.rowcount == 0:
         raise SessionMovedError(f"session {lease.session_id!r} is no longer held by this turn")
@@ -166,7 +169,7 @@ def renew(db: Db, lease: Lease, replica: str, seconds: float) -> None:
 def release(db: Db, lease: Lease, replica: str) -> None:
     """Nothing happens where it is no longer held."""
     statement = f"UPDATE cottention.sessions AS s SET {NO_LEASE} WHERE {IS_HELD}"
-    db.execute(statement, _of(lease, replica))
+    db.execute(statement, of_lease(lease, replica))
 
 
 def commit(
@@ -187,7 +190,7 @@ def commit(
     is no longer held, or the version is another.
     """
     values = {
-        **_of(lease, replica),
+        **of_lease(lease, replica),
         "version": expected_version,
         "n": expected_version + 1,
         "turn": turn,
@@ -299,7 +302,7 @@ def _is_made_by(turn: str, turns: Sequence[str], age: int, lease: Lease) -> bool
 
 def rewind(db: Db, lease: Lease, expected_version: int, turn: str, replica: str) -> None:
     """Make the newest checkpoint the head. NothingToRewindError; SessionMovedError."""
-    values = {**_of(lease, replica), "version": expected_version, "turn": turn}
+    values = {**of_lease(lease, replica), "version": expected_version, "turn": turn}
     row = db.execute(
         f"UPDATE cottention.sessions AS s SET version = s.version + 1, {ADD_TURN}"
         f" WHERE {IS_HELD} AND s.version = %(version)s RETURNING s.seq, s.head",
@@ -426,7 +429,8 @@ def usage_of(db: Db, owner: str) -> Usage:
     return (row[0], row[1])
 
 
-def _of(lease: Lease, replica: str) -> Params:
+def of_lease(lease: Lease, replica: str) -> Params:
+    """What IS_HELD needs to know."""
     return {"id": lease.session_id, "fence": lease.fence, "replica": replica}
 
 

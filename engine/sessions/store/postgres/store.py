@@ -30,6 +30,7 @@ from cottention.engine.sessions.store.postgres.connections import (
     Db,
     reason_of,
 )
+from cottention.engine.sessions.store.postgres.journal import PostgresJournal
 from cottention.engine.sessions.store.postgres.replica import LIFE_SECONDS, Replica
 from cottention.engine.sessions.store.postgres.schema import migrate
 from cottention.engine.sessions.store.protocol import (
@@ -108,6 +109,7 @@ class PostgresStore(SessionStore):
         self._replica = Replica(
             self._connections, name=name, url=replica_url, build=build, model=model
         )
+        self.journal = PostgresJournal(self._connections, self._replica, model)
         try:
             self._connections.open()
             self._connections.write(migrate)
@@ -189,7 +191,16 @@ class PostgresStore(SessionStore):
         )
 
     def release(self, lease: Lease) -> None:
-        self._connections.statement(lambda db: queries.release(db, lease, self._replica.id))
+        if not self.journal.has(lease):
+            self._connections.statement(lambda db: queries.release(db, lease, self._replica.id))
+            return
+
+        def change(db: Db) -> None:
+            self.journal.end(db, lease)
+            queries.release(db, lease, self._replica.id)
+
+        self._connections.write(change)
+        self.journal.forget(lease)
 
     def head(self, session_id: str) -> int:
         return self.record(session_id).version
@@ -262,13 +273,18 @@ class PostgresStore(SessionStore):
                 check=check,
             )
             _keep(db, answer, [changed])
+            if not keeps_lease:
+                self.journal.end(db, lease)
             return changed
 
-        return self._connections.write(
+        stored = self._connections.write(
             change,
             lambda db: queries.find_commit(db, lease, expected_version, blob, turn),
             seconds=HOLD_SECONDS,
         )
+        if not keeps_lease:
+            self.journal.forget(lease)
+        return stored
 
     def rewind(self, lease: Lease, expected_version: int) -> SessionRecord:
         turn = _new_turn()
