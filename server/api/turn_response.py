@@ -226,7 +226,9 @@ class TurnResponse(Response):
         """
         context, is_whole = self._context, not request.is_stream
         entry, known = self._journaled, self._known
-        live = LiveEvents(context.config.session_event_log_bytes, entry and entry.turn)
+        live = LiveEvents(
+            context.config.session_event_log_bytes, None if entry is None else entry.turn
+        )
         header = self._header(is_stream=False)
 
         def respond(sessions: "list[Session]") -> Response:

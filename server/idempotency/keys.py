@@ -182,7 +182,7 @@ class IdempotencyKeys:
         async def answer(_: Request) -> Response:
             return await response
 
-        self._start(Request(scope | {"headers": []}, body_once(b"")), keyed, answer)
+        self._start(Request(dict(scope) | {"headers": []}, body_once(b"")), keyed, answer)
 
     def _start(
         self, request: Request, keyed: KeyedRequest, answer: Answering
