@@ -134,11 +134,14 @@ class TurnResponse(Response):
             response = self._continued(
                 request, stream, turn, stack.pop_all(), record, never, keyed, begun
             )
-            if keyed is not None:
-                context.keys.record(keyed, scope, response)
-            else:
+            task = (
                 context.turns.spawn(_respond(response))
-            await begun.wait()
+                if keyed is None
+                else context.keys.record(keyed, scope, response)
+            )
+            waiting = asyncio.create_task(begun.wait())
+            await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
 
     @property
     def _is_repeatable(self) -> bool:

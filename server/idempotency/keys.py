@@ -176,13 +176,15 @@ class IdempotencyKeys:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def record(self, keyed: KeyedRequest, scope: Scope, response: "Awaitable[Response]") -> None:
+    def record(
+        self, keyed: KeyedRequest, scope: Scope, response: "Awaitable[Response]"
+    ) -> "asyncio.Task[None]":
         """Record a response of `follow`, to its end."""
 
         async def answer(_: Request) -> Response:
             return await response
 
-        self._start(Request(dict(scope) | {"headers": []}, body_once(b"")), keyed, answer)
+        return self._start(Request(dict(scope) | {"headers": []}, body_once(b"")), keyed, answer)
 
     def _start(
         self, request: Request, keyed: KeyedRequest, answer: Answering

@@ -25,7 +25,6 @@ FORWARDED = (
     "if-match",
     "last-event-id",
     "origin",
-    "x-api-key",
     "x-request-id",
 )
 RETURNED = (
