@@ -60,6 +60,7 @@ class SqliteBackend(Backend):
 class PostgresBackend(Backend):
     def __init__(self, server: Postgres) -> None:
         self._server = server
+        self.url = server.url
         self.execute("DROP SCHEMA IF EXISTS cottention CASCADE")
 
     def open(self, quotas: Quotas = lambda _: UNLIMITED) -> "PostgresStore":
