@@ -275,8 +275,6 @@ class TurnResponse(Response):
         if begun is not None:
             begun.set()
         if not is_whole:
-            if keyed is not None:
-                task.add_done_callback(lambda _: _note_kept(keyed, events))
             follower = LiveEventFollower(live, 0)
             return EventStreamResponse(follower, context.config.sse_keep_alive_seconds)
         await until_done(task, receive)
@@ -342,9 +340,9 @@ def _told(live: LiveEvents, last_events: str) -> bytes:
     return encode_answer(0 if body is None else 200, headers, body or b"")
 
 
-def _note_kept(keyed: KeyedRequest, events: TurnEvents) -> None:
+def _note_kept(keyed: KeyedRequest | None, events: TurnEvents) -> None:
     """The turn's answer is stored with it, if the turn was."""
-    if events.session is not None and events.error is None:
+    if keyed is not None and events.session is not None and events.error is None:
         keyed.is_kept = events.session.is_durable
 
 
@@ -378,6 +376,7 @@ async def _run(
                 async for text in events.texts():
                     live.add(text)
                     if events.has_ended:  # followers need not wait until the stack is closed
+                        _note_kept(keyed, events)
                         live.end()
             except (SessionMovedError, StoreUnreachableError, OutputStreamClosed) as error:
                 is_over = isinstance(error, OutputStreamClosed)
@@ -395,11 +394,12 @@ async def _run(
 
 async def _leave(turn: RunningTurn, journal: TurnJournal) -> None:
     """Leave a turn to another server, with all that it has told."""
-    try:
-        if journal.is_leaving:
-            journal.is_leaving = False  # it is stored, and told no more
+    if journal.is_leaving:
+        journal.is_leaving = False  # it is stored, and told no more
+        with contextlib.suppress(SessionError, TimeoutError):
             async with asyncio.timeout(LEAVE_SECONDS):
                 await journal.flush()
+    try:
         await turn.leave(hands_over=not journal.is_lost)
-    except (SessionError, TimeoutError):
+    except SessionError:
         journal.hand_over_later()

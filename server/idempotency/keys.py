@@ -158,18 +158,21 @@ class IdempotencyKeys:
         """Store the answer, or that there is none."""
         claim, recording = keyed.claim, keyed.recording
         try:
-            if keyed.is_kept:
-                return
-            if (answer := recording.answer) is None:
-                await asyncio.to_thread(self._sessions.drop_claim, claim)
-            else:
-                await asyncio.to_thread(self._sessions.keep_answer, claim, answer)
+            if not keyed.is_kept:
+                await self._store(claim, recording.answer)
         except SessionError as error:
             logger.error("the answer of an idempotency key could not be stored: %s", error)
             has_room = len(self._recordings) - len(self._tasks) < MAX_RETAINED
             if isinstance(error, StoreUnavailableError) and recording.answer and has_room:
                 return  # it is repeated from memory until the server ends
-        self._recordings.pop((claim.owner, claim.key), None)
+        if self._recordings.get((claim.owner, claim.key)) is recording:
+            del self._recordings[claim.owner, claim.key]
+
+    async def _store(self, claim: Claim, answer: bytes | None) -> None:
+        if answer is None:
+            await asyncio.to_thread(self._sessions.drop_claim, claim)
+        else:
+            await asyncio.to_thread(self._sessions.keep_answer, claim, answer)
 
     async def wait_settled(self) -> None:
         """Return when every request has ended."""
