@@ -316,3 +316,17 @@ def test_relays_have_the_callers_key_and_no_other(postgres: Postgres, tmp_path: 
         path = f"/v1/sessions/{session_id}/cancel"
         ended = httpx.post(two + path, headers=mine, timeout=PATIENCE)
         assert ended.json()["status"] == "cancelled"
+
+
+def test_where_bits_may_differ_each_event_comes_once(postgres: Postgres, tmp_path: Path) -> None:
+    """In bfloat16 nobody promises the same bits again: what was told is in the journal first."""
+    num_tokens = 400
+    flags = ["--dtype", "bfloat16", "--max-slots", "16"]
+    with cluster(postgres, tmp_path, *flags, num=2) as group:
+        made = followers(group, 4, num_tokens, "gated")
+        group.replicas[0].kill()
+        for n, each in enumerate(made):
+            each.join(4 * PATIENCE)
+            each.check(each.text)
+            position = group.session(each.session_id)["position"]
+            assert position == 1 + len(body_of(n, num_tokens)["prompt"]) + num_tokens
