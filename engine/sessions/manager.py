@@ -18,6 +18,7 @@ from cottention.engine.errors import (
     SnapshotError,
     StoreFullError,
     StoreUnavailableError,
+    StoreUnreachableError,
 )
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.state_cache import StateCache, UnsavedState
@@ -212,7 +213,8 @@ class SessionManager:
         """Make `state` the session's state, stored when this returns, and end the turn.
 
         A store that other servers share has it, or StoreUnavailableError is raised: then the
-        session is as before, unless the connection broke while the store took it.
+        session is as before, unless the connection broke while the store took it. A turn that is
+        journaled has not ended where the store cannot be reached: `leave` it.
 
         events: kept until the next turn's take their place. unsaved_events: kept instead where
         another store does not take it; None: the same. Then state and events stay in memory, and
@@ -223,9 +225,11 @@ class SessionManager:
         try:
             kept = self._answer(answer)
             record = self._cache.commit(turn.lease, value, self._max_checkpoints, kept)
-        except StoreUnavailableError:
+        except StoreUnavailableError as error:
             if self._store.is_shared:
-                self._cache.release(turn.lease)
+                is_away = isinstance(error, StoreUnreachableError)
+                if self.journal is None or not (is_away and self.journal.has(turn.lease)):
+                    self._cache.release(turn.lease)
                 raise
             log = events if unsaved_events is None else unsaved_events
             record = self._keep_unsaved(turn, SessionValue(state, log))

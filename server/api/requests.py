@@ -26,7 +26,7 @@ class CancelledRequest(BaseModel):
 @router.post(
     "/v1/requests/{request_id}/cancel",
     response_model=CancelledRequest,
-    responses=error_responses(400, 401, 404, 413, 415, 500),
+    responses=error_responses(400, 401, 404, 413, 415, 500, 503),
     openapi_extra={"requestBody": EMPTY_BODY},
 )
 async def cancel_request(

@@ -90,6 +90,10 @@ class SessionJournal(Protocol):
         """Journal a turn from now on. SessionMovedError: its lease is not held."""
         ...
 
+    def has(self, lease: Lease) -> bool:
+        """Whether a turn of this server is journaled and has not ended."""
+        ...
+
     def append(self, chunks: Iterable[Chunk]) -> set[Lease]:
         """Store parts of several turns; the leases of those that were still held."""
         ...

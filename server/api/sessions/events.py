@@ -35,7 +35,7 @@ class EventId(NamedTuple):
 @router.get(
     "/v1/sessions/{session_id}/events",
     response_class=Response,
-    responses=error_responses(400, 401, 404, 409, 410, 429, 500, 507)
+    responses=error_responses(400, 401, 404, 409, 410, 429, 500, 503, 507)
     | {200: {"content": EVENTS}, 204: NO_EVENTS},
 )
 async def follow_events(

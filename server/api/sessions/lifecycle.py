@@ -118,7 +118,7 @@ async def get_session_tokens(session_id: str, request: Request, context: Context
 @router.delete(
     "/v1/sessions/{session_id}",
     response_model=DeletedSession,
-    responses=ERRORS | error_responses(409, 412, 413, 415),
+    responses=ERRORS | error_responses(409, 412, 413, 415, 503),
     dependencies=[only_query_params("cancel")],
 )
 async def delete_session(
@@ -153,7 +153,7 @@ async def delete_session(
 @router.post(
     "/v1/sessions/{session_id}/cancel",
     response_model=CancelledTurn,
-    responses=ERRORS | error_responses(413, 415),
+    responses=ERRORS | error_responses(413, 415, 503),
     openapi_extra={"requestBody": EMPTY_BODY},
 )
 async def cancel_turn(

@@ -120,6 +120,12 @@ def test_a_server_that_may_be_dead_tells_nothing_until_it_knows_better() -> None
     asyncio.run(run())
 
 
+async def tell_on(told: TurnJournal) -> None:
+    for n in range(1000):
+        await told.tell([n], b"x")
+        await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("gates", [False, True])
 def test_a_write_that_finds_the_turn_gone_ends_it(gates: bool) -> None:
     journal = FakeJournal()
@@ -128,9 +134,7 @@ def test_a_write_that_finds_the_turn_gone_ends_it(gates: bool) -> None:
         told = await begun(journal, gates=gates)
         journal.is_held = False
         with pytest.raises(SessionMovedError):
-            for n in range(1000):
-                await told.tell([n], b"x")
-                await asyncio.sleep(0.01)
+            await tell_on(told)
         told.close()
 
     asyncio.run(run())

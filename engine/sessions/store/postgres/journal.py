@@ -7,7 +7,6 @@ turn whose session has moved is as none.
 import struct
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from secrets import token_hex
 from typing import Any
 
@@ -28,7 +27,20 @@ from cottention.engine.sessions.store.protocol import Lease, SessionRecord
 MAX_WAITING = 4
 """Turns that a replica adopts at a time, so that all of them share those of a dead one."""
 
-COLUMNS = tuple(each.name for each in fields(JournaledTurn))
+COLUMNS = {
+    "owner": "text",
+    "turn": "text",
+    "name": "text",
+    "path": "text",
+    "body": "bytea",
+    "seed": "bigint",
+    "created": "bigint",
+    "deadline": "double precision",
+    "key": "text",
+    "token": "text",
+    "is_cancelled": "boolean",
+}
+"""The fields of a JournaledTurn, and their types in the table."""
 IS_WAITING = f"(s.lease_until <= clock_timestamp() OR NOT {queries.HOLDER_LIVES})"
 JOINED = (
     "cottention.turns AS j JOIN cottention.sessions AS s ON s.id = j.session AND s.fence = j.fence"
@@ -57,12 +69,12 @@ class PostgresJournal(SessionJournal):
         values = {name: getattr(turn, name) for name in COLUMNS}
         names = ", ".join(COLUMNS)
         news = ", ".join(f"{name} = excluded.{name}" for name in ["fence", "model", *COLUMNS])
-        places = ", ".join(f"%({name})s" for name in COLUMNS)
+        places = ", ".join(f"%({name})s::{kind}" for name, kind in COLUMNS.items())
 
         def change(db: Db) -> None:
             made = db.execute(
                 f"INSERT INTO cottention.turns (session, fence, model, {names})"
-                f" SELECT s.id, s.fence, %(model)s, {places} FROM cottention.sessions AS s"
+                f" SELECT s.id, s.fence, %(model)s::text, {places} FROM cottention.sessions AS s"
                 f" WHERE {queries.IS_HELD} FOR SHARE OF s"
                 f" ON CONFLICT (session) DO UPDATE SET tries = 0, {news} RETURNING 1",
                 {**queries.of_lease(lease, self._replica.id), **values, "model": self._model},
@@ -270,7 +282,6 @@ class PostgresJournal(SessionJournal):
         )
 
     def has(self, lease: Lease) -> bool:
-        """Whether a turn of this replica is journaled."""
         with self._lock:
             return lease in self._leases
 
