@@ -272,6 +272,8 @@ class TurnResponse(Response):
         key = (self._caller.owner, turn.session_id)
         work = _run(events, live, stack, turn, journal, keyed)
         record.background_turn = task = context.turns.detach(key, live, work)
+        if keyed is not None:
+            keyed.turn = task
         if begun is not None:
             begun.set()
         if not is_whole:

@@ -48,11 +48,15 @@ MAX_RETAINED = 64
 
 @dataclass(eq=False)
 class KeyedRequest:
-    """A request that is executed for its key. is_kept: its answer is stored already."""
+    """A request that is executed for its key.
+
+    is_kept: its answer is stored already. turn: of a session, which does not end with its response.
+    """
 
     claim: Claim
     recording: Recording
     is_kept: bool = False
+    turn: asyncio.Task[None] | None = None
 
     def session_answer(self, make: Callable[[Any], bytes]) -> "SessionAnswer":
         """What a session's change stores in its own transaction, made of the sessions after it."""
@@ -157,6 +161,8 @@ class IdempotencyKeys:
     async def finish(self, keyed: KeyedRequest) -> None:
         """Store the answer, or that there is none."""
         claim, recording = keyed.claim, keyed.recording
+        if keyed.turn is not None:
+            await asyncio.wait([keyed.turn])
         try:
             if not keyed.is_kept:
                 await self._store(claim, recording.answer)

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from cottention.server.generation.sse import body_message, close_on_disconnect
+from cottention.server.generation.sse import DONE, body_message, close_on_disconnect
 from cottention.server.http.errors import ApiError
 from cottention.server.http.pacing import PIECE_BYTES
 
@@ -21,6 +21,7 @@ Answering = Callable[[Request], Awaitable[Response]]
 """An endpoint, given its request."""
 
 
+EVENT_STREAM = b"text/event-stream"
 BUFFER_BYTES = 1024 * 1024
 STALL_SECONDS = 30.0
 """How long a response waits for a client that does not read."""
@@ -42,13 +43,20 @@ class Recording:
         self._max_bytes = max_bytes
         self._body = bytearray()
         self._first = 0
+        self._tail = b""
         self._is_whole = False
         self._places: dict[object, int] = {}
         self._changed = asyncio.Event()
 
     @property
     def answer(self) -> bytes | None:
-        """The whole response as it is stored; None where it is no success."""
+        """The whole response as it is stored; None where it is no success.
+
+        A stream of events is one where it ends with DONE.
+        """
+        is_stream = any(value.startswith(EVENT_STREAM) for _, value in self.headers)
+        if is_stream and not self._tail.endswith(DONE.encode()):
+            return None
         if not self._is_whole or not 200 <= self.status < 300:
             return None
         if self._first or len(self._body) > self._max_bytes:
@@ -61,6 +69,7 @@ class Recording:
             self.status, self.headers = message["status"], message["headers"]
         else:
             self._body += message.get("body", b"")
+            self._tail = bytes(self._body[-len(DONE) :]) or self._tail
             self._is_whole = not message.get("more_body", False)
         self._wake()
         await self._make_room()
