@@ -27,8 +27,8 @@ PARAMS: dict[str, dict[str, Any]] = {
 
 
 def params_of(name: str, **more: Any) -> SamplingParams:
-    fields = {"max_tokens": NUM_TOKENS, "seed": 3, "ignore_eos": True} | PARAMS[name] | more
-    return SamplingParams(**fields)
+    fields = {"max_tokens": NUM_TOKENS, "seed": 3} | PARAMS[name] | more
+    return SamplingParams(ignore_eos="structured" not in fields, **fields)
 
 
 def run(engine: Engine) -> list[Output]:

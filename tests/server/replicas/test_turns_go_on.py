@@ -24,8 +24,8 @@ from tests.server.replicas.cluster import Cluster, Follower, cluster, request, t
 
 pytestmark = pytest.mark.cluster
 
-NUM_KILLS = int(os.environ.get("COTTENTION_TEST_KILLS", "3"))
-NUM_STREAMS = int(os.environ.get("COTTENTION_TEST_STREAMS", "10"))
+NUM_KILLS = int(os.environ.get("COTTENTION_KILLS", "3"))
+NUM_STREAMS = int(os.environ.get("COTTENTION_KILL_STREAMS", "10"))
 
 GOES_ON: dict[str, Any] = {"on_disconnect": "continue"}
 
@@ -50,7 +50,7 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def group(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    with cluster(postgres, folder, "--drain-seconds", "1", "--max-slots", "32") as made:
+    with cluster(postgres, folder, "--drain-seconds", "1", "--max-slots", "64") as made:
         yield made
 
 
