@@ -3,17 +3,24 @@
 They go to addresses from the table of replicas alone, with the key of the client that sent them.
 """
 
+import asyncio
 import contextlib
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from cottention.engine.errors import StoreUnavailableError
+from cottention.engine.sessions.store.journal import SessionJournal
 from cottention.server.generation.sse import body_message, close_on_disconnect
 from cottention.server.http.errors import unavailable
 
 CONNECT_SECONDS = 2.0
+IDLE_SECONDS = 0.5
+"""Of silence, after which it is looked up whether the server lives."""
 RELAYED = "x-cottention-relayed"
 """A request with this header is not passed on again. It gives no right to anything."""
 FORWARDED = (
@@ -37,10 +44,37 @@ RETURNED = (
 )
 
 
+IsAlive = Callable[[], Awaitable[bool]]
+T = TypeVar("T")
+
+
+async def while_alive(work: Coroutine[Any, Any, T], is_alive: IsAlive) -> T:
+    """The result of waiting for a server. ConnectionError: it has died meanwhile.
+
+    One that is stopped keeps its connections, and answers nothing.
+    """
+    task = asyncio.create_task(work)
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=IDLE_SECONDS)
+            if not task.done() and not await is_alive():
+                raise ConnectionError("the server has died")
+        return task.result()
+    finally:
+        task.cancel()
+
+
+async def _next(pieces: AsyncIterator[bytes]) -> bytes:
+    """The next of them; empty at their end."""
+    return await anext(pieces, b"")
+
+
 class HttpRelay:
     """Sends requests to other servers. `close` must be called."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: SessionJournal) -> None:
+        """journal: knows which servers live."""
+        self._journal = journal
         self._client: Any = None
 
     async def __call__(self, url: str, request: Request, raw: bytes) -> Response:
@@ -63,10 +97,18 @@ class HttpRelay:
         asked = self._client.build_request(
             request.method, target, headers=headers | {RELAYED: "1"}, content=raw
         )
+        is_alive = partial(self._lives, url)
         try:
-            return RelayedResponse(await self._client.send(asked, stream=True))
+            upstream = await while_alive(self._client.send(asked, stream=True), is_alive)
         except httpx.TransportError as error:
             raise ConnectionError(str(error)) from error
+        return RelayedResponse(upstream, is_alive)
+
+    async def _lives(self, url: str) -> bool:
+        try:
+            return await asyncio.to_thread(self._journal.lives, url)
+        except StoreUnavailableError:
+            return True  # nobody knows better
 
     async def close(self) -> None:
         """Close the connections."""
@@ -77,8 +119,8 @@ class HttpRelay:
 class RelayedResponse(Response):
     """The response of another server; where that is cut, this one is cut as well."""
 
-    def __init__(self, upstream: Any) -> None:
-        """upstream: httpx's response, not read yet."""
+    def __init__(self, upstream: Any, is_alive: IsAlive) -> None:
+        """upstream: httpx's response, not read yet. is_alive: whether its server lives."""
         self.status_code = upstream.status_code
         self.background = None
         self.raw_headers = [
@@ -87,6 +129,7 @@ class RelayedResponse(Response):
             if name.lower() in RETURNED
         ]
         self._upstream = upstream
+        self._is_alive = is_alive
         self._is_closed = False
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,12 +144,13 @@ class RelayedResponse(Response):
         try:
             async with close_on_disconnect(self, receive):
                 await send(start)
-                with contextlib.suppress(httpx.HTTPError):
-                    async for piece in self._upstream.aiter_raw():
-                        if self._is_closed:
+                pieces = self._upstream.aiter_raw()
+                with contextlib.suppress(httpx.HTTPError, ConnectionError):
+                    while not self._is_closed:
+                        piece = await while_alive(_next(pieces), self._is_alive)
+                        await send(body_message(piece, more_body=bool(piece)))
+                        if not piece:
                             return
-                        await send(body_message(piece, more_body=True))
-                    await send(body_message(b"", more_body=False))
         finally:
             await self._upstream.aclose()
 

@@ -47,7 +47,7 @@ class Replicas:
     ) -> None:
         """go_on: runs a turn; returns when its events can be followed here."""
         self.writer = writer
-        self.relay = HttpRelay()
+        self.relay = HttpRelay(writer.journal)
         self._sessions = sessions
         self._go_on = go_on
         self._is_accepting = is_accepting

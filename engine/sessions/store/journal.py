@@ -126,6 +126,10 @@ class SessionJournal(Protocol):
         """Of the other servers that live."""
         ...
 
+    def lives(self, url: str) -> bool:
+        """Whether there is a server at this address that lives."""
+        ...
+
     def ask_cancel(self, session_id: str) -> None:
         """Let who adopts the session's turn end it with what it has told."""
         ...

@@ -1,5 +1,6 @@
 """Turns that go on without their client survive their servers: killed, stopped, restarted."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,6 +8,8 @@ import re
 import signal
 import socket
 import statistics
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +134,13 @@ def read_available(sock: socket.socket, seconds: float) -> bytes:
     return read
 
 
+def read_relayed(url: str, session_id: str) -> None:
+    """Read the events that a server passes on, until they end or are cut."""
+    path = f"{url}/v1/sessions/{session_id}/events"
+    with contextlib.suppress(httpx.TransportError), httpx.stream("GET", path, timeout=None) as each:
+        each.read()
+
+
 def test_a_stopped_server_that_wakes_up_tells_and_writes_nothing(
     group: Cluster, engine: Engine
 ) -> None:
@@ -138,7 +148,7 @@ def test_a_stopped_server_that_wakes_up_tells_and_writes_nothing(
     num_tokens = 900
     prompts, body = [[7], [8]], body_of(0, num_tokens) | {"prompt": [8]}
     session_id = group.opened(prompts[0])
-    stopped, other, _ = group.replicas
+    stopped, other, relay = group.replicas
     raw = json.dumps(body | GOES_ON | {"session_id": session_id, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", stopped.port), PATIENCE) as sock:
@@ -146,6 +156,9 @@ def test_a_stopped_server_that_wakes_up_tells_and_writes_nothing(
         first = b""
         while first.count(b"\nid: ") < 20:
             first += sock.recv(4096)
+        relayed = threading.Thread(target=read_relayed, args=(relay.url, session_id))
+        relayed.start()
+        time.sleep(0.5)
         stopped.send(signal.SIGSTOP)
         first += read_available(sock, 1.0)
         last = first.rpartition(b"\nid: ")[2].split()[0].decode()
@@ -158,6 +171,8 @@ def test_a_stopped_server_that_wakes_up_tells_and_writes_nothing(
             return bool(holder) and holder != [(stopped.url,)]
 
         eventually(adopted)
+        relayed.join(PATIENCE)
+        assert not relayed.is_alive()  # it does not wait for the stopped one
         path = f"/v1/sessions/{session_id}/events"
         rest: list[str] = []
         with httpx.stream(

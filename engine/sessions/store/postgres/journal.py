@@ -262,6 +262,13 @@ class PostgresJournal(SessionJournal):
         )
         return [url for (url,) in rows]
 
+    def lives(self, url: str) -> bool:
+        statement = (
+            "SELECT 1 FROM cottention.replicas WHERE url = %s AND until > clock_timestamp() LIMIT 1"
+        )
+        row = self._connections.statement(lambda db: db.execute(statement, [url]).fetchone())
+        return row is not None
+
     def ask_cancel(self, session_id: str) -> None:
         self._connections.statement(
             lambda db: db.execute(
