@@ -9,7 +9,6 @@ import signal
 import socket
 import statistics
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -134,11 +133,12 @@ def read_available(sock: socket.socket, seconds: float) -> bytes:
     return read
 
 
-def read_relayed(url: str, session_id: str) -> None:
+def read_relayed(url: str, session_id: str, read: list[bytes]) -> None:
     """Read the events that a server passes on, until they end or are cut."""
     path = f"{url}/v1/sessions/{session_id}/events"
     with contextlib.suppress(httpx.TransportError), httpx.stream("GET", path, timeout=None) as each:
-        each.read()
+        for piece in each.iter_raw():
+            read.append(piece)
 
 
 def test_a_stopped_server_that_wakes_up_tells_and_writes_nothing(
@@ -156,9 +156,12 @@ def test_a_stopped_server_that_wakes_up_tells_and_writes_nothing(
         first = b""
         while first.count(b"\nid: ") < 20:
             first += sock.recv(4096)
-        relayed = threading.Thread(target=read_relayed, args=(relay.url, session_id))
+        passed_on: list[bytes] = []
+        relayed = threading.Thread(
+            target=read_relayed, args=(relay.url, session_id, passed_on), daemon=True
+        )
         relayed.start()
-        time.sleep(0.5)
+        eventually(lambda: bool(passed_on))
         stopped.send(signal.SIGSTOP)
         first += read_available(sock, 1.0)
         last = first.rpartition(b"\nid: ")[2].split()[0].decode()
