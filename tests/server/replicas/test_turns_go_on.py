@@ -137,8 +137,7 @@ def read_relayed(url: str, session_id: str, read: list[bytes]) -> None:
     """Read the events that a server passes on, until they end or are cut."""
     path = f"{url}/v1/sessions/{session_id}/events"
     with contextlib.suppress(httpx.TransportError), httpx.stream("GET", path, timeout=None) as each:
-        for piece in each.iter_raw():
-            read.append(piece)
+        read.extend(each.iter_raw())
 
 
 def test_a_stopped_server_that_wakes_up_tells_and_writes_nothing(
