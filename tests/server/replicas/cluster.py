@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from cottention.engine.sampling_params import SamplingParams
 from tests.engine.making import model_folder
 from tests.engine.postgres import PASSWORD, Postgres, free_port
 from tests.server.live import PATIENCE
+
+# Without verify=False each call would read the certificates of all authorities, for plain HTTP.
+send = partial(httpx.request, timeout=PATIENCE, verify=False, trust_env=False)
+stream = partial(httpx.stream, timeout=PATIENCE, verify=False, trust_env=False)
 
 ROOT = Path(__file__).parents[3]
 TRIES = 400
@@ -58,7 +63,7 @@ class ReplicaProcess:
         deadline = time.monotonic() + 3 * PATIENCE
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=PATIENCE).status_code == 200:
+                if send("GET", f"{self.url}/health").status_code == 200:
                     return
             assert self.process is not None
             assert self.process.poll() is None, self.log.read_text()
@@ -134,7 +139,7 @@ def request(method: str, among: Cluster, path: str, **more: Any) -> httpx.Respon
     """A request to any server, again where it is dead or says 503; other errors fail."""
     for _ in range(TRIES):
         with contextlib.suppress(httpx.TransportError):
-            answer = httpx.request(method, among.url() + path, timeout=PATIENCE, **more)
+            answer = send(method, among.url() + path, **more)
             if answer.status_code == 200:
                 return answer
             assert answer.status_code == 503, answer.text
@@ -190,17 +195,15 @@ class Follower(threading.Thread):
             self.error = error
 
     def _follow(self) -> None:
-        url, timeout = self.among.url(), httpx.Timeout(PATIENCE)
+        url = self.among.url()
         if self.ids:
             path = f"/v1/sessions/{self.session_id}/events"
             asked: dict[str, Any] = {"headers": {"Last-Event-ID": self.ids[-1]}}
-            opened = httpx.stream("GET", url + path, timeout=timeout, **asked)
+            opened = stream("GET", url + path, **asked)
         else:
             body = self.body | {"session_id": self.session_id, "stream": True}
             headers = {"Idempotency-Key": self.key}
-            opened = httpx.stream(
-                "POST", f"{url}/v1/completions", json=body, headers=headers, timeout=timeout
-            )
+            opened = stream("POST", f"{url}/v1/completions", json=body, headers=headers)
         with opened as response:
             if response.status_code != 200:
                 response.read()

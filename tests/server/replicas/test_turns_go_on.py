@@ -22,9 +22,9 @@ from cottention.engine.engine import Engine
 from tests.engine.making import model_folder
 from tests.engine.postgres import Postgres, running_postgres
 from tests.server.live import PATIENCE, eventually
-from tests.server.replicas.cluster import Cluster, Follower, cluster, request, twin_of
+from tests.server.replicas.cluster import Cluster, Follower, cluster, request, send, stream, twin_of
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 NUM_KILLS = int(os.environ.get("COTTENTION_KILLS", "3"))
 NUM_STREAMS = int(os.environ.get("COTTENTION_KILL_STREAMS", "10"))
@@ -103,8 +103,10 @@ def test_killed_under_live_streams(group: Cluster, engine: Engine) -> None:
     skip events."""
     made = followers(group, NUM_STREAMS, 100_000, "kills")
     for n in range(NUM_KILLS):
+        victim, other = (group.replicas[each % len(group.replicas)] for each in (n, n + 1))
+        victim.wait()
+        other.wait()  # one that has been killed before starts beside the streams
         counts = [len(each.ids) for each in made]
-        victim = group.replicas[n % len(group.replicas)]
         victim.kill()
         victim.start()
         # what was running there goes on elsewhere
@@ -112,7 +114,6 @@ def test_killed_under_live_streams(group: Cluster, engine: Engine) -> None:
             eventually(
                 lambda each=each, count=count: len(each.ids) > count + 5 or not each.is_alive()
             )
-        victim.wait()
     end_all(engine, group, made)
     say(f"{NUM_KILLS} kills under {NUM_STREAMS} streams", made)
     for each in made:
@@ -136,7 +137,7 @@ def read_available(sock: socket.socket, seconds: float) -> bytes:
 def read_relayed(url: str, session_id: str, read: list[bytes]) -> None:
     """Read the events that a server passes on, until they end or are cut."""
     path = f"{url}/v1/sessions/{session_id}/events"
-    with contextlib.suppress(httpx.TransportError), httpx.stream("GET", path, timeout=None) as each:
+    with contextlib.suppress(httpx.TransportError), stream("GET", path, timeout=None) as each:
         read.extend(each.iter_raw())
 
 
@@ -177,9 +178,7 @@ def test_a_stopped_server_that_wakes_up_tells_and_writes_nothing(
         assert not relayed.is_alive()  # it does not wait for the stopped one
         path = f"/v1/sessions/{session_id}/events"
         rest: list[str] = []
-        with httpx.stream(
-            "GET", other.url + path, headers={"Last-Event-ID": last}, timeout=PATIENCE
-        ) as response:
+        with stream("GET", other.url + path, headers={"Last-Event-ID": last}) as response:
             assert response.status_code == 200
             for line in response.iter_lines():
                 rest.append(line)
@@ -214,16 +213,14 @@ def test_the_database_restarts_under_running_turns(tmp_path: Path, engine: Engin
     ):
         made = followers(group, num, num_tokens, "restart")
         postgres.stop(signal.SIGINT)
-        refused = httpx.post(
-            f"{group.replicas[0].url}/v1/sessions", json={"prompt": [1]}, timeout=PATIENCE
-        )
+        refused = send("POST", f"{group.replicas[0].url}/v1/sessions", json={"prompt": [1]})
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "store_unreachable"
         assert int(refused.headers["retry-after"]) > 0
-        alone = httpx.post(
+        alone = send(
+            "POST",
             f"{group.replicas[0].url}/v1/completions",
             json={"prompt": [1], "max_tokens": 2},
-            timeout=PATIENCE,
         )
         assert alone.status_code == 200
         postgres.start()
@@ -245,7 +242,7 @@ def test_duplicates_are_executed_once(group: Cluster) -> None:
         body = base | {"prompt": [6], "stream": kind == 2}
         return "/v1/completions", body if kind == 4 else body | {"session_id": session_id}
 
-    def send(n: int) -> bytes:
+    def answered(n: int) -> bytes:
         path, body = asked(n % 20)
         headers = {"Idempotency-Key": f"duplicate{n % 20}"}
         return request("POST", group, path, json=body, headers=headers).content
@@ -253,7 +250,7 @@ def test_duplicates_are_executed_once(group: Cluster) -> None:
     order = [*range(200)]
     random.shuffle(order)
     with ThreadPoolExecutor(64) as pool:
-        answers = dict(zip(order, pool.map(send, order), strict=True))
+        answers = dict(zip(order, pool.map(answered, order), strict=True))
     for n in range(20):
         told = {answers[n + 20 * copy] for copy in range(10)}
         assert len(told) == 1, (asked(n), told)
@@ -292,32 +289,28 @@ def test_any_server_cancels_and_tells(group: Cluster) -> None:
     wrong = {"X-Session-Id": "sess-" + "0" * 32}
     session_id = group.opened([3])
     turn = body | GOES_ON | {"session_id": session_id}
-    with httpx.stream("POST", f"{one}/v1/completions", json=turn, timeout=PATIENCE) as response:
+    with stream("POST", f"{one}/v1/completions", json=turn) as response:
         lines = response.iter_lines()
         first = next(line for line in lines if line.startswith("data: "))
-    with httpx.stream(
-        "GET", f"{two}/v1/sessions/{session_id}/events", headers=wrong, timeout=PATIENCE
-    ) as response:
+    with stream("GET", f"{two}/v1/sessions/{session_id}/events", headers=wrong) as response:
         assert response.status_code == 200
         lines = response.iter_lines()
         assert next(line for line in lines if line.startswith("data: ")) == first
-        cancelled = httpx.post(f"{three}/v1/sessions/{session_id}/cancel", timeout=PATIENCE)
+        cancelled = send("POST", f"{three}/v1/sessions/{session_id}/cancel")
         assert cancelled.json() == {"id": session_id, "status": "cancelled"}
         assert [*lines][-2] == "data: [DONE]"
 
     # by the id of the answer, which has the session's; and one without a session
     for more in ({"session_id": session_id}, {}):
-        with httpx.stream(
-            "POST", f"{one}/v1/completions", json=body | more, timeout=PATIENCE
-        ) as response:
+        with stream("POST", f"{one}/v1/completions", json=body | more) as response:
             lines = response.iter_lines()
             event = next(line for line in lines if line.startswith("data: "))
             name = json.loads(event.removeprefix("data: "))["id"]
             assert (session_id in name) == bool(more)
-            cancelled = httpx.post(f"{two}/v1/requests/{name}/cancel", timeout=PATIENCE)
+            cancelled = send("POST", f"{two}/v1/requests/{name}/cancel")
             assert cancelled.json() == {"id": name, "status": "cancelled"}
             assert [*lines][-2] == "data: [DONE]"
-    assert httpx.post(f"{two}/v1/requests/none/cancel", timeout=PATIENCE).status_code == 404
+    assert send("POST", f"{two}/v1/requests/none/cancel").status_code == 404
 
 
 def test_relays_have_the_callers_key_and_no_other(postgres: Postgres, tmp_path: Path) -> None:
@@ -326,23 +319,19 @@ def test_relays_have_the_callers_key_and_no_other(postgres: Postgres, tmp_path: 
     mine, others = ({"Authorization": f"Bearer {each}"} for each in keys[1::2])
     with cluster(postgres, tmp_path, *keys, num=2) as group:
         one, two = (each.url for each in group.replicas)
-        opened = httpx.post(
-            f"{one}/v1/sessions", json={"prompt": [1]}, headers=mine, timeout=PATIENCE
-        )
+        opened = send("POST", f"{one}/v1/sessions", json={"prompt": [1]}, headers=mine)
         session_id = opened.json()["id"]
         body = body_of(1, 3000) | GOES_ON | {"session_id": session_id, "stream": True}
-        with httpx.stream(
-            "POST", f"{one}/v1/completions", json=body, headers=mine, timeout=PATIENCE
-        ) as response:
+        with stream("POST", f"{one}/v1/completions", json=body, headers=mine) as response:
             next(response.iter_raw())
         more = {"X-Session-Id": session_id, "X-Cottention-Relayed": "1"}
         for headers, status in ((others, 404), (others | more, 404), (more, 401)):
             for method, verb in (("GET", "events"), ("POST", "cancel")):
                 path = f"/v1/sessions/{session_id}/{verb}"
-                answer = httpx.request(method, two + path, headers=headers, timeout=PATIENCE)
+                answer = send(method, two + path, headers=headers)
                 assert answer.status_code == status, (headers, verb, answer.text)
         path = f"/v1/sessions/{session_id}/cancel"
-        ended = httpx.post(two + path, headers=mine, timeout=PATIENCE)
+        ended = send("POST", two + path, headers=mine)
         assert ended.json()["status"] == "cancelled"
 
 
