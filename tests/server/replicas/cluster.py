@@ -246,6 +246,7 @@ def twin_of(engine: Engine, prompts: list[list[int]], body: dict[str, Any]) -> s
     engine.submit(first, SamplingParams(max_tokens=0), start=start)
     [state] = [out.state for _ in iter(engine.has_work, False) for out in engine.step()]
     params = {name: value for name, value in body.items() if name != "prompt"}
+    params["stop"] = tuple(params["stop"])
     engine.submit(second, SamplingParams(**params), start=state)
     outputs = [out for _ in iter(engine.has_work, False) for out in engine.step()]
     return "".join(out.text for out in outputs)
