@@ -296,7 +296,7 @@ class SessionManager:
             state = self._cache.load_for_turn(adopted.record).state
         except BaseException:
             self._cache.leave(adopted.lease)
-            journal.hand_over(adopted.lease)
+            journal.hand_over(adopted.lease, has_failed=True)
             raise
         turn = Turn(self._describe(adopted.record), state, adopted.lease, adopted.record)
         return AdoptedTurn(turn, adopted.turn, adopted.ids, adopted.events)

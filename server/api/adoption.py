@@ -20,6 +20,10 @@ ENDPOINTS = {
 """By path: how a body is parsed, and how its response is formatted."""
 
 
+OVERDUE_SECONDS = 1.0
+"""For a turn whose time was over before it was adopted, to end with what it has told."""
+
+
 async def go_on(context: Context, adopted: "AdoptedTurn") -> None:
     """Run the turn to its end; returns when its events can be followed.
 
@@ -32,7 +36,8 @@ async def go_on(context: Context, adopted: "AdoptedTurn") -> None:
     cancellation = context.running.open(entry.owner, entry.name, request_id, is_chosen=False)
     deadline = entry.deadline
     if deadline is not None:
-        deadline += asyncio.get_running_loop().time() - context.sessions.now()
+        now = asyncio.get_running_loop().time()
+        deadline = max(deadline + now - context.sessions.now(), now + OVERDUE_SECONDS)
     caller = Caller(entry.owner, None)
     response = TurnResponse(context, parsed, endpoint, entry.name, caller, deadline, cancellation)
     try:

@@ -128,8 +128,6 @@ class TurnResponse(Response):
             request, stream = await self._generate(turn, Client(entry.owner))
             self._cancellation.attach(stream)
             stack.callback(stream.close)
-            if entry.is_cancelled:
-                self._cancellation.request()
             record, begun = RequestRecord(), asyncio.Event()
             response = self._continued(
                 request, stream, turn, stack.pop_all(), record, never, keyed, begun

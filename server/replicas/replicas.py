@@ -9,13 +9,19 @@ import contextlib
 import logging
 import re
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cottention.engine.errors import CottentionError, SessionNotFoundError, StoreUnavailableError
-from cottention.server.http.errors import unavailable
+from cottention.engine.errors import (
+    CottentionError,
+    EngineStoppedError,
+    SessionNotFoundError,
+    StoreUnavailableError,
+)
+from cottention.server.http.errors import ApiError, unavailable
 from cottention.server.replicas.relay import RELAYED, HttpRelay, RelayedResponse
 from cottention.server.sessions.journal import JournalWriter
 
@@ -27,6 +33,8 @@ logger = logging.getLogger("cottention")
 
 LOOK_SECONDS = 0.4
 """Between looks for turns that no server goes on with."""
+REST_SECONDS = 2.0
+"""Without looks, after a turn for which there was no room here."""
 WAIT_SECONDS = 0.2
 MAX_WAITS = 30
 """Looks for the server of a session that has just died."""
@@ -52,6 +60,7 @@ class Replicas:
         self._go_on = go_on
         self._is_accepting = is_accepting
         self._task: asyncio.Task[None] | None = None
+        self._rests_until = 0.0
 
     def start(self) -> None:
         """Adopt turns from now on."""
@@ -67,7 +76,7 @@ class Replicas:
 
     async def adopt(self, session_id: str) -> None:
         """Go on with a session's turn, if none does. StoreUnavailableError."""
-        if not (self._is_accepting() and self.writer.journal.is_steady):
+        if not self._may_adopt():
             return
         try:
             adopted = await asyncio.to_thread(self._sessions.adopt, session_id)
@@ -80,6 +89,14 @@ class Replicas:
             return
         try:
             await self._go_on(adopted)
+        except (ApiError, EngineStoppedError) as error:
+            is_busy = isinstance(error, EngineStoppedError) or error.status in (429, 503)
+            logger.warning("the turn of session %s cannot go on here: %s", session_id, error)
+            self._rests_until = asyncio.get_running_loop().time() + REST_SECONDS
+            leave = partial(self._sessions.leave, adopted.turn, hands_over=is_busy)
+            await asyncio.to_thread(leave)
+            if not is_busy:
+                await asyncio.to_thread(self._sessions.abandon, adopted.turn)
         except Exception:
             logger.exception("the turn of session %s could not go on, and is undone", session_id)
             await asyncio.to_thread(self._sessions.abandon, adopted.turn)
@@ -130,12 +147,16 @@ class Replicas:
                 found = Response(body, 200, media_type="application/json")
         return found
 
+    def _may_adopt(self) -> bool:
+        has_rested = asyncio.get_running_loop().time() >= self._rests_until
+        return has_rested and self._is_accepting() and self.writer.journal.is_steady
+
     async def _run(self) -> None:
         journal = self.writer.journal
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             try:
-                if self._is_accepting() and journal.is_steady:
+                if self._may_adopt():
                     for session_id in await asyncio.to_thread(journal.waiting):
                         await self.adopt(session_id)
             except (StoreUnavailableError, SessionNotFoundError):

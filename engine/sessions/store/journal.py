@@ -20,7 +20,7 @@ class JournaledTurn:
 
     turn: the first part of its events' ids. name: the id of its response. path, body: the request.
     seed: of its sampling. created: unix seconds of its response. deadline: by the store's time.
-    key, token: of its idempotency key. is_cancelled: it is to end with what it has told.
+    key, token: of its idempotency key.
     """
 
     owner: str
@@ -33,7 +33,6 @@ class JournaledTurn:
     deadline: float | None = None
     key: str | None = None
     token: str | None = None
-    is_cancelled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,11 @@ class SessionJournal(Protocol):
         """Take a turn over; None where it is not `waiting`."""
         ...
 
-    def hand_over(self, lease: Lease) -> None:
-        """Give a turn to whoever adopts it."""
+    def hand_over(self, lease: Lease, *, has_failed: bool = False) -> None:
+        """Give a turn to whoever adopts it.
+
+        has_failed: it cannot go on here; counted as if this server had died of it.
+        """
         ...
 
     def drain(self) -> None:
@@ -128,8 +130,4 @@ class SessionJournal(Protocol):
 
     def lives(self, url: str) -> bool:
         """Whether there is a server at this address that lives."""
-        ...
-
-    def ask_cancel(self, session_id: str) -> None:
-        """Let who adopts the session's turn end it with what it has told."""
         ...

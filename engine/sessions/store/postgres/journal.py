@@ -38,9 +38,11 @@ COLUMNS = {
     "deadline": "double precision",
     "key": "text",
     "token": "text",
-    "is_cancelled": "boolean",
 }
 """The fields of a JournaledTurn, and their types in the table."""
+HAS_GONE_ON = (
+    "EXISTS (SELECT FROM cottention.chunks AS c WHERE c.session = j.session AND c.fence = j.fence)"
+)
 IS_WAITING = f"(s.lease_until <= clock_timestamp() OR NOT {queries.HOLDER_LIVES})"
 JOINED = (
     "cottention.turns AS j JOIN cottention.sessions AS s ON s.id = j.session AND s.fence = j.fence"
@@ -124,7 +126,8 @@ class PostgresJournal(SessionJournal):
         def find(db: Db) -> list[str]:
             db.execute(
                 f"DELETE FROM cottention.turns WHERE session IN (SELECT j.session FROM {JOINED}"
-                f" WHERE j.tries >= %s AND {IS_WAITING} FOR UPDATE OF j SKIP LOCKED)",
+                f" WHERE j.tries >= %s AND NOT {HAS_GONE_ON} AND {IS_WAITING}"
+                " FOR UPDATE OF j SKIP LOCKED)",
                 [MAX_TRIES],
             )
             rows = db.execute(
@@ -161,9 +164,8 @@ class PostgresJournal(SessionJournal):
             fence, *session = row
             # who has told nothing since it adopted the turn may have died of it
             db.execute(
-                "UPDATE cottention.turns AS j SET fence = %(fence)s, tries = CASE WHEN EXISTS ("
-                "  SELECT FROM cottention.chunks AS c"
-                "  WHERE c.session = j.session AND c.fence = j.fence) THEN 1 ELSE j.tries + 1 END"
+                "UPDATE cottention.turns AS j SET fence = %(fence)s,"
+                f" tries = CASE WHEN {HAS_GONE_ON} THEN 1 ELSE j.tries + 1 END"
                 " WHERE session = %(id)s",
                 {"id": session_id, "fence": fence},
             )
@@ -218,14 +220,21 @@ class PostgresJournal(SessionJournal):
             b"".join(bytes(events) for _, events in chunks),
         )
 
-    def hand_over(self, lease: Lease) -> None:
-        self._connections.statement(
-            lambda db: db.execute(
+    def hand_over(self, lease: Lease, *, has_failed: bool = False) -> None:
+        def change(db: Db) -> None:
+            if not has_failed:
+                db.execute(
+                    "UPDATE cottention.turns SET tries = 0 WHERE session = %s AND fence = %s",
+                    [lease.session_id, lease.fence],
+                )
+            db.execute(
                 "UPDATE cottention.sessions AS s SET lease_owner = '',"
                 f" lease_until = clock_timestamp() WHERE {queries.IS_HELD}",
                 queries.of_lease(lease, self._replica.id),
             )
-        )
+
+        self._connections.write(change)
+        self.forget(lease)
 
     def drain(self) -> None:
         self._connections.statement(
@@ -268,13 +277,6 @@ class PostgresJournal(SessionJournal):
         )
         row = self._connections.statement(lambda db: db.execute(statement, [url]).fetchone())
         return row is not None
-
-    def ask_cancel(self, session_id: str) -> None:
-        self._connections.statement(
-            lambda db: db.execute(
-                "UPDATE cottention.turns SET is_cancelled = true WHERE session = %s", [session_id]
-            )
-        )
 
     def end(self, db: Db, lease: Lease) -> None:
         """Forget a turn that ends, in the transaction that ends it."""

@@ -54,7 +54,7 @@ CREATE TABLE cottention.turns (
     session text PRIMARY KEY, fence bigint NOT NULL, owner text NOT NULL, turn text NOT NULL,
     name text NOT NULL, path text NOT NULL, body bytea NOT NULL, model text NOT NULL,
     seed bigint NOT NULL, created bigint NOT NULL, deadline double precision, key text, token text,
-    is_cancelled boolean NOT NULL DEFAULT false, tries integer NOT NULL DEFAULT 0);
+    tries integer NOT NULL DEFAULT 0);
 CREATE TABLE cottention.chunks (
     session text NOT NULL, fence bigint NOT NULL, n bigint NOT NULL, ids bytea NOT NULL,
     events bytea NOT NULL, PRIMARY KEY (session, fence, n));
