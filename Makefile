@@ -8,7 +8,7 @@ UI := .venv-ui
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-cluster test-clients test-ui screenshots wheel test-wheel docker-test fuzz asan crash faults forgeries stops soak check bounds bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-cluster test-clients test-ui screenshots wheel test-wheel docker-test fuzz asan crash kills faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -89,6 +89,9 @@ test-wheel: wheel ## Install that wheel where there is no compiler, and serve wi
 
 crash: setup ## Kill the server two hundred times under load, and look for what is lost
 	COTTENTION_CRASH_ROUNDS=200 $(BIN)/python -m pytest -s tests/server/sessions/test_crash.py::test_kill_9_loses_nothing_answered
+
+kills: setup ## Kill servers 20 times under 50 streams of turns that go on, over a PostgreSQL
+	COTTENTION_KILLS=20 COTTENTION_KILL_STREAMS=50 $(BIN)/python -m pytest -s --timeout=1800 tests/server/replicas/test_turns_go_on.py::test_killed_under_live_streams
 
 forgeries: setup ## Import ten thousand forged snapshots
 	COTTENTION_FORGERIES=10000 $(BIN)/python -m pytest tests/server/sessions/test_forged_snapshots.py::test_many_forged_snapshots

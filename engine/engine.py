@@ -113,8 +113,12 @@ class Engine:
         start: SessionState | None = None,
         cache: CacheUse | None = None,
         client: Client = DEFAULT_CLIENT,
+        replayed: Sequence[int] = (),
     ) -> str:
         """Submit a request and get its id; later steps return its outputs.
+
+        replayed: ids that this turn of `start` has generated before, in another process: with the
+        same seed it goes on after them. Its first output has them, without log-probabilities.
 
         Clients share the slots by their weights, and a request may have to give up its slots for a
         time; of one client's requests those of lower `priority` start first. With `start` the
@@ -125,7 +129,9 @@ class Engine:
         `close`.
         """
         request_id = request_id or uuid.uuid4().hex
-        request = self._input_processor.build_request(request_id, prompt_ids, params, start)
+        request = self._input_processor.build_request(
+            request_id, prompt_ids, params, start, replayed
+        )
         request.priority, request.client = priority, client
         if cache is not None and self.config.prefix_cache_bytes >= self.spec.bytes_per_row:
             request.enable_prefix_reuse(cache)
@@ -133,8 +139,15 @@ class Engine:
             if self._is_closed:
                 raise EngineStoppedError("the engine has stopped and takes no more requests")
             self._request_manager.reserve_id(request_id)
-            self._commands.put(lambda: self._request_manager.add(request))
+            self._commands.put(lambda: self._add(request))
         return request_id
+
+    def _add(self, request: Request) -> list[Output]:
+        """Queue a new request; its grammar follows the ids that it has generated before."""
+        for token_id in request.replayed:
+            if (matcher := request.choices[0].matcher) is not None:
+                self._mask_worker.advance([(matcher, token_id)])
+        return self._request_manager.add(request)
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request in the next step; does nothing if it is unknown or has ended."""

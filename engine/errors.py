@@ -19,6 +19,7 @@ CottentionError
     ├── SessionQuotaError       its owner has no room for more
     ├── NonFiniteStateError     its new state has values that are not finite
     ├── StateTooLargeError      its new state has more bytes than are stored
+    ├── KeyReusedError          an idempotency key of another request
     └── StoreUnavailableError   the store does not take it, or cannot be read now
         ├── StoreFullError          the disk takes no more
         └── StoreUnreachableError   the database that several servers share cannot be used now
@@ -103,6 +104,10 @@ class NonFiniteStateError(SessionError):
 
 class StateTooLargeError(SessionError):
     """A state to be stored has more bytes than the store takes; the session stays as it was."""
+
+
+class KeyReusedError(SessionError):
+    """An idempotency key that was sent with another request."""
 
 
 class StoreUnavailableError(SessionError):

@@ -58,8 +58,9 @@ class EngineWorker:
         start: "SessionState | None" = None,
         cache: CacheUse | None = None,
         client: Client = DEFAULT_CLIENT,
+        **more: Sequence[int],
     ) -> str:
-        """As Engine.submit."""
+        """As Engine.submit. more: `replayed`, which only an engine with sessions has."""
         self._engine.submit(
             prompt_ids,
             params,
@@ -68,6 +69,7 @@ class EngineWorker:
             start=start,
             cache=cache,
             client=client,
+            **more,
         )
         self._wake.set()
         return request_id

@@ -150,6 +150,11 @@ class ServerConfig:
         unset="PGPASSWORD, or the file that PGPASSFILE names",
         is_path=True,
     )
+    replica_url: str | None = setting(
+        None,
+        "where the other servers of that database reach this one, as http://host:port",
+        unset="the address that it listens on, with the machine's name for 0.0.0.0",
+    )
     session_states: Literal["auto", "always"] = setting(
         "auto",
         "whether that database has the states of sessions: only where they do not follow from their"
@@ -188,6 +193,18 @@ class ServerConfig:
         unset="unlimited",
         minimum=0.001,
         unit="seconds",
+    )
+    idempotency_seconds: float = setting(
+        86_400.0,
+        "how long the answer to a request with an Idempotency-Key is repeated",
+        minimum=0.001,
+        unit="seconds",
+    )
+    idempotency_bytes: int = setting(
+        512 * 1024,
+        "maximum size of such an answer; a longer one is sent once and not repeated",
+        minimum=0,
+        unit="bytes",
     )
     max_snapshot_bytes: int = setting(
         256 * 1024**2, "maximum size of a session to import", minimum=1, unit="bytes"

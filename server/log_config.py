@@ -16,6 +16,13 @@ def configure_logging(level: str, log_format: LogFormat) -> None:
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.captureWarnings(True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs each request that is relayed
+    logging.getLogger("uvicorn.error").addFilter(_is_not_cut)
+
+
+def _is_not_cut(record: logging.LogRecord) -> bool:
+    """Streams of turns that go on at another server are cut on purpose."""
+    return record.msg != "ASGI callable returned without completing response."
 
 
 class TextFormatter(logging.Formatter):

@@ -175,10 +175,12 @@ class InputProcessor:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         start: SessionState | None,
+        replayed: Sequence[int] = (),
     ) -> Request:
         """A checked request, which continues the session `start` if there is one.
 
-        Raises ParameterError or ContextPolicyError.
+        replayed: ids that a session's turn has generated before, elsewhere. Raises
+        ParameterError or ContextPolicyError.
         """
         self.limits.check_prompt(prompt_ids, params, start)
         constraints, grammar = self._prepare(params)
@@ -186,7 +188,15 @@ class InputProcessor:
             start = self.policies.settled(start, params)
         schedule = self.policies.schedule(prompt_ids, params, start)
         return Request.new(
-            request_id, prompt_ids, params, self.tokenizer, constraints, start, schedule, grammar
+            request_id,
+            prompt_ids,
+            params,
+            self.tokenizer,
+            constraints,
+            start,
+            schedule,
+            grammar,
+            replayed[: max(0, params.max_tokens - 1)],
         )
 
     def _prepare(self, params: SamplingParams) -> tuple[TokenConstraints, Grammar | None]:

@@ -40,6 +40,17 @@ class OutputProcessor:
             state=state,
         )
 
+    def replay(self, choice: Choice, token_ids: tuple[int, ...]) -> Output:
+        """The output of ids that the choice's turn has generated before, which did not end it."""
+        text = ""
+        for token_id in token_ids:
+            choice.append_token(token_id)
+            if choice.num_generated == choice.request.params.min_tokens:
+                choice.detokenizer.watch(choice.request.params.stop)
+            text += choice.detokenizer.push(token_id)
+        choice.pending = []  # the prefill has them
+        return _output(choice, text, token_ids, None)
+
     def finish(self, choice: Choice, reason: FinishReason, error: str | None = None) -> Output:
         """The last output of a choice that ends without another id.
 

@@ -133,6 +133,7 @@ class Request:
     context_schedule: where contexts begin. constraints: what its parameters say
     about ids.
     start, turn_ids: the session state that the request continues, and the prompt's own ids.
+    replayed: ids that were generated before, elsewhere; they are prefilled after the prompt.
     cached_prompt: for requests that use the prefix cache. is_held: it waits for another's prefill;
     num_left_of_followers: prompt ids that the shortest prompt still has that waits for this one.
     prompt_logprobs, num_cached, started: per-request fields of the output, the first two sent with
@@ -158,6 +159,7 @@ class Request:
     num_prefilled: int = 0
     start: SessionState | None = None
     turn_ids: tuple[int, ...] = ()
+    replayed: tuple[int, ...] = ()
     cached_prompt: CachedPrompt | None = None
     is_held: bool = False
     num_left_of_followers: int | None = None
@@ -178,10 +180,12 @@ class Request:
         start: SessionState | None = None,
         context_schedule: ContextSchedule | None = None,
         grammar: "Grammar | None" = None,
+        replayed: Sequence[int] = (),
     ) -> "Request":
         """A waiting request; its seed is random where `params` has none.
 
-        grammar: of its structured output; each choice gets a matcher of it.
+        grammar: of its structured output; each choice gets a matcher of it. replayed: of a
+        session's turn, fewer than `max_tokens`.
         """
         session, new_ids = start or SessionState(), tuple(prompt_ids)
         past, fed = session.past, session.pending + new_ids
@@ -191,17 +195,19 @@ class Request:
             has_no_rows = session.position > 0 and not session.rows
             fed = () if has_no_rows and not new_ids else fed[:-1]
         seed = secrets.randbits(63) if params.seed is None else params.seed
+        again = tuple(replayed)
         request = cls(
             request_id,
-            past + new_ids,
+            past + new_ids + again,
             first_index=session.num_tokens - len(past),
-            prefill_stop=session.position + len(fed),
+            prefill_stop=session.position + len(fed) + len(again),
             params=params,
             seed=seed,
             constraints=constraints,
             context_schedule=context_schedule or ExactSchedule(),
             start=start,
             turn_ids=new_ids,
+            replayed=again,
         )
         request._plan_prefill(session.position)
         request._add_choices(tokenizer, fed, session)
@@ -231,7 +237,8 @@ class Request:
         undecoded = b"" if self.turn_ids else session.undecoded
         for index in range(params.n):
             text = Detokenizer(table, () if params.min_tokens else params.stop, undecoded)
-            history = TokenHistory(params, fed, self.constraints, session.counts, self.ids)
+            known = self.ids[: len(self.ids) - len(self.replayed)]
+            history = TokenHistory(params, fed, self.constraints, session.counts, known)
             self.choices.append(Choice(self, index, text, history, self.prefill_stop))
 
     def set_status(self, status: RequestStatus) -> None:
@@ -262,7 +269,7 @@ class Request:
     @property
     def last_index(self) -> int:
         """Index of the last id that may be fed: the last sampled id never is."""
-        return self.prefill_stop + self.params.max_tokens - 2
+        return self.prefill_stop - len(self.replayed) + self.params.max_tokens - 2
 
     @property
     def continues_session_rows(self) -> bool:

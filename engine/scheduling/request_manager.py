@@ -57,6 +57,9 @@ class RequestManager:
         if request.is_prefilled:  # a session's only id stays pending: there is nothing to compute
             return self.finish(request, FinishReason.LENGTH)
         self._scheduler.add(request)
+        if request.replayed:
+            [choice] = request.choices
+            return [self._output_processor.replay(choice, request.replayed)]
         return []
 
     def admit(self) -> None:

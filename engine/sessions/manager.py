@@ -6,7 +6,7 @@ rewind. A turn takes two transactions of the store: `begin` leases the session a
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar, cast
@@ -18,16 +18,20 @@ from cottention.engine.errors import (
     SnapshotError,
     StoreFullError,
     StoreUnavailableError,
+    StoreUnreachableError,
 )
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.state_cache import StateCache, UnsavedState
 from cottention.engine.sessions.store import Lease, NewSession, SessionRecord, SessionStore
-from cottention.engine.sessions.store.protocol import KeyLedger
+from cottention.engine.sessions.store.journal import SessionJournal
+from cottention.engine.sessions.store.protocol import Answer, Claim, Claimed, KeyLedger
 from cottention.engine.sessions.types import (
+    AdoptedTurn,
     BytesReader,
     Exported,
     OpenExport,
     Session,
+    SessionAnswer,
     SessionCounts,
     SessionValue,
     Turn,
@@ -72,8 +76,11 @@ class SessionManager:
         max_checkpoints: int,
         is_durable: bool,
         ttl_seconds: float | None = None,
+        journal: SessionJournal | None = None,
     ) -> None:
+        """journal: of turns that go on without their client; None where no other server could."""
         self._store = store
+        self.journal = journal
         self._ttl_seconds = ttl_seconds
         self._codec = codec
         self._cache = StateCache(store, codec, memory_bytes)
@@ -206,26 +213,31 @@ class SessionManager:
         state: SessionState,
         events: EventLog = NO_EVENTS,
         unsaved_events: EventLog | None = None,
+        answer: SessionAnswer | None = None,
     ) -> Session:
         """Make `state` the session's state, stored when this returns, and end the turn.
 
         A store that other servers share has it, or StoreUnavailableError is raised: then the
-        session is as before, unless the connection broke while the store took it.
+        session is as before, unless the connection broke while the store took it. A turn that is
+        journaled has not ended where the store cannot be reached: `leave` it.
 
         events: kept until the next turn's take their place. unsaved_events: kept instead where
         another store does not take it; None: the same. Then state and events stay in memory, and
         the session is not durable until a later turn is stored. SessionMovedError: the lease was
-        taken over.
+        taken over. answer: stored with the state, and only then.
         """
         value = SessionValue(state, events)
         try:
-            record = self._cache.commit(turn.lease, value, self._max_checkpoints)
-        except StoreUnavailableError:
+            kept = self._answer(answer)
+            record = self._cache.commit(turn.lease, value, self._max_checkpoints, kept)
+        except StoreUnavailableError as error:
             if self._store.is_shared:
-                self._cache.release(turn.lease)
+                is_away = isinstance(error, StoreUnreachableError)
+                if self.journal is None or not (is_away and self.journal.has(turn.lease)):
+                    self._cache.release(turn.lease)
                 raise
-            kept = events if unsaved_events is None else unsaved_events
-            record = self._keep_unsaved(turn, SessionValue(state, kept))
+            log = events if unsaved_events is None else unsaved_events
+            record = self._keep_unsaved(turn, SessionValue(state, log))
         except BaseException:
             self._cache.release(turn.lease)
             raise
@@ -242,17 +254,18 @@ class SessionManager:
         n: int,
         expected_position: int | None = None,
         metadata: Metadata | None = None,
+        answer: SessionAnswer | None = None,
     ) -> list[Session]:
         """n new sessions with the state and the checkpoints of this one.
 
-        metadata: theirs; None: that of this session.
+        metadata: theirs; None: that of this session. answer: stored with them.
         """
         with self._leased(owner, session_id, expected_position) as (_, record):
             value = self._cache.load_for_turn(record)
             new = self._fork_of(record, value)
             if metadata is not None:
                 new = replace(new, metadata=metadata)
-            forks = self._store.create([new] * n)
+            forks = self._store.create([new] * n, self._answer(answer))
             return [self._park(fork, value) for fork in forks]
 
     def rewind(self, owner: str, session_id: str, expected_position: int | None = None) -> Session:
@@ -266,6 +279,52 @@ class SessionManager:
                 record = self._store.rewind(lease, lease.version)
                 self._cache.forget(session_id)
         return self._describe(record)
+
+    # Turns that go on without their client
+
+    def now(self) -> float:
+        """The store's time."""
+        return self._store.now()
+
+    def adopt(self, session_id: str) -> AdoptedTurn | None:
+        """Go on with a turn whose server has died, or handed it over; None where none waits.
+
+        It ends as one that was begun here. SessionError, SnapshotError: then others may try.
+        """
+        journal = self.journal
+        assert journal is not None
+        adopted = journal.adopt(session_id, LEASE_SECONDS)
+        if adopted is None:
+            return None
+        self._cache.take(adopted.lease)
+        try:
+            state = self._cache.load_for_turn(adopted.record).state
+        except BaseException:
+            self._cache.leave(adopted.lease)
+            journal.hand_over(adopted.lease, has_failed=True)
+            raise
+        turn = Turn(self._describe(adopted.record), state, adopted.lease, adopted.record)
+        return AdoptedTurn(turn, adopted.turn, adopted.ids, adopted.events)
+
+    def leave(self, turn: Turn, *, hands_over: bool) -> None:
+        """End a turn here that another server goes on with; hands_over: or shall go on with."""
+        self._cache.leave(turn.lease)
+        if hands_over and self.journal is not None:
+            self.journal.hand_over(turn.lease)
+
+    # Idempotency keys
+
+    def claim(self, owner: str, key: str, request: bytes, seconds: float) -> Claim | Claimed:
+        """As SessionStore.claim. StoreUnavailableError."""
+        return self._store.claim(owner, key, request, seconds)
+
+    def keep_answer(self, claim: Claim, answer: bytes) -> None:
+        """As SessionStore.keep_answer. StoreUnavailableError."""
+        self._store.keep_answer(claim, answer)
+
+    def drop_claim(self, claim: Claim) -> None:
+        """As SessionStore.drop_claim. StoreUnavailableError."""
+        self._store.drop_claim(claim)
 
     # Maintenance
 
@@ -296,6 +355,17 @@ class SessionManager:
             self._store.close()
 
     # Private
+
+    def _answer(self, answer: SessionAnswer | None) -> Answer | None:
+        """The same for the store; it is made while a session still belongs to its turn."""
+        if answer is None:
+            return None
+
+        def make(records: Sequence[SessionRecord]) -> bytes:
+            sessions = [self._session(record, None) for record in records]
+            return answer.make([replace(each, residence="parked") for each in sessions])
+
+        return Answer(answer.claim, make)
 
     def _create(
         self, owner: str, raw: bytes, state: SessionState, metadata: Metadata, ttl: float | None

@@ -20,6 +20,7 @@ from cottention.engine.sessions.memory_usage import (
 )
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.sessions.store import Lease, SessionRecord, SessionStore
+from cottention.engine.sessions.store.protocol import Answer
 from cottention.engine.sessions.types import Residence, SessionCounts, SessionValue
 from cottention.engine.state.event_log import EventLog
 
@@ -190,6 +191,16 @@ class StateCache:
             self._running[session_id] = lease
         return lease, record
 
+    def take(self, lease: Lease) -> None:
+        """Note a turn that goes on under this lease, which the store has given already."""
+        with self._lock:
+            self._running[lease.session_id] = lease
+
+    def leave(self, lease: Lease) -> None:
+        """The opposite of `take`, for a turn that others go on with. Idempotent."""
+        with self._lock:
+            self._end(lease)
+
     def release(self, lease: Lease) -> None:
         """End a turn without a new value; nothing happens where it has ended.
 
@@ -242,8 +253,10 @@ class StateCache:
                 self._parked.add(record.id, record.head, value)
         return value
 
-    def commit(self, lease: Lease, value: SessionValue, max_checkpoints: int) -> SessionRecord:
-        """Store a turn's value and release its lease, in one transaction.
+    def commit(
+        self, lease: Lease, value: SessionValue, max_checkpoints: int, answer: Answer | None = None
+    ) -> SessionRecord:
+        """Store a turn's value, and its answer, and release its lease, in one transaction.
 
         The unsaved value of an earlier turn is stored before it. StoreUnavailableError: not
         everything is stored, and the lease is held. SessionMovedError.
@@ -255,7 +268,8 @@ class StateCache:
             version = before.version
             self.park(before, unsaved.value)
         new = UnsavedState(value, 1)
-        record = self._store.commit(lease, version, *self._stored(new, max_checkpoints))
+        stored = self._stored(new, max_checkpoints)
+        record = self._store.commit(lease, version, *stored, answer=answer)
         with self._lock:
             # the session is free: where another turn has begun, the value may be an old one
             if self._end(lease):

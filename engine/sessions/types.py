@@ -1,10 +1,11 @@
 """The values that sessions are described by: what clients see, what a turn holds, counts."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from cottention.engine.sessions.store.protocol import BlobReader, Lease, SessionRecord
+from cottention.engine.sessions.store.journal import JournaledTurn
+from cottention.engine.sessions.store.protocol import BlobReader, Claim, Lease, SessionRecord
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import SessionState
@@ -84,6 +85,27 @@ class Turn:
     state: SessionState
     lease: Lease
     record: SessionRecord
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptedTurn:
+    """A turn that another server has begun, what it needs to go on, and what it has done.
+
+    ids: generated so far. events: the bytes of those that were told.
+    """
+
+    turn: Turn
+    journaled: JournaledTurn
+    ids: tuple[int, ...]
+    events: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SessionAnswer:
+    """The answer of a claimed request, made of the sessions as they are after it."""
+
+    claim: Claim
+    make: Callable[[Sequence[Session]], bytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
@@ -11,13 +11,14 @@ from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
 from cottention.server.api import chat, completions, page, requests, status, tokenize
+from cottention.server.api.adoption import go_on
 from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
 from cottention.server.api.openapi import install_openapi
 from cottention.server.api.sessions import events, lifecycle, snapshots
 from cottention.server.config import ServerConfig
-from cottention.server.generation.async_engine import AsyncEngine
+from cottention.server.generation.async_engine import AsyncEngine, Phase
 from cottention.server.generation.cancellation import RunningRequests
 from cottention.server.generation.chat_template import ChatTemplate, UnusableTemplate
 from cottention.server.http.body_memory import BodyMemory
@@ -30,6 +31,7 @@ from cottention.server.http.origin import (
 from cottention.server.http.pacing import PacingMiddleware
 from cottention.server.http.request_id import RequestIdMiddleware
 from cottention.server.http.routing import RoutingMiddleware
+from cottention.server.idempotency.keys import IdempotencyKeys
 from cottention.server.limits.api_keys import (
     NAME_LENGTH,
     ApiKey,
@@ -43,10 +45,12 @@ from cottention.server.limits.rate_limit import KeyUsage, RateLimitMiddleware
 from cottention.server.limits.shared_limits import SharedKeyUsage, SharedLimits
 from cottention.server.observability.access_log import AccessLogMiddleware
 from cottention.server.observability.metrics import make_registry
+from cottention.server.replicas.replicas import Replicas
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.encoding import EmbeddingRequest, FillMaskRequest
 from cottention.server.schemas.sessions import AppendRequest, ForkRequest, SessionRequest
+from cottention.server.sessions.journal import JournalWriter
 from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue
 from cottention.server.version import package_version
@@ -100,7 +104,10 @@ def create_app(
     ledger = None if sessions is None else sessions.key_ledger
     shared = None if ledger is None else SharedLimits(ledger)
     usage = _usage_by_owner(keys, config, shared)
-    app = _new_app(engine, turns, nullcontext() if shared is None else shared.exchanging(usage))
+    beside = nullcontext() if shared is None else shared.exchanging(usage)
+    replicas = None if sessions is None else _replicas(engine, sessions, lambda: app)
+    idempotency_keys = None if sessions is None else _idempotency_keys(sessions, config, replicas)
+    app = _new_app(engine, turns, idempotency_keys, replicas, beside)
     name = config.served_model_name or engine.engine.name
     if sessions is None:
         registry = make_registry(engine, None, None, name)
@@ -115,6 +122,8 @@ def create_app(
         registry,
         sessions,
         turns,
+        idempotency_keys,
+        replicas,
         ReadLimit(config.max_session_reads),
         BodyMemory(config.max_received_bytes, max_snapshot_bytes, config.max_response_items),
         RunningRequests(engine.cancel),
@@ -127,6 +136,29 @@ def create_app(
     add_exception_handlers(app)
     _add_middleware(app, usage, config, engine)
     return app
+
+
+def _replicas(
+    engine: AsyncEngine, sessions: "SessionManager", app: Callable[[], FastAPI]
+) -> Replicas | None:
+    """None where no other server has the sessions."""
+    if sessions.journal is None:
+        return None
+    has_one_arithmetic = cast("Engine", engine.engine).has_one_arithmetic
+    return Replicas(
+        sessions,
+        JournalWriter(sessions.journal, gates=not has_one_arithmetic),
+        lambda adopted: go_on(app().state.context, adopted),
+        lambda: engine.phase is Phase.READY,
+    )
+
+
+def _idempotency_keys(
+    sessions: "SessionManager", config: ServerConfig, replicas: Replicas | None
+) -> IdempotencyKeys:
+    relay = None if replicas is None else replicas.relay
+    seconds, max_bytes = config.idempotency_seconds, config.idempotency_bytes
+    return IdempotencyKeys(sessions, seconds, max_bytes, relay)
 
 
 @functools.cache
@@ -143,7 +175,11 @@ def _routes() -> list[BaseRoute]:
 
 
 def _new_app(
-    engine: AsyncEngine, turns: TurnQueue | None, beside: AbstractAsyncContextManager[None]
+    engine: AsyncEngine,
+    turns: TurnQueue | None,
+    keys: IdempotencyKeys | None,
+    replicas: Replicas | None,
+    beside: AbstractAsyncContextManager[None],
 ) -> FastAPI:
     """An application without endpoints; its shutdown waits until every turn has been stored.
 
@@ -153,11 +189,17 @@ def _new_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        if replicas is not None:
+            replicas.start()
         async with beside:
             yield
+        if replicas is not None:
+            await replicas.stop()
         await asyncio.to_thread(engine.stop)
         if turns is not None:
             await turns.wait_settled()
+        if keys is not None:
+            await keys.wait_settled()
 
     # The interactive pages load scripts from elsewhere; only /openapi.json is served.
     return FastAPI(

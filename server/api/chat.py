@@ -64,7 +64,11 @@ EXAMPLES = (
     "/v1/chat/completions",
     response_model=ChatCompletion,
     **request_docs(
-        ChatRequest, examples=EXAMPLES, streams=True, more=error_responses(403, 409, 412)
+        ChatRequest,
+        examples=EXAMPLES,
+        streams=True,
+        more=error_responses(403, 409, 412),
+        is_idempotent=True,
     ),
 )
 async def create_chat_completion(request: Request, context: ContextDep) -> Response:

@@ -37,7 +37,11 @@ EXAMPLES = (
     "/v1/completions",
     response_model=Completion,
     **request_docs(
-        CompletionRequest, examples=EXAMPLES, streams=True, more=error_responses(403, 409, 412)
+        CompletionRequest,
+        examples=EXAMPLES,
+        streams=True,
+        more=error_responses(403, 409, 412),
+        is_idempotent=True,
     ),
 )
 async def create_completion(request: Request, context: ContextDep) -> Response:

@@ -3,11 +3,11 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Response
 from prometheus_client import CollectorRegistry
 
 from cottention.engine.encoding import Capability
@@ -19,8 +19,11 @@ from cottention.server.generation.chat_template import ChatTemplate, UnusableTem
 from cottention.server.http.body import Pace, shown
 from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.errors import ApiError
+from cottention.server.idempotency.keys import IdempotencyKeys
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import counting_read, limits_of
+from cottention.server.replicas.replicas import Replicas
+from cottention.server.sessions.journal import JournalWriter
 from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue, owner_of
 
@@ -57,7 +60,8 @@ class IgnoredKeys:
 class Context:
     """Shared by all requests of an application, except `limits`, which are those of the key.
 
-    session_manager, turn_queue: None where the model is an encoder, which has no sessions.
+    session_manager, turn_queue, idempotency_keys: None where the model is an encoder, which has no
+    sessions. replicas: None where no other server has them.
     """
 
     engine: AsyncEngine
@@ -65,6 +69,8 @@ class Context:
     registry: CollectorRegistry
     session_manager: "SessionManager | None"
     turn_queue: TurnQueue | None
+    idempotency_keys: IdempotencyKeys | None
+    replicas: Replicas | None
     reads: ReadLimit
     bodies: BodyMemory
     running: RunningRequests
@@ -83,6 +89,17 @@ class Context:
         """The turns of sessions; not for an encoder."""
         assert self.turn_queue is not None
         return self.turn_queue
+
+    @property
+    def journal(self) -> JournalWriter | None:
+        """Of turns that go on without their client; None where no other server could."""
+        return None if self.replicas is None else self.replicas.writer
+
+    @property
+    def keys(self) -> IdempotencyKeys:
+        """The requests with idempotency keys; not for an encoder."""
+        assert self.idempotency_keys is not None
+        return self.idempotency_keys
 
     @property
     def tokenizer(self) -> "BaseTokenizer":
@@ -169,6 +186,19 @@ def reading(request: Request, context: Context) -> Iterator[None]:
     """Count a read of stored bytes, in its key's requests and in all. Raises ApiError 429."""
     with counting_read(request.scope), context.reads.reading(owner_of(request)):
         yield
+
+
+async def elsewhere(
+    request: Request,
+    context: Context,
+    session_id: str,
+    is_here: Callable[[], bool],
+    raw: bytes = b"",
+) -> Response | None:
+    """As Replicas.elsewhere; None where no other server has sessions."""
+    if context.replicas is None:
+        return None
+    return await context.replicas.elsewhere(request, raw, owner_of(request), session_id, is_here)
 
 
 ContextDep = Annotated[Context, Depends(_context)]

@@ -34,6 +34,8 @@ from cottention.server.http.body import announced_bytes, read_body, shown
 from cottention.server.http.errors import ApiError
 from cottention.server.http.json_body import parse_object
 from cottention.server.http.request_id import request_id_of
+from cottention.server.idempotency.keys import key_of
+from cottention.server.idempotency.recording import Answering
 from cottention.server.limits.rate_limit import client_of, count_choices, track
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.sessions.turn_queue import caller_of, owner_of
@@ -61,16 +63,46 @@ async def generate(
     endpoint: EndpointFormat,
     max_inline_bytes: int = MAX_INLINE_BYTES,
 ) -> Response:
-    """Read and parse a body, generate, and respond.
+    """Read and parse a body, generate, and respond; once for each Idempotency-Key.
 
     Raises ParameterError, EngineStoppedError, ApiError.
     """
+    return await once(
+        request,
+        context,
+        lambda each: _generate(each, context, parse, endpoint, max_inline_bytes),
+    )
+
+
+async def once(request: Request, context: Context, answer: Answering) -> Response:
+    """What `answer` responds, or has responded to the request's Idempotency-Key.
+
+    Raises ApiError, SessionError and what `answer` raises.
+    """
+    if key_of(request) is None:
+        return await answer(request)
+    held = context.bodies.body(request)
+    raw = await read_body(request, context.max_body_bytes, context.pace, held)
+    held.release()  # who executes it counts it again
+    return await context.keys.respond(request, raw, owner_of(request), answer)
+
+
+async def _generate(
+    request: Request,
+    context: Context,
+    parse: Parser[ParsedRequest],
+    endpoint: EndpointFormat,
+    max_inline_bytes: int,
+) -> Response:
     parsed, arrived_at = await read_request(request, context, parse, max_inline_bytes)
     context.limits.check(parsed)
     parsed.check_items(context.config.max_response_items)
     context.bodies.response(request).at_least(parsed.num_items)
     deadline = deadline_of(arrived_at, context.config, parsed.body.timeout)
-    name, cancellation = open_request(request, context, endpoint.id_prefix, parsed.body.request_id)
+    body = parsed.body
+    name, cancellation = open_request(
+        request, context, endpoint.id_prefix, body.request_id, body.session_id
+    )
     try:
         if parsed.turn is not None:
             caller = caller_of(request)
@@ -82,17 +114,26 @@ async def generate(
 
 
 def open_request(
-    request: Request, context: Context, id_prefix: str, chosen_id: str | None
+    request: Request,
+    context: Context,
+    id_prefix: str,
+    chosen_id: str | None,
+    session_id: str | None = None,
 ) -> tuple[str, Cancellation]:
     """The id of a request's answer, and how the request is cancelled by it. Raises ApiError 409.
 
-    chosen_id: the `request_id` of its body.
+    chosen_id: the `request_id` of its body. Where several servers have the session, the answer's id
+    has its id as well: any of them finds the request by it.
     """
     request_id = chosen_id or request_id_of(request)
+    routed = request_id
+    if session_id is not None and context.journal is not None:
+        routed = f"{session_id}.{request_id}"
+    name = f"{id_prefix}-{routed}"
     cancellation = context.running.open(
-        owner_of(request), id_prefix, request_id, is_chosen=chosen_id is not None
+        owner_of(request), name, request_id, is_chosen=chosen_id is not None
     )
-    return f"{id_prefix}-{request_id}", cancellation
+    return name, cancellation
 
 
 async def read_request(
@@ -108,6 +149,7 @@ async def read_request(
     owner = owner_of(request)
     queue.check(1, queue.estimate_tokens(announced_bytes(request)), owner)
     raw = await _read(request, context)
+    request.scope["state"]["raw_body"] = raw  # a turn that goes on is journaled with it
     arrived_at = asyncio.get_running_loop().time()
     async with AsyncExitStack() as stack:
         stack.enter_context(queue.tokenizing(len(raw), owner))

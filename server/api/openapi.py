@@ -25,12 +25,21 @@ ERRORS = {
     412: "The session is not at the position of If-Match.",
     413: "The body is too large.",
     415: "The body has a content encoding.",
+    422: "The Idempotency-Key was sent with another request.",
     429: "The admission queue is full, or the key has used its allowance.",
     500: "The engine failed.",
     503: "The server does not accept new requests now.",
     504: "The request timed out before its first token.",
     507: "The disk is full.",
 }
+
+IDEMPOTENCY: Schema = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "The request is executed once for this key, and its answer repeated.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+}
+"""The parameter of endpoints whose requests may be sent again."""
 
 EVENTS: Schema = {
     "text/event-stream": {
@@ -61,18 +70,24 @@ def request_docs(
     examples: Sequence[Schema],
     streams: bool = False,
     more: Responses | None = None,
+    is_idempotent: bool = False,
 ) -> Schema:
     """Keyword arguments for a route with one of these bodies: its request body and errors.
 
-    more: responses in addition to those of every such route.
+    more: responses in addition to those of every such route. is_idempotent: requests may have an
+    Idempotency-Key.
     """
     references = [{"$ref": f"#/components/schemas/{body.__name__}"} for body in bodies]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
     shown = {str(place): {"value": each} for place, each in enumerate(examples)}
     content = {"application/json": {"schema": schema, "examples": shown}}
     responses: Responses = {200: {"content": EVENTS}} if streams else {}
+    extra: Schema = {"requestBody": {"required": True, "content": content}}
+    if is_idempotent:
+        extra["parameters"] = [IDEMPOTENCY]
+        responses |= error_responses(410, 422)
     return {
-        "openapi_extra": {"requestBody": {"required": True, "content": content}},
+        "openapi_extra": extra,
         "responses": responses | error_responses(*_BODY_ERRORS) | (more or {}),
     }
 
@@ -109,7 +124,8 @@ def _complete(
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in description["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # FastAPI's own, which is never sent
+            if operation["responses"].get("422", {}).get("description") == "Validation Error":
+                del operation["responses"]["422"]  # FastAPI's own, which is never sent
             operation["responses"]["403"] = FORBIDDEN
             operation["security"] = [{"key": []}] if requires_key(path) else []
     return description

@@ -4,18 +4,26 @@ The turn begins, runs and ends while the response is sent, so that a session kee
 turn what was written to the socket. With `on_disconnect` "continue" it runs in a task of its own.
 """
 
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from secrets import randbits, token_hex
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from cottention.engine.errors import SessionError, SessionMovedError, StoreUnreachableError
 from cottention.engine.scheduling.client import Client
+from cottention.engine.sessions.store.journal import JournaledTurn
+from cottention.engine.sessions.store.protocol import Claim
 from cottention.server.api.dependencies import Context
 from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.deadline import entered_before
-from cottention.server.generation.output_stream import OutputDelta, OutputStream
+from cottention.server.generation.output_stream import OutputDelta, OutputStream, OutputStreamClosed
 from cottention.server.generation.request import GenerationRequest, ParsedRequest
 from cottention.server.generation.responses import (
     EndpointFormat,
@@ -26,20 +34,26 @@ from cottention.server.generation.responses import (
 from cottention.server.generation.sse import (
     EventFormatter,
     EventStreamResponse,
+    ResponseHeader,
     close_on_disconnect,
+    event_stream_headers,
     until_done,
     usage_of,
 )
+from cottention.server.http.errors import unavailable
+from cottention.server.idempotency.keys import KeyedRequest, ResponseOnce, keyed_request_of
+from cottention.server.idempotency.recording import encode_answer
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.observability.access_log import RequestRecord, request_record
 from cottention.server.schemas.session_responses import etag_of, session_summary
+from cottention.server.sessions.journal import LEAVE_SECONDS, JournalWriter, TurnJournal
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents
 from cottention.server.sessions.turn import RunningTurn
 from cottention.server.sessions.turn_events import TurnEvents
 from cottention.server.sessions.turn_queue import Caller
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
-    from cottention.engine.sessions.types import Session
+    from cottention.engine.sessions.types import AdoptedTurn, Session, SessionAnswer
 
 
 class TurnResponse(Response):
@@ -64,6 +78,8 @@ class TurnResponse(Response):
         self._caller = caller
         self._deadline = deadline
         self._cancellation = cancellation
+        self._journaled: JournaledTurn | None = None
+        self._known: AdoptedTurn | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; an exception before the first byte becomes an error response."""
@@ -74,13 +90,17 @@ class TurnResponse(Response):
             turns = context.turns.turn(self._caller, options, receive, self._cancellation)
             in_time = self._cancellation.entered(entered_before(self._deadline, turns))
             turn = await stack.enter_async_context(in_time)
+            keyed = keyed_request_of(scope)
+            goes_on = options.on_disconnect == "continue" or keyed is not None
+            if goes_on and context.journal is not None and self._is_repeatable:
+                self._journaled = self._new_journaled(scope, keyed)
             request, stream = await self._generate(turn, client_of(scope))
             self._cancellation.attach(stream)
             track(scope, request, stream)
             stack.callback(stream.close)
-            if options.on_disconnect == "continue":
+            if goes_on:
                 response = await self._continued(
-                    request, stream, turn, stack.pop_all(), request_record(scope), receive
+                    request, stream, turn, stack.pop_all(), request_record(scope), receive, keyed
                 )
             elif request.is_stream:
                 events = TurnEvents(stream, self._formatter(request), turn)
@@ -88,6 +108,66 @@ class TurnResponse(Response):
             else:
                 response = await self._whole(request, stream, turn, receive)
             await response(scope, receive, send)
+
+    async def go_on(self, adopted: "AdoptedTurn") -> None:
+        """Go on with a turn that another server has begun; returns when its events can be followed.
+
+        The stream of its idempotency key, if it has one, is followed to its end in a task.
+        """
+        context, options, entry = self._context, self._parsed.turn, adopted.journaled
+        assert options is not None
+        self._journaled, self._known = entry, adopted
+        keyed = None
+        if entry.key is not None and entry.token is not None:
+            keyed = context.keys.follow(Claim(entry.owner, entry.key, entry.token))
+        scope: Scope = {"type": "http", "state": {"owner": entry.owner}}
+        async with AsyncExitStack() as stack:
+            stack.callback(self._cancellation.end)
+            turns = context.turns.adopted(adopted.turn, options.on_cancel, self._cancellation)
+            turn = await stack.enter_async_context(turns)
+            request, stream = await self._generate(turn, Client(entry.owner))
+            self._cancellation.attach(stream)
+            stack.callback(stream.close)
+            record, begun = RequestRecord(), asyncio.Event()
+            response = self._continued(
+                request, stream, turn, stack.pop_all(), record, never, keyed, begun
+            )
+            task = (
+                context.turns.spawn(_respond(response))
+                if keyed is None
+                else context.keys.record(keyed, scope, response)
+            )
+            waiting = asyncio.create_task(begun.wait())
+            await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+
+    @property
+    def _is_repeatable(self) -> bool:
+        """Whether another server can go on with the turn.
+
+        What was computed beside the ids it must compute again, with the same bits.
+        """
+        has_one_arithmetic = not (self._context.journal is None or self._context.journal.gates)
+        return has_one_arithmetic or self._parsed.params.logprobs is None
+
+    def _new_journaled(self, scope: Scope, keyed: KeyedRequest | None) -> "JournaledTurn":
+        """What another server needs to go on with the turn."""
+        deadline = self._deadline
+        if deadline is not None:
+            deadline += self._context.sessions.now() - asyncio.get_running_loop().time()
+        seed = self._parsed.params.seed
+        return JournaledTurn(
+            owner=self._caller.owner,
+            turn=token_hex(8),
+            name=self._name,
+            path=scope["path"],
+            body=scope["state"]["raw_body"],
+            seed=randbits(63) if seed is None else seed,
+            created=int(time.time()),
+            deadline=deadline,
+            key=None if keyed is None else keyed.claim.key,
+            token=None if keyed is None else keyed.claim.token,
+        )
 
     async def _generate(
         self, turn: RunningTurn, client: Client
@@ -97,13 +177,24 @@ class TurnResponse(Response):
         policies, tokenizer = context.policies, context.tokenizer
         start = policies.settled(turn.state, self._parsed.params)
         request = self._parsed.build_turn(start, tokenizer)
+        replayed = None
+        if self._journaled is not None:
+            params = replace(request.params, seed=self._journaled.seed)
+            request = replace(request, params=params)
+            has_ids = self._known is not None and params.logprobs is None
+            replayed = self._known.ids if self._known is not None and has_ids else ()
         num_reread = policies.num_reread(start, request.num_prompt_tokens)
         request = replace(request, num_reread=num_reread)
         skips = request.params.skip_special_tokens
         table = tokenizer.token_bytes if skips else tokenizer.written_bytes
         turn.set_prompt(start, request.prompts[0], table, policies.window)
         stream = await context.engine.generate(
-            self._name, request, start=start, deadline=self._deadline, client=client
+            self._name,
+            request,
+            start=start,
+            deadline=self._deadline,
+            client=client,
+            replayed=replayed,
         )
         return request, stream
 
@@ -114,7 +205,10 @@ class TurnResponse(Response):
         async with close_on_disconnect(stream, receive):
             deltas = await collect_outputs(stream)
             session = await turn.finish(deltas[0])
-            return await self._formatted(request, deltas[0], stream.num_generated, session)
+            header = self._header(is_stream=False)
+            return self._formatted(
+                request, deltas[0], stream.num_generated, session, header, at_once=False
+            )
 
     async def _continued(
         self,
@@ -124,51 +218,188 @@ class TurnResponse(Response):
         stack: AsyncExitStack,
         record: RequestRecord,
         receive: Receive,
+        keyed: KeyedRequest | None,
+        begun: asyncio.Event | None = None,
     ) -> Response:
-        """Run the turn in a task of its own, which closes `stack`; the client may follow it."""
+        """Run the turn in a task of its own, which closes `stack`; the client may follow it.
+
+        keyed: its answer is stored with the turn. begun: set when its events can be followed.
+        """
         context, is_whole = self._context, not request.is_stream
-        live = LiveEvents(context.config.session_event_log_bytes)
+        entry, known = self._journaled, self._known
+        live = LiveEvents(
+            context.config.session_event_log_bytes, None if entry is None else entry.turn
+        )
+        header = self._header(is_stream=False)
+
+        def respond(sessions: "list[Session]") -> Response:
+            return self._formatted(
+                request, events.whole, stream.num_generated, sessions[0], header, at_once=True
+            )
+
+        once = ResponseOnce(keyed, respond)
+
+        def answer(last_events: Callable[[], str]) -> "SessionAnswer | None":
+            if keyed is None or is_whole:
+                return once.answer
+            return keyed.session_answer(lambda _: _told(live, last_events()))
+
+        if keyed is not None:
+            turn.is_whole_or_undone = True
+            if not is_whole:
+                live.keep_all(context.config.idempotency_bytes)
+        journal = None
+        if entry is not None and context.journal is not None:
+            try:
+                journal = await self._open_journal(context.journal, turn, stream)
+            except BaseException:
+                await stack.aclose()
+                raise
+        if known is not None:
+            live.add(known.events.decode())
         events = TurnEvents(
-            stream, self._formatter(request), turn, live.log_ending_with, gathers=is_whole
+            stream,
+            self._formatter(request),
+            turn,
+            live.log_ending_with,
+            answer,
+            gathers=is_whole,
+            journal=journal,
+            num_known=0 if known is None else len(known.ids),
         )
         key = (self._caller.owner, turn.session_id)
-        record.background_turn = task = context.turns.detach(key, live, _run(events, live, stack))
+        work = _run(events, live, stack, turn, journal, keyed)
+        record.background_turn = task = context.turns.detach(key, live, work)
+        if keyed is not None:
+            keyed.turn = task
+        if begun is not None:
+            begun.set()
         if not is_whole:
             follower = LiveEventFollower(live, 0)
             return EventStreamResponse(follower, context.config.sse_keep_alive_seconds)
         await until_done(task, receive)
         if events.error is not None:
             raise events.error
+        if live.was_cut:
+            raise unavailable("the turn goes on at another server: follow its session's events")
         assert events.session is not None
         check_outcome(stream, {0: events.whole})
-        return await self._formatted(request, events.whole, stream.num_generated, events.session)
+        if keyed is not None:
+            return once.respond([events.session])
+        return self._formatted(
+            request, events.whole, stream.num_generated, events.session, header, at_once=False
+        )
 
-    async def _formatted(
-        self, request: GenerationRequest, delta: OutputDelta, num_generated: int, session: "Session"
+    async def _open_journal(
+        self, writer: JournalWriter, turn: RunningTurn, stream: OutputStream
+    ) -> TurnJournal:
+        assert self._journaled is not None
+        if self._known is not None:
+            return writer.go_on(turn.lease, stream.close)
+        return await writer.begin(turn.lease, self._journaled, stream.close)
+
+    def _header(self, *, is_stream: bool) -> ResponseHeader:
+        """The same for a turn that another server has begun."""
+        header = self._endpoint.header(self._name, self._context.model_name, is_stream=is_stream)
+        return (
+            header if self._journaled is None else replace(header, created=self._journaled.created)
+        )
+
+    def _formatted(
+        self,
+        request: GenerationRequest,
+        delta: OutputDelta,
+        num_generated: int,
+        session: "Session",
+        header: ResponseHeader,
+        *,
+        at_once: bool,
     ) -> Response:
         """The whole response."""
         endpoint, context = self._endpoint, self._context
-        header = endpoint.header(self._name, context.model_name, is_stream=request.is_stream)
         choices = endpoint.formatter(request, context.tokenizer)
         usage = usage_of(request.num_prompt_tokens, num_generated)
         extra = {"session": session_summary(session)}
-        response = format_response({0: delta}, header, choices, request, usage, extra)
+        response = format_response(
+            {0: delta}, header, choices, request, usage, extra, at_once=at_once
+        )
         response.headers["ETag"] = etag_of(session)
         return response
 
     def _formatter(self, request: GenerationRequest) -> EventFormatter:
         endpoint, context = self._endpoint, self._context
-        header = endpoint.header(self._name, context.model_name, is_stream=True)
-        return EventFormatter(header, endpoint.formatter(request, context.tokenizer), request)
+        return EventFormatter(
+            self._header(is_stream=True), endpoint.formatter(request, context.tokenizer), request
+        )
 
 
-async def _run(events: TurnEvents, live: LiveEvents, stack: AsyncExitStack) -> None:
-    """Run a turn to its end and pass its events to `live`; then close `stack`."""
+def _told(live: LiveEvents, last_events: str) -> bytes:
+    """The answer that has all events of a turn; one that says so where they are too long."""
+    headers = event_stream_headers()
+    body = live.all_ending_with(last_events)
+    return encode_answer(0 if body is None else 200, headers, body or b"")
+
+
+def _note_kept(keyed: KeyedRequest | None, events: TurnEvents) -> None:
+    """The turn's answer is stored with it, if the turn was."""
+    if keyed is not None and events.session is not None and events.error is None:
+        keyed.is_kept = events.session.is_durable
+
+
+async def never() -> Message:
+    """What a client sends that does not leave."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def _respond(response: Awaitable[Response]) -> None:
+    """Make a response that nobody waits for; the client of its turn has left."""
+    with contextlib.suppress(Exception):  # it is for that client
+        await response
+
+
+async def _run(
+    events: TurnEvents,
+    live: LiveEvents,
+    stack: AsyncExitStack,
+    turn: RunningTurn,
+    journal: TurnJournal | None,
+    keyed: KeyedRequest | None,
+) -> None:
+    """Run a turn to its end and pass its events to `live`; then close `stack`.
+
+    Where another server goes on with it, nothing is told of its end.
+    """
     try:
         async with stack:
-            async for text in events.texts():
-                live.add(text)
-                if events.has_ended:  # followers need not wait until the stack is closed
-                    live.end()
+            try:
+                async for text in events.texts():
+                    live.add(text)
+                    if events.has_ended:  # followers need not wait until the stack is closed
+                        _note_kept(keyed, events)
+                        live.end()
+            except (SessionMovedError, StoreUnreachableError, OutputStreamClosed) as error:
+                is_over = isinstance(error, OutputStreamClosed)
+                if journal is None or (is_over and not journal.is_leaving):
+                    raise
+                if keyed is not None:
+                    keyed.is_kept = True  # by who goes on
+                await _leave(turn, journal)
+                live.cut()
     finally:
         live.end()
+        if journal is not None:
+            journal.close()
+
+
+async def _leave(turn: RunningTurn, journal: TurnJournal) -> None:
+    """Leave a turn to another server, with all that it has told."""
+    if journal.is_leaving:
+        journal.is_leaving = False  # it is stored, and told no more
+        with contextlib.suppress(SessionError, TimeoutError):
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await journal.flush()
+    try:
+        await turn.leave(hands_over=not journal.is_lost)
+    except SessionError:
+        journal.hand_over_later()

@@ -41,7 +41,13 @@ GENERATE_MAX_TOKENS = 256
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until a signal. Limits, port, keys and folders are checked before loading the model."""
     from cottention.server.cli.open_files import connection_table, raise_open_files_limit
-    from cottention.server.cli.serve import listening, page_url, run_server, url_of
+    from cottention.server.cli.serve import (
+        listening,
+        page_url,
+        replica_url,
+        run_server,
+        url_of,
+    )
     from cottention.server.cli.tls import tls_context
 
     table = connection_table(config, raise_open_files_limit())
@@ -69,7 +75,8 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             AdmissionQueue.of(config),
             config.stream_buffer_bytes,
         )
-        with sessions_of(engine, config, session_quotas(keys, config)) as sessions:
+        quotas, own_url = session_quotas(keys, config), replica_url(sock, config)
+        with sessions_of(engine, config, quotas, own_url) as sessions:
             app = create_app(async_engine, config, keys, sessions, template)
             warn_of_open_access(sock, config)
             facts = {

@@ -13,7 +13,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -21,6 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from cottention.engine.errors import ConfigurationError
+from cottention.server.api.dependencies import Context
 from cottention.server.cli.unix_socket import unix_socket
 from cottention.server.config import SEND_SECONDS, ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
@@ -122,6 +123,18 @@ def page_url(sock: socket.socket, *, has_tls: bool = False) -> str | None:
     return f"{url}/"
 
 
+def replica_url(sock: socket.socket, config: ServerConfig) -> str | None:
+    """Where the other servers reach this one; None where they cannot."""
+    if config.replica_url is not None:
+        return config.replica_url.rstrip("/")
+    url = url_of(sock, has_tls=config.tls_cert is not None)
+    if sock.family == socket.AF_UNIX:
+        return None
+    for anything in ("//0.0.0.0:", "//[::]:"):
+        url = url.replace(anything, f"//{socket.gethostname()}:")
+    return url
+
+
 def bounded(config: ServerConfig, table: ConnectionTable) -> type[asyncio.Protocol]:
     """The class of connections for uvicorn, with its limits bound."""
     made: Any = partial(
@@ -155,7 +168,13 @@ def run_server(
         timeout_graceful_shutdown=FINAL_EVENT_SECONDS,  # type: ignore[arg-type]  # takes parts, too
         ssl_context_factory=None if tls is None else lambda *_: tls,
     )
-    server = DrainingServer(settings, table, engine, config, announce)
+    context: Context = app.state.context
+
+    async def hand_over() -> None:
+        if context.journal is not None:
+            await context.journal.leave_all()
+
+    server = DrainingServer(settings, table, engine, config, announce, hand_over)
     gc.freeze()  # what is loaded stays: collecting it would stop all streams for a while
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
@@ -175,13 +194,16 @@ class DrainingServer(BoundedServer):
         engine: AsyncEngine,
         limits: ServerConfig,
         announce: Callable[[], None],
+        hand_over: Callable[[], Awaitable[None]],
     ) -> None:
+        """hand_over: gives turns that go on without their client to other servers."""
         super().__init__(config, table, limits.send_seconds)
         self.exit_status = 0
         self._draining = False
         self._engine = engine
         self._drain_seconds = limits.drain_seconds
         self._announce = announce
+        self._hand_over = hand_over
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -221,6 +243,7 @@ class DrainingServer(BoundedServer):
             async with asyncio.timeout(self._drain_seconds):
                 await self._engine.wait_idle()
         except TimeoutError:
+            await self._hand_over()
             self._engine.cancel_all()
         self.should_exit = True
 

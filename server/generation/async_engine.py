@@ -110,6 +110,7 @@ class AsyncEngine:
         deadline: float | None = None,
         cache: CacheUse | None = None,
         client: Client = DEFAULT_CLIENT,
+        replayed: Sequence[int] | None = None,
     ) -> OutputStream:
         """Submit every prompt; choice c of prompt p is number p * params.n + c of the stream.
 
@@ -118,6 +119,7 @@ class AsyncEngine:
         deadline: event loop time at which the request ends with what it has.
         client: whose turn at the slots it is.
         cache: how the prompts use the prefix cache; None: not at all.
+        replayed: of a turn whose outputs must not be merged, the ids that it has generated before.
 
         Raises ParameterError, EngineStoppedError, ApiError (queue full, or the deadline has
         passed); then nothing is left running.
@@ -131,17 +133,20 @@ class AsyncEngine:
             request_ids,
             request,
             keeps_token_ids=start is not None or request.needs_token_ids,
-            max_unread_bytes=self._max_unread_bytes if request.is_stream else None,
+            max_unread_bytes=(
+                self._max_unread_bytes if request.is_stream or replayed is not None else None
+            ),
+            keeps_apart=replayed is not None,
             deadline=deadline,
             owner=client.id,
         )
         try:
             if request.is_slow_to_submit:
                 await asyncio.to_thread(
-                    self._submit, stream, request_ids, request, start, cache, client
+                    self._submit, stream, request_ids, request, start, cache, client, replayed
                 )
             else:
-                self._submit(stream, request_ids, request, start, cache, client)
+                self._submit(stream, request_ids, request, start, cache, client, replayed)
         except BaseException:
             stream.close()
             raise
@@ -155,6 +160,7 @@ class AsyncEngine:
         start: "SessionState | None",
         cache: CacheUse | None,
         client: Client,
+        replayed: Sequence[int] | None,
     ) -> None:
         """In any thread.
 
@@ -170,6 +176,7 @@ class AsyncEngine:
                 start=start,
                 cache=cache,
                 client=client,
+                **({"replayed": replayed} if replayed else {}),
             )
             if (reason := stream.cancel_reason) is not None:
                 self._worker.cancel(request_id, reason)

@@ -121,14 +121,14 @@ class RunningRequests:
         self._running: dict[tuple[str, str], list[Cancellation]] = {}
         self._ended: dict[str, OrderedDict[str, CancelStatus]] = {}
 
-    def open(self, owner: str, id_prefix: str, request_id: str, *, is_chosen: bool) -> Cancellation:
+    def open(self, owner: str, answer_id: str, request_id: str, *, is_chosen: bool) -> Cancellation:
         """A request that begins, to be found by `request_id` and by the id of its answer.
 
         is_chosen: the client gave this id in the body, and no other that is running may have it;
         those of X-Request-Id may repeat, and are cancelled together.
         Raises ApiError 409.
         """
-        names = (request_id, f"{id_prefix}-{request_id}")
+        names = (request_id, answer_id)
         keys = [(owner, name) for name in names]
         if is_chosen and any(each.is_running for key in keys for each in self._found(key)):
             message = (

@@ -94,12 +94,13 @@ class OutputDispatcher:
         max_unread_bytes: int | None,
         deadline: float | None,
         owner: str = "",
+        keeps_apart: bool = False,
     ) -> OutputStream:
         """Put a request's prompts into the admission queue, and open the stream of their outputs.
 
         request_ids: the engine's ids of the prompts. max_unread_bytes: None for no limit.
         deadline: by the event loop's clock. owner: of the request's key, with whose prompts it
-        waits in the queue. Raises ApiError (queue full).
+        waits in the queue. keeps_apart: as OutputStream has it. Raises ApiError (queue full).
         """
         self._admission_queue.enter(len(request_ids), request.num_read_tokens, owner)
         n = request.params.n
@@ -109,6 +110,7 @@ class OutputDispatcher:
             self._on_take,
             keeps_token_ids=keeps_token_ids,
             max_unread_bytes=max_unread_bytes,
+            keeps_apart=keeps_apart,
         )
         self._streams[stream] = request_ids
         self._idle.clear()

@@ -6,7 +6,7 @@ of its unread text, not an object per token. A stream runs on the event loop.
 
 import asyncio
 import io
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -102,8 +102,10 @@ class OutputStream:
         *,
         keeps_token_ids: bool = False,
         max_unread_bytes: int | None = None,
+        keeps_apart: bool = False,
     ) -> None:
-        """max_unread_bytes: the stream `is_full` above it; None: never.
+        """keeps_apart: outputs are not merged but read one by one, so that a run of the same ids
+        has the same deltas. max_unread_bytes: the stream `is_full` above it; None: never.
 
         The dispatcher keeps the ids of its prompts that wait for a reader in `paused`, and in
         `cancel_reason` why its prompts were cancelled: the engine forgets a cancellation of a
@@ -117,6 +119,7 @@ class OutputStream:
         self.was_cancelled = False
         self.on_closed: Callable[[], None] | None = None
         self._unread: dict[int, OutputDelta] = {}
+        self._apart: deque[tuple[int, OutputDelta, int]] | None = deque() if keeps_apart else None
         self._num_without_text: Counter[int] = Counter()
         self._unfinished = set(range(num_choices))
         self._on_close = on_close
@@ -133,7 +136,7 @@ class OutputStream:
     @property
     def has_more(self) -> bool:
         """Whether there is unread or future output."""
-        return bool(self._unread or self._unfinished)
+        return bool(self._unread or self._apart or self._unfinished)
 
     @property
     def is_closed(self) -> bool:
@@ -176,10 +179,23 @@ class OutputStream:
         if self._closed:
             raise OutputStreamClosed
         self._changed.clear()
+        if self._apart is not None:
+            return self._take_one(self._apart)
         unread, self._unread = self._unread, {}
         self._num_unread_bytes = 0
         self._on_take(self)
         return unread
+
+    def _take_one(self, apart: "deque[tuple[int, OutputDelta, int]]") -> dict[int, OutputDelta]:
+        if not apart:
+            return {}
+        choice, delta, num_bytes = apart.popleft()
+        self._num_unread_bytes -= num_bytes
+        if apart:
+            self._changed.set()
+        if not self.is_full:
+            self._on_take(self)
+        return {choice: delta}
 
     async def wait_ended(self) -> None:
         """Return when every choice has ended, one has failed, or the stream is closed."""
@@ -207,11 +223,13 @@ class OutputStream:
             timer.cancel()
 
     def _add(self, choice: int, output: Output) -> None:
-        delta = self._unread.get(choice)
+        delta = self._unread.get(choice) if self._apart is None else None
         if delta is None:
-            delta = self._unread[choice] = OutputDelta(
-                TokenDeltas() if self._keeps_token_ids else None
-            )
+            delta = OutputDelta(TokenDeltas() if self._keeps_token_ids else None)
+            if self._apart is None:
+                self._unread[choice] = delta
+            else:
+                self._apart.append((choice, delta, approximate_bytes(output)))
         delta.add(output)
         if self._num_without_text:
             delta.num_tokens += self._num_without_text.pop(choice, 0)

@@ -76,8 +76,13 @@ def format_response(
     request: GenerationRequest,
     usage: JsonObject,
     extra: JsonObject,
+    *,
+    at_once: bool = False,
 ) -> Response:
-    """The whole response; `extra` holds more of its top-level fields."""
+    """The whole response; `extra` holds more of its top-level fields.
+
+    at_once: also where it is long: the caller is a thread.
+    """
 
     def pieces() -> Iterator[str]:
         best = best_choices(deltas, request)
@@ -95,7 +100,8 @@ def format_response(
 
     is_long = usage["total_tokens"] > MAX_INLINE_TOKENS or request.is_slow_to_format
     num_items = usage["completion_tokens"] * request.items_per_token
-    return json_response(pieces(), is_long=is_long or num_items > MAX_INLINE_ITEMS)
+    is_long = not at_once and (is_long or num_items > MAX_INLINE_ITEMS)
+    return json_response(pieces(), is_long=is_long)
 
 
 def best_choices(

@@ -155,6 +155,12 @@ class EventStreamResponse(Response):
                 await send(body_message(b"", more_body=False))
 
 
+def event_stream_headers() -> list[tuple[bytes, bytes]]:
+    """The headers of an event stream whose length is not known."""
+    names = {"content-type": f"{EventStreamResponse.media_type}; charset=utf-8"} | SSE_HEADERS
+    return [(name.lower().encode(), value.encode()) for name, value in names.items()]
+
+
 class GenerationEvents:
     """The events of a request without a session."""
 

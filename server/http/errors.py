@@ -13,6 +13,7 @@ from fastapi import Response
 
 from cottention.engine.errors import (
     ContextPolicyError,
+    KeyReusedError,
     NonFiniteStateError,
     NothingToRewindError,
     SessionBusyError,
@@ -34,6 +35,7 @@ RETRY_AFTER_SECONDS = 5
 SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
     SessionNotFoundError: (404, "session_not_found"),
     SessionQuotaError: (403, "session_quota_exceeded"),
+    KeyReusedError: (422, "idempotency_key_reused"),
     SessionBusyError: (409, "session_busy"),
     NothingToRewindError: (409, "nothing_to_rewind"),
     ContextPolicyError: (409, "context_policy_settled"),

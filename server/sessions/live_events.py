@@ -9,6 +9,7 @@ from itertools import islice
 from secrets import token_hex
 
 from cottention.engine.state.event_log import EventBuffer, EventLog, leading
+from cottention.server.generation.output_stream import OutputStreamClosed
 from cottention.server.generation.sse import EventFormatter
 from cottention.server.http.errors import ApiError
 from cottention.server.http.pacing import PIECE_BYTES
@@ -30,13 +31,42 @@ def _id_line(turn: str, number: int) -> bytes:
     return b"id: %s-%d\n" % (turn.encode(), number)
 
 
+class Transcript:
+    """Bytes from the first on, or nothing where they are more than `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._parts: list[bytes] = []
+        self._num_bytes = 0
+
+    def add(self, part: bytes) -> None:
+        """Append a part."""
+        self._num_bytes += len(part)
+        if self._num_bytes <= self._max_bytes:
+            self._parts.append(part)
+        else:
+            self._parts.clear()
+
+    def ending_with(self, part: bytes) -> bytes | None:
+        """All parts and this one; None where they are too long."""
+        if self._num_bytes + len(part) > self._max_bytes:
+            return None
+        return b"".join([*self._parts, part])
+
+
 class LiveEvents:
     """The events of one running turn. To be used on the event loop only."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._buffer = EventBuffer(token_hex(8), max_bytes)
+    def __init__(self, max_bytes: int, turn: str | None = None) -> None:
+        """turn: the first part of its events' ids; None for a new turn.
+
+        was_cut: the turn goes on elsewhere, and its events here end in the middle.
+        """
+        self._buffer = EventBuffer(turn or token_hex(8), max_bytes)
         self._followers: set[asyncio.Event] = set()
+        self._transcript = Transcript(0)
         self.has_ended = False
+        self.was_cut = False
 
     @property
     def turn(self) -> str:
@@ -53,9 +83,20 @@ class LiveEvents:
         """The number that the next event will have."""
         return self._buffer.stop
 
+    def keep_all(self, max_bytes: int) -> None:
+        """Keep all events from the first on, as far as they have at most so many bytes."""
+        self._transcript = Transcript(max_bytes)
+
+    def all_ending_with(self, text: str) -> bytes | None:
+        """All events as they are sent, those of `text` last; None where they are too long."""
+        events = _split(text)
+        return self._transcript.ending_with(with_ids(self.turn, self.stop, events))
+
     def add(self, text: str) -> None:
         """Append the events of a text, and wake the followers."""
-        for event in _split(text):
+        events = _split(text)
+        self._transcript.add(with_ids(self.turn, self.stop, events))
+        for event in events:
             self._buffer.add(event)
         self._wake()
 
@@ -63,6 +104,11 @@ class LiveEvents:
         """Mark the end: no more events will come."""
         self.has_ended = True
         self._wake()
+
+    def cut(self) -> None:
+        """End without an end: clients shall ask another server for more."""
+        self.was_cut = True
+        self.end()
 
     def log_ending_with(self, text: str) -> EventLog:
         """The log of the turn if the events of `text` are its last ones. They are not added."""
@@ -105,7 +151,10 @@ class LiveEventFollower:
         live.add_follower(self._changed)
 
     async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
-        """As EventSource.events; ends with an error if the next event is no longer kept."""
+        """As EventSource.events; ends with an error if the next event is no longer kept.
+
+        OutputStreamClosed: the turn goes on elsewhere.
+        """
         live = self._live
         while not self._is_closed:
             self._changed.clear()
@@ -116,6 +165,8 @@ class LiveEventFollower:
             if missed := live.since(self._number):
                 yield with_ids(live.turn, self._number, missed)
                 self._number += len(missed)
+            elif live.was_cut:
+                raise OutputStreamClosed
             elif live.has_ended:
                 return
             elif not await self._wait_changed(idle_seconds):

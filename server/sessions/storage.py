@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cottention.engine.sessions.manager import SessionManager
     from cottention.engine.sessions.snapshot import SnapshotCodec
     from cottention.engine.sessions.store import SessionStore
+    from cottention.engine.sessions.store.journal import SessionJournal
 
 logger = logging.getLogger("cottention")
 
@@ -34,33 +35,44 @@ PREFIX = "cottention-sessions-"
 
 @contextlib.contextmanager
 def sessions_of(
-    engine: "Engine | EncoderEngine", config: ServerConfig, quotas: Quotas
+    engine: "Engine | EncoderEngine",
+    config: ServerConfig,
+    quotas: Quotas,
+    own_url: str | None = None,
 ) -> Iterator["SessionManager | None"]:
     """As `open_sessions`; None for an encoder, which has none."""
     if "sessions" not in engine.capabilities:
         yield None
         return
-    with open_sessions(cast("Engine", engine), config, quotas) as sessions:
+    with open_sessions(cast("Engine", engine), config, quotas, own_url) as sessions:
         yield sessions
 
 
 @contextlib.contextmanager
 def open_sessions(
-    engine: "Engine", config: ServerConfig, quotas: Quotas = lambda _: UNLIMITED
+    engine: "Engine",
+    config: ServerConfig,
+    quotas: Quotas = lambda _: UNLIMITED,
+    own_url: str | None = None,
 ) -> Iterator["SessionManager"]:
-    """The server's sessions; they are closed at the end of the block. Raises ConfigurationError."""
+    """The server's sessions; they are closed at the end of the block. Raises ConfigurationError.
+
+    own_url: where other servers that share them reach this one.
+    """
     from cottention.engine.sessions.maintenance import maintenance_thread
     from cottention.engine.sessions.manager import LEASE_SECONDS, SessionManager
 
     with contextlib.ExitStack() as stack:
         is_durable = config.session_dir is not None or config.session_store is not None
+        store, journal = _open_store(engine, config, quotas, own_url, stack)
         sessions = SessionManager(
-            _open_store(engine, config, quotas, stack),
+            store,
             _codec(engine, config),
             memory_bytes=config.session_memory,
             max_checkpoints=config.session_checkpoints,
             is_durable=is_durable,
             ttl_seconds=config.session_ttl_seconds,
+            journal=journal,
         )
         stack.callback(sessions.close)
         stack.enter_context(maintenance_thread(sessions.maintain, LEASE_SECONDS / 3))
@@ -85,25 +97,31 @@ def _codec(engine: "Engine", config: ServerConfig) -> "SnapshotCodec":
 
 
 def _open_store(
-    engine: "Engine", config: ServerConfig, quotas: Quotas, stack: contextlib.ExitStack
-) -> "SessionStore":
+    engine: "Engine",
+    config: ServerConfig,
+    quotas: Quotas,
+    own_url: str | None,
+    stack: contextlib.ExitStack,
+) -> "tuple[SessionStore, SessionJournal | None]":
     from cottention.engine.sessions.store import SqliteStore
 
     if config.session_store is not None:
         from cottention.engine.sessions.store.postgres.store import PostgresStore
 
-        return PostgresStore(
+        store = PostgresStore(
             config.session_store,
             password=_password(config),
             quotas=quotas,
             name=socket.gethostname(),
+            replica_url=own_url,
             build=package_version(),
             model=config.served_model_name or engine.name,
         )
+        return store, store.journal
     if config.session_dir is None:
         folder = stack.enter_context(_temporary())
-        return SqliteStore(Path(folder), durable=False, quotas=quotas)
-    return SqliteStore(Path(_given(config)), quotas=quotas)
+        return SqliteStore(Path(folder), durable=False, quotas=quotas), None
+    return SqliteStore(Path(_given(config)), quotas=quotas), None
 
 
 def _password(config: ServerConfig) -> str | None:

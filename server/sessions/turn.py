@@ -9,6 +9,7 @@ import io
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cottention.engine.errors import SessionError
@@ -20,7 +21,8 @@ from cottention.server.schemas.sampling import OnCancel
 
 if TYPE_CHECKING:  # they bring torch with them, which the server does not know
     from cottention.engine.sessions.manager import SessionManager
-    from cottention.engine.sessions.types import Session, Turn
+    from cottention.engine.sessions.store.protocol import Lease
+    from cottention.engine.sessions.types import Session, SessionAnswer, Turn
     from cottention.engine.state.session_state import SessionState
 
 logger = logging.getLogger("cottention")
@@ -35,7 +37,10 @@ def no_events(_: "Session") -> EventLog:
 
 
 class RunningTurn:
-    """A turn that has begun. `settle` must be called in any case."""
+    """A turn that has begun. `settle` must be called in any case.
+
+    is_whole_or_undone: `settle` keeps nothing of it: it may be sent again.
+    """
 
     def __init__(
         self,
@@ -52,6 +57,7 @@ class RunningTurn:
         self._ids: list[int] = []
         self._text = io.StringIO()
         self._ending: asyncio.Task[Session] | None = None
+        self.is_whole_or_undone = False
 
     @property
     def session_id(self) -> str:
@@ -84,28 +90,42 @@ class RunningTurn:
         """Undo the whole turn at its end."""
         self._ids.clear()
 
-    async def finish(self, piece: OutputDelta, events_of: EventsOf = no_events) -> "Session":
+    async def finish(
+        self,
+        piece: OutputDelta,
+        events_of: EventsOf = no_events,
+        answer: "SessionAnswer | None" = None,
+    ) -> "Session":
         """End the turn with its last piece, which is sent next. Raises SessionError."""
         if piece.finish_reason is FinishReason.ERROR:
             self.discard_delivered()
         elif piece.state is None:
             self.add_delivered(piece)
         state = self._cut() if piece.state is None else piece.state
-        return await (self._abandon() if state is None else self.commit(state, events_of))
+        return await (self._abandon() if state is None else self.commit(state, events_of, answer))
 
-    async def commit(self, state: "SessionState", events_of: EventsOf = no_events) -> "Session":
+    async def commit(
+        self,
+        state: "SessionState",
+        events_of: EventsOf = no_events,
+        answer: "SessionAnswer | None" = None,
+    ) -> "Session":
         """Commit the turn with this state, also where the caller is cancelled meanwhile.
 
-        Raises SessionError.
+        answer: of its idempotency key. Raises SessionError.
         """
         stored = self._sessions.preview(self._turn, state)
         logs = events_of(stored), events_of(replace(stored, is_durable=False))
-        return await self._end(asyncio.to_thread(self._sessions.commit, self._turn, state, *logs))
+        commit = partial(self._sessions.commit, self._turn, state, *logs)
+        if answer is not None:
+            commit = partial(commit, answer=answer)
+        return await self._end(asyncio.to_thread(commit))
 
     async def settle(self) -> None:
         """End the turn if it has not ended: with what was delivered, unless that is undone."""
         try:
-            if self._ending is None and (state := self._cut()) is not None:
+            is_kept = self._ending is None and not self.is_whole_or_undone
+            if is_kept and (state := self._cut()) is not None:
                 await self.commit(state)
             if self._ending is not None:
                 await self._ending
@@ -115,6 +135,27 @@ class RunningTurn:
         except Exception:
             logger.exception("a turn of session %s is lost", self._turn.session.id)
         await self._abandon()
+
+    @property
+    def lease(self) -> "Lease":
+        """Of the session."""
+        return self._turn.lease
+
+    async def leave(self, *, hands_over: bool) -> None:
+        """End the turn here, and leave it to another server as it is.
+
+        hands_over: as SessionManager.leave has it. StoreUnavailableError: it was not handed over.
+        """
+
+        async def left() -> "Session":
+            return self._turn.session
+
+        self._ending = asyncio.create_task(left())
+        try:
+            leave = partial(self._sessions.leave, self._turn, hands_over=hands_over)
+            await asyncio.shield(asyncio.create_task(asyncio.to_thread(leave)))
+        finally:
+            self._on_end()
 
     async def _abandon(self) -> "Session":
         async def abandoned() -> "Session":

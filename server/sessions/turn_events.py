@@ -4,7 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cottention.engine.errors import SessionError
+from cottention.engine.errors import SessionError, SessionMovedError, StoreUnreachableError
 from cottention.engine.outputs import FinishReason
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.server.generation.json_pieces import compact
@@ -12,15 +12,24 @@ from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.sse import EventFormatter
 from cottention.server.http.errors import ApiError, engine_failed, session_error, turn_failed
 from cottention.server.schemas.session_responses import session_summary
+from cottention.server.sessions.journal import TurnJournal
 from cottention.server.sessions.turn import RunningTurn
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
-    from cottention.engine.sessions.types import Session
+    from cottention.engine.sessions.types import Session, SessionAnswer
 
 logger = logging.getLogger("cottention")
 
 LogEndingWith = Callable[[str], EventLog]
 """The events to store with a turn whose last events are these."""
+
+
+AnswerEndingWith = Callable[[Callable[[], str]], "SessionAnswer | None"]
+"""The answer to store with a turn whose last events are those that a function returns then."""
+
+
+def no_answer(_: Callable[[], str]) -> None:
+    """For a turn without an idempotency key."""
 
 
 def no_log(_: str) -> EventLog:
@@ -40,14 +49,23 @@ class TurnEvents:
         formatter: EventFormatter,
         turn: RunningTurn,
         log_ending_with: LogEndingWith = no_log,
+        answer_ending_with: AnswerEndingWith = no_answer,
         *,
         gathers: bool = False,
+        journal: TurnJournal | None = None,
+        num_known: int = 0,
     ) -> None:
+        """journal: of a turn that goes on also without its server. num_known: ids that another
+        server has told of it.
+        """
         self._stream = stream
         self._formatter = formatter
         self._turn = turn
         self._log_ending_with = log_ending_with
+        self._answer_ending_with = answer_ending_with
         self._gathers = gathers
+        self._journal = journal
+        self._num_known = num_known
         self.whole = OutputDelta()
         self.session: Session | None = None
         self.error: ApiError | None = None
@@ -69,6 +87,8 @@ class TurnEvents:
     async def texts(self, idle_seconds: float | None = None) -> AsyncIterator[str]:
         """Events as text; an empty one after `idle_seconds` without any.
 
+        SessionMovedError, StoreUnreachableError: the turn, which is journaled, goes on elsewhere.
+        SessionMovedError, StoreUnreachableError: the turn, which is journaled, goes on elsewhere.
         A text counts as delivered when the next one is asked for.
         """
         stream, turn = self._stream, self._turn
@@ -84,12 +104,23 @@ class TurnEvents:
             if delta.finish_reason is not None:
                 yield await self._ended(delta, chunks)
                 return
-            yield self._formatter.frame(chunks)
+            if self._num_known > 0:
+                self._num_known -= delta.num_tokens
+                turn.add_delivered(delta)
+                continue
+            text = self._formatter.frame(chunks)
+            if self._journal is not None:
+                assert delta.tokens is not None
+                await self._journal.tell(delta.tokens.ids, text.encode())
+            yield text
             if not stream.is_closed:
                 turn.add_delivered(delta)
 
     async def _ended(self, delta: OutputDelta, chunks: Sequence[str]) -> str:
-        """End the turn; returns its last events, which describe the session after it."""
+        """End the turn; returns its last events, which describe the session after it.
+
+        SessionMovedError, StoreUnreachableError: as in `texts`.
+        """
         failed = engine_failed() if delta.finish_reason is FinishReason.ERROR else None
 
         def last_events(session: "Session") -> str:
@@ -97,11 +128,21 @@ class TurnEvents:
             end = self._formatter.error(failed) if failed else self._last()
             return self._formatter.frame(chunks, extra) + end
 
+        if self._journal is not None:
+            await self._journal.wait_held()
         try:
-            self.session = await self._turn.finish(
-                delta, lambda session: self._log_ending_with(last_events(session))
-            )
+            after: list[str] = []
+
+            def log_of(session: "Session") -> EventLog:
+                after.append(last_events(session))
+                return self._log_ending_with(after[-1])
+
+            answer = self._answer_ending_with(lambda: after[0])
+            self.session = await self._turn.finish(delta, log_of, answer)
         except SessionError as error:
+            goes_on = isinstance(error, SessionMovedError | StoreUnreachableError)
+            if self._journal is not None and goes_on:
+                raise
             self.error = session_error(error)
             return self._formatter.error(self.error)
         except Exception as error:  # the response has begun: its connection must not break

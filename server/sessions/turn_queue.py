@@ -21,7 +21,7 @@ from cottention.server.generation.cancellation import CANCEL_SECONDS, Cancellati
 from cottention.server.generation.request import TurnOptions
 from cottention.server.generation.sse import until_done
 from cottention.server.http.errors import ApiError
-from cottention.server.schemas.sampling import OnConflict
+from cottention.server.schemas.sampling import OnCancel, OnConflict
 from cottention.server.sessions.live_events import LiveEvents
 from cottention.server.sessions.turn import RunningTurn
 
@@ -104,6 +104,25 @@ class TurnQueue:
                 finally:
                     await asyncio.shield(self._spawn(turn.settle()))
 
+    @contextlib.asynccontextmanager
+    async def adopted(
+        self, begun: "Turn", on_cancel: OnCancel, cancellation: Cancellation
+    ) -> AsyncIterator[RunningTurn]:
+        """As `turn`, for one that another server has begun: it waits for nothing."""
+        key = (begun.session.owner, begun.session.id)
+        queue, mine = self._queues.setdefault(key, deque()), asyncio.Event()
+        queue.appendleft(mine)
+        leave = partial(self._leave, key, queue, mine)
+        try:
+            with self._activated(key, cancellation):
+                turn = RunningTurn(self._sessions, begun, on_cancel, leave)
+                try:
+                    yield turn
+                finally:
+                    await asyncio.shield(self._spawn(turn.settle()))
+        finally:
+            leave()
+
     @contextlib.contextmanager
     def _activated(self, key: Key, cancellation: Cancellation) -> Iterator[None]:
         """A turn that can be found by its session; the next one may begin before it is left."""
@@ -131,6 +150,10 @@ class TurnQueue:
         except TimeoutError:
             return "cancelling"
         return active.cancellation.status
+
+    def is_active(self, owner: str, session_id: str) -> bool:
+        """Whether a turn of this server has the session."""
+        return (owner, session_id) in self._active
 
     def request_cancel(self, owner: str, session_id: str) -> None:
         """The same without waiting."""
@@ -215,6 +238,10 @@ class TurnQueue:
         with contextlib.suppress(Exception):  # then no turn has begun
             turn = await task
             await asyncio.to_thread(self._sessions.abandon, turn)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run something that must end before the sessions are closed."""
+        return self._spawn(work)
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

@@ -79,6 +79,7 @@ class FakeSessions:
     is_full: bool = False
     max_snapshot_nbytes: int = 1 << 30
     key_ledger: Any = None
+    journal: None = None
 
     def __post_init__(self) -> None:
         self.kept: dict[str, FakeSession] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from cottention.engine.errors import ConfigurationError
+from cottention.engine.sessions.store import answers
 from cottention.engine.sessions.store.faults import is_disk_full, reason_of
 from cottention.engine.sessions.store.folder_lock import sync_folder
 
@@ -201,6 +202,7 @@ def set_up(db: sqlite3.Connection, path: Path) -> None:
             f"{path} has format version {version}, and this server reads version {VERSION} only:"
             " give --session-dir another folder, or serve this one with the release that wrote it"
         )
+    db.executescript(answers.SCHEMA)
     reserve_space(db)
 
 

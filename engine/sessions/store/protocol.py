@@ -122,6 +122,44 @@ class StoreCounts:
     blob_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to answer the request of an owner's idempotency key. token: of this claim alone."""
+
+    owner: str
+    key: str
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Another claim of the same key and request.
+
+    answer: what was answered; None while the answer is being made. url: of the server that makes
+    it; None where that is this one, or tells none. is_alive: whether that server lives.
+    """
+
+    answer: bytes | None = None
+    url: str | None = None
+    is_mine: bool = True
+    is_alive: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer of a claimed request, made of the sessions as they are stored with it.
+
+    What it returns is stored in the transaction that stores them.
+    """
+
+    claim: Claim
+    make: Callable[[Sequence[SessionRecord]], bytes]
+
+
+MAX_KEYS = 10_000
+"""Idempotency keys of one owner that are remembered; the oldest are forgotten first."""
+
+
 class BlobReader(Protocol):
     """A blob's bytes, or a part of them, to be read in pieces; they stay as they are meanwhile."""
 
@@ -189,8 +227,11 @@ class SessionStore(Protocol):
     is_shared: bool
     key_ledger: KeyLedger | None
 
-    def create(self, records: Sequence[NewSession]) -> Records:
-        """Create all of them or none. SnapshotError: a named blob is not stored."""
+    def create(self, records: Sequence[NewSession], answer: Answer | None = None) -> Records:
+        """Create all of them or none. SnapshotError: a named blob is not stored.
+
+        answer: as in `commit`.
+        """
         ...
 
     def acquire(
@@ -241,8 +282,12 @@ class SessionStore(Protocol):
         events: bytes = b"",
         *,
         keeps_lease: bool = False,
+        answer: Answer | None = None,
     ) -> SessionRecord:
         """Store a new head and release the lease, in one transaction.
+
+        answer: of the turn's idempotency key, stored in the same transaction. SessionMovedError
+        where its claim is no longer held.
 
         The old head becomes the newest of at most `max_checkpoints`. keeps_lease: the turn goes
         on. SessionMovedError: the lease is not the last one given, or the version is another.
@@ -259,6 +304,21 @@ class SessionStore(Protocol):
 
     def list(self, owner: str, after: str | None, limit: int) -> tuple[Records, bool]:
         """A page of an owner's sessions, newest first, after `after`; whether there are more."""
+        ...
+
+    def claim(self, owner: str, key: str, request: bytes, seconds: float) -> Claim | Claimed:
+        """Claim the request of an idempotency key, which is remembered for so long.
+
+        request: its digest. KeyReusedError: the key was sent with another request.
+        """
+        ...
+
+    def keep_answer(self, claim: Claim, answer: bytes) -> None:
+        """Store the answer of a claimed request; nothing happens where it is no longer claimed."""
+        ...
+
+    def drop_claim(self, claim: Claim) -> None:
+        """Let the request be sent again: nothing came of it. Answers that are stored stay."""
         ...
 
     def counts(self) -> StoreCounts:

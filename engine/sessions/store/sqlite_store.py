@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-from cottention.engine.sessions.store import queries
+from cottention.engine.sessions.store import answers, queries
 from cottention.engine.sessions.store.blobs import Blobs, Staged
 from cottention.engine.sessions.store.clock import (
     STEP_SECONDS,
@@ -35,7 +35,10 @@ from cottention.engine.sessions.store.folder_lock import (
 )
 from cottention.engine.sessions.store.protocol import (
     UNLIMITED,
+    Answer,
     BlobReader,
+    Claim,
+    Claimed,
     Ids,
     Lease,
     NewSession,
@@ -109,13 +112,14 @@ class SqliteStore(SessionStore):
                 stack.callback(self._index.close)
                 self._blobs = Blobs(folder / STATES, durable=durable)
                 recover(self._index, self._blobs)
+                self._index.write(answers.drop_unanswered)
                 last = self._index.read(queries.read_clock)
                 self._clock = StoreClock(last, clock, monotonic)
             stack.pop_all()  # opened without an error: `close` does it
         self._saved: ClockReading | None = None
         self._save_clock()
 
-    def create(self, records: Sequence[NewSession]) -> Records:
+    def create(self, records: Sequence[NewSession], answer: Answer | None = None) -> Records:
         created = int(self._wall())
         with self._faults.writing(), ExitStack() as stack:
             staged = [
@@ -134,7 +138,9 @@ class SqliteStore(SessionStore):
 
             def insert(db: queries.Db) -> Records:
                 with self._within_quotas(db, {new.owner for new in records}):
-                    return [queries.insert_session(db, *pair, created) for pair in pairs]
+                    made = [queries.insert_session(db, *pair, created) for pair in pairs]
+                _keep(db, answer, made)
+                return made
 
             with self._adopted([blob for blob in staged if blob]):
                 return self._index.write(insert)
@@ -188,6 +194,7 @@ class SqliteStore(SessionStore):
         events: bytes = b"",
         *,
         keeps_lease: bool = False,
+        answer: Answer | None = None,
     ) -> SessionRecord:
         assignments = queries.COMMIT if keeps_lease else queries.COMMIT_AND_RELEASE
         with self._faults.writing(), self._blobs.staged(snapshot, events) as blob:
@@ -198,7 +205,9 @@ class SqliteStore(SessionStore):
                 seq, _, owner, *_ = row
                 with self._within_quotas(db, {owner}):
                     dropped = queries.push_state(db, seq, state, max_checkpoints)
-                return queries.to_record(db, row), dropped
+                changed = queries.to_record(db, row)
+                _keep(db, answer, [changed])
+                return changed, dropped
 
             with self._adopted([blob]):
                 record, dropped = self._index.write(change)
@@ -232,6 +241,21 @@ class SqliteStore(SessionStore):
         with self._faults.reading():
             return self._index.read(lambda db: queries.list_sessions(db, owner, after, limit, now))
 
+    def claim(self, owner: str, key: str, request: bytes, seconds: float) -> Claim | Claimed:
+        new, now = Claim(owner, key, uuid4().hex), self._clock.now()
+        with self._faults.writing():
+            return self._index.write_relaxed(
+                lambda db: answers.claim(db, new, request, now, seconds)
+            )
+
+    def keep_answer(self, claim: Claim, answer: bytes) -> None:
+        with self._faults.writing():
+            self._index.write(lambda db: answers.keep(db, claim, answer))
+
+    def drop_claim(self, claim: Claim) -> None:
+        with self._faults.writing():
+            self._index.write_relaxed(lambda db: answers.drop(db, claim))
+
     def counts(self) -> StoreCounts:
         with self._faults.reading():
             [num_sessions] = self._index.read(
@@ -259,6 +283,8 @@ class SqliteStore(SessionStore):
             return [session_id for _, session_id in found], dropped
 
         with self._faults.writing(), self._index.lock:
+            if self._index.read(lambda db: answers.has_expired(db, now)):
+                self._index.write_relaxed(lambda db: answers.expire(db, now, limit))
             if not self._index.read(lambda db: queries.find_expired(db, now, monotonic, 1)):
                 return []  # the usual case, without a write
             expired, dropped = self._index.write(change)
@@ -329,3 +355,9 @@ class SqliteStore(SessionStore):
         with suppress(sqlite3.Error, OSError):
             for digest in self._index.read(lambda db: queries.unreferenced(db, digests)):
                 self._blobs.remove(digest)
+
+
+def _keep(db: queries.Db, answer: Answer | None, records: Records) -> None:
+    """Store the answer of a transaction that has stored these sessions. SessionMovedError."""
+    if answer is not None:
+        answers.require_kept(answers.keep(db, answer.claim, answer.make(records)))

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 from fastapi import APIRouter, Header, Request, Response
 
-from cottention.server.api.dependencies import ContextDep, reading
+from cottention.server.api.dependencies import ContextDep, elsewhere, reading
 from cottention.server.api.openapi import EVENTS, error_responses
 from cottention.server.generation.sse import EventStreamResponse
 from cottention.server.http.body import shown
@@ -35,7 +35,7 @@ class EventId(NamedTuple):
 @router.get(
     "/v1/sessions/{session_id}/events",
     response_class=Response,
-    responses=error_responses(400, 401, 404, 409, 410, 429, 500, 507)
+    responses=error_responses(400, 401, 404, 409, 410, 429, 500, 503, 507)
     | {200: {"content": EVENTS}, 204: NO_EVENTS},
 )
 async def follow_events(
@@ -47,6 +47,16 @@ async def follow_events(
     """Events of the session's last turn: those after Last-Event-ID, or all that are log."""
     owner, last = owner_of(request), _event_id(last_event_id)
     live = context.turns.live_events(owner, session_id)
+    if live is None:
+        found = await elsewhere(
+            request,
+            context,
+            session_id,
+            lambda: context.turns.live_events(owner, session_id) is not None,
+        )
+        if found is not None:
+            return found
+        live = context.turns.live_events(owner, session_id)
     if live is not None and (last is None or last.turn == live.turn):
         number = _next(last, live.turn, live.first, live.stop)
         if live.has_ended and number == live.stop:

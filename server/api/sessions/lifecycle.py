@@ -7,8 +7,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from cottention.engine.errors import SessionMovedError
-from cottention.server.api.dependencies import Context, ContextDep, reading
-from cottention.server.api.generate import read_empty, read_parsed
+from cottention.server.api.dependencies import Context, ContextDep, elsewhere, reading
+from cottention.server.api.generate import once, read_empty, read_parsed
 from cottention.server.api.openapi import EMPTY_BODY, error_responses, request_docs
 from cottention.server.api.query_params import must_be, only_query_params
 from cottention.server.generation.cancellation import Cancellation, request_cancelled
@@ -21,6 +21,7 @@ from cottention.server.generation.request import TurnOptions, prefill_request, t
 from cottention.server.generation.responses import collect_outputs
 from cottention.server.generation.sse import close_on_disconnect
 from cottention.server.http.request_id import request_id_of
+from cottention.server.idempotency.keys import ResponseOnce, keyed_request_of
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.schemas.base import validate
 from cottention.server.schemas.responses import JsonObject
@@ -117,7 +118,7 @@ async def get_session_tokens(session_id: str, request: Request, context: Context
 @router.delete(
     "/v1/sessions/{session_id}",
     response_model=DeletedSession,
-    responses=ERRORS | error_responses(409, 412, 413, 415),
+    responses=ERRORS | error_responses(409, 412, 413, 415, 503),
     dependencies=[only_query_params("cancel")],
 )
 async def delete_session(
@@ -125,13 +126,20 @@ async def delete_session(
     request: Request,
     context: ContextDep,
     cancel: Annotated[bool, must_be("cancel", BOOLEAN)] = False,
-) -> JsonObject:
+) -> JsonObject | Response:
     """Delete a session, unless a turn is running; with `cancel` that is cancelled first."""
     caller, turns = caller_of(request), context.turns
     await read_empty(request, context)
     if cancel:  # If-Match is the position before the turn, which changes it
         await _find_at_position(caller, session_id, context)
         caller = Caller(caller.owner, None)
+        is_active = turns.is_active(caller.owner, session_id)
+        if not is_active and (
+            found := await elsewhere(
+                request, context, session_id, lambda: turns.is_active(caller.owner, session_id)
+            )
+        ):
+            return found
         turns.request_cancel(caller.owner, session_id)
     on_conflict: OnConflict = "wait" if cancel else "error"
     async with turns.exclusive(
@@ -145,25 +153,40 @@ async def delete_session(
 @router.post(
     "/v1/sessions/{session_id}/cancel",
     response_model=CancelledTurn,
-    responses=ERRORS | error_responses(413, 415),
+    responses=ERRORS | error_responses(413, 415, 503),
     openapi_extra={"requestBody": EMPTY_BODY},
 )
-async def cancel_turn(session_id: str, request: Request, context: ContextDep) -> JsonObject:
+async def cancel_turn(
+    session_id: str, request: Request, context: ContextDep
+) -> JsonObject | Response:
     """End the session's running turn, also one that goes on without its client."""
-    owner = caller_of(request).owner
+    owner, turns = caller_of(request).owner, context.turns
     await read_empty(request, context)
     await asyncio.to_thread(context.sessions.find, owner, session_id)
-    status = await context.turns.cancel(owner, session_id)
+    status = await turns.cancel(owner, session_id)
+    if status is None:
+        found = await elsewhere(
+            request, context, session_id, lambda: turns.is_active(owner, session_id)
+        )
+        if found is not None:
+            return found
+        status = await turns.cancel(owner, session_id)
     return {"id": session_id, "status": status or "idle"}
 
 
 @router.post(
     "/v1/sessions/{session_id}/append",
     response_model=SessionObject,
-    **request_docs(AppendRequest, examples=[{"prompt": "def f(x):"}], more=TURN_ERRORS),
+    **request_docs(
+        AppendRequest, examples=[{"prompt": "def f(x):"}], more=TURN_ERRORS, is_idempotent=True
+    ),
 )
 async def append_to_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Add a prompt to a session without generating; an empty prompt changes nothing."""
+    return await once(request, context, lambda each: _append(session_id, each, context))
+
+
+async def _append(session_id: str, request: Request, context: Context) -> Response:
     context.engine.check_accepting()
     caller = caller_of(request)
     body = await read_parsed(request, context, lambda fields, _: validate(AppendRequest, fields))
@@ -187,26 +210,33 @@ async def append_to_session(session_id: str, request: Request, context: ContextD
             add_special_tokens_if_empty=is_text,
             cancellation=cancellation,
         )
-        return session_response(await turn.commit(state))
+        told = ResponseOnce(keyed_request_of(request.scope), _one)
+        return told.respond([await turn.commit(state, answer=told.answer)])
 
 
 @router.post(
     "/v1/sessions/{session_id}/fork",
     response_model=SessionList,
-    **request_docs(ForkRequest, examples=[{"n": 2}], more=TURN_ERRORS),
+    **request_docs(ForkRequest, examples=[{"n": 2}], more=TURN_ERRORS, is_idempotent=True),
 )
 async def fork_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """Copies of a session that are independent of it and of each other."""
+    return await once(request, context, lambda each: _fork(session_id, each, context))
+
+
+async def _fork(session_id: str, request: Request, context: Context) -> Response:
     context.engine.check_accepting()
     caller = caller_of(request)
     body = await read_parsed(request, context, lambda fields, _: fork_request(fields))
+    told = ResponseOnce(keyed_request_of(request.scope), _forks)
+    more = {} if told.answer is None else {"answer": told.answer}
     fork, position = context.sessions.fork, caller.expected_position
     place = context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive)
     async with entered_before(_deadline_from_now(context), place):
         forks = await asyncio.to_thread(
-            fork, caller.owner, session_id, body.n, position, body.metadata
+            fork, caller.owner, session_id, body.n, position, body.metadata, **more
         )
-    return session_list_response(forks, has_more=False)
+    return told.respond(forks)
 
 
 @router.post(
@@ -222,6 +252,14 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
     async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
         rewind, position = context.sessions.rewind, caller.expected_position
         return session_response(await asyncio.to_thread(rewind, caller.owner, session_id, position))
+
+
+def _one(sessions: "list[Session]") -> Response:
+    return session_response(sessions[0])
+
+
+def _forks(sessions: "list[Session]") -> Response:
+    return session_list_response(sessions, has_more=False)
 
 
 def _deadline_from_now(context: Context) -> float | None:

@@ -45,9 +45,12 @@ HOLDER_LIVES = (
     "EXISTS (SELECT FROM cottention.replicas AS r"
     " WHERE r.id = s.lease_owner AND r.until > clock_timestamp())"
 )
+GOES_ON = "EXISTS (SELECT FROM cottention.turns AS j WHERE j.session = s.id AND j.fence = s.fence)"
+"""A turn that goes on without its client: where its replica is dead, another adopts it."""
 IS_FREE = (
-    "(s.lease_owner IS NULL OR s.lease_until <= clock_timestamp()"
-    f" OR s.lease_owner = %(replica)s AND s.lease_turn = %(turn)s OR NOT {HOLDER_LIVES})"
+    "(s.lease_owner IS NULL"
+    " OR s.lease_owner = %(replica)s AND s.lease_turn = %(turn)s"
+    f" OR (s.lease_until <= clock_timestamp() OR NOT {HOLDER_LIVES}) AND NOT {GOES_ON})"
 )
 BELONGS = "s.id = %(id)s AND (%(owner)s::text IS NULL OR s.owner = %(owner)s)"
 IS_HELD = "s.id = %(id)s AND s.fence = %(fence)s AND s.lease_owner = %(replica)s"

@@ -38,7 +38,10 @@ RETURNING extract(epoch FROM clock_timestamp())::float8
 
 
 class Replica:
-    """A replica that lives from `start` to `stop`. id: of this process, never used again."""
+    """A replica that lives from `start` to `stop`. id: of this process, never used again.
+
+    life: grows when it beats again after it may have counted as dead.
+    """
 
     def __init__(
         self, connections: Connections, *, name: str, url: str | None, build: str, model: str
@@ -58,6 +61,8 @@ class Replica:
         self._offset = 0.0
         self._last_beat = float("-inf")
         self._is_missing_beats = False
+        self._alive_since = float("-inf")
+        self.life = 0
         self._thread = threading.Thread(target=self._run, name="session-store-beat", daemon=True)
 
     def start(self) -> None:
@@ -88,6 +93,13 @@ class Replica:
         """Whether the others surely see this replica alive: its last beat is young enough."""
         return time.monotonic() - self._last_beat < LIFE_SECONDS
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether it has lived for LIFE_SECONDS: where nobody could beat, the others have beaten
+        again since.
+        """
+        return self.is_alive and time.monotonic() - self._alive_since > LIFE_SECONDS
+
     def _run(self) -> None:
         """On a connection of its own: it never waits for those of turns."""
         while not self._stopping.is_set():
@@ -117,6 +129,9 @@ class Replica:
             )
             db.execute("COMMIT")
         self._offset = now - time.monotonic()
+        if sent - self._last_beat >= LIFE_SECONDS:
+            self.life += 1
+            self._alive_since = sent
         self._last_beat = sent
         if self._is_missing_beats:
             self._is_missing_beats = False

@@ -50,7 +50,27 @@ CREATE UNLOGGED TABLE cottention.key_use (
 {COMMIT}
 """
 
-MIGRATIONS = (_FIRST,)
+# answers: idempotency keys, with the digests of their requests and, once there are any, their
+# answers. turns: those that go on without their client and without their replica, each under the
+# fence of the lease that runs it; others are left over. chunks: their journal, in the order of
+# (fence, n): ids, int32 each, and the events that tell them.
+_GOING_ON = """
+CREATE TABLE cottention.answers (
+    owner text NOT NULL, key text NOT NULL, request bytea NOT NULL, token text NOT NULL,
+    replica text NOT NULL, until timestamptz NOT NULL, answer bytea, PRIMARY KEY (owner, key));
+CREATE INDEX answers_by_owner ON cottention.answers (owner, until);
+CREATE INDEX answers_by_expiry ON cottention.answers (until);
+CREATE TABLE cottention.turns (
+    session text PRIMARY KEY, fence bigint NOT NULL, owner text NOT NULL, turn text NOT NULL,
+    name text NOT NULL, path text NOT NULL, body bytea NOT NULL, model text NOT NULL,
+    seed bigint NOT NULL, created bigint NOT NULL, deadline double precision, key text, token text,
+    tries integer NOT NULL DEFAULT 0);
+CREATE TABLE cottention.chunks (
+    session text NOT NULL, fence bigint NOT NULL, n bigint NOT NULL, ids bytea NOT NULL,
+    events bytea NOT NULL, PRIMARY KEY (session, fence, n));
+"""
+
+MIGRATIONS = (_FIRST, _GOING_ON)
 """In order; the first one makes the tables of an empty database."""
 
 LOCK_KEY = 0x636F7474

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from functools import partial
-from secrets import randbits
+from secrets import randbits, token_hex
 from typing import BinaryIO
 
 import psycopg
@@ -20,7 +20,8 @@ from cottention.engine.errors import (
     SnapshotError,
     StoreUnavailableError,
 )
-from cottention.engine.sessions.store.postgres import queries
+from cottention.engine.sessions.store.answers import require_kept
+from cottention.engine.sessions.store.postgres import answers, queries
 from cottention.engine.sessions.store.postgres.blobs import (
     Blob,
     as_digest,
@@ -34,13 +35,17 @@ from cottention.engine.sessions.store.postgres.connections import (
     Db,
     reason_of,
 )
+from cottention.engine.sessions.store.postgres.journal import PostgresJournal
 from cottention.engine.sessions.store.postgres.key_ledger import PostgresKeyLedger
 from cottention.engine.sessions.store.postgres.queries import Stored
 from cottention.engine.sessions.store.postgres.replica import LIFE_SECONDS, Replica
 from cottention.engine.sessions.store.postgres.schema import migrate
 from cottention.engine.sessions.store.protocol import (
     UNLIMITED,
+    Answer,
     BlobReader,
+    Claim,
+    Claimed,
     Ids,
     Lease,
     NewSession,
@@ -117,6 +122,7 @@ class PostgresStore(SessionStore):
             self._connections, name=name, url=replica_url, build=build, model=model
         )
         self.key_ledger = PostgresKeyLedger(self._connections, self._replica)
+        self.journal = PostgresJournal(self._connections, self._replica, model)
         try:
             self._connections.open()
             self._connections.write(migrate)
@@ -141,7 +147,7 @@ class PostgresStore(SessionStore):
         """Whether this replica's last heartbeat is young enough for its leases to be valid."""
         return self._replica.is_alive
 
-    def create(self, records: Sequence[NewSession]) -> Records:
+    def create(self, records: Sequence[NewSession], answer: Answer | None = None) -> Records:
         ids = [queries.new_id() for _ in records]
         blobs = [
             None
@@ -164,7 +170,9 @@ class PostgresStore(SessionStore):
                 queries.insert_session(db, session_id, new, blob)
             for owner, usage in before.items():
                 self._quotas(owner).check(usage, queries.usage_of(db, owner))
-            return queries.read_sessions(db, ids)
+            made = queries.read_sessions(db, ids)
+            _keep(db, answer, made)
+            return made
 
         def find(db: Db) -> Records | None:
             try:
@@ -200,7 +208,16 @@ class PostgresStore(SessionStore):
 
     def release(self, lease: Lease) -> None:
         self._leased.pop(lease)
-        self._connections.statement(lambda db: queries.release(db, lease, self._replica.id))
+        if not self.journal.has(lease):
+            self._connections.statement(lambda db: queries.release(db, lease, self._replica.id))
+            return
+
+        def change(db: Db) -> None:
+            self.journal.end(db, lease)
+            queries.release(db, lease, self._replica.id)
+
+        self._connections.write(change)
+        self.journal.forget(lease)
 
     def head(self, session_id: str) -> int:
         return self.record(session_id).version
@@ -256,6 +273,7 @@ class PostgresStore(SessionStore):
         events: bytes = b"",
         *,
         keeps_lease: bool = False,
+        answer: Answer | None = None,
     ) -> SessionRecord:
         blob = Blob.of(snapshot, events, position, context_policy)
         turn = _new_turn()
@@ -264,6 +282,8 @@ class PostgresStore(SessionStore):
             stored = self._read_leased(lease, expected_version)
         owner, before = stored.record.owner, stored.nbytes
         is_limited = self._quotas(owner) != UNLIMITED
+
+        ends = not keeps_lease and self.journal.has(lease)
 
         def change(db: Db) -> Stored:
             after = queries.commit(
@@ -280,16 +300,21 @@ class PostgresStore(SessionStore):
             if is_limited and growth > 0:
                 usage = queries.usage_of(db, owner)
                 self._quotas(owner).check((usage[0], usage[1] - growth), usage)
+            _keep(db, answer, [after.record])
+            if ends:
+                self.journal.end(db, lease)
             return after
 
         after = self._connections.write(
             change,
             lambda db: queries.find_commit(db, lease, expected_version, blob, turn),
             seconds=HOLD_SECONDS,
-            is_statement=not is_limited,
+            is_statement=not (is_limited or ends or answer is not None),
         )
         if keeps_lease:
             self._leased.put(lease, after)
+        else:
+            self.journal.forget(lease)
         return after.record
 
     def _read_leased(self, lease: Lease, expected_version: int) -> Stored:
@@ -335,6 +360,18 @@ class PostgresStore(SessionStore):
             lambda db: queries.list_sessions(db, owner, after, limit)
         )
 
+    def claim(self, owner: str, key: str, request: bytes, seconds: float) -> Claim | Claimed:
+        new = Claim(owner, key, token_hex(8))
+        return self._connections.write(
+            lambda db: answers.claim(db, new, request, self._replica.id, seconds)
+        )
+
+    def keep_answer(self, claim: Claim, answer: bytes) -> None:
+        self._connections.write(lambda db: answers.keep(db, claim, answer))
+
+    def drop_claim(self, claim: Claim) -> None:
+        self._connections.statement(lambda db: answers.drop(db, claim))
+
     def counts(self) -> StoreCounts:
         """Of many sessions, as they were at most SECONDS_TO_COUNT ago: it reads all of them."""
         counted_at, found = self._counted
@@ -357,6 +394,7 @@ class PostgresStore(SessionStore):
         return moment
 
     def expire(self, limit: int) -> Ids:
+        self._connections.statement(lambda db: answers.expire(db, limit))
         return self._connections.write(lambda db: queries.expire(db, limit, self._replica.id))
 
     def give_back(self) -> bool:
@@ -412,6 +450,12 @@ def _warn_of_asynchronous_standbys(db: Db) -> None:
             "the database has standbys and no synchronous_standby_names: a failover to one of them"
             " may lose turns that were answered"
         )
+
+
+def _keep(db: Db, answer: Answer | None, records: Records) -> None:
+    """Store the answer of a transaction that has stored these sessions. SessionMovedError."""
+    if answer is not None:
+        require_kept(answers.keep(db, answer.claim, answer.make(records)))
 
 
 def _piece(db: Db, key: bytes, at: int) -> "tuple[int, bool, bytes] | None":

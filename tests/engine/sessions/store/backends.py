@@ -60,6 +60,7 @@ class SqliteBackend(Backend):
 class PostgresBackend(Backend):
     def __init__(self, server: Postgres) -> None:
         self._server = server
+        self.url = server.url
         self.execute("DROP SCHEMA IF EXISTS cottention CASCADE")
 
     def open(self, quotas: Quotas = lambda _: UNLIMITED) -> "PostgresStore":
@@ -73,6 +74,9 @@ class PostgresBackend(Backend):
             "UPDATE cottention.sessions SET expires_at = expires_at - %(seconds)s,"
             " lease_until = lease_until - make_interval(secs => %(seconds)s)",
             {"seconds": seconds},
+        )
+        self.execute(
+            "UPDATE cottention.answers SET until = until - make_interval(secs => %s)", [seconds]
         )
 
     def remove(self) -> None:

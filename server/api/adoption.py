@@ -1,0 +1,47 @@
+"""Going on with a turn that another server has begun: from its journal to its events."""
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from cottention.server.api.chat import CHAT, parse_chat
+from cottention.server.api.completions import COMPLETION, parse_completion
+from cottention.server.api.dependencies import Context
+from cottention.server.api.turn_response import TurnResponse
+from cottention.server.http.json_body import parse_object
+from cottention.server.sessions.turn_queue import Caller
+
+if TYPE_CHECKING:  # it imports torch, which the server must not load
+    from cottention.engine.sessions.types import AdoptedTurn
+
+ENDPOINTS = {
+    "/v1/completions": (parse_completion, COMPLETION),
+    "/v1/chat/completions": (parse_chat, CHAT),
+}
+"""By path: how a body is parsed, and how its response is formatted."""
+
+
+OVERDUE_SECONDS = 1.0
+"""For a turn whose time was over before it was adopted, to end with what it has told."""
+
+
+async def go_on(context: Context, adopted: "AdoptedTurn") -> None:
+    """Run the turn to its end; returns when its events can be followed.
+
+    Raises what a request of the same body raises, and KeyError for another path.
+    """
+    entry = adopted.journaled
+    parse, endpoint = ENDPOINTS[entry.path]
+    parsed = await asyncio.to_thread(lambda: parse(parse_object(entry.body), context))
+    request_id = entry.name.partition("-")[2].rpartition(".")[2]
+    cancellation = context.running.open(entry.owner, entry.name, request_id, is_chosen=False)
+    deadline = entry.deadline
+    if deadline is not None:
+        now = asyncio.get_running_loop().time()
+        deadline = max(deadline + now - context.sessions.now(), now + OVERDUE_SECONDS)
+    caller = Caller(entry.owner, None)
+    response = TurnResponse(context, parsed, endpoint, entry.name, caller, deadline, cancellation)
+    try:
+        await response.go_on(adopted)
+    except BaseException:
+        cancellation.end()
+        raise

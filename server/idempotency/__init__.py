@@ -1,0 +1,1 @@
+"""Requests with an Idempotency-Key: each is executed once, and its answer repeated."""

@@ -1,0 +1,1 @@
+"""The servers that share the sessions: relays to them, and turns that they leave behind."""
