@@ -111,8 +111,8 @@ check: setup ## Lint, formatting, types; what docker/ holds, and that no secret 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cuda
-	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
-	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml docker/cluster.yaml
+	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml docker/kubernetes/cluster/*.yaml
 	$(BIN)/python tests/containers/check.py
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^(tests/|engine/pretrained/)'
 

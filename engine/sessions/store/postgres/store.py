@@ -19,6 +19,7 @@ from cottention.engine.errors import (
     SessionNotFoundError,
     SnapshotError,
     StoreUnavailableError,
+    StoreUnreachableError,
 )
 from cottention.engine.sessions.store.postgres import queries
 from cottention.engine.sessions.store.postgres.blobs import Blob, as_digest, change_blobs
@@ -301,6 +302,12 @@ class PostgresStore(SessionStore):
         )
         [row] = self._connections.statement(lambda db: db.execute(statement).fetchall())
         return StoreCounts(*row)
+
+    def check_reachable(self) -> None:
+        if not self.is_alive:
+            raise StoreUnreachableError(
+                f"no heartbeat has reached the database of sessions for {LIFE_SECONDS:g} s"
+            )
 
     def now(self) -> float:
         return self._replica.now()
