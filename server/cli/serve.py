@@ -36,8 +36,8 @@ FINAL_EVENT_SECONDS = 0.7
 NOTICE_SECONDS = 3.0
 """At least so long a server that shares its sessions answers 503 before it stops listening.
 
-Its load balancer asks every second whether it takes requests. A request that it sent on a connection
-which is just being closed would be answered by nobody.
+Its load balancer asks every second whether it takes requests. A request that it sent on a
+connection which is just being closed would be answered by nobody.
 """
 
 FAILURE_SECONDS = 1.0

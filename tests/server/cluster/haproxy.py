@@ -23,6 +23,9 @@ import pytest
 from tests.engine.postgres import free_port
 from tests.server.live import PATIENCE, eventually
 
+START = 240.0
+"""Seconds after which several servers that start at once, on such a machine, will not."""
+
 CONFIGURATION = Path(__file__).parents[3] / "docker" / "haproxy" / "haproxy.cfg"
 
 A_RECORD, INTERNET, ANSWER_FLAGS, NAME_OF_QUESTION = 1, 1, 0x8180, 0xC00C
@@ -82,9 +85,8 @@ class Balancer:
 
     def num_answers(self, backend: str) -> Counter[str]:
         """How many answers each of a backend's servers has given, by the names of its places."""
-        pattern = (
-            rf'haproxy_server_http_responses_total{{proxy="{backend}",server="([^"]+)",[^}}]*}} (\d+)'
-        )
+        name = "haproxy_server_http_responses_total"
+        pattern = rf'{name}{{proxy="{backend}",server="([^"]+)",[^}}]*}} (\d+)'
         counted: Counter[str] = Counter()
         for name, number in re.findall(pattern, self.metrics()):
             counted[name] += int(number)
@@ -93,7 +95,7 @@ class Balancer:
     def wait_for(self, num: int) -> None:
         """Return when all backends have so many servers."""
         for backend in ("sessions", "grouped", "anywhere"):
-            eventually(lambda name=backend: self.states(name)["UP"], equals=num)
+            eventually(lambda name=backend: self.states(name)["UP"], equals=num, seconds=START)
 
 
 @contextmanager

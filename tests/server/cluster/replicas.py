@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from tests.engine.postgres import PASSWORD, Postgres, free_port, running_postgres
-from tests.server.cluster.haproxy import Balancer, running_haproxy
+from tests.server.cluster.haproxy import START, Balancer, running_haproxy
 from tests.server.live import PATIENCE, eventually
 
 ROOT = Path(__file__).parents[3]
@@ -53,7 +53,7 @@ class Replica:
     def wait(self) -> int:
         """Its exit status."""
         assert self.process is not None
-        return self.process.wait(PATIENCE)
+        return self.process.wait(START)
 
     def is_ready(self) -> bool:
         assert self.process is not None
@@ -137,7 +137,7 @@ def running_cluster(model: Path, folder: Path, num: int) -> Iterator[Cluster]:
             for replica in replicas:
                 replica.start()
             for replica in replicas:
-                eventually(replica.is_ready)
+                eventually(replica.is_ready, seconds=START)
             with (
                 running_haproxy([each.address for each in replicas], port) as balancer,
                 httpx.Client(base_url=balancer.url, timeout=PATIENCE) as client,

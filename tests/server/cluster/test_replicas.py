@@ -9,19 +9,18 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.server.cluster.haproxy import START
 from tests.server.cluster.replicas import Cluster, running_cluster
 from tests.server.live import PATIENCE, eventually
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 LONG = 500_000
 """Tokens of a turn that is not over before it is ended."""
 
 
 @pytest.fixture(scope="module")
-def all_tests(
-    gptj_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:
+def all_tests(gptj_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with running_cluster(gptj_folder, tmp_path_factory.mktemp("cluster"), 3) as cluster:
         yield cluster
 
@@ -36,7 +35,7 @@ def cluster(all_tests: Cluster) -> Iterator[Cluster]:
         if replica.process.poll() is not None:
             replica.start()
     for replica in all_tests.replicas:
-        eventually(replica.is_ready)
+        eventually(replica.is_ready, seconds=START)
         eventually(replica.num_running, equals=0)
     all_tests.balancer.wait_for(3)
 
@@ -159,7 +158,7 @@ def test_a_rolling_restart_gives_nothing_but_503s_to_retry(cluster: Cluster) -> 
         replica.send(signal.SIGTERM)
         assert replica.wait() == 0
         replica.start()
-        eventually(replica.is_ready)
+        eventually(replica.is_ready, seconds=START)
         cluster.balancer.wait_for(3)
     stopping.set()
     for thread in threads:
