@@ -37,7 +37,7 @@ ENVIRONMENT = os.environ | {
     "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin",
     "REPLICAS": "replica:8000",
 }
-"""haproxy.cfg has no default for where its servers are; Debian has the program off a user's PATH."""
+"""haproxy.cfg has no default for its servers; Debian has the program off a user's PATH."""
 
 
 def is_present(tool: str) -> bool:

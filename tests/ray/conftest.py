@@ -8,60 +8,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 
-from tests.engine.postgres import PASSWORD, Postgres, free_port, running_postgres
-from tests.ray.patience import eventually
+from tests.engine.postgres import PASSWORD, free_port, running_postgres
+from tests.ray.served import NUM_REPLICAS, Served, eventually
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "data" / "golden" / "cottention-gptj"
-NUM_REPLICAS = 3
 
 if importlib.util.find_spec("ray") is None:
     collect_ignore_glob = ["test_*.py"]
-
-
-@dataclass
-class Served:
-    """`serve run`, and a client of its proxy."""
-
-    process: "subprocess.Popen[bytes]"
-    postgres: Postgres
-    client: httpx.Client
-    log: Path
-
-    def post(self, path: str, session_id: str | None = None, **body: Any) -> Any:
-        """What is answered. session_id: of the header that routes."""
-        headers = {} if session_id is None else {"X-Session-Id": session_id}
-        answer = self.client.post(path, json=body, headers=headers)
-        assert answer.status_code == 200, answer.text
-        return answer.json()
-
-    def replicas(self) -> list[int]:
-        """The processes of replicas below `serve run`."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                name = (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"ServeReplica" in name and self.process.pid in _ancestors(int(folder.name)):
-                found.append(int(folder.name))
-        return found
-
-
-def _ancestors(pid: int) -> Iterator[int]:
-    while pid > 1:
-        try:
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            return
-        yield pid
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,7 @@ import pytest
 from cottention.engine.errors import ConfigurationError
 from cottention.server.cluster.ray import app
 from tests.engine.postgres import PASSWORD
-from tests.ray.conftest import NUM_REPLICAS, Served
-from tests.ray.patience import eventually
+from tests.ray.served import NUM_REPLICAS, Served, eventually
 
 
 def turn(served: Served, session_id: str, header: str | None = None) -> str:
