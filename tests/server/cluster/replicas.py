@@ -55,6 +55,15 @@ class Replica:
         assert self.process is not None
         return self.process.wait(START)
 
+    def revive(self) -> None:
+        """Let it go on, or replace it where it has ended or ends."""
+        assert self.process is not None
+        self.send(signal.SIGCONT)
+        if self.process.poll() is not None or not self.is_ready():
+            self.process.kill()
+            self.process.wait()
+            self.start()
+
     def is_ready(self) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, self.log.read_text()

@@ -30,10 +30,7 @@ def cluster(all_tests: Cluster) -> Iterator[Cluster]:
     """Whole again after each test."""
     yield all_tests
     for replica in all_tests.replicas:
-        replica.send(signal.SIGCONT)
-        assert replica.process
-        if replica.process.poll() is not None:
-            replica.start()
+        replica.revive()
     for replica in all_tests.replicas:
         eventually(replica.is_ready, seconds=START)
         eventually(replica.num_running, equals=0)
@@ -80,7 +77,7 @@ def test_a_server_that_is_stopped_ends_its_streams_and_gets_no_new_requests(
     with cluster.stream(cluster.opened(), 1500) as lines:
         stopped = cluster.runner()
         stopped.send(signal.SIGTERM)
-        eventually(lambda: cluster.balancer.states("sessions")["UP"], equals=2)
+        cluster.balancer.wait_for(2)
         assert [cluster.turn(cluster.opened()).status_code for _ in range(6)] == [200] * 6
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert stopped.wait() == 0
