@@ -41,7 +41,7 @@ def test_what_is_wrong_with_the_settings_is_said_before_anything_starts() -> Non
     """Else it would be in the log of an actor that Ray starts again and again."""
     with pytest.raises(ConfigurationError, match="there is no setting 'sesion_store'"):
         app({"sesion_store": "postgresql://a@b/c"})
-    with pytest.raises(ConfigurationError, match="drain"):
+    with pytest.raises(ConfigurationError, match="DRAIN_SECONDS must be a number"):
         app({"drain_seconds": "soon"})
 
 
