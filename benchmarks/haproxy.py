@@ -45,7 +45,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
                 due += 1 / EVENTS_PER_SECOND
                 await asyncio.sleep(due - loop.time())
                 writer.write(CHUNK)
-    except (asyncio.IncompleteReadError, ConnectionError):
+    except (asyncio.IncompleteReadError, asyncio.CancelledError, ConnectionError):
         pass
     finally:
         writer.close()

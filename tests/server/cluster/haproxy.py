@@ -28,20 +28,43 @@ START = 240.0
 
 CONFIGURATION = Path(__file__).parents[3] / "docker" / "haproxy" / "haproxy.cfg"
 
-A_RECORD, INTERNET, ANSWER_FLAGS, NAME_OF_QUESTION = 1, 1, 0x8180, 0xC00C
+A_RECORD, SRV_RECORD, INTERNET = 1, 33, 1
+ANSWER_FLAGS, NAME_OF_QUESTION = 0x8180, 0xC00C
+SERVICE = "_http._tcp.replica"
+"""Begins the name of SRV records."""
 
 
 class NameServer(socketserver.UDPServer):
-    """Answers every question for an address with all that `addresses` has."""
+    """Tells `addresses`: all of them under any name, or the n-th under a name that begins pod-N.
 
-    def __init__(self, addresses: list[str]) -> None:
+    SRV records name the pods, as Kubernetes does, each on `service_port`.
+    """
+
+    def __init__(self, addresses: list[str], service_port: int) -> None:
         super().__init__(("127.0.0.1", 0), Question)
         self.addresses = addresses
+        self.service_port = service_port
 
     @property
     def port(self) -> int:
         port: int = self.server_address[1]
         return port
+
+    def records(self, name: str, kind: int) -> list[bytes]:
+        """The data of the records that answer a question."""
+        if kind == SRV_RECORD:
+            return [
+                struct.pack("!HHH", 0, 33, self.service_port) + b"\5pod-%d\7replica\0" % n
+                for n in range(len(self.addresses))
+            ]
+        if kind != A_RECORD:
+            return []
+        place = re.match(r"pod-(\d)", name)
+        return [
+            socket.inet_aton(address)
+            for n, address in enumerate(self.addresses)
+            if place is None or int(place[1]) == n
+        ]
 
 
 class Question(socketserver.DatagramRequestHandler):
@@ -53,10 +76,10 @@ class Question(socketserver.DatagramRequestHandler):
         query = self.rfile.read()
         end = query.index(0, 12) + 5  # of the name, the type and the class
         [kind] = struct.unpack("!H", query[end - 4 : end - 2])
-        found = self.server.addresses if kind == A_RECORD else []
+        found = self.server.records(query[13 : end - 5].decode("latin-1"), kind)
         records = b"".join(
-            struct.pack("!HHHIH4s", NAME_OF_QUESTION, A_RECORD, INTERNET, 1, 4, raw)
-            for raw in map(socket.inet_aton, found)
+            struct.pack("!HHHIH", NAME_OF_QUESTION, kind, INTERNET, 1, len(data)) + data
+            for data in found
         )
         head = struct.pack("!HHHHH", ANSWER_FLAGS, 1, len(found), 0, 0)
         self.wfile.write(query[:2] + head + query[12:end] + records)
@@ -99,16 +122,21 @@ class Balancer:
 
 
 @contextmanager
-def running_haproxy(addresses: list[str], port: int) -> Iterator[Balancer]:
-    """In front of servers on `port` of these addresses; skips where there is none."""
+def running_haproxy(
+    addresses: list[str], port: int, *, by_service: bool = False
+) -> Iterator[Balancer]:
+    """In front of servers on `port` of these addresses; skips where there is none.
+
+    by_service: their names come of SRV records.
+    """
     program = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
     if program is None:
         pytest.skip("HAProxy is not installed: apt-get install haproxy")
     listen, metrics = free_port(), free_port()
-    with NameServer(addresses) as names, tempfile.TemporaryFile() as log:
+    with NameServer(addresses, port) as names, tempfile.TemporaryFile() as log:
         threading.Thread(target=names.serve_forever, args=(0.05,), daemon=True).start()
         environment = {
-            "REPLICAS": f"replica:{port}",
+            "REPLICAS": SERVICE if by_service else f"replica:{port}",
             "DNS_SERVER": f"127.0.0.1:{names.port}",
             "LISTEN": f"127.0.0.1:{listen}",
             "METRICS_LISTEN": f"127.0.0.1:{metrics}",

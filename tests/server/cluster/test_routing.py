@@ -93,6 +93,30 @@ def test_a_fifth_server_takes_a_fifth_of_the_sessions(farm: Farm) -> None:
     assert 0.17 <= len(moved) / NUM_SESSIONS <= 0.23
 
 
+def test_a_server_with_a_name_of_its_own_keeps_its_place_at_another_address() -> None:
+    """As pods that are replaced do: their sessions come back to them, and the others' stay.
+
+    The weights of SRV records would make all shares uneven.
+    """
+    port, names = free_port(), [f"{n:032x}" for n in range(600)]
+    with (
+        tiny_servers(ADDRESSES, port) as servers,
+        running_haproxy(ADDRESSES[:3], port, by_service=True) as balancer,
+    ):
+        balancer.wait_for(3)
+        wire = http.client.HTTPConnection("127.0.0.1", balancer.port, timeout=60)
+        farm = Farm(balancer, servers, wire)
+        before = [farm.of_session(name) for name in names]
+        assert min(Counter(before).values()) > 600 / 3 * 0.8
+        balancer.names.addresses[1] = ADDRESSES[4]
+        servers[1].closes = True  # the connections that HAProxy has to it would be used on
+        moved = names[before.index(ADDRESSES[1])]
+        eventually(lambda: farm.of_session(moved), equals=ADDRESSES[4])
+        expected = [ADDRESSES[4] if old == ADDRESSES[1] else old for old in before]
+        assert [farm.of_session(name) for name in names] == expected
+        wire.close()
+
+
 def test_requests_without_a_session_are_grouped_by_affinity_else_spread(farm: Farm) -> None:
     """One group shares a prefix cache; who names none goes where the fewest requests are."""
     grouped = {

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class TinyServer(ThreadingHTTPServer):
     """Answers everything with its address. Streams wait for each event to be put into `events`.
 
-    status: of /ready.
+    status: of /ready. closes: the connection after each answer.
     """
 
     daemon_threads = True
@@ -22,6 +22,7 @@ class TinyServer(ThreadingHTTPServer):
         super().__init__((address, port), Handler)
         self.address = address
         self.status = 200
+        self.closes = False
         self.events: queue.Queue[bytes] = queue.Queue()
         self.num_streams = 0
 
@@ -45,6 +46,9 @@ class Handler(BaseHTTPRequestHandler):
         raw = json.dumps(body).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(raw)))
+        if self.server.closes:
+            self.send_header("connection", "close")
+            self.close_connection = True
         self.end_headers()
         with contextlib.suppress(ConnectionError):  # a check has seen enough
             self.wfile.write(raw)
