@@ -53,9 +53,9 @@ def served() -> Iterator[Served]:
             "RAY_TMPDIR": name,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",  # or it would write a token into the user's home
-            "RAY_raylet_start_wait_time_s": "200",
-            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "200",
-            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "200",
+            "RAY_raylet_start_wait_time_s": "400",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "400",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "400",
             "PYTHONPATH": os.pathsep.join([str(ROOT / "namespace"), *sys.path]),
         }
         command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
