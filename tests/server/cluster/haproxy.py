@@ -26,6 +26,9 @@ from tests.server.live import PATIENCE, eventually
 START = 240.0
 """Seconds after which several servers that start at once, on such a machine, will not."""
 
+CHECK_TIMEOUT = "15s"
+"""Or HAProxy takes servers for dead that only wait for the processor."""
+
 CONFIGURATION = Path(__file__).parents[3] / "docker" / "haproxy" / "haproxy.cfg"
 
 A_RECORD, SRV_RECORD, INTERNET = 1, 33, 1
@@ -139,6 +142,7 @@ def running_haproxy(
             "REPLICAS": SERVICE if by_service else f"replica:{port}",
             "DNS_SERVER": f"127.0.0.1:{names.port}",
             "LISTEN": f"127.0.0.1:{listen}",
+            "CHECK_TIMEOUT": CHECK_TIMEOUT,
             "METRICS_LISTEN": f"127.0.0.1:{metrics}",
         }
         process = subprocess.Popen(
