@@ -34,10 +34,13 @@ def wait_for(read: Any, expected: Any) -> None:
 
 
 def states(backend: str) -> dict[str, int]:
-    """How many servers of HAProxy are UP, DOWN, NOLB."""
+    """How many servers of HAProxy are UP, DOWN, NOLB; none while it starts."""
     url = "http://127.0.0.1:8404/metrics"
     code = f"import urllib.request; print(urllib.request.urlopen({url!r}).read().decode())"
-    text = cluster("exec", "-T", "haproxy", "python3", "-c", code)
+    try:
+        text = cluster("exec", "-T", "haproxy", "python3", "-c", code)
+    except AssertionError:
+        return {}
     pattern = rf'haproxy_server_status{{proxy="{backend}",server="[^"]+",state="(\w+)"}} 1'
     found = re.findall(pattern, text)
     return {state: found.count(state) for state in {*found} - {"MAINT"}}
