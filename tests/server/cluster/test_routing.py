@@ -74,7 +74,9 @@ def test_the_three_keys_of_a_session_agree(farm: Farm) -> None:
         assert len(asked) == 1, name
         used.update(asked)
     assert used.keys() == set(ADDRESSES[:4])
-    assert farm.ask("POST", "/v1/completions", {"prompt": "x" * 200_000, "session_id": "large"})
+    large = {"session_id": "session-1", "prompt": "x" * 200_000}
+    assert farm.ask("POST", "/v1/completions", large) == farm.of_session("session-1")
+    assert farm.ask("POST", "/v1/completions", dict(reversed(large.items()))) in ADDRESSES
     assert farm.ask("POST", "/v1/sessions/import", {}) in ADDRESSES
 
 
