@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 UI := .venv-ui
+RAY := .venv-ray
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-cluster test-clients test-ui screenshots wheel test-wheel docker-test fuzz asan crash kills faults forgeries stops soak check bounds bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-cluster test-ray test-clients test-ui screenshots wheel test-wheel docker-test fuzz asan crash kills faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,8 +38,19 @@ test: setup ## Run the tests with the coverage gate, without those of test-slow
 test-slow: setup ## Run the tests that kill, flood, soak or compile for long
 	$(BIN)/python -m pytest -n auto $(PARALLEL) -m "slow and not cluster" $(ARGS)
 
-test-cluster: setup ## Run the tests of several servers over a PostgreSQL (skips where it is not installed)
+test-cluster: setup ## Run the tests of several servers over a PostgreSQL, behind HAProxy (skips where they are not installed)
 	$(BIN)/python -m pytest -n auto $(PARALLEL) -m cluster $(ARGS)
+
+test-ray: setup $(RAY)/ready ## Test three replicas that Ray Serve keeps alive (skips where PostgreSQL is not installed)
+	$(RAY)/bin/python -m pytest -c tests/ray/pytest.ini tests/ray $(ARGS)
+
+# Ray pulls much. The server runs in this environment, as its replicas are processes of Ray.
+$(RAY)/ready: pyproject.toml constraints.txt tests/ray/constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	echo '*' > $(RAY)/.gitignore
+	$(RAY)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(RAY)/bin/pip install --quiet --disable-pip-version-check --constraint tests/ray/constraints.txt --editable '.[ray]' pytest pytest-timeout httpx
+	@touch $@
 
 # Not those that build libraries of their own. What is compiled here takes longer than a test may.
 OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \
@@ -114,8 +126,8 @@ check: setup ## Lint, formatting, types; what docker/ holds, and that no secret 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint docker/Dockerfile docker/Dockerfile.cuda
-	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml
-	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker/compose.yaml docker/cluster.yaml
+	$(BIN)/kubernetes-validate --quiet --strict docker/kubernetes/*.yaml docker/kubernetes/cluster/*.yaml
 	$(BIN)/python tests/containers/check.py
 	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --exclude-files '^(tests/|engine/pretrained/)'
 
@@ -140,4 +152,4 @@ format: setup ## Rewrite the code in the house's format
 	$(BIN)/ruff format .
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) $(CLIENTS) $(UI) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(CLIENTS) $(UI) $(RAY) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

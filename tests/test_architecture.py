@@ -63,7 +63,7 @@ def run(code: str) -> None:
         "; ".join(
             f"import {module_of(path)}"
             for path in PATHS
-            if path.is_relative_to(ROOT / "server") and path.name != "__main__.py"
+            if path.is_relative_to(ROOT / "server") and path.name not in ("__main__.py", "ray.py")
         ),
     ],
     ids=["engine modules", "public names", "a model's configuration", "server"],

@@ -328,6 +328,10 @@ class SessionManager:
 
     # Maintenance
 
+    def check_reachable(self) -> None:
+        """Raise StoreUnreachableError where the store cannot be reached. Does not wait."""
+        self._store.check_reachable()
+
     def maintain(self) -> bool:
         """Renew the leases of running turns, delete some sessions that have expired, and give some
         of the space that is free again back to the disk.

@@ -1,6 +1,7 @@
 """/health, /ready, /metrics, /version, /v1/models and /v1/capacity."""
 
 import asyncio
+from typing import Annotated
 
 from fastapi import APIRouter, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -8,6 +9,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from cottention.server.api.dependencies import Context, ContextDep, check_capability
 from cottention.server.api.generate import unknown_model
 from cottention.server.api.openapi import error_responses
+from cottention.server.api.query_params import must_be
 from cottention.server.generation.async_engine import Phase
 from cottention.server.generation.chat_template import ChatTemplate
 from cottention.server.http.errors import unavailable
@@ -48,10 +50,18 @@ async def health(context: ContextDep) -> JsonObject:
     return {"status": "alive"}
 
 
-@router.get("/ready", response_model=Status, responses=error_responses(503))
-async def ready(context: ContextDep) -> JsonObject:
-    """200 while new requests are accepted."""
+@router.get("/ready", response_model=Status, responses=error_responses(400, 503))
+async def ready(
+    context: ContextDep,
+    sessions: Annotated[bool, must_be("sessions", "true or false, or 1 or 0")] = False,
+) -> JsonObject:
+    """200 while new requests are accepted; with `sessions`, while those with a session are, too.
+
+    A model without sessions has nothing more to wait for.
+    """
     context.engine.check_accepting()
+    if sessions and context.session_manager is not None:
+        context.session_manager.check_reachable()
     return {"status": "ready"}
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, CottentionError
-from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.outputs import FinishReason
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.context_policy import MAX_HELD
@@ -53,34 +52,16 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
     table = connection_table(config, raise_open_files_limit())
     tls = tls_context(config)
     with listening(config) as sock:
-        from cottention.engine.opening import open_engine
-        from cottention.engine.worker import EngineWorker
-        from cottention.server.api.app import create_app
+        from cottention.server.cli.application import application
         from cottention.server.cli.serve import describe_access, warn_of_open_access
-        from cottention.server.generation.admission import AdmissionQueue
-        from cottention.server.generation.async_engine import AsyncEngine
-        from cottention.server.generation.chat_template import find_template
-        from cottention.server.http.origin import check_access
-        from cottention.server.limits.api_keys import load_api_keys, session_quotas
-        from cottention.server.sessions.storage import check_storage, describe_storage, sessions_of
+        from cottention.server.sessions.storage import describe_storage
 
-        keys = load_api_keys(config)
-        check_access(config)
-        check_storage(config)
-        template = find_template(config.chat_template, resolve_model(model).folder)
-        engine = open_engine(model, engine_config)
-        async_engine = AsyncEngine(
-            engine,
-            partial(EngineWorker, engine),
-            AdmissionQueue.of(config),
-            config.stream_buffer_bytes,
-        )
-        quotas, own_url = session_quotas(keys, config), replica_url(sock, config)
-        with sessions_of(engine, config, quotas, own_url) as sessions:
-            app = create_app(async_engine, config, keys, sessions, template)
+        own_url = replica_url(sock, config)
+        with application(model, engine_config, config, own_url) as served:
+            app, engine, async_engine, has_sessions = served
             warn_of_open_access(sock, config)
             facts = {
-                "sessions": "none" if sessions is None else describe_storage(config),
+                "sessions": describe_storage(config) if has_sessions else "none",
                 "access": describe_access(sock, config),
             }
             page = page_url(sock, has_tls=tls is not None) if config.ui else None

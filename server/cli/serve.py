@@ -34,6 +34,13 @@ logger = logging.getLogger("cottention")
 FINAL_EVENT_SECONDS = 0.7
 """Time for cancelled streams to send their last event."""
 
+NOTICE_SECONDS = 3.0
+"""At least so long a server that shares its sessions answers 503 before it stops listening.
+
+Its load balancer asks every second whether it takes requests. A request that it sent on a
+connection which is just being closed would be answered by nobody.
+"""
+
 FAILURE_SECONDS = 1.0
 """Time during which a server whose engine has failed still answers /health with 503."""
 
@@ -202,6 +209,7 @@ class DrainingServer(BoundedServer):
         self._draining = False
         self._engine = engine
         self._drain_seconds = limits.drain_seconds
+        self._notice_seconds = 0.0 if limits.session_store is None else NOTICE_SECONDS
         self._announce = announce
         self._hand_over = hand_over
 
@@ -238,6 +246,7 @@ class DrainingServer(BoundedServer):
 
     async def _drain(self) -> None:
         logger.info("shutting down: running requests have %g s to finish", self._drain_seconds)
+        noticed = asyncio.get_running_loop().time() + self._notice_seconds
         self._engine.drain()
         try:
             async with asyncio.timeout(self._drain_seconds):
@@ -245,6 +254,7 @@ class DrainingServer(BoundedServer):
         except TimeoutError:
             await self._hand_over()
             self._engine.cancel_all()
+        await asyncio.sleep(noticed - asyncio.get_running_loop().time())
         self.should_exit = True
 
     async def _exit_when_engine_fails(self) -> None:

@@ -9,23 +9,42 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-COMPOSE = ["docker", "compose", "--file", str(DOCKER / "compose.yaml"), "--env-file", os.devnull]
+COMPOSE = ["docker", "compose", "--env-file", os.devnull, "--file", str(DOCKER / "compose.yaml")]
+CLUSTER = [*COMPOSE[:-1], str(DOCKER / "cluster.yaml")]
 
 CHECKS = {
     "docker compose config": [*COMPOSE, "config", "--quiet"],
     "docker compose config, gpu": [*COMPOSE, "--profile", "gpu", "config", "--quiet"],
     "docker compose config, observe": [*COMPOSE, "--profile", "observe", "config", "--quiet"],
+    "docker compose config, cluster": [*CLUSTER, "--profile", "observe", "config", "--quiet"],
+    "haproxy": ["haproxy", "-c", "-q", "-f", str(DOCKER / "haproxy" / "haproxy.cfg")],
     "promtool": ["promtool", "check", "config", str(DOCKER / "prometheus" / "prometheus.yml")],
+    "promtool, cluster": [
+        "promtool",
+        "check",
+        "config",
+        str(DOCKER / "prometheus" / "cluster.yml"),
+    ],
     "promtool, alerts": ["promtool", "test", "rules", str(Path(__file__).parent / "rules.yml")],
 }
 DASHBOARD = DOCKER / "grafana" / "dashboards" / "cottention.json"
-PRESENT = {"docker": ["docker", "compose", "version"], "promtool": ["promtool", "--version"]}
+PRESENT = {
+    "docker": ["docker", "compose", "version"],
+    "haproxy": ["haproxy", "-v"],
+    "promtool": ["promtool", "--version"],
+}
+ENVIRONMENT = os.environ | {
+    "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin",
+    "REPLICAS": "replica:8000",
+}
+"""haproxy.cfg has no default for its servers; Debian has the program off a user's PATH."""
 
 
 def is_present(tool: str) -> bool:
     """Whether the tool, with its plugin, answers here."""
     try:
-        return subprocess.run(PRESENT[tool], capture_output=True, check=False).returncode == 0
+        done = subprocess.run(PRESENT[tool], env=ENVIRONMENT, capture_output=True, check=False)
+        return done.returncode == 0
     except OSError:
         return False
 
@@ -58,7 +77,7 @@ def run(checks: dict[str, list[str]]) -> int:
         if not present[command[0]]:
             print(f"{name}: skipped, there is no {' '.join(PRESENT[command[0]][:-1])}")
             continue
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
         print(f"{name}: {'passed' if done.returncode == 0 else done.stdout + done.stderr}")
         failed |= done.returncode != 0
     return int(failed)

@@ -191,9 +191,9 @@ PATIENCE = 60.0
 """Seconds after which something hangs, on a machine that does other things as well."""
 
 
-def eventually(read: Callable[[], Any], *, equals: Any = True) -> None:
+def eventually(read: Callable[[], Any], *, equals: Any = True, seconds: float = PATIENCE) -> None:
     """Wait until what `read` returns is true, or equals a given value."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + seconds
     while (value := read()) != equals and not (equals is True and value):
-        assert time.monotonic() < deadline, f"after {PATIENCE:.0f} s it is still {value!r}"
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s it is still {value!r}"
         time.sleep(0.005)

@@ -16,16 +16,24 @@ import pytest
 import yaml
 
 from cottention.engine.ops import BuildError, build
+from cottention.engine.sessions.store.postgres.connections import MAX_CONNECTIONS
 from cottention.engine.settings.declaration import Setting, settings_of
 from cottention.engine.settings.sources import variable_of
 from cottention.server.cli.options import SERVE_SETTINGS
-from cottention.server.cli.serve import FINAL_EVENT_SECONDS
+from cottention.server.cli.serve import FINAL_EVENT_SECONDS, NOTICE_SECONDS
 from cottention.server.config import ServerConfig
 from tests.server.exported import exported_names
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 COMPOSE = (DOCKER / "compose.yaml").read_text()
+CLUSTER = (DOCKER / "cluster.yaml").read_text()
+HAPROXY = (DOCKER / "haproxy" / "haproxy.cfg").read_text()
+MANIFESTS = [
+    manifest
+    for path in sorted((DOCKER / "kubernetes").rglob("*.yaml"))
+    for manifest in yaml.safe_load_all(path.read_text())
+]
 EXAMPLE = (DOCKER / "env.example").read_text()
 DOCKERFILES = [DOCKER / "Dockerfile", DOCKER / "Dockerfile.cuda"]
 SIZES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -35,6 +43,21 @@ def settings() -> dict[str, Setting]:
     """Every setting of `cottention serve`, by its variable."""
     each_type = (settings_of(config_type) for config_type in SERVE_SETTINGS.values())
     return {variable_of(each.name): each for some in each_type for each in some}
+
+
+def services() -> dict[str, Any]:
+    """The services of both compose files."""
+    cluster = yaml.safe_load(CLUSTER)["services"]
+    own = {name: service for name, service in cluster.items() if "extends" not in service}
+    return yaml.safe_load(COMPOSE)["services"] | own
+
+
+def manifest(kind: str, name: str) -> Any:
+    """One of the manifests for Kubernetes."""
+    [found] = [
+        each for each in MANIFESTS if (each["kind"], each["metadata"]["name"]) == (kind, name)
+    ]
+    return found["spec"]
 
 
 def told(default: Any) -> set[str]:
@@ -62,7 +85,7 @@ def test_the_example_has_every_setting_with_its_help_and_default() -> None:
 def test_the_example_has_every_variable_of_the_compose_file_with_its_default() -> None:
     lines = dict(re.findall(r"^#([A-Z_]+)=(.*)$", EXAMPLE, re.MULTILINE))
     ours = {name for name in lines if not name.startswith("COTTENTION_")}
-    used = re.findall(r"\$\{([A-Z_]+)(:[-+][^}]*)?\}", COMPOSE)
+    used = re.findall(r"\$\{([A-Z_]+)(:[-+][^}]*)?\}", COMPOSE + CLUSTER)
     assert {name for name, _ in used if not name.startswith("COTTENTION_")} == ours
     for name, default in used:
         if name in ours and default.startswith(":-") and lines[name]:
@@ -71,28 +94,50 @@ def test_the_example_has_every_variable_of_the_compose_file_with_its_default() -
 
 def test_a_stopped_server_has_the_time_to_drain() -> None:
     drain = ServerConfig().drain_seconds + FINAL_EVENT_SECONDS
-    services = yaml.safe_load(COMPOSE)["services"]
-    for name in ("server", "server-gpu"):
-        [grace] = re.findall(r":-(\d+)s", services[name]["stop_grace_period"])
+    for name in ("server", "server-gpu", "replica"):
+        [grace] = re.findall(r":-(\d+)s", services()[name]["stop_grace_period"])
         assert int(grace) >= drain + 10
-    pod = yaml.safe_load((DOCKER / "kubernetes" / "deployment.yaml").read_text())
-    spec = pod["spec"]["template"]["spec"]
+    spec = manifest("Deployment", "cottention-server")["template"]["spec"]
     before = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert spec["terminationGracePeriodSeconds"] >= before + drain + 10
+    replica = manifest("StatefulSet", "cottention-replica")["template"]["spec"]
+    assert replica["terminationGracePeriodSeconds"] >= drain + 10
+
+
+def test_the_load_balancer_has_time_to_notice() -> None:
+    """A server that is stopped takes no requests for longer than HAProxy needs to find out, and
+    HAProxy stops only when its own streams may have ended."""
+    [interval] = re.findall(r" inter (\d+)s ", HAPROXY)
+    assert int(interval) + 1 < NOTICE_SECONDS
+    [stop] = re.findall(r"hard-stop-after (\d+)s", HAPROXY)
+    assert services()["haproxy"]["stop_grace_period"] == f"{int(stop) + 5}s"
+    spec = manifest("Deployment", "cottention-haproxy")["template"]["spec"]
+    before = spec["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert spec["terminationGracePeriodSeconds"] >= before + int(stop) + 5
+
+
+def test_as_many_servers_as_may_come_have_their_places() -> None:
+    """In HAProxy's tables, in the database's connections, in what autoscaling may ask for."""
+    [most] = set(re.findall(r"MAX_REPLICAS-(\d+)", HAPROXY))
+    assert f"MAX_REPLICAS:-{most}" in CLUSTER
+    [connections] = re.findall(r"max_connections=(\d+)", CLUSTER)
+    assert int(connections) >= int(most) * (MAX_CONNECTIONS + 1) + 10
+    assert manifest("HorizontalPodAutoscaler", "cottention-replica")["maxReplicas"] <= int(most)
 
 
 def test_everything_is_published_on_this_machine_alone() -> None:
-    for name, service in yaml.safe_load(COMPOSE)["services"].items():
-        [port] = service["ports"]
-        assert ":-127.0.0.1:" in port, name
+    for name, service in services().items():
+        for port in service.get("ports", ()):
+            assert ":-127.0.0.1:" in port, name
     assert "127.0.0.1:8000}:8000" in COMPOSE
+    assert "127.0.0.1:8000}:8000" in CLUSTER
 
 
 def test_services_are_closed() -> None:
-    for name, service in yaml.safe_load(COMPOSE)["services"].items():
+    for name, service in services().items():
         assert service["read_only"], name
         assert service["cap_drop"] == ["ALL"], name
-        assert service["restart"] == "unless-stopped", name
+        assert service.get("restart") == (None if name == "password" else "unless-stopped"), name
         assert service["deploy"]["resources"]["limits"]["memory"], name
     gpu = yaml.safe_load(COMPOSE)["services"]["server-gpu"]
     [device] = gpu["deploy"]["resources"]["reservations"]["devices"]
@@ -119,13 +164,13 @@ def test_the_images_start_with_an_init(path: Path) -> None:
 
 
 def test_no_manifest_goes_round_the_image_s_init() -> None:
-    for name, service in yaml.safe_load(COMPOSE)["services"].items():
-        if name.startswith("server"):
+    for name, service in services().items():
+        if name.startswith(("server", "replica")):
             assert "entrypoint" not in service, name
-    for path in (DOCKER / "kubernetes").iterdir():
-        pod = yaml.safe_load(path.read_text())["spec"].get("template", {"spec": {}})
+    for each in MANIFESTS:
+        pod = each["spec"].get("template", {"spec": {}})
         for container in pod["spec"].get("containers", ()):
-            assert "command" not in container, path.name
+            assert "command" not in container, each["metadata"]["name"]
 
 
 def cuda_build_step() -> dict[str, str]:
@@ -173,8 +218,8 @@ def test_rules_and_dashboard_name_only_what_is_exported() -> None:
 def test_the_dashboard_is_found() -> None:
     provider = DOCKER / "grafana" / "provisioning" / "dashboards" / "cottention.yml"
     folder = yaml.safe_load(provider.read_text())["providers"][0]["options"]["path"]
-    services = yaml.safe_load(COMPOSE)["services"]
-    mounts = dict(each.split(":")[:2] for each in services["grafana"]["volumes"])
+    grafana = services()["grafana"]
+    mounts = dict(each.split(":")[:2] for each in grafana["volumes"])
     assert mounts["./grafana/dashboards"] == folder
-    home = services["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert home == f"{folder}/cottention.json"

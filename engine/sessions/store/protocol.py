@@ -325,6 +325,10 @@ class SessionStore(Protocol):
         """How much is stored."""
         ...
 
+    def check_reachable(self) -> None:
+        """Does nothing, without waiting, or raises StoreUnreachableError: requests would, too."""
+        ...
+
     def now(self) -> float:
         """The store's time, in seconds."""
         ...

@@ -295,6 +295,9 @@ class SqliteStore(SessionStore):
         with self._faults.writing():
             return self._index.give_back()
 
+    def check_reachable(self) -> None:
+        """A folder is always there; what it refuses, it refuses at once."""
+
     def free_reserve(self) -> None:
         with self._faults.writing():
             self._index.free_reserve()

@@ -114,6 +114,15 @@ def test_health_and_ready_are_200(shared: Live) -> None:
     assert shared.client.get("/ready").status_code == 200
 
 
+def test_readiness_for_sessions_is_asked_for_by_a_flag(shared: Live) -> None:
+    """Load balancers ask so; a flag that is misspelt would ask for less in silence."""
+    assert shared.client.get("/ready?sessions=1").status_code == 200
+    assert shared.client.get("/ready?sessions=0").status_code == 200
+    refused = shared.client.get("/ready?sessions=perhaps")
+    assert refused.status_code == 400
+    assert "true or false, or 1 or 0" in refused.json()["error"]["message"]
+
+
 def test_a_draining_server_is_healthy_and_not_ready() -> None:
     with serving() as live:
         name = live.opened()

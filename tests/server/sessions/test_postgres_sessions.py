@@ -16,7 +16,7 @@ from cottention.server.config import ServerConfig
 from cottention.server.sessions.storage import describe_storage, open_sessions
 from tests.engine.making import model_folder
 from tests.engine.postgres import PASSWORD, Postgres, running_postgres
-from tests.server.live import Live, serving
+from tests.server.live import Live, eventually, serving
 
 pytestmark = pytest.mark.cluster
 
@@ -111,9 +111,16 @@ def test_a_database_that_is_away_costs_sessions_alone(
             assert answer.json()["error"]["code"] == "store_unreachable"
             assert int(answer.headers["retry-after"]) > 0
             assert PASSWORD not in answer.text
+        asleep = live.client.get("/ready?sessions=1")
+        assert asleep.status_code == 503
+        assert asleep.json()["error"]["code"] == "store_unreachable"
+        assert "no heartbeat has reached the database" in asleep.json()["error"]["message"]
+        assert int(asleep.headers["retry-after"]) > 0
+        assert live.client.get("/ready").status_code == 200
         assert live.complete(prompt="x", max_tokens=2).status_code == 200
         assert live.client.get("/health").status_code == 200
         postgres.start()
+        eventually(lambda: live.client.get("/ready?sessions=1").status_code, equals=200)
         answer = live.complete(prompt="x", session_id=session_id, **BODY)
         assert answer.status_code == 200
         assert live.session(session_id)["position"] == position + 1 + BODY["max_tokens"]

@@ -19,6 +19,7 @@ from cottention.engine.errors import (
     SessionNotFoundError,
     SnapshotError,
     StoreUnavailableError,
+    StoreUnreachableError,
 )
 from cottention.engine.sessions.store.answers import require_kept
 from cottention.engine.sessions.store.postgres import answers, queries
@@ -385,6 +386,12 @@ class PostgresStore(SessionStore):
         found = StoreCounts(*row)
         self._counted = time.monotonic(), found
         return found
+
+    def check_reachable(self) -> None:
+        if not self.is_alive:
+            raise StoreUnreachableError(
+                f"no heartbeat has reached the database of sessions for {LIFE_SECONDS:g} s"
+            )
 
     def now(self) -> float:
         return self._replica.now()

@@ -1,0 +1,1 @@
+"""Servers of one cluster that something else than `cottention serve` starts."""
