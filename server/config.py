@@ -14,6 +14,9 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 SEND_SECONDS = 300.0
 """Default of --send-seconds."""
 
+GENERATE_MAX_TOKENS = 256
+"""Where neither --max-tokens nor the model's files limit what `generate` prints."""
+
 _UNSET = "that of the model's generation_config.json, else {}"
 
 

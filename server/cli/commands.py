@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cottention.engine.config import EngineConfig
-from cottention.engine.errors import ConfigurationError, CottentionError
+from cottention.engine.errors import CottentionError
 from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.outputs import FinishReason
 from cottention.engine.sampling_params import SamplingParams
@@ -21,7 +21,8 @@ from cottention.engine.settings.declaration import Setting, settings_of
 from cottention.engine.settings.sources import Origin, Resolved
 from cottention.engine.standard_streams import write_notice, write_output
 from cottention.engine.state.context_window import ContextPolicy
-from cottention.server.config import GenerateConfig, ServerConfig
+from cottention.server.cli.terminal import standard_input
+from cottention.server.config import GENERATE_MAX_TOKENS, GenerateConfig, ServerConfig
 from cottention.server.log_config import FIELDS, LogFormat
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ HIDDEN = "********"
 """Stands for a secret."""
 
 
-GENERATE_MAX_TOKENS = 256
-"""Where neither --max-tokens nor the model's files limit what `generate` prints."""
-
-
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serve until a signal. Limits, port, keys and folders are checked before loading the model."""
     from cottention.server.cli.open_files import connection_table, raise_open_files_limit
@@ -48,32 +45,22 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
     tls = tls_context(config)
     with listening(config) as sock:
         from cottention.engine.opening import open_engine
-        from cottention.engine.worker import EngineWorker
-        from cottention.server.api.app import create_app
+        from cottention.server.cli.application import application
         from cottention.server.cli.serve import describe_access, warn_of_open_access
-        from cottention.server.generation.admission import AdmissionQueue
-        from cottention.server.generation.async_engine import AsyncEngine
         from cottention.server.generation.chat_template import find_template
         from cottention.server.http.origin import check_access
-        from cottention.server.limits.api_keys import load_api_keys, session_quotas
-        from cottention.server.sessions.storage import check_storage, describe_storage, sessions_of
+        from cottention.server.limits.api_keys import load_api_keys
+        from cottention.server.sessions.storage import check_storage, describe_storage
 
         keys = load_api_keys(config)
         check_access(config)
         check_storage(config)
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = open_engine(model, engine_config)
-        async_engine = AsyncEngine(
-            engine,
-            partial(EngineWorker, engine),
-            AdmissionQueue.of(config),
-            config.stream_buffer_bytes,
-        )
-        with sessions_of(engine, config, session_quotas(keys, config)) as sessions:
-            app = create_app(async_engine, config, keys, sessions, template)
+        with application(engine, config, keys, template) as (app, async_engine, has_sessions):
             warn_of_open_access(sock, config)
             facts = {
-                "sessions": "none" if sessions is None else describe_storage(config),
+                "sessions": describe_storage(config) if has_sessions else "none",
                 "access": describe_access(sock, config),
             }
             page = page_url(sock, has_tls=tls is not None) if config.ui else None
@@ -87,7 +74,7 @@ def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -
     """Print the continuation of `prompt`, or of standard input where it is "-"."""
     from cottention.engine.engine import Engine
 
-    text = _standard_input() if prompt == "-" else prompt
+    text = standard_input() if prompt == "-" else prompt
     _sampling_params(config, {})  # a flag that is wrong is reported before the model is loaded
     engine = Engine(config.model, engine_config)
     params = _sampling_params(config, engine.default_sampling_params)
@@ -155,17 +142,6 @@ def config(resolved: Sequence[Resolved[Any]], *, as_json: bool) -> int:
     for name, value, origin in table:
         write_output(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}\n")
     return 0
-
-
-def _standard_input() -> str:
-    if sys.stdin is None:  # Python's value for a descriptor that was closed
-        raise ConfigurationError("standard input is closed; give PROMPT, or a file or a pipe")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
-    except OSError as error:
-        raise ConfigurationError(f"standard input cannot be read: {error.strerror}") from None
 
 
 def _announce(engine: "Engine | EncoderEngine", facts: dict[str, str], form: LogFormat) -> None:

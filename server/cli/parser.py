@@ -16,6 +16,8 @@ from cottention.engine.settings.sources import Resolved, unknown_variables
 from cottention.engine.standard_streams import write_notice, write_output
 from cottention.server.cli import commands
 from cottention.server.cli.options import (
+    ALL_SETTINGS,
+    CHAT_SETTINGS,
     GENERATE_SETTINGS,
     INFO_SETTINGS,
     KNOWN_VARIABLES,
@@ -24,6 +26,7 @@ from cottention.server.cli.options import (
     sources_of,
     warn_of_unknown_variables,
 )
+from cottention.server.cli.settings import ChatConfig, ClientConfig
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version
@@ -86,12 +89,49 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
         default="-",
         help="text to continue; - reads standard input (default: -)",
     )
+    parser.add_argument(
+        "-i",
+        "--interactive",
+        action="store_true",
+        help="go on with lines of yours, where standard input is a terminal",
+    )
 
 
 def _generate(given: argparse.Namespace) -> int:
     sources = sources_of(given, os.environ)
-    config = sources.read(GenerateConfig).value
-    return commands.generate(given.prompt, config, sources.read(EngineConfig).value)
+    config, client = sources.read(GenerateConfig).value, sources.read(ClientConfig).value
+    engine_config = sources.read(EngineConfig).value
+    if not given.interactive and client.url is None:
+        return commands.generate(given.prompt, config, engine_config)
+    from cottention.server.cli.chat import chat
+
+    message, first = given.prompt, None
+    if given.interactive:
+        message, first = None, None if message == "-" else message
+    return chat(message, client, ChatConfig(), config, engine_config, is_plain=True, first=first)
+
+
+def _add_message(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "message",
+        nargs="?",
+        metavar="MESSAGE",
+        help="message to answer, - reads it from standard input (default: a conversation, where"
+        " standard input is a terminal, else -)",
+    )
+
+
+def _chat(given: argparse.Namespace) -> int:
+    from cottention.server.cli.chat import chat
+
+    sources = sources_of(given, os.environ)
+    return chat(
+        given.message,
+        sources.read(ClientConfig).value,
+        sources.read(ChatConfig).value,
+        sources.read(GenerateConfig).value,
+        sources.read(EngineConfig).value,
+    )
 
 
 def _info(given: argparse.Namespace) -> int:
@@ -125,8 +165,7 @@ def _add_shell(parser: argparse.ArgumentParser) -> None:
 def _completion(given: argparse.Namespace) -> int:
     from cottention.server.cli.completion import completion_script
 
-    settings = (SERVE_SETTINGS | GENERATE_SETTINGS).values()
-    write_output(completion_script(given.shell, _parser(), settings))
+    write_output(completion_script(given.shell, _parser(), ALL_SETTINGS))
     return 0
 
 
@@ -148,10 +187,17 @@ COMMANDS = {
     "serve": Command("serve a model over HTTP", "[MODEL] [flags]", _serve, SERVE_SETTINGS),
     "generate": Command(
         "generate text from a prompt",
-        "[PROMPT] [flags]",
+        "[PROMPT] [-i] [flags]",
         _generate,
         GENERATE_SETTINGS,
         _add_prompt,
+    ),
+    "chat": Command(
+        "hold a conversation, with a model loaded here or on a server",
+        "[MESSAGE] [flags]",
+        _chat,
+        CHAT_SETTINGS,
+        _add_message,
     ),
     "info": Command(
         "show a model's size and its memory per session", "[MODEL] [flags]", _info, INFO_SETTINGS
