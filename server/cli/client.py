@@ -40,7 +40,7 @@ class Client:
                 transport=None if path is None else httpx2.HTTPTransport(uds=path),
             )
         except httpx2.InvalidURL as error:
-            raise ConfigurationError(f"--url {url} is not a URL: {error}; {FORMS}") from None
+            raise ConfigurationError(f"{url} is not a URL: {error}; {FORMS}") from None
 
     @classmethod
     def of(cls, config: ClientConfig) -> "Client":
@@ -146,7 +146,7 @@ def address_of(url: str) -> tuple[str, str | None]:
     if url.startswith(UNIX) and len(url) > len(UNIX):
         return "http://localhost", url.removeprefix(UNIX)
     if not url.startswith(SCHEMES) or url in SCHEMES:
-        raise ConfigurationError(f"--url {url} is not the URL of a server: {FORMS}")
+        raise ConfigurationError(f"{url} is not the URL of a server: {FORMS}")
     return url.rstrip("/").removesuffix("/v1"), None
 
 

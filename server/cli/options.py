@@ -14,7 +14,7 @@ from cottention.engine.settings.sources import (
     variable_of,
 )
 from cottention.engine.training.settings import TRAINING_VARIABLES
-from cottention.server.cli.settings import ChatConfig, ClientConfig
+from cottention.server.cli.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 
 logger = logging.getLogger("cottention")
@@ -27,9 +27,10 @@ GENERATE_SETTINGS = {
     "engine": EngineConfig,
 }
 CHAT_SETTINGS = {"conversation": ChatConfig, **GENERATE_SETTINGS}
+BENCH_SETTINGS = {"server to test": TargetConfig, "load": BenchConfig}
 """What a command reads, by the titles in its help text."""
 
-ALL_SETTINGS = tuple((SERVE_SETTINGS | CHAT_SETTINGS).values())
+ALL_SETTINGS = tuple((SERVE_SETTINGS | CHAT_SETTINGS | BENCH_SETTINGS).values())
 
 NAMES = frozenset(each.name for config_type in ALL_SETTINGS for each in settings_of(config_type))
 """Every key that a configuration file may have: one file serves all commands."""

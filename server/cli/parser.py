@@ -7,16 +7,19 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from cottention.engine.config import EngineConfig
+from cottention.engine.errors import ConfigurationError
 from cottention.engine.settings.command_line import OneLineParser
 from cottention.engine.settings.sources import Resolved, unknown_variables
 from cottention.engine.standard_streams import write_notice, write_output
 from cottention.server.cli import commands
 from cottention.server.cli.options import (
     ALL_SETTINGS,
+    BENCH_SETTINGS,
     CHAT_SETTINGS,
     GENERATE_SETTINGS,
     INFO_SETTINGS,
@@ -26,10 +29,12 @@ from cottention.server.cli.options import (
     sources_of,
     warn_of_unknown_variables,
 )
-from cottention.server.cli.settings import ChatConfig, ClientConfig
+from cottention.server.cli.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version
+
+Asking = TypeVar("Asking", BenchConfig, GenerateConfig)
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -99,7 +104,8 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
 
 def _generate(given: argparse.Namespace) -> int:
     sources = sources_of(given, os.environ)
-    config, client = sources.read(GenerateConfig).value, sources.read(ClientConfig).value
+    client, generation = sources.read(ClientConfig).value, sources.read(GenerateConfig)
+    config = generation.value if client.url is None else _asking_for_flag(generation)
     engine_config = sources.read(EngineConfig).value
     if not given.interactive and client.url is None:
         return commands.generate(given.prompt, config, engine_config)
@@ -125,13 +131,32 @@ def _chat(given: argparse.Namespace) -> int:
     from cottention.server.cli.chat import chat
 
     sources = sources_of(given, os.environ)
+    client, generation = sources.read(ClientConfig).value, sources.read(GenerateConfig)
     return chat(
         given.message,
-        sources.read(ClientConfig).value,
+        client,
         sources.read(ChatConfig).value,
-        sources.read(GenerateConfig).value,
+        generation.value if client.url is None else _asking_for_flag(generation),
         sources.read(EngineConfig).value,
     )
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from cottention.server.cli.bench import bench
+
+    sources = sources_of(given, os.environ)
+    target = sources.read(TargetConfig).value
+    if target.url is None:
+        raise ConfigurationError("URL is missing: give the server to test, as http://HOST:PORT")
+    config = sources.read(BenchConfig)
+    return bench(target, _asking_for_flag(config), as_json=given.json)
+
+
+def _asking_for_flag(resolved: Resolved[Asking]) -> Asking:
+    """Settings without a model that no flag named: variable and file say what is loaded here."""
+    if resolved.origins["model"].kind == "flag":
+        return resolved.value
+    return replace(resolved.value, model=None)
 
 
 def _info(given: argparse.Namespace) -> int:
@@ -198,6 +223,13 @@ COMMANDS = {
         _chat,
         CHAT_SETTINGS,
         _add_message,
+    ),
+    "bench": Command(
+        "test a running server under load, ours or another with OpenAI's interface",
+        "URL [flags] [--json]",
+        _bench,
+        BENCH_SETTINGS,
+        _add_json,
     ),
     "info": Command(
         "show a model's size and its memory per session", "[MODEL] [flags]", _info, INFO_SETTINGS
