@@ -281,10 +281,19 @@ class Engine:
             prefix_cache=self._prefix_cache.stats(),
         )
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
-        """Generate in this thread and yield outputs as they come; closing the iterator cancels."""
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Output]:
+        """Generate in this thread and yield outputs as they come; closing the iterator cancels.
+
+        on_prefill: takes the number of the prompt's ids that have been prefilled, and of all, after
+        each step but the last of its prefill.
+        """
         prompts = {uuid.uuid4().hex: self._input_processor.tokenize(prompt)}
-        yield from self._generate(prompts, params or self._default_params())
+        yield from self._generate(prompts, params or self._default_params(), on_prefill)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None
@@ -307,7 +316,10 @@ class Engine:
         return SamplingParams(**self.default_sampling_params)
 
     def _generate(
-        self, prompts: Mapping[str, Sequence[int]], params: SamplingParams
+        self,
+        prompts: Mapping[str, Sequence[int]],
+        params: SamplingParams,
+        on_prefill: Callable[[int, int], None] | None = None,
     ) -> Iterator[Output]:
         """Outputs of prompts by request id, stepping until they end."""
         inbox = self._inboxes.open(prompts)
@@ -317,6 +329,10 @@ class Engine:
             num_unfinished = len(prompts) * params.n
             while num_unfinished:
                 self.step()
+                num_left = sum(map(self._request_manager.num_left, prompts))
+                if on_prefill is not None and num_left:
+                    total = max(num_left, sum(map(len, prompts.values())))
+                    on_prefill(total - num_left, total)
                 while inbox:  # steps of other iterators fill it, too
                     output = inbox.popleft()
                     num_unfinished -= output.finish_reason is not None

@@ -276,6 +276,12 @@ class Request:
         """Whether nothing is left to prefill."""
         return not self.prefill_spans
 
+    @property
+    def num_left(self) -> int:
+        """Ids that are still to be prefilled."""
+        num = sum(span.stop - span.begin for span in self.prefill_spans)
+        return num - (self.num_prefilled - self.prefill_spans[0].begin) if num else 0
+
     def set_prefill_spans(self, spans: deque[PrefillSpan]) -> None:
         """Replace what is still to be prefilled."""
         self.prefill_spans = spans

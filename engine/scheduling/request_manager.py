@@ -51,6 +51,11 @@ class RequestManager:
             raise ParameterError("request_id", "there is an unfinished request of that request_id")
         self._reserved_ids.add(request_id)
 
+    def num_left(self, request_id: str) -> int:
+        """Ids of a request that are still to be prefilled; 0 for one that is not known."""
+        request = self._requests.get(request_id)
+        return 0 if request is None else request.num_left
+
     def add(self, request: Request) -> list[Output]:
         """Queue a new request."""
         self._requests[request.id] = request

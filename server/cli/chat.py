@@ -22,6 +22,7 @@ from cottention.server.cli.conversation import (
     request_of,
     text_of,
 )
+from cottention.server.cli.progress import progress
 from cottention.server.cli.settings import ChatConfig, ClientConfig
 from cottention.server.cli.terminal import (
     RED,
@@ -153,14 +154,22 @@ def _answer_once(
     *,
     is_chat: bool,
 ) -> int:
-    last = ""
-    for chunk in client.events(*request_of(message, is_chat, config.system, parameters)):
-        for choice in chunk.get("choices", ()):
-            show(text := text_of(choice))
-            last = text or last
-    if not last.endswith("\n"):
+    chunks = client.events(*request_of(message, is_chat, config.system, parameters))
+    pieces = Noted(text_of(each) for chunk in chunks for each in chunk.get("choices", ()))
+    _show_all(pieces)
+    if not pieces.last.endswith("\n"):
         show("\n")
     return 0
+
+
+def _show_all(pieces: Iterator[str]) -> None:
+    """Show pieces as they come, after a bar while the first is waited for."""
+    with contextlib.ExitStack() as waiting:
+        waiting.enter_context(progress("reading"))
+        for piece in pieces:
+            if piece:
+                waiting.close()
+                show(piece)
 
 
 @contextlib.contextmanager
@@ -191,6 +200,19 @@ def _stopping(stop: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class Noted(Iterator[str]):
+    """Pieces of text; `last` is the last of those that have come and are not empty."""
+
+    def __init__(self, pieces: Iterator[str]) -> None:
+        self._pieces = pieces
+        self.last = ""
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self.last = piece or self.last
+        return piece
 
 
 class Dialogue:
@@ -276,15 +298,13 @@ class Dialogue:
             text = text if self._ends_line or not text else f"\n{text}"
         if not text.strip() and not (self._is_plain and conversation.branch.position):
             return
-        last = ""
+        pieces = Noted(conversation.ask(text))
         try:
             with _stopping(conversation.stop):
-                for piece in conversation.ask(text):
-                    show(piece)
-                    last = piece or last
+                _show_all(pieces)
         finally:
-            if last:
-                self._ends_line = last.endswith("\n")
+            if pieces.last:
+                self._ends_line = pieces.last.endswith("\n")
                 show("" if self._ends_line else "\n")
         self._tell_end(before)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import CottentionError
 from cottention.engine.models.model_folder import resolve_model
-from cottention.engine.outputs import FinishReason
+from cottention.engine.outputs import FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.context_policy import MAX_HELD
 from cottention.engine.settings.declaration import Setting, settings_of
 from cottention.engine.settings.sources import Origin, Resolved
 from cottention.engine.standard_streams import write_notice, write_output
 from cottention.engine.state.context_window import ContextPolicy
+from cottention.server.cli.progress import loaded, progress
 from cottention.server.cli.terminal import standard_input
 from cottention.server.config import GENERATE_MAX_TOKENS, GenerateConfig, ServerConfig
 from cottention.server.log_config import FIELDS, LogFormat
@@ -56,7 +58,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         check_access(config)
         check_storage(config)
         template = find_template(config.chat_template, resolve_model(model).folder)
-        engine = open_engine(model, engine_config)
+        engine = loaded(open_engine, model, engine_config)
         with application(engine, config, keys, template) as (app, async_engine, has_sessions):
             warn_of_open_access(sock, config)
             facts = {
@@ -76,16 +78,25 @@ def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -
 
     text = standard_input() if prompt == "-" else prompt
     _sampling_params(config, {})  # a flag that is wrong is reported before the model is loaded
-    engine = Engine(config.model, engine_config)
+    engine = loaded(Engine, config.model, engine_config)
     params = _sampling_params(config, engine.default_sampling_params)
     status = 0
-    for output in engine.stream(text, params):
-        write_output(output.text)
-        if output.finish_reason is FinishReason.ERROR:
-            write_notice(f"cottention generate: {output.error}\n", sys.stderr)
-            status = 1
+    with ExitStack() as stack:
+        report = stack.enter_context(progress("reading the prompt"))
+        for output in engine.stream(text, params, report):
+            stack.close()
+            write_output(output.text)
+            status |= _told_error(output)
     write_output("\n")
     return status
+
+
+def _told_error(output: Output) -> int:
+    """1 for an output that ends with an error, which is told."""
+    if output.finish_reason is not FinishReason.ERROR:
+        return 0
+    write_notice(f"cottention generate: {output.error}\n", sys.stderr)
+    return 1
 
 
 def _sampling_params(config: GenerateConfig, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -101,7 +112,7 @@ def info(model: str | None, engine_config: EngineConfig) -> int:
     from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.opening import open_engine
 
-    engine = open_engine(model, replace(engine_config, max_slots=1, state_memory=None))
+    engine = loaded(open_engine, model, replace(engine_config, max_slots=1, state_memory=None))
     if isinstance(engine, EncoderEngine):
         facts = _encoder_facts(engine)
     else:
@@ -117,7 +128,9 @@ def build() -> int:
     from cottention.engine.ops.build import build as build_ops
 
     try:
-        write_output(f"{build_ops()}\n")
+        with progress("compiling the ops") as report:
+            library = build_ops(report=report)
+        write_output(f"{library}\n")
         if is_cuda_wanted():
             write_output(f"{build_cuda()}\n")
     except BuildError as error:

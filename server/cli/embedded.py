@@ -17,6 +17,7 @@ from cottention.engine.models.model_folder import resolve_model
 from cottention.engine.opening import open_engine
 from cottention.server.cli.application import application
 from cottention.server.cli.open_files import connection_table
+from cottention.server.cli.progress import loaded
 from cottention.server.cli.serve import bounded, listening
 from cottention.server.config import ServerConfig
 from cottention.server.generation.chat_template import find_template
@@ -42,7 +43,7 @@ def embedded_server(
             session_checkpoints=CHECKPOINTS,
         )
         template = find_template(config.chat_template, resolve_model(model).folder)
-        engine = open_engine(model, engine_config)
+        engine = loaded(open_engine, model, engine_config)
         if "completions" not in engine.capabilities:
             raise ConfigurationError(f"{engine.name} is an encoder: it generates no text")
         with (

@@ -1,17 +1,26 @@
-"""Progress bars for what takes seconds: on a terminal only, on standard error, gone at the end.
+"""Progress bars for what takes a while: on a terminal only, on standard error, gone at the end.
 
-Drawn by rich, which training uses as well: it is imported where a bar is shown and nowhere else.
+Drawn by rich, which training uses as well: it is imported where a bar may be shown and nowhere
+else.
 """
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
+from cottention.engine.config import EngineConfig
+from cottention.engine.models.model_folder import DEFAULT_MODEL
 from cottention.server.cli.terminal import is_terminal
+
+Engine = TypeVar("Engine")
 
 Report = Callable[[int, int], None]
 """Takes how much is done, and how much there is in all."""
+
+DELAY_SECONDS = 0.5
+"""What is done sooner shows no bar."""
 
 
 def silent(_done: int, _total: int) -> None:
@@ -24,19 +33,77 @@ def progress(what: str) -> Iterator[Report]:
     if not is_terminal(sys.stderr):
         yield silent
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    bar = _Bar(what)
+    timer = threading.Timer(DELAY_SECONDS, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield bar.update
+    finally:
+        timer.cancel()
+        bar.stop()
 
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
-    bar = Progress(
-        *columns,
-        TaskProgressColumn(),
-        console=Console(file=sys.stderr),
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
-    with bar:
-        task = bar.add_task(escape(what), total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+class _Bar:
+    """A bar that a timer starts, unless it has been stopped before."""
+
+    def __init__(self, what: str) -> None:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import (
+            BarColumn,
+            Progress,
+            TaskProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()]
+        self._bar = Progress(
+            *columns,
+            TaskProgressColumn(),
+            console=Console(file=sys.stderr),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._task = self._bar.add_task(escape(what), total=None)
+        self._lock = threading.Lock()
+        self._is_stopped = False
+
+    def start(self) -> None:
+        with self._lock:
+            if not self._is_stopped:
+                self._bar.start()
+
+    def update(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._is_stopped = True
+            self._bar.stop()
+
+
+def loaded(
+    opener: Callable[[str | None, EngineConfig], Engine], model: str | None, config: EngineConfig
+) -> Engine:
+    """What `opener` makes of a model, with bars while the ops are compiled and the model is read.
+
+    What a download needs, huggingface-hub shows.
+    """
+    compile_ops()
+    with progress(f"loading {model or DEFAULT_MODEL.name}"):
+        return opener(model, config)
+
+
+def compile_ops() -> None:
+    """Compile the ops where that has to be done, with a bar; what fails is told at their use."""
+    if not is_terminal(sys.stderr):
+        return
+    from cottention.engine.ops.build import BuildError, build, find, is_wanted
+
+    with contextlib.suppress(BuildError, OSError):
+        if is_wanted() and find() is None:
+            with progress("compiling the ops, once") as report:
+                build(report=report)

@@ -1,13 +1,16 @@
 """A command of `cottention` at a terminal of its own: a pty that controls its session."""
 
 import contextlib
+import fcntl
 import os
 import re
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.server.live import PATIENCE
@@ -64,15 +67,24 @@ class AtTerminal:
         return True
 
 
+COTTENTION = ("-m", "cottention.server")
+
+
 @contextlib.contextmanager
 def at_terminal(
-    home: Path, *arguments: object, environ: Mapping[str, str] | None = None
+    home: Path,
+    *arguments: object,
+    environ: Mapping[str, str] | None = None,
+    program: Sequence[str] = COTTENTION,
 ) -> Iterator[AtTerminal]:
-    """`cottention ARGUMENTS` with the history of a home folder; killed at the end."""
+    """`cottention ARGUMENTS` with the history of a home folder; killed at the end.
+
+    program: what Python runs instead.
+    """
     ours, theirs = os.openpty()
-    command = ["setsid", "--ctty", sys.executable, "-m", "cottention.server"]
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
     popen = subprocess.Popen(
-        [*command, *map(str, arguments)],
+        ["setsid", "--ctty", sys.executable, *program, *map(str, arguments)],
         cwd=ROOT,
         stdin=theirs,
         stdout=theirs,
