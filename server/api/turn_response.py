@@ -30,6 +30,7 @@ from cottention.server.generation.sse import (
     until_done,
     usage_of,
 )
+from cottention.server.generation.timings import timings_of
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.observability.access_log import RequestRecord, request_record
 from cottention.server.schemas.session_responses import etag_of, session_summary
@@ -83,7 +84,7 @@ class TurnResponse(Response):
                     request, stream, turn, stack.pop_all(), request_record(scope), receive
                 )
             elif request.is_stream:
-                events = TurnEvents(stream, self._formatter(request), turn)
+                events = TurnEvents(stream, self._formatter(request, stream), turn)
                 response = EventStreamResponse(events, context.config.sse_keep_alive_seconds)
             else:
                 response = await self._whole(request, stream, turn, receive)
@@ -98,7 +99,7 @@ class TurnResponse(Response):
         start = policies.settled(turn.state, self._parsed.params)
         request = self._parsed.build_turn(start, tokenizer)
         num_reread = policies.num_reread(start, request.num_prompt_tokens)
-        request = replace(request, num_reread=num_reread)
+        request = replace(request, num_reread=num_reread, num_held=start.num_tokens)
         skips = request.params.skip_special_tokens
         table = tokenizer.token_bytes if skips else tokenizer.written_bytes
         turn.set_prompt(start, request.prompts[0], table, policies.window)
@@ -114,7 +115,7 @@ class TurnResponse(Response):
         async with close_on_disconnect(stream, receive):
             deltas = await collect_outputs(stream)
             session = await turn.finish(deltas[0])
-            return await self._formatted(request, deltas[0], stream.num_generated, session)
+            return await self._formatted(request, deltas[0], stream, session)
 
     async def _continued(
         self,
@@ -129,7 +130,7 @@ class TurnResponse(Response):
         context, is_whole = self._context, not request.is_stream
         live = LiveEvents(context.config.session_event_log_bytes)
         events = TurnEvents(
-            stream, self._formatter(request), turn, live.log_ending_with, gathers=is_whole
+            stream, self._formatter(request, stream), turn, live.log_ending_with, gathers=is_whole
         )
         key = (self._caller.owner, turn.session_id)
         record.background_turn = task = context.turns.detach(key, live, _run(events, live, stack))
@@ -141,25 +142,32 @@ class TurnResponse(Response):
             raise events.error
         assert events.session is not None
         check_outcome(stream, {0: events.whole})
-        return await self._formatted(request, events.whole, stream.num_generated, events.session)
+        return await self._formatted(request, events.whole, stream, events.session)
 
     async def _formatted(
-        self, request: GenerationRequest, delta: OutputDelta, num_generated: int, session: "Session"
+        self,
+        request: GenerationRequest,
+        delta: OutputDelta,
+        stream: OutputStream,
+        session: "Session",
     ) -> Response:
         """The whole response."""
         endpoint, context = self._endpoint, self._context
         header = endpoint.header(self._name, context.model_name, is_stream=request.is_stream)
         choices = endpoint.formatter(request, context.tokenizer)
-        usage = usage_of(request.num_prompt_tokens, num_generated)
+        usage = usage_of(request.num_prompt_tokens, stream.num_generated)
         extra = {"session": session_summary(session)}
+        if request.timings:
+            extra["timings"] = timings_of(request, stream)
         response = format_response({0: delta}, header, choices, request, usage, extra)
         response.headers["ETag"] = etag_of(session)
         return response
 
-    def _formatter(self, request: GenerationRequest) -> EventFormatter:
+    def _formatter(self, request: GenerationRequest, stream: OutputStream) -> EventFormatter:
         endpoint, context = self._endpoint, self._context
         header = endpoint.header(self._name, context.model_name, is_stream=True)
-        return EventFormatter(header, endpoint.formatter(request, context.tokenizer), request)
+        choices = endpoint.formatter(request, context.tokenizer)
+        return EventFormatter(header, choices, request, stream)
 
 
 async def _run(events: TurnEvents, live: LiveEvents, stack: AsyncExitStack) -> None:

@@ -128,6 +128,7 @@ class OutputStream:
         self.num_generated = self.num_cached = 0
         self.started: float | None = None
         self.first_token: float | None = None
+        self.last_token: float | None = None
         self.reasons: list[FinishReason] = []
 
     @property

@@ -12,7 +12,7 @@ from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.server.generation.chat_template import find_template
 from cottention.server.generation.choice_format import ChatFormatter, CompletionFormatter
-from cottention.server.generation.output_stream import OutputDelta
+from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.request import GenerationRequest, OutputOptions
 from cottention.server.generation.sse import EventFormatter, ResponseHeader
 from cottention.server.schemas.sampling import StreamOptions
@@ -43,7 +43,8 @@ def request(**options: bool) -> GenerationRequest:
 
 def formatter(header: ResponseHeader = HEADER, **options: bool) -> EventFormatter:
     choices = CompletionFormatter(request(**options), cast(Tokenizer, FakeTokenizer()))
-    return EventFormatter(header, choices, request(**options))
+    stream = OutputStream(2, lambda _: None, lambda _: None)
+    return EventFormatter(header, choices, request(**options), stream)
 
 
 def events(made: EventFormatter, deltas: dict[int, OutputDelta]) -> str:
@@ -55,7 +56,7 @@ def test_an_event_s_bytes() -> None:
         f'data: {{{HEAD},"choices":[{{"index":0,"text":"a\\"\\u2028\\u00e9\\n","logprobs":null,'
         '"finish_reason":null}]}\n\n'
     )
-    assert formatter().end(1) == "data: [DONE]\n\n"
+    assert formatter().end() == "data: [DONE]\n\n"
 
 
 def test_an_event_s_bytes_beside_usage() -> None:
