@@ -276,6 +276,11 @@ class ServerConfig:
         "host name with dots that requests may be addressed to where no API key is set; may be"
         " repeated or separated by commas, *.NAME is all names below NAME, * is any",
     )
+    otlp_endpoint: str | None = setting(
+        None,
+        "OpenTelemetry collector to send traces to, as http://HOST:4318; needs the extra `otel`",
+        unset="none: no traces",
+    )
     log_level: LogLevel = setting("info", "minimum severity of messages to log")
     log_format: LogFormat = setting("text", "log lines as text, or as one JSON object each")
     log_prompt_characters: int = setting(

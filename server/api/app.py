@@ -42,6 +42,7 @@ from cottention.server.limits.key_limits import KeyLimits
 from cottention.server.limits.rate_limit import KeyUsage, RateLimitMiddleware
 from cottention.server.observability.access_log import AccessLogMiddleware
 from cottention.server.observability.metrics import make_registry
+from cottention.server.observability.tracing import Tracing, TracingMiddleware
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.encoding import EmbeddingRequest, FillMaskRequest
@@ -96,8 +97,9 @@ def create_app(
     for an encoder.
     """
     turns = None if sessions is None else TurnQueue(sessions)
-    app = _new_app(engine, turns)
     name = config.served_model_name or engine.engine.name
+    tracing = None if config.otlp_endpoint is None else Tracing(config.otlp_endpoint, name)
+    app = _new_app(engine, turns, tracing)
     if sessions is None:
         registry = make_registry(engine, None, None, name)
         max_snapshot_bytes = 0
@@ -121,7 +123,7 @@ def create_app(
         app.router.routes.extend(page.make_router().routes)
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
-    _add_middleware(app, keys, config, engine)
+    _add_middleware(app, keys, config, engine, tracing)
     return app
 
 
@@ -138,7 +140,7 @@ def _routes() -> list[BaseRoute]:
     return whole.routes
 
 
-def _new_app(engine: AsyncEngine, turns: TurnQueue | None) -> FastAPI:
+def _new_app(engine: AsyncEngine, turns: TurnQueue | None, tracing: Tracing | None) -> FastAPI:
     """An application without endpoints; its shutdown waits until every turn has been stored."""
 
     @asynccontextmanager
@@ -148,6 +150,8 @@ def _new_app(engine: AsyncEngine, turns: TurnQueue | None) -> FastAPI:
         await asyncio.to_thread(engine.stop)
         if turns is not None:
             await turns.wait_settled()
+        if tracing is not None:
+            await tracing.close()
 
     # The interactive pages load scripts from elsewhere; only /openapi.json is served.
     return FastAPI(
@@ -172,7 +176,11 @@ def _usage_by_owner(keys: Sequence[ApiKey], config: ServerConfig) -> dict[str, K
 
 
 def _add_middleware(
-    app: FastAPI, keys: Sequence[ApiKey], config: ServerConfig, engine: AsyncEngine
+    app: FastAPI,
+    keys: Sequence[ApiKey],
+    config: ServerConfig,
+    engine: AsyncEngine,
+    tracing: Tracing | None,
 ) -> None:
     """From the innermost to the outermost: a 401 has CORS headers and a request id as well."""
     usage = _usage_by_owner(keys, config)
@@ -190,6 +198,8 @@ def _add_middleware(
     app.add_middleware(
         AccessLogMiddleware, num_characters=config.log_prompt_characters, table=table
     )
+    if tracing is not None:
+        app.add_middleware(TracingMiddleware, tracing=tracing)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(RoutingMiddleware)
     app.add_middleware(PacingMiddleware)

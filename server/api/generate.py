@@ -36,6 +36,7 @@ from cottention.server.http.errors import ApiError
 from cottention.server.http.json_body import parse_object
 from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import client_of, count_choices, track
+from cottention.server.observability.access_log import request_record
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.sessions.turn_queue import caller_of, owner_of
 
@@ -93,7 +94,8 @@ def open_request(
     cancellation = context.running.open(
         owner_of(request), id_prefix, request_id, is_chosen=chosen_id is not None
     )
-    return f"{id_prefix}-{request_id}", cancellation
+    name = request_record(request.scope).response_id = f"{id_prefix}-{request_id}"
+    return name, cancellation
 
 
 async def read_request(

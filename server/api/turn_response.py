@@ -70,6 +70,7 @@ class TurnResponse(Response):
         """Answer one request; an exception before the first byte becomes an error response."""
         context, options = self._context, self._parsed.turn
         assert options is not None
+        request_record(scope).session_id = options.session_id
         async with AsyncExitStack() as stack:
             stack.callback(self._cancellation.end)
             turns = context.turns.turn(self._caller, options, receive, self._cancellation)

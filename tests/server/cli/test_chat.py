@@ -92,6 +92,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
         it.type("say:more\n")
         it.shows("\nmore\n")
         assert held(live) == {"goabcsay:moremore"}
+        it.shows("> ")  # before it, the terminal itself takes Ctrl-D
         it.type(CTRL_D)
         assert it.ends() == 0
 
@@ -116,6 +117,7 @@ def test_lines_are_kept_for_the_next_conversation_and_joined_by_a_backslash(tmp_
             it.shows("\na\nb\n")
             it.type("say:again\n")
             it.shows("\nagain\n")
+            it.shows("> ")  # before it, the terminal itself takes Ctrl-D
             it.type(CTRL_D)
             assert it.ends() == 0
         history = tmp_path / "cottention" / "history"
@@ -231,6 +233,7 @@ def test_a_model_of_its_own_in_a_socket_of_its_own(tmp_path: Path) -> None:
         it.shows("(stopped at --max-tokens)")
         it.type("/rewind\n")
         it.shows("main holds 0 tokens")
+        it.shows("> ")  # before it, the terminal itself takes Ctrl-D
         it.type(CTRL_D)
         assert it.ends() == 0
         assert not made.exists()
