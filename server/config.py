@@ -62,7 +62,11 @@ class ServerConfig:
     served_model_name: str | None = setting(
         None, "model name in requests and responses", unset="the model's own name"
     )
-    ui: bool = setting(True, "serve a page at / that shows the model and its sessions in a browser")
+    ui: bool = setting(
+        True,
+        "serve a page at / that shows the model and its sessions in a browser, and one at /docs"
+        " that shows the endpoints",
+    )
     drain_seconds: float = setting(
         30.0, "time for running requests to finish after SIGTERM", minimum=0, unit="seconds"
     )

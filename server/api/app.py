@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
-from cottention.server.api import chat, completions, page, requests, status, tokenize
+from cottention.server.api import chat, completions, page, requests, status, swagger, tokenize
 from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
@@ -121,6 +121,7 @@ def create_app(
     app.router.routes.extend(_routes())
     if config.ui:
         app.router.routes.extend(page.make_router().routes)
+        app.router.routes.extend(swagger.make_router().routes)
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
     _add_middleware(app, keys, config, engine, tracing)
@@ -153,7 +154,7 @@ def _new_app(engine: AsyncEngine, turns: TurnQueue | None, tracing: Tracing | No
         if tracing is not None:
             await tracing.close()
 
-    # The interactive pages load scripts from elsewhere; only /openapi.json is served.
+    # FastAPI's own pages load scripts from elsewhere.
     return FastAPI(
         title="cottention-server",
         version=package_version(),
