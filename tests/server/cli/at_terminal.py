@@ -67,7 +67,7 @@ class AtTerminal:
         return True
 
 
-COTTENTION = ("-m", "cottention.server")
+COTTENTION = (sys.executable, "-m", "cottention.server")
 
 
 @contextlib.contextmanager
@@ -79,12 +79,12 @@ def at_terminal(
 ) -> Iterator[AtTerminal]:
     """`cottention ARGUMENTS` with the history of a home folder; killed at the end.
 
-    program: what Python runs instead.
+    program: what is run instead.
     """
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
     popen = subprocess.Popen(
-        ["setsid", "--ctty", sys.executable, *program, *map(str, arguments)],
+        ["setsid", "--ctty", *program, *map(str, arguments)],
         cwd=ROOT,
         stdin=theirs,
         stdout=theirs,

@@ -17,6 +17,7 @@ import pytest
 
 from cottention.engine.ops import build
 from cottention.server.cli import main as cli
+from cottention.server.cli.parser import COMMANDS
 from cottention.server.cli.serve import bind_socket
 from tests.engine.encoders import encoder_folder
 from tests.engine.making import attention_folder, rwkv7_file
@@ -45,15 +46,32 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
 
 
 def test_help_and_config_are_quick_and_load_no_torch() -> None:
+    heavy = {"torch", "fastapi", "pydantic", "starlette", "uvicorn", "httpx2", "rich"}
     code = "import sys, cottention.server.cli.main as c\nc.main(['config'])\n"
-    code += "try: c.main(['serve', '--help'])\n"
-    code += "finally: print(sorted({'torch', 'fastapi', 'pydantic'} & set(sys.modules)))"
+    for arguments in (["--help"], *([word, "--help"] for word in COMMANDS)):
+        code += f"try: c.main({arguments})\nexcept SystemExit: pass\n"
+    code += f"print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert found.stdout.endswith("[]\n")
     assert "--max-slots" in found.stdout
     assert "--drain-seconds" in found.stdout
+
+
+def test_asking_a_server_loads_no_torch() -> None:
+    """`chat --url` and `bench` are there at once, also where torch is not installed."""
+    code = "import sys, cottention.server.cli.main as c\n"
+    for arguments in (
+        ["chat", "hi", "--url", "http://127.0.0.1:1"],
+        ["bench", "http://127.0.0.1:1"],
+    ):
+        code += f"assert c.main({arguments}) == 1\n"
+    code += "print(sorted({'torch', 'fastapi', 'pydantic'} & set(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "[]\n"
 
 
 def test_the_installed_command_is_this_one() -> None:

@@ -29,7 +29,7 @@ touch "$made"
 
 
 def test_a_bar_is_there_while_something_takes_long_and_gone_after_it(tmp_path: Path) -> None:
-    with at_terminal(tmp_path, program=("-c", WAITING)) as it:
+    with at_terminal(tmp_path, program=(sys.executable, "-c", WAITING)) as it:
         it.shows("walking [far]")
         it.shows("25%")
         it.type("\n")
