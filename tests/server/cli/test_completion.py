@@ -73,14 +73,13 @@ def test_fish_completes_commands_flags_choices_and_files(script: str, tmp_path: 
 
 @pytest.mark.parametrize("script", ["zsh"], indirect=True)
 def test_zsh_completes_commands_flags_choices_and_files(script: str, tmp_path: Path) -> None:
-    """At a terminal, where alone zsh completes, with the script in a folder of its functions."""
+    """At a terminal, where alone zsh completes, with the script read as docs/terminal.md says."""
     needs("zsh")
-    (tmp_path / "functions").mkdir()
-    (tmp_path / "functions" / "_cottention").write_text(script)
+    (tmp_path / "script").write_text(script)
     (tmp_path / "keys.txt").touch()
     with at_terminal(tmp_path, program=("zsh", "-f", "-i")) as it:
-        it.type(f"PS1=; cd {tmp_path}; fpath=({tmp_path}/functions $fpath)\n")
-        it.type("autoload -Uz compinit; compinit -u -D\n")
+        it.type(f"PS1=; cd {tmp_path}; autoload -Uz compinit; compinit -u -D\n")
+        it.type('eval "$(cat script)"\n')
         it.type("bindkey '^I' expand-or-complete; echo IS-$((1))-READY\n")
         it.shows("IS-1-READY\n")
         for typed, completed in (
