@@ -8,11 +8,11 @@ from contextlib import closing
 
 from cottention.engine.errors import CottentionError
 from cottention.engine.standard_streams import write_output
-from cottention.server.cli.client import Client, RemoteError, key_of
-from cottention.server.cli.load_test import Level, Load, LoadTest, Percentiles
 from cottention.server.cli.progress import progress, silent
-from cottention.server.cli.settings import BenchConfig, ClientConfig
 from cottention.server.cli.terminal import note
+from cottention.server.client.client import Client, RemoteError, key_of
+from cottention.server.client.load_test import Level, Load, LoadTest, Percentiles
+from cottention.server.client.settings import BenchConfig, ClientConfig
 
 NUM_BINS = 12
 BAR_WIDTH = 40

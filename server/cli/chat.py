@@ -15,15 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError, CottentionError
 from cottention.engine.standard_streams import OutputError
-from cottention.server.cli.client import Client
-from cottention.server.cli.conversation import (
-    Conversation,
-    ConversationError,
-    request_of,
-    text_of,
-)
 from cottention.server.cli.progress import progress
-from cottention.server.cli.settings import ChatConfig, ClientConfig
 from cottention.server.cli.terminal import (
     RED,
     LineReader,
@@ -32,6 +24,14 @@ from cottention.server.cli.terminal import (
     show,
     standard_input,
 )
+from cottention.server.client.client import Client
+from cottention.server.client.conversation import (
+    Conversation,
+    ConversationError,
+    request_of,
+    text_of,
+)
+from cottention.server.client.settings import ChatConfig, ClientConfig
 from cottention.server.config import GENERATE_MAX_TOKENS, GenerateConfig
 
 EXIT_FAILURE = 1

@@ -14,7 +14,7 @@ from cottention.engine.settings.sources import (
     variable_of,
 )
 from cottention.engine.training.settings import TRAINING_VARIABLES
-from cottention.server.cli.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
+from cottention.server.client.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 
 logger = logging.getLogger("cottention")

@@ -29,7 +29,7 @@ from cottention.server.cli.options import (
     sources_of,
     warn_of_unknown_variables,
 )
-from cottention.server.cli.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
+from cottention.server.client.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version

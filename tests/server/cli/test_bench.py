@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cottention.server.cli.bench import histogram, report
-from cottention.server.cli.load_test import Level, Percentiles
+from cottention.server.client.load_test import Level, Percentiles
 from cottention.server.generation.chat_template import ChatTemplate
 from cottention.server.generation.template_environment import compile_template
 from tests.server.cli.at_terminal import ROOT

@@ -253,7 +253,7 @@ def test_a_softmax_model_is_not_served(
 def test_build_says_what_it_built_or_what_it_lacks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "build", lambda report: Path("/somewhere/ops.so"))
+    monkeypatch.setattr(build, "build", lambda **_: Path("/somewhere/ops.so"))
     monkeypatch.setattr(build, "build_cuda", lambda: Path("/somewhere/cuda.so"))
     for wanted, printed in (
         ("0", "/somewhere/ops.so\n"),
@@ -263,7 +263,7 @@ def test_build_says_what_it_built_or_what_it_lacks(
         assert cli.main(["build"]) == 0
         assert capsys.readouterr().out == printed
 
-    def without_compiler(report: build.Report) -> Path:  # noqa: ARG001
+    def without_compiler(**_: object) -> Path:
         raise build.BuildError("there is no C++ compiler:\ninstall g++")
 
     monkeypatch.setattr(build, "build", without_compiler)

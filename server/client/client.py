@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 
 from cottention.engine.errors import ConfigurationError, CottentionError
-from cottention.server.cli.settings import ClientConfig
+from cottention.server.client.settings import ClientConfig
 
 CONNECT_SECONDS = 10.0
 SCHEMES = ("http://", "https://")

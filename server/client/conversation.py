@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cottention.engine.errors import CottentionError
-from cottention.server.cli.client import Client, RemoteError
+from cottention.server.client.client import Client, RemoteError
 
 SESSIONS = "/v1/sessions"
 FIRST_BRANCH = "main"

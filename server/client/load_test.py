@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx2
 
-from cottention.server.cli.client import RemoteError, address_of, headers_of, message_of
+from cottention.server.client.client import RemoteError, address_of, headers_of, message_of
 
 CONNECT_SECONDS = 10.0
 
