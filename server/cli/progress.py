@@ -5,6 +5,7 @@ else.
 """
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ DELAY_SECONDS = 0.5
 """What is done sooner shows no bar."""
 
 
+UNABLE = ("", "dumb", "unknown")
+"""Terminals that do not move their cursor."""
+
+
 def silent(_done: int, _total: int) -> None:
     """A report that nobody sees."""
 
@@ -30,7 +35,7 @@ def silent(_done: int, _total: int) -> None:
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Report]:
     """A bar named `what` while the block runs; it only moves to and fro until a report comes."""
-    if not is_terminal(sys.stderr):
+    if not _takes_bars():
         yield silent
         return
     bar = _Bar(what)
@@ -42,6 +47,11 @@ def progress(what: str) -> Iterator[Report]:
     finally:
         timer.cancel()
         bar.stop()
+
+
+def _takes_bars() -> bool:
+    """Whether standard error is a terminal that moves its cursor."""
+    return is_terminal(sys.stderr) and os.environ.get("TERM", "") not in UNABLE
 
 
 class _Bar:
@@ -99,7 +109,7 @@ def loaded(
 
 def compile_ops() -> None:
     """Compile the ops where that has to be done, with a bar; what fails is told at their use."""
-    if not is_terminal(sys.stderr):
+    if not _takes_bars():
         return
     from cottention.engine.ops.build import BuildError, build, find, is_wanted
 

@@ -58,11 +58,13 @@ def test_turns_of_sessions_count_what_the_session_held() -> None:
         turn = {"prompt": "abc", "session_id": session_id, "max_tokens": 2, "timings": True}
         whole = live.complete(**turn).json()
         check(whole["timings"], cache_n=5, prompt_n=3, predicted_n=2)
-        *_, last, _done = live.events(**turn, on_disconnect="continue")
+        *_, last, _done = live.events(**turn)
         check(last["timings"], cache_n=10, prompt_n=3, predicted_n=2)
         assert last["session"]["position"] == 15
-        whole = live.complete(**turn, on_disconnect="continue").json()
+        on = {"on_disconnect": "continue"}
+        whole = live.complete(**turn, **on).json()
         check(whole["timings"], cache_n=15, prompt_n=3, predicted_n=2)
+        assert live.complete(**turn, **on, stream=True).text.count('"timings":{"cache_n":20,') == 1
 
 
 def test_an_answer_without_a_token_has_zeros(shared: Live) -> None:

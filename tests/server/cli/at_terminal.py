@@ -17,6 +17,7 @@ from tests.server.live import PATIENCE
 
 ROOT = Path(__file__).parents[3]
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
+XTERM = {"TERM": "xterm"}
 COLOURS = re.compile(r"\x1b\[\d+m")
 ESCAPES = re.compile(r"\x1b\[[?\d;]*[a-zA-Z]|\x01|\x02")
 
@@ -79,7 +80,8 @@ def at_terminal(
 ) -> Iterator[AtTerminal]:
     """`cottention ARGUMENTS` with the history of a home folder; killed at the end.
 
-    program: what is run instead.
+    Unless `environ` has another TERM the terminal is a dumb one, on which lines are edited, and
+    bars, which come when a machine is slow, are not drawn. program: what is run instead.
     """
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
@@ -89,7 +91,7 @@ def at_terminal(
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env=os.environ | {"XDG_STATE_HOME": str(home), "TERM": "xterm"} | dict(environ or {}),
+        env=os.environ | {"XDG_STATE_HOME": str(home), "TERM": "dumb"} | dict(environ or {}),
     )
     os.close(theirs)
     try:

@@ -9,7 +9,7 @@ import pytest
 from cottention.server.generation.chat_template import ChatTemplate
 from cottention.server.generation.template_environment import compile_template
 from tests.engine.making import attention_folder
-from tests.server.cli.at_terminal import COLOURS, CTRL_C, CTRL_D, ROOT, UP, at_terminal
+from tests.server.cli.at_terminal import COLOURS, CTRL_C, CTRL_D, ROOT, UP, XTERM, at_terminal
 from tests.server.live import Live, eventually, serving
 
 TEMPLATE = ChatTemplate(compile_template("{{ messages[-1]['content'] }}"), (), {})
@@ -200,7 +200,11 @@ def test_a_server_that_cannot_be_used_is_one_line(url: str, told: str) -> None:
 
 def test_colours_are_for_terminals_that_want_them(tmp_path: Path) -> None:
     with serving(template=TEMPLATE) as live:
-        for environ, has_any in (({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)):
+        for environ, has_any in (
+            (XTERM, True),
+            (XTERM | {"NO_COLOR": "1"}, False),
+            ({"TERM": "dumb"}, False),
+        ):
             with at_terminal(tmp_path, "chat", "--url", live.url, environ=environ) as it:
                 it.shows("> ")
                 it.type("/quit\n")

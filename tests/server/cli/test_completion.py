@@ -8,7 +8,7 @@ import pytest
 
 from cottention.server.cli import main as cli
 from cottention.server.cli.parser import SHELLS
-from tests.server.cli.at_terminal import at_terminal
+from tests.server.cli.at_terminal import XTERM, at_terminal
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_zsh_completes_commands_flags_choices_and_files(script: str, tmp_path: P
     needs("zsh")
     (tmp_path / "script").write_text(script)
     (tmp_path / "keys.txt").touch()
-    with at_terminal(tmp_path, program=("zsh", "-f", "-i")) as it:
+    with at_terminal(tmp_path, environ=XTERM, program=("zsh", "-f", "-i")) as it:
         it.type(f"PS1=; cd {tmp_path}; autoload -Uz compinit; compinit -u -D\n")
         it.type('eval "$(cat script)"\n')
         it.type("bindkey '^I' expand-or-complete; echo IS-$((1))-READY\n")
