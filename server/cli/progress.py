@@ -5,6 +5,7 @@ else.
 """
 
 import contextlib
+import logging
 import os
 import sys
 import threading
@@ -80,11 +81,21 @@ class _Bar:
         self._task = self._bar.add_task(escape(what), total=None)
         self._lock = threading.Lock()
         self._is_stopped = False
+        self._handlers: list[logging.StreamHandler[Any]] = []
 
     def start(self) -> None:
+        """Begin to draw; what is logged meanwhile goes above the bar."""
+        from rich.file_proxy import FileProxy
+
         with self._lock:
-            if not self._is_stopped:
-                self._bar.start()
+            if self._is_stopped:
+                return
+            self._bar.start()
+            above: Any = FileProxy(self._bar.console, sys.stderr)
+            for each in logging.getLogger().handlers:
+                if isinstance(each, logging.StreamHandler) and each.stream is sys.stderr:
+                    each.setStream(above)
+                    self._handlers.append(each)
 
     def update(self, done: int, total: int) -> None:
         self._bar.update(self._task, completed=done, total=total)
@@ -92,6 +103,8 @@ class _Bar:
     def stop(self) -> None:
         with self._lock:
             self._is_stopped = True
+            for each in self._handlers:
+                each.setStream(sys.stderr)
             self._bar.stop()
 
 

@@ -5,7 +5,7 @@ model, its parameters and tokens, and that has three: `queue` until the request 
 until its first token, `decode` until its last. They are made when the request has ended, from the
 times that the log has. Prompts and answers are in none of them.
 
-opentelemetry is imported where --otlp-endpoint is given and nowhere else. Spans are sent by a
+The SDK is imported where --otlp-endpoint is given and nowhere else. Spans are sent by a
 thread of its own from a queue of bounded length: what a collector does not take is dropped.
 """
 

@@ -13,12 +13,16 @@ from tests.engine.making import attention_folder
 from tests.server.cli.at_terminal import ROOT, XTERM, at_terminal
 
 WAITING = """
-import sys
+import logging, sys
 from cottention.server.cli.progress import progress
+from cottention.server.log_config import configure_logging
+configure_logging("info", "text")
 with progress("walking [far]") as report:
     report(1, 4)
-    sys.stdin.readline()
-print("done")
+    for line in sys.stdin:
+        logging.info("on the way %s", line.strip())
+        break
+logging.info("there")
 """
 
 COMPILER = """#!/bin/sh
@@ -33,8 +37,11 @@ def test_a_bar_is_there_while_something_takes_long_and_gone_after_it(tmp_path: P
         it.shows("walking [far]")
         it.shows("25%")
         it.type("\n")
-        it.shows("done")
+        it.shows("INFO on the way \n")
+        it.shows("INFO there\n")
         assert it.ends() == 0
+        [line] = [each for each in it.text.splitlines() if "on the way" in each]
+        assert "walking" not in line.rpartition("\r")[2]
         assert "\x1b[?25h" in it.seen  # the cursor is shown again
 
 
@@ -45,7 +52,8 @@ def test_in_a_pipe_there_is_none() -> None:
     done = subprocess.run(
         command, cwd=ROOT, input="\n", capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert [each.split("INFO ")[1] for each in done.stderr.splitlines()] == ["on the way ", "there"]
 
 
 def test_compiling_counts_the_files(tmp_path: Path) -> None:
