@@ -1,6 +1,7 @@
 """The engine: submit and cancel requests, and the step that computes them.
 
-`submit`, `cancel`, `pause`, `resume` and `stats` may be called from any thread, all else from one.
+`submit`, `cancel`, `pause`, `resume`, `stats` and `num_to_prefill` may be called from any thread,
+all else from one.
 """
 
 import logging
@@ -257,6 +258,11 @@ class Engine:
             max_encoded=max_encoded,
         )
 
+    @property
+    def num_to_prefill(self) -> int:
+        """Prompt ids of all requests that are still to be prefilled."""
+        return self._request_manager.num_to_prefill
+
     def stats(self) -> EngineStats:
         """Counters and gauges at this moment."""
         finished = self._request_manager.num_finished
@@ -329,10 +335,9 @@ class Engine:
             num_unfinished = len(prompts) * params.n
             while num_unfinished:
                 self.step()
-                num_left = sum(map(self._request_manager.num_left, prompts))
-                if on_prefill is not None and num_left:
-                    total = max(num_left, sum(map(len, prompts.values())))
-                    on_prefill(total - num_left, total)
+                if on_prefill is not None and self.num_to_prefill:
+                    total = max(self.num_to_prefill, sum(map(len, prompts.values())))
+                    on_prefill(total - self.num_to_prefill, total)
                 while inbox:  # steps of other iterators fill it, too
                     output = inbox.popleft()
                     num_unfinished -= output.finish_reason is not None

@@ -278,9 +278,10 @@ class Request:
 
     @property
     def num_left(self) -> int:
-        """Ids that are still to be prefilled."""
-        num = sum(span.stop - span.begin for span in self.prefill_spans)
-        return num - (self.num_prefilled - self.prefill_spans[0].begin) if num else 0
+        """Ids that are still to be prefilled; another thread may ask."""
+        spans = list(self.prefill_spans)
+        num = sum(span.stop - span.begin for span in spans)
+        return num - (self.num_prefilled - spans[0].begin) if spans else 0
 
     def set_prefill_spans(self, spans: deque[PrefillSpan]) -> None:
         """Replace what is still to be prefilled."""

@@ -51,10 +51,10 @@ class RequestManager:
             raise ParameterError("request_id", "there is an unfinished request of that request_id")
         self._reserved_ids.add(request_id)
 
-    def num_left(self, request_id: str) -> int:
-        """Ids of a request that are still to be prefilled; 0 for one that is not known."""
-        request = self._requests.get(request_id)
-        return 0 if request is None else request.num_left
+    @property
+    def num_to_prefill(self) -> int:
+        """Ids of all requests that are still to be prefilled; another thread may ask."""
+        return sum(request.num_left for request in list(self._requests.values()))
 
     def add(self, request: Request) -> list[Output]:
         """Queue a new request."""

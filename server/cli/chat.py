@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -33,6 +33,8 @@ from cottention.server.client.conversation import (
 )
 from cottention.server.client.settings import ChatConfig, ClientConfig
 from cottention.server.config import GENERATE_MAX_TOKENS, GenerateConfig
+
+NumLeft = Callable[[], int]
 
 EXIT_FAILURE = 1
 EXIT_HANGUP = 129
@@ -71,7 +73,7 @@ def chat(
         if not message:
             raise ConfigurationError("there is no text; give it as an argument, a file or a pipe")
     template = config.chat_template
-    with opened(client_config, generation.model, engine_config, template) as client:
+    with opened(client_config, generation.model, engine_config, template) as (client, num_left):
         model = _model_of(client)
         if not is_plain and not model.has_template:
             if not is_interactive:
@@ -81,7 +83,8 @@ def chat(
             is_plain = True
         parameters = _parameters(generation, model, client_config, is_plain=is_plain)
         if message is not None and not is_interactive:
-            return _answer_once(client, message, config, parameters, is_chat=not is_plain)
+            request = request_of(message, not is_plain, config.system, parameters)
+            return _answer_once(client, request, num_left)
         if not model.has_sessions:
             raise ConversationError(
                 f"{client.url} has no sessions, which a conversation needs; give one MESSAGE"
@@ -91,28 +94,31 @@ def chat(
             client, is_chat=not is_plain, parameters=parameters, system=system
         )
         with contextlib.closing(conversation):
-            Dialogue(conversation, model, is_plain=is_plain).run(first)
+            Dialogue(conversation, model, num_left, is_plain=is_plain).run(first)
     return 0
 
 
 @contextlib.contextmanager
 def opened(
     config: ClientConfig, model: str | None, engine_config: EngineConfig, template: str | None
-) -> Iterator[Client]:
-    """A client of the server of --url, else of one within this process."""
+) -> Iterator[tuple[Client, NumLeft | None]]:
+    """A client of the server of --url, else of one within this process.
+
+    With that comes how many tokens of prompts it has still to read, which another does not tell.
+    """
     if config.url is not None:
         with contextlib.closing(Client.of(config)) as client:
-            yield client
+            yield client, None
         return
     from cottention.server.cli.embedded import embedded_server
     from cottention.server.log_config import configure_logging
 
     configure_logging("warning", "text")
     with (
-        embedded_server(model, engine_config, template) as url,
-        contextlib.closing(Client(url)) as client,
+        embedded_server(model, engine_config, template) as embedded,
+        contextlib.closing(Client(embedded.url)) as client,
     ):
-        yield client
+        yield client, embedded.num_to_prefill
 
 
 def _model_of(client: Client) -> Model:
@@ -147,25 +153,20 @@ def _accepts_continuation(model: Model) -> bool:
 
 
 def _answer_once(
-    client: Client,
-    message: str,
-    config: ChatConfig,
-    parameters: Mapping[str, Any],
-    *,
-    is_chat: bool,
+    client: Client, request: tuple[str, dict[str, Any]], num_left: NumLeft | None
 ) -> int:
-    chunks = client.events(*request_of(message, is_chat, config.system, parameters))
+    chunks = client.events(*request)
     pieces = Noted(text_of(each) for chunk in chunks for each in chunk.get("choices", ()))
-    _show_all(pieces)
+    _show_all(pieces, num_left)
     if not pieces.last.endswith("\n"):
         show("\n")
     return 0
 
 
-def _show_all(pieces: Iterator[str]) -> None:
+def _show_all(pieces: Iterator[str], num_left: NumLeft | None) -> None:
     """Show pieces as they come, after a bar while the first is waited for."""
     with contextlib.ExitStack() as waiting:
-        waiting.enter_context(progress("reading"))
+        waiting.enter_context(progress("reading", num_left))
         for piece in pieces:
             if piece:
                 waiting.close()
@@ -218,8 +219,17 @@ class Noted(Iterator[str]):
 class Dialogue:
     """Reads lines of a person, and answers them until the end of input or /quit."""
 
-    def __init__(self, conversation: Conversation, model: Model, *, is_plain: bool) -> None:
+    def __init__(
+        self,
+        conversation: Conversation,
+        model: Model,
+        num_left: NumLeft | None,
+        *,
+        is_plain: bool,
+    ) -> None:
+        """num_left: tokens of prompts that the server has still to read, where that is known."""
         self._conversation = conversation
+        self._num_left = num_left
         self._model = model
         self._is_plain = is_plain
         self._is_ended = False
@@ -301,7 +311,7 @@ class Dialogue:
         pieces = Noted(conversation.ask(text))
         try:
             with _stopping(conversation.stop):
-                _show_all(pieces)
+                _show_all(pieces, self._num_left)
         finally:
             if pieces.last:
                 self._ends_line = pieces.last.endswith("\n")

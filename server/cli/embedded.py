@@ -6,8 +6,9 @@ It listens on a unix socket in a folder that only this user can enter.
 import contextlib
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import uvicorn
 
@@ -27,11 +28,18 @@ CHECKPOINTS = 64
 """Turns that a conversation can be rewound by; states of one conversation take little disk."""
 
 
+class Embedded(NamedTuple):
+    """A server's URL, and how many tokens of prompts its engine has not read yet."""
+
+    url: str
+    num_to_prefill: Callable[[], int]
+
+
 @contextlib.contextmanager
 def embedded_server(
     model: str | None, engine_config: EngineConfig, chat_template: str | None = None
-) -> Iterator[str]:
-    """Load a model, and serve it until the end of the block; yields the URL.
+) -> Iterator[Embedded]:
+    """Load a model, and serve it until the end of the block.
 
     Raises ModelFolderError, ConfigurationError or OutOfMemoryError.
     """
@@ -64,7 +72,7 @@ def embedded_server(
             thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
             thread.start()
             try:
-                yield f"unix:{config.uds}"
+                yield Embedded(f"unix:{config.uds}", lambda: getattr(engine, "num_to_prefill", 0))
             finally:
                 async_engine.stop()
                 server.should_exit = True

@@ -25,6 +25,8 @@ DELAY_SECONDS = 0.5
 """What is done sooner shows no bar."""
 
 
+WATCH_SECONDS = 0.1
+
 UNABLE = ("", "dumb", "unknown")
 """Terminals that do not move their cursor."""
 
@@ -34,12 +36,15 @@ def silent(_done: int, _total: int) -> None:
 
 
 @contextlib.contextmanager
-def progress(what: str) -> Iterator[Report]:
-    """A bar named `what` while the block runs; it only moves to and fro until a report comes."""
+def progress(what: str, num_left: Callable[[], int] | None = None) -> Iterator[Report]:
+    """A bar named `what` while the block runs; it only moves to and fro until a report comes.
+
+    num_left: how much is left, which is asked from time to time instead; 0 where it is not known.
+    """
     if not _takes_bars():
         yield silent
         return
-    bar = _Bar(what)
+    bar = _Bar(what, num_left)
     timer = threading.Timer(DELAY_SECONDS, bar.start)
     timer.daemon = True
     timer.start()
@@ -58,7 +63,7 @@ def _takes_bars() -> bool:
 class _Bar:
     """A bar that a timer starts, unless it has been stopped before."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, num_left: Callable[[], int] | None) -> None:
         from rich.console import Console
         from rich.markup import escape
         from rich.progress import (
@@ -82,6 +87,8 @@ class _Bar:
         self._lock = threading.Lock()
         self._is_stopped = False
         self._handlers: list[logging.StreamHandler[Any]] = []
+        self._num_left, self._total = num_left, 0
+        self._ended = threading.Event()
 
     def start(self) -> None:
         """Begin to draw; what is logged meanwhile goes above the bar."""
@@ -96,11 +103,22 @@ class _Bar:
                 if isinstance(each, logging.StreamHandler) and each.stream is sys.stderr:
                     each.setStream(above)
                     self._handlers.append(each)
+        if self._num_left is not None:
+            self._watch(self._num_left)
+
+    def _watch(self, num_left: Callable[[], int]) -> None:
+        """In the timer's thread, until the bar is stopped."""
+        while not self._ended.wait(WATCH_SECONDS):
+            left = num_left()
+            self._total = max(self._total, left)
+            if left:
+                self.update(self._total - left, self._total)
 
     def update(self, done: int, total: int) -> None:
         self._bar.update(self._task, completed=done, total=total)
 
     def stop(self) -> None:
+        self._ended.set()
         with self._lock:
             self._is_stopped = True
             for each in self._handlers:

@@ -25,6 +25,14 @@ with progress("walking [far]") as report:
 logging.info("there")
 """
 
+WATCHED = """
+import sys
+from cottention.server.cli.progress import progress
+left = iter([0, 8, 8, 2])
+with progress("reading", lambda: next(left, 2)):
+    sys.stdin.readline()
+"""
+
 COMPILER = """#!/bin/sh
 for word; do [ "$before" = -o ] && made=$word; before=$word; done
 case $made in *library.so) while ! [ -e "{go}" ]; do sleep 0.05; done ;; esac
@@ -43,6 +51,16 @@ def test_a_bar_is_there_while_something_takes_long_and_gone_after_it(tmp_path: P
         [line] = [each for each in it.text.splitlines() if "on the way" in each]
         assert "walking" not in line.rpartition("\r")[2]
         assert "\x1b[?25h" in it.seen  # the cursor is shown again
+
+
+def test_a_bar_asks_how_much_is_left(tmp_path: Path) -> None:
+    """What chat shows of a long prompt: all there is is what was left at first."""
+    program = (sys.executable, "-c", WATCHED)
+    with at_terminal(tmp_path, environ=XTERM, program=program) as it:
+        it.shows("reading")
+        it.shows("75%")
+        it.type("\n")
+        assert it.ends() == 0
 
 
 def test_in_a_pipe_there_is_none() -> None:
@@ -75,11 +93,18 @@ def test_compiling_counts_the_files(tmp_path: Path) -> None:
 def test_a_long_prompt_tells_how_far_it_is() -> None:
     engine = Engine(attention_folder("cottention"), EngineConfig(max_slots=1, max_batch_tokens=16))
     told: list[tuple[int, int]] = []
-    params = SamplingParams(max_tokens=2)
-    outputs = list(engine.stream([5] * 100, params, lambda done, total: told.append((done, total))))
+    left: list[int] = []
+
+    def tell(done: int, total: int) -> None:
+        told.append((done, total))
+        left.append(engine.num_to_prefill)
+
+    outputs = list(engine.stream([5] * 100, SamplingParams(max_tokens=2), tell))
     assert sum(len(each.token_ids) for each in outputs) == 2
     done = [each for each, _ in told]
     assert len(done) > 1
     assert done == sorted({*done})
     assert 0 < done[-1] < 100
     assert {total for _, total in told} == {100}
+    assert left == [100 - each for each in done]
+    assert engine.num_to_prefill == 0
