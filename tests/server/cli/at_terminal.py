@@ -13,9 +13,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from tests.server.live import PATIENCE
-
 ROOT = Path(__file__).parents[3]
+PATIENCE = 200.0
+"""Seconds after which something hangs, where a model may have to be loaded at low priority."""
+
 CTRL_C, CTRL_D, UP = "\x03", "\x04", "\x1b[A"
 XTERM = {"TERM": "xterm"}
 COLOURS = re.compile(r"\x1b\[\d+m")
