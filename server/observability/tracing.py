@@ -32,6 +32,8 @@ from cottention.server.version import package_version
 if TYPE_CHECKING:  # the extra `otel`
     from opentelemetry.trace import Span
 
+logger = logging.getLogger("cottention")
+
 PROVIDER = "cottention"
 UNNAMED = "unknown_service"
 """What opentelemetry calls a service to which OTEL_SERVICE_NAME gives no name."""
@@ -138,7 +140,7 @@ class TracingMiddleware:
         try:
             await self._app(scope, receive, send_with_parent)
         finally:
-            record.on_end(lambda: self._end(span, scope, record, status))
+            record.on_end(lambda: self._end_safely(span, scope, record, status))
 
     def _begin(self, scope: Scope) -> "Span":
         context = self._propagator.extract(dict(Headers(scope=scope)))
@@ -151,6 +153,13 @@ class TracingMiddleware:
         return self._tracing.tracer.start_span(
             scope["method"], context, kind=self._kind, attributes=attributes
         )
+
+    def _end_safely(self, span: "Span", scope: Scope, record: RequestRecord, status: int) -> None:
+        """A fault here is no fault of the request."""
+        try:
+            self._end(span, scope, record, status)
+        except Exception:
+            logger.exception("the trace of a request is lost")
 
     def _end(self, span: "Span", scope: Scope, record: RequestRecord, status: int) -> None:
         if not span.is_recording():
