@@ -24,10 +24,11 @@ from cottention.server.cli.terminal import (
     show,
     standard_input,
 )
-from cottention.server.client.client import Client
+from cottention.server.client.client import Client, RemoteError
 from cottention.server.client.conversation import (
     Conversation,
     ConversationError,
+    choices_of,
     request_of,
     text_of,
 )
@@ -122,8 +123,10 @@ def opened(
 
 
 def _model_of(client: Client) -> Model:
-    models = client.get("/v1/models").get("data") or [{}]
-    found = models[0]
+    models = client.get("/v1/models").get("data")
+    found = models[0] if isinstance(models, list) and models else None
+    if not isinstance(found, dict):
+        raise RemoteError(f"{client.url} lists no models, as OpenAI's API does")
     is_ours = "capabilities" in found
     return Model(
         found.get("id", ""),
@@ -156,7 +159,7 @@ def _answer_once(
     client: Client, request: tuple[str, dict[str, Any]], num_left: NumLeft | None
 ) -> int:
     chunks = client.events(*request)
-    pieces = Noted(text_of(each) for chunk in chunks for each in chunk.get("choices", ()))
+    pieces = Noted(text_of(each) for chunk in chunks for each in choices_of(chunk))
     _show_all(pieces, num_left)
     if not pieces.last.endswith("\n"):
         show("\n")

@@ -86,8 +86,8 @@ class Client:
                     if not line.startswith("data:") or data == "[DONE]":
                         continue
                     chunk = self._parsed(data)
-                    if "error" in chunk:
-                        raise RemoteError(message_of(chunk))
+                    if chunk.get("error"):
+                        raise RemoteError(message_of(chunk) or "the answer ended with an error")
                     yield chunk
             except httpx2.HTTPError as error:
                 raise self._unreachable(error) from None

@@ -68,7 +68,7 @@ class Conversation:
                 if "session" in chunk:
                     branch.position = chunk["session"]["position"]
                     branch.context_start = chunk["session"]["context_start"]
-                for choice in chunk.get("choices", ()):
+                for choice in choices_of(chunk):
                     self.finish_reason = choice.get("finish_reason") or self.finish_reason
                     yield text_of(choice)
         finally:
@@ -180,10 +180,17 @@ def user_message(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
 
 
+def choices_of(chunk: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The choices of a chunk, of which that of the usage has none."""
+    choices = chunk.get("choices")
+    return [each for each in choices if isinstance(each, dict)] if isinstance(choices, list) else []
+
+
 def text_of(choice: Mapping[str, Any]) -> str:
     """The text of a chunk's choice, of either endpoint."""
-    text = choice["delta"].get("content") if "delta" in choice else choice.get("text")
-    return text or ""
+    delta = choice.get("delta")
+    text = delta.get("content") if isinstance(delta, dict) else choice.get("text")
+    return text if isinstance(text, str) else ""
 
 
 def _branch(session: Mapping[str, Any]) -> Branch:

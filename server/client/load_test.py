@@ -15,6 +15,7 @@ from typing import Any
 import httpx2
 
 from cottention.server.client.client import RemoteError, address_of, headers_of, message_of
+from cottention.server.client.conversation import choices_of, text_of
 
 CONNECT_SECONDS = 10.0
 
@@ -186,12 +187,12 @@ class LoadTest:
                 chunk = None
             if not isinstance(chunk, dict):
                 raise RemoteError(f"{self._url} does not stream JSON objects as OpenAI's API does")
-            if "error" in chunk:
-                raise RemoteError(message_of(chunk) or "the stream ended with an error")
-            if usage := chunk.get("usage"):
-                answer.num_prompt = usage["prompt_tokens"]
-                answer.num_tokens = usage["completion_tokens"]
-            if any(map(_has_text, chunk.get("choices", ()))):
+            if chunk.get("error"):
+                raise RemoteError(message_of(chunk) or "the answer ended with an error")
+            if isinstance(usage := chunk.get("usage"), dict):
+                answer.num_prompt = usage.get("prompt_tokens") or 0
+                answer.num_tokens = usage.get("completion_tokens") or 0
+            if any(map(_has_text, choices_of(chunk))):
                 times.append(now)
         answer.seconds = time.perf_counter() - began
         if times:
@@ -218,7 +219,7 @@ class LoadTest:
 
 def _has_text(choice: dict[str, Any]) -> bool:
     delta = choice.get("delta") or {}
-    return bool(choice.get("text") or delta.get("content") or delta.get("reasoning_content"))
+    return bool(text_of(choice) or delta.get("reasoning_content"))
 
 
 def _refused(raw: bytes, response: httpx2.Response) -> RemoteError:
