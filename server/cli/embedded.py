@@ -15,7 +15,6 @@ import uvicorn
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError
 from cottention.engine.models.model_folder import resolve_model
-from cottention.engine.opening import open_engine
 from cottention.server.cli.application import application
 from cottention.server.cli.open_files import connection_table
 from cottention.server.cli.progress import loaded
@@ -43,6 +42,8 @@ def embedded_server(
 
     Raises ModelFolderError, ConfigurationError or OutOfMemoryError.
     """
+    from cottention.engine.opening import open_engine
+
     with tempfile.TemporaryDirectory(prefix="cottention-") as folder:
         config = ServerConfig(
             uds=str(Path(folder, "server")),
