@@ -1,6 +1,7 @@
 """The engine: submit and cancel requests, and the step that computes them.
 
-`submit`, `cancel`, `pause`, `resume` and `stats` may be called from any thread, all else from one.
+`submit`, `cancel`, `pause`, `resume`, `stats` and `num_to_prefill` may be called from any thread,
+all else from one.
 """
 
 import logging
@@ -273,6 +274,11 @@ class Engine:
             max_encoded=max_encoded,
         )
 
+    @property
+    def num_to_prefill(self) -> int:
+        """Prompt ids of all requests that are still to be prefilled."""
+        return self._request_manager.num_to_prefill
+
     def stats(self) -> EngineStats:
         """Counters and gauges at this moment."""
         finished = self._request_manager.num_finished
@@ -297,10 +303,19 @@ class Engine:
             prefix_cache=self._prefix_cache.stats(),
         )
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Output]:
-        """Generate in this thread and yield outputs as they come; closing the iterator cancels."""
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        on_prefill: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Output]:
+        """Generate in this thread and yield outputs as they come; closing the iterator cancels.
+
+        on_prefill: takes the number of the prompt's ids that have been prefilled, and of all, after
+        each step but the last of its prefill.
+        """
         prompts = {uuid.uuid4().hex: self._input_processor.tokenize(prompt)}
-        yield from self._generate(prompts, params or self._default_params())
+        yield from self._generate(prompts, params or self._default_params(), on_prefill)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None
@@ -323,7 +338,10 @@ class Engine:
         return SamplingParams(**self.default_sampling_params)
 
     def _generate(
-        self, prompts: Mapping[str, Sequence[int]], params: SamplingParams
+        self,
+        prompts: Mapping[str, Sequence[int]],
+        params: SamplingParams,
+        on_prefill: Callable[[int, int], None] | None = None,
     ) -> Iterator[Output]:
         """Outputs of prompts by request id, stepping until they end."""
         inbox = self._inboxes.open(prompts)
@@ -333,6 +351,9 @@ class Engine:
             num_unfinished = len(prompts) * params.n
             while num_unfinished:
                 self.step()
+                if on_prefill is not None and self.num_to_prefill:
+                    total = max(self.num_to_prefill, sum(map(len, prompts.values())))
+                    on_prefill(total - self.num_to_prefill, total)
                 while inbox:  # steps of other iterators fill it, too
                     output = inbox.popleft()
                     num_unfinished -= output.finish_reason is not None

@@ -14,6 +14,9 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 SEND_SECONDS = 300.0
 """Default of --send-seconds."""
 
+GENERATE_MAX_TOKENS = 256
+"""Where neither --max-tokens nor the model's files limit what `generate` prints."""
+
 _UNSET = "that of the model's generation_config.json, else {}"
 
 
@@ -59,7 +62,11 @@ class ServerConfig:
     served_model_name: str | None = setting(
         None, "model name in requests and responses", unset="the model's own name"
     )
-    ui: bool = setting(True, "serve a page at / that shows the model and its sessions in a browser")
+    ui: bool = setting(
+        True,
+        "serve a page at / that shows the model and its sessions in a browser, and one at /docs"
+        " that shows the endpoints",
+    )
     drain_seconds: float = setting(
         30.0, "time for running requests to finish after SIGTERM", minimum=0, unit="seconds"
     )
@@ -289,6 +296,11 @@ class ServerConfig:
         (),
         "host name with dots that requests may be addressed to where no API key is set; may be"
         " repeated or separated by commas, *.NAME is all names below NAME, * is any",
+    )
+    otlp_endpoint: str | None = setting(
+        None,
+        "OpenTelemetry collector to send traces to, as http://HOST:4318; needs the extra `otel`",
+        unset="none: no traces",
     )
     log_level: LogLevel = setting("info", "minimum severity of messages to log")
     log_format: LogFormat = setting("text", "log lines as text, or as one JSON object each")

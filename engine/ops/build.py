@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+Report = Callable[[int, int], None]
+
+CHOICE_VARIABLE = "COTTENTION_OPS"
+_DONE = re.compile(r"\[(\d+)/(\d+)\]")
 
 PREBUILT_DIR = Path(__file__).parent / "_prebuilt"
 KERNEL_SOURCE = "kernels.cpp"
@@ -43,25 +49,32 @@ class BuildError(RuntimeError):
     """The compiled ops could not be built; the message says why."""
 
 
-def build(target_dir: Path | None = None) -> Path:
+def build(target_dir: Path | None = None, report: Report | None = None) -> Path:
     """Build the CPU ops into `target_dir` (default: the cache) unless they exist; return the path.
 
-    Raises BuildError.
+    report: takes the number of files that are done, and of all. Raises BuildError.
     """
     folder = target_dir or build_dir()
-    return build_library(folder / library_name(), lambda: _ninja_file(compiler()))
+    return build_library(folder / library_name(), lambda: _ninja_file(compiler()), report)
 
 
-def build_library(library: Path, ninja_file: Callable[[], str]) -> Path:
+def build_library(
+    library: Path, ninja_file: Callable[[], str], report: Report | None = None
+) -> Path:
     """Build `library` unless it exists, from a ninja file whose target is `library.so`.
 
     Concurrent builds in one folder run one after the other; a library is moved into place as a
-    whole. Raises BuildError.
+    whole. report: as in `build`. Raises BuildError.
     """
     with _locked(library.parent):
         if not library.exists():
-            _build_into(library, ninja_file())
+            _build_into(library, ninja_file(), report)
     return library
+
+
+def is_wanted() -> bool:
+    """Whether the compiled ops are used where there are some: COTTENTION_OPS does not say no."""
+    return os.environ.get(CHOICE_VARIABLE) != "reference"
 
 
 def find() -> Path | None:
@@ -139,28 +152,41 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _build_into(library: Path, ninja_file: str) -> None:
+def _build_into(library: Path, ninja_file: str, report: Report | None) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".build-") as work:
         Path(work, "build.ninja").write_text(ninja_file)
-        status, output, errors = _run([_ninja(), "-C", work])
+        status, output = _run([_ninja(), "-C", work], report)
         if status:
-            raise BuildError(f"compilation failed:\n{output[-4000:]}{errors[-1000:]}")
+            raise BuildError(f"compilation failed:\n{output[-5000:]}")
         os.replace(Path(work, "library.so"), library)
 
 
-def _run(command: Sequence[str]) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of a command; an exception ends it.
+def _run(command: Sequence[str], report: Report | None) -> tuple[int, str]:
+    """Exit status and output of ninja; an exception ends it.
 
     Ninja ends its compilers at SIGTERM; killed, it would leave them running.
     """
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as popen:
+    lines = []
+    environ = os.environ | {"NINJA_STATUS": "[%f/%t] "}  # a line when a file is done
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environ,
+    ) as popen:
+        assert popen.stdout is not None
         try:
-            output, errors = popen.communicate()
+            for line in popen.stdout:
+                lines.append(line)
+                if report is not None and (found := _DONE.match(line)):
+                    report(int(found[1]), int(found[2]))
+            popen.wait()
         except BaseException:
             popen.terminate()
             raise
-    return popen.returncode, output, errors
+    return popen.returncode, "".join(lines)
 
 
 def compiler() -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine.ops.build import (
+    CHOICE_VARIABLE,
     BuildError,
     build,
     build_cuda,
@@ -25,7 +26,6 @@ from cottention.engine.ops.build import (
 from cottention.engine.ops.fakes import FAKES
 
 Backend = Literal["compiled", "reference"]
-CHOICE_VARIABLE = "COTTENTION_OPS"
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()

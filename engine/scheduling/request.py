@@ -283,6 +283,13 @@ class Request:
         """Whether nothing is left to prefill."""
         return not self.prefill_spans
 
+    @property
+    def num_left(self) -> int:
+        """Ids that are still to be prefilled; another thread may ask."""
+        spans = list(self.prefill_spans)
+        num = sum(span.stop - span.begin for span in spans)
+        return num - (self.num_prefilled - spans[0].begin) if spans else 0
+
     def set_prefill_spans(self, spans: deque[PrefillSpan]) -> None:
         """Replace what is still to be prefilled."""
         self.prefill_spans = spans

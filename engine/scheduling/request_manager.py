@@ -51,6 +51,11 @@ class RequestManager:
             raise ParameterError("request_id", "there is an unfinished request of that request_id")
         self._reserved_ids.add(request_id)
 
+    @property
+    def num_to_prefill(self) -> int:
+        """Ids of all requests that are still to be prefilled; another thread may ask."""
+        return sum(request.num_left for request in list(self._requests.values()))
+
     def add(self, request: Request) -> list[Output]:
         """Queue a new request."""
         self._requests[request.id] = request

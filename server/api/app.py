@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
-from cottention.server.api import chat, completions, page, requests, status, tokenize
+from cottention.server.api import chat, completions, page, requests, status, swagger, tokenize
 from cottention.server.api.adoption import go_on
 from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
@@ -45,6 +45,7 @@ from cottention.server.limits.rate_limit import KeyUsage, RateLimitMiddleware
 from cottention.server.limits.shared_limits import SharedKeyUsage, SharedLimits
 from cottention.server.observability.access_log import AccessLogMiddleware
 from cottention.server.observability.metrics import make_registry
+from cottention.server.observability.tracing import Tracing, TracingMiddleware
 from cottention.server.replicas.replicas import Replicas
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
@@ -107,8 +108,9 @@ def create_app(
     beside = nullcontext() if shared is None else shared.exchanging(usage)
     replicas = None if sessions is None else _replicas(engine, sessions, lambda: app)
     idempotency_keys = None if sessions is None else _idempotency_keys(sessions, config, replicas)
-    app = _new_app(engine, turns, idempotency_keys, replicas, beside)
     name = config.served_model_name or engine.engine.name
+    tracing = None if config.otlp_endpoint is None else Tracing(config.otlp_endpoint, name)
+    app = _new_app(engine, turns, idempotency_keys, replicas, beside, tracing)
     if sessions is None:
         registry = make_registry(engine, None, None, name)
         max_snapshot_bytes = 0
@@ -132,9 +134,10 @@ def create_app(
     app.router.routes.extend(_routes())
     if config.ui:
         app.router.routes.extend(page.make_router().routes)
+        app.router.routes.extend(swagger.make_router().routes)
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
-    _add_middleware(app, usage, config, engine)
+    _add_middleware(app, usage, config, engine, tracing)
     return app
 
 
@@ -180,6 +183,7 @@ def _new_app(
     keys: IdempotencyKeys | None,
     replicas: Replicas | None,
     beside: AbstractAsyncContextManager[None],
+    tracing: Tracing | None,
 ) -> FastAPI:
     """An application without endpoints; its shutdown waits until every turn has been stored.
 
@@ -200,8 +204,10 @@ def _new_app(
             await turns.wait_settled()
         if keys is not None:
             await keys.wait_settled()
+        if tracing is not None:
+            await tracing.close()
 
-    # The interactive pages load scripts from elsewhere; only /openapi.json is served.
+    # FastAPI's own pages load scripts from elsewhere.
     return FastAPI(
         title="cottention-server",
         version=package_version(),
@@ -235,7 +241,11 @@ def _usage_by_owner(
 
 
 def _add_middleware(
-    app: FastAPI, usage: Mapping[str, KeyUsage], config: ServerConfig, engine: AsyncEngine
+    app: FastAPI,
+    usage: Mapping[str, KeyUsage],
+    config: ServerConfig,
+    engine: AsyncEngine,
+    tracing: Tracing | None,
 ) -> None:
     """From the innermost to the outermost: a 401 has CORS headers and a request id as well."""
     has_keys = "" not in usage
@@ -253,6 +263,8 @@ def _add_middleware(
     app.add_middleware(
         AccessLogMiddleware, num_characters=config.log_prompt_characters, table=table
     )
+    if tracing is not None:
+        app.add_middleware(TracingMiddleware, tracing=tracing)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(RoutingMiddleware)
     app.add_middleware(PacingMiddleware)

@@ -30,6 +30,7 @@ from cottention.server.generation.sse import (
     until_done,
     usage_of,
 )
+from cottention.server.generation.timings import timings_of
 from cottention.server.http.body import announced_bytes, read_body, shown
 from cottention.server.http.errors import ApiError
 from cottention.server.http.json_body import parse_object
@@ -37,6 +38,7 @@ from cottention.server.http.request_id import request_id_of
 from cottention.server.idempotency.keys import key_of
 from cottention.server.idempotency.recording import Answering
 from cottention.server.limits.rate_limit import client_of, count_choices, track
+from cottention.server.observability.access_log import request_record
 from cottention.server.schemas.base import RequestModel, validate
 from cottention.server.sessions.turn_queue import caller_of, owner_of
 
@@ -133,6 +135,7 @@ def open_request(
     cancellation = context.running.open(
         owner_of(request), name, request_id, is_chosen=chosen_id is not None
     )
+    request_record(request.scope).response_id = name
     return name, cancellation
 
 
@@ -225,7 +228,7 @@ async def _respond(
     cancellation.attach(stream)
     track(request.scope, generation_request, stream)
     if is_stream:
-        formatter = EventFormatter(header, choices, generation_request)
+        formatter = EventFormatter(header, choices, generation_request, stream)
         events = GenerationEvents(stream, formatter)
         return EventStreamResponse(events, context.config.sse_keep_alive_seconds)
     async with close_on_disconnect(stream, request.receive):
@@ -233,7 +236,9 @@ async def _respond(
         usage = usage_of(
             generation_request.num_prompt_tokens, stream.num_generated, stream.num_cached
         )
-        return format_response(deltas, header, choices, generation_request, usage, {})
+        wants_timings = generation_request.timings
+        extra = {"timings": timings_of(generation_request, stream)} if wants_timings else {}
+        return format_response(deltas, header, choices, generation_request, usage, extra)
 
 
 async def read_parsed(

@@ -44,16 +44,17 @@ def make_router() -> APIRouter:
     """
     router = APIRouter(include_in_schema=False)
     files = {path.name: path for path in FOLDER.iterdir() if path.suffix in MEDIA_TYPES}
-    _add(router, "/", files.pop("index.html"))
+    add_file(router, "/", files.pop("index.html"), HEADERS)
     for name, path in files.items():
-        _add(router, f"{PAGE_PATH}/{name}", path)
+        add_file(router, f"{PAGE_PATH}/{name}", path, HEADERS)
     return router
 
 
-def _add(router: APIRouter, url: str, path: Path) -> None:
+def add_file(router: APIRouter, url: str, path: Path, headers: dict[str, str]) -> None:
+    """Serve a file at a path, with these headers and an ETag."""
     content, media_type = path.read_bytes(), MEDIA_TYPES[path.suffix]
     etag = f'"{hashlib.sha256(content).hexdigest()[:16]}"'
-    headers = HEADERS | {"ETag": etag}
+    headers = headers | {"ETag": etag}
 
     @router.get(url)
     async def get_file(if_none_match: Annotated[str | None, Header()] = None) -> Response:

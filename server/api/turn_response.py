@@ -40,6 +40,7 @@ from cottention.server.generation.sse import (
     until_done,
     usage_of,
 )
+from cottention.server.generation.timings import timings_of
 from cottention.server.http.errors import unavailable
 from cottention.server.idempotency.keys import KeyedRequest, ResponseOnce, keyed_request_of
 from cottention.server.idempotency.recording import encode_answer
@@ -85,6 +86,7 @@ class TurnResponse(Response):
         """Answer one request; an exception before the first byte becomes an error response."""
         context, options = self._context, self._parsed.turn
         assert options is not None
+        request_record(scope).session_id = options.session_id
         async with AsyncExitStack() as stack:
             stack.callback(self._cancellation.end)
             turns = context.turns.turn(self._caller, options, receive, self._cancellation)
@@ -103,7 +105,7 @@ class TurnResponse(Response):
                     request, stream, turn, stack.pop_all(), request_record(scope), receive, keyed
                 )
             elif request.is_stream:
-                events = TurnEvents(stream, self._formatter(request), turn)
+                events = TurnEvents(stream, self._formatter(request, stream), turn)
                 response = EventStreamResponse(events, context.config.sse_keep_alive_seconds)
             else:
                 response = await self._whole(request, stream, turn, receive)
@@ -184,7 +186,7 @@ class TurnResponse(Response):
             has_ids = self._known is not None and params.logprobs is None
             replayed = self._known.ids if self._known is not None and has_ids else ()
         num_reread = policies.num_reread(start, request.num_prompt_tokens)
-        request = replace(request, num_reread=num_reread)
+        request = replace(request, num_reread=num_reread, num_held=start.num_tokens)
         skips = request.params.skip_special_tokens
         table = tokenizer.token_bytes if skips else tokenizer.written_bytes
         turn.set_prompt(start, request.prompts[0], table, policies.window)
@@ -206,9 +208,7 @@ class TurnResponse(Response):
             deltas = await collect_outputs(stream)
             session = await turn.finish(deltas[0])
             header = self._header(is_stream=False)
-            return self._formatted(
-                request, deltas[0], stream.num_generated, session, header, at_once=False
-            )
+            return self._formatted(request, deltas[0], stream, session, header, at_once=False)
 
     async def _continued(
         self,
@@ -233,9 +233,7 @@ class TurnResponse(Response):
         header = self._header(is_stream=False)
 
         def respond(sessions: "list[Session]") -> Response:
-            return self._formatted(
-                request, events.whole, stream.num_generated, sessions[0], header, at_once=True
-            )
+            return self._formatted(request, events.whole, stream, sessions[0], header, at_once=True)
 
         once = ResponseOnce(keyed, respond)
 
@@ -259,7 +257,7 @@ class TurnResponse(Response):
             live.add(known.events.decode())
         events = TurnEvents(
             stream,
-            self._formatter(request),
+            self._formatter(request, stream),
             turn,
             live.log_ending_with,
             answer,
@@ -286,9 +284,7 @@ class TurnResponse(Response):
         check_outcome(stream, {0: events.whole})
         if keyed is not None:
             return once.respond([events.session])
-        return self._formatted(
-            request, events.whole, stream.num_generated, events.session, header, at_once=False
-        )
+        return self._formatted(request, events.whole, stream, events.session, header, at_once=False)
 
     async def _open_journal(
         self, writer: JournalWriter, turn: RunningTurn, stream: OutputStream
@@ -309,7 +305,7 @@ class TurnResponse(Response):
         self,
         request: GenerationRequest,
         delta: OutputDelta,
-        num_generated: int,
+        stream: OutputStream,
         session: "Session",
         header: ResponseHeader,
         *,
@@ -318,19 +314,20 @@ class TurnResponse(Response):
         """The whole response."""
         endpoint, context = self._endpoint, self._context
         choices = endpoint.formatter(request, context.tokenizer)
-        usage = usage_of(request.num_prompt_tokens, num_generated)
+        usage = usage_of(request.num_prompt_tokens, stream.num_generated)
         extra = {"session": session_summary(session)}
+        if request.timings:
+            extra["timings"] = timings_of(request, stream)
         response = format_response(
             {0: delta}, header, choices, request, usage, extra, at_once=at_once
         )
         response.headers["ETag"] = etag_of(session)
         return response
 
-    def _formatter(self, request: GenerationRequest) -> EventFormatter:
+    def _formatter(self, request: GenerationRequest, stream: OutputStream) -> EventFormatter:
         endpoint, context = self._endpoint, self._context
-        return EventFormatter(
-            self._header(is_stream=True), endpoint.formatter(request, context.tokenizer), request
-        )
+        choices = endpoint.formatter(request, context.tokenizer)
+        return EventFormatter(self._header(is_stream=True), choices, request, stream)
 
 
 def _told(live: LiveEvents, last_events: str) -> bytes:

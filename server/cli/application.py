@@ -1,11 +1,11 @@
 """The application of given settings: what is opened for it, and closed after it.
 
-Modules that load torch are imported inside the function: what is wrong with the settings is found
+Modules that load torch are imported inside the functions: what is wrong with the settings is found
 before.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,12 +14,17 @@ from fastapi import FastAPI
 from cottention.engine.config import EngineConfig
 from cottention.engine.models.model_folder import resolve_model
 from cottention.server.api.app import create_app
+from cottention.server.cli.progress import loaded
 from cottention.server.config import ServerConfig
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.async_engine import AsyncEngine
-from cottention.server.generation.chat_template import find_template
+from cottention.server.generation.chat_template import (
+    ChatTemplate,
+    UnusableTemplate,
+    find_template,
+)
 from cottention.server.http.origin import check_access
-from cottention.server.limits.api_keys import load_api_keys, session_quotas
+from cottention.server.limits.api_keys import ApiKey, load_api_keys, session_quotas
 from cottention.server.sessions.storage import check_storage, sessions_of
 
 if TYPE_CHECKING:
@@ -37,30 +42,43 @@ class Application(NamedTuple):
 
 
 @contextlib.contextmanager
-def application(
+def loaded_application(
     model: str | None,
     engine_config: EngineConfig,
     config: ServerConfig,
     own_url: str | None = None,
 ) -> Iterator[Application]:
-    """Load the model and open the sessions; they are closed at the end of the block.
+    """Check keys, folders and templates, load the model, and open the application around it.
 
-    own_url: where other servers of the same database reach this one; None: nowhere.
-    Keys, folders and templates are checked first. Raises ConfigurationError.
+    own_url: as in `application`. Raises ModelFolderError, ConfigurationError, OutOfMemoryError.
     """
     from cottention.engine.opening import open_engine
-    from cottention.engine.worker import EngineWorker
 
     keys = load_api_keys(config)
     check_access(config)
     check_storage(config)
     template = find_template(config.chat_template, resolve_model(model).folder)
-    engine = open_engine(model, engine_config)
+    engine = loaded(open_engine, model, engine_config)
+    with application(engine, config, keys, template, own_url) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def application(
+    engine: "Engine | EncoderEngine",
+    config: ServerConfig,
+    keys: Sequence[ApiKey],
+    template: ChatTemplate | UnusableTemplate | None,
+    own_url: str | None = None,
+) -> Iterator[Application]:
+    """The application around an engine; its sessions are closed at the end of the block.
+
+    own_url: where other servers of the same database reach this one; None: nowhere.
+    """
+    from cottention.engine.worker import EngineWorker
+
     async_engine = AsyncEngine(
-        engine,
-        partial(EngineWorker, engine),
-        AdmissionQueue.of(config),
-        config.stream_buffer_bytes,
+        engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes
     )
     with sessions_of(engine, config, session_quotas(keys, config), own_url) as sessions:
         app = create_app(async_engine, config, keys, sessions, template)

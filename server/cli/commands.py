@@ -7,20 +7,23 @@ import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cottention.engine.config import EngineConfig
-from cottention.engine.errors import ConfigurationError, CottentionError
-from cottention.engine.outputs import FinishReason
+from cottention.engine.errors import CottentionError
+from cottention.engine.outputs import FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.context_policy import MAX_HELD
 from cottention.engine.settings.declaration import Setting, settings_of
 from cottention.engine.settings.sources import Origin, Resolved
 from cottention.engine.standard_streams import write_notice, write_output
 from cottention.engine.state.context_window import ContextPolicy
-from cottention.server.config import GenerateConfig, ServerConfig
+from cottention.server.cli.progress import loaded, progress
+from cottention.server.cli.terminal import standard_input
+from cottention.server.config import GENERATE_MAX_TOKENS, GenerateConfig, ServerConfig
 from cottention.server.log_config import FIELDS, LogFormat
 
 if TYPE_CHECKING:
@@ -31,10 +34,6 @@ logger = logging.getLogger("cottention")
 
 HIDDEN = "********"
 """Stands for a secret."""
-
-
-GENERATE_MAX_TOKENS = 256
-"""Where neither --max-tokens nor the model's files limit what `generate` prints."""
 
 
 def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -52,12 +51,12 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
     table = connection_table(config, raise_open_files_limit())
     tls = tls_context(config)
     with listening(config) as sock:
-        from cottention.server.cli.application import application
+        from cottention.server.cli.application import loaded_application
         from cottention.server.cli.serve import describe_access, warn_of_open_access
         from cottention.server.sessions.storage import describe_storage
 
         own_url = replica_url(sock, config)
-        with application(model, engine_config, config, own_url) as served:
+        with loaded_application(model, engine_config, config, own_url) as served:
             app, engine, async_engine, has_sessions = served
             warn_of_open_access(sock, config)
             facts = {
@@ -75,18 +74,27 @@ def generate(prompt: str, config: GenerateConfig, engine_config: EngineConfig) -
     """Print the continuation of `prompt`, or of standard input where it is "-"."""
     from cottention.engine.engine import Engine
 
-    text = _standard_input() if prompt == "-" else prompt
+    text = standard_input() if prompt == "-" else prompt
     _sampling_params(config, {})  # a flag that is wrong is reported before the model is loaded
-    engine = Engine(config.model, engine_config)
+    engine = loaded(Engine, config.model, engine_config)
     params = _sampling_params(config, engine.default_sampling_params)
     status = 0
-    for output in engine.stream(text, params):
-        write_output(output.text)
-        if output.finish_reason is FinishReason.ERROR:
-            write_notice(f"cottention generate: {output.error}\n", sys.stderr)
-            status = 1
+    with ExitStack() as stack:
+        report = stack.enter_context(progress("reading the prompt"))
+        for output in engine.stream(text, params, report):
+            stack.close()
+            write_output(output.text)
+            status |= _told_error(output)
     write_output("\n")
     return status
+
+
+def _told_error(output: Output) -> int:
+    """1 for an output that ends with an error, which is told."""
+    if output.finish_reason is not FinishReason.ERROR:
+        return 0
+    write_notice(f"cottention generate: {output.error}\n", sys.stderr)
+    return 1
 
 
 def _sampling_params(config: GenerateConfig, defaults: Mapping[str, Any]) -> SamplingParams:
@@ -102,7 +110,7 @@ def info(model: str | None, engine_config: EngineConfig) -> int:
     from cottention.engine.encoder_engine import EncoderEngine
     from cottention.engine.opening import open_engine
 
-    engine = open_engine(model, replace(engine_config, max_slots=1, state_memory=None))
+    engine = loaded(open_engine, model, replace(engine_config, max_slots=1, state_memory=None))
     if isinstance(engine, EncoderEngine):
         facts = _encoder_facts(engine)
     else:
@@ -118,7 +126,9 @@ def build() -> int:
     from cottention.engine.ops.build import build as build_ops
 
     try:
-        write_output(f"{build_ops()}\n")
+        with progress("compiling the ops") as report:
+            library = build_ops(report=report)
+        write_output(f"{library}\n")
         if is_cuda_wanted():
             write_output(f"{build_cuda()}\n")
     except BuildError as error:
@@ -143,17 +153,6 @@ def config(resolved: Sequence[Resolved[Any]], *, as_json: bool) -> int:
     for name, value, origin in table:
         write_output(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}\n")
     return 0
-
-
-def _standard_input() -> str:
-    if sys.stdin is None:  # Python's value for a descriptor that was closed
-        raise ConfigurationError("standard input is closed; give PROMPT, or a file or a pipe")
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"standard input is not UTF-8: {error}") from None
-    except OSError as error:
-        raise ConfigurationError(f"standard input cannot be read: {error.strerror}") from None
 
 
 def _announce(engine: "Engine | EncoderEngine", facts: dict[str, str], form: LogFormat) -> None:

@@ -14,20 +14,25 @@ from cottention.engine.settings.sources import (
     variable_of,
 )
 from cottention.engine.training.settings import TRAINING_VARIABLES
+from cottention.server.client.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 
 logger = logging.getLogger("cottention")
 
 INFO_SETTINGS = {"model": ModelArgument, "engine": EngineConfig}
 SERVE_SETTINGS = {"model": ModelArgument, "server": ServerConfig, "engine": EngineConfig}
-GENERATE_SETTINGS = {"generation": GenerateConfig, "engine": EngineConfig}
+GENERATE_SETTINGS = {
+    "generation": GenerateConfig,
+    "server to use": ClientConfig,
+    "engine": EngineConfig,
+}
+CHAT_SETTINGS = {"conversation": ChatConfig, **GENERATE_SETTINGS}
+BENCH_SETTINGS = {"server to test": TargetConfig, "load": BenchConfig}
 """What a command reads, by the titles in its help text."""
 
-NAMES = frozenset(
-    each.name
-    for config_type in (SERVE_SETTINGS | GENERATE_SETTINGS).values()
-    for each in settings_of(config_type)
-)
+ALL_SETTINGS = tuple((SERVE_SETTINGS | CHAT_SETTINGS | BENCH_SETTINGS).values())
+
+NAMES = frozenset(each.name for config_type in ALL_SETTINGS for each in settings_of(config_type))
 """Every key that a configuration file may have: one file serves all commands."""
 
 OPS_VARIABLES = frozenset(

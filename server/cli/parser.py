@@ -7,15 +7,20 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from cottention.engine.config import EngineConfig
+from cottention.engine.errors import ConfigurationError
 from cottention.engine.settings.command_line import OneLineParser
 from cottention.engine.settings.sources import Resolved, unknown_variables
 from cottention.engine.standard_streams import write_notice, write_output
 from cottention.server.cli import commands
 from cottention.server.cli.options import (
+    ALL_SETTINGS,
+    BENCH_SETTINGS,
+    CHAT_SETTINGS,
     GENERATE_SETTINGS,
     INFO_SETTINGS,
     KNOWN_VARIABLES,
@@ -24,9 +29,12 @@ from cottention.server.cli.options import (
     sources_of,
     warn_of_unknown_variables,
 )
+from cottention.server.client.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version
+
+Asking = TypeVar("Asking", BenchConfig, GenerateConfig)
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -86,12 +94,69 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
         default="-",
         help="text to continue; - reads standard input (default: -)",
     )
+    parser.add_argument(
+        "-i",
+        "--interactive",
+        action="store_true",
+        help="go on with lines of yours, where standard input is a terminal",
+    )
 
 
 def _generate(given: argparse.Namespace) -> int:
     sources = sources_of(given, os.environ)
-    config = sources.read(GenerateConfig).value
-    return commands.generate(given.prompt, config, sources.read(EngineConfig).value)
+    client, generation = sources.read(ClientConfig).value, sources.read(GenerateConfig)
+    config = generation.value if client.url is None else _asking_for_flag(generation)
+    engine_config = sources.read(EngineConfig).value
+    if not given.interactive and client.url is None:
+        return commands.generate(given.prompt, config, engine_config)
+    from cottention.server.cli.chat import chat
+
+    message, first = given.prompt, None
+    if given.interactive:
+        message, first = None, None if message == "-" else message
+    return chat(message, client, ChatConfig(), config, engine_config, is_plain=True, first=first)
+
+
+def _add_message(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "message",
+        nargs="?",
+        metavar="MESSAGE",
+        help="message to answer, - reads it from standard input (default: a conversation, where"
+        " standard input is a terminal, else -)",
+    )
+
+
+def _chat(given: argparse.Namespace) -> int:
+    from cottention.server.cli.chat import chat
+
+    sources = sources_of(given, os.environ)
+    client, generation = sources.read(ClientConfig).value, sources.read(GenerateConfig)
+    return chat(
+        given.message,
+        client,
+        sources.read(ChatConfig).value,
+        generation.value if client.url is None else _asking_for_flag(generation),
+        sources.read(EngineConfig).value,
+    )
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from cottention.server.cli.bench import bench
+
+    sources = sources_of(given, os.environ)
+    target = sources.read(TargetConfig).value
+    if target.url is None:
+        raise ConfigurationError("URL is missing: give the server to test, as http://HOST:PORT")
+    config = sources.read(BenchConfig)
+    return bench(target, _asking_for_flag(config), as_json=given.json)
+
+
+def _asking_for_flag(resolved: Resolved[Asking]) -> Asking:
+    """Settings without a model that no flag named: variable and file say what is loaded here."""
+    if resolved.origins["model"].kind == "flag":
+        return resolved.value
+    return replace(resolved.value, model=None)
 
 
 def _info(given: argparse.Namespace) -> int:
@@ -125,8 +190,7 @@ def _add_shell(parser: argparse.ArgumentParser) -> None:
 def _completion(given: argparse.Namespace) -> int:
     from cottention.server.cli.completion import completion_script
 
-    settings = (SERVE_SETTINGS | GENERATE_SETTINGS).values()
-    write_output(completion_script(given.shell, _parser(), settings))
+    write_output(completion_script(given.shell, _parser(), ALL_SETTINGS))
     return 0
 
 
@@ -148,10 +212,24 @@ COMMANDS = {
     "serve": Command("serve a model over HTTP", "[MODEL] [flags]", _serve, SERVE_SETTINGS),
     "generate": Command(
         "generate text from a prompt",
-        "[PROMPT] [flags]",
+        "[PROMPT] [-i] [flags]",
         _generate,
         GENERATE_SETTINGS,
         _add_prompt,
+    ),
+    "chat": Command(
+        "hold a conversation, with a model loaded here or on a server",
+        "[MESSAGE] [flags]",
+        _chat,
+        CHAT_SETTINGS,
+        _add_message,
+    ),
+    "bench": Command(
+        "test a running server under load, ours or another with OpenAI's interface",
+        "URL [flags] [--json]",
+        _bench,
+        BENCH_SETTINGS,
+        _add_json,
     ),
     "info": Command(
         "show a model's size and its memory per session", "[MODEL] [flags]", _info, INFO_SETTINGS

@@ -51,7 +51,7 @@ class Server:
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         """arguments: settings by their names. Raises ConfigurationError."""
-        from cottention.server.cli.application import application
+        from cottention.server.cli.application import loaded_application
 
         sources = sources_of(arguments)
         config = sources.read(ServerConfig).value
@@ -59,7 +59,7 @@ class Server:
         model = sources.read(ModelArgument).value.model
         self._opened = contextlib.ExitStack()
         self._application = self._opened.enter_context(
-            application(model, sources.read(EngineConfig).value, config)
+            loaded_application(model, sources.read(EngineConfig).value, config)
         )
         if self._application.has_sessions and config.session_store is None:
             self._opened.close()

@@ -162,6 +162,7 @@ class OutputDispatcher:
             )
         if output.token_ids:
             prompt.num_generated += len(output.token_ids)
+            prompt.stream.last_token = now
             before = prompt.last_token_at.get(output.choice)
             prompt.last_token_at[output.choice] = now
             if before is not None:

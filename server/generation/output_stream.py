@@ -6,6 +6,7 @@ of its unread text, not an object per token. A stream runs on the event loop.
 
 import asyncio
 import io
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -129,8 +130,10 @@ class OutputStream:
         self._closed = False
         self.timer: asyncio.TimerHandle | None = None
         self.num_generated = self.num_cached = 0
+        self.opened = time.monotonic()
         self.started: float | None = None
         self.first_token: float | None = None
+        self.last_token: float | None = None
         self.reasons: list[FinishReason] = []
 
     @property

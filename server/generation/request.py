@@ -102,6 +102,8 @@ class GenerationRequest:
     prompts: token ids of each prompt. echoes: the text of each prompt, empty unless echoed.
     num_choices: returned for each prompt: all `params.n` of them, or the best.
     num_reread: ids that a session's turn reads besides its prompt (`ContextPolicies.num_reread`).
+    num_held: ids that a session holds before its turn. timings: whether the response has its times,
+    and timings_per_token: each of its chunks.
     """
 
     prompts: list[list[int]]
@@ -113,6 +115,9 @@ class GenerationRequest:
     stream_options: StreamOptions = DEFAULT_STREAM_OPTIONS
     priority: int = 0
     num_reread: int = 0
+    num_held: int = 0
+    timings: bool = False
+    timings_per_token: bool = False
 
     @property
     def needs_token_ids(self) -> bool:
@@ -252,6 +257,8 @@ class ParsedRequest:
             is_stream=body.stream,
             stream_options=body.stream_options or DEFAULT_STREAM_OPTIONS,
             priority=body.priority,
+            timings=body.timings or body.timings_per_token,
+            timings_per_token=body.timings_per_token,
         )
 
 

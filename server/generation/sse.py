@@ -19,6 +19,7 @@ from cottention.server.generation.choice_format import ChoiceFormatter
 from cottention.server.generation.json_pieces import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream, OutputStreamClosed
 from cottention.server.generation.request import GenerationRequest
+from cottention.server.generation.timings import timings_of
 from cottention.server.http.errors import ApiError, engine_failed
 from cottention.server.schemas.responses import JsonObject
 
@@ -44,8 +45,14 @@ class EventFormatter:
     """
 
     def __init__(
-        self, header: ResponseHeader, choices: ChoiceFormatter, request: GenerationRequest
+        self,
+        header: ResponseHeader,
+        choices: ChoiceFormatter,
+        request: GenerationRequest,
+        stream: OutputStream,
     ) -> None:
+        """stream: whose events they are, for its times."""
+        self._stream = stream
         self._head = f"data: {compact(asdict(header))[:-1]},"
         self._choices = choices
         self._request = request
@@ -65,25 +72,50 @@ class EventFormatter:
 
     async def events(self, deltas: Mapping[int, OutputDelta]) -> AsyncIterator[bytes]:
         """The events of each delta, one choice at a time where they repeat long prompts."""
+        is_end = not self._stream.has_more
         if not self._is_slow:
-            yield self.frame(self._chunks(deltas)).encode()
+            yield self.frame(self._chunks(deltas), is_end=is_end).encode()
             return
+        *_, last = (None, *deltas)
         for index, delta in deltas.items():
-            yield await asyncio.to_thread(
-                lambda one: self.frame(self._chunks(one)).encode(), {index: delta}
-            )
+            yield await asyncio.to_thread(self._slow_events, index, delta, is_end and index == last)
 
-    def frame(self, chunks: Sequence[str], extra: str = "") -> str:
-        """Events of chunks. extra: more fields for each, as JSON that begins with a comma."""
+    def _slow_events(self, index: int, delta: OutputDelta, is_end: bool) -> bytes:
+        return self.frame(self._chunks({index: delta}), is_end=is_end).encode()
+
+    def frame(self, chunks: Sequence[str], extra: str = "", *, is_end: bool = False) -> str:
+        """Events of chunks. extra: more fields for each, as JSON that begins with a comma.
+
+        is_end: the last of them is the last chunk of a choice in the stream.
+        """
+        if self._request.timings and chunks:
+            return self._frame_with_timings(chunks, extra, is_end)
         head, tail = self._head, extra + self._tail
         return "".join([f"{head}{chunk}{tail}" for chunk in chunks])
 
-    def end(self, num_generated: int, num_cached: int = 0) -> str:
+    def _frame_with_timings(self, chunks: Sequence[str], extra: str, is_end: bool) -> str:
+        """In every chunk, or in the last one of the stream, which may be that of the usage."""
+        has_all = self._request.timings_per_token
+        has_last = has_all or (is_end and not self._includes_usage)
+        timings = self._timings()
+        tails = [extra + (timings if has_all else "")] * (len(chunks) - 1)
+        tails.append(extra + (timings if has_last else ""))
+        return "".join(
+            f"{self._head}{chunk}{tail}{self._tail}"
+            for chunk, tail in zip(chunks, tails, strict=True)
+        )
+
+    def _timings(self) -> str:
+        return f',"timings":{compact(timings_of(self._request, self._stream))}'
+
+    def end(self) -> str:
         """The events that end a complete stream."""
         if not self._includes_usage:
             return DONE
-        usage = compact(usage_of(self._request.num_prompt_tokens, num_generated, num_cached))
-        return f'{self._head}"choices":[],"usage":{usage}}}\n\n{DONE}'
+        stream, request = self._stream, self._request
+        usage = usage_of(request.num_prompt_tokens, stream.num_generated, stream.num_cached)
+        timings = self._timings() if request.timings else ""
+        return f'{self._head}"choices":[],"usage":{compact(usage)}{timings}}}\n\n{DONE}'
 
     @staticmethod
     def error(error: ApiError) -> str:
@@ -178,7 +210,7 @@ class GenerationEvents:
             if any(delta.finish_reason is FinishReason.ERROR for delta in deltas.values()):
                 yield formatter.error(engine_failed()).encode()
                 return
-        yield formatter.end(stream.num_generated, stream.num_cached).encode()
+        yield formatter.end().encode()
 
     def close(self) -> None:
         """Cancel what has not ended."""

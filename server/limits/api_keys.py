@@ -28,6 +28,9 @@ METRICS_PATH = "/metrics"
 PAGE_PATH = "/ui"
 """The folder of the page's files, which have no secret and ask for the key themselves."""
 
+DOCS_PATH = "/docs"
+"""The endpoints' description for people, and the folder of its files: the same holds for them."""
+
 
 def requires_key(path: str, config: ServerConfig) -> bool:
     """Whether requests of `path` need a key."""
@@ -37,7 +40,8 @@ def requires_key(path: str, config: ServerConfig) -> bool:
 
 
 def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path == "/" or path.startswith(f"{PAGE_PATH}/")
+    folders = (f"{PAGE_PATH}/", f"{DOCS_PATH}/")
+    return path in OPEN_PATHS or path in ("/", DOCS_PATH) or path.startswith(folders)
 
 
 def checks_host(path: str, config: ServerConfig) -> bool:

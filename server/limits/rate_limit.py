@@ -197,7 +197,7 @@ def track(scope: Scope, request: GenerationRequest, stream: OutputStream) -> Non
 
     The generated tokens are charged when the HTTP request has ended.
     """
-    request_record(scope).add(request.prompts, stream)
+    request_record(scope).add(request, stream)
     usage: KeyUsage | None = scope["state"].get("key_usage")
     if usage is not None:
         usage.charge(request.num_read_tokens)

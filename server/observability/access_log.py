@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cottention.server.generation.output_stream import OutputStream
+from cottention.server.generation.request import GenerationRequest
 from cottention.server.http.body_memory import release_bodies
 from cottention.server.log_config import FIELDS
 
@@ -31,7 +32,8 @@ class RequestRecord:
     """What is known of one HTTP request.
 
     key_name: the name of its API key. num_prompt: tokens of all its prompts. prompt_ids: those of
-    the first prompt. num_choices: what counts against its key's limit. streams: one per prompt.
+    the first prompt. num_choices: what counts against its key's limit. streams: of what was
+    generated for it. request: what was generated. response_id, session_id: of its answer.
     background_turn: a session's turn that does not end with its client.
     """
 
@@ -40,12 +42,16 @@ class RequestRecord:
     prompt_ids: Sequence[int] = ()
     num_choices: int = 1
     streams: list[OutputStream] = field(default_factory=list)
+    request: GenerationRequest | None = None
+    response_id: str | None = None
+    session_id: str | None = None
     background_turn: asyncio.Task[None] | None = None
 
-    def add(self, prompts: Sequence[Sequence[int]], stream: OutputStream) -> None:
-        """Add the output of prompts, each a sequence of ids."""
-        self.num_prompt += sum(map(len, prompts))
-        self.prompt_ids = self.prompt_ids or prompts[0]
+    def add(self, request: GenerationRequest, stream: OutputStream) -> None:
+        """Add the output of a request's prompts."""
+        self.request = request
+        self.num_prompt += request.num_prompt_tokens
+        self.prompt_ids = self.prompt_ids or request.prompts[0]
         self.streams.append(stream)
 
     def on_end(self, callback: Callable[[], None]) -> None:

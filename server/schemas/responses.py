@@ -49,6 +49,25 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails | None = None
 
 
+class Timings(BaseModel):
+    """Times of a request, in llama.cpp's shape: milliseconds, and tokens per second.
+
+    cache_n: tokens before the prompt's own that were not computed: of a session, or restored from
+    the prefix cache. prompt: from the first slot to the first token. predicted: from there to the
+    last token, of all choices together.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float
+    predicted_per_second: float
+
+
 class RankedLogprob(BaseModel):
     """A token of a prompt or an alternative to it, in vLLM's shape."""
 
@@ -96,6 +115,7 @@ class Completion(BaseModel):
     system_fingerprint: None
     kv_transfer_params: None
     session: SessionSummary | None = None
+    timings: Timings | None = None
 
 
 class ChatToken(BaseModel):
@@ -172,6 +192,7 @@ class ChatCompletion(BaseModel):
     system_fingerprint: None
     kv_transfer_params: None
     session: SessionSummary | None = None
+    timings: Timings | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 

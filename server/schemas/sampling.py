@@ -112,6 +112,8 @@ class SamplingBody(StructuredFields):
     return_tokens_as_token_ids: bool = Field(False, description=BOOLEAN)
     stream: bool = Field(False, description=BOOLEAN)
     stream_options: StreamOptions | None = Field(None, description="an object")
+    timings: bool = Field(False, description=BOOLEAN)
+    timings_per_token: bool = Field(False, description=BOOLEAN)
     priority: int = ranged(0, PRIORITY, -MAX_PRIORITY, MAX_PRIORITY)
     timeout: float | None = ranged(None, TIMEOUT, 0)
     cache_salt: ShortText | None = Field(None, description=SALT)

@@ -125,8 +125,8 @@ class TurnEvents:
 
         def last_events(session: "Session") -> str:
             extra = f',"session":{compact(session_summary(session))}'
-            end = self._formatter.error(failed) if failed else self._last()
-            return self._formatter.frame(chunks, extra) + end
+            end = self._formatter.error(failed) if failed else self._formatter.end()
+            return self._formatter.frame(chunks, extra, is_end=not failed) + end
 
         if self._journal is not None:
             await self._journal.wait_held()
@@ -151,6 +151,3 @@ class TurnEvents:
             return self._formatter.error(self.error)
         self.error = failed
         return last_events(self.session)
-
-    def _last(self) -> str:
-        return self._formatter.end(self._stream.num_generated)

@@ -17,6 +17,7 @@ import pytest
 
 from cottention.engine.ops import build
 from cottention.server.cli import main as cli
+from cottention.server.cli.parser import COMMANDS
 from cottention.server.cli.serve import bind_socket
 from tests.engine.encoders import encoder_folder
 from tests.engine.making import attention_folder, rwkv7_file
@@ -45,15 +46,32 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
 
 
 def test_help_and_config_are_quick_and_load_no_torch() -> None:
+    heavy = {"torch", "fastapi", "pydantic", "starlette", "uvicorn", "httpx2", "rich"}
     code = "import sys, cottention.server.cli.main as c\nc.main(['config'])\n"
-    code += "try: c.main(['serve', '--help'])\n"
-    code += "finally: print(sorted({'torch', 'fastapi', 'pydantic'} & set(sys.modules)))"
+    for arguments in (["--help"], *([word, "--help"] for word in COMMANDS)):
+        code += f"try: c.main({arguments})\nexcept SystemExit: pass\n"
+    code += f"print(sorted({heavy} & set(sys.modules)))"
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert found.stdout.endswith("[]\n")
     assert "--max-slots" in found.stdout
     assert "--drain-seconds" in found.stdout
+
+
+def test_asking_a_server_loads_no_torch() -> None:
+    """`chat --url` and `bench` are there at once, also where torch is not installed."""
+    code = "import sys, cottention.server.cli.main as c\n"
+    for arguments in (
+        ["chat", "hi", "--url", "http://127.0.0.1:1"],
+        ["bench", "http://127.0.0.1:1"],
+    ):
+        code += f"assert c.main({arguments}) == 1\n"
+    code += "print(sorted({'torch', 'fastapi', 'pydantic'} & set(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert found.stdout == "[]\n"
 
 
 def test_the_installed_command_is_this_one() -> None:
@@ -235,7 +253,7 @@ def test_a_softmax_model_is_not_served(
 def test_build_says_what_it_built_or_what_it_lacks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "build", lambda: Path("/somewhere/ops.so"))
+    monkeypatch.setattr(build, "build", lambda **_: Path("/somewhere/ops.so"))
     monkeypatch.setattr(build, "build_cuda", lambda: Path("/somewhere/cuda.so"))
     for wanted, printed in (
         ("0", "/somewhere/ops.so\n"),
@@ -245,7 +263,7 @@ def test_build_says_what_it_built_or_what_it_lacks(
         assert cli.main(["build"]) == 0
         assert capsys.readouterr().out == printed
 
-    def without_compiler() -> Path:
+    def without_compiler(**_: object) -> Path:
         raise build.BuildError("there is no C++ compiler:\ninstall g++")
 
     monkeypatch.setattr(build, "build", without_compiler)

@@ -12,7 +12,7 @@ from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.server.generation.chat_template import find_template
 from cottention.server.generation.choice_format import ChatFormatter, CompletionFormatter
-from cottention.server.generation.output_stream import OutputDelta
+from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.request import GenerationRequest, OutputOptions
 from cottention.server.generation.sse import EventFormatter, ResponseHeader
 from cottention.server.schemas.sampling import StreamOptions
@@ -43,7 +43,8 @@ def request(**options: bool) -> GenerationRequest:
 
 def formatter(header: ResponseHeader = HEADER, **options: bool) -> EventFormatter:
     choices = CompletionFormatter(request(**options), cast(Tokenizer, FakeTokenizer()))
-    return EventFormatter(header, choices, request(**options))
+    stream = OutputStream(2, lambda _: None, lambda _: None)
+    return EventFormatter(header, choices, request(**options), stream)
 
 
 def events(made: EventFormatter, deltas: dict[int, OutputDelta]) -> str:
@@ -55,7 +56,7 @@ def test_an_event_s_bytes() -> None:
         f'data: {{{HEAD},"choices":[{{"index":0,"text":"a\\"\\u2028\\u00e9\\n","logprobs":null,'
         '"finish_reason":null}]}\n\n'
     )
-    assert formatter().end(1) == "data: [DONE]\n\n"
+    assert formatter().end() == "data: [DONE]\n\n"
 
 
 def test_an_event_s_bytes_beside_usage() -> None:
@@ -65,7 +66,8 @@ def test_an_event_s_bytes_beside_usage() -> None:
         '"finish_reason":"length","stop_reason":null,"context_start":0}],"usage":null}\n\n'
     )
     usage = '{"prompt_tokens":1,"completion_tokens":2,"total_tokens":3}'
-    assert made.end(2) == f'data: {{{HEAD},"choices":[],"usage":{usage}}}\n\ndata: [DONE]\n\n'
+    made._stream.num_generated = 2
+    assert made.end() == f'data: {{{HEAD},"choices":[],"usage":{usage}}}\n\ndata: [DONE]\n\n'
 
 
 def test_the_end_of_a_chat_without_text_has_an_empty_delta() -> None:
@@ -85,13 +87,13 @@ def test_usage_beside_every_event() -> None:
         usage += f'"total_tokens":{num_tokens + 1}}}'
         sent = events(made, {1: delta("x", num_tokens=2 if num_tokens == 2 else 3)})
         assert sent.endswith(f'"finish_reason":null}}],"usage":{usage}}}\n\n')
-    assert '"choices":[],"usage":{' in made.end(5)
+    assert '"choices":[],"usage":{' in made.end()
 
 
 def test_usage_beside_every_event_needs_include_usage() -> None:
     made = formatter(continuous_usage_stats=True)
     assert '"usage"' not in events(made, {1: delta("x")})
-    assert made.end(1) == "data: [DONE]\n\n"
+    assert made.end() == "data: [DONE]\n\n"
 
 
 USAGES: list[tuple[str, dict[str, Any]]] = [

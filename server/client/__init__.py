@@ -1,0 +1,1 @@
+"""The other end of the wire: what `chat`, `generate --url` and `bench` ask a server with."""
