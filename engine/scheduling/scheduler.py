@@ -64,6 +64,17 @@ class Scheduler:
         decoding = list(self._decoding)  # one operation: `stats` is called from other threads
         return len(self._prefilling) + len({choice.request for choice in decoding})
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether requests of several clients have slots."""
+        clients = {choice.request.client for choice in self._decoding}
+        return len(clients | {request.client for request in self._prefilling}) > 1
+
+    @property
+    def late_choices(self) -> list[Choice]:
+        """Choices whose next id waits for its mask."""
+        return [choice for choice in self._decoding if choice.late_logits is not None]
+
     def has_work(self) -> bool:
         """Whether any queue holds anything."""
         return bool(self._waiting or self._prefilling or self._decoding)
@@ -139,16 +150,23 @@ class Scheduler:
         """The next step's batch. What does not fit into the budget comes first in a later step."""
         self._waiting.charge_step()
         reserved = max(1, self._budget // _PREFILL_SHARE) if self._prefilling else 0
+        late = [choice for choice in self._decoding if choice.is_sampled_late]
         decode, lookahead = self._schedule_decode(max(1, self._budget - reserved))
-        self._decoding.rotate(-len(decode))
+        if decode:
+            self._decoding.rotate(-1 - self._decoding.index(decode[-1]))
         prefill = self._schedule_prefill(self._prefill_budget(len(decode) + len(lookahead)))
-        return Batch(decode, prefill, lookahead)
+        return Batch(decode, prefill, lookahead, late)
 
     def _schedule_decode(self, budget: int) -> tuple[list[Choice], list[LookaheadRow]]:
-        """Decoding choices that fit, at least one, and the lookahead rows among them."""
+        """Decoding choices that fit, at least one, and the lookahead rows among them.
+
+        Those whose next id waits for its mask sit out.
+        """
         decode: list[Choice] = []
         lookahead: list[LookaheadRow] = []
         for choice in self._decoding:
+            if choice.late_logits is not None:
+                continue
             start = choice.lookahead_start
             num_tokens = len(decode) + len(lookahead) + (1 if start is None else 2)
             if decode and num_tokens > budget:
