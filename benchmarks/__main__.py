@@ -3,6 +3,7 @@
 from benchmarks import (
     decode,
     families,
+    heavy_grammar,
     long_prefill,
     memory,
     position,
@@ -29,6 +30,7 @@ BENCHMARKS = (
     sessions,
     renewal,
     structured,
+    heavy_grammar,
 )
 
 
