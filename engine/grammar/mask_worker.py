@@ -186,7 +186,7 @@ class _Lane:
 
 @dataclass(slots=True)
 class _Account:
-    """debt: seconds of work above the share, at the time `counted`. row_seconds: what a row takes."""
+    """debt: seconds of work above the share, when it was `counted`. row_seconds: what a row takes."""
 
     debt: float = 0.0
     counted: float = 0.0

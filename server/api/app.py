@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
-from cottention.server.api import chat, completions, page, requests, status, tokenize
+from cottention.server.api import chat, completions, page, requests, responses, status, tokenize
 from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
@@ -45,6 +45,7 @@ from cottention.server.observability.metrics import make_registry
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.encoding import EmbeddingRequest, FillMaskRequest
+from cottention.server.schemas.responses_api import ResponseRequest
 from cottention.server.schemas.sessions import AppendRequest, ForkRequest, SessionRequest
 from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue
@@ -57,6 +58,7 @@ if TYPE_CHECKING:  # it imports torch, which the server must not load
 ROUTERS: tuple[tuple[APIRouter, Capability | None], ...] = (
     (completions.router, "completions"),
     (chat.router, "chat"),
+    (responses.router, "sessions"),
     (snapshots.router, "sessions"),
     (events.router, "sessions"),
     (lifecycle.router, "sessions"),
@@ -79,6 +81,7 @@ BODIES = (
     ForkRequest,
     EmbeddingRequest,
     FillMaskRequest,
+    ResponseRequest,
 )
 
 

@@ -21,6 +21,7 @@ from cottention.server.http.body_memory import BodyMemory
 from cottention.server.http.errors import ApiError
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import counting_read, limits_of
+from cottention.server.responses.running import RunningResponses
 from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue, owner_of
 
@@ -71,6 +72,7 @@ class Context:
     template: ChatTemplate | UnusableTemplate | None = None
     limits: KeyLimits = KeyLimits()
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)
+    responses: RunningResponses = field(default_factory=RunningResponses)
 
     @property
     def sessions(self) -> "SessionManager":

@@ -56,6 +56,7 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
         from cottention.server.generation.chat_template import find_template
         from cottention.server.http.origin import check_access
         from cottention.server.limits.api_keys import load_api_keys, session_quotas
+        from cottention.server.responses.values import quotas_with_responses
         from cottention.server.sessions.storage import check_storage, describe_storage, sessions_of
 
         keys = load_api_keys(config)
@@ -69,7 +70,8 @@ def serve(model: str | None, engine_config: EngineConfig, config: ServerConfig) 
             AdmissionQueue.of(config),
             config.stream_buffer_bytes,
         )
-        with sessions_of(engine, config, session_quotas(keys, config)) as sessions:
+        quotas = quotas_with_responses(session_quotas(keys, config), config.max_responses_per_key)
+        with sessions_of(engine, config, quotas) as sessions:
             app = create_app(async_engine, config, keys, sessions, template)
             warn_of_open_access(sock, config)
             facts = {
