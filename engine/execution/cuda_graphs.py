@@ -246,7 +246,8 @@ class CapturedDecode:
 
         Raises ValueError for a slot that is out of range or named twice.
         """
-        return self._greedy_graphs.run(rows).logits
+        outputs: GreedyOutputs = self._greedy_graphs.run(rows)
+        return outputs.logits
 
     def _greedy_step(
         self, ids: Tensor, positions: Tensor, slots: Tensor, _sampling_rows: Tensor

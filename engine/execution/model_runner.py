@@ -34,11 +34,6 @@ class SamplingTarget(NamedTuple):
     choice: Choice
     token_index: int
 
-    @property
-    def has_mask(self) -> bool:
-        """Whether nothing is missing for the sample."""
-        return self.choice.matcher is None or self.choice.matcher.is_ready
-
 
 WaitForMasks = Callable[[Sequence[Choice]], None]
 """Takes choices with matchers; returns when no more of their masks are to be waited for."""
@@ -88,8 +83,8 @@ class ModelRunner:
         if captured is not None and segments and _is_one_token_each(batch, captured.max_rows):
             if not _has_masks(batch):
                 return _run_captured(batch, segments, captured)
-            logits = captured.logits(_captured_rows(segments))[: len(batch.decode)]
-            return self._sample(batch, _sampling_targets(batch), logits, wait_for_masks)
+            decoded = captured.logits(_captured_rows(segments))[: len(batch.decode)]
+            return self._sample(batch, _sampling_targets(batch), decoded, wait_for_masks)
         if not segments:
             return self._sample(batch, [], None, wait_for_masks)
         hidden = self._hidden(segments)
@@ -97,7 +92,7 @@ class ModelRunner:
         prompt_logprobs = self._prompt_logprobs(hidden, batch)
         embeddings = self._embeddings(hidden, batch)
         targets = _sampling_targets(batch)
-        logits = None
+        logits: Tensor | None = None
         if targets:
             logits = self._model.logits(hidden[[target.hidden_row for target in targets]])
         result = self._sample(batch, targets, logits, wait_for_masks)
@@ -113,14 +108,15 @@ class ModelRunner:
         """Sample for the targets, logits float32 [R, N], and for the batch's late choices."""
         if _has_masks(batch):
             wait_for_masks([t.choice for t in targets if t.choice.matcher is not None])
-        ready = [row for row, target in enumerate(targets) if target.has_mask]
+        have_masks = [target.choice.has_mask for target in targets]  # asked once: threads compute
+        ready = [row for row, has_mask in enumerate(have_masks) if has_mask]
         late_logits: dict[Choice, Tensor] = {}
         parts = [choice.late_logits for choice in batch.late if choice.late_logits is not None]
         if logits is not None and len(ready) < len(targets):
             late_logits = {
                 target.choice: logits[row : row + 1].clone()
                 for row, target in enumerate(targets)
-                if not target.has_mask
+                if not have_masks[row]
             }
             targets, logits = [targets[row] for row in ready], logits[ready]
         targets = [*targets, *(SamplingTarget(-1, each, each.position) for each in batch.late)]

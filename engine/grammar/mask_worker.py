@@ -186,7 +186,10 @@ class _Lane:
 
 @dataclass(slots=True)
 class _Account:
-    """debt: seconds of work above the share, when it was `counted`. row_seconds: what a row takes."""
+    """What is known of a client's masks.
+
+    debt: seconds of work above the share, when it was `counted`. row_seconds: what a row takes.
+    """
 
     debt: float = 0.0
     counted: float = 0.0

@@ -88,10 +88,9 @@ class Choice:
     late_logits: "Tensor | None" = None
 
     @property
-    def is_sampled_late(self) -> bool:
-        """Whether its next id can be sampled from logits of an earlier step."""
-        has_mask = self.matcher is None or self.matcher.is_ready
-        return self.late_logits is not None and has_mask
+    def has_mask(self) -> bool:
+        """Whether its next id can be sampled: it has no grammar, or its mask is there."""
+        return self.matcher is None or self.matcher.is_ready
 
     @property
     def row(self) -> int:

@@ -93,6 +93,7 @@ class RequestManager:
             choice.late_logits = None
         for choice, logits in result.late_logits.items():
             choice.late_logits = logits
+            self._scheduler.hold(choice)
         for request, logprobs in result.prompt_logprobs.items():
             request.prompt_logprobs += logprobs
         for request, embedding in result.embeddings.items():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
+from cottention.engine.errors import ParameterError
 from cottention.engine.state.event_log import EventLog
 from cottention.server.api.chat import ALWAYS_IN_THREAD, parse_chat
 from cottention.server.api.dependencies import Context, ContextDep, reading
@@ -159,9 +160,12 @@ async def _respond(
         generation = replace(generation, num_reread=num_reread)
     client = client_of(request.scope)
     cache = chat.cache_use(owner) if start is None else None
-    stream = await context.engine.generate(
-        name, generation, start=start, deadline=deadline, client=client, cache=cache
-    )
+    try:
+        stream = await context.engine.generate(
+            name, generation, start=start, deadline=deadline, client=client, cache=cache
+        )
+    except ParameterError as error:
+        raise _renamed(invalid(error.param, str(error))) from None
     cancellation.attach(stream)
     track(request.scope, generation, stream)
     writer = ResponseWriter(_base(parsed, context))
@@ -458,7 +462,7 @@ async def delete_response(response_id: str, request: Request, context: ContextDe
     running = context.responses.find(owner, response_id)
     if running is not None:
         await running.cancel()
-        if running.has_ended.is_set() is False:
+        if not running.has_ended.is_set():
             raise ApiError(409, "the response still ends: try again", code="response_in_progress")
     await asyncio.to_thread(_store(context).delete, owner, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
