@@ -10,7 +10,16 @@ from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
-from cottention.server.api import chat, completions, page, requests, responses, status, tokenize
+from cottention.server.api import (
+    chat,
+    completions,
+    messages,
+    page,
+    requests,
+    responses,
+    status,
+    tokenize,
+)
 from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
@@ -45,6 +54,7 @@ from cottention.server.observability.metrics import make_registry
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.encoding import EmbeddingRequest, FillMaskRequest
+from cottention.server.schemas.messages import CountTokensRequest, MessagesRequest
 from cottention.server.schemas.responses_api import ResponseRequest
 from cottention.server.schemas.sessions import AppendRequest, ForkRequest, SessionRequest
 from cottention.server.sessions.reads import ReadLimit
@@ -59,6 +69,7 @@ ROUTERS: tuple[tuple[APIRouter, Capability | None], ...] = (
     (completions.router, "completions"),
     (chat.router, "chat"),
     (responses.router, "sessions"),
+    (messages.router, "chat"),
     (snapshots.router, "sessions"),
     (events.router, "sessions"),
     (lifecycle.router, "sessions"),
@@ -82,6 +93,8 @@ BODIES = (
     EmbeddingRequest,
     FillMaskRequest,
     ResponseRequest,
+    MessagesRequest,
+    CountTokensRequest,
 )
 
 
@@ -193,6 +206,7 @@ def _add_middleware(
     app.add_middleware(
         AccessLogMiddleware, num_characters=config.log_prompt_characters, table=table
     )
+    app.add_middleware(messages.MessagesErrorMiddleware)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(RoutingMiddleware)
     app.add_middleware(PacingMiddleware)
