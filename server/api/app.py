@@ -16,7 +16,6 @@ from cottention.server.api import (
     messages,
     page,
     requests,
-    responses,
     status,
     tokenize,
 )
@@ -24,6 +23,7 @@ from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
 from cottention.server.api.openapi import install_openapi
+from cottention.server.api.responses import creation, stored
 from cottention.server.api.sessions import events, lifecycle, snapshots
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine
@@ -68,7 +68,8 @@ if TYPE_CHECKING:  # it imports torch, which the server must not load
 ROUTERS: tuple[tuple[APIRouter, Capability | None], ...] = (
     (completions.router, "completions"),
     (chat.router, "chat"),
-    (responses.router, "sessions"),
+    (creation.router, "sessions"),
+    (stored.router, "sessions"),
     (messages.router, "chat"),
     (snapshots.router, "sessions"),
     (events.router, "sessions"),

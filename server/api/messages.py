@@ -130,7 +130,7 @@ def _as_chat(body: CountTokensRequest, context: Context) -> ParsedRequest:
 def _renamed(error: ApiError) -> ApiError:
     """An error of a chat's fields, with the names that they have here."""
     message, param = str(error), error.param
-    if param in CHAT_NAMES:
+    if param is not None and param in CHAT_NAMES:
         message = message.replace(param, CHAT_NAMES[param])
         param = CHAT_NAMES[param]
     message = message.replace(".function.parameters", ".input_schema").replace(".function.", ".")

@@ -53,7 +53,7 @@ def test_a_message_is_the_answer_of_a_chat(client: Anthropic, served: Served) ->
         assert stream.get_final_message().stop_reason == "max_tokens"
 
 
-def test_prefill_and_stop_sequences(client: Anthropic, served: Served) -> None:
+def test_prefill_and_stop_sequences(client: Anthropic) -> None:
     begun: Any = [*SAID, {"role": "assistant", "content": "def f"}]
     whole = client.messages.create(messages=begun, **GREEDY)
     assert isinstance(whole.content[0], TextBlock)

@@ -1,7 +1,7 @@
 """OpenAI's client against /v1/responses: what is stored, continued, streamed and refused."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -196,15 +196,16 @@ def test_owners_are_apart_and_unknown_ids_are_the_same(client: OpenAI, stored: S
     mine, other = ask(client, "hello"), client_of(stored, "another key")
     errors = []
     for response_id in (mine.id, "resp_" + "0" * 32, "resp_1", "sess-1"):
-        for work in (
-            lambda: other.responses.retrieve(response_id),  # noqa: B023
-            lambda: other.responses.delete(response_id),  # noqa: B023
-            lambda: other.responses.cancel(response_id),  # noqa: B023
-            lambda: other.responses.input_items.list(response_id),  # noqa: B023
-            lambda: ask(other, "x", previous_response_id=response_id),  # noqa: B023
-        ):
+        verbs: list[Callable[[str], object]] = [
+            other.responses.retrieve,
+            other.responses.delete,
+            other.responses.cancel,
+            other.responses.input_items.list,
+            lambda each: ask(other, "x", previous_response_id=each),
+        ]
+        for verb in verbs:
             with pytest.raises(openai.NotFoundError) as caught:
-                work()
+                verb(response_id)
             errors.append(str(caught.value.message).replace(response_id, "ID"))
     assert len(set(errors)) == 2, "one for each field that has the id"
     assert client.responses.retrieve(mine.id) == mine
