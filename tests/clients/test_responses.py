@@ -9,8 +9,12 @@ from typing import Any
 import openai
 import pydantic
 import pytest
+from langchain_openai import ChatOpenAI
 from openai import OpenAI
 from openai.types.responses import Response, ResponseFunctionToolCall
+from pydantic_ai import Agent
+from pydantic_ai.models.openai import OpenAIResponsesModel
+from pydantic_ai.providers.openai import OpenAIProvider
 
 from tests.clients.conftest import Served, server_process, serving
 
@@ -257,3 +261,22 @@ def test_answered_responses_outlive_a_kill(tmp_path: Path) -> None:
             assert client.responses.retrieve(each.id) == each
             continued = ask(client, "on", previous_response_id=each.id)
             assert continued.output_text == expected[place % 3]
+
+
+def test_frameworks_use_it(stored: Served) -> None:
+    """LangChain and pydantic-ai send what their own tests send to OpenAI."""
+    options: Any = {"base_url": stored.base_url, "api_key": stored.key, "max_retries": 0}
+    options |= {"model": stored.model, "use_responses_api": True, "temperature": 0}
+    model = ChatOpenAI(max_tokens=12, **options)
+    whole = model.invoke("hello")
+    assert "".join(str(part.text) for part in model.stream("hello")) == whole.text
+    chained = ChatOpenAI(max_tokens=12, use_previous_response_id=True, **options)
+    first = chained.invoke("hello")
+    assert chained.invoke([("user", "hello"), first, ("user", "more")]).response_metadata["id"]
+    longer = ChatOpenAI(max_tokens=200, **options)
+    asked = longer.bind_tools([Answer], tool_choice="Answer").invoke("hello")
+    assert [call["name"] for call in asked.tool_calls] == ["Answer"]
+    assert isinstance(longer.with_structured_output(Answer).invoke("hello"), Answer)
+    provider = OpenAIProvider(base_url=stored.base_url, api_key=stored.key)
+    agent = Agent(OpenAIResponsesModel(stored.model, provider=provider), output_type=Answer)
+    assert isinstance(agent.run_sync("hello").output, Answer)
