@@ -1,6 +1,7 @@
 """The engine: submit and cancel requests, and the step that computes them.
 
-`submit`, `cancel`, `pause`, `resume` and `stats` may be called from any thread, all else from one.
+`submit`, `has_grammar`, `cancel`, `pause`, `resume` and `stats` may be called from any thread, all
+else from one.
 """
 
 import logging
@@ -35,6 +36,7 @@ from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.state.prefix_cache import PrefixCache
 from cottention.engine.state.session_state import SessionState
+from cottention.engine.structured_output import StructuredOutput
 
 _log = logging.getLogger(__name__)
 
@@ -137,6 +139,10 @@ class Engine:
             self._request_manager.reserve_id(request_id)
             self._commands.put(lambda: self._request_manager.add(request))
         return request_id
+
+    def has_grammar(self, structure: StructuredOutput) -> bool:
+        """Whether a request of this structure is submitted without compiling anything."""
+        return self._grammars.is_kept(structure)
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request in the next step; does nothing if it is unknown or has ended."""
