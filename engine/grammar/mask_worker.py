@@ -39,7 +39,9 @@ MAX_DEBT = 0.05
 
 CALL_SECONDS = 0.005
 MAX_CALL_ROWS = 16
-"""A call computes so many rows that it takes about these seconds, by what others have taken."""
+LONE_CALL_SECONDS = 0.1
+"""A call computes so many rows that it takes about these seconds, by what others have taken: those
+of a client alone are long, since each call costs a change of threads."""
 
 FIRST_ROW_SECONDS = 0.001
 """What a row is expected to take before any of its client was measured."""
@@ -86,7 +88,7 @@ class MaskWorker:
         for row in sampled:
             by_client.setdefault(row.client, []).append(row)
         for client, rows in by_client.items():
-            size = self._accounts.num_call_rows(client)
+            size = self._accounts.num_call_rows(client, is_shared=is_shared)
             for start in range(0, len(rows), size):
                 self._submit(client, rows[start : start + size], self._lanes)
 
@@ -223,11 +225,13 @@ class MaskAccounts:
             known = ESTIMATE_DECAY * account.row_seconds
             account.row_seconds = max(seconds / num_rows, known)
 
-    def num_call_rows(self, client: Hashable) -> int:
-        """Rows of the client's next call."""
+    def num_call_rows(self, client: Hashable, *, is_shared: bool) -> int:
+        """Rows of the client's next call. is_shared: whether it may hold up others."""
         with self._lock:
             account = self._accounts.get(client) or _Account()
-            return min(MAX_CALL_ROWS, max(1, int(CALL_SECONDS / account.row_seconds)))
+        if not is_shared:
+            return max(1, int(LONE_CALL_SECONDS / account.row_seconds))
+        return min(MAX_CALL_ROWS, max(1, int(CALL_SECONDS / account.row_seconds)))
 
     def _debt(self, client: Hashable) -> float:
         account = self._accounts.get(client)

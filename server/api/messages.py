@@ -23,13 +23,17 @@ from cottention.server.http.request_id import request_id_of
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.responses.messages import MessageEvents, MessageWriter, error_body
 from cottention.server.schemas.base import validate
-from cottention.server.schemas.messages import CHAT_NAMES, CountTokensRequest, MessagesRequest
+from cottention.server.schemas.messages import (
+    CHAT_NAMES,
+    PATH,
+    CountTokensRequest,
+    MessagesRequest,
+)
 from cottention.server.schemas.responses import JsonObject
 from cottention.server.sessions.turn_queue import owner_of
 
 router = APIRouter()
 
-PATH = "/v1/messages"
 MESSAGES = [{"role": "user", "content": "Write a loop."}]
 
 

@@ -19,6 +19,8 @@ from cottention.server.schemas.field_types import (
 from cottention.server.schemas.sampling import BOOLEAN, MODEL, ranged
 from cottention.server.schemas.unsupported import ANY, NeutralValues
 
+PATH = "/v1/messages"
+
 ChatMessages = tuple[dict[str, Any], ...]
 
 MESSAGES = "a list of messages with the roles user and assistant, of text, tool_use and tool_result"
@@ -28,6 +30,21 @@ TOOL_CHOICE = '{"type": "auto"}, {"type": "any"}, {"type": "none"} or {"type": "
 FORMAT = '{"type": "json_schema", "schema": {...}}'
 
 IGNORED_IN_BLOCKS = {"cache_control", "citations", "is_error", "caller"}
+
+
+class MessagesErrorDetail(BaseModel):
+    """What was wrong."""
+
+    type: str
+    message: str
+
+
+class MessagesErrorBody(BaseModel):
+    """An error in Anthropic's form."""
+
+    type: Literal["error"]
+    error: MessagesErrorDetail
+    request_id: str | None
 
 
 class TextBlock(BaseModel):

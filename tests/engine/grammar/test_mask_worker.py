@@ -135,12 +135,13 @@ def test_accounts_forget_and_learn() -> None:
     assert not accounts.is_above_share("b")
     now = 0.96 / mask_worker.MASK_SHARE
     assert not accounts.is_above_share("a")
-    assert accounts.num_call_rows("a") == 5
+    assert accounts.num_call_rows("a", is_shared=True) == 5
     for _ in range(30):
         accounts.note("a", 16, 0.0005)
-    assert accounts.num_call_rows("a") == mask_worker.MAX_CALL_ROWS
+    assert accounts.num_call_rows("a", is_shared=True) == mask_worker.MAX_CALL_ROWS
     accounts.note("a", 16, 3.0)
-    assert accounts.num_call_rows("a") == 1
+    assert accounts.num_call_rows("a", is_shared=True) == 1
+    assert accounts.num_call_rows("b", is_shared=False) > mask_worker.MAX_CALL_ROWS
     now = 100.0
     accounts.charge("c", 1000.0)
     for name in range(3 * mask_worker.MAX_ACCOUNTS):
