@@ -5,6 +5,7 @@ same events come again, with the same numbers.
 """
 
 import copy
+import io
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -39,6 +40,7 @@ class ResponseWriter:
         self.cuts: list[Cut] = []
         self._num_events = 0
         self._has_open_item = False
+        self._text = io.StringIO()
 
     def begin(self) -> list[Event]:
         """The first events."""
@@ -51,10 +53,9 @@ class ResponseWriter:
     def add_text(self, text: str, logprobs: Sequence[JsonObject] | None) -> list[Event]:
         """A delta of the message, which begins with the first. logprobs: None: it has none."""
         events = [] if self._is_open("message") else self._open_message(logprobs is not None)
-        part = self._item["content"][0]
-        part["text"] += text
+        self._text.write(text)
         if logprobs is not None:
-            part["logprobs"] += logprobs
+            self._item["content"][0]["logprobs"] += logprobs
         delta = self._event(
             "response.output_text.delta",
             item_id=self._item["id"],
@@ -73,7 +74,7 @@ class ResponseWriter:
 
     def add_arguments(self, text: str) -> list[Event]:
         """A delta of the call that has begun."""
-        self._item["arguments"] += text
+        self._text.write(text)
         self.cuts.append((self._index, len(text), 0))
         return [
             self._event(
@@ -96,7 +97,18 @@ class ResponseWriter:
 
     def snapshot(self) -> JsonObject:
         """The object as it is now, which does not change any more."""
+        self._set_text()
         return copy.deepcopy(self.response)
+
+    def _set_text(self) -> None:
+        """Bring the open item up to date: to add each delta to its text would copy that."""
+        if not self._has_open_item:
+            return
+        text, item = self._text.getvalue(), self._item
+        if item["type"] == "message":
+            item["content"][0]["text"] = text
+        else:
+            item["arguments"] = text
 
     @property
     def _item(self) -> JsonObject:
@@ -123,12 +135,13 @@ class ResponseWriter:
         digits = self.response["id"].removeprefix("resp_")
         new = {"id": f"{prefix}_{digits}{len(output):02x}", **item, "status": "in_progress"}
         output.append(new)
-        self._has_open_item = True
+        self._has_open_item, self._text = True, io.StringIO()
         return [self._with_item("response.output_item.added")]
 
     def _close(self, status: str) -> list[Event]:
         if not self._has_open_item:
             return []
+        self._set_text()
         item, self._has_open_item = self._item, False
         item["status"] = status
         where = {"item_id": item["id"], "output_index": self._index}

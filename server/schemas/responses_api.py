@@ -338,6 +338,7 @@ CHAT_NAMES: Mapping[str, str] = {
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
     "response_format": "text.format",
+    "logprobs": "include",
 }
 """Fields of chats, and what they are called in a body of this API."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from cottention.engine.errors import ParameterError
+from cottention.engine.errors import ContextPolicyError, ParameterError
 from cottention.server.api.chat import ALWAYS_IN_THREAD, parse_chat
 from cottention.server.api.dependencies import Context, ContextDep
 from cottention.server.api.generate import open_request, read_request
@@ -90,8 +90,11 @@ async def create_response(request: Request, context: ContextDep) -> Response:
     """Answer an input, which may continue an earlier response from its state."""
     parsed, arrived_at = await read_request(request, context, parse_response, ALWAYS_IN_THREAD)
     body, chat = parsed.body, parsed.chat
-    context.limits.check(chat)
-    chat.check_items(context.config.max_response_items)
+    try:
+        context.limits.check(chat)
+        chat.check_items(context.config.max_response_items)
+    except ApiError as error:
+        raise _renamed(error) from None
     context.bodies.response(request).at_least(chat.num_items)
     deadline = deadline_of(arrived_at, context.config, body.timeout)
     name, cancellation = open_request(request, context, "resp", body.request_id)
@@ -233,7 +236,11 @@ async def _start(
             message = f"that response is {status} and has no state: continue one before it"
             raise invalid(param, message)
         _check_outputs(parsed.body, previous)
-    return context.policies.settled(state, parsed.chat.params)
+    try:
+        return context.policies.settled(state, parsed.chat.params)
+    except ContextPolicyError as error:
+        message, code = str(error), "context_policy_settled"
+        raise ApiError(409, message, param="context_policy", code=code) from None
 
 
 def _check_outputs(body: ResponseRequest, previous: StoredResponse) -> None:
