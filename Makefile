@@ -9,7 +9,7 @@ RAY := .venv-ray
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-cluster test-ray test-clients test-ui screenshots wheel test-wheel docker-test fuzz asan crash kills faults forgeries stops soak check bounds bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-cluster test-ray test-clients test-ui screenshots wheel test-wheel docker-test fuzz fuzz-long asan crash kills faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,9 @@ test-clients: setup $(CLIENTS)/ready ## Test with the clients that people bring 
 
 fuzz: setup $(CLIENTS)/ready ## Ten minutes of schemathesis against the published description
 	COTTENTION_FUZZ_SECONDS=600 $(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini -s tests/clients/test_schemathesis.py
+
+fuzz-long: setup $(CLIENTS)/ready ## 50,000 cases of schemathesis; goes on where it was ended (ARGS="--cases 200000")
+	$(CLIENTS)/bin/python -m tests.clients.fuzz_cases $(ARGS)
 
 # The clients pull much, some of it older than what the server is tested with. Node's is optional.
 $(CLIENTS)/ready: pyproject.toml tests/clients/constraints.txt

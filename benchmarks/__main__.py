@@ -3,10 +3,12 @@
 from benchmarks import (
     decode,
     families,
+    heavy_grammar,
     long_prefill,
     memory,
     position,
     renewal,
+    response_chain,
     sampling,
     serving,
     sessions,
@@ -27,8 +29,10 @@ BENCHMARKS = (
     position,
     memory,
     sessions,
+    response_chain,
     renewal,
     structured,
+    heavy_grammar,
 )
 
 

@@ -1,7 +1,7 @@
 """The engine: submit and cancel requests, and the step that computes them.
 
-`submit`, `cancel`, `pause`, `resume`, `stats` and `num_to_prefill` may be called from any thread,
-all else from one.
+`submit`, `has_grammar`, `cancel`, `pause`, `resume`, `stats` and `num_to_prefill` may be called
+from any thread, all else from one.
 """
 
 import logging
@@ -18,7 +18,7 @@ from cottention.engine.errors import EngineStoppedError
 from cottention.engine.execution.device import check_device
 from cottention.engine.execution.loading import load
 from cottention.engine.grammar.compiler import GrammarCompiler
-from cottention.engine.grammar.matcher import MaskWorker
+from cottention.engine.grammar.mask_worker import MaskWorker, SampledRow, wait_for_one
 from cottention.engine.grammar.trial import Limits
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
@@ -30,15 +30,19 @@ from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
 from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.engine.scheduling.prefix_reuse import PrefixReuse
-from cottention.engine.scheduling.request import Request, RequestStatus
+from cottention.engine.scheduling.request import Choice, Request, RequestStatus
 from cottention.engine.scheduling.request_manager import RequestManager
 from cottention.engine.scheduling.scheduler import Scheduler
 from cottention.engine.sessions.fingerprint import Fingerprint
 from cottention.engine.sessions.snapshot import SnapshotCodec
 from cottention.engine.state.prefix_cache import PrefixCache
 from cottention.engine.state.session_state import SessionState
+from cottention.engine.structured_output import StructuredOutput
 
 _log = logging.getLogger(__name__)
+
+LATE_WAIT = 0.01
+"""Seconds that a step waits for a mask where it has nothing else to do."""
 
 NO_SAMPLE = "no token could be sampled: all are forbidden, or the model's logits are not finite"
 
@@ -145,10 +149,17 @@ class Engine:
 
     def _add(self, request: Request) -> list[Output]:
         """Queue a new request; its grammar follows the ids that it has generated before."""
-        for token_id in request.replayed:
-            if (matcher := request.choices[0].matcher) is not None:
-                self._mask_worker.advance([(matcher, token_id)])
+        matcher = request.choices[0].matcher
+        if matcher is not None and request.replayed:
+            *earlier, last = request.replayed
+            matcher.native.consume_tokens(earlier)
+            row = SampledRow(request.client, matcher, last)
+            self._mask_worker.advance([row], is_shared=self._scheduler.is_shared)
         return self._request_manager.add(request)
+
+    def has_grammar(self, structure: StructuredOutput) -> bool:
+        """Whether a request of this structure is submitted without compiling anything."""
+        return self._grammars.is_kept(structure)
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request in the next step; does nothing if it is unknown or has ended."""
@@ -180,12 +191,14 @@ class Engine:
         batch = self._scheduler.schedule()
         if batch:
             try:
-                result = self._runner.run(batch)
+                result = self._runner.run(batch, self._wait_for_masks)
             except Exception as error:
                 check_device(self.device, error)
                 outputs += self._fail_batch(batch, error)
             else:
                 outputs += self._process(batch, result)
+        elif late := self._scheduler.late_choices:
+            wait_for_one([each.matcher for each in late if each.matcher is not None], LATE_WAIT)
         return self._inboxes.post(outputs)
 
     def _run_commands(self) -> list[Output]:
@@ -202,20 +215,25 @@ class Engine:
         for sample in result.samples:
             outputs += self._append_token(sample)
         self._num_unsampled += len(result.unsampled)
-        for request in dict.fromkeys(choice.request for choice in result.unsampled):
-            error = _grammar_error(request) or NO_SAMPLE
-            outputs += self._request_manager.finish(request, FinishReason.ERROR, error)
+        for choice in result.unsampled:
+            if choice.finish_reason is None:  # else it has ended with another of its request
+                error = _grammar_error(choice) or NO_SAMPLE
+                outputs += self._request_manager.finish(choice.request, FinishReason.ERROR, error)
         return outputs
 
     def _advance_matchers(self, samples: Sequence[Sample]) -> None:
         """Begin to compute the masks that the next step's samples need."""
-        self._mask_worker.advance(
-            [
-                (sample.choice.matcher, sample.token.token_id)
-                for sample in samples
-                if sample.choice.matcher is not None
-            ]
-        )
+        rows = [
+            SampledRow(sample.choice.request.client, sample.choice.matcher, sample.token.token_id)
+            for sample in samples
+            if sample.choice.matcher is not None
+        ]
+        if rows:
+            self._mask_worker.advance(rows, is_shared=self._scheduler.is_shared)
+
+    def _wait_for_masks(self, choices: Sequence[Choice]) -> None:
+        rows = [(each.request.client, each.matcher) for each in choices if each.matcher is not None]
+        self._mask_worker.wait(rows, is_shared=self._scheduler.is_shared)
 
     def _append_token(self, sample: Sample) -> list[Output]:
         """The output of a sampled id; a fault ends its request and no other."""
@@ -365,11 +383,9 @@ class Engine:
             self._inboxes.post(self._run_commands())
 
 
-def _grammar_error(request: Request) -> str:
-    """Why one of a request's grammars cannot be followed any further; empty where all can."""
-    matchers = (choice.matcher for choice in request.unfinished_choices)
-    errors = (each.error for each in matchers if each is not None)
-    found = next((each for each in errors if each), "")
+def _grammar_error(choice: Choice) -> str:
+    """Why a choice's grammar cannot be followed any further; empty where it can."""
+    found = "" if choice.matcher is None else choice.matcher.error
     return found and f"the grammar cannot be followed any further: {found}"
 
 

@@ -213,6 +213,19 @@ class ServerConfig:
         minimum=0,
         unit="bytes",
     )
+    response_ttl_seconds: float | None = setting(
+        86_400.0,
+        "lifetime of a stored response of /v1/responses",
+        unset="unlimited",
+        minimum=0.001,
+        unit="seconds",
+    )
+    max_responses_per_key: int = setting(
+        10_000,
+        "maximum number of stored responses of one API key; more are refused until some expire or"
+        " are deleted",
+        minimum=1,
+    )
     max_snapshot_bytes: int = setting(
         256 * 1024**2, "maximum size of a session to import", minimum=1, unit="bytes"
     )

@@ -246,6 +246,14 @@ class CapturedDecode:
             ids = self._random_graphs[mode].run(rows, sampling_rows)
         return [as_sampled_token(token_id) for token_id in ids[: len(inputs)].tolist()]
 
+    def logits(self, rows: Sequence[Row]) -> Tensor:
+        """Logits of the rows and of padding, float32 [R, N]; the next run overwrites them.
+
+        Raises ValueError for a slot that is out of range or named twice.
+        """
+        outputs: GreedyOutputs = self._greedy_graphs.run(rows)
+        return outputs.logits
+
     def _greedy_step(
         self, ids: Tensor, positions: Tensor, slots: Tensor, _sampling_rows: Tensor
     ) -> GreedyOutputs:

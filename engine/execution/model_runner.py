@@ -35,6 +35,17 @@ class SamplingTarget(NamedTuple):
     token_index: int
 
 
+WaitForMasks = Callable[[Sequence[Choice]], None]
+"""Takes choices with matchers; returns when no more of their masks are to be waited for."""
+
+
+def wait_for_all(choices: Sequence[Choice]) -> None:
+    """Wait until all masks are there."""
+    for choice in choices:
+        if choice.matcher is not None:
+            _ = choice.matcher.mask
+
+
 class ModelRunner:
     """Runs batches on the pool's rows; on CUDA, batches that only decode run as a graph."""
 
@@ -60,23 +71,62 @@ class ModelRunner:
             self._captured = CapturedDecode(self._decode, sampler, pool.num_rows, device)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> BatchResult:
-        """Advance the batch's states; sample an id for each choice whose context is complete."""
+    def run(self, batch: Batch, wait_for_masks: WaitForMasks = wait_for_all) -> BatchResult:
+        """Advance the batch's states; sample an id for each choice whose context is complete.
+
+        wait_for_masks: called while the model's work is done, with the choices that have a grammar.
+        Those whose masks are not there when it returns are not sampled: their logits are returned.
+        """
         prepare_rows(batch, self._pool)
         segments = _segments(batch)
-        if self._captured is not None and _is_one_token_each(batch, self._captured.max_rows):
-            return _run_captured(batch, segments, self._captured)
+        captured = self._captured
+        if captured is not None and segments and _is_one_token_each(batch, captured.max_rows):
+            if not _has_masks(batch):
+                return _run_captured(batch, segments, captured)
+            decoded = captured.logits(_captured_rows(segments))[: len(batch.decode)]
+            return self._sample(batch, _sampling_targets(batch), decoded, wait_for_masks)
+        if not segments:
+            return self._sample(batch, [], None, wait_for_masks)
         hidden = self._hidden(segments)
         copy_prompt_states(batch, self._pool)
         prompt_logprobs = self._prompt_logprobs(hidden, batch)
         embeddings = self._embeddings(hidden, batch)
         targets = _sampling_targets(batch)
+        logits: Tensor | None = None
+        if targets:
+            logits = self._model.logits(hidden[[target.hidden_row for target in targets]])
+        result = self._sample(batch, targets, logits, wait_for_masks)
+        return result._replace(prompt_logprobs=prompt_logprobs, embeddings=embeddings)
+
+    def _sample(
+        self,
+        batch: Batch,
+        targets: Sequence[SamplingTarget],
+        logits: Tensor | None,
+        wait_for_masks: WaitForMasks,
+    ) -> BatchResult:
+        """Sample for the targets, logits float32 [R, N], and for the batch's late choices."""
+        if _has_masks(batch):
+            wait_for_masks([t.choice for t in targets if t.choice.matcher is not None])
+        have_masks = [target.choice.has_mask for target in targets]  # asked once: threads compute
+        ready = [row for row, has_mask in enumerate(have_masks) if has_mask]
+        late_logits: dict[Choice, Tensor] = {}
+        parts = [choice.late_logits for choice in batch.late if choice.late_logits is not None]
+        if logits is not None and len(ready) < len(targets):
+            late_logits = {
+                target.choice: logits[row : row + 1].clone()
+                for row, target in enumerate(targets)
+                if not have_masks[row]
+            }
+            targets, logits = [targets[row] for row in ready], logits[ready]
+        targets = [*targets, *(SamplingTarget(-1, each, each.position) for each in batch.late)]
         if not targets:
-            return BatchResult([], [], prompt_logprobs, embeddings)
-        logits = self._model.logits(hidden[[target.hidden_row for target in targets]])
+            return BatchResult([], [], {}, late_logits=late_logits)
+        if parts:
+            logits = torch.cat(parts if logits is None else [logits, *parts])
+        assert logits is not None
         tokens = self._sampler.sample(logits, [_sampling_input(target) for target in targets])
-        result = _batch_result(targets, tokens, prompt_logprobs)
-        return result._replace(embeddings=embeddings)
+        return _batch_result(targets, tokens)._replace(late_logits=late_logits)
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """One token of each slot, as captured: logits float32 [R, vocab_size]."""
@@ -147,9 +197,20 @@ def _run_captured(
 ) -> BatchResult:
     """One id for each choice."""
     targets = _sampling_targets(batch)
-    rows = [Row(segment.ids[0], segment.position, segment.row) for segment in segments]
-    tokens = captured.run(rows, [_sampling_input(target) for target in targets])
-    return _batch_result(targets, tokens, {})
+    inputs = [_sampling_input(target) for target in targets]
+    return _batch_result(targets, captured.run(_captured_rows(segments), inputs))
+
+
+def _captured_rows(segments: Sequence[Segment]) -> list[Row]:
+    return [Row(segment.ids[0], segment.position, segment.row) for segment in segments]
+
+
+def _has_masks(batch: Batch) -> bool:
+    """Whether any of its choices has a grammar."""
+    prompts = (chunk.request.params for chunk in batch.prefill)
+    choices = [*batch.decode, *batch.late]
+    has_some = any(choice.matcher is not None for choice in choices)
+    return has_some or any(params.structured is not None for params in prompts)
 
 
 def _is_one_token_each(batch: Batch, max_rows: int) -> bool:
@@ -187,14 +248,12 @@ def _sampling_targets(batch: Batch) -> list[SamplingTarget]:
 
 
 def _batch_result(
-    targets: Sequence[SamplingTarget],
-    tokens: Sequence[SampledToken | None],
-    prompt_logprobs: dict[Request, list[TokenLogprob]],
+    targets: Sequence[SamplingTarget], tokens: Sequence[SampledToken | None]
 ) -> BatchResult:
     pairs = [(target.choice, token) for target, token in zip(targets, tokens, strict=True)]
     samples = [Sample(choice, token) for choice, token in pairs if token is not None]
     unsampled = [choice for choice, token in pairs if token is None]
-    return BatchResult(samples, unsampled, prompt_logprobs)
+    return BatchResult(samples, unsampled, {})
 
 
 def _sampling_input(target: SamplingTarget) -> SamplingInput:

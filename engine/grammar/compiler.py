@@ -83,6 +83,11 @@ class GrammarCompiler:
         self._keep(structure, grammar)
         return grammar
 
+    def is_kept(self, structure: StructuredOutput) -> bool:
+        """Whether `compile` need not compile it again."""
+        with self._lock:
+            return structure in self._kept
+
     def close(self) -> None:
         """End the process of trials, if there is one."""
         with self._lock:

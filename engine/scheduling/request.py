@@ -29,6 +29,8 @@ from cottention.engine.text.base import BaseTokenizer
 from cottention.engine.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:  # they hold tensors; requests are scheduled without torch
+    from torch import Tensor
+
     from cottention.engine.grammar.compiler import Grammar
     from cottention.engine.grammar.matcher import Matcher
     from cottention.engine.sampling.pooling import Pooler
@@ -67,6 +69,8 @@ class Choice:
     generated_ids: all sampled ids, kept only for a request that continues a session, and, up to
     MAX_ANSWER_IDS, for one whose last state is cached.
     matcher: where its text is in the request's grammar, until it has ended; None without one.
+    late_logits: float32 [1, N], of the next id, while that waits for the grammar's mask: `pending`
+    is in the state then.
     """
 
     request: "Request"
@@ -81,6 +85,12 @@ class Choice:
     num_generated: int = 0
     finish_reason: FinishReason | None = None
     matcher: "Matcher | None" = None
+    late_logits: "Tensor | None" = None
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether its next id can be sampled: it has no grammar, or its mask is there."""
+        return self.matcher is None or self.matcher.is_ready
 
     @property
     def row(self) -> int:

@@ -97,6 +97,11 @@ class RequestManager:
         for choice in batch.decode:
             choice.position += len(choice.pending)
             choice.pending = []
+        for choice in batch.late:
+            choice.late_logits = None
+        for choice, logits in result.late_logits.items():
+            choice.late_logits = logits
+            self._scheduler.hold(choice)
         for request, logprobs in result.prompt_logprobs.items():
             request.prompt_logprobs += logprobs
         for request, embedding in result.embeddings.items():
@@ -174,15 +179,20 @@ class RequestManager:
         return outputs
 
     def _with_rows(self, output: Output, choice: Choice) -> Output:
-        """The output with the pool's rows in its session state, if it has one."""
-        if output.state is None or choice.slot is None:
+        """The output with the pool's rows in its session state, if it has one.
+
+        A session's last id is never in its rows, as it is here before a late sample.
+        """
+        if output.state is None or choice.slot is None or choice.late_logits is not None:
             return output
         rows = self._pool.read(choice.row)
         return replace(output, state=output.state.fed(rows, choice.position))
 
     def _finish_choice(self, choice: Choice, reason: FinishReason) -> None:
         """Free the choice's slot; the request is finished with its last choice."""
-        choice.finish_reason, choice.matcher = reason, None
+        if choice.matcher is not None:
+            choice.matcher.close()
+        choice.finish_reason, choice.matcher, choice.late_logits = reason, None, None
         self.num_finished[reason] += 1
         if choice.slot is not None:
             self._pool.free(choice.slot)

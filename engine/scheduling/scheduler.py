@@ -30,7 +30,8 @@ class Admission(NamedTuple):
 
 
 class Scheduler:
-    """Three queues: requests that wait for slots, prompts in prefill, and decoding choices.
+    """Queues: requests that wait for slots, prompts in prefill, decoding choices, and those of them
+    that sit out because their next id waits for its mask.
 
     A paused request is in none of them.
     """
@@ -52,6 +53,7 @@ class Scheduler:
         self._waiting: FairQueue[Request] = FairQueue()
         self._prefilling: deque[Request] = deque()
         self._decoding: deque[Choice] = deque()
+        self._late: dict[Choice, None] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -61,12 +63,24 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Requests with slots."""
-        decoding = list(self._decoding)  # one operation: `stats` is called from other threads
+        # one operation each: `stats` is called from other threads
+        decoding = [*list(self._decoding), *list(self._late)]
         return len(self._prefilling) + len({choice.request for choice in decoding})
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether requests of several clients have slots."""
+        clients = {choice.request.client for choice in [*self._decoding, *self._late]}
+        return len(clients | {request.client for request in self._prefilling}) > 1
+
+    @property
+    def late_choices(self) -> list[Choice]:
+        """Choices whose next id waits for its mask."""
+        return [*self._late]
 
     def has_work(self) -> bool:
         """Whether any queue holds anything."""
-        return bool(self._waiting or self._prefilling or self._decoding)
+        return bool(self._waiting or self._prefilling or self._decoding or self._late)
 
     def add(self, request: Request) -> None:
         """Queue a new request, after all others of its client and priority."""
@@ -109,7 +123,7 @@ class Scheduler:
 
     def _running(self) -> dict[Request, None]:
         """Requests with slots, without repetition."""
-        decoding = (choice.request for choice in self._decoding)
+        decoding = (choice.request for choice in [*self._decoding, *self._late])
         return dict.fromkeys([*self._prefilling, *decoding])
 
     def _has_room_for(self, victims: list[Request], request: Request) -> bool:
@@ -139,10 +153,14 @@ class Scheduler:
         """The next step's batch. What does not fit into the budget comes first in a later step."""
         self._waiting.charge_step()
         reserved = max(1, self._budget // _PREFILL_SHARE) if self._prefilling else 0
+        late = [choice for choice in self._late if choice.has_mask]
         decode, lookahead = self._schedule_decode(max(1, self._budget - reserved))
         self._decoding.rotate(-len(decode))
+        for choice in late:  # it decodes again when it has its id
+            del self._late[choice]
+            self._decoding.append(choice)
         prefill = self._schedule_prefill(self._prefill_budget(len(decode) + len(lookahead)))
-        return Batch(decode, prefill, lookahead)
+        return Batch(decode, prefill, lookahead, late)
 
     def _schedule_decode(self, budget: int) -> tuple[list[Choice], list[LookaheadRow]]:
         """Decoding choices that fit, at least one, and the lookahead rows among them."""
@@ -188,11 +206,22 @@ class Scheduler:
     def start_decoding(self, request: Request) -> None:
         """Decode its choices from the next step on: the prompt has been prefilled."""
         self._prefilling.remove(request)
-        self._decoding.extend(request.unfinished_choices)
+        for choice in request.unfinished_choices:
+            self._decoding.append(choice)
+            if choice.late_logits is not None:  # it was paused or preempted
+                self.hold(choice)
+
+    def hold(self, choice: Choice) -> None:
+        """Let a decoding choice sit out until its mask is there: it has late logits."""
+        self._decoding.remove(choice)
+        self._late[choice] = None
 
     def remove_choice(self, choice: Choice) -> None:
         """Remove a decoding choice."""
-        self._decoding.remove(choice)
+        if choice in self._late:
+            del self._late[choice]
+        else:
+            self._decoding.remove(choice)
         self._waiting.free(choice.request.client, 1)
 
     def remove_request(self, request: Request) -> None:
@@ -202,7 +231,8 @@ class Scheduler:
         if request in self._prefilling:
             self._prefilling.remove(request)
             self._waiting.free(request.client, request.num_slots)
-        for choice in [choice for choice in self._decoding if choice.request is request]:
+        decoding = [*self._decoding, *self._late]
+        for choice in [choice for choice in decoding if choice.request is request]:
             self.remove_choice(choice)
 
 

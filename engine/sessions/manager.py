@@ -90,10 +90,22 @@ class SessionManager:
     # Sessions
 
     def open(
-        self, owner: str, state: SessionState, metadata: Metadata, ttl_seconds: float | None
+        self,
+        owner: str,
+        state: SessionState,
+        metadata: Metadata,
+        ttl_seconds: float | None,
+        *,
+        session_id: str | None = None,
+        events: EventLog = NO_EVENTS,
     ) -> Session:
-        """A new session with this state. StoreUnavailableError."""
-        return self._create(owner, self._codec.encode(state), state, metadata, ttl_seconds)
+        """A new session with this state, and the events with which it came. StoreUnavailableError.
+
+        session_id: its id, which no other session may have; None: a new one.
+        """
+        value = SessionValue(state, events)
+        raw = self._codec.encode(state)
+        return self._create(owner, raw, value, metadata, ttl_seconds, session_id)
 
     @property
     def max_snapshot_nbytes(self) -> int:
@@ -112,7 +124,7 @@ class SessionManager:
         check(state)
         if self._codec.writes_recipes:  # rows from elsewhere are not always those of this machine
             return self.open(owner, self._codec.stored_form(state), metadata, ttl_seconds)
-        return self._create(owner, raw, state, metadata, ttl_seconds)
+        return self._create(owner, raw, SessionValue(state), metadata, ttl_seconds)
 
     def find(self, owner: str, session_id: str) -> Session:
         """A session as it is now."""
@@ -149,6 +161,13 @@ class SessionManager:
     def events(self, owner: str, session_id: str) -> EventLog:
         """The events that were committed with the last turn. SnapshotError: they are damaged."""
         return self._read_head(owner, session_id, self._cache.load_events)
+
+    def value(self, owner: str, session_id: str) -> SessionValue:
+        """A session's state and events, as they are between turns. SnapshotError: damaged.
+
+        For sessions that no turn changes; what was read stays in memory within the budget.
+        """
+        return self._read_head(owner, session_id, self._cache.load_for_turn)
 
     def recent_ids(self, owner: str, session_id: str) -> tuple[Session, tuple[int, ...]]:
         """The session, and the ids that it keeps of its end: as many as one context window holds.
@@ -372,19 +391,27 @@ class SessionManager:
         return Answer(answer.claim, make)
 
     def _create(
-        self, owner: str, raw: bytes, state: SessionState, metadata: Metadata, ttl: float | None
+        self,
+        owner: str,
+        raw: bytes,
+        value: SessionValue,
+        metadata: Metadata,
+        ttl: float | None,
+        session_id: str | None = None,
     ) -> Session:
         ttl = self._ttl_seconds if ttl is None else ttl
         new = NewSession(
             owner,
-            state.num_tokens,
+            value.state.num_tokens,
             snapshot=raw,
             metadata=metadata,
             expires_at=None if ttl is None else self._store.now() + ttl,
-            context_policy=state.context_policy,
+            context_policy=value.state.context_policy,
+            events=value.events.to_bytes(),
+            id=session_id,
         )
         [record] = self._store.create([new])
-        return self._park(record, SessionValue(state))
+        return self._park(record, value)
 
     def _fork_of(self, record: SessionRecord, value: SessionValue) -> NewSession:
         unsaved = self._cache.unsaved(record.id)

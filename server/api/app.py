@@ -10,12 +10,22 @@ from fastapi import APIRouter, FastAPI
 from starlette.routing import BaseRoute
 
 from cottention.engine.encoding import Capability
-from cottention.server.api import chat, completions, page, requests, status, swagger, tokenize
+from cottention.server.api import (
+    chat,
+    completions,
+    messages,
+    page,
+    requests,
+    status,
+    swagger,
+    tokenize,
+)
 from cottention.server.api.adoption import go_on
 from cottention.server.api.dependencies import Context, requires, session_bytes
 from cottention.server.api.encoders import embeddings, fill_mask
 from cottention.server.api.exception_handlers import add_exception_handlers
 from cottention.server.api.openapi import install_openapi
+from cottention.server.api.responses import creation, stored
 from cottention.server.api.sessions import events, lifecycle, snapshots
 from cottention.server.config import ServerConfig
 from cottention.server.generation.async_engine import AsyncEngine, Phase
@@ -50,6 +60,8 @@ from cottention.server.replicas.replicas import Replicas
 from cottention.server.schemas.chat import ChatRequest
 from cottention.server.schemas.completions import CompletionRequest
 from cottention.server.schemas.encoding import EmbeddingRequest, FillMaskRequest
+from cottention.server.schemas.messages import CountTokensRequest, MessagesRequest
+from cottention.server.schemas.responses_api import ResponseRequest
 from cottention.server.schemas.sessions import AppendRequest, ForkRequest, SessionRequest
 from cottention.server.sessions.journal import JournalWriter
 from cottention.server.sessions.reads import ReadLimit
@@ -63,6 +75,9 @@ if TYPE_CHECKING:  # it imports torch, which the server must not load
 ROUTERS: tuple[tuple[APIRouter, Capability | None], ...] = (
     (completions.router, "completions"),
     (chat.router, "chat"),
+    (creation.router, "sessions"),
+    (stored.router, "sessions"),
+    (messages.router, "chat"),
     (snapshots.router, "sessions"),
     (events.router, "sessions"),
     (lifecycle.router, "sessions"),
@@ -85,6 +100,9 @@ BODIES = (
     ForkRequest,
     EmbeddingRequest,
     FillMaskRequest,
+    ResponseRequest,
+    MessagesRequest,
+    CountTokensRequest,
 )
 
 
@@ -263,6 +281,7 @@ def _add_middleware(
     app.add_middleware(
         AccessLogMiddleware, num_characters=config.log_prompt_characters, table=table
     )
+    app.add_middleware(messages.MessagesErrorMiddleware)
     if tracing is not None:
         app.add_middleware(TracingMiddleware, tracing=tracing)
     app.add_middleware(RequestIdMiddleware)

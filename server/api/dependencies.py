@@ -23,6 +23,7 @@ from cottention.server.idempotency.keys import IdempotencyKeys
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import counting_read, limits_of
 from cottention.server.replicas.replicas import Replicas
+from cottention.server.responses.running import RunningResponses
 from cottention.server.sessions.journal import JournalWriter
 from cottention.server.sessions.reads import ReadLimit
 from cottention.server.sessions.turn_queue import TurnQueue, owner_of
@@ -77,6 +78,7 @@ class Context:
     template: ChatTemplate | UnusableTemplate | None = None
     limits: KeyLimits = KeyLimits()
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)
+    responses: RunningResponses = field(default_factory=RunningResponses)
 
     @property
     def sessions(self) -> "SessionManager":

@@ -7,8 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 
 from cottention.server.schemas.base import RequestModel
+from cottention.server.schemas.messages import PATH as MESSAGES
+from cottention.server.schemas.messages import MessagesErrorBody
 from cottention.server.schemas.responses import ErrorBody
 from cottention.server.schemas.unsupported import ANY, NeutralValues
 
@@ -121,6 +124,7 @@ def _complete(
     schemas = components.setdefault("schemas", {})
     for body in bodies:
         schemas |= _schemas_of(body)
+    schemas |= _definitions_of(MessagesErrorBody)
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in description["paths"].items():
         for operation in operations.values():
@@ -128,7 +132,20 @@ def _complete(
                 del operation["responses"]["422"]  # FastAPI's own, which is never sent
             operation["responses"]["403"] = FORBIDDEN
             operation["security"] = [{"key": []}] if requires_key(path) else []
+        if path.startswith(MESSAGES):
+            _with_messages_errors(operations)
     return description
+
+
+def _with_messages_errors(operations: Schema) -> None:
+    """Errors of Anthropic's endpoints have a form of their own."""
+    content = {
+        "application/json": {"schema": {"$ref": "#/components/schemas/MessagesErrorBody"}},
+    }
+    for operation in operations.values():
+        for status, response in operation["responses"].items():
+            if int(status) >= 400:
+                operation["responses"][status] = response | {"content": content}
 
 
 def _schemas_of(body: type[RequestModel]) -> dict[str, Schema]:
@@ -143,6 +160,13 @@ def _schemas_of(body: type[RequestModel]) -> dict[str, Schema]:
         properties[name] = _nullable(properties[name])
     properties |= _unsupported(body.neutral)
     return found | {body.__name__: schema}
+
+
+def _definitions_of(model: type[BaseModel]) -> dict[str, Schema]:
+    """The schema of a model, and those that it refers to."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    found: dict[str, Schema] = schema.pop("$defs", {})
+    return found | {model.__name__: schema}
 
 
 def _nullable(schema: Schema) -> Schema:

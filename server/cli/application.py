@@ -25,6 +25,7 @@ from cottention.server.generation.chat_template import (
 )
 from cottention.server.http.origin import check_access
 from cottention.server.limits.api_keys import ApiKey, load_api_keys, session_quotas
+from cottention.server.responses.values import quotas_with_responses
 from cottention.server.sessions.storage import check_storage, sessions_of
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def application(
     async_engine = AsyncEngine(
         engine, partial(EngineWorker, engine), AdmissionQueue.of(config), config.stream_buffer_bytes
     )
-    with sessions_of(engine, config, session_quotas(keys, config), own_url) as sessions:
+    quotas = quotas_with_responses(session_quotas(keys, config), config.max_responses_per_key)
+    with sessions_of(engine, config, quotas, own_url) as sessions:
         app = create_app(async_engine, config, keys, sessions, template)
         yield Application(app, engine, async_engine, sessions is not None)

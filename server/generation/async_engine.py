@@ -10,9 +10,9 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from cottention.engine.errors import EngineStoppedError
 from cottention.engine.outputs import EngineStats, Output
@@ -24,6 +24,7 @@ from cottention.server.generation.latency import LatencyStats
 from cottention.server.generation.output_stream import OutputStream
 from cottention.server.generation.request import GenerationRequest
 from cottention.server.http.errors import expired
+from cottention.server.http.shares import FairTurns
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.encoder_engine import EncoderEngine
@@ -66,6 +67,7 @@ class AsyncEngine:
         self._worker = make_worker(self._deliver, self._on_death)
         self._dispatcher = OutputDispatcher(self._worker, admission_queue, time.monotonic)
         self._counter = itertools.count()
+        self._grammar_turns = FairTurns(1)
 
     def start(self) -> None:
         """Start the engine's thread; its outputs go to the running event loop."""
@@ -142,15 +144,32 @@ class AsyncEngine:
         )
         try:
             if request.is_slow_to_submit:
-                await asyncio.to_thread(
-                    self._submit, stream, request_ids, request, start, cache, client, replayed
-                )
+                async with self._turn_to_compile(request, client):
+                    await asyncio.to_thread(
+                        self._submit, stream, request_ids, request, start, cache, client, replayed
+                    )
             else:
                 self._submit(stream, request_ids, request, start, cache, client, replayed)
         except BaseException:
             stream.close()
             raise
         return stream
+
+    @contextlib.asynccontextmanager
+    async def _turn_to_compile(
+        self, request: GenerationRequest, client: Client
+    ) -> AsyncIterator[None]:
+        """Wait for a turn where a grammar is to be compiled: clients have turns, one at a time.
+
+        There are few threads, and one process that compiles: a client's heavy grammars would keep
+        the bodies of others out of these, and their grammars behind its own.
+        """
+        structured = request.params.structured
+        if structured is None or cast("Engine", self.engine).has_grammar(structured):
+            yield
+            return
+        async with self._grammar_turns.turn(client.id):
+            yield
 
     def _submit(
         self,

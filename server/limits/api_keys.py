@@ -65,7 +65,7 @@ class ApiKeyMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; without a valid key it is refused before its body is read."""
         if scope["type"] == "http" and (owners := self._owners_for(scope["path"])):
-            owner = _matching_owner(Headers(scope=scope).get("authorization", ""), owners)
+            owner = _matching_owner(_authorization(scope), owners)
             if owner is None:
                 await invalid_api_key().response()(scope, receive, send)
                 return
@@ -91,6 +91,13 @@ def invalid_api_key() -> ApiError:
 def owner_id(key: str) -> str:
     """The owner that a key stands for: its SHA-256 in hexadecimal."""
     return hashlib.sha256(key.encode("utf-8", errors="replace")).hexdigest()
+
+
+def _authorization(scope: Scope) -> str:
+    """The Authorization header; for Anthropic's endpoints X-Api-Key stands in for it."""
+    headers = Headers(scope=scope)
+    own = headers.get("x-api-key") if scope["path"].startswith("/v1/messages") else None
+    return headers.get("authorization", "" if own is None else f"Bearer {own}")
 
 
 def _matching_owner(authorization: str, owners: Collection[str]) -> str | None:

@@ -48,8 +48,10 @@ class Served(NamedTuple):
 
 
 @contextlib.contextmanager
-def serving(*flags: str, model: Path = MODEL) -> Iterator[Served]:
-    """A server process; it may not die before its time."""
+def server_process(
+    *flags: str, model: Path = MODEL
+) -> Iterator[tuple[subprocess.Popen[str], Served]]:
+    """A server process, and where it is; it is ended with the block."""
     settings = ["--port", "0", "--max-slots", "32", "--chat-template", "plain", "--api-key", KEY]
     command = [SERVER_PYTHON, "-m", "cottention.server", "serve", str(model), *settings, *flags]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as popen:
@@ -58,11 +60,19 @@ def serving(*flags: str, model: Path = MODEL) -> Iterator[Served]:
             lines = iter(popen.stdout.readline, "")
             url = next((line.split()[-1] for line in lines if line.startswith("ready")), None)
             assert url, "the server did not start"
-            yield Served(url, KEY, model.name)
-            assert popen.poll() is None, "the server died"
+            yield popen, Served(url, KEY, model.name)
         finally:
             popen.terminate()
-            assert popen.wait(40) == 0
+            popen.wait(40)
+
+
+@contextlib.contextmanager
+def serving(*flags: str, model: Path = MODEL) -> Iterator[Served]:
+    """A server process; it may not die before its time."""
+    with server_process(*flags, model=model) as (popen, served):
+        yield served
+        assert popen.poll() is None, "the server died"
+    assert popen.returncode == 0
 
 
 @pytest.fixture(scope="session")

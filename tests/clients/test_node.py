@@ -71,3 +71,13 @@ def test_agents(served: Served) -> None:
         assert client["streamed"] == client["called"]
     assert heard["sdk"]["results"] == [each["level"] + 1 for each in heard["sdk"]["called"]]
     assert heard["sdk"]["reason"] == "tool-calls"
+
+
+def test_responses(served: Served) -> None:
+    heard = heard_by("responses.cjs", served)
+    assert len(set(heard["texts"])) == 1
+    assert len(set(heard["branches"])) == 1
+    assert heard["same"]
+    assert heard["kinds"][0] == "response.created"
+    assert heard["kinds"][-1] in ("response.completed", "response.incomplete")
+    assert (heard["input"], heard["gone"]) == (["and?"], 404)

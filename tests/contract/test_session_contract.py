@@ -301,6 +301,19 @@ def test_of_a_turn_without_events_none_are_kept(sessions: Any) -> None:
     assert sessions.events(OWNER, session_id) == EventLog()
 
 
+def test_one_may_have_an_id_and_events_from_the_beginning(sessions: Any) -> None:
+    """Responses are such sessions: their ids are told before they are stored."""
+    log = EventLog("0" * 16, 0, (b"what it answers",))
+    chosen = "sess-" + "a" * 32
+    assert (
+        sessions.open(OWNER, holding(b"abc"), {}, None, session_id=chosen, events=log).id == chosen
+    )
+    assert sessions.events(OWNER, chosen) == log
+    assert sessions.value(OWNER, chosen) == (holding(b"abc"), log)
+    with pytest.raises(SessionNotFoundError):
+        sessions.value(STRANGER, chosen)
+
+
 def test_each_session_is_counted_once(sessions: Any) -> None:
     names = [opened(sessions) for _ in range(3)]
     turn = sessions.begin(OWNER, names[0])

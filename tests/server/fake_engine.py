@@ -26,6 +26,7 @@ from cottention.engine.scheduling.context_policy import ContextPolicies
 from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
+from cottention.engine.structured_output import StructuredOutput
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 
@@ -116,6 +117,7 @@ class FakeEngine:
         self.policies = ContextPolicies("renew", 512, None, context_schedules(512))
         self.spec = FakeSpec()
         self.seen: list[Running] = []
+        self.grammars: set[StructuredOutput] = set()
         self.num_slots = num_slots
         self.step_seconds = step_seconds
         self.may_step = threading.Event()
@@ -127,6 +129,9 @@ class FakeEngine:
         self.finished = dict.fromkeys(FinishReason, 0)
         self._lock = threading.Lock()
         self._closed = False
+
+    def has_grammar(self, structure: StructuredOutput) -> bool:
+        return structure in self.grammars
 
     def submit(
         self,

@@ -22,7 +22,7 @@ from cottention.engine.errors import (
     StoreFullError,
     StoreUnavailableError,
 )
-from cottention.engine.sessions.types import BytesReader, OpenExport, Session
+from cottention.engine.sessions.types import BytesReader, OpenExport, Session, SessionValue
 from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import SessionState
@@ -92,12 +92,20 @@ class FakeSessions:
         return self.kept[session_id].states[-1]
 
     def open(
-        self, owner: str, state: SessionState, metadata: Any, ttl_seconds: float | None
+        self,
+        owner: str,
+        state: SessionState,
+        metadata: Any,
+        ttl_seconds: float | None,
+        *,
+        session_id: str | None = None,
+        events: EventLog = NO_EVENTS,
     ) -> FakeSession:
         self._may_fail("open")
         expires = None if ttl_seconds is None else time.time() + ttl_seconds
-        name = f"s{next(self._numbers)}"
-        made = FakeSession(name, owner, 1, 1, state.num_tokens, metadata, expires, (state,))
+        name = session_id or f"s{next(self._numbers)}"
+        num, states, logs = state.num_tokens, (state,), (events,)
+        made = FakeSession(name, owner, 1, 1, num, metadata, expires, states, logs)
         self.kept[name] = made
         return made
 
@@ -191,6 +199,10 @@ class FakeSessions:
 
     def events(self, owner: str, session_id: str) -> EventLog:
         return self.find(owner, session_id).logs[-1]
+
+    def value(self, owner: str, session_id: str) -> SessionValue:
+        found = self.find(owner, session_id)
+        return SessionValue(found.states[-1], found.logs[-1])
 
     def recent_ids(self, owner: str, session_id: str) -> tuple[FakeSession, tuple[int, ...]]:
         found = self.find(owner, session_id)

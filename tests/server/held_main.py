@@ -55,10 +55,12 @@ class HeldTemplate(ChatTemplate):
 class HeldSessions(FakeSessions):
     """`open` is held where there is metadata."""
 
-    def open(self, owner: str, state: Any, metadata: Any, ttl_seconds: float | None) -> Any:
+    def open(
+        self, owner: str, state: Any, metadata: Any, ttl_seconds: float | None, **more: Any
+    ) -> Any:
         if metadata:
             hold()
-        return super().open(owner, state, metadata, ttl_seconds)
+        return super().open(owner, state, metadata, ttl_seconds, **more)
 
     def fork(self, *arguments: Any) -> Any:
         hold()

@@ -17,7 +17,7 @@ class NewSession:
 
     position: tokens it holds. checkpoints: digests of stored blobs, oldest first. events: the
     event log that goes with `snapshot`. expires_at: by the store's time. context_policy: of the
-    snapshot; a store keeps it and does not interpret it.
+    snapshot; a store keeps it and does not interpret it. id: None: the store chooses one.
     """
 
     owner: str
@@ -29,6 +29,7 @@ class NewSession:
     expires_at: float | None = None
     context_policy: str = "exact"
     events: bytes = b""
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

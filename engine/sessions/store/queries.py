@@ -93,7 +93,7 @@ def insert_session(db: Db, new: NewSession, state: State | None, created: int) -
     cursor = db.execute(
         "INSERT INTO sessions (id, owner, created, metadata_key, metadata_nbytes, expires_at)"
         " VALUES (?, ?, ?, ?, ?, ?)",
-        [f"sess-{token_hex(16)}", new.owner, created, key, nbytes, new.expires_at],
+        [new.id or f"sess-{token_hex(16)}", new.owner, created, key, nbytes, new.expires_at],
     )
     states = [find_state(db, digest) for digest in new.checkpoints]
     states.append(state or find_state(db, new.head or ""))

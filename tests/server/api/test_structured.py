@@ -1,7 +1,9 @@
 """Structured output over HTTP: what the engine is asked for, and what a real one answers."""
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ from cottention.engine.engine import Engine
 from cottention.engine.structured_output import TextStructure
 from cottention.server.generation.chat_template import ChatTemplate
 from cottention.server.generation.template_environment import compile_template
+from cottention.server.limits.api_keys import owner_id
 from tests.engine.making import attention_folder
-from tests.server.live import Live, serving
+from tests.server.fake_engine import FakeEngine
+from tests.server.live import PATIENCE, Live, eventually, serving
 
 SCHEMA = {
     "type": "object",
@@ -91,3 +95,37 @@ def test_a_schema_that_is_refused_is_a_400(live: Live, schema: Any, reason: str)
         error = answer.json()["error"]
         assert error["param"] == "response_format"
         assert reason in error["message"]
+
+
+def test_a_key_s_heavy_grammars_do_not_keep_others_out() -> None:
+    """They are compiled in threads that read all bodies: as many as there are would block these."""
+    engine, may_end = FakeEngine(), threading.Event()
+    began: list[str] = []
+    submit = engine.submit
+
+    def submitting(prompt_ids: Any, params: Any, **more: Any) -> str:
+        if params.structured is not None and not engine.has_grammar(params.structured):
+            began.append(more["client"].id)
+            assert may_end.wait(PATIENCE)
+        return submit(prompt_ids, params, **more)
+
+    setattr(engine, "submit", submitting)  # noqa: B010
+    engine.grammars.add(TextStructure("regex", "a+"))
+    keys = ("of one", "of another")
+    owners = [owner_id(key) for key in keys]
+    with serving(engine, api_key=keys) as live, ThreadPoolExecutor(64) as pool:
+
+        def ask(key: str, **body: Any) -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            body = {"prompt": "x", "max_tokens": 2} | body
+            return live.client.post("/v1/completions", json=body, headers=headers).status_code
+
+        heavy = [pool.submit(ask, keys[0], guided_regex=f"b{{{n}}}") for n in range(1, 49)]
+        eventually(lambda: len(began) == 1)
+        assert ask(keys[1], prompt="long " * 10_000) == 200  # it is read in a thread
+        assert ask(keys[1], guided_regex="a+") == 200
+        light = pool.submit(ask, keys[1], guided_regex="c+")
+        eventually(lambda: len(live.async_engine._grammar_turns._waiting) == 2)
+        may_end.set()
+        assert {each.result() for each in [*heavy, light]} == {200}
+    assert owners[1] in began[:3], "its turn comes after one or two of the other's"

@@ -149,7 +149,7 @@ class PostgresStore(SessionStore):
         return self._replica.is_alive
 
     def create(self, records: Sequence[NewSession], answer: Answer | None = None) -> Records:
-        ids = [queries.new_id() for _ in records]
+        ids = [new.id or queries.new_id() for new in records]
         blobs = [
             None
             if new.snapshot is None

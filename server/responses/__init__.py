@@ -1,0 +1,1 @@
+"""Responses of /v1/responses: their objects and events, where they are kept, those that run."""

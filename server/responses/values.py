@@ -1,0 +1,152 @@
+"""Responses that are kept: each is a session's value, with the response's object as its events.
+
+Such sessions are an owner's own, apart from those of /v1/sessions: nothing changes them, so that
+every one can be continued any number of times.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import TYPE_CHECKING, Self
+
+from cottention.engine.errors import SessionNotFoundError, SessionQuotaError, SnapshotError
+from cottention.engine.sessions.store.protocol import Quota, Quotas
+from cottention.engine.state.event_log import EventLog
+from cottention.server.http.body import shown
+from cottention.server.http.errors import ApiError, too_many
+from cottention.server.responses.writer import Cut
+from cottention.server.schemas.responses import JsonObject
+
+if TYPE_CHECKING:  # these import torch, which the server must not load
+    from cottention.engine.sessions.manager import SessionManager
+    from cottention.engine.state.session_state import SessionState
+
+SUFFIX = "/responses"
+"""After the owner of sessions that are responses."""
+
+RESPONSE_ID = re.compile(r"resp_([0-9a-f]{32})")
+
+RETRY_SECONDS = 60
+
+
+def new_response_id() -> str:
+    """The id of a response. Its digits are those of its session's."""
+    return f"resp_{token_hex(16)}"
+
+
+def response_owner(owner: str) -> str:
+    """The owner of the sessions that are this owner's responses."""
+    return owner + SUFFIX
+
+
+def quotas_with_responses(quotas: Quotas, max_responses: int | None) -> Quotas:
+    """The quotas of owners of sessions and of responses: these have their own number."""
+
+    def quota(owner: str) -> Quota:
+        if not owner.endswith(SUFFIX):
+            return quotas(owner)
+        return Quota(max_responses, quotas(owner.removesuffix(SUFFIX)).max_bytes)
+
+    return quota
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """A response that has ended.
+
+    response: its object. input: the items that it answers. cuts: of its deltas. can_continue:
+    whether the session's state is the one after the answer.
+    """
+
+    response: JsonObject
+    input: list[JsonObject]
+    cuts: list[Cut]
+    can_continue: bool
+
+    def to_log(self) -> EventLog:
+        """As it is stored with its session."""
+        fields = {
+            "response": self.response,
+            "input": self.input,
+            "cuts": self.cuts,
+            "can_continue": self.can_continue,
+        }
+        return EventLog(token_hex(8), 0, (json.dumps(fields).encode(),))
+
+    @classmethod
+    def from_log(cls, log: EventLog) -> Self:
+        """The inverse of `to_log`. SnapshotError."""
+        try:
+            [raw] = log.events
+            return cls(**json.loads(raw))
+        except (ValueError, TypeError) as error:
+            raise SnapshotError("the stored response cannot be read") from error
+
+
+class ResponseStore:
+    """The responses of a store of sessions. Calls wait for the disk."""
+
+    def __init__(self, sessions: "SessionManager", ttl_seconds: float | None) -> None:
+        self._sessions = sessions
+        self._ttl_seconds = ttl_seconds
+
+    def save(self, owner: str, stored: StoredResponse, state: "SessionState") -> None:
+        """Keep a response. ApiError 429 where the owner has as many as it may."""
+        session_id = _session_id(stored.response["id"])
+        try:
+            self._sessions.open(
+                response_owner(owner),
+                state,
+                {},
+                self._ttl_seconds,
+                session_id=session_id,
+                events=stored.to_log(),
+            )
+        except SessionQuotaError as error:
+            message = (
+                f"the response cannot be stored: {error} (--max-responses-per-key,"
+                " --response-ttl-seconds; responses count as sessions here)"
+            )
+            raise too_many(message, RETRY_SECONDS, "too_many_responses") from None
+
+    def load(self, owner: str, response_id: str, param: str = "response_id") -> StoredResponse:
+        """A response. ApiError 404 for an unknown one and another owner's."""
+        session_id = _session_id(response_id, param)
+        try:
+            log = self._sessions.events(response_owner(owner), session_id)
+        except SessionNotFoundError:
+            raise not_found(response_id, param) from None
+        return StoredResponse.from_log(log)
+
+    def load_state(
+        self, owner: str, response_id: str, param: str
+    ) -> "tuple[StoredResponse, SessionState]":
+        """A response, and the state after its answer. ApiError 404 as in `load`."""
+        session_id = _session_id(response_id, param)
+        try:
+            value = self._sessions.value(response_owner(owner), session_id)
+        except SessionNotFoundError:
+            raise not_found(response_id, param) from None
+        return StoredResponse.from_log(value.events), value.state
+
+    def delete(self, owner: str, response_id: str) -> None:
+        """Forget a response. ApiError 404 as in `load`."""
+        session_id = _session_id(response_id)
+        try:
+            self._sessions.delete(response_owner(owner), session_id)
+        except SessionNotFoundError:
+            raise not_found(response_id) from None
+
+
+def not_found(response_id: str, param: str = "response_id") -> ApiError:
+    """A 404, the same for a response that is unknown and for one of another owner."""
+    message = f"there is no stored response {shown(response_id)}"
+    return ApiError(404, message, param=param, code="response_not_found")
+
+
+def _session_id(response_id: str, param: str = "response_id") -> str:
+    found = RESPONSE_ID.fullmatch(response_id)
+    if found is None:
+        raise not_found(response_id, param)
+    return f"sess-{found[1]}"
