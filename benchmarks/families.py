@@ -4,9 +4,14 @@ Random weights in the shapes of Mamba-2 370M and RWKV-7 0.4B, float32, one token
 step. Each side is a process of its own with as many threads, which wait in the same way, and they
 decode in short turns, so that other load affects all alike; a turn's first step is not measured.
 Before, they must agree on the logits of a prompt. A library that is not installed is left out:
-`transformers`, `rwkv`, and llama.cpp (`llama_cpp` and `gguf`), with the same weights in float32.
+`transformers`, `rwkv`, and llama.cpp (`llama_cpp` and `gguf`), with the same weights in float32,
+and in bfloat16 where the model's own file is, as RWKV-7's.
 Memory is that of one stream, from token 1,000 on: of two layers of the same widths to token 50,000,
 and of the whole model to token 5,000.
+
+--family, --beside and --batch choose what is measured, the first two by a part of a name, as in
+`--family RWKV --beside llama_cpp_bf --batch 8`; memory is then left out. --folder keeps the models'
+files for the next run.
 
 With --one-thread each side has one thread and is timed in that thread's processor time: on a
 machine that does other work, two threads wait for each other longer than they compute.
@@ -18,7 +23,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +49,11 @@ STEPS = 3
 TOLERANCE = 1e-2
 """Of the logits' difference, in standard deviations: the rwkv package rounds a constant."""
 
+BFLOAT16 = "_bfloat16"
+"""Ends the name of a side whose arithmetic is in bfloat16."""
+
+BFLOAT16_TOLERANCE = 0.3
+
 INSTALL_BENCH = "pip install '.[bench]'"
 INSTALL = {"llama_cpp": "pip install llama-cpp-python==0.3.36 gguf, which compiles for long"}
 
@@ -57,10 +69,34 @@ class Family(NamedTuple):
     peers: tuple[str, ...]
 
 
+LLAMA_CPP = "llama_cpp", f"llama_cpp{BFLOAT16}"
+MAMBA_2 = Family("Mamba-2 370M", "mamba2", family_models.mamba2, ("transformers", "llama_cpp"))
+RWKV_7 = Family("RWKV-7 0.4B", "rwkv7.pth", family_models.rwkv7, ("rwkv", *LLAMA_CPP))
 FAMILIES = (
-    Family("Mamba-2 370M", "mamba2", family_models.mamba2, ("transformers", "llama_cpp")),
-    Family("RWKV-7 0.4B", "rwkv7.pth", family_models.rwkv7, ("rwkv", "llama_cpp")),
+    MAMBA_2,
+    Family(
+        "Mamba-2 370M in bfloat16",
+        "mamba2-bfloat16",
+        partial(family_models.mamba2, dtype=torch.bfloat16),
+        LLAMA_CPP,
+    ),
+    RWKV_7,
 )
+
+
+class Chosen(NamedTuple):
+    """Parts of the names of families and of peers, and a batch; empty and None: all.
+
+    folder: of the models' files, which stay there; None: they are made for the run.
+    """
+
+    family: str = ""
+    beside: str = ""
+    batch: int | None = None
+    folder: Path | None = None
+
+
+EVERYTHING = Chosen()
 
 
 class Side:
@@ -102,52 +138,84 @@ def main() -> None:
     """Parse, measure, write JSON."""
     options = parser(__doc__)
     options.add_argument("--one-thread", action="store_true", help="in processor time")
+    options.add_argument("--family", default="", help="a part of the model's name")
+    options.add_argument("--beside", default="", help="a part of the name of a library")
+    options.add_argument("--batch", type=int, choices=BATCHES)
+    options.add_argument("--folder", type=Path, help="of the models' files")
     arguments = options.parse_args()
-    figures = measure(arguments.quick, one_thread=arguments.one_thread)
+    chosen = Chosen(arguments.family, arguments.beside, arguments.batch, arguments.folder)
+    figures = measure(arguments.quick, one_thread=arguments.one_thread, chosen=chosen)
     if arguments.json:
         write_json(arguments.json, {"machine": machine(), **figures})
 
 
-def measure(quick: bool, *, one_thread: bool = False) -> Report:
-    """Tables of speed and of memory."""
+def measure(quick: bool, *, one_thread: bool = False, chosen: Chosen = EVERYTHING) -> Report:
+    """Tables of speed and, where everything is chosen, of memory."""
     num_threads = 1 if one_thread else torch.get_num_threads()
     rows: Rows = []
     for family in FAMILIES:
-        missing = [peer for peer in family.peers if find_spec(peer) is None]
-        for peer in missing:
-            print(f"{family.name}: {peer} is not installed: {INSTALL.get(peer, INSTALL_BENCH)}")
-        peers = [peer for peer in family.peers if peer not in missing]
+        peers = []
+        for peer in family.peers:
+            package = peer.removesuffix(BFLOAT16)
+            if chosen.family not in family.name or chosen.beside not in peer:
+                continue
+            if find_spec(package) is None:
+                how = INSTALL.get(package, INSTALL_BENCH)
+                print(f"{family.name}: {package} is not installed: {how}")
+            else:
+                peers.append(peer)
+        batches = BATCHES if chosen.batch is None else (chosen.batch,)
         if peers:
-            rows += _beside_peers(family, peers, num_threads, num_turns=5 if quick else 25)
+            num_turns = 5 if quick else 25
+            with _made(family, chosen.folder) as model:
+                rows += _beside_peers(family, model, peers, batches, num_threads, num_turns)
     if rows:
         where = "one thread, processor time" if one_thread else f"{num_threads} threads"
         show(f"Decode of recurrent families, random weights, float32, in turns, {where}", rows)
+    if chosen != EVERYTHING:
+        return {"families": rows}
     lasts = {2: 5_000} if quick else LAST
     memory = [
-        _memory(family, layers, last) for layers, last in lasts.items() for family in FAMILIES
+        _memory(family, layers, last)
+        for layers, last in lasts.items()
+        for family in (MAMBA_2, RWKV_7)
     ]
     show("Memory of one stream", memory)
     return {"families": rows, "families_memory": memory}
 
 
-def _beside_peers(family: Family, peers: Sequence[str], num_threads: int, num_turns: int) -> Rows:
+@contextmanager
+def _made(family: Family, folder: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="cottention-families-") as made:
+        model = (folder or Path(made)) / family.file_name
+        yield model if model.exists() else family.make(model)
+
+
+def _beside_peers(
+    family: Family,
+    model: Path,
+    peers: Sequence[str],
+    batches: Sequence[int],
+    num_threads: int,
+    num_turns: int,
+) -> Rows:
     rows: Rows = []
-    with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
-        model = family.make(Path(folder) / family.file_name)
-        for name in peers:
-            with Side("ours", model, num_threads) as ours, Side(name, model, num_threads) as peer:
-                _check(f"{family.name}, {name}", ours, peer)
-                for batch in BATCHES:
-                    row = {"shape": family.name, "beside": name, "batch": batch}
-                    rows.append(row | _turns(batch, ours, peer, num_turns))
+    for name in peers:
+        with Side("ours", model, num_threads) as ours, Side(name, model, num_threads) as peer:
+            tolerance = BFLOAT16_TOLERANCE if name.endswith(BFLOAT16) else TOLERANCE
+            _check(f"{family.name}, {name}", ours, peer, tolerance)
+            for batch in batches:
+                row = {"shape": family.name, "beside": name, "batch": batch}
+                rows.append(row | _turns(batch, ours, peer, num_turns))
     return rows
 
 
-def _check(what: str, ours: Side, peer: Side) -> None:
+def _check(what: str, ours: Side, peer: Side, tolerance: float) -> None:
     """Exit if the sides compute something else."""
     got, expected = (torch.tensor(side.ask(do="logits")) for side in (ours, peer))
     error = float((got - expected).abs().max() / expected.std())
-    if not error <= TOLERANCE:
+    print(f"{what}: logits differ by at most {error:.1e} of their standard deviation")
+    if not error <= tolerance:
         raise SystemExit(f"{what}: logits differ by {error:.1e}: nothing is reported")
 
 

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,11 @@ _CALLBACKS: list[object] = []
 """Those that C code calls, which does not keep them."""
 
 
-def llama_cpp(model: Path) -> Start:
-    """llama.cpp on the same weights in float32; the batch is one call. Its threads spin."""
+def llama_cpp(model: Path, dtype: torch.dtype = torch.float32) -> Start:
+    """llama.cpp on the same weights; the batch is one call. Its threads spin.
+
+    With weights in bfloat16 it rounds what they are multiplied with to bfloat16 as well.
+    """
     import llama_cpp as llama
 
     from benchmarks.family_gguf import written
@@ -110,7 +114,7 @@ def llama_cpp(model: Path) -> Start:
     llama.llama_backend_init()
     options = llama.llama_model_default_params()
     options.n_gpu_layers = 0
-    weights = llama.llama_model_load_from_file(str(written(model)).encode(), options)
+    weights = llama.llama_model_load_from_file(str(written(model, dtype)).encode(), options)
     vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(weights))
 
     def start(batch: int) -> Step:
@@ -139,8 +143,14 @@ def llama_cpp(model: Path) -> Start:
     return start
 
 
-SIDES = {"ours": ours, "transformers": transformers, "rwkv": rwkv, "llama_cpp": llama_cpp}
-"""By the name of the package, where it is another's."""
+SIDES: dict[str, Callable[[Path], Start]] = {
+    "ours": ours,
+    "transformers": transformers,
+    "rwkv": rwkv,
+    "llama_cpp": llama_cpp,
+    "llama_cpp_bfloat16": partial(llama_cpp, dtype=torch.bfloat16),
+}
+"""By the name of the package, where it is another's, and the type of its weights."""
 
 
 class Streams:
