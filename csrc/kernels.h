@@ -48,6 +48,7 @@ struct RecurrentParams {
   const int32_t* cu_seqlens;     // [B + 1]; null: one token per segment
   int64_t segments, heads, key_width, value_width;
   int64_t rows_per_split;  // value rows per task, a multiple of 8
+  bool prefetches;         // prefetches_states()
 
   [[gnu::always_inline]] int64_t row_splits() const {
     return (value_width + rows_per_split - 1) / rows_per_split;
@@ -235,6 +236,9 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+
+// Whether lines of a state should be prefetched ahead of the rows that a step reads.
+bool prefetches_states();
 
 // The best table that this machine supports, or the one that COTTENTION_CPU_ISA names.
 const Kernels& kernels();
