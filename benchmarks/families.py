@@ -6,12 +6,12 @@ decode in short turns, so that other load affects all alike; a turn's first step
 Before, they must agree on the logits of a prompt. A library that is not installed is left out:
 `transformers`, `rwkv`, and llama.cpp (`llama_cpp` and `gguf`), with the same weights in float32,
 and in bfloat16 where the model's own file is, as RWKV-7's.
-Memory is that of one stream, from token 1,000 on: of two layers of the same widths to token 50,000,
-and of the whole model to token 5,000.
+Memory is that of one stream, from token 1,000 to token 50,000, nine tenths of which it reads a
+hundred at a time, as a prompt, and the others one by one.
 
 --family, --beside and --batch choose what is measured, the first two by a part of a name, as in
-`--family RWKV --beside llama_cpp_bf --batch 8`; memory is then left out. --folder keeps the models'
-files for the next run.
+`--family RWKV --beside llama_cpp_bf --batch 8`; `--beside memory` measures memory alone. --folder
+keeps the models' files for the next run.
 
 With --one-thread each side has one thread and is timed in that thread's processor time: on a
 machine that does other work, two threads wait for each other longer than they compute.
@@ -41,8 +41,12 @@ from cottention.engine.state.pool import StatePool
 
 BATCHES = (1, 8)
 FIRST = 1_000
-LAST = {2: 50_000, None: 5_000}
-"""Tokens by the number of layers; None: all."""
+LAST = 50_000
+"""Tokens between which memory is flat; it is looked at after every FIRST."""
+READ = 100
+"""Tokens at once."""
+
+MEMORY = "memory"
 STEPS = 3
 """Measured in a turn."""
 
@@ -52,7 +56,7 @@ TOLERANCE = 1e-2
 BFLOAT16 = "_bfloat16"
 """Ends the name of a side whose arithmetic is in bfloat16."""
 
-BFLOAT16_TOLERANCE = 0.3
+BFLOAT16_TOLERANCE = 0.1
 
 INSTALL_BENCH = "pip install '.[bench]'"
 INSTALL = {"llama_cpp": "pip install llama-cpp-python==0.3.36 gguf, which compiles for long"}
@@ -139,7 +143,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--one-thread", action="store_true", help="in processor time")
     options.add_argument("--family", default="", help="a part of the model's name")
-    options.add_argument("--beside", default="", help="a part of the name of a library")
+    options.add_argument("--beside", default="", help=f"a part of a library's name, or {MEMORY}")
     options.add_argument("--batch", type=int, choices=BATCHES)
     options.add_argument("--folder", type=Path, help="of the models' files")
     arguments = options.parse_args()
@@ -150,7 +154,7 @@ def main() -> None:
 
 
 def measure(quick: bool, *, one_thread: bool = False, chosen: Chosen = EVERYTHING) -> Report:
-    """Tables of speed and, where everything is chosen, of memory."""
+    """Tables of speed and of memory."""
     num_threads = 1 if one_thread else torch.get_num_threads()
     rows: Rows = []
     for family in FAMILIES:
@@ -172,15 +176,13 @@ def measure(quick: bool, *, one_thread: bool = False, chosen: Chosen = EVERYTHIN
     if rows:
         where = "one thread, processor time" if one_thread else f"{num_threads} threads"
         show(f"Decode of recurrent families, random weights, float32, in turns, {where}", rows)
-    if chosen != EVERYTHING:
-        return {"families": rows}
-    lasts = {2: 5_000} if quick else LAST
     memory = [
-        _memory(family, layers, last)
-        for layers, last in lasts.items()
+        _memory(family, LAST // 10 if quick else LAST, chosen.folder)
         for family in (MAMBA_2, RWKV_7)
+        if chosen.family in family.name and chosen.beside in MEMORY and chosen.batch is None
     ]
-    show("Memory of one stream", memory)
+    if memory:
+        show("Memory of one stream", memory)
     return {"families": rows, "families_memory": memory}
 
 
@@ -243,34 +245,34 @@ def _turns(batch: int, ours: Side, peer: Side, number: int) -> dict[str, object]
     }
 
 
-def _memory(family: Family, layers: int | None, last: int) -> dict[str, object]:
+def _memory(family: Family, last: int, folder: Path | None) -> dict[str, object]:
     """The bytes of a session, and how far resident memory was from that at token 1,000."""
-    with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
-        sizes = {} if layers is None else {"num_layers": layers, "vocab_size": 256}
-        model = family.make(Path(folder) / family.file_name, **sizes)
+    with _made(family, folder) as model:
         spec = read_config(model).state_spec()
-        start, num_threads = family_sides.ours(model), torch.get_num_threads()
-        pool = StatePool(spec, 1, "cpu")
-        if pool.nbytes != spec.bytes_per_slot:
-            raise SystemExit(f"the pool has {pool.nbytes} bytes, not {spec.bytes_per_slot}")
-        if layers is not None:  # few gain nothing from more, and wait for them under load
-            torch.set_num_threads(1)
+        start = family_sides.ours(model)
+        if (nbytes := StatePool(spec, 1, "cpu").nbytes) != spec.bytes_per_slot:
+            raise SystemExit(f"the pool has {nbytes} bytes, not {spec.bytes_per_slot}")
         with torch.inference_mode():
-            stream = family_sides.Streams(start(1), 1)
-            process, resident = psutil.Process(), {}
-            for age in range(1, last + 1):
-                stream()
-                if age % FIRST == 0:
-                    resident[age] = process.memory_info().rss
-        torch.set_num_threads(num_threads)
+            resident = dict(_resident(start(1), last))
     return {
         "shape": family.name,
-        "layers": layers or "all",
         "bytes": spec.bytes_per_slot,
         "by tensor": ", ".join(f"{n} {b:,}" for n, b in spec.itemised_bytes().items() if b),
         "tokens": last,
+        "resident MiB": resident[FIRST] / 2**20,
         "growth MiB": (max(resident.values()) - resident[FIRST]) / 2**20,
     }
+
+
+def _resident(step: family_sides.Step, last: int) -> Iterator[tuple[int, int]]:
+    """Every FIRST tokens of a stream, their number and the bytes of resident memory."""
+    process, ids = psutil.Process(), torch.arange(READ) + family_sides.IDS[0]
+    for age in range(FIRST, last + 1, FIRST):
+        for _ in range(FIRST // READ - 1):
+            token = step(ids).argmax(-1)
+        for _ in range(READ):
+            token = step(token).argmax(-1)
+        yield age, process.memory_info().rss
 
 
 if __name__ == "__main__":

@@ -30,7 +30,10 @@ Start = Callable[[int], Step]
 
 
 def ours(model: Path) -> Start:
-    """The served model, whose blocks are one call of a compiled op."""
+    """The served model, whose blocks are one call of a compiled op.
+
+    With one stream a step takes any number of its tokens.
+    """
     from cottention.engine import ops
     from cottention.engine.models.checkpoint import load_model
     from cottention.engine.models.recurrence import Recurrence
@@ -43,9 +46,17 @@ def ours(model: Path) -> Start:
 
     def start(batch: int) -> Step:
         pool = StatePool(config.state_spec(), batch, "cpu")
-        rows = ops.Segments(torch.arange(batch, dtype=torch.int32))
-        recurrence, positions = Recurrence(pool.tensors, rows), torch.zeros(batch, dtype=torch.long)
-        return lambda ids: served.logits(served.hidden(ids, positions, recurrence))
+
+        def step(ids: Tensor) -> Tensor:
+            lengths = [len(ids) // batch] * batch
+            recurrence = Recurrence(
+                pool.tensors, ops.Segments.of(range(batch), lengths, batch, "cpu")
+            )
+            hidden = served.hidden(ids, torch.zeros(len(ids), dtype=torch.long), recurrence)
+            logits: Tensor = served.logits(hidden[-batch:])
+            return logits
+
+        return step
 
     return start
 
