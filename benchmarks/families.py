@@ -5,7 +5,7 @@ step. Each side is a process of its own with as many threads, which wait in the 
 decode in short turns, so that other load affects all alike; a turn's first step is not measured.
 Before, they must agree on the logits of a prompt. A library that is not installed is left out:
 `transformers`, `rwkv`, and llama.cpp (`llama_cpp` and `gguf`), with the same weights in float32,
-and in bfloat16 where the model's own file is, as RWKV-7's.
+and in bfloat16 where the model's own file is, as RWKV-7's: then also beside ours in bfloat16.
 Memory is that of one stream, from token 1,000 to token 50,000, nine tenths of which it reads a
 hundred at a time, as a prompt, and the others one by one.
 
@@ -175,7 +175,7 @@ def measure(quick: bool, *, one_thread: bool = False, chosen: Chosen = EVERYTHIN
                 rows += _beside_peers(family, model, peers, batches, num_threads, num_turns)
     if rows:
         where = "one thread, processor time" if one_thread else f"{num_threads} threads"
-        show(f"Decode of recurrent families, random weights, float32, in turns, {where}", rows)
+        show(f"Decode of recurrent families, random weights, in turns, {where}", rows)
     memory = [
         _memory(family, LAST // 10 if quick else LAST, chosen.folder)
         for family in (MAMBA_2, RWKV_7)
@@ -202,12 +202,14 @@ def _beside_peers(
     num_turns: int,
 ) -> Rows:
     rows: Rows = []
-    for name in peers:
-        with Side("ours", model, num_threads) as ours, Side(name, model, num_threads) as peer:
+    pairs = [("ours", name) for name in peers]
+    pairs += [(f"ours{BFLOAT16}", name) for name in peers if name.endswith(BFLOAT16)]
+    for mine, name in pairs:
+        with Side(mine, model, num_threads) as ours, Side(name, model, num_threads) as peer:
             tolerance = BFLOAT16_TOLERANCE if name.endswith(BFLOAT16) else TOLERANCE
-            _check(f"{family.name}, {name}", ours, peer, tolerance)
+            _check(f"{family.name}, {mine}, {name}", ours, peer, tolerance)
             for batch in batches:
-                row = {"shape": family.name, "beside": name, "batch": batch}
+                row = {"shape": family.name, "ours": mine, "beside": name, "batch": batch}
                 rows.append(row | _turns(batch, ours, peer, num_turns))
     return rows
 

@@ -29,7 +29,7 @@ Start = Callable[[int], Step]
 """Batch size B → the step of as many streams without a past."""
 
 
-def ours(model: Path) -> Start:
+def ours(model: Path, dtype: torch.dtype = torch.float32) -> Start:
     """The served model, whose blocks are one call of a compiled op.
 
     With one stream a step takes any number of its tokens.
@@ -41,7 +41,7 @@ def ours(model: Path) -> Start:
     from cottention.engine.state.pool import StatePool
 
     config = read_config(model)
-    weights = load_model(model, config, torch.float32)
+    weights = load_model(model, config, dtype)
     served: Any = family_of(config).implementation().serve(weights, "cpu")
 
     def start(batch: int) -> Step:
@@ -156,6 +156,7 @@ def llama_cpp(model: Path, dtype: torch.dtype = torch.float32) -> Start:
 
 SIDES: dict[str, Callable[[Path], Start]] = {
     "ours": ours,
+    "ours_bfloat16": partial(ours, dtype=torch.bfloat16),
     "transformers": transformers,
     "rwkv": rwkv,
     "llama_cpp": llama_cpp,
