@@ -4,9 +4,14 @@ Random weights in the shapes of Mamba-2 370M and RWKV-7 0.4B, float32, one token
 step. Each side is a process of its own with as many threads, which wait in the same way, and they
 decode in short turns, so that other load affects all alike; a turn's first step is not measured.
 Before, they must agree on the logits of a prompt. A library that is not installed is left out:
-`transformers`, `rwkv`, and llama.cpp (`llama_cpp` and `gguf`), with the same weights in float32.
-Memory is that of one stream, from token 1,000 on: of two layers of the same widths to token 50,000,
-and of the whole model to token 5,000.
+`transformers`, `rwkv`, and llama.cpp (`llama_cpp` and `gguf`), with the same weights in float32,
+and in bfloat16 where the model's own file is, as RWKV-7's: then also beside ours in bfloat16.
+Memory is that of one stream, from token 1,000 to token 50,000, nine tenths of which it reads a
+hundred at a time, as a prompt, and the others one by one.
+
+--family, --beside and --batch choose what is measured, the first two by a part of a name, as in
+`--family RWKV --beside llama_cpp_bf --batch 8`; `--beside memory` measures memory alone. --folder
+keeps the models' files for the next run.
 
 With --one-thread each side has one thread and is timed in that thread's processor time: on a
 machine that does other work, two threads wait for each other longer than they compute.
@@ -18,7 +23,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -34,13 +41,22 @@ from cottention.engine.state.pool import StatePool
 
 BATCHES = (1, 8)
 FIRST = 1_000
-LAST = {2: 50_000, None: 5_000}
-"""Tokens by the number of layers; None: all."""
+LAST = 50_000
+"""Tokens between which memory is flat; it is looked at after every FIRST."""
+READ = 100
+"""Tokens at once."""
+
+MEMORY = "memory"
 STEPS = 3
 """Measured in a turn."""
 
 TOLERANCE = 1e-2
 """Of the logits' difference, in standard deviations: the rwkv package rounds a constant."""
+
+BFLOAT16 = "_bfloat16"
+"""Ends the name of a side whose arithmetic is in bfloat16."""
+
+BFLOAT16_TOLERANCE = 0.1
 
 INSTALL_BENCH = "pip install '.[bench]'"
 INSTALL = {"llama_cpp": "pip install llama-cpp-python==0.3.36 gguf, which compiles for long"}
@@ -57,10 +73,34 @@ class Family(NamedTuple):
     peers: tuple[str, ...]
 
 
+LLAMA_CPP = "llama_cpp", f"llama_cpp{BFLOAT16}"
+MAMBA_2 = Family("Mamba-2 370M", "mamba2", family_models.mamba2, ("transformers", "llama_cpp"))
+RWKV_7 = Family("RWKV-7 0.4B", "rwkv7.pth", family_models.rwkv7, ("rwkv", *LLAMA_CPP))
 FAMILIES = (
-    Family("Mamba-2 370M", "mamba2", family_models.mamba2, ("transformers", "llama_cpp")),
-    Family("RWKV-7 0.4B", "rwkv7.pth", family_models.rwkv7, ("rwkv", "llama_cpp")),
+    MAMBA_2,
+    Family(
+        "Mamba-2 370M in bfloat16",
+        "mamba2-bfloat16",
+        partial(family_models.mamba2, dtype=torch.bfloat16),
+        LLAMA_CPP,
+    ),
+    RWKV_7,
 )
+
+
+class Chosen(NamedTuple):
+    """Parts of the names of families and of peers, and a batch; empty and None: all.
+
+    folder: of the models' files, which stay there; None: they are made for the run.
+    """
+
+    family: str = ""
+    beside: str = ""
+    batch: int | None = None
+    folder: Path | None = None
+
+
+EVERYTHING = Chosen()
 
 
 class Side:
@@ -102,52 +142,84 @@ def main() -> None:
     """Parse, measure, write JSON."""
     options = parser(__doc__)
     options.add_argument("--one-thread", action="store_true", help="in processor time")
+    options.add_argument("--family", default="", help="a part of the model's name")
+    options.add_argument("--beside", default="", help=f"a part of a library's name, or {MEMORY}")
+    options.add_argument("--batch", type=int, choices=BATCHES)
+    options.add_argument("--folder", type=Path, help="of the models' files")
     arguments = options.parse_args()
-    figures = measure(arguments.quick, one_thread=arguments.one_thread)
+    chosen = Chosen(arguments.family, arguments.beside, arguments.batch, arguments.folder)
+    figures = measure(arguments.quick, one_thread=arguments.one_thread, chosen=chosen)
     if arguments.json:
         write_json(arguments.json, {"machine": machine(), **figures})
 
 
-def measure(quick: bool, *, one_thread: bool = False) -> Report:
+def measure(quick: bool, *, one_thread: bool = False, chosen: Chosen = EVERYTHING) -> Report:
     """Tables of speed and of memory."""
     num_threads = 1 if one_thread else torch.get_num_threads()
     rows: Rows = []
     for family in FAMILIES:
-        missing = [peer for peer in family.peers if find_spec(peer) is None]
-        for peer in missing:
-            print(f"{family.name}: {peer} is not installed: {INSTALL.get(peer, INSTALL_BENCH)}")
-        peers = [peer for peer in family.peers if peer not in missing]
+        peers = []
+        for peer in family.peers:
+            package = peer.removesuffix(BFLOAT16)
+            if chosen.family not in family.name or chosen.beside not in peer:
+                continue
+            if find_spec(package) is None:
+                how = INSTALL.get(package, INSTALL_BENCH)
+                print(f"{family.name}: {package} is not installed: {how}")
+            else:
+                peers.append(peer)
+        batches = BATCHES if chosen.batch is None else (chosen.batch,)
         if peers:
-            rows += _beside_peers(family, peers, num_threads, num_turns=5 if quick else 25)
+            num_turns = 5 if quick else 25
+            with _made(family, chosen.folder) as model:
+                rows += _beside_peers(family, model, peers, batches, num_threads, num_turns)
     if rows:
         where = "one thread, processor time" if one_thread else f"{num_threads} threads"
-        show(f"Decode of recurrent families, random weights, float32, in turns, {where}", rows)
-    lasts = {2: 5_000} if quick else LAST
+        show(f"Decode of recurrent families, random weights, in turns, {where}", rows)
     memory = [
-        _memory(family, layers, last) for layers, last in lasts.items() for family in FAMILIES
+        _memory(family, LAST // 10 if quick else LAST, chosen.folder)
+        for family in (MAMBA_2, RWKV_7)
+        if chosen.family in family.name and chosen.beside in MEMORY and chosen.batch is None
     ]
-    show("Memory of one stream", memory)
+    if memory:
+        show("Memory of one stream", memory)
     return {"families": rows, "families_memory": memory}
 
 
-def _beside_peers(family: Family, peers: Sequence[str], num_threads: int, num_turns: int) -> Rows:
+@contextmanager
+def _made(family: Family, folder: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="cottention-families-") as made:
+        model = (folder or Path(made)) / family.file_name
+        yield model if model.exists() else family.make(model)
+
+
+def _beside_peers(
+    family: Family,
+    model: Path,
+    peers: Sequence[str],
+    batches: Sequence[int],
+    num_threads: int,
+    num_turns: int,
+) -> Rows:
     rows: Rows = []
-    with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
-        model = family.make(Path(folder) / family.file_name)
-        for name in peers:
-            with Side("ours", model, num_threads) as ours, Side(name, model, num_threads) as peer:
-                _check(f"{family.name}, {name}", ours, peer)
-                for batch in BATCHES:
-                    row = {"shape": family.name, "beside": name, "batch": batch}
-                    rows.append(row | _turns(batch, ours, peer, num_turns))
+    pairs = [("ours", name) for name in peers]
+    pairs += [(f"ours{BFLOAT16}", name) for name in peers if name.endswith(BFLOAT16)]
+    for mine, name in pairs:
+        with Side(mine, model, num_threads) as ours, Side(name, model, num_threads) as peer:
+            tolerance = BFLOAT16_TOLERANCE if name.endswith(BFLOAT16) else TOLERANCE
+            _check(f"{family.name}, {mine}, {name}", ours, peer, tolerance)
+            for batch in batches:
+                row = {"shape": family.name, "ours": mine, "beside": name, "batch": batch}
+                rows.append(row | _turns(batch, ours, peer, num_turns))
     return rows
 
 
-def _check(what: str, ours: Side, peer: Side) -> None:
+def _check(what: str, ours: Side, peer: Side, tolerance: float) -> None:
     """Exit if the sides compute something else."""
     got, expected = (torch.tensor(side.ask(do="logits")) for side in (ours, peer))
     error = float((got - expected).abs().max() / expected.std())
-    if not error <= TOLERANCE:
+    print(f"{what}: logits differ by at most {error:.1e} of their standard deviation")
+    if not error <= tolerance:
         raise SystemExit(f"{what}: logits differ by {error:.1e}: nothing is reported")
 
 
@@ -175,34 +247,34 @@ def _turns(batch: int, ours: Side, peer: Side, number: int) -> dict[str, object]
     }
 
 
-def _memory(family: Family, layers: int | None, last: int) -> dict[str, object]:
+def _memory(family: Family, last: int, folder: Path | None) -> dict[str, object]:
     """The bytes of a session, and how far resident memory was from that at token 1,000."""
-    with tempfile.TemporaryDirectory(prefix="cottention-families-") as folder:
-        sizes = {} if layers is None else {"num_layers": layers, "vocab_size": 256}
-        model = family.make(Path(folder) / family.file_name, **sizes)
+    with _made(family, folder) as model:
         spec = read_config(model).state_spec()
-        start, num_threads = family_sides.ours(model), torch.get_num_threads()
-        pool = StatePool(spec, 1, "cpu")
-        if pool.nbytes != spec.bytes_per_slot:
-            raise SystemExit(f"the pool has {pool.nbytes} bytes, not {spec.bytes_per_slot}")
-        if layers is not None:  # few gain nothing from more, and wait for them under load
-            torch.set_num_threads(1)
+        start = family_sides.ours(model)
+        if (nbytes := StatePool(spec, 1, "cpu").nbytes) != spec.bytes_per_slot:
+            raise SystemExit(f"the pool has {nbytes} bytes, not {spec.bytes_per_slot}")
         with torch.inference_mode():
-            stream = family_sides.Streams(start(1), 1)
-            process, resident = psutil.Process(), {}
-            for age in range(1, last + 1):
-                stream()
-                if age % FIRST == 0:
-                    resident[age] = process.memory_info().rss
-        torch.set_num_threads(num_threads)
+            resident = dict(_resident(start(1), last))
     return {
         "shape": family.name,
-        "layers": layers or "all",
         "bytes": spec.bytes_per_slot,
         "by tensor": ", ".join(f"{n} {b:,}" for n, b in spec.itemised_bytes().items() if b),
         "tokens": last,
+        "resident MiB": resident[FIRST] / 2**20,
         "growth MiB": (max(resident.values()) - resident[FIRST]) / 2**20,
     }
+
+
+def _resident(step: family_sides.Step, last: int) -> Iterator[tuple[int, int]]:
+    """Every FIRST tokens of a stream, their number and the bytes of resident memory."""
+    process, ids = psutil.Process(), torch.arange(READ) + family_sides.IDS[0]
+    for age in range(FIRST, last + 1, FIRST):
+        for _ in range(FIRST // READ - 1):
+            token = step(ids).argmax(-1)
+        for _ in range(READ):
+            token = step(token).argmax(-1)
+        yield age, process.memory_info().rss
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The files of benchmarks/family_models.py as GGUF, in float32, for llama.cpp.
+"""The files of benchmarks/family_models.py as GGUF, in float32 or bfloat16, for llama.cpp.
 
 Names, shapes and settings are those that llama.cpp reads for its architectures `mamba2` and
-`rwkv7`. The files have no vocabulary.
+`rwkv7`; in bfloat16 are the matrices that its own conversion leaves so. The files have no
+vocabulary.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,15 +33,19 @@ _RWKV_7_NAMES = {
 }
 
 
-def written(model: Path) -> Path:
+_FLOAT32 = re.compile(r"_norm|_lerp_|ssm_conv1d|time_mix_w[12]")
+"""In names of matrices that are float32 in every file."""
+
+
+def written(model: Path, dtype: torch.dtype) -> Path:
     """The GGUF of a family's files, beside them; written if it is not there."""
-    file = model.with_suffix(".gguf")
+    file = model.with_suffix(f".{dtype}.gguf")
     if not file.exists():
-        _mamba2(model, file) if model.is_dir() else _rwkv7(model, file)
+        _mamba2(model, file, dtype) if model.is_dir() else _rwkv7(model, file, dtype)
     return file
 
 
-def _mamba2(folder: Path, file: Path) -> None:
+def _mamba2(folder: Path, file: Path, dtype: torch.dtype) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     weights = load_file(folder / "model.safetensors")
     inner = config["expand"] * config["hidden_size"]
@@ -52,7 +58,7 @@ def _mamba2(folder: Path, file: Path) -> None:
     writer.add_ssm_state_size(config["state_size"])
     writer.add_ssm_time_step_rank(config["num_heads"])
     writer.add_ssm_group_count(config["n_groups"])
-    _write(writer, _mamba2_weights(weights, config))
+    _write(writer, _mamba2_weights(weights, config), dtype)
 
 
 def _mamba2_weights(weights: dict[str, Tensor], config: dict[str, Any]) -> Named:
@@ -66,13 +72,13 @@ def _mamba2_weights(weights: dict[str, Tensor], config: dict[str, Any]) -> Named
         yield block + "ssm_conv1d.weight", weights[mixer + "conv1d.weight"].squeeze(1)
         yield block + "ssm_conv1d.bias", weights[mixer + "conv1d.bias"]
         yield block + "ssm_dt.bias", weights[mixer + "dt_bias"]
-        yield block + "ssm_a", -weights[mixer + "A_log"].exp().unsqueeze(1)
+        yield block + "ssm_a", -weights[mixer + "A_log"].float().exp().unsqueeze(1)
         yield block + "ssm_d", weights[mixer + "D"].unsqueeze(1)
         yield block + "ssm_norm.weight", weights[mixer + "norm.weight"].view(config["n_groups"], -1)
         yield block + "ssm_out.weight", weights[mixer + "out_proj.weight"]
 
 
-def _rwkv7(source: Path, file: Path) -> None:
+def _rwkv7(source: Path, file: Path, dtype: torch.dtype) -> None:
     weights: dict[str, Tensor] = torch.load(source, weights_only=True)
     vocab_size, width = weights["emb.weight"].shape
     layers = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
@@ -87,7 +93,7 @@ def _rwkv7(source: Path, file: Path) -> None:
     writer.add_iclr_lora_rank(weights[last + "att.a1"].shape[1])
     writer.add_value_residual_mix_lora_rank(weights[last + "att.v1"].shape[1])
     writer.add_gate_lora_rank(weights[last + "att.g1"].shape[1])
-    _write(writer, _rwkv7_weights(weights, layers))
+    _write(writer, _rwkv7_weights(weights, layers), dtype)
 
 
 def _rwkv7_weights(weights: dict[str, Tensor], layers: int) -> Named:
@@ -127,12 +133,20 @@ def _writer(file: Path, architecture: str, layers: int, width: int) -> Any:
     return writer
 
 
-def _write(writer: Any, weights: Named) -> None:
+def _write(writer: Any, weights: Named, dtype: torch.dtype) -> None:
+    from gguf import GGMLQuantizationType, quants
+
+    stored = GGMLQuantizationType.BF16
     for name, weight in weights:
         tensor = weight.float()
         # norms of groups and lerps keep their ones; r_k is a vector there
         flat = name.endswith("time_mix_r_k.weight")
-        writer.add_tensor(name, (tensor.flatten() if flat else tensor).contiguous().numpy())
+        values = (tensor.flatten() if flat else tensor).contiguous().numpy()
+        is_matrix = values.ndim == 2 and name.endswith(".weight") and not _FLOAT32.search(name)
+        if is_matrix and dtype == torch.bfloat16:
+            writer.add_tensor(name, quants.quantize(values, stored), raw_dtype=stored)
+        else:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

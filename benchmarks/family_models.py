@@ -29,7 +29,6 @@ MAMBA_2 = {
     "use_conv_bias": True,
     "layer_norm_epsilon": 1e-5,
     "tie_word_embeddings": True,
-    "dtype": "float32",
 }
 
 RWKV_7_RANKS = {"w": 64, "a": 64, "v": 32, "g": 128}
@@ -47,9 +46,15 @@ class _Random:
         return low + (high - low) * torch.rand(shape, generator=self._generator)
 
 
-def mamba2(folder: Path, num_layers: int = 48, vocab_size: int = 50_288) -> Path:
+def mamba2(
+    folder: Path,
+    num_layers: int = 48,
+    vocab_size: int = 50_288,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """A folder as transformers writes it."""
-    config = MAMBA_2 | {"num_hidden_layers": num_layers, "vocab_size": vocab_size}
+    name = str(dtype).removeprefix("torch.")
+    config = MAMBA_2 | {"num_hidden_layers": num_layers, "vocab_size": vocab_size, "dtype": name}
     random, width = _Random(), 1024
     heads, inner = 32, 2 * width
     convolved = inner + 2 * 128
@@ -69,6 +74,7 @@ def mamba2(folder: Path, num_layers: int = 48, vocab_size: int = 50_288) -> Path
             mixer + "out_proj.weight": random.matrix(width, inner),
         }
     weights["backbone.norm_f.weight"] = torch.ones(width)
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

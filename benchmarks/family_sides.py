@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,11 @@ Start = Callable[[int], Step]
 """Batch size B → the step of as many streams without a past."""
 
 
-def ours(model: Path) -> Start:
-    """The served model, whose blocks are one call of a compiled op."""
+def ours(model: Path, dtype: torch.dtype = torch.float32) -> Start:
+    """The served model, whose blocks are one call of a compiled op.
+
+    With one stream a step takes any number of its tokens.
+    """
     from cottention.engine import ops
     from cottention.engine.models.checkpoint import load_model
     from cottention.engine.models.recurrence import Recurrence
@@ -37,14 +41,22 @@ def ours(model: Path) -> Start:
     from cottention.engine.state.pool import StatePool
 
     config = read_config(model)
-    weights = load_model(model, config, torch.float32)
+    weights = load_model(model, config, dtype)
     served: Any = family_of(config).implementation().serve(weights, "cpu")
 
     def start(batch: int) -> Step:
         pool = StatePool(config.state_spec(), batch, "cpu")
-        rows = ops.Segments(torch.arange(batch, dtype=torch.int32))
-        recurrence, positions = Recurrence(pool.tensors, rows), torch.zeros(batch, dtype=torch.long)
-        return lambda ids: served.logits(served.hidden(ids, positions, recurrence))
+
+        def step(ids: Tensor) -> Tensor:
+            lengths = [len(ids) // batch] * batch
+            recurrence = Recurrence(
+                pool.tensors, ops.Segments.of(range(batch), lengths, batch, "cpu")
+            )
+            hidden = served.hidden(ids, torch.zeros(len(ids), dtype=torch.long), recurrence)
+            logits: Tensor = served.logits(hidden[-batch:])
+            return logits
+
+        return step
 
     return start
 
@@ -95,8 +107,11 @@ _CALLBACKS: list[object] = []
 """Those that C code calls, which does not keep them."""
 
 
-def llama_cpp(model: Path) -> Start:
-    """llama.cpp on the same weights in float32; the batch is one call. Its threads spin."""
+def llama_cpp(model: Path, dtype: torch.dtype = torch.float32) -> Start:
+    """llama.cpp on the same weights; the batch is one call. Its threads spin.
+
+    With weights in bfloat16 it rounds what they are multiplied with to bfloat16 as well.
+    """
     import llama_cpp as llama
 
     from benchmarks.family_gguf import written
@@ -110,7 +125,7 @@ def llama_cpp(model: Path) -> Start:
     llama.llama_backend_init()
     options = llama.llama_model_default_params()
     options.n_gpu_layers = 0
-    weights = llama.llama_model_load_from_file(str(written(model)).encode(), options)
+    weights = llama.llama_model_load_from_file(str(written(model, dtype)).encode(), options)
     vocab_size = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(weights))
 
     def start(batch: int) -> Step:
@@ -139,8 +154,15 @@ def llama_cpp(model: Path) -> Start:
     return start
 
 
-SIDES = {"ours": ours, "transformers": transformers, "rwkv": rwkv, "llama_cpp": llama_cpp}
-"""By the name of the package, where it is another's."""
+SIDES: dict[str, Callable[[Path], Start]] = {
+    "ours": ours,
+    "ours_bfloat16": partial(ours, dtype=torch.bfloat16),
+    "transformers": transformers,
+    "rwkv": rwkv,
+    "llama_cpp": llama_cpp,
+    "llama_cpp_bfloat16": partial(llama_cpp, dtype=torch.bfloat16),
+}
+"""By the name of the package, where it is another's, and the type of its weights."""
 
 
 class Streams:

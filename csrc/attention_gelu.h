@@ -44,7 +44,7 @@ inline void gelu_columns(const AttentionGeluParams& m, const HeadTask& s, int64_
 inline void attention_gelu(const AttentionGeluParams& m, int64_t task) {
   const RecurrentParams& p = m.recurrent;
   const HeadTask s = head_task(p, task);
-  if (task + 1 < p.tasks()) prefetch_next_state(p, s, head_task(p, task + 1));
+  if (p.prefetches && task + 1 < p.tasks()) prefetch_next_state(p, s, head_task(p, task + 1));
   const int64_t parts = p.heads * p.row_splits();
   gelu_columns(m, s, task % parts, parts);
   if (p.state_indices[s.segment] == kPaddingSlot)

@@ -48,6 +48,7 @@ struct RecurrentParams {
   const int32_t* cu_seqlens;     // [B + 1]; null: one token per segment
   int64_t segments, heads, key_width, value_width;
   int64_t rows_per_split;  // value rows per task, a multiple of 8
+  bool prefetches;         // prefetches_ahead()
 
   [[gnu::always_inline]] int64_t row_splits() const {
     return (value_width + rows_per_split - 1) / rows_per_split;
@@ -68,7 +69,8 @@ struct LinearParams {
   const float* bias;    // [columns] or null
   float* out;           // [rows, columns]
   int64_t rows, words, columns, x_stride;
-  bool adds;  // add to out in place of overwriting it
+  bool adds;        // add to out in place of overwriting it
+  bool prefetches;  // prefetches_ahead()
 
   [[gnu::always_inline]] int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
   [[gnu::always_inline]] int64_t blocks() const { return (rows + kTaskRows - 1) / kTaskRows; }
@@ -235,6 +237,9 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+
+// Whether memory that is read row after row should be prefetched ahead.
+bool prefetches_ahead();
 
 // The best table that this machine supports, or the one that COTTENTION_CPU_ISA names.
 const Kernels& kernels();

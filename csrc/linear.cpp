@@ -80,6 +80,7 @@ LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<T
   STD_TORCH_CHECK(type != ScalarType::Short || x.size(1) % 2 == 0,
                   "packed as int16 takes an even number of channels, not ", x.size(1));
   LinearParams p{x.const_data_ptr<float>(), static_cast<const float*>(packed.const_data_ptr())};
+  p.prefetches = prefetches_ahead();
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.out = out.mutable_data_ptr<float>();
   p.rows = x.size(0);

@@ -104,7 +104,6 @@ inline ExtendRows extend_rows_for(int64_t rows) {
 // One block of words for few rows.
 template <class Word>
 inline void extend_few(const RowBlock& x, const PanelBlock& block, int64_t rows, float* tile) {
-  prefetch_pages(block.data, block.words * kPanel);
   for (int64_t row = 0; row < rows; row += kMaxRows) {
     const int64_t count = min(rows - row, kMaxRows);
     extend_rows_for<Word>(count)({x.words + row * x.stride, x.stride}, block, tile + row * kPanel);
@@ -150,8 +149,12 @@ inline void linear(const LinearParams& p, int64_t task) {
     const RowBlock x{p.x + first * p.x_stride + w * Word::kRowWords, p.x_stride};
     const float* weights = p.packed + (panel * p.words + w) * kPanel;
     const PanelBlock block{weights, min(p.words - w, kBlock), 0, 0};
-    rows > kFewRows ? extend_many<Word>(x, block, rows, tile)
-                    : extend_few<Word>(x, block, rows, tile);
+    if (rows > kFewRows) {
+      extend_many<Word>(x, block, rows, tile);
+    } else {
+      if (p.prefetches) prefetch_pages(block.data, block.words * kPanel);
+      extend_few<Word>(x, block, rows, tile);
+    }
   }
   write_rows(p, first, rows, panel * kPanel, tile);
 }

@@ -136,6 +136,7 @@ inline RecurrentParams pool_params(const Tensor& state, const Tensor& state_indi
   p.value_width = state.size(2);
   p.key_width = state.size(3);
   p.rows_per_split = rows_per_split(p, tokens);
+  p.prefetches = prefetches_ahead();
   return p;
 }
 

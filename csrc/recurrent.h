@@ -24,8 +24,8 @@ inline void zero_outputs(const RecurrentParams& p, int64_t segment, int64_t head
 // The rows of two tokens are too far apart for the hardware prefetcher. Above all, stores to `out`
 // that miss the cache would delay the stores to the state, since stores retire in order.
 template <class Form>
-inline void prefetch_token(const RecurrentParams& p, int64_t token, int64_t head, int64_t row,
-                           int64_t rows) {
+[[gnu::always_inline]] inline void prefetch_token(const RecurrentParams& p, int64_t token,
+                                                  int64_t head, int64_t row, int64_t rows) {
   for (int64_t j = 0; j < p.key_width; j += kLanes) {
     __builtin_prefetch(p.q.at(token, head) + j);
     __builtin_prefetch(p.k.at(token, head) + j);
@@ -44,7 +44,8 @@ template <class Form>
 inline void advance_tokens(const RecurrentParams& p, float* h, int64_t first, int64_t last,
                            bool is_start, int64_t head, int64_t row, int64_t rows) {
   for (int64_t t = first; t < last; ++t) {
-    if (t + kTokensAhead < last) prefetch_token<Form>(p, t + kTokensAhead, head, row, rows);
+    if (p.prefetches && t + kTokensAhead < last)
+      prefetch_token<Form>(p, t + kTokensAhead, head, row, rows);
     const Token token = token_of<Form>(p, t, head, row);
     if (is_start && t == first)
       stream_block<Form>(token, h, p.key_width, rows);
@@ -71,8 +72,8 @@ inline float* head_state(const RecurrentParams& p, int64_t segment, int64_t head
 }
 
 // The state of the next task, if that is in another slot; prefetch_pages covers the same slot.
-inline void prefetch_next_state(const RecurrentParams& p, const HeadTask& now,
-                                const HeadTask& next) {
+[[gnu::always_inline]] inline void prefetch_next_state(const RecurrentParams& p,
+                                                       const HeadTask& now, const HeadTask& next) {
   if (next.segment == now.segment || p.state_indices[next.segment] == kPaddingSlot) return;
   const float* h = head_state(p, next.segment, next.head);
   __builtin_prefetch(h);
@@ -92,7 +93,7 @@ inline void advance_chunk(const RecurrentParams& p, const HeadTask& s, int64_t t
 template <class Form>
 inline void recurrent_as(const RecurrentParams& p, int64_t task) {
   const HeadTask s = head_task(p, task);
-  if (task + 1 < p.tasks()) {
+  if (p.prefetches && task + 1 < p.tasks()) {
     const HeadTask next = head_task(p, task + 1);
     prefetch_next_state(p, s, next);
     prefetch_token<Form>(p, next.first, next.head, next.begin, next.end - next.begin);

@@ -18,12 +18,19 @@ constexpr int kRowGroup = 8;
 constexpr int kRowGroup = 4;
 #endif
 
-// So much arithmetic lies between the rows in memory that the hardware prefetcher is late: with
-// AVX-512 a step had 0.5 to 0.75 of the stream's speed without the lines ahead. 4 KB ahead measured
-// the same or slower, except for narrow rows that a term reads first; 8 KB slower.
+// So much arithmetic lies between the rows in memory that some hardware prefetchers are late: on
+// Zen 5 with AVX-512 a step had 0.5 to 0.75 of the stream's speed without the lines ahead. 4 KB
+// ahead measured the same or slower, except for narrow rows that a term reads first; 8 KB slower.
 constexpr int64_t kElementsAhead = 512;
 constexpr int64_t kNarrowElementsAhead = 1024;
 constexpr int64_t kNarrow = 64;
+
+// Whether the registers hold all keys of a narrow row's step that has a term.
+#if defined(__AVX512F__)
+constexpr bool kHoldsTerms = true;
+#else
+constexpr bool kHoldsTerms = false;
+#endif
 
 // Which terms a step has, known when it is compiled.
 template <Decay kDecay_, bool kHasTerm_>
@@ -32,6 +39,12 @@ struct Form {
   static constexpr bool kHasTerm = kHasTerm_;  // (S a) bᵀ
 };
 using Plain = Form<Decay::kNone, false>;
+
+// Rows in the cache that are updated side by side: as many as the registers allow. Of rows from
+// memory two, if a term reads them first.
+template <class Form>
+constexpr int kCachedRows = Form::kHasTerm && !kHoldsTerms ? 2 : 4;
+constexpr int kTermRows = 2;
 
 inline Quad finish_four(const Lanes* total) {
   return finish(fold(total[0]), fold(total[1]), fold(total[2]), fold(total[3]));
@@ -44,6 +57,7 @@ struct Token {
   float* out;
   bool has_denominator;
   float denominator;
+  bool prefetches;
 };
 
 template <class Form>
@@ -56,26 +70,29 @@ inline Token token_of(const RecurrentParams& p, int64_t token, int64_t head, int
           Form::kHasTerm ? p.b.at(token, head) : nullptr,
           p.out_at(token, head) + row,
           p.denominators != nullptr,
-          p.denominators ? p.denominators[token * p.heads + head] : 1.0f};
+          p.denominators ? p.denominators[token * p.heads + head] : 1.0f,
+          p.prefetches};
 }
 
 // What sixteen keys of all rows have in common.
 struct Keys {
-  Lanes k, q, w, b;
+  Lanes k, q, w, a, b;
 };
 
 template <class Form>
 inline Keys load_keys(const Token& t, int64_t j, Lanes head_decay) {
-  Keys keys{load(t.k + j), load(t.q + j), head_decay, head_decay};
+  Keys keys{load(t.k + j), load(t.q + j), head_decay, head_decay, head_decay};
   if (Form::kDecay == Decay::kPerKey) keys.w = load(t.w + j);
+  if (Form::kHasTerm) keys.a = load(t.a + j);
   if (Form::kHasTerm) keys.b = load(t.b + j);
   return keys;
 }
 
 template <class Form>
 inline Keys load_half_keys(const Token& t, int64_t j, Lanes head_decay) {
-  Keys keys{load_half(t.k + j), load_half(t.q + j), head_decay, head_decay};
+  Keys keys{load_half(t.k + j), load_half(t.q + j), head_decay, head_decay, head_decay};
   if (Form::kDecay == Decay::kPerKey) keys.w = load_half(t.w + j);
+  if (Form::kHasTerm) keys.a = load_half(t.a + j);
   if (Form::kHasTerm) keys.b = load_half(t.b + j);
   return keys;
 }
@@ -108,53 +125,70 @@ inline Lanes advance_half(float* h, Lanes v, Lanes s, const Keys& keys, Lanes to
   return multiply_add(row, keys.q, total);
 }
 
-// s[r] = h_r · a of kRowGroup rows, in all lanes. Rows are read in memory order.
-inline void read_rows(const float* h, const float* a, int64_t width, Lanes* s) {
-  Lanes total[kRowGroup];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRowGroup; ++r, h += width) {
-    total[r] = broadcast(0.0f);
-    int64_t j = 0;
-    for (; j + kLanes <= width; j += kLanes)
-      total[r] = multiply_add(load(h + j), load(a + j), total[r]);
-    if (j < width) total[r] = multiply_add(load_half(h + j), load_half(a + j), total[r]);
-  }
-#pragma GCC unroll 2
-  for (int r = 0; r < kRowGroup; r += 4) {
-    const Quad sums = finish_four(total + r);
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) s[r + i] = broadcast(sums[i]);
-  }
-}
-
-// One token on kRowGroup value rows in the cache: updates h [kRowGroup, width] in place, total[r] =
-// h_r · q in sixteen lanes. Each key is loaded once for all rows.
-template <class Form>
-inline void advance_rows(float* h, const Token& t, int64_t row, int64_t width, Lanes* total) {
-  const Lanes decay = head_decay_of<Form>(t);
-  Lanes v[kRowGroup], s[kRowGroup];
-  if (Form::kHasTerm) read_rows(h, t.a, width, s);
-#pragma GCC unroll 8
-  for (int r = 0; r < kRowGroup; ++r) {
-    total[r] = broadcast(0.0f);
-    v[r] = broadcast(t.v[row + r]);
-    if (!Form::kHasTerm) s[r] = total[r];
-  }
+// h · a of one row, in sixteen lanes.
+inline Lanes read_row(const float* h, const float* a, int64_t width) {
+  Lanes total = broadcast(0.0f);
   int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) {
-    const Keys keys = load_keys<Form>(t, j, decay);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRowGroup; ++r)
-      total[r] = advance_lanes<Form>(h + r * width + j, v[r], s[r], keys, total[r]);
-  }
-  if (j == width) return;
-  const Keys keys = load_half_keys<Form>(t, j, decay);
-#pragma GCC unroll 8
-  for (int r = 0; r < kRowGroup; ++r)
-    total[r] = advance_half<Form>(h + r * width + j, v[r], s[r], keys, total[r]);
+  for (; j + kLanes <= width; j += kLanes) total = multiply_add(load(h + j), load(a + j), total);
+  return j < width ? multiply_add(load_half(h + j), load_half(a + j), total) : total;
 }
 
-inline void prefetch_ahead(const float* h, int64_t count, int64_t ahead) {
+// One token on kRows value rows: updates h [kRows, width] in place, total[r] = h_r · q in sixteen
+// lanes. Each key is loaded once for all rows.
+template <class Form, int kRows>
+inline void advance_rows(float* h, const Token& t, const float* values, int64_t width,
+                         Lanes* total) {
+  Part v[kRows], s[kRows], sums[kRows][kParts] = {};
+  if (Form::kHasTerm)
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) total[r] = read_row(h + r * width, t.a, width);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    v[r] = broadcast_part(values[r]);
+    s[r] = Form::kHasTerm ? broadcast_part(sum(total[r])) : v[r];
+  }
+  const Part decay = broadcast_part(Form::kDecay == Decay::kPerHead ? *t.w : 0.0f);
+  int64_t j = 0;
+#pragma GCC unroll 4
+  for (; j + kLanes <= width; j += kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) {
+      const int64_t at = j + i * kPartLanes;
+      const Part w = Form::kDecay == Decay::kPerKey ? load_part(t.w + at) : decay;
+      const Part b = Form::kHasTerm ? load_part(t.b + at) : w;
+      const Part k = load_part(t.k + at), q = load_part(t.q + at);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        Part row = load_part(h + r * width + at);
+        if (Form::kDecay != Decay::kNone) row *= w;
+        if (Form::kHasTerm) row = multiply_add(s[r], b, row);
+        row = multiply_add(v[r], k, row);
+        store_part(h + r * width + at, row);
+        sums[r][i] = multiply_add(row, q, sums[r][i]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) __builtin_memcpy(total + r, sums[r], sizeof *total);
+  if (j == width) return;
+  const Keys keys = load_half_keys<Form>(t, j, head_decay_of<Form>(t));
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+    total[r] = advance_half<Form>(h + r * width + j, broadcast(values[r]), broadcast(s[r][0]), keys,
+                                  total[r]);
+}
+
+// The same on kRowGroup rows, kRows at a time.
+template <class Form, int kRows>
+inline void advance_group(float* h, const Token& t, int64_t row, int64_t width, Lanes* total) {
+#pragma GCC unroll 4
+  for (int r = 0; r < kRowGroup; r += kRows)
+    advance_rows<Form, kRows>(h + r * width, t, t.v + row + r, width, total + r);
+}
+
+[[gnu::always_inline]] inline void prefetch_ahead(const Token& t, const float* h, int64_t count,
+                                                  int64_t ahead) {
+  if (!t.prefetches) return;
   prefetch_pages(h, count);
   prefetch_lines(h + ahead, count);
 }
@@ -164,8 +198,8 @@ inline void prefetch_ahead(const float* h, int64_t count, int64_t ahead) {
 template <class Form>
 inline void stream_rows(float* h, const Token& t, int64_t row, int64_t width, Lanes* total) {
   const bool is_late = Form::kHasTerm && width <= kNarrow;
-  prefetch_ahead(h, kRowGroup * width, is_late ? kNarrowElementsAhead : kElementsAhead);
-  if (Form::kHasTerm) return advance_rows<Form>(h, t, row, width, total);
+  prefetch_ahead(t, h, kRowGroup * width, is_late ? kNarrowElementsAhead : kElementsAhead);
+  if (Form::kHasTerm) return advance_group<Form, kTermRows>(h, t, row, width, total);
   const Lanes decay = head_decay_of<Form>(t);
   for (int r = 0; r < kRowGroup; ++r, h += width) {
     const Lanes v = broadcast(t.v[row + r]);
@@ -192,15 +226,23 @@ inline void write_outputs(const Token& t, int64_t row, const Lanes* total) {
 
 // stream_rows for the common widths, with all that the rows share in registers.
 template <class Form, int kHeld>
-inline void stream_held_rows(float* h, const Keys* keys, const float* values, Lanes* total) {
-  prefetch_ahead(h, kRowGroup * kHeld * kLanes, kElementsAhead);
+inline void stream_held_rows(float* h, const Token& t, int64_t row, const Keys* keys,
+                             Lanes* total) {
+  constexpr int64_t kWidth = kHeld * kLanes;
+  prefetch_ahead(t, h, kRowGroup * kWidth, Form::kHasTerm ? kNarrowElementsAhead : kElementsAhead);
 #pragma GCC unroll 8
-  for (int r = 0; r < kRowGroup; ++r, h += kHeld * kLanes) {
-    const Lanes v = broadcast(values[r]);
+  for (int r = 0; r < kRowGroup; ++r, h += kWidth) {
+    const Lanes v = broadcast(t.v[row + r]);
+    Lanes s = broadcast(0.0f);
+    if (Form::kHasTerm) {
+#pragma GCC unroll 8
+      for (int j = 0; j < kHeld; ++j) s = multiply_add(load(h + j * kLanes), keys[j].a, s);
+      s = broadcast(sum(s));
+    }
     total[r] = broadcast(0.0f);
 #pragma GCC unroll 8
     for (int j = 0; j < kHeld; ++j)
-      total[r] = advance_lanes<Form>(h + j * kLanes, v, v, keys[j], total[r]);
+      total[r] = advance_lanes<Form>(h + j * kLanes, v, s, keys[j], total[r]);
   }
 }
 
@@ -213,16 +255,13 @@ inline void stream_held(const Token& t, float* h, int64_t rows) {
 #pragma GCC unroll 8
   for (int j = 0; j < kHeld; ++j) keys[j] = load_keys<Form>(t, j * kLanes, decay);
   for (int64_t r = 0; r < rows; r += kRowGroup) {
-    stream_held_rows<Form, kHeld>(h + r * kHeld * kLanes, keys, t.v + r, total);
+    stream_held_rows<Form, kHeld>(h + r * kHeld * kLanes, t, r, keys, total);
     write_outputs(t, r, total);
   }
 }
 
-// One token on a block of rows [rows, width] from memory.
 template <class Form>
-inline void stream_block(const Token& t, float* h, int64_t width, int64_t rows) {
-  if (!Form::kHasTerm && width == 4 * kLanes) return stream_held<Form, 4>(t, h, rows);
-  if (!Form::kHasTerm && width == 8 * kLanes) return stream_held<Form, 8>(t, h, rows);
+inline void stream_wide(const Token& t, float* h, int64_t width, int64_t rows) {
   Lanes total[kRowGroup];
   for (int64_t r = 0; r < rows; r += kRowGroup) {
     stream_rows<Form>(h + r * width, t, r, width, total);
@@ -230,12 +269,24 @@ inline void stream_block(const Token& t, float* h, int64_t width, int64_t rows) 
   }
 }
 
+// One token on a block of rows [rows, width] from memory.
+template <class Form>
+inline void stream_block(const Token& t, float* h, int64_t width, int64_t rows) {
+  if ((!Form::kHasTerm || kHoldsTerms) && width == 4 * kLanes)
+    return stream_held<Form, 4>(t, h, rows);
+  if (!Form::kHasTerm && width == 8 * kLanes) return stream_held<Form, 8>(t, h, rows);
+  // The same with loops along the keys that are unrolled.
+  if (Form::kHasTerm && !kHoldsTerms && width == kNarrow)
+    return stream_wide<Form>(t, h, kNarrow, rows);
+  stream_wide<Form>(t, h, width, rows);
+}
+
 // One token on a block of rows [rows, width] in the cache.
 template <class Form>
 inline void advance_block(const Token& t, float* h, int64_t width, int64_t rows) {
   Lanes total[kRowGroup];
   for (int64_t r = 0; r < rows; r += kRowGroup) {
-    advance_rows<Form>(h + r * width, t, r, width, total);
+    advance_group<Form, kCachedRows<Form>>(h + r * width, t, r, width, total);
     write_outputs(t, r, total);
   }
 }

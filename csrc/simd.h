@@ -33,6 +33,7 @@ inline float multiply_add(float a, float b, float c) {
 struct Lanes {
   __m512 all;
 };
+typedef __m512 Part;
 inline Lanes broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline Lanes load_half(const float* p) { return {_mm512_maskz_loadu_ps(0xff, p)}; }
@@ -43,6 +44,7 @@ inline Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.all, b.all)}; 
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {_mm512_fmadd_ps(a.all, b.all, c.all)};
 }
+inline Part multiply_add(Part a, Part b, Part c) { return _mm512_fmadd_ps(a, b, c); }
 inline Lanes first_halves(Lanes x) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.all), 16))};
 }
@@ -61,6 +63,7 @@ inline Quad fold(Lanes x) {
 struct Lanes {
   __m256 low, high;
 };
+typedef __m256 Part;
 inline Lanes broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 inline Lanes load_half(const float* p) { return {_mm256_loadu_ps(p), _mm256_setzero_ps()}; }
@@ -78,6 +81,7 @@ inline Lanes multiply(Lanes a, Lanes b) {
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
+inline Part multiply_add(Part a, Part b, Part c) { return _mm256_fmadd_ps(a, b, c); }
 inline __m256 first_halves(__m256 x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 16));
 }
@@ -96,6 +100,7 @@ inline Quad fold(Lanes x) {
 struct Lanes {
   Quad part[4];
 };
+typedef Quad Part;
 inline Quad load_quad(const float* p) {
   Quad x;
   __builtin_memcpy(&x, p, sizeof x);
@@ -133,6 +138,7 @@ inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
   return {{a.part[0] * b.part[0] + c.part[0], a.part[1] * b.part[1] + c.part[1],
            a.part[2] * b.part[2] + c.part[2], a.part[3] * b.part[3] + c.part[3]}};
 }
+inline Part multiply_add(Part a, Part b, Part c) { return a * b + c; }
 inline Quad first_halves(Quad x) { return (Quad)((Words)x << 16); }
 inline Quad second_halves(Quad x) { return (Quad)((Words)x & ~0xffffu); }
 inline Lanes first_halves(Lanes x) {
@@ -146,6 +152,19 @@ inline Lanes second_halves(Lanes x) {
 inline Quad fold(Lanes x) { return (x.part[0] + x.part[2]) + (x.part[1] + x.part[3]); }
 
 #endif
+
+// A register of Lanes. Loops that need many at a time go through Lanes part by part, so that the
+// sixteen registers of AVX2 are enough.
+constexpr int kParts = sizeof(Lanes) / sizeof(Part);
+constexpr int64_t kPartLanes = kLanes / kParts;
+
+inline Part load_part(const float* p) {
+  Part x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store_part(float* p, Part x) { __builtin_memcpy(p, &x, sizeof x); }
+inline Part broadcast_part(float x) { return x - Part{}; }
 
 // Each lane of a and b holds two bfloat16: c + a1 b1 + a0 b0, each product added with one rounding
 // if the CPU has FMA. first_halves and second_halves widen them to float32 (the first is the lower

@@ -5,18 +5,18 @@ It has the methods of `Engine` that a worker calls. `submit`, `cancel`, `pause`,
 """
 
 import logging
-import queue
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cottention.engine.commands import CommandQueue, failure
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Capability, Encoded, EncodeParams
-from cottention.engine.errors import EngineStoppedError, ParameterError, RequestFailedError
+from cottention.engine.errors import ParameterError, RequestFailedError
+from cottention.engine.execution.device import check_device
 from cottention.engine.execution.encoder_loading import STREAM_BYTES, load_encoder
 from cottention.engine.execution.encoder_runner import EncoderText, Encoding
 from cottention.engine.outputs import EngineStats, FinishReason, Output
@@ -41,18 +41,17 @@ class EncoderEngine:
         """
         self.config = config or EngineConfig()
         loaded = load_encoder(model, self.config)
-        self.name, self.device, self.dtype = loaded.name, loaded.device, loaded.dtype
-        self.model_config, self.tokenizer = loaded.model_config, loaded.tokenizer
-        self.num_parameters, self.pooling = loaded.num_parameters, loaded.pooling
+        placed, self.tokenizer = loaded.placed, loaded.tokenizer
+        self.name, self.device, self.dtype = placed.name, placed.device, placed.dtype
+        self.model_config, self.pooling = placed.model_config, loaded.pooling
+        self.num_parameters = loaded.num_parameters
         self._runner = loaded.runner
         self.pool = self._runner.pool
         self._scheduler = EncoderScheduler(self.config.max_batch_tokens, loaded.max_long_tokens)
         self._long: dict[EncodeRequest, Encoding] = {}
         self._requests: dict[str, EncodeRequest] = {}
-        self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._commands = CommandQueue()
         self._reserved_ids: set[str] = set()
-        self._is_closed = False
         self._num_steps = self._num_faults = self._num_tokens = 0
         self._num_finished: Counter[FinishReason] = Counter()
         self._runner.warm_up()
@@ -101,15 +100,16 @@ class EncoderEngine:
             )
         self._check(prompt_ids, params.encode)
         request = EncodeRequest(request_id, prompt_ids, params.encode, priority, client)
-        with self._lock:
-            if self._is_closed:
-                raise EngineStoppedError("the engine has stopped and takes no more requests")
-            if request_id in self._reserved_ids:
-                message = "there is an unfinished request of that request_id"
-                raise ParameterError("request_id", message)
-            self._reserved_ids.add(request_id)
-            self._commands.put(lambda: self._add(request))
+        self._commands.submit(
+            reserve=lambda: self._reserve_id(request_id), add=lambda: self._add(request)
+        )
         return request_id
+
+    def _reserve_id(self, request_id: str) -> None:
+        if request_id in self._reserved_ids:
+            message = "there is an unfinished request of that request_id"
+            raise ParameterError("request_id", message)
+        self._reserved_ids.add(request_id)
 
     def cancel(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request in the next step; does nothing if it is unknown or has ended."""
@@ -123,7 +123,7 @@ class EncoderEngine:
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return not self._commands.empty() or self._scheduler.has_work()
+        return bool(self._commands) or self._scheduler.has_work()
 
     def step(self) -> list[Output]:
         """Execute what was submitted or cancelled, then compute a batch and a part of a long text.
@@ -131,7 +131,7 @@ class EncoderEngine:
         The part is as many passes as a whole text of one chunk takes, so that a step takes about
         two batches' time, however long a text is.
         """
-        outputs = self._run_commands()
+        outputs = self._commands.run()
         self._admit_long()
         batch = self._scheduler.take_short(self.pool.num_free)
         if batch:
@@ -144,9 +144,8 @@ class EncoderEngine:
 
     def close(self) -> list[Output]:
         """Refuse new requests and cancel all others; returns the last outputs."""
-        with self._lock:
-            self._is_closed = True
-        outputs = self._run_commands()
+        self._commands.close()
+        outputs = self._commands.run()
         for request_id in list(self._requests):
             outputs += self._cancel(request_id, FinishReason.ABORT)
         return outputs
@@ -222,12 +221,6 @@ class EncoderEngine:
             f" {why}; it has {num_tokens}"
         )
 
-    def _run_commands(self) -> list[Output]:
-        outputs: list[Output] = []
-        while not self._commands.empty():
-            outputs += self._commands.get()()
-        return outputs
-
     def _add(self, request: EncodeRequest) -> list[Output]:
         self._requests[request.id] = request
         self._scheduler.add(request)
@@ -277,10 +270,11 @@ class EncoderEngine:
         return [self._finish(request, FinishReason.STOP, encoded=encoded)]
 
     def _fail(self, requests: Sequence[EncodeRequest], error: Exception) -> list[Output]:
-        """End requests after a fault; the client learns only the type of the exception."""
+        """End requests after a fault; one of the device is raised, as DeviceFaultError."""
+        check_device(self.device, error)
         _log.error("a step failed; its %d texts end with an error", len(requests), exc_info=error)
         self._num_faults += len(requests)
-        message = f"the engine failed on this request ({type(error).__name__})"
+        message = failure(error)
         return [self._finish(request, FinishReason.ERROR, error=message) for request in requests]
 
     def _finish(

@@ -5,16 +5,14 @@ from any thread, all else from one.
 """
 
 import logging
-import queue
-import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from cottention.engine.commands import CommandQueue, failure
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Capability
-from cottention.engine.errors import EngineStoppedError
 from cottention.engine.execution.device import check_device
 from cottention.engine.execution.loading import load
 from cottention.engine.grammar.compiler import GrammarCompiler
@@ -57,9 +55,10 @@ class Engine:
         """
         self.config = config or EngineConfig()
         loaded = load(model, self.config)
-        self.name, self.device, self.dtype = loaded.name, loaded.device, loaded.dtype
-        self.model_config, self.tokenizer = loaded.model_config, loaded.tokenizer
-        self.num_parameters, self._folder = loaded.num_parameters, loaded.folder
+        placed, self.tokenizer = loaded.placed, loaded.tokenizer
+        self.name, self.device, self.dtype = placed.name, placed.device, placed.dtype
+        self.model_config, self._folder = placed.model_config, placed.folder
+        self.num_parameters = loaded.num_parameters
         self.default_sampling_params = loaded.default_sampling_params
         self.pool, self.spec = loaded.pool, loaded.pool.spec
         self.policies = ContextPolicies.of(self.model_config, loaded.context_policy)
@@ -90,9 +89,7 @@ class Engine:
             OutputProcessor(self.policies.window),
         )
         self._runner = loaded.runner
-        self._commands: queue.SimpleQueue[Callable[[], list[Output]]] = queue.SimpleQueue()
-        self._submit_lock = threading.Lock()
-        self._is_closed = False
+        self._commands = CommandQueue()
         self._inboxes = OutputInboxes()
         self._num_steps = self._num_faults = self._num_unsampled = 0
         self._runner.warm_up()
@@ -140,11 +137,10 @@ class Engine:
         request.priority, request.client = priority, client
         if cache is not None and self.config.prefix_cache_bytes >= self.spec.bytes_per_row:
             request.enable_prefix_reuse(cache)
-        with self._submit_lock:
-            if self._is_closed:
-                raise EngineStoppedError("the engine has stopped and takes no more requests")
-            self._request_manager.reserve_id(request_id)
-            self._commands.put(lambda: self._add(request))
+        self._commands.submit(
+            reserve=lambda: self._request_manager.reserve_id(request_id),
+            add=lambda: self._add(request),
+        )
         return request_id
 
     def _add(self, request: Request) -> list[Output]:
@@ -178,7 +174,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return not self._commands.empty() or self._scheduler.has_work()
+        return bool(self._commands) or self._scheduler.has_work()
 
     def step(self) -> list[Output]:
         """Execute what was submitted, cancelled or paused, then compute one batch.
@@ -186,7 +182,7 @@ class Engine:
         Returns at most one output for each choice. Raises DeviceFaultError, after which no step
         can succeed.
         """
-        outputs = self._run_commands()
+        outputs = self._commands.run()
         self._request_manager.admit()
         batch = self._scheduler.schedule()
         if batch:
@@ -200,12 +196,6 @@ class Engine:
         elif late := self._scheduler.late_choices:
             wait_for_one([each.matcher for each in late if each.matcher is not None], LATE_WAIT)
         return self._inboxes.post(outputs)
-
-    def _run_commands(self) -> list[Output]:
-        outputs: list[Output] = []
-        while not self._commands.empty():
-            outputs += self._commands.get()()
-        return outputs
 
     def _process(self, batch: Batch, result: BatchResult) -> list[Output]:
         """Bring the requests of a batch up to date with its result."""
@@ -255,18 +245,16 @@ class Engine:
         return [out for request in requests for out in self._fail(request, error)]
 
     def _fail(self, request: Request, error: Exception) -> list[Output]:
-        """End a request after a fault; the client learns only the type of the exception."""
+        """End a request after a fault."""
         self._num_faults += 1
-        message = f"the engine failed on this request ({type(error).__name__})"
-        return self._request_manager.finish(request, FinishReason.ERROR, message)
+        return self._request_manager.finish(request, FinishReason.ERROR, failure(error))
 
     def close(self) -> list[Output]:
         """Refuse new requests and cancel all others; returns the last outputs."""
-        with self._submit_lock:
-            self._is_closed = True
+        self._commands.close()
         self._mask_worker.close()
         self._grammars.close()
-        return self._inboxes.post(self._run_commands() + self._request_manager.cancel_all())
+        return self._inboxes.post(self._commands.run() + self._request_manager.cancel_all())
 
     @property
     def has_one_arithmetic(self) -> bool:
@@ -380,7 +368,7 @@ class Engine:
             self._inboxes.close(prompts)
             for request_id in prompts:
                 self.cancel(request_id)
-            self._inboxes.post(self._run_commands())
+            self._inboxes.post(self._commands.run())
 
 
 def _grammar_error(choice: Choice) -> str:

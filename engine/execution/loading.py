@@ -1,6 +1,7 @@
 """Loads a model: from its name and the engine's settings to a pool and a runner.
 
-The model's family, device, dtype and context policy are chosen here.
+The model's family, device, dtype and context policy are chosen here. What encoders have in common
+with it, `encoder_loading.py` takes from here.
 """
 
 import logging
@@ -19,7 +20,7 @@ from cottention.engine.execution.device import use_exact_products
 from cottention.engine.execution.model_runner import ModelRunner
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.family import EmbeddingModel, ServedModel
+from cottention.engine.models.family import EmbeddingModel
 from cottention.engine.models.generation_config import (
     FILE_NAME,
     SAMPLING_FIELDS,
@@ -43,19 +44,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model ready to run, and the pool that it runs on.
-
-    context_policy: of requests that do not name one. model_config: with the ends of text of all
-    files. default_sampling_params: fields of SamplingParams for requests that do not name them.
-    """
+class Placed:
+    """A model's files, and where and in which type it runs."""
 
     name: str
     folder: Path
     device: str
     dtype: str
-    num_parameters: int
     model_config: ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, and the pool that it runs on.
+
+    placed: its configuration has the ends of text of all files. context_policy: of requests that do
+    not name one. default_sampling_params: fields of SamplingParams for requests that do not name
+    them.
+    """
+
+    placed: Placed
+    num_parameters: int
     context_policy: ContextPolicy
     tokenizer: BaseTokenizer
     default_sampling_params: Mapping[str, Any]
@@ -68,9 +77,8 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
 
     Raises ModelFolderError, ConfigurationError or OutOfMemoryError.
     """
-    name, folder = resolve_model(model)
-    model_config = read_config(folder)
-    model_config.check_served(str(folder))
+    placed = place(model, config)
+    folder, model_config, device = placed.folder, placed.model_config, placed.device
     if model_config.is_encoder:
         raise ModelFolderError(
             f"{folder}: this is an encoder, which does not generate text: `cottention serve` serves"
@@ -79,17 +87,11 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     context_policy = _context_policy(config, model_config)
     spec = model_config.state_spec(has_spare=context_policy == "renew")
     num_slots = config.num_slots(spec)
-    device = device_of(config)
-    dtype = dtype_of(config, device, model_config)
-    use_exact_products(device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     tokenizer = _tokenizer(folder, config.tokenizer, model_config)
     generation_config = read_generation_config(folder)
     model_config = _with_all_ends(model_config, generation_config, tokenizer, folder)
-    weights = load_model(folder, model_config, DTYPES[dtype])
-    num_parameters = sum(weight.numel() for weight in weights.parameters())
-    served = cast(ServedModel, family_of(model_config).implementation().serve(weights, device))
+    placed = replace(placed, model_config=model_config)
+    served, num_parameters = serve(placed)
     if config.embeddings and not isinstance(served, EmbeddingModel):
         raise ConfigurationError(
             f"--embeddings: models of type {model_config.model_type} give no embeddings"
@@ -98,18 +100,38 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     pool = StatePool(spec, num_slots, device)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
     return LoadedModel(
-        name=name,
-        folder=folder,
-        device=device,
-        dtype=dtype,
+        placed=placed,
         num_parameters=num_parameters,
-        model_config=model_config,
         context_policy=context_policy,
         tokenizer=tokenizer,
         default_sampling_params=_sampling_defaults(config, generation_config, folder),
         pool=pool,
         runner=ModelRunner(served, pool, sampler, device, new_pooler),
     )
+
+
+def place(model: str | Path | None, config: EngineConfig) -> Placed:
+    """Read a model's configuration, choose where it runs, and set the number of threads.
+
+    Raises ModelFolderError or ConfigurationError.
+    """
+    name, folder = resolve_model(model)
+    model_config = read_config(folder)
+    model_config.check_served(str(folder))
+    device = _device(config)
+    dtype = _dtype(config, device, model_config)
+    use_exact_products(device)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    return Placed(name, folder, device, dtype, model_config)
+
+
+def serve(placed: Placed) -> tuple[Any, int]:
+    """The model arranged for inference, and its number of parameters. Raises ModelFolderError."""
+    weights = load_model(placed.folder, placed.model_config, DTYPES[placed.dtype])
+    num_parameters = sum(weight.numel() for weight in weights.parameters())
+    implementation = family_of(placed.model_config).implementation()
+    return implementation.serve(weights, placed.device), num_parameters
 
 
 def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextPolicy:
@@ -131,8 +153,7 @@ def pooling_of(config: EngineConfig, folder: Path) -> Pooling:
     return cast(Pooling, read_pooling(folder) or "mean")
 
 
-def device_of(config: EngineConfig) -> str:
-    """The device that the settings choose. Raises ConfigurationError."""
+def _device(config: EngineConfig) -> str:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigurationError("--device cuda: torch sees no CUDA device; give --device cpu")
     if config.device == "auto":
@@ -140,7 +161,7 @@ def device_of(config: EngineConfig) -> str:
     return config.device
 
 
-def dtype_of(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
+def _dtype(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
     """auto is float32 on a CPU, where its bits are reproducible, and the checkpoint's on CUDA."""
     if config.dtype != "auto":
         return config.dtype

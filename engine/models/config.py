@@ -92,6 +92,10 @@ class ModelConfig(ABC):
 
 
 MAX_SIZE = 2**31 - 1
+MAX_WIDTH = 2**20
+MAX_LAYERS = 4096
+MAX_KERNEL = 64
+"""Largest sizes that the recurrent families read: of a width, of layers, of a convolution."""
 
 
 def size(

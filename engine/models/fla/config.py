@@ -5,11 +5,14 @@ ModelFolderError; `where` names the file in the message.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 from cottention.engine.errors import ModelFolderError
 from cottention.engine.models.config import (
+    MAX_KERNEL,
+    MAX_LAYERS,
+    MAX_WIDTH,
     ModelConfig,
     choice,
     epsilon,
@@ -20,10 +23,6 @@ from cottention.engine.models.config import (
     token_ids,
 )
 from cottention.engine.state.spec import StateTensor, recurrence_tensors
-
-MAX_WIDTH = 2**20
-MAX_LAYERS = 4096
-MAX_KERNEL = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +118,8 @@ class GLAConfig(FLAConfig):
         return cls(
             **_frame(raw, where),
             **_expanded(raw, where, key=0.5, value=1.0),
+            **_switches(cls, raw, where),
             conv_size=_conv_size(raw, where, default=False),
-            use_output_gate=switch(raw, "use_output_gate", where, default=True),
             clamp_min=clamp,
         )
 
@@ -140,7 +139,7 @@ class RetNetConfig(FLAConfig):
         config = cls(
             **_frame(raw, where),
             **_expanded(raw, where, key=1.0, value=2.0),
-            use_output_gate=switch(raw, "use_output_gate", where, default=True),
+            **_switches(cls, raw, where),
         )
         if config.key_width % 2:
             raise ModelFolderError(
@@ -174,10 +173,10 @@ class HGRN2Config(FLAConfig):
             )
         return cls(
             **frame | {"num_heads": width // key},
+            **_switches(cls, raw, where),
             key_width=key,
             value_width=key,
             conv_size=_conv_size(raw, where, default=False),
-            use_lower_bound=switch(raw, "use_lower_bound", where, default=True),
         )
 
 
@@ -207,10 +206,8 @@ class DeltaNetConfig(FLAConfig):
         return cls(
             **_frame(raw, where),
             **_expanded(raw, where, key=1.0, value=1.0),
+            **_switches(cls, raw, where),
             conv_size=_conv_size(raw, where, default=True),
-            use_gate=switch(raw, "use_gate", where),
-            use_beta=switch(raw, "use_beta", where, default=True),
-            allow_neg_eigval=switch(raw, "allow_neg_eigval", where),
             qk_norm=choice(raw, "qk_norm", where, ("l2", "sum")),
             qk_activation=choice(raw, "qk_activation", where, ("silu", "relu", "elu", "identity")),
         )
@@ -256,12 +253,11 @@ class GatedDeltaNetConfig(FLAConfig):
         gates = ("swish", "silu", "sigmoid")
         return cls(
             **frame | {"num_heads": heads},
+            **_switches(cls, raw, where),
             key_width=key,
             value_width=_scaled(key, expand_v, where, "expand_v"),
             conv_size=_conv_size(raw, where, default=True),
             num_v_heads=num_v_heads,
-            use_gate=switch(raw, "use_gate", where, default=True),
-            allow_neg_eigval=switch(raw, "allow_neg_eigval", where),
             output_gate_activation=choice(raw, "output_gate_activation", where, gates),
         )
 
@@ -303,6 +299,13 @@ def _frame(raw: dict[str, Any], where: str) -> dict[str, Any]:
         "eos_token_ids": token_ids(raw, "eos_token_id", where),
         "torch_dtype": str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
     }
+
+
+def _switches(config: type[FLAConfig], raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """The family's own fields that are true or false, with the defaults of its class."""
+    frame = {field.name for field in fields(FLAConfig)}
+    own = [field for field in fields(config) if field.type is bool and field.name not in frame]
+    return {each.name: switch(raw, each.name, where, default=bool(each.default)) for each in own}
 
 
 def _expanded(raw: dict[str, Any], where: str, *, key: float, value: float) -> dict[str, Any]:

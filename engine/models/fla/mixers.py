@@ -7,6 +7,7 @@ values side by side.
 Letters: N tokens, C channels, H heads, K key width, V value width, L layers.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,19 +52,44 @@ class StepTables:
     lower_bounds: Tensor | None = None
 
 
-class Mixer(nn.Module):
-    """What all have: the projections' widths, the convolution and the output projection."""
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": ops.silu,
+    "swish": ops.silu,
+    "sigmoid": ops.sigmoid,
+    "relu": F.relu,
+    "elu": lambda x: ops.elu_plus_one(x.unsqueeze(1)).squeeze(1),
+    "identity": lambda x: x,
+}
+"""Those that a configuration may name, on [N, C]."""
 
-    def __init__(self, config: FLAConfig) -> None:
+
+class Mixer(nn.Module):
+    """What all have: queries, keys or gates, and values, their convolutions, and the output.
+
+    letters: of the names of the three projections. is_gated: whether a fourth gates the output.
+    """
+
+    def __init__(self, config: FLAConfig, letters: str = "qkv", *, is_gated: bool = False) -> None:
         super().__init__()
         self.keys = config.num_heads * config.key_width
         self.values = config.num_states * config.value_width
         self.scale = config.key_width**-0.5
         self.heads = config.num_heads
-        self.o_proj = linear(self.values, config.hidden_size)
+        width, widths = config.hidden_size, (self.keys, self.keys, self.values)
+        self._qkv = [linear(width, each) for each in widths]
+        for letter, module in zip(letters, self._qkv, strict=True):
+            self.add_module(f"{letter}_proj", module)
+        self.g_proj = linear(width, self.values) if is_gated else None
+        self.o_proj = linear(self.values, width)
         self.project_out = Product(self.o_proj)
-        self.convolve: Convolution | None = None
         self.parts: list[Servable] = [self.project_out]
+        self.convolve: Convolution | None = None
+        if config.conv_size:
+            made = [short_convolution(each, config.conv_size, bias=False) for each in widths]
+            for letter, convolution in zip(letters, made, strict=True):
+                self.add_module(f"{letter}_conv1d", convolution)
+            self.convolve = Convolution(*made)
+            self.parts.append(self.convolve)
 
     def forward(self, y: Tensor, index: int, tables: StepTables, recurrence: Recurrence) -> Tensor:
         """y [N, C] → [N, C]; the rows of layer `index` are updated."""
@@ -74,17 +100,14 @@ class Mixer(nn.Module):
         self.parts.append(made)
         return made
 
-    def _convolution(self, width: int, *names: str) -> Convolution | None:
-        """Of queries, keys or gates, and values, under these names; None where width is 0."""
-        if not width:
-            return None
-        channels = (self.keys, self.keys, self.values)
-        made = [short_convolution(each, width, bias=False) for each in channels]
-        for name, module in zip(names, made, strict=True):
-            self.add_module(name, module)
-        convolution = Convolution(*made)
-        self.parts.append(convolution)
-        return convolution
+    def _inputs(self, *more: nn.Linear) -> Product:
+        """The product of queries, keys and values, of `more`, and of the output's gate."""
+        return self._product(*self._qkv, *more, *([] if self.g_proj is None else [self.g_proj]))
+
+    def _output(self, out: Tensor, gate: Tensor, activation: str = "silu") -> Tensor:
+        """out [N, H V], gated where there is a gate → [N, C]."""
+        gated = out if self.g_proj is None else out * ACTIVATIONS[activation](gate)
+        return self.project_out(gated)
 
     def _convolved(self, qkv: Tensor, index: int, recurrence: Recurrence) -> Tensor:
         return qkv if self.convolve is None else self.convolve(qkv, index, recurrence)
@@ -107,21 +130,13 @@ class GLA(Mixer):
     """S ← S diag(w) + v kᵀ, w = σ(gate)^(1 / 16) per key (sec. 4 of arXiv 2312.06635)."""
 
     def __init__(self, config: GLAConfig) -> None:
-        super().__init__(config)
-        width = config.hidden_size
-        self.q_proj = linear(width, self.keys)
-        self.k_proj = linear(width, self.keys)
-        self.v_proj = linear(width, self.values)
-        self.gk_proj = nn.Sequential(
-            linear(width, GATE_RANK), linear(GATE_RANK, self.keys, bias=True)
-        )
-        self.g_proj = linear(width, self.values) if config.use_output_gate else None
+        super().__init__(config, is_gated=config.use_output_gate)
+        into = linear(config.hidden_size, GATE_RANK)
+        out_of = linear(GATE_RANK, self.keys, bias=True)
+        self.gk_proj = nn.Sequential(into, out_of)
         self.g_norm = _output_norm(config)
         self.clamp_min = config.clamp_min
-        self.convolve = self._convolution(config.conv_size, "q_conv1d", "k_conv1d", "v_conv1d")
-        into, out_of = (_as_linear(module) for module in self.gk_proj)
-        gates = [] if self.g_proj is None else [self.g_proj]
-        self.project_in = self._product(self.q_proj, self.k_proj, self.v_proj, into, *gates)
+        self.project_in = self._inputs(into)
         self.project_decay = self._product(out_of)
 
     def forward(self, y: Tensor, index: int, _tables: StepTables, recurrence: Recurrence) -> Tensor:
@@ -132,23 +147,17 @@ class GLA(Mixer):
         if self.clamp_min is not None:
             log_decay = log_decay.clamp_min(self.clamp_min)
         [w] = self._of_heads(ops.exp(log_decay))
-        out = self.g_norm(recurrence(index, Features(q * self.scale, k, v, w)).flatten(-2))
-        return self.project_out(out if self.g_proj is None else out * ops.silu(gate))
+        out = recurrence(index, Features(q * self.scale, k, v, w)).flatten(-2)
+        return self._output(self.g_norm(out), gate)
 
 
 class RetNet(Mixer):
     """S ← γ S + v kᵀ, γ = 1 − 2^(−5 − h), q and k rotated by halves (eq. 8, arXiv 2307.08621)."""
 
     def __init__(self, config: RetNetConfig) -> None:
-        super().__init__(config)
-        width = config.hidden_size
-        self.q_proj = linear(width, self.keys)
-        self.k_proj = linear(width, self.keys)
-        self.v_proj = linear(width, self.values)
-        self.g_proj = linear(width, self.values) if config.use_output_gate else None
+        super().__init__(config, is_gated=config.use_output_gate)
         self.g_norm = _output_norm(config)
-        gates = [] if self.g_proj is None else [self.g_proj]
-        self.project_in = self._product(self.q_proj, self.k_proj, self.v_proj, *gates)
+        self.project_in = self._inputs()
 
     def forward(self, y: Tensor, index: int, tables: StepTables, recurrence: Recurrence) -> Tensor:
         qkv, gate = _parts(self.project_in(y), 2 * self.keys + self.values)
@@ -156,22 +165,17 @@ class RetNet(Mixer):
         q, k = (_rotated_by_halves(x, tables) for x in (q, k))
         heads = torch.arange(self.heads, dtype=y.dtype, device=y.device)
         w = (1 - torch.pow(2.0, -5 - heads)).expand(len(y), -1)
-        out = self.g_norm(recurrence(index, Features(q * self.scale, k, v, w)).flatten(-2))
-        return self.project_out(out if self.g_proj is None else out * ops.silu(gate))
+        out = recurrence(index, Features(q * self.scale, k, v, w)).flatten(-2)
+        return self._output(self.g_norm(out), gate)
 
 
 class HGRN2(Mixer):
     """S ← S diag(w) + i (1 − w)ᵀ, w a forget gate above the layer's bound (sec. 3.2)."""
 
     def __init__(self, config: HGRN2Config) -> None:
-        super().__init__(config)
-        width = config.hidden_size
-        self.q_proj = linear(width, self.keys)
-        self.f_proj = linear(width, self.keys)
-        self.i_proj = linear(width, self.values)
+        super().__init__(config, "qfi")
         self.g_norm = RMSNorm(self.values, HGRN2_NORM_EPSILON, has_weight=config.has_norm_weight)
-        self.convolve = self._convolution(config.conv_size, "q_conv1d", "f_conv1d", "i_conv1d")
-        self.project_in = self._product(self.q_proj, self.f_proj, self.i_proj)
+        self.project_in = self._inputs()
 
     def forward(self, y: Tensor, index: int, tables: StepTables, recurrence: Recurrence) -> Tensor:
         qfi = self._convolved(self.project_in(y), index, recurrence)
@@ -189,42 +193,22 @@ class DeltaNet(Mixer):
     """S ← S + β (v − S k) kᵀ (eq. 3, arXiv 2406.06484)."""
 
     def __init__(self, config: DeltaNetConfig) -> None:
-        super().__init__(config)
-        width = config.hidden_size
+        super().__init__(config, is_gated=config.use_gate)
         self.config = config
-        self.q_proj = linear(width, self.keys)
-        self.k_proj = linear(width, self.keys)
-        self.v_proj = linear(width, self.values)
-        self.b_proj = linear(width, self.heads) if config.use_beta else None
-        self.g_proj = linear(width, self.values) if config.use_gate else None
+        self.b_proj = linear(config.hidden_size, self.heads) if config.use_beta else None
         self.o_norm = _output_norm(config)
-        self.convolve = self._convolution(config.conv_size, "q_conv1d", "k_conv1d", "v_conv1d")
-        more = [each for each in (self.b_proj, self.g_proj) if each is not None]
-        self.project_in = self._product(self.q_proj, self.k_proj, self.v_proj, *more)
+        self.project_in = self._inputs(*([] if self.b_proj is None else [self.b_proj]))
 
     def forward(self, y: Tensor, index: int, _tables: StepTables, recurrence: Recurrence) -> Tensor:
         width = self.heads if self.config.use_beta else 0
         qkv, beta, gate = _parts(self.project_in(y), 2 * self.keys + self.values, width)
         q, k, v = self._split(self._convolved(qkv, index, recurrence))
-        q, k = (self._activated(x) for x in (q, k))
+        q, k = (ACTIVATIONS[self.config.qk_activation](x) for x in (q, k))
         q, k, v = self._of_heads(self._normed(q) * self.scale, self._normed(k), ops.silu(v))
         beta = ops.sigmoid(beta) if self.config.use_beta else y.new_ones(len(y), self.heads)
         beta = (2 * beta if self.config.allow_neg_eigval else beta).unsqueeze(-1)
         features = Features(q, k, beta * v, None, -k, beta * k)
-        out = self.o_norm(recurrence(index, features).flatten(-2))
-        return self.project_out(out * ops.silu(gate) if self.config.use_gate else out)
-
-    def _activated(self, x: Tensor) -> Tensor:
-        """q or k [N, H K] after `qk_activation`."""
-        match self.config.qk_activation:
-            case "silu":
-                return ops.silu(x)
-            case "relu":
-                return F.relu(x)
-            case "elu":
-                return ops.elu_plus_one(x.unsqueeze(1)).squeeze(1)
-            case _:
-                return x
+        return self._output(self.o_norm(recurrence(index, features).flatten(-2)), gate)
 
     def _normed(self, x: Tensor) -> Tensor:
         """q or k [N, H K], each head divided by its norm."""
@@ -239,21 +223,15 @@ class GatedDeltaNet(Mixer):
     """S ← α S, then the delta rule on it (eq. 10, arXiv 2412.06464)."""
 
     def __init__(self, config: GatedDeltaNetConfig) -> None:
-        super().__init__(config)
+        super().__init__(config, is_gated=config.use_gate)
         width, states = config.hidden_size, config.num_v_heads
         self.config = config
-        self.q_proj = linear(width, self.keys)
-        self.k_proj = linear(width, self.keys)
-        self.v_proj = linear(width, self.values)
         self.a_proj = linear(width, states)
         self.b_proj = linear(width, states)
-        self.g_proj = linear(width, self.values) if config.use_gate else None
         self.A_log = nn.Parameter(torch.zeros(states))
         self.dt_bias = nn.Parameter(torch.zeros(states))
         self.o_norm = _output_norm(config)
-        self.convolve = self._convolution(config.conv_size, "q_conv1d", "k_conv1d", "v_conv1d")
-        more = [self.a_proj, self.b_proj, *([] if self.g_proj is None else [self.g_proj])]
-        self.project_in = self._product(self.q_proj, self.k_proj, self.v_proj, *more)
+        self.project_in = self._inputs(self.a_proj, self.b_proj)
 
     def forward(self, y: Tensor, index: int, _tables: StepTables, recurrence: Recurrence) -> Tensor:
         config, states = self.config, self.config.num_v_heads
@@ -267,10 +245,7 @@ class GatedDeltaNet(Mixer):
         v = beta * v.unflatten(-1, (states, config.value_width))
         features = Features(q * self.scale, k, v, alpha, -alpha.unsqueeze(-1) * k, beta * k)
         out = self.o_norm(recurrence(index, features).flatten(-2))
-        if not config.use_gate:
-            return self.project_out(out)
-        gated = ops.sigmoid if config.output_gate_activation == "sigmoid" else ops.silu
-        return self.project_out(out * gated(gate))
+        return self._output(out, gate, config.output_gate_activation)
 
     def _for_values(self, x: Tensor) -> Tensor:
         """[N, H K] → [N, value heads, K]: value head h has key head h // (value heads / H)."""
@@ -309,11 +284,6 @@ def _rotated_by_halves(x: Tensor, tables: StepTables) -> Tensor:
     cos, sin = tables.cos.unsqueeze(1), tables.sin.unsqueeze(1)
     low, high = x.chunk(2, dim=-1)
     return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
-
-
-def _as_linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
 
 
 MIXERS: dict[type[FLAConfig], Any] = {

@@ -9,13 +9,19 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.config import ModelConfig, epsilon, require, size, switch, token_ids
+from cottention.engine.models.config import (
+    MAX_KERNEL,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    ModelConfig,
+    epsilon,
+    require,
+    size,
+    switch,
+    token_ids,
+)
 from cottention.engine.settings.declaration import shown
 from cottention.engine.state.spec import StateTensor, recurrence_tensors
-
-MAX_WIDTH = 2**20
-MAX_LAYERS = 4096
-MAX_KERNEL = 64
 
 ORIGINAL_FORMAT = (
     "the Mamba project's own format, which is not supported: convert the model with transformers'"

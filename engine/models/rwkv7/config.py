@@ -9,12 +9,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from cottention.engine.errors import ModelFolderError
-from cottention.engine.models.config import ModelConfig, epsilon, size, switch, token_ids
+from cottention.engine.models.config import (
+    MAX_LAYERS,
+    MAX_WIDTH,
+    ModelConfig,
+    epsilon,
+    size,
+    switch,
+    token_ids,
+)
 from cottention.engine.settings.declaration import shown
 from cottention.engine.state.spec import StateTensor, recurrence_tensors
-
-MAX_WIDTH = 2**20
-MAX_LAYERS = 4096
 
 PTH_NORM_EPS = 1e-5
 PTH_GROUP_NORM_EPS = 64e-5

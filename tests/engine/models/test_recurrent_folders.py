@@ -5,6 +5,7 @@ Everything that is refused is one line that names the file, what is wrong and wh
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -194,17 +195,21 @@ def test_a_head_may_be_the_embeddings(model_type: str, tmp_path: Path) -> None:
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_norms_may_have_been_fused_with_their_gates(tmp_path: Path) -> None:
-    folder = copied("gla", tmp_path / "model")
+@pytest.mark.parametrize("model_type", ["gla", "retnet"])
+def test_norms_may_have_been_fused_with_their_gates(model_type: str, tmp_path: Path) -> None:
+    folder = copied(model_type, tmp_path / "model")
     expected = said(folder)
     weights = read_weights(folder)
-    assert any("g_norm_swish_gate" in name for name in weights)
-    plain = {name.replace("g_norm_swish_gate", "g_norm"): x for name, x in weights.items()}
-    save_file(plain, folder / "model.safetensors")
-    assert said(folder) == expected
-    save_file(
-        {name: x.clone() for name, x in (plain | weights).items()}, folder / "model.safetensors"
+    names = re.compile(r"g_norm(_swish_gate)?\.")
+    plain, fused = (
+        {names.sub(f"{name}.", each): x.clone() for each, x in weights.items()}
+        for name in ("g_norm", "g_norm_swish_gate")
     )
+    assert plain.keys() != fused.keys()
+    for each in (plain, fused):
+        save_file(each, folder / "model.safetensors")
+        assert said(folder) == expected
+    save_file(plain | fused, folder / "model.safetensors")
     with pytest.raises(ModelFolderError, match=r"unexpected: .*g_norm_swish_gate"):
         said(folder)
 

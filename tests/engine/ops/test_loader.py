@@ -34,16 +34,18 @@ pools = state.double(), z.double()
 indices, ends = torch.tensor([2, 0], dtype=torch.int32), torch.tensor([0, 6, 13], dtype=torch.int32)
 want = reference.recurrent_step(q.double(), k.double(), v.double(), *pools, indices, ends)
 close(ops.recurrent_step(q, k, v, state, z, indices, ends), want)
-for decay in (None, torch.rand(13, 2), torch.rand(13, 2, 24)):
-    for a, b in ((None, None), (-k / 9, k / 9)):
-        pool = state.double()
-        wide = [None if y is None else y.double() for y in (decay, a, b)]
-        want = reference.recurrent_step(
-            q.double(), k.double(), v.double(), pool, None, indices, ends, w=wide[0], a=wide[1],
-            b=wide[2])
-        new = state.clone()
-        close(ops.recurrent_step(q, k, v, new, None, indices, ends, w=decay, a=a, b=b), want)
-        close(new, pool)
+for width in 24, 64:  # rows of 64 keys with a term are held in registers
+    held = torch.rand(13, 3, 2, width).unbind(1)
+    start, key = torch.randn(3, 2, width, width), held[1]
+    for decay in (None, torch.rand(13, 2), torch.rand(13, 2, width)):
+        for a, b in ((None, None), (-key / 9, key / 9)):
+            pool, new = start.double(), start.clone()
+            wide = [None if y is None else y.double() for y in (decay, a, b)]
+            exact = *(y.double() for y in held), pool, None, indices, ends
+            want = reference.recurrent_step(*exact, w=wide[0], a=wide[1], b=wide[2])
+            got = ops.recurrent_step(*held, new, None, indices, ends, w=decay, a=a, b=b)
+            close(got, want)
+            close(new, pool)
 u, rows = torch.rand(13, 20), torch.randn(3, 20, 24)
 scan = u, u, -torch.rand(20, 24), k[:, 0], q[:, 0], rows
 want = reference.selective_scan(*(y.double() for y in scan), indices, ends)

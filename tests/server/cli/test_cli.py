@@ -15,12 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cottention.engine.models.registry import read_config
 from cottention.engine.ops import build
 from cottention.server.cli import main as cli
 from cottention.server.cli.parser import COMMANDS
 from cottention.server.cli.serve import bind_socket
 from tests.engine.encoders import encoder_folder
-from tests.engine.making import attention_folder, rwkv7_file
+from tests.engine.making import FAMILIES, attention_folder, family_folder, rwkv7_file
 
 ROOT = Path(__file__).parents[3]
 
@@ -197,6 +198,20 @@ def test_info_of_an_encoder_has_the_memory_of_a_text(capsys: pytest.CaptureFixtu
     assert re.search(r"bytes per text +4,096, and 256 for each of its tokens\n", told)
     assert re.search(r"longest text +64 tokens\n", told)
     assert "session" not in told
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_info_itemises_every_family(family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tensor that is left out, as a tail, would make a pool larger than people were told."""
+    folder = family_folder(family)
+    assert cli.main(["info", str(folder)]) == 0
+    lines = dict(re.findall(r"^ *(\w[\w ]*?)  +(.*)$", capsys.readouterr().out, re.MULTILINE))
+    spec = read_config(folder).state_spec()
+    assert lines["family"] == family
+    assert lines["bytes per session"].startswith(f"{spec.bytes_per_slot:,}")
+    assert lines["sessions per GB"] == f"{10**9 // spec.bytes_per_slot:,}"
+    for name, nbytes in spec.itemised_bytes().items():
+        assert lines[name] == f"{nbytes:,} bytes"
 
 
 def test_info_of_a_single_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
