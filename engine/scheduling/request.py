@@ -67,6 +67,7 @@ class Choice:
     generated_ids: all sampled ids, kept only for a request that continues a session, and, up to
     MAX_ANSWER_IDS, for one whose last state is cached.
     matcher: where its text is in the request's grammar, until it has ended; None without one.
+    is_plain: whether all its ids from now on are the likeliest ones, of unchanged logits.
     """
 
     request: "Request"
@@ -81,6 +82,7 @@ class Choice:
     num_generated: int = 0
     finish_reason: FinishReason | None = None
     matcher: "Matcher | None" = None
+    is_plain: bool = False
 
     @property
     def row(self) -> int:
