@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 
+from cottention.engine import ops
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError
@@ -56,7 +57,9 @@ def load_encoder(model: str | Path | None, config: EngineConfig) -> LoadedEncode
     tokenizer = EncoderTokenizer.from_folder(folder, model_config.vocab_size)
     weights = load_model(folder, model_config, DTYPES[dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
-    served = cast(ServedEncoder, family_of(model_config).implementation().serve(weights, device))
+    with ops.eight_bit_weights(dtype == "int8"):
+        serve = family_of(model_config).implementation().serve
+        served = cast(ServedEncoder, serve(weights, device))
     max_long_tokens = config.encoder_memory // (STREAM_BYTES * served.width)
     if max_long_tokens <= config.max_batch_tokens < (model_config.max_exact_length or 0):
         raise ConfigurationError(

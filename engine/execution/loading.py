@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 
+from cottention.engine import ops
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError, ModelFolderError, ParameterError
@@ -38,7 +39,13 @@ from cottention.engine.text.read_tokenizer import read_tokenizer
 
 _log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.bfloat16,
+}
+"""In which weights are read, by the setting; int8 quantizes those that the family has in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +94,8 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     model_config = _with_all_ends(model_config, generation_config, tokenizer, folder)
     weights = load_model(folder, model_config, DTYPES[dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
-    served = cast(ServedModel, family_of(model_config).implementation().serve(weights, device))
+    with ops.eight_bit_weights(dtype == "int8"):
+        served = cast(ServedModel, family_of(model_config).implementation().serve(weights, device))
     if config.embeddings and not isinstance(served, EmbeddingModel):
         raise ConfigurationError(
             f"--embeddings: models of type {model_config.model_type} give no embeddings"
@@ -139,7 +147,20 @@ def device_of(config: EngineConfig) -> str:
 
 
 def dtype_of(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
-    """auto is float32 on a CPU, where its bits are reproducible, and the checkpoint's on CUDA."""
+    """auto is float32 on a CPU, where its bits are reproducible, and the checkpoint's on CUDA.
+
+    Raises ConfigurationError.
+    """
+    if config.dtype == "int8" and device != "cpu":
+        raise ConfigurationError(
+            f"--dtype int8: weights of eight bits are multiplied on the CPU only, not on {device};"
+            " give --device cpu, or --dtype bfloat16"
+        )
+    if config.dtype == "int8" and ops.backend() != "compiled":
+        raise ConfigurationError(
+            "--dtype int8 needs the compiled ops, which are missing here: `cottention build` says"
+            " why; or give another --dtype"
+        )
     if config.dtype != "auto":
         return config.dtype
     stored = model_config.torch_dtype

@@ -39,7 +39,13 @@ from cottention.engine.ops.fused import (
     rwkv7_layers,
     sample,
 )
-from cottention.engine.ops.linear import FixedOrderLinear, FixedOrderNorm, can_pack, row_product
+from cottention.engine.ops.linear import (
+    FixedOrderLinear,
+    FixedOrderNorm,
+    can_pack,
+    eight_bit_weights,
+    row_product,
+)
 from cottention.engine.ops.loader import Backend, backend, compiled_takes, warn_reference
 from cottention.engine.ops.reference import NO_INDEX, PADDING_SLOT, rotate, unpack_bitmask
 from cottention.engine.ops.varlen import Segments, check_state_indices
@@ -63,6 +69,7 @@ __all__ = [
     "cottention_attention_gelu",
     "cottention_features",
     "cottention_layers",
+    "eight_bit_weights",
     "elu_plus_one",
     "exp",
     "fused_kernel_has_width",
