@@ -104,12 +104,11 @@ EVERYTHING = Chosen()
 
 
 class Side:
-    """A process of benchmarks/family_sides.py."""
+    """A process of benchmarks/family_sides.py, or of another module that answers as it does."""
 
-    def __init__(self, name: str, model: Path, num_threads: int) -> None:
-        self._name = name
-        arguments = name, str(model), str(num_threads)
-        command = [sys.executable, "-m", "benchmarks.family_sides", *arguments]
+    def __init__(self, *arguments: object, module: str = "benchmarks.family_sides") -> None:
+        self._name = " ".join(map(str, arguments[:2]))
+        command = [sys.executable, "-m", module, *map(str, arguments)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -18,7 +18,9 @@
 namespace cottention::COTTENTION_ISA {
 
 const Kernels kernels = {denominators,         recurrent,   attention_gelu, linear<Float32Word>,
-                         linear<BFloat16Pair>, linear<WidenedPair>, to_bfloat16, features,       gelu,
+                         linear<BFloat16Pair>, linear<WidenedPair>, linear<EightBits>, to_bfloat16,
+                         BFloat16Pair::kRowWords, to_int8,   EightBits::kRowGroup, quantize_panel,
+                         features,             gelu,
                          gelu_erf,             elu_plus_one, layer_norm,  argmax,         sampling_weights,
                          each_element<silu_of>, each_element<sigmoid_of>, each_element<softplus_of>,
                          each_element<tanh_of>, each_element<exponential>, rms_norm,

@@ -12,6 +12,8 @@ namespace cottention {
 
 constexpr int64_t kPanel = 64;     // output columns per panel of a packed weight
 constexpr int64_t kTaskRows = 48;  // maximum rows of x per task of the product
+constexpr int64_t kGroup = 64;     // channels with one scale, of weights of eight bits
+constexpr int64_t kGroupWords = 1 + kGroup / 4;  // 32-bit words of a group: its scale, its weights
 constexpr int64_t kMaxKeyWidth = 512;
 constexpr int64_t kMaxFusedWidth = 256;  // of a head in attention_gelu
 constexpr int64_t kScanChannels = 128;   // per task of the selective scan
@@ -63,8 +65,8 @@ struct RecurrentParams {
 };
 
 struct LinearParams {
-  const float* x;       // 32-bit words [rows, words], rows x_stride words apart; linear_widened: twice
-                        // as many
+  const float* x;       // 32-bit words, rows x_stride words apart; for one word of `packed` each kernel
+                        // takes as many as its type of weights says
   const float* packed;  // [ceil(columns / kPanel), words, kPanel]
   const float* bias;    // [columns] or null
   float* out;           // [rows, columns]
@@ -76,10 +78,17 @@ struct LinearParams {
   [[gnu::always_inline]] int64_t blocks() const { return (rows + kTaskRows - 1) / kTaskRows; }
 };
 
-struct ToBFloat16Params {
+// From a row of x to what the product takes: bfloat16, or eight bits.
+struct ConvertRowParams {
   const float* x;  // [rows, channels], rows x_stride apart
-  float* words;    // two bfloat16 channels each, rows words_stride apart
+  float* words;    // rows words_stride apart
   int64_t channels, x_stride, words_stride;
+};
+
+struct QuantizeParams {
+  const float* weight;  // [columns, channels], rows stride apart
+  float* packed;        // [ceil(columns / kPanel), ceil(channels / kGroup) * kGroupWords, kPanel]
+  int64_t columns, channels, stride;
 };
 
 struct FeatureParams {
@@ -203,7 +212,12 @@ struct Kernels {
   void (*linear)(const LinearParams&, int64_t task);                 // panels × blocks of rows
   void (*linear_bfloat16)(const LinearParams&, int64_t task);  // as linear, all in bfloat16
   void (*linear_widened)(const LinearParams&, int64_t task);   // as linear, weights in bfloat16
-  void (*to_bfloat16)(const ToBFloat16Params&, int64_t row);
+  void (*linear_int8)(const LinearParams&, int64_t task);      // as linear, all in eight bits
+  void (*to_bfloat16)(const ConvertRowParams&, int64_t row);
+  int64_t bfloat16_row_words;  // that to_bfloat16 writes for two channels
+  void (*to_int8)(const ConvertRowParams&, int64_t row);
+  int64_t int8_row_words;  // that to_int8 writes for kGroup channels
+  void (*quantize_panel)(const QuantizeParams&, int64_t panel);
   void (*features)(const FeatureParams&, int64_t token);
   void (*gelu)(const RowsParams&, int64_t row);
   void (*gelu_erf)(const RowsParams&, int64_t row);

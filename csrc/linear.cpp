@@ -4,7 +4,13 @@
 // for each 32-bit word of channels, padded with zeros. A word is one float32 channel or two
 // bfloat16 channels; the tensor is [panels, C, 64] or [panels, C / 2, 128]. The latter as int16 says
 // that these are float32 weights, for x in float32, which lose nothing in bfloat16; C is even.
+// Weights of eight bits, as int8 [panels, groups * kGroupWords, 256], have a word of scales before
+// the words of each kGroup channels (eight_bits.h).
 #include <torch/csrc/stable/ops.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <vector>
 
@@ -44,12 +50,28 @@ void pack_panel(const Unpacked<Element>& weight, int64_t panel, Element* packed)
   }
 }
 
+constexpr uintptr_t kLargePage = 2 << 20;  // bytes
+
+// An empty tensor for packed weights, on large pages where the system has them for those who ask:
+// a step reads all weights, and looks up each page.
+Tensor empty_packed(const Tensor& weight, int64_t panels, int64_t words, int64_t width,
+                    ScalarType type) {
+  Tensor packed = torch::stable::new_empty(weight, {panels, words, width}, type);
+#if defined(__linux__)
+  const auto begin = reinterpret_cast<uintptr_t>(packed.mutable_data_ptr());
+  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t last = (begin + panels * words * kPanel * sizeof(float)) / kLargePage * kLargePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return packed;
+}
+
 template <class Element>
 Tensor pack(const Tensor& weight) {
   const auto* data = static_cast<const Element*>(weight.const_data_ptr());
   const Unpacked<Element> from{data, weight.stride(0), weight.size(0), weight.size(1)};
   const int64_t panels = ceil_div(from.columns, kPanel), width = kPanel * from.kPerWord;
-  Tensor packed = torch::stable::new_empty(weight, {panels, from.words(), width});
+  Tensor packed = empty_packed(weight, panels, from.words(), width, weight.scalar_type());
   auto* to = static_cast<Element*>(packed.mutable_data_ptr());
   for_each_task(panels, 1, [&](int64_t i) { pack_panel(from, i, to + i * from.words() * width); });
   return packed;
@@ -61,8 +83,23 @@ void check_bias(const std::optional<Tensor>& bias, int64_t columns) {
   check_size(*bias, "bias", 0, columns);
 }
 
-bool is_packed_type(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Short;
+// How weights of a packed type are laid out.
+struct Layout {
+  int64_t elements;  // in a word
+  int64_t channels, words;  // that belong together
+};
+
+Layout layout_of(const Tensor& packed) {
+  switch (packed.scalar_type()) {
+    case ScalarType::BFloat16:
+    case ScalarType::Short:
+      return {2, 2, 1};
+    case ScalarType::Char:
+      return {4, kGroup, kGroupWords};
+    default:
+      check_tensor(packed, "packed", 3, ScalarType::Float);
+      return {1, 1, 1};
+  }
 }
 
 LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
@@ -72,11 +109,12 @@ LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<T
   check_size(out, "out", 0, x.size(0));
   check_bias(bias, out.size(1));
   const ScalarType type = packed.scalar_type();
-  const int64_t each = type == ScalarType::Float ? 1 : 2;
-  check_contiguous(packed, "packed", 3, is_packed_type(type) ? type : ScalarType::Float);
+  const Layout layout = layout_of(packed);
+  const int64_t words = ceil_div(x.size(1), layout.channels) * layout.words;
+  check_contiguous(packed, "packed", 3, type);
   check_size(packed, "packed", 0, ceil_div(out.size(1), kPanel));
-  check_size(packed, "packed", 1, ceil_div(x.size(1), each));
-  check_size(packed, "packed", 2, kPanel * each);
+  check_size(packed, "packed", 1, words);
+  check_size(packed, "packed", 2, kPanel * layout.elements);
   STD_TORCH_CHECK(type != ScalarType::Short || x.size(1) % 2 == 0,
                   "packed as int16 takes an even number of channels, not ", x.size(1));
   LinearParams p{x.const_data_ptr<float>(), static_cast<const float*>(packed.const_data_ptr())};
@@ -84,44 +122,58 @@ LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<T
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.out = out.mutable_data_ptr<float>();
   p.rows = x.size(0);
-  p.words = ceil_div(x.size(1), each);
+  p.words = words;
   p.columns = out.size(1);
   p.x_stride = x.stride(0);
   return p;
 }
 
+// What a product does with packed weights of some type.
+struct Kernel {
+  void (*product)(const LinearParams&, int64_t);
+  void (*convert)(const ConvertRowParams&, int64_t);  // of a row; null: x is taken as it is
+  int64_t channels, words;                            // converted channels take as many words
+};
+
+Kernel kernel_for(ScalarType type) {
+  const Kernels& table = kernels();
+  switch (type) {
+    case ScalarType::Float:
+      return {table.linear, nullptr, 0, 0};
+    case ScalarType::BFloat16:
+      return {table.linear_bfloat16, table.to_bfloat16, 2, table.bfloat16_row_words};
+    case ScalarType::Char:
+      return {table.linear_int8, table.to_int8, kGroup, table.int8_row_words};
+    default:
+      return {table.linear_widened, nullptr, 0, 0};
+  }
+}
+
 // A product with its kernel; its tasks are the next after those of the products before it.
 struct Product {
   LinearParams p;
-  void (*kernel)(const LinearParams&, int64_t);
+  Kernel kernel;
   int64_t first_task, channels;
 
   int64_t tasks() const { return p.panels() * p.blocks(); }
-  bool is_bfloat16() const { return kernel == kernels().linear_bfloat16; }
+  int64_t row_words() const {
+    return kernel.convert ? ceil_div(channels, kernel.channels) * kernel.words + kWordsBetween : 0;
+  }
 };
 
-void (*kernel_for(ScalarType type))(const LinearParams&, int64_t) {
-  const Kernels& table = kernels();
-  return type == ScalarType::Float      ? table.linear
-         : type == ScalarType::BFloat16 ? table.linear_bfloat16
-                                        : table.linear_widened;
-}
-
-// Converts all rows to bfloat16 once for all panels; the buffer is kept for the next call.
+// Converts all rows once for all panels; the buffer is kept for the next call.
 void convert_rows(std::vector<Product>& products) {
   static thread_local std::vector<float> buffer;
   size_t size = 0;
-  for (const Product& each : products)
-    if (each.is_bfloat16()) size += each.p.rows * (each.p.words + kWordsBetween);
+  for (const Product& each : products) size += each.p.rows * each.row_words();
   if (size > buffer.size()) buffer.resize(size);
   float* words = buffer.data();
   for (Product& each : products) {
-    if (!each.is_bfloat16()) continue;
+    if (!each.kernel.convert) continue;
     LinearParams& p = each.p;
-    const ToBFloat16Params conversion{p.x, words, each.channels, p.x_stride,
-                                      p.words + kWordsBetween};
+    const ConvertRowParams conversion{p.x, words, each.channels, p.x_stride, each.row_words()};
     for_each_task(p.rows, kConvertedPerThread / std::max<int64_t>(1, each.channels),
-                  [&](int64_t row) { kernels().to_bfloat16(conversion, row); });
+                  [&](int64_t row) { each.kernel.convert(conversion, row); });
     p.x = words;
     p.x_stride = conversion.words_stride;
     words += p.rows * p.x_stride;
@@ -142,7 +194,7 @@ void run(std::vector<Product> products) {
   for_each_task(tasks, kProductsPerThread / mean, [&](int64_t task) {
     const Product* each = &products.back();
     while (task < each->first_task) --each;
-    each->kernel(each->p, task - each->first_task);
+    each->kernel.product(each->p, task - each->first_task);
   });
 }
 
@@ -161,6 +213,21 @@ Tensor pack_weight(const Tensor& weight) {
   }
   check_rows(weight, "weight", 2);
   return pack<float>(weight);
+}
+
+// weight [out_features, C], float32 → packed in eight bits.
+Tensor quantize_weight(const Tensor& weight) {
+  check_rows(weight, "weight", 2);
+  QuantizeParams p{weight.const_data_ptr<float>()};
+  p.columns = weight.size(0);
+  p.channels = weight.size(1);
+  p.stride = weight.stride(0);
+  const int64_t panels = ceil_div(p.columns, kPanel);
+  const int64_t words = ceil_div(p.channels, kGroup) * kGroupWords;
+  Tensor packed = empty_packed(weight, panels, words, kPanel * 4, ScalarType::Char);
+  p.packed = static_cast<float*>(packed.mutable_data_ptr());
+  for_each_task(panels, 1, [&](int64_t panel) { kernels().quantize_panel(p, panel); });
+  return packed;
 }
 
 // x [N, C] (rows any distance apart), packed, bias [out_features] or none → [N, out_features].

@@ -6,29 +6,31 @@
 // of the task; between blocks the sums are kept in a float32 tile, which leaves the chain
 // unchanged. Each group of rows prefetches a part of the next block, so that loads overlap with
 // arithmetic. Float32 and bfloat16 weights, and float32 ones that are kept in bfloat16 because that
-// loses nothing, differ in the word type alone (bfloat16.h). Included by kernels.cpp only.
+// loses nothing, differ in the word type alone (bfloat16.h); with weights of eight bits the chain
+// is one of groups (eight_bits.h). Included by kernels.cpp only.
 #pragma once
 
 #include "bfloat16.h"
+#include "eight_bits.h"
 #include "kernels.h"
 #include "prefetch.h"
 #include "simd.h"
 
 namespace cottention::COTTENTION_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kMaxRows = 6;
-constexpr int across(int) { return 4; }
-#elif defined(__AVX2__)
-constexpr int kMaxRows = 6;
-constexpr int across(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
-#else
-constexpr int kMaxRows = 2;
-constexpr int across(int rows) { return rows == 1 ? 2 : 1; }
-#endif
+constexpr int64_t kLine = 16;  // words of a cache line
 
-constexpr int64_t kBlock = 64;   // words of a panel: half of a small L1 cache
-constexpr int64_t kFewRows = 4;  // up to this many, reading the weights takes longest
+// How a type of weights is divided: a unit is what cannot be divided.
+template <class Word>
+struct Units {
+  static constexpr int64_t kWords = 1, kRowWords = Word::kRowWords;
+  static constexpr int64_t kBlock = 64;  // words of a block of a panel: half of a small L1 cache
+};
+template <>
+struct Units<EightBits> {
+  static constexpr int64_t kWords = kGroupWords, kRowWords = EightBits::kRowGroup;
+  static constexpr int64_t kBlock = 4 * kGroupWords;
+};
 
 // Rows of words, `stride` words apart.
 struct RowBlock {
@@ -36,76 +38,138 @@ struct RowBlock {
   int64_t stride;
 };
 
-// A block of words of a panel, and the columns [first, last) of the next block to prefetch.
+// A block of words of a panel. Of what follows it, `lines` cache lines from `next` on are
+// prefetched by the group of rows that this is given to.
 struct PanelBlock {
   const float* data;
-  int64_t words, first_prefetched, last_prefetched;
+  int64_t words;
+  const float* next;
+  int64_t lines;
 };
 
-// Adds the block's terms to the sums of R rows and across(R) × 16 columns from `column` on.
-template <class Word, int R>
-inline void extend_chains(const RowBlock& x, const PanelBlock& block, int64_t column, float* tile) {
-  constexpr int A = across(R);
-  Lanes sums[R][A];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int a = 0; a < A; ++a) sums[r][a] = load(tile + r * kPanel + a * kLanes);
-  const int64_t end = column + A * kLanes;
-  const int64_t first = block.first_prefetched > column ? block.first_prefetched : column;
-  const int64_t last = min(block.last_prefetched, end);
-  const float* panel = block.data + column;
-  const float* next = block.data + block.words * kPanel;
-  for (int64_t c = 0; c < block.words; ++c, panel += kPanel, next += kPanel) {
-    for (int64_t j = first; j < last; j += kLanes) __builtin_prefetch(next + j, 0, 2);
+// Lines to prefetch, spread over the words of a block: the same line may come twice.
+struct Prefetch {
+  const float* next;
+  int64_t step, each;  // floats from word to word; lines at a word
+
+  static Prefetch of(const PanelBlock& block, int64_t strip, int64_t strips) {
+    const int64_t first = block.lines * strip / strips;
+    const int64_t lines = block.lines * (strip + 1) / strips - first;
+    const int64_t step = (lines * kLine + block.words - 1) / block.words;
+    return {block.next + first * kLine, step, (step + kLine - 1) / kLine};
+  }
+  void word(int64_t c) const {
+    for (int64_t i = 0; i < each; ++i) __builtin_prefetch(next + c * step + i * kLine, 0, 2);
+  }
+};
+
+// Adds the terms of `words` words to the sums of R rows and A × 16 columns. x: the words of the
+// first row; first: the number of the first word in its block.
+template <class Word, int R, int A>
+inline void add_words(typename Word::Sum (&sums)[R][A], const float* x, int64_t stride,
+                      const float* panel, int64_t words, const Prefetch& prefetch, int64_t first) {
+  for (int64_t c = 0; c < words; ++c, panel += kPanel, x += Word::kRowWords) {
+    prefetch.word(first + c);
     Lanes weights[A];
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) weights[a] = load(panel + a * kLanes);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int i = 0; i < Word::kRowWords; ++i) {
       Lanes part[A];
 #pragma GCC unroll 4
       for (int a = 0; a < A; ++a) part[a] = Word::part(weights[a], i);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const Lanes value = broadcast(x.words[r * x.stride + c * Word::kRowWords + i]);
+        const float value = x[r * stride + Word::place(i)];
 #pragma GCC unroll 4
         for (int a = 0; a < A; ++a) sums[r][a] = Word::multiply_add(part[a], value, sums[r][a]);
       }
     }
   }
+}
+
+// Adds the block's terms to the chains of R rows and A × 16 columns, which `tile` holds.
+template <class Word, int R, int A>
+inline void extend_chains(const RowBlock& x, const PanelBlock& block, int64_t column, float* tile,
+                          const Prefetch& prefetch) {
+  Lanes sums[R][A];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a) sums[r][a] = load(tile + r * kPanel + a * kLanes);
+  add_words<Word, R, A>(sums, x.words, x.stride, block.data + column, block.words, prefetch, 0);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) store(tile + r * kPanel + a * kLanes, sums[r][a]);
 }
 
+// As extend_chains, a group at a time: each adds its sum times both scales.
+template <int R, int A>
+inline void extend_groups(const RowBlock& x, const PanelBlock& block, int64_t column, float* tile,
+                          const Prefetch& prefetch) {
+  const float* row = x.words;
+  const float* panel = block.data + column;
+  for (int64_t w = 0; w < block.words; w += kGroupWords) {
+    EightBits::Sum sums[R][A];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int a = 0; a < A; ++a)
+        sums[r][a] = EightBits::start(bits_of(row[r * x.stride + EightBits::kStartAt]));
+    prefetch.word(w);  // in place of the word of scales
+    add_words<EightBits, R, A>(sums, row, x.stride, panel + kPanel, kGroupWords - 1, prefetch, w + 1);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Lanes own = broadcast(row[r * x.stride + EightBits::kScaleAt]);
+#pragma GCC unroll 4
+      for (int a = 0; a < A; ++a) {
+        float* total = tile + r * kPanel + a * kLanes;
+        const Lanes scale = multiply(own, load(panel + a * kLanes));
+        store(total, multiply_add(EightBits::to_float(sums[r][a]), scale, load(total)));
+      }
+    }
+    row += EightBits::kRowGroup;
+    panel += kGroupWords * kPanel;
+  }
+}
+
 template <class Word, int R>
 inline void extend_rows(const RowBlock& x, const PanelBlock& block, float* tile) {
-  for (int64_t column = 0; column < kPanel; column += across(R) * kLanes)
-    extend_chains<Word, R>(x, block, column, tile + column);
+  constexpr int A = across(R);
+  constexpr int64_t strips = kPanel / (A * kLanes);
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    const int64_t column = strip * A * kLanes;
+    const Prefetch prefetch = Prefetch::of(block, strip, strips);
+    if constexpr (Units<Word>::kWords == 1)
+      extend_chains<Word, R, A>(x, block, column, tile + column, prefetch);
+    else
+      extend_groups<R, A>(x, block, column, tile + column, prefetch);
+  }
 }
 
 using ExtendRows = void (*)(const RowBlock&, const PanelBlock&, float*);
 
+template <class Word, int R>
+constexpr ExtendRows extend_rows_or_none() {
+  if constexpr (R <= Word::kMaxRows) return extend_rows<Word, R>;
+  return nullptr;
+}
+
 template <class Word>
 inline ExtendRows extend_rows_for(int64_t rows) {
-#if defined(__AVX2__)
-  static constexpr ExtendRows table[] = {extend_rows<Word, 1>, extend_rows<Word, 2>,
-                                         extend_rows<Word, 3>, extend_rows<Word, 4>,
-                                         extend_rows<Word, 5>, extend_rows<Word, 6>};
-#else
-  static constexpr ExtendRows table[] = {extend_rows<Word, 1>, extend_rows<Word, 2>};
-#endif
-  static_assert(sizeof table / sizeof *table == kMaxRows);
+  static constexpr ExtendRows table[] = {
+      extend_rows<Word, 1>,           extend_rows_or_none<Word, 2>(), extend_rows_or_none<Word, 3>(),
+      extend_rows_or_none<Word, 4>(), extend_rows_or_none<Word, 5>(), extend_rows_or_none<Word, 6>()};
+  static_assert(Word::kMaxRows <= sizeof table / sizeof *table);
   return table[rows - 1];
 }
 
 // One block of words for few rows.
 template <class Word>
 inline void extend_few(const RowBlock& x, const PanelBlock& block, int64_t rows, float* tile) {
-  for (int64_t row = 0; row < rows; row += kMaxRows) {
-    const int64_t count = min(rows - row, kMaxRows);
+  for (int64_t row = 0; row < rows; row += Word::kMaxRows) {
+    const int64_t count = min(rows - row, Word::kMaxRows);
     extend_rows_for<Word>(count)({x.words + row * x.stride, x.stride}, block, tile + row * kPanel);
   }
 }
@@ -113,12 +177,12 @@ inline void extend_few(const RowBlock& x, const PanelBlock& block, int64_t rows,
 // One block of words for all rows of a task, in groups of nearly equal size.
 template <class Word>
 inline void extend_many(const RowBlock& x, PanelBlock block, int64_t rows, float* tile) {
-  const int64_t groups = (rows + kMaxRows - 1) / kMaxRows;
-  constexpr int64_t lines = kPanel / kLanes;
+  const int64_t groups = (rows + Word::kMaxRows - 1) / Word::kMaxRows;
+  const int64_t lines = block.words * (kPanel / kLine);
   for (int64_t g = 0, row = 0; g < groups; ++g) {
     const int64_t count = (rows - row + groups - g - 1) / (groups - g);
-    block.first_prefetched = g * lines / groups * kLanes;
-    block.last_prefetched = (g + 1) * lines / groups * kLanes;
+    block.next = block.data + (lines + lines * g / groups) * kLine;
+    block.lines = lines * (g + 1) / groups - lines * g / groups;
     const RowBlock group{x.words + row * x.stride, x.stride};
     extend_rows_for<Word>(count)(group, block, tile + row * kPanel);
     row += count;
@@ -145,10 +209,12 @@ inline void linear(const LinearParams& p, int64_t task) {
   const int64_t first = p.rows * block_of_rows / p.blocks();
   const int64_t rows = p.rows * (block_of_rows + 1) / p.blocks() - first;
   __builtin_memset(tile, 0, rows * kPanel * sizeof(float));
-  for (int64_t w = 0; w < p.words; w += kBlock) {
-    const RowBlock x{p.x + first * p.x_stride + w * Word::kRowWords, p.x_stride};
+  using Unit = Units<Word>;
+  for (int64_t w = 0; w < p.words; w += Unit::kBlock) {
+    const float* row = p.x + first * p.x_stride + w / Unit::kWords * Unit::kRowWords;
+    const RowBlock x{row, p.x_stride};
     const float* weights = p.packed + (panel * p.words + w) * kPanel;
-    const PanelBlock block{weights, min(p.words - w, kBlock), 0, 0};
+    const PanelBlock block{weights, min(p.words - w, Unit::kBlock), weights, 0};
     if (rows > kFewRows) {
       extend_many<Word>(x, block, rows, tile);
     } else {

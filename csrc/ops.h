@@ -16,6 +16,7 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& w,
                       const std::optional<Tensor>& a, const std::optional<Tensor>& b);
 Tensor pack_weight(const Tensor& weight);
+Tensor quantize_weight(const Tensor& weight);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               int64_t out_features);
 void linear_out(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,

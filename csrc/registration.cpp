@@ -9,6 +9,7 @@ STABLE_TORCH_LIBRARY(cottention, m) {
       "Tensor state_indices, Tensor? cu_seqlens=None, Tensor? w=None, Tensor? a=None, "
       "Tensor? b=None) -> Tensor");
   m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("quantize_weight(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("rotary_table(Tensor positions, int rotary_dim, float base) -> (Tensor, Tensor)");
   m.def(
@@ -57,6 +58,7 @@ STABLE_TORCH_LIBRARY(cottention, m) {
 STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("recurrent_step", TORCH_BOX(&cottention::recurrent_step));
   m.impl("pack_weight", TORCH_BOX(&cottention::pack_weight));
+  m.impl("quantize_weight", TORCH_BOX(&cottention::quantize_weight));
   m.impl("linear", TORCH_BOX(&cottention::linear));
   m.impl("rotary_table", TORCH_BOX(&cottention::rotary_table));
   m.impl("cottention_features", TORCH_BOX(&cottention::cottention_features));

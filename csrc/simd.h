@@ -18,6 +18,22 @@ typedef uint32_t Words __attribute__((vector_size(16)));
 constexpr int64_t kLanes = 16;
 constexpr int64_t kHalf = 8;
 
+// Rows and vectors of 16 columns whose sums of a product stay in registers. Up to kFewRows rows,
+// weights are read in the order of addresses, which the hardware prefetches best.
+#if defined(__AVX512F__)
+constexpr int kMaxRows = 6, kMaxRowsOfPairs = 6;
+constexpr int across(int) { return 4; }
+constexpr int64_t kFewRows = 4;
+#elif defined(__AVX2__)
+constexpr int kMaxRows = 6, kMaxRowsOfPairs = 5;
+constexpr int across(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int64_t kFewRows = 1;
+#else
+constexpr int kMaxRows = 2, kMaxRowsOfPairs = 2;
+constexpr int across(int rows) { return rows == 1 ? 2 : 1; }
+constexpr int64_t kFewRows = 1;
+#endif
+
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline float multiply_add(float a, float b, float c) {
@@ -165,18 +181,6 @@ inline Part load_part(const float* p) {
 }
 inline void store_part(float* p, Part x) { __builtin_memcpy(p, &x, sizeof x); }
 inline Part broadcast_part(float x) { return x - Part{}; }
-
-// Each lane of a and b holds two bfloat16: c + a1 b1 + a0 b0, each product added with one rounding
-// if the CPU has FMA. first_halves and second_halves widen them to float32 (the first is the lower
-// half).
-inline Lanes multiply_add_pairs(Lanes a, Lanes b, Lanes c) {
-#if defined(__AVX512BF16__)
-  return {_mm512_dpbf16_ps(c.all, (__m512bh)a.all, (__m512bh)b.all)};
-#else
-  const Lanes second = multiply_add(second_halves(a), second_halves(b), c);
-  return multiply_add(first_halves(a), first_halves(b), second);
-#endif
-}
 
 // The last reduction of four folded sums, side by side: each is (x0 + x2) + (x1 + x3).
 inline Quad finish(Quad a, Quad b, Quad c, Quad d) {

@@ -11,7 +11,7 @@ from cottention.engine.state.spec import StateSpec
 
 DEFAULT_SLOTS = 64
 
-DType = Literal["auto", "float32", "bfloat16"]
+DType = Literal["auto", "float32", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
@@ -21,7 +21,9 @@ class EngineConfig:
 
     device: Device = setting("auto", "device to run on; auto uses CUDA where it is available")
     dtype: DType = setting(
-        "auto", "type of the weights; auto is float32 on the CPU and the checkpoint's type on CUDA"
+        "auto",
+        "type of the weights; auto is float32 on the CPU and the checkpoint's type on CUDA; int8,"
+        " on the CPU only, quantizes matrices when they are loaded",
     )
     tokenizer: str | None = setting(
         None,

@@ -259,7 +259,7 @@ class Engine:
     @property
     def has_one_arithmetic(self) -> bool:
         """Whether equal ids give equal bits, however they are cut into chunks and batches."""
-        return self.device == "cpu" and self.dtype == "float32"
+        return self.device == "cpu" and self.dtype in ("float32", "int8")
 
     def session_codec(
         self, *, writes_recipes: bool = False, max_encoded: int | None = None

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 
+from cottention.engine import ops
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError, ModelFolderError, ParameterError
@@ -40,7 +41,13 @@ from cottention.engine.text.read_tokenizer import read_tokenizer
 
 _log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.bfloat16,
+}
+"""In which weights are read, by the setting; int8 quantizes those that the family has in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +138,8 @@ def serve(placed: Placed) -> tuple[Any, int]:
     weights = load_model(placed.folder, placed.model_config, DTYPES[placed.dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
     implementation = family_of(placed.model_config).implementation()
-    return implementation.serve(weights, placed.device), num_parameters
+    with ops.eight_bit_weights(placed.dtype == "int8"):
+        return implementation.serve(weights, placed.device), num_parameters
 
 
 def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextPolicy:
@@ -162,7 +170,20 @@ def _device(config: EngineConfig) -> str:
 
 
 def _dtype(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
-    """auto is float32 on a CPU, where its bits are reproducible, and the checkpoint's on CUDA."""
+    """auto is float32 on a CPU, where its bits are reproducible, and the checkpoint's on CUDA.
+
+    Raises ConfigurationError.
+    """
+    if config.dtype == "int8" and device != "cpu":
+        raise ConfigurationError(
+            f"--dtype int8: weights of eight bits are multiplied on the CPU only, not on {device};"
+            " give --device cpu, or --dtype bfloat16"
+        )
+    if config.dtype == "int8" and ops.backend() != "compiled":
+        raise ConfigurationError(
+            "--dtype int8 needs the compiled ops, which are missing here: `cottention build` says"
+            " why; or give another --dtype"
+        )
     if config.dtype != "auto":
         return config.dtype
     stored = model_config.torch_dtype

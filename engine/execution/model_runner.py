@@ -66,6 +66,8 @@ class ModelRunner:
         self._max_recurrent_tokens = ops.max_recurrent_tokens(
             device, pool.spec.key_width, pool.spec.value_width
         )
+        self._rows: list[int] = []
+        self._row_recurrence: Recurrence | None = None
         self._captured: CapturedDecode | None = None
         if device.startswith("cuda"):
             self._captured = CapturedDecode(self._decode, sampler, pool.num_rows, device)
@@ -78,6 +80,8 @@ class ModelRunner:
         Those whose masks are not there when it returns are not sampled: their logits are returned.
         """
         prepare_rows(batch, self._pool)
+        if self._captured is None and _is_greedy(batch):
+            return self._run_greedy(batch.decode)
         segments = _segments(batch)
         captured = self._captured
         if captured is not None and segments and _is_one_token_each(batch, captured.max_rows):
@@ -128,6 +132,27 @@ class ModelRunner:
         tokens = self._sampler.sample(logits, [_sampling_input(target) for target in targets])
         return _batch_result(targets, tokens)._replace(late_logits=late_logits)
 
+    def _run_greedy(self, choices: Sequence[Choice]) -> BatchResult:
+        """As `run` for choices that decode one token each and want the likeliest, nothing else."""
+        ids = [choice.pending[0] for choice in choices]
+        positions = [
+            choice.position - choice.request.context_schedule.start(choice.position)
+            for choice in choices
+        ]
+        recurrence = self._one_token_each([choice.rows[0] for choice in choices])
+        hidden = self._model.hidden(self._tensor(ids), self._tensor(positions), recurrence)
+        sampled = self._sampler.likeliest(self._model.logits(hidden))
+        samples = [
+            Sample(choice, SampledToken(token_id, None))
+            for choice, token_id in zip(choices, sampled, strict=True)
+            if token_id != ops.NO_INDEX
+        ]
+        unsampled: list[Choice] = []
+        if len(samples) < len(choices):
+            pairs = zip(choices, sampled, strict=True)
+            unsampled = [choice for choice, token_id in pairs if token_id == ops.NO_INDEX]
+        return BatchResult(samples, unsampled, {})
+
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """One token of each slot, as captured: logits float32 [R, vocab_size]."""
         recurrence = Recurrence(self._pool.tensors, ops.Segments(slots))
@@ -153,6 +178,13 @@ class ModelRunner:
         num_rows, limit = self._pool.num_rows, self._max_recurrent_tokens
         packed = ops.Segments.of(rows, lengths, num_rows, self._device, max_recurrent_tokens=limit)
         return Recurrence(self._pool.tensors, packed)
+
+    def _one_token_each(self, rows: list[int]) -> Recurrence:
+        """That of the step before, where the same rows go on."""
+        if self._rows != rows or self._row_recurrence is None:
+            packed = ops.Segments.of(rows, [1] * len(rows), self._pool.num_rows, self._device)
+            self._rows, self._row_recurrence = rows, Recurrence(self._pool.tensors, packed)
+        return self._row_recurrence
 
     def _prompt_logprobs(self, hidden: Tensor, batch: Batch) -> dict[Request, list[TokenLogprob]]:
         """Log-probabilities of the prompt ids that follow those of each chunk that is scored."""
@@ -219,6 +251,13 @@ def _is_one_token_each(batch: Batch, max_rows: int) -> bool:
     return is_decode and all(len(choice.pending) == 1 for choice in batch.decode)
 
 
+def _is_greedy(batch: Batch) -> bool:
+    """Whether all choices of the batch decode one token each and want the likeliest."""
+    if batch.prefill or batch.lookahead or batch.late:
+        return False
+    return all(choice.is_plain and len(choice.pending) == 1 for choice in batch.decode)
+
+
 def _segments(batch: Batch) -> list[Segment]:
     """Decoding choices, then prompt chunks, as in `_sampling_targets`; spare rows last."""
     segments = [
@@ -257,6 +296,16 @@ def _batch_result(
 
 
 def _sampling_input(target: SamplingTarget) -> SamplingInput:
+    """What the sampler needs for the next id; notes whether it needs nothing from now on."""
+    sampling_input = _next_sampling_input(target)
+    choice = target.choice
+    is_fixed = choice.matcher is None and not choice.is_early and not choice.history.matters
+    is_greedy = choice.request.params.is_greedy
+    choice.is_plain = is_fixed and is_greedy and not sampling_input.needs_logits
+    return sampling_input
+
+
+def _next_sampling_input(target: SamplingTarget) -> SamplingInput:
     choice, request = target.choice, target.choice.request
     params = request.params
     is_random = not params.is_greedy

@@ -43,6 +43,7 @@ from cottention.engine.ops.linear import (
     FixedOrderLinear,
     FixedOrderNorm,
     can_pack,
+    eight_bit_weights,
     row_product,
     wide_product,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "cottention_attention_gelu",
     "cottention_features",
     "cottention_layers",
+    "eight_bit_weights",
     "elu_plus_one",
     "exp",
     "fused_kernel_has_width",

@@ -37,7 +37,7 @@ KERNEL_FLAGS = {
     "plain": "",
     "avx2": "-mavx2 -mfma",
     "avx512": _AVX512,
-    "avx512_bf16": f"{_AVX512} -mavx512bf16",
+    "avx512_bf16": f"{_AVX512} -mavx512bf16 -mavx512vnni",
 }
 FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno"

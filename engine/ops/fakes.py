@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cottention.engine.ops.reference import GROUP
+
 PANEL = 64  # output columns side by side in a packed weight, as in csrc/kernels.h
 WORD_BYTES = 4
 
@@ -33,6 +35,13 @@ def pack_weight(weight: Tensor) -> Tensor:
     per_word = WORD_BYTES // weight.element_size()
     words = (channels + per_word - 1) // per_word
     return weight.new_empty((columns + PANEL - 1) // PANEL, words, PANEL * per_word)
+
+
+def quantize_weight(weight: Tensor) -> Tensor:
+    columns, channels = weight.shape
+    words = (channels + GROUP - 1) // GROUP * (1 + GROUP // WORD_BYTES)
+    panels = (columns + PANEL - 1) // PANEL
+    return weight.new_empty(panels, words, PANEL * WORD_BYTES, dtype=torch.int8)
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -97,6 +106,7 @@ def in_place(*arguments: object) -> None:
 FAKES: dict[str, Callable[..., object]] = {
     "recurrent_step": recurrent_step,
     "pack_weight": pack_weight,
+    "quantize_weight": quantize_weight,
     "linear": linear,
     "rotary_table": rotary_table,
     "cottention_features": cottention_features,

@@ -4,6 +4,10 @@ On the CPU weights are packed for the compiled product; without compiled ops tor
 tiles of one height.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +16,18 @@ from cottention.engine.ops.loader import backend, needs_gradient
 
 TILE_ROWS = 32
 _ROWS_AT_ONCE = 256
+
+_in_eight_bits: ContextVar[bool] = ContextVar("in_eight_bits", default=False)
+
+
+@contextmanager
+def eight_bit_weights(wanted: bool = True) -> Iterator[None]:
+    """Within it, every new `FixedOrderLinear` keeps bfloat16 weights in eight bits, if `wanted`."""
+    token = _in_eight_bits.set(wanted)
+    try:
+        yield
+    finally:
+        _in_eight_bits.reset(token)
 
 
 def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,7 +50,8 @@ class FixedOrderLinear(nn.Module):
     Float32 and bfloat16 weights on the CPU are packed for the compiled product, which takes and
     returns float32; for bfloat16 weights it rounds x to bfloat16 and accumulates in float32.
     Float32 weights that were widened from bfloat16 are kept in half the memory, with the bits of
-    the product in float32. No gradients.
+    the product in float32. Within `eight_bit_weights`, bfloat16 weights are quantized further, and
+    so is x in the product (`reference.quantized_linear`). No gradients.
     """
 
     weight: Tensor
@@ -98,8 +115,12 @@ class FixedOrderNorm(nn.Module):
 def _packed(weight: Tensor) -> Tensor:
     """As the compiled product takes it; int16 holds the bfloat16 bits of float32 weights.
 
-    Widening takes as long as multiplying where vectors are short, so there float32 is kept.
+    int8 holds quantized weights with their scales. Widening takes as long as multiplying where
+    vectors are short, so there float32 is kept.
     """
+    if weight.dtype == torch.bfloat16 and _in_eight_bits.get():
+        quantized: Tensor = torch.ops.cottention.quantize_weight(weight.float())
+        return quantized
     can_widen = weight.shape[1] % 2 == 0 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
     if weight.dtype == torch.float32 and can_widen and _is_bfloat16(weight):
         return _pack_weight(weight.to(torch.bfloat16)).view(torch.int16)

@@ -17,6 +17,11 @@ DENOMINATOR_FLOOR = 1e-6
 NORM_FLOOR = 1e-12
 PADDING_SLOT = -1
 NO_INDEX = -1
+GROUP = 64
+"""Channels that share a scale where weights have eight bits."""
+
+_LARGEST = 127
+_LEAST = 1e-30
 
 
 def parallel(
@@ -359,3 +364,32 @@ def _scan_one(
     step = delta.unsqueeze(-1)
     state = torch.exp(step * log_decay) * state + step * u.unsqueeze(-1) * k.unsqueeze(-2)
     return state, (state * q.unsqueeze(-2)).sum(-1)
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers from −127 to 127, and what to multiply those of each group of 64 channels with.
+
+    x [N, C] → int8 [N, G, 64], the last group filled with zeros, and scales [N, G] of x's type. A
+    group's largest magnitude becomes 127, or all are 0 where it is below 1e-30. Ties go to even.
+    """
+    groups = torch.nn.functional.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(-1)
+    is_zero = largest < _LEAST
+    inverse = torch.where(is_zero, 0, torch.full_like(largest, _LARGEST) / largest)
+    whole = (groups * inverse.unsqueeze(-1)).round().to(torch.int8)
+    return whole, torch.where(is_zero, 0, largest / _LARGEST)
+
+
+def quantized_linear(x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias with both quantized: x [N, C] float32 → [N, O].
+
+    weight [O, G, 64] and scales [O, G]: as `quantize` returned them. The sum of a group is a whole
+    number, exact in any order; groups are added one after the other. So the bits of a row do not
+    depend on the other rows.
+    """
+    rows, row_scales = (part.transpose(0, 1) for part in quantize(x))  # [G, N, 64], [G, N]
+    out = x.new_zeros(len(x), len(weight))
+    for g, (row, row_scale) in enumerate(zip(rows, row_scales, strict=True)):
+        sums = row.to(x.dtype) @ weight[:, g].to(x.dtype).T
+        out = out + sums * (row_scale.unsqueeze(1) * scales[:, g])
+    return out if bias is None else out + bias

@@ -115,15 +115,29 @@ class Sampler:
         logprobs = _logprobs(logits, ids, inputs)
         return [as_sampled_token(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
 
+    def likeliest(self, logits: Tensor) -> list[int]:
+        """The id of the largest logit of each row of float32 [R, N], which is changed in place.
+
+        NO_INDEX where a row's logits are not finite.
+        """
+        self._mask(logits)
+        ids: list[int] = ops.argmax(logits).tolist()
+        return ids
+
     def mask_unsampleable(self, logits: Tensor) -> Tensor:
         """A copy of logits [R, N] with −∞ for ids that the tokenizer does not have."""
         return logits.index_fill(-1, self._unsampleable_ids, -torch.inf)
+
+    def _mask(self, logits: Tensor) -> None:
+        """−∞, in place, for ids that the tokenizer does not have."""
+        if len(self._unsampleable_ids):
+            logits.index_fill_(-1, self._unsampleable_ids, -torch.inf)
 
     def _adjusted(self, logits: Tensor, inputs: Sequence[SamplingInput]) -> Tensor:
         """Adjusted logits, −∞ for masked ids: in place where no row needs the original ones."""
         if any(each.params.logprobs is not None for each in inputs):
             logits = logits.clone()
-        logits.index_fill_(-1, self._unsampleable_ids, -torch.inf)
+        self._mask(logits)
         adjusted = (each.adjustment(logits.device) for each in inputs)
         adjustments = {row: one for row, one in enumerate(adjusted) if one}
         if adjustments:

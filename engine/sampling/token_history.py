@@ -41,6 +41,12 @@ class TokenHistory:
         rules = constraints.repeats
         self._repeats = None if rules is None else Repeats(rules, all_ids)
 
+    @property
+    def matters(self) -> bool:
+        """Whether ids that were generated change what comes next, besides the model."""
+        is_recalled = self._repeats is not None or bool(self._constraints.bad_words)
+        return self._is_counting or is_recalled
+
     def append(self, token_id: int) -> None:
         """Add a generated id."""
         self._last.append(token_id)

@@ -69,6 +69,7 @@ class Choice:
     generated_ids: all sampled ids, kept only for a request that continues a session, and, up to
     MAX_ANSWER_IDS, for one whose last state is cached.
     matcher: where its text is in the request's grammar, until it has ended; None without one.
+    is_plain: whether all its ids from now on are the likeliest ones, of unchanged logits.
     late_logits: float32 [1, N], of the next id, while that waits for the grammar's mask: `pending`
     is in the state then.
     """
@@ -86,6 +87,7 @@ class Choice:
     finish_reason: FinishReason | None = None
     matcher: "Matcher | None" = None
     late_logits: "Tensor | None" = None
+    is_plain: bool = False
 
     @property
     def has_mask(self) -> bool:

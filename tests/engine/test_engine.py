@@ -544,6 +544,43 @@ def test_bfloat16_is_close(gptj_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert 0 < error < 0.1
 
 
+def test_eight_bits_are_close(gptj_folder: Path) -> None:
+    """Of the logits of a prompt's ids; a scale of the wrong group would be far off."""
+    prompt = list(range(1, 40))
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=0)
+    nats = {}
+    for dtype in ("float32", "int8"):
+        engine = Engine(gptj_folder, EngineConfig(max_slots=1, dtype=dtype))
+        engine.submit(prompt, params)
+        (output,) = [out for _ in range(3) for out in engine.step() if out.finish_reason]
+        assert output.prompt_logprobs is not None
+        nats[dtype] = [each.logprob for each in output.prompt_logprobs if each is not None]
+    pairs = zip(nats["float32"], nats["int8"], strict=True)
+    assert 0 < max(abs(a - b) for a, b in pairs) < 0.1
+
+
+def test_choices_that_want_the_likeliest_id_alone_skip_the_sampler(
+    gptj_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They get the ids that they get from the sampler, beside a choice that needs it."""
+    engine = Engine(gptj_folder, EngineConfig(max_slots=4))
+    sample, num_sampled = engine._runner._sampler.sample, []
+
+    def watch(logits: torch.Tensor, inputs: Any) -> Any:
+        num_sampled.append(len(inputs))
+        return sample(logits, inputs)
+
+    monkeypatch.setattr(engine._runner._sampler, "sample", watch)
+    plain = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    asking = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, logprobs=1)
+    alone = engine.generate(["def ", "class "], plain)
+    assert num_sampled == [2]  # the first ids
+    beside = engine.submit(engine.tokenizer.encode("import "), asking)
+    assert engine.generate(["def ", "class "], plain) == alone
+    assert len(num_sampled) > 10
+    engine.cancel(beside)
+
+
 def test_threads_are_set_and_reach_torch(gptj_folder: Path) -> None:
     threads = torch.get_num_threads()
     try:

@@ -1,14 +1,16 @@
-"""On the CPU in float32 there is one arithmetic: who runs beside a request changes no bit of it.
+"""On the CPU there is one arithmetic: who runs beside a request changes no bit of it.
 
 200 requests, a third as many for each other feature map and fewer for each recurrent family, greedy
 and seeded, run alone, and then in company: batches of up to 64, prompts cut into chunks of other
-sizes, another order of arrival. Their logits are compared with torch.equal.
+sizes, another order of arrival. Their logits are compared with torch.equal. In float32; fewer with
+weights in eight bits, which have an arithmetic of their own.
 """
 
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ NUM_REQUESTS = {"cottention": 200, **dict.fromkeys(FAMILIES, 24)}
 class Recorded:
     """An engine whose logits and ids are written down, by request id."""
 
-    def __init__(self, folder: Path, **settings: int) -> None:
+    def __init__(self, folder: Path, **settings: Any) -> None:
         self.engine = Engine(folder, EngineConfig(**settings))
         self.logits: dict[str, list[Tensor]] = defaultdict(list)
         self.ids: dict[str, list[int]] = defaultdict(list)
@@ -119,10 +121,25 @@ def test_logits_have_equal_bits_alone_and_in_company(
     company = Recorded(gptj_folder, max_slots=max_slots, max_batch_tokens=max_batch_tokens)
     order = random.Random(max_slots).sample(cases, len(cases))
     company.run_together(order, arrivals_per_step)
+    _assert_equal(company, alone, cases)
+
+
+def _assert_equal(company: Recorded, alone: Recorded, cases: Sequence[Case]) -> None:
     for case in cases:
         assert company.ids[case.id] == alone.ids[case.id], case.id
         for got, expected in zip(company.logits[case.id], alone.logits[case.id], strict=True):
             assert torch.equal(got, expected), case.id
+
+
+def test_eight_bits_have_one_arithmetic_too(gptj_folder: Path, cases: list[Case]) -> None:
+    """Sessions of an int8 server are stored as ids: a state fed again would differ from the old."""
+    some = cases[:16]
+    alone = Recorded(gptj_folder, max_slots=1, dtype="int8")
+    assert alone.engine.has_one_arithmetic
+    alone.run_alone(some)
+    company = Recorded(gptj_folder, max_slots=8, max_batch_tokens=40, dtype="int8")
+    company.run_together(some[::-1], arrivals_per_step=3)
+    _assert_equal(company, alone, some)
 
 
 def test_decode_and_prefill_have_equal_bits(gptj_folder: Path) -> None:
