@@ -91,7 +91,8 @@ def test_opening_a_model_does_not_load_torch_s_compiler() -> None:
         "from cottention.engine.opening import open_engine\n"
         "from tests.engine.encoders import encoder_folder\n"
         "from tests.engine.making import FAMILIES, model_folder\n"
-        "for folder in (None, encoder_folder(), *map(model_folder, (*RECURRENT_KINDS, *FAMILIES))):\n"
+        "kinds = map(model_folder, (*RECURRENT_KINDS, *FAMILIES))\n"
+        "for folder in (None, encoder_folder(), *kinds):\n"
         "    open_engine(folder, EngineConfig(max_slots=1))\n"
         "    assert 'torch._dynamo' not in sys.modules, folder\n"
     )

@@ -151,7 +151,7 @@ def repeated(ids: Sequence[int]) -> float:
 
 
 def test_the_defaults_of_the_model_that_ships_keep_it_from_repeating_itself() -> None:
-    """Greedy text of so small a model, which a bare request must not get, is one line over again."""
+    """Greedy text of so small a model is one line over again; a bare request must not get it."""
     engine = Engine(DEFAULT_MODEL, EngineConfig(max_slots=8))
     assert engine.model_config.eos_token_ids == (0,)
     prompts, defaults = ["def __init__(self, ", "def read(path):\n"], engine.default_sampling_params
