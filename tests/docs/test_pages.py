@@ -104,7 +104,11 @@ def test_the_flags_that_the_pages_name_exist() -> None:
 
 
 OTHERS = {
-    "--json",  # of `cottention config` and the benchmarks
-    "--quick",  # of the benchmarks
+    *("--heads", "--json", "--list", "--quick"),  # of benchmarks
+    "--profile",  # of docker compose
+    # of the servers that coming-from.md compares with this one
+    *("--block-size", "--enable-prefix-caching", "--gpu-memory-utilization", "--max-model-len"),
+    *("--max-num-batched-tokens", "--max-num-seqs", "--slot-save-path", "--swap-space"),
+    "--tensor-parallel-size",
 }
 """Flags of other commands."""
