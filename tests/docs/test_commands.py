@@ -73,6 +73,7 @@ def place(tmp_path: Path, stand_ins: dict[str, Path]) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(1200)  # several processes that load torch, on a machine that does other things
 @pytest.mark.parametrize("block", TO_RUN, ids=lambda block: block.name)
 def test_it_does_what_the_page_says(block: Block, place: Path, port: str) -> None:
     text = block.text
@@ -123,7 +124,7 @@ def run(command: list[str], place: Path, environment: dict[str, str]) -> str:
         ) as popen,
     ):
         try:
-            status = popen.wait(240)
+            status = popen.wait()
         finally:
             end_group(popen.pid)
     assert status == 0
@@ -150,7 +151,7 @@ def start_and_stop(line: str, place: Path, environment: dict[str, str]) -> None:
         try:
             assert any(told.startswith("ready") for told in popen.stdout), f"{line} did not start"
             popen.terminate()
-            assert popen.wait(60) == 0
+            assert popen.wait() == 0
         finally:
             popen.kill()
 
