@@ -13,12 +13,14 @@ from benchmarks import (
     serving,
     sessions,
     shared_prefix,
+    start,
     step,
     structured,
 )
 from benchmarks.common import Report, machine, parser, write_json
 
 BENCHMARKS = (
+    start,
     step,
     decode,
     families,

@@ -181,6 +181,7 @@ def server(settings: Settings, flags: Sequence[str]) -> Iterator[tuple[str, int]
     with TemporaryDirectory(prefix="cottention-bounds-") as folder:
         keys = ("--api-key", FIRST, "--api-key", SECOND)
         command = [sys.executable, "-m", "cottention.server", "serve", *settings.model]
+        command += ["--generation-config", "vllm"]
         command += ["--port", "0", "--session-dir", folder, *keys, *settings.flags(), *flags]
         log = Path(folder, "log")
         with (

@@ -43,6 +43,7 @@ def _row(length: int, flags: list[str]) -> dict[str, object]:
         "--prefix-cache-bytes",
         "0",
     ]
+    command += ["--generation-config", "vllm"]  # greedy without the model's penalty
     command += ["--context-policy", "exact"]  # renewal prefills the end of the prompt only
     with subprocess.Popen(
         [*command, *flags],

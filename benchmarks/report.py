@@ -1,4 +1,4 @@
-"""The plots of docs/quality.md, and its tables of small runs.
+"""The plots of docs/quality.md, its tables of small runs, and README's picture.
 
 Plots: bits per byte by position up to 64k, and memory by position. Tables: `benchmarks/papers`.
 
@@ -18,7 +18,7 @@ import matplotlib as mpl
 import torch
 from matplotlib import pyplot
 
-from benchmarks import long_context
+from benchmarks import long_context, why
 from benchmarks.common import machine, show, write_json
 from benchmarks.held_out import LongText, load
 from benchmarks.memory import kv_cache_bytes
@@ -48,6 +48,7 @@ def main() -> None:
     mpl.use("Agg")
     _draw_quality(series, DOCS / "endless.png")
     _draw_memory(DOCS / "growth.png")
+    why.draw()
     tables.update()
 
 

@@ -82,6 +82,7 @@ def _over_http(num_tokens: int) -> dict[int, Remote]:
         "--max-slots",
         "64",
     ]
+    command += ["--generation-config", "vllm"]  # greedy without the model's penalty
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -73,6 +73,7 @@ def soak(minutes: float, num_clients: int, model: str | None) -> Report:
     wanted = bodies(NUM_BODIES, engine.tokenizer.num_ids, chance)
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "wb") as log:
         command = [sys.executable, "-m", "cottention.server", "serve", *([model] if model else [])]
+        command += ["--generation-config", "vllm"]  # the parameters of the engine in this process
         command += ["--port", "0", "--max-slots", str(SLOTS), "--max-queued-requests", str(QUEUE)]
         command += ["--session-dir", f"{folder}/sessions", "--log-level", "error"]
         # small enough to fill up

@@ -82,6 +82,22 @@ def test_the_engine_loads_no_web_framework() -> None:
     )
 
 
+def test_opening_a_model_does_not_load_torch_s_compiler() -> None:
+    """Some operations on tensors without memory load it, which takes as long as torch itself."""
+    run(
+        "import sys\n"
+        "from cottention.engine import EngineConfig\n"
+        "from cottention.engine.models.gptj.attention_kinds import RECURRENT_KINDS\n"
+        "from cottention.engine.opening import open_engine\n"
+        "from tests.engine.encoders import encoder_folder\n"
+        "from tests.engine.making import FAMILIES, model_folder\n"
+        "kinds = map(model_folder, (*RECURRENT_KINDS, *FAMILIES))\n"
+        "for folder in (None, encoder_folder(), *kinds):\n"
+        "    open_engine(folder, EngineConfig(max_slots=1))\n"
+        "    assert 'torch._dynamo' not in sys.modules, folder\n"
+    )
+
+
 def test_every_package_is_installed() -> None:
     """A wheel without one of them fails where it is installed, and nowhere else."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

@@ -10,7 +10,7 @@ from tests.ui.conftest import Server, Tab, eventually, serving, tab_of
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-GREEDY = {"temperature": 0}
+GREEDY = {"temperature": 0, "repetition_penalty": 1}
 PROMPT = "def read(path):\n"
 
 

@@ -16,6 +16,16 @@ if "COTTENTION_TEST_WHEEL" not in os.environ:
     collect_ignore_glob = ["test_*.py"]
 
 
+SECONDS: dict[str, float] = {}
+"""What tests have measured, by what it is."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Tell what was measured; nothing depends on it."""
+    for what, seconds in SECONDS.items():
+        terminalreporter.write_line(f"{what}: {seconds:.1f} s")
+
+
 @pytest.fixture(scope="session")
 def wheel() -> Path:
     """The file that `make wheel` built."""

@@ -1,9 +1,11 @@
 """The wheel serves where there is no compiler: compiled ops, the model, the page, the same text."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.wheel.conftest import ROOT
+from tests.wheel.conftest import ROOT, SECONDS
 
 GENERATE = ("generate", "import os", "--max-tokens", "24", "--temperature", "0")
 
@@ -80,9 +82,31 @@ def test_it_writes_what_the_checkout_writes(environment: dict[str, str]) -> None
     assert run(environment, "cottention", *GENERATE).stdout == checkout.stdout
 
 
+def test_from_the_command_to_the_first_streamed_token(
+    installed: Path, environment: dict[str, str]
+) -> None:
+    """What a user waits for after the installation; `make test-wheel` tells how long it took."""
+    for what in ("first start", "second start"):
+        start = time.perf_counter()
+        with serving(installed, environment) as client:
+            body: dict[str, Any] = {"prompt": "def ", "max_tokens": 4, "stream": True}
+            with client.stream("POST", "/v1/completions", json=body) as answer:
+                assert next(answer.iter_lines()).startswith("data: ")
+                SECONDS[f"from `cottention serve` to the first token, {what}"] = (
+                    time.perf_counter() - start
+                )
+
+
 @pytest.fixture
 def served(installed: Path, environment: dict[str, str]) -> Iterator[httpx.Client]:
     """A client of `cottention serve`."""
+    with serving(installed, environment) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def serving(installed: Path, environment: dict[str, str]) -> Iterator[httpx.Client]:
+    """The server of the fresh environment, killed at the end, and a client of it."""
     command = [str(installed / "cottention"), "serve", "--port", "0"]
     with subprocess.Popen(
         command, env=environment, cwd=environment["HOME"], stdout=subprocess.PIPE, text=True

@@ -1,7 +1,9 @@
 """Ends of text and sampling defaults, in whichever file a model folder names them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -142,7 +144,18 @@ def test_sessions_stay_valid_whatever_the_sampling(folder: Path) -> None:
     assert fingerprint_of(folder, after) == before
 
 
-def test_the_model_that_ships_has_no_defaults_of_its_own() -> None:
-    engine = Engine(DEFAULT_MODEL, SMALL)
-    assert engine.default_sampling_params == {}
+def repeated(ids: Sequence[int]) -> float:
+    """Which part of the groups of four tokens is a repetition of an earlier one."""
+    groups = [tuple(ids[i : i + 4]) for i in range(len(ids) - 3)]
+    return 1 - len(set(groups)) / len(groups)
+
+
+def test_the_defaults_of_the_model_that_ships_keep_it_from_repeating_itself() -> None:
+    """Greedy text of so small a model is one line over again; a bare request must not get it."""
+    engine = Engine(DEFAULT_MODEL, EngineConfig(max_slots=8))
     assert engine.model_config.eos_token_ids == (0,)
+    prompts, defaults = ["def __init__(self, ", "def read(path):\n"], engine.default_sampling_params
+    bare = engine.generate(prompts, SamplingParams(max_tokens=64, n=4, seed=1, **defaults))
+    greedy = engine.generate(prompts, SamplingParams(max_tokens=64, temperature=0))
+    means = [fmean(repeated(each.token_ids) for each in some) for some in (bare, greedy)]
+    assert means[0] < 0.5 * means[1]

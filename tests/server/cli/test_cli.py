@@ -315,7 +315,7 @@ def test_an_interrupt_ends_generate_quietly() -> None:
     """Greedy text of the shipped model repeats itself: it does not end before it is interrupted."""
     command = [sys.executable, "-m", "cottention.server", "generate", "def __init__(self, "]
     with subprocess.Popen(
-        [*command, "--max-tokens", "900000", "--temperature", "0"],
+        [*command, "--max-tokens", "900000", "--temperature", "0", "--generation-config", "vllm"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -46,7 +46,7 @@ class Cottention(FeatureMap):
         import torch
         from torch import nn
 
-        m = torch.logit(torch.linspace(*INITIAL_SIGMA, config.n_head))
+        m = torch.linspace(*INITIAL_SIGMA, config.n_head, device="cpu").logit()
         attention.register_parameter("norm_const", nn.Parameter(m.view(1, -1, 1, 1)))
 
     def prepared_weights(self, attention: "nn.Module") -> "tuple[Tensor, ...]":

@@ -77,7 +77,7 @@ def orthogonal_rows(num_rows: int, width: int) -> "Tensor":
     """
     import torch
 
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         blocks = -(-num_rows // width)
         q, r = torch.linalg.qr(torch.randn(blocks, width, width, dtype=torch.float64))
         # signs that make the directions uniform: those of qr are its own choice

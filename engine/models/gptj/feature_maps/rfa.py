@@ -101,7 +101,7 @@ class GatedRFA(RFA):
 
         super().add_weights(attention, config)
         width = config.n_head * config.head_dim
-        forgotten = torch.logspace(-3, -8, config.n_head, base=2)  # 1 − g
+        forgotten = torch.logspace(-3, -8, config.n_head, base=2, device="cpu")  # 1 − g
         weight, bias = torch.zeros(config.n_head, width), (1 - forgotten).logit()
         attention.register_parameter("rfa_gate_weight", nn.Parameter(weight))
         attention.register_parameter("rfa_gate_bias", nn.Parameter(bias))
