@@ -131,7 +131,9 @@ class Recording:
 
     async def _make_room(self) -> None:
         while (excess := len(self._body) - self._room) > 0:
-            unread = min(self._places.values(), default=self._first + excess)
+            # those who are too far behind are waited for no more
+            reading = [place for place in self._places.values() if place >= self._first]
+            unread = min(reading, default=self._first + excess)
             num_read = min(excess, unread - self._first)
             if not num_read:
                 try:
