@@ -178,8 +178,13 @@ def _idempotency_keys(
     sessions: "SessionManager", config: ServerConfig, replicas: Replicas | None
 ) -> IdempotencyKeys:
     relay = None if replicas is None else replicas.relay
-    seconds, max_bytes = config.idempotency_seconds, config.idempotency_bytes
-    return IdempotencyKeys(sessions, seconds, max_bytes, relay)
+    return IdempotencyKeys(
+        sessions,
+        config.idempotency_seconds,
+        config.idempotency_bytes,
+        config.sse_keep_alive_seconds,
+        relay,
+    )
 
 
 @functools.cache

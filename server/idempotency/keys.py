@@ -111,12 +111,17 @@ class IdempotencyKeys:
         sessions: "SessionManager",
         lifetime_seconds: float,
         max_bytes: int,
+        keep_alive_seconds: float,
         relay: Relay | None = None,
     ) -> None:
-        """max_bytes: of one answer. relay: to the server that executes a request."""
+        """max_bytes: of one answer. keep_alive_seconds: between comments of an idle event stream.
+
+        relay: to the server that executes a request.
+        """
         self._sessions = sessions
         self._lifetime_seconds = lifetime_seconds
         self.max_bytes = max_bytes
+        self._keep_alive_seconds = keep_alive_seconds
         self._relay = relay
         self._recordings: dict[tuple[str, str], Recording] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -145,7 +150,7 @@ class IdempotencyKeys:
                 return replayed(found.answer)
             recording = self._recordings.get((owner, key))
             if recording is not None:
-                return RecordedResponse(recording)
+                return RecordedResponse(recording, self._keep_alive_seconds)
             if found.is_alive and found.url and self._relay and not found.is_mine:
                 with contextlib.suppress(ConnectionError):  # it has just died, or ends
                     return await self._relay(found.url, request, raw)
@@ -208,7 +213,7 @@ class IdempotencyKeys:
         scope = dict(request.scope) | {"state": request.scope["state"] | {"keyed": keyed}}
         task = self._start(Request(scope, body_once(raw)), keyed, answer)
         request_record(request.scope).background_turn = task
-        return RecordedResponse(keyed.recording)
+        return RecordedResponse(keyed.recording, self._keep_alive_seconds)
 
     async def _run(self, request: Request, keyed: KeyedRequest, answer: Answering) -> None:
         recording, error = keyed.recording, None

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from cottention.server.generation.sse import DONE, body_message, close_on_disconnect
+from cottention.server.generation.sse import DONE, KEEP_ALIVE, body_message, close_on_disconnect
 from cottention.server.http.errors import ApiError
 from cottention.server.http.pacing import PIECE_BYTES
 
@@ -49,13 +49,17 @@ class Recording:
         self._changed = asyncio.Event()
 
     @property
+    def is_event_stream(self) -> bool:
+        """Whether the response is one, when it has begun."""
+        return any(value.startswith(EVENT_STREAM) for _, value in self.headers)
+
+    @property
     def answer(self) -> bytes | None:
         """The whole response as it is stored; None where it is no success.
 
         A stream of events is one where it ends with DONE.
         """
-        is_stream = any(value.startswith(EVENT_STREAM) for _, value in self.headers)
-        if is_stream and not self._tail.endswith(DONE.encode()):
+        if self.is_event_stream and not self._tail.endswith(DONE.encode()):
             return None
         if not self._is_whole or not 200 <= self.status < 300:
             return None
@@ -67,7 +71,7 @@ class Recording:
         """As ASGI has it."""
         if message["type"] == "http.response.start":
             self.status, self.headers = message["status"], message["headers"]
-        else:
+        elif message.get("body") != KEEP_ALIVE:  # it is no part of the answer
             self._body += message.get("body", b"")
             self._tail = bytes(self._body[-len(DONE) :]) or self._tail
             self._is_whole = not message.get("more_body", False)
@@ -127,7 +131,9 @@ class Recording:
 
     async def _make_room(self) -> None:
         while (excess := len(self._body) - self._room) > 0:
-            unread = min(self._places.values(), default=self._first + excess)
+            # those who are too far behind are waited for no more
+            reading = [place for place in self._places.values() if place >= self._first]
+            unread = min(reading, default=self._first + excess)
             num_read = min(excess, unread - self._first)
             if not num_read:
                 try:
@@ -148,12 +154,14 @@ class Recording:
 class RecordedResponse(Response):
     """Sends a recording to one client, who may leave."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, keep_alive_seconds: float) -> None:
+        """keep_alive_seconds: between comments while there are no events."""
         self.status_code = recording.status or 200
         self.background = None
         self.init_headers({})
         self._recording = recording
         self._is_closed = False
+        self._keep_alive_seconds = keep_alive_seconds
         self._task: asyncio.Task[Any]
         recording.attach(self)
 
@@ -172,7 +180,9 @@ class RecordedResponse(Response):
             )
             while not self._is_closed:
                 self._task = reading = asyncio.create_task(recording.piece(self))
-                await asyncio.wait([reading])
+                idle_seconds = self._keep_alive_seconds if recording.is_event_stream else None
+                while not (await asyncio.wait([reading], timeout=idle_seconds))[0]:
+                    await send(body_message(KEEP_ALIVE, more_body=True))
                 if reading.cancelled():
                     return
                 if not isinstance(reading.exception(), ConnectionResetError | None):

@@ -148,6 +148,8 @@ def test_a_stopped_server_that_wakes_up_tells_and_writes_nothing(
     num_tokens = 900
     prompts, body = [[7], [8]], body_of(0, num_tokens) | {"prompt": [8]}
     session_id = group.opened(prompts[0])
+    for each in group.replicas:
+        each.wait()
     stopped, other, relay = group.replicas
     raw = json.dumps(body | GOES_ON | {"session_id": session_id, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n\r\n"
@@ -284,6 +286,8 @@ def test_a_rolling_restart_cuts_no_turn_that_goes_on(group: Cluster, engine: Eng
 
 def test_any_server_cancels_and_tells(group: Cluster) -> None:
     """It relays to the one that runs the turn or the request, whatever X-Session-Id says."""
+    for each in group.replicas:
+        each.wait()
     one, two, three = (each.url for each in group.replicas)
     body = body_of(1, 3000) | {"stream": True}
     wrong = {"X-Session-Id": "sess-" + "0" * 32}
