@@ -221,9 +221,11 @@ class Engine:
         if rows:
             self._mask_worker.advance(rows, is_shared=self._scheduler.is_shared)
 
-    def _wait_for_masks(self, choices: Sequence[Choice]) -> None:
+    def _wait_for_masks(self, choices: Sequence[Choice]) -> list[Choice]:
+        """As WaitForMasks."""
         rows = [(each.request.client, each.matcher) for each in choices if each.matcher is not None]
-        self._mask_worker.wait(rows, is_shared=self._scheduler.is_shared)
+        late = self._mask_worker.wait(rows, lambda: self._scheduler.is_shared)
+        return [choices[place] for place in late]
 
     def _append_token(self, sample: Sample) -> list[Output]:
         """The output of a sampled id; a fault ends its request and no other."""

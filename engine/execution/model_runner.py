@@ -35,15 +35,13 @@ class SamplingTarget(NamedTuple):
     token_index: int
 
 
-WaitForMasks = Callable[[Sequence[Choice]], None]
-"""Takes choices with matchers; returns when no more of their masks are to be waited for."""
+WaitForMasks = Callable[[Sequence[Choice]], Sequence[Choice]]
+"""Takes choices with matchers; waits for their masks, and returns those that are not there."""
 
 
-def wait_for_all(choices: Sequence[Choice]) -> None:
-    """Wait until all masks are there."""
-    for choice in choices:
-        if choice.matcher is not None:
-            _ = choice.matcher.mask
+def wait_for_all(_: Sequence[Choice]) -> Sequence[Choice]:
+    """Nothing is late: each mask is waited for where it is used."""
+    return ()
 
 
 class ModelRunner:
@@ -110,18 +108,14 @@ class ModelRunner:
         wait_for_masks: WaitForMasks,
     ) -> BatchResult:
         """Sample for the targets, logits float32 [R, N], and for the batch's late choices."""
-        if _has_masks(batch):
-            wait_for_masks([t.choice for t in targets if t.choice.matcher is not None])
-        have_masks = [target.choice.has_mask for target in targets]  # asked once: threads compute
-        ready = [row for row, has_mask in enumerate(have_masks) if has_mask]
+        with_masks = [each.choice for each in targets if each.choice.matcher is not None]
+        late = {*wait_for_masks(with_masks)} if with_masks else set()
         late_logits: dict[Choice, Tensor] = {}
         parts = [choice.late_logits for choice in batch.late if choice.late_logits is not None]
-        if logits is not None and len(ready) < len(targets):
-            late_logits = {
-                target.choice: logits[row : row + 1].clone()
-                for row, target in enumerate(targets)
-                if not have_masks[row]
-            }
+        if logits is not None and late:
+            places = {target.choice: row for row, target in enumerate(targets)}
+            late_logits = {each: logits[places[each] : places[each] + 1].clone() for each in late}
+            ready = [row for row, target in enumerate(targets) if target.choice not in late]
             targets, logits = [targets[row] for row in ready], logits[ready]
         targets = [*targets, *(SamplingTarget(-1, each, each.position) for each in batch.late)]
         if not targets:

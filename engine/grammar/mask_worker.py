@@ -92,20 +92,28 @@ class MaskWorker:
             for start in range(0, len(rows), size):
                 self._submit(client, rows[start : start + size], self._lanes)
 
-    def wait(self, rows: Sequence[tuple[Hashable, Matcher]], *, is_shared: bool) -> None:
+    def wait(
+        self, rows: Sequence[tuple[Hashable, Matcher]], is_shared: Callable[[], bool]
+    ) -> list[int]:
         """Wait for the masks of one client until they are there, for those of several MAX_WAIT.
 
         rows: client and matcher of each. For masks that have more than their share it does not
-        wait.
+        wait. Returns the places of the rows whose masks are not there.
         """
-        self._is_shared = is_shared
-        pending = {
-            matcher.pending
-            for client, matcher in rows
-            if not (is_shared and self._accounts.is_above_share(client))
-        } - {None}
-        if pending:
-            wait([each for each in pending if each], MAX_WAIT if is_shared else None)
+        places: dict[Future[MaskResult] | None, list[int]] = {}
+        for place, (_, matcher) in enumerate(rows):
+            places.setdefault(matcher.pending, []).append(place)
+        pending = [each for each in places if each is not None and not each.done()]
+        if not pending:
+            return []
+        self._is_shared = is_shared()
+        if self._is_shared:
+            above = self._accounts.is_above_share
+            wait([each for each in pending if not above(rows[places[each][0]][0])], MAX_WAIT)
+        else:
+            wait(pending)
+        done = {each: each is None or each.done() for each in places}  # asked once: threads work
+        return [place for each, group in places.items() if not done[each] for place in group]
 
     def close(self) -> None:
         """End the threads when they have done what they are at."""

@@ -120,8 +120,6 @@ def test_events_come_again_as_they_came(client: OpenAI) -> None:
         client.responses.retrieve(last.response.id, stream=True, starting_after=len(events))
     whole = ask(client, "hello")
     assert list(client.responses.retrieve(whole.id, stream=True))[-1].type == last.type
-    with client.responses.stream(model="cottention-gptj", input="hello", **GREEDY) as stream:
-        assert stream.get_final_response().output_text == whole.output_text
 
 
 def test_background_is_followed_cancelled_and_deleted(client: OpenAI) -> None:
@@ -173,6 +171,11 @@ def test_structured_answers_are_parsed(client: OpenAI) -> None:
         model="cottention-gptj", input="count", text_format=Answer, max_output_tokens=80
     )
     assert isinstance(parsed.output_parsed, Answer)
+    helper = client.responses.stream(
+        model="cottention-gptj", input="count", text_format=Answer, max_output_tokens=80
+    )
+    with helper as stream:  # it wants an answer that is complete
+        assert isinstance(stream.get_final_response().output_parsed, Answer)
 
 
 REFUSED: dict[str, Any] = {
