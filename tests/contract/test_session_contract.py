@@ -309,7 +309,8 @@ def test_one_may_have_an_id_and_events_from_the_beginning(sessions: Any) -> None
         sessions.open(OWNER, holding(b"abc"), {}, None, session_id=chosen, events=log).id == chosen
     )
     assert sessions.events(OWNER, chosen) == log
-    assert sessions.value(OWNER, chosen) == (holding(b"abc"), log)
+    state, events = sessions.value(OWNER, chosen)
+    assert (state.recent, events) == (holding(b"abc").recent, log)
     with pytest.raises(SessionNotFoundError):
         sessions.value(STRANGER, chosen)
 

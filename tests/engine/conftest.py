@@ -8,6 +8,7 @@ family. Of several marks the closest one counts.
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ def folder(gptj_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(gptj_folder: Path) -> Engine:
+def engine(gptj_folder: Path) -> Iterator[Engine]:
     """An engine of four slots and a budget of eight tokens a step, so that both run out."""
-    return Engine(gptj_folder, EngineConfig(max_slots=4, max_batch_tokens=8))
+    engine = Engine(gptj_folder, EngineConfig(max_slots=4, max_batch_tokens=8))
+    yield engine
+    engine.close()  # a grammar leaves a process and threads

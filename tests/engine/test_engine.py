@@ -57,7 +57,7 @@ def script(engine: Engine, monkeypatch: pytest.MonkeyPatch, text: str) -> list[i
     """Make the model say `text` whatever it is asked, one id a step; gives the ids."""
     ids = engine.tokenizer.encode(text)
 
-    def run(batch: Batch) -> BatchResult:
+    def run(batch: Batch, *_: Any) -> BatchResult:
         read = [chunk.request for chunk in batch.prefill if chunk.is_last]
         choices = batch.decode + [choice for request in read for choice in request.choices]
         return drew({choice: ids[choice.num_generated % len(ids)] for choice in choices})
@@ -232,7 +232,7 @@ def test_choices_end_one_by_one(engine: Engine, monkeypatch: pytest.MonkeyPatch)
     end = engine.model_config.eos_token_ids[0]
     other = engine.tokenizer.encode("a")[0]
 
-    def run(batch: Batch) -> BatchResult:
+    def run(batch: Batch, *_: Any) -> BatchResult:
         read = [chunk.request for chunk in batch.prefill if chunk.is_last]
         choices = batch.decode + [choice for request in read for choice in request.choices]
         last = {c: 2 if c.request.id == "one" else c.index for c in choices}

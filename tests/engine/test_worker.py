@@ -154,10 +154,10 @@ def test_a_failed_step_does_not_end_the_thread(
     original = engine._runner.run
     faults = [RuntimeError("broken")]
 
-    def run(batch: Any) -> Any:
+    def run(*given: Any) -> Any:
         if faults:
             raise faults.pop()
-        return original(batch)
+        return original(*given)
 
     monkeypatch.setattr(engine._runner, "run", run)
     worker.start()

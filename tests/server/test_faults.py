@@ -93,9 +93,9 @@ class Saboteur:
         patch.setattr(store, "get", self._damaging(store.get))
 
     def _noting(self, run: Any) -> Any:
-        def noting(plan: Any) -> Any:
+        def noting(plan: Any, *given: Any) -> Any:
             self._in_step = {request.seed for request in plan.requests}
-            return run(plan)
+            return run(plan, *given)
 
         return noting
 

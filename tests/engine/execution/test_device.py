@@ -19,7 +19,7 @@ def engine(gptj_folder: Path) -> Engine:
 
 
 def failing(engine: Engine, error: Exception) -> None:
-    def run(_batch: object) -> None:
+    def run(*_: object) -> None:
         raise error
 
     engine._runner.run = run  # type: ignore[assignment, method-assign]

@@ -45,9 +45,9 @@ class Recorded:
 
         return kept
 
-    def _record(self, run: Callable[[Batch], BatchResult]) -> Callable[[Batch], BatchResult]:
-        def recorded(batch: Batch) -> BatchResult:
-            result = run(batch)
+    def _record(self, run: Callable[..., BatchResult]) -> Callable[..., BatchResult]:
+        def recorded(batch: Batch, *given: Any) -> BatchResult:
+            result = run(batch, *given)
             for row, (choice, drawn) in enumerate(result.samples):
                 self.logits[choice.request.id].append(self._last[row])
                 self.ids[choice.request.id].append(drawn.token_id)

@@ -446,9 +446,9 @@ def test_a_commit_that_another_turn_overtakes_leaves_nothing_old_in_memory(
     begun = sessions.begin("a", made.id)
     commit = sessions._store.commit
 
-    def overtaken(*args: Any) -> SessionRecord:
+    def overtaken(*args: Any, **options: Any) -> SessionRecord:
         sessions._store.commit = commit  # type: ignore[method-assign]
-        record = commit(*args)
+        record = commit(*args, **options)
         set_full(sessions, True)
         assert not turn(sessions, made.id, 3).is_durable
         return record
@@ -468,8 +468,8 @@ def test_a_session_that_is_deleted_during_a_commit_is_not_in_memory(
     begun = sessions.begin("a", made.id)
     commit = sessions._store.commit
 
-    def deleted(*args: Any) -> SessionRecord:
-        record = commit(*args)
+    def deleted(*args: Any, **options: Any) -> SessionRecord:
+        record = commit(*args, **options)
         sessions.delete("a", made.id)
         return record
 
@@ -584,10 +584,10 @@ def test_the_last_try_has_the_room_of_the_index_s_log(
     made = [make(sessions, n) for n in (1, 2, 3)]
     room, commit = num_bytes(tmp_path), sessions._store.commit
 
-    def commit_if_there_is_room(*args: Any) -> SessionRecord:
+    def commit_if_there_is_room(*args: Any, **options: Any) -> SessionRecord:
         if num_bytes(tmp_path) + len(args[2]) > room:
             raise StoreFullError("no space")
-        return commit(*args)
+        return commit(*args, **options)
 
     monkeypatch.setattr(sessions._store, "commit", commit_if_there_is_room)
     for each in made:
@@ -698,7 +698,7 @@ def test_a_lease_that_a_full_disk_does_not_take_back(
 ) -> None:
     """What was committed is free; otherwise the next turn waits for room, and not for the lease."""
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise StoreFullError("no space")
 
     made = make(sessions)
@@ -722,7 +722,7 @@ def test_a_lease_is_not_in_the_way_of_the_last_try(
 ) -> None:
     """A full disk took neither the turn nor its lease; at the end there is room."""
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise StoreFullError("no space")
 
     sessions = opened()

@@ -204,7 +204,7 @@ def test_a_fault_in_the_middle_of_a_renewal_leaves_the_others_alone(
     for _ in range(3):
         engine.step()
     with monkeypatch.context() as patched:
-        patched.setattr(engine._runner, "run", lambda _: 1 / 0)
+        patched.setattr(engine._runner, "run", lambda *_: 1 / 0)
         engine.step()
     assert engine._runner.run == run
     assert engine.pool.num_free == engine.pool.num_slots

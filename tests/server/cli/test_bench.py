@@ -69,7 +69,7 @@ def test_the_table_and_failures() -> None:
         ("", "URL is missing"),
         ("127.0.0.1:8000", "is not the URL of a server: give http://HOST:PORT"),
         ("http://127.0.0.1:1", "cannot be reached"),
-        ("LIVE/nowhere", "there is no path"),
+        ("LIVE/nowhere", "there is no /nowhere"),
         ("LIVE", "Incorrect API key"),
     ],
 )
