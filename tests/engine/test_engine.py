@@ -221,7 +221,7 @@ def test_a_stop_string_that_only_the_end_completes(
     monkeypatch.setattr(
         engine._runner,
         "run",
-        lambda batch: drew({chunk.request.choices[0]: half for chunk in batch.prefill}),
+        lambda batch, *_: drew({chunk.request.choices[0]: half for chunk in batch.prefill}),
     )
     (done,) = engine.generate(["a"], SamplingParams(max_tokens=1, stop=("\ufffd",)))
     assert (done.text, done.finish_reason) == ("", FinishReason.STOP)
