@@ -84,11 +84,12 @@ def _causal(results: Results) -> Rows:
 
 def _trials(results: Results) -> Rows:
     """Learning rates that were tried, for the causal twins and for the encoders."""
-    rows = [["trials (200 steps, one seed)", *(f"{rate:g}" for rate in LEARNING_RATES)]]
+    rates = LEARNING_RATES["causal"]
+    rows = [["trials (200 steps, one seed)", *(f"{rate:g}" for rate in rates)]]
     prefixes = [f"causal/{kind}" for kind in KINDS]
     prefixes += ["masked/softmax", "masked/cottention"]
     for prefix in prefixes:
-        trials = [results.get(f"{prefix}/lr={rate:g}") for rate in LEARNING_RATES]
+        trials = [results.get(f"{prefix}/lr={rate:g}") for rate in rates]
         rows.append([prefix.replace("/", ", "), *(_figure(trial) for trial in trials)])
     return rows
 
