@@ -151,9 +151,6 @@ def test_what_the_network_cuts_is_done_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The connection breaks before the database has the message, or after it has done it."""
-    monkeypatch.setattr(
-        "cottention.engine.sessions.store.postgres.connections.ATTEMPT_SECONDS", 1.0
-    )
     triggers = {"acquire": b"cottention.acquire_v1", "commit": b"cottention.commit_v1"}
     with (
         proxied(postgres.port) as proxy,
@@ -163,6 +160,10 @@ def test_what_the_network_cuts_is_done_once(
         record = turn(store, make(store).id, b"two")
         if verb in ("commit", "rewind"):
             lease, _ = store.acquire(record.id, 60)
+        # not before the tables are made, which takes longer on a busy machine
+        monkeypatch.setattr(
+            "cottention.engine.sessions.store.postgres.connections.ATTEMPT_SECONDS", 1.0
+        )
         # the heartbeats' own transactions would take the fault
         store._replica._stopping.set()
         store._replica._thread.join()
