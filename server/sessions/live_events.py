@@ -63,6 +63,7 @@ class LiveEvents:
         was_cut: the turn goes on elsewhere, and its events here end in the middle.
         """
         self._buffer = EventBuffer(turn or token_hex(8), max_bytes)
+        self._is_journaled = turn is not None
         self._followers: set[asyncio.Event] = set()
         self._transcript = Transcript(0)
         self.has_ended = False
@@ -82,6 +83,14 @@ class LiveEvents:
     def stop(self) -> int:
         """The number that the next event will have."""
         return self._buffer.stop
+
+    def may_come(self, number: int) -> bool:
+        """Whether a client may have this event, which is not here yet, and wait for the next.
+
+        So it is where a server that died has told more than it had journaled: who goes on with the
+        turn says the same again.
+        """
+        return self._is_journaled and not self.has_ended and number >= self.stop
 
     def keep_all(self, max_bytes: int) -> None:
         """Keep all events from the first on, as far as they have at most so many bytes."""

@@ -58,7 +58,10 @@ async def follow_events(
             return found
         live = context.turns.live_events(owner, session_id)
     if live is not None and (last is None or last.turn == live.turn):
-        number = _next(last, live.turn, live.first, live.stop)
+        if last is not None and live.may_come(last.number):
+            number = last.number + 1
+        else:
+            number = _next(last, live.turn, live.first, live.stop)
         if live.has_ended and number == live.stop:
             return Response(status_code=204)
         with ExitStack() as stack:
