@@ -82,8 +82,8 @@ def running(image: str) -> Iterator[None]:
     for target, name in names.items():
         assert f"image: {name}\n" in told
         run("docker", "build", "--quiet", "--target", target, "--tag", name, str(IMAGES))
-    cluster("up", "--detach", "--no-build", "--scale", f"replica={NUM_REPLICAS}")
     try:
+        cluster("up", "--detach", "--no-build", "--scale", f"replica={NUM_REPLICAS}")
         wait_for(lambda: states("sessions"), {"UP": NUM_REPLICAS})
         yield
     finally:
