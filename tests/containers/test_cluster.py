@@ -18,12 +18,15 @@ FILE = ROOT / "docker" / "cluster.yaml"
 IMAGES = Path(__file__).parent / "images"
 URL = "http://127.0.0.1:8000"
 NUM_REPLICAS = 3
-PATIENCE = 90
+PATIENCE = 280
+"""Seconds after which something hangs, on a machine that does other things as well."""
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def cluster(*arguments: str) -> str:
     """`docker compose ARGUMENTS`."""
-    return run("docker", "compose", "--file", str(FILE), *arguments)
+    return run("docker", "compose", "--file", str(FILE), *arguments, CHECK_TIMEOUT="15s")
 
 
 def wait_for(read: Any, expected: Any) -> None:
