@@ -18,12 +18,15 @@ FILE = ROOT / "docker" / "cluster.yaml"
 IMAGES = Path(__file__).parent / "images"
 URL = "http://127.0.0.1:8000"
 NUM_REPLICAS = 3
-PATIENCE = 90
+PATIENCE = 280
+"""Seconds after which something hangs, on a machine that does other things as well."""
+
+pytestmark = pytest.mark.timeout(900)
 
 
 def cluster(*arguments: str) -> str:
     """`docker compose ARGUMENTS`."""
-    return run("docker", "compose", "--file", str(FILE), *arguments)
+    return run("docker", "compose", "--file", str(FILE), *arguments, CHECK_TIMEOUT="15s")
 
 
 def wait_for(read: Any, expected: Any) -> None:
@@ -82,8 +85,8 @@ def running(image: str) -> Iterator[None]:
     for target, name in names.items():
         assert f"image: {name}\n" in told
         run("docker", "build", "--quiet", "--target", target, "--tag", name, str(IMAGES))
-    cluster("up", "--detach", "--no-build", "--scale", f"replica={NUM_REPLICAS}")
     try:
+        cluster("up", "--detach", "--no-build", "--scale", f"replica={NUM_REPLICAS}")
         wait_for(lambda: states("sessions"), {"UP": NUM_REPLICAS})
         yield
     finally:

@@ -17,10 +17,10 @@ from tests.server.cluster.haproxy import Balancer, running_haproxy
 from tests.server.cluster.tiny import TinyServer, tiny_servers
 from tests.server.live import eventually
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 ADDRESSES = [f"127.0.1.{n}" for n in range(1, 6)]
-NUM_SESSIONS = 3000
+NUM_SESSIONS = 1000
 
 
 class Farm(NamedTuple):
