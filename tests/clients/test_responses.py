@@ -128,7 +128,8 @@ def test_background_is_followed_cancelled_and_deleted(client: OpenAI) -> None:
     while (found := client.responses.retrieve(queued.id)).status in ("queued", "in_progress"):
         time.sleep(0.02)
     assert found.output_text == ask(client, "hello").output_text
-    long: Any = {"background": True, "max_output_tokens": 200_000, "temperature": 1, "top_k": -1}
+    long: Any = {"background": True, "max_output_tokens": 200_000, "temperature": 1}
+    long["extra_body"] = {"top_k": -1}
     ends = []
     for _ in range(2):
         running = ask(client, "hello", **long)
