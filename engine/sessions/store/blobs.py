@@ -41,9 +41,7 @@ class Blobs:
         self._durable = durable
         self.num_bytes = 0
         folder.mkdir(mode=0o700, exist_ok=True)
-        # all folders at once, so that adopting a file need not make its folder durable as well
-        for name in ("new", *(f"{byte:02x}" for byte in range(256))):
-            (folder / name).mkdir(mode=0o700, exist_ok=True)
+        self._staging.mkdir(mode=0o700, exist_ok=True)
         sync_folder(folder)
         sync_folder(folder.parent)
 
@@ -65,6 +63,7 @@ class Blobs:
     def adopt(self, staged: Staged) -> None:
         """Give a blob its name. A file of that name is replaced: it is equal, or damaged."""
         path = self._path(staged.digest)
+        self._make_folder(path.parent)
         before = self._size(path)
         os.replace(staged.path, path)
         self.num_bytes += staged.nbytes - before
@@ -123,7 +122,7 @@ class Blobs:
         try:
             return open(path, "rb")
         except FileNotFoundError as error:
-            if not path.parent.is_dir():  # the whole folder is gone, perhaps for a while
+            if not self._staging.is_dir():  # the whole folder is gone, perhaps for a while
                 raise
             raise SnapshotError(f"snapshot {digest} is missing") from error
 
@@ -132,6 +131,13 @@ class Blobs:
         if not DIGEST.fullmatch(digest):
             raise SnapshotError("not a digest of a snapshot")
         return self._folder / digest[:2] / digest
+
+    def _make_folder(self, folder: Path) -> None:
+        """One of the 256, with the first file in it: most stores are small, and begin quickly."""
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if self._durable:
+                sync_folder(self._folder)
 
     def _size(self, path: Path) -> int:
         return path.stat().st_size if path.exists() else 0

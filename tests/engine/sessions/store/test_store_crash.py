@@ -192,6 +192,7 @@ def test_what_nobody_refers_to_is_swept(tmp_path: Path) -> None:
     record = make(store, b"kept")
     store.close()
     orphan = blob(tmp_path, "ab" * 32)
+    orphan.parent.mkdir()
     orphan.write_bytes(b"renamed, and then the power went")
     half = tmp_path / "states" / "new" / "half"
     half.write_bytes(b"half")
@@ -411,7 +412,8 @@ def test_a_file_is_durable_before_the_index_refers_to_it(
     monkeypatch.setattr(store._index, "_commit", watched("commit", store._index._commit))
     monkeypatch.setattr(store._blobs, "remove", watched("remove", store._blobs.remove))
     store.commit(lease, 1, b"new", 2, 0)
-    assert order == ["sync", "name", "sync", "commit", "remove"]
+    # the file, then the folder of its digest, which is new, in that of all; the file's name in it
+    assert order == ["sync", "sync", "name", "sync", "commit", "remove"]
     assert store._index._db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
     monkeypatch.undo()
     store.close()
