@@ -40,6 +40,20 @@ class AtTerminal:
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
 
+    def interrupts(self, text: str) -> None:
+        """Type Ctrl-C until a text is shown.
+
+        Between showing its prompt and waiting for a line, readline takes no note of a signal.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.text[self._num_read :]:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.text!r}"
+            self.type(CTRL_C)
+            again = time.monotonic() + 1.0
+            while text not in self.text[self._num_read :] and time.monotonic() < again:
+                assert self._read(), f"it ended without {text!r}: {self.text!r}"
+        self.shows(text)
+
     def shows(self, text: str) -> str:
         """Wait for a text after those that were waited for before; returns what is before it."""
         deadline = time.monotonic() + PATIENCE

@@ -79,8 +79,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves(tmp_path: Path) -> None:
     """The session keeps what was shown, the program goes on, and nothing else of it runs on."""
     with serving(template=TEMPLATE) as live, at_terminal(tmp_path, "chat", "--url", live.url) as it:
         it.shows("> ")
-        it.type(CTRL_C)
-        it.shows("(Ctrl-D leaves)")
+        it.interrupts("(Ctrl-D leaves)")
         live.engine.hold_after = 3
         it.type("go\n")
         it.shows("\nabc")
