@@ -107,6 +107,19 @@ class SessionManager:
         raw = self._codec.encode(state)
         return self._create(owner, raw, value, metadata, ttl_seconds, session_id)
 
+    def snapshot(self, state: SessionState) -> bytes:
+        """The snapshot of a state that is no session. NonFiniteStateError, StateTooLargeError."""
+        return self._codec.encode(state)
+
+    def read_snapshot(self, raw: bytes, check: Check) -> SessionState:
+        """The state of a snapshot, without storing it. SnapshotError.
+
+        check: raises an error of its choice for a state that cannot be used here.
+        """
+        state = self._codec.decode(raw)
+        check(state)
+        return state
+
     @property
     def max_snapshot_nbytes(self) -> int:
         """Bytes of the largest snapshot that a session of this model can have."""
@@ -118,10 +131,9 @@ class SessionManager:
         """A new session from a snapshot. SnapshotError, before anything is stored;
         StoreUnavailableError.
 
-        check: raises an error of its choice for a state that cannot be used here.
+        check: as in `read_snapshot`.
         """
-        state = self._codec.decode(raw)
-        check(state)
+        state = self.read_snapshot(raw, check)
         if self._codec.writes_recipes:  # rows from elsewhere are not always those of this machine
             return self.open(owner, self._codec.stored_form(state), metadata, ttl_seconds)
         return self._create(owner, raw, SessionValue(state), metadata, ttl_seconds)

@@ -43,16 +43,13 @@ class ResponseRun:
         request: GenerationRequest,
         writer: ResponseWriter,
         tokenizer: "BaseTokenizer",
-        num_held: int,
     ) -> None:
-        """num_held: tokens of the state that the prompt continues."""
         self._stream = stream
         self._request = request
         self._writer = writer
         self._names = TokenNames(tokenizer, by_number=False)
         calls = request.output.calls
         self._reader = None if calls is None else CallReader(calls)
-        self._num_held = num_held
         self._kept: tuple[ResponseStore, str, list[JsonObject], SessionState] | None = None
         self.error: ApiError | None = None
 
@@ -146,8 +143,8 @@ class ResponseRun:
 
     def _usage(self) -> JsonObject:
         """All tokens that the answer depends on; those of the state were not read again."""
-        num_cached = self._num_held + self._stream.num_cached
-        num_input = self._num_held + self._request.num_prompt_tokens
+        num_cached = self._request.num_held + self._stream.num_cached
+        num_input = self._request.num_held + self._request.num_prompt_tokens
         num_output = self._stream.num_generated
         return {
             "input_tokens": num_input,
