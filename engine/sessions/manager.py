@@ -245,6 +245,8 @@ class SessionManager:
         events: EventLog = NO_EVENTS,
         unsaved_events: EventLog | None = None,
         answer: SessionAnswer | None = None,
+        *,
+        max_checkpoints: int | None = None,
     ) -> Session:
         """Make `state` the session's state, stored when this returns, and end the turn.
 
@@ -255,12 +257,14 @@ class SessionManager:
         events: kept until the next turn's take their place. unsaved_events: kept instead where
         another store does not take it; None: the same. Then state and events stay in memory, and
         the session is not durable until a later turn is stored. SessionMovedError: the lease was
-        taken over. answer: stored with the state, and only then.
+        taken over. answer: stored with the state, and only then. max_checkpoints: turns that can be
+        rewound after it, unless given those of all sessions.
         """
+        most = self._max_checkpoints if max_checkpoints is None else max_checkpoints
         value = SessionValue(state, events)
         try:
             kept = self._answer(answer)
-            record = self._cache.commit(turn.lease, value, self._max_checkpoints, kept)
+            record = self._cache.commit(turn.lease, value, most, kept)
         except StoreUnavailableError as error:
             if self._store.is_shared:
                 is_away = isinstance(error, StoreUnreachableError)

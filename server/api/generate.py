@@ -25,6 +25,7 @@ from cottention.server.generation.responses import (
 )
 from cottention.server.generation.sse import (
     EventFormatter,
+    EventSource,
     EventStreamResponse,
     GenerationEvents,
     close_on_disconnect,
@@ -246,7 +247,7 @@ async def _respond(
     returned = StateWriter(context.sessions) if parsed.body.return_state else None
     if is_stream:
         formatter = EventFormatter(header, choices, generation_request, stream)
-        events = (
+        events: EventSource = (
             GenerationEvents(stream, formatter)
             if returned is None
             else StateEvents(stream, formatter, returned)

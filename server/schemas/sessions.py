@@ -145,7 +145,7 @@ def check_turn(request: SamplingBody, num_prompts: int) -> None:
 
     Raises ApiError.
     """
-    asked = [name for name in STATE_FIELDS if getattr(request, name)]
+    asked = [name for name in STATE_FIELDS if getattr(request, name) not in (None, False)]
     if request.session_id is None:
         for name, neutral in WITHOUT_SESSION.items():
             if getattr(request, name) != neutral:

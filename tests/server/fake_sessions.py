@@ -145,6 +145,8 @@ class FakeSessions:
         state: SessionState,
         events: EventLog = NO_EVENTS,
         unsaved_events: EventLog = NO_EVENTS,
+        *,
+        max_checkpoints: int | None = None,
     ) -> FakeSession:
         self._may_fail("commit")
         if not self._runs(turn):
@@ -156,6 +158,8 @@ class FakeSessions:
             is_durable=not self.is_full,
             residence="parked",
         )
+        if max_checkpoints is not None:
+            new = replace(new, states=new.states[-1 - max_checkpoints :])
         self.kept[new.id] = new
         self._release(turn, "commit")
         return new

@@ -171,6 +171,11 @@ async def _respond(
     stack.callback(stream.close)
     stack.enter_context(context.responses.entered(owner, running))
     if live is not None:
+        try:
+            await run.keep_begun()
+        except BaseException:
+            await stack.aclose()
+            raise
         first = writer.snapshot()
         key = response_owner(owner), writer.response["id"]
         work = _run_alone(run, live, stack)
@@ -228,15 +233,22 @@ async def _start(
         param = "previous_response_id"
         running = context.responses.find(owner, previous_id)
         if running is not None:
-            message = "that response has not ended: wait until it has"
-            raise ApiError(409, message, param=param, code="response_in_progress")
+            raise in_progress(param, "wait until it has")
         previous, state = await asyncio.to_thread(store.load_state, owner, previous_id, param)
+        if previous.is_running:  # at another server
+            raise in_progress(param, "wait until it has")
         if not previous.can_continue:
             status = previous.response["status"]
             message = f"that response is {status} and has no state: continue one before it"
             raise invalid(param, message)
         _check_outputs(parsed.body, previous)
     return settled(state, parsed.chat, context)
+
+
+def in_progress(param: str, what_to_do: str) -> ApiError:
+    """A 409 for what is not possible before the end of a response; `param` is what was asked."""
+    message = f"that response has not ended: {what_to_do}"
+    return ApiError(409, message, param=param, code="response_in_progress")
 
 
 def _check_outputs(body: ResponseRequest, previous: StoredResponse) -> None:

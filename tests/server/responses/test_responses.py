@@ -53,13 +53,13 @@ def text_of(response: Any) -> str:
 
 
 def events_of(text: str) -> list[Any]:
-    """The events of a stream, whose first lines must be their types."""
+    """The events of a stream, each of which says its type twice."""
     found = []
     for block in text.split("\n\n")[:-1]:
         if not block.startswith(":"):
-            first, second = block.split("\n")
-            found.append(json.loads(second.removeprefix("data: ")))
-            assert first == f"event: {found[-1]['type']}"
+            fields = dict(line.split(": ", 1) for line in block.split("\n"))
+            found.append(json.loads(fields["data"]))
+            assert fields["event"] == found[-1]["type"]
     return found
 
 
@@ -207,7 +207,8 @@ def test_one_that_runs_is_deleted_when_it_has_been_cancelled(live: Live) -> None
 def test_what_is_told_to_its_client_alone_cannot_be_followed(live: Live) -> None:
     body = {"input": "y", "store": True, "stream": True, "max_output_tokens": 1_000_000}
     with live.client.stream("POST", "/v1/responses", json=body) as stream:
-        first = next(line for line in stream.iter_lines() if line.startswith("data"))
+        lines = stream.iter_lines()
+        first = next(line for line in lines if line.startswith("data"))
         response_id = json.loads(first.removeprefix("data: "))["response"]["id"]
         assert get(live, response_id).json()["status"] == "in_progress"
         followed = get(live, response_id, stream=True)

@@ -181,14 +181,3 @@ def test_a_state_counts_among_what_responses_may_have() -> None:
         response = live.complete(prompt="x", **SHORT)
         assert error_of(response)[:2] == (400, "return_state")
         assert "for its state" in response.json()["error"]["message"]
-
-
-def test_a_key_gets_a_state_once(live: Live) -> None:
-    """A client whose connection broke sends the request again."""
-    asked = {"prompt": "x"} | SHORT
-    answers = [
-        live.client.post("/v1/completions", json=asked, headers={"Idempotency-Key": "state"})
-        for _ in range(2)
-    ]
-    assert answers[0].content == answers[1].content
-    assert held_by(answers[1].json()["state"]) == "xabc"
