@@ -107,6 +107,19 @@ class SessionManager:
         raw = self._codec.encode(state)
         return self._create(owner, raw, value, metadata, ttl_seconds, session_id)
 
+    def snapshot(self, state: SessionState) -> bytes:
+        """The snapshot of a state that is no session. NonFiniteStateError, StateTooLargeError."""
+        return self._codec.encode(state)
+
+    def read_snapshot(self, raw: bytes, check: Check) -> SessionState:
+        """The state of a snapshot, without storing it. SnapshotError.
+
+        check: raises an error of its choice for a state that cannot be used here.
+        """
+        state = self._codec.decode(raw)
+        check(state)
+        return state
+
     @property
     def max_snapshot_nbytes(self) -> int:
         """Bytes of the largest snapshot that a session of this model can have."""
@@ -118,10 +131,9 @@ class SessionManager:
         """A new session from a snapshot. SnapshotError, before anything is stored;
         StoreUnavailableError.
 
-        check: raises an error of its choice for a state that cannot be used here.
+        check: as in `read_snapshot`.
         """
-        state = self._codec.decode(raw)
-        check(state)
+        state = self.read_snapshot(raw, check)
         if self._codec.writes_recipes:  # rows from elsewhere are not always those of this machine
             return self.open(owner, self._codec.stored_form(state), metadata, ttl_seconds)
         return self._create(owner, raw, SessionValue(state), metadata, ttl_seconds)
@@ -233,6 +245,8 @@ class SessionManager:
         events: EventLog = NO_EVENTS,
         unsaved_events: EventLog | None = None,
         answer: SessionAnswer | None = None,
+        *,
+        max_checkpoints: int | None = None,
     ) -> Session:
         """Make `state` the session's state, stored when this returns, and end the turn.
 
@@ -243,12 +257,14 @@ class SessionManager:
         events: kept until the next turn's take their place. unsaved_events: kept instead where
         another store does not take it; None: the same. Then state and events stay in memory, and
         the session is not durable until a later turn is stored. SessionMovedError: the lease was
-        taken over. answer: stored with the state, and only then.
+        taken over. answer: stored with the state, and only then. max_checkpoints: turns that can be
+        rewound after it, unless given those of all sessions.
         """
+        most = self._max_checkpoints if max_checkpoints is None else max_checkpoints
         value = SessionValue(state, events)
         try:
             kept = self._answer(answer)
-            record = self._cache.commit(turn.lease, value, self._max_checkpoints, kept)
+            record = self._cache.commit(turn.lease, value, most, kept)
         except StoreUnavailableError as error:
             if self._store.is_shared:
                 is_away = isinstance(error, StoreUnreachableError)

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from cottention.engine.errors import ParameterError
 from cottention.engine.sampling_params import MAX_STOP_STRINGS, SamplingParams, shortened
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import check_model, generate
+from cottention.server.api.generate import check_model, generate, start_of, state_bytes
 from cottention.server.api.openapi import error_responses, request_docs
 from cottention.server.generation.chat_template import (
     ChatContinuation,
@@ -89,20 +89,21 @@ def parse_chat(fields: dict[str, Any], context: Context) -> ParsedRequest:
     chat = render(template, body, control, messages, tools)
     ids = encode_chat(chat, tokenizer, control, add_special_tokens=body.add_special_tokens)
     prompts = [truncate_prompt(ids, body, context.trained_length)]
-    is_plain = body.session_id is None and body.truncate_prompt_tokens is None
+    is_plain = not body.is_turn and body.truncate_prompt_tokens is None
     boundaries: tuple[int, ...] = ()
     if is_plain and not body.add_special_tokens:
         boundaries = message_boundaries(chat.text, messages, ids, tokenizer)
     continuation = None
-    if body.session_id is not None:
+    if body.session_id is not None or body.state is not None:
         continuation = _continuation(body, template, chat, tokenizer, control, tools)
     return ParsedRequest(
         body,
         params,
-        _output_options(body, calls),
+        _output_options(body, calls, context),
         prompts,
         continuation=continuation,
         boundaries=boundaries,
+        start=start_of(body, context),
     )
 
 
@@ -134,7 +135,7 @@ def _continuation(
     control: ControlTokens | None,
     tools: Sequence[Mapping[str, Any]],
 ) -> ChatContinuation:
-    """The prompt of a turn in a session that is not empty; `chat` is that in an empty session.
+    """The prompt of a turn after a state that is not empty; `chat` is that after an empty one.
 
     Raises ApiError.
     """
@@ -250,12 +251,13 @@ def _params(
         raise invalid(param, message) from None
 
 
-def _output_options(body: ChatRequest, calls: CallFormat | None) -> OutputOptions:
+def _output_options(body: ChatRequest, calls: CallFormat | None, context: Context) -> OutputOptions:
     return OutputOptions(
         calls=calls,
         has_prompt_once=True,
         logprobs=body.num_alternatives((body.top_logprobs or 0) if body.logprobs else None),
         prompt_logprobs=body.prompt_logprobs,
         token_ids=body.return_token_ids,
+        state_bytes=state_bytes(body, context),
         tokens_as_ids=body.return_tokens_as_token_ids,
     )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request, Response
 
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import check_model, generate
+from cottention.server.api.generate import check_model, generate, start_of, state_bytes
 from cottention.server.api.openapi import error_responses, request_docs
 from cottention.server.generation.choice_format import CompletionFormatter
 from cottention.server.generation.request import (
@@ -59,11 +59,12 @@ def parse_completion(fields: dict[str, Any], context: Context) -> ParsedRequest:
     return ParsedRequest(
         body,
         params,
-        _output_options(body),
+        _output_options(body, context),
         prompts,
         echoes=_echoes(body, prompts, tokenizer) if body.echo else (),
         add_special_tokens_if_empty=body.adds_special_tokens is None
         and isinstance(body.prompt[0], str),
+        start=start_of(body, context),
     )
 
 
@@ -77,12 +78,13 @@ def _token_ids(body: CompletionRequest, tokenizer: "BaseTokenizer") -> list[list
     ]
 
 
-def _output_options(body: CompletionRequest) -> OutputOptions:
+def _output_options(body: CompletionRequest, context: Context) -> OutputOptions:
     return OutputOptions(
         echo=body.echo,
         logprobs=body.num_alternatives(body.logprobs),
         prompt_logprobs=body.prompt_logprobs,
         token_ids=body.return_token_ids,
+        state_bytes=state_bytes(body, context),
         tokens_as_ids=body.return_tokens_as_token_ids,
     )
 

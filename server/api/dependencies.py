@@ -139,6 +139,11 @@ class Context:
         return least(self.config.max_body_bytes, self.limits.max_body_bytes)
 
     @property
+    def max_snapshot_bytes(self) -> int:
+        """Maximum length of a snapshot that is sent to this server; not for an encoder."""
+        return min(self.config.max_snapshot_bytes, self.sessions.max_snapshot_nbytes)
+
+    @property
     def pace(self) -> Pace:
         """How slowly a request's body may come."""
         return Pace(self.config.receive_seconds, self.config.receive_rate)

@@ -3,10 +3,11 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 
+from cottention.engine.errors import ContextPolicyError
 from cottention.server.api.dependencies import Context
 from cottention.server.api.turn_response import TurnResponse
 from cottention.server.generation.cancellation import Cancellation
@@ -24,6 +25,7 @@ from cottention.server.generation.responses import (
 )
 from cottention.server.generation.sse import (
     EventFormatter,
+    EventSource,
     EventStreamResponse,
     GenerationEvents,
     close_on_disconnect,
@@ -40,7 +42,17 @@ from cottention.server.idempotency.recording import Answering
 from cottention.server.limits.rate_limit import client_of, count_choices, track
 from cottention.server.observability.access_log import request_record
 from cottention.server.schemas.base import RequestModel, validate
+from cottention.server.schemas.sampling import SamplingBody
+from cottention.server.sessions.state_in_hand import (
+    StateEvents,
+    StateWriter,
+    encoded_length,
+    read_state,
+)
 from cottention.server.sessions.turn_queue import caller_of, owner_of
+
+if TYPE_CHECKING:  # it imports torch, which the server must not load
+    from cottention.engine.state.session_state import SessionState
 
 MAX_INLINE_BYTES = 16 * 1024
 """Longer bodies are parsed and tokenized in a thread, to keep the event loop responsive."""
@@ -212,24 +224,34 @@ async def _respond(
     cancellation: Cancellation,
 ) -> Response:
     """Generate without a session, and respond."""
-    generation_request = parsed.build()
+    start = None if parsed.start is None else settled(parsed.start, parsed, context)
+    generation_request = (
+        parsed.build()
+        if start is None
+        else parsed.build_turn(start, context.tokenizer, context.policies)
+    )
     is_stream = generation_request.is_stream
     header = endpoint.header(name, context.model_name, is_stream=is_stream)
     choices = endpoint.formatter(generation_request, context.tokenizer)
-    cache = parsed.cache_use(owner_of(request))
     count_choices(request.scope, generation_request)
     stream = await context.engine.generate(
         name,
         generation_request,
+        start=start,
         deadline=deadline,
-        cache=cache,
+        cache=parsed.cache_use(owner_of(request)) if start is None else None,
         client=client_of(request.scope),
     )
     cancellation.attach(stream)
     track(request.scope, generation_request, stream)
+    returned = StateWriter(context.sessions) if parsed.body.return_state else None
     if is_stream:
         formatter = EventFormatter(header, choices, generation_request, stream)
-        events = GenerationEvents(stream, formatter)
+        events: EventSource = (
+            GenerationEvents(stream, formatter)
+            if returned is None
+            else StateEvents(stream, formatter, returned)
+        )
         return EventStreamResponse(events, context.config.sse_keep_alive_seconds)
     async with close_on_disconnect(stream, request.receive):
         deltas = await collect_outputs(stream)
@@ -238,7 +260,34 @@ async def _respond(
         )
         wants_timings = generation_request.timings
         extra = {"timings": timings_of(generation_request, stream)} if wants_timings else {}
+        if returned is not None:
+            extra["state"] = await returned.write(deltas[0].state)
         return format_response(deltas, header, choices, generation_request, usage, extra)
+
+
+def start_of(body: SamplingBody, context: Context) -> "SessionState | None":
+    """The state that a client sends, or an empty one where it asks for one; else None.
+
+    Raises ApiError, and ParameterError for a state that no request can continue on this server.
+    """
+    if body.state is not None:
+        limit, check = context.max_snapshot_bytes, context.policies.check_goes_on
+        return read_state(body.state, context.sessions, limit, check)
+    return context.policies.new_session(None) if body.return_state else None
+
+
+def state_bytes(body: SamplingBody, context: Context) -> int:
+    """Bytes of the largest state that the answer may have; 0 for none."""
+    return encoded_length(context.sessions.max_snapshot_nbytes) if body.return_state else 0
+
+
+def settled(start: "SessionState", parsed: ParsedRequest, context: Context) -> "SessionState":
+    """The state under the context policy that the request asks for. Raises ApiError 409."""
+    try:
+        return context.policies.settled(start, parsed.params)
+    except ContextPolicyError as error:
+        message, code = str(error), "context_policy_settled"
+        raise ApiError(409, message, param="context_policy", code=code) from None
 
 
 async def read_parsed(

@@ -178,15 +178,13 @@ class TurnResponse(Response):
         context = self._context
         policies, tokenizer = context.policies, context.tokenizer
         start = policies.settled(turn.state, self._parsed.params)
-        request = self._parsed.build_turn(start, tokenizer)
+        request = self._parsed.build_turn(start, tokenizer, policies)
         replayed = None
         if self._journaled is not None:
             params = replace(request.params, seed=self._journaled.seed)
             request = replace(request, params=params)
             has_ids = self._known is not None and params.logprobs is None
             replayed = self._known.ids if self._known is not None and has_ids else ()
-        num_reread = policies.num_reread(start, request.num_prompt_tokens)
-        request = replace(request, num_reread=num_reread, num_held=start.num_tokens)
         skips = request.params.skip_special_tokens
         table = tokenizer.token_bytes if skips else tokenizer.written_bytes
         turn.set_prompt(start, request.prompts[0], table, policies.window)

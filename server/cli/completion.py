@@ -16,7 +16,7 @@ def completion_script(shell: str, parser: argparse.ArgumentParser, settings: Ite
     known = {each.argument: each for config_type in settings for each in settings_of(config_type)}
     for action in _actions(parser):
         setting = known.get(action.option_strings[0] if action.option_strings else action.dest)
-        if action.dest == "config":
+        if action.dest in ("config", "input_file", "output_file"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]  # shtab's own
         elif action.dest == "model" or (setting is not None and setting.is_path):
             action.complete = shtab.FILE  # type: ignore[attr-defined]

@@ -36,7 +36,12 @@ class Embedded(NamedTuple):
 
 @contextlib.contextmanager
 def embedded_server(
-    model: str | None, engine_config: EngineConfig, chat_template: str | None = None
+    model: str | None,
+    engine_config: EngineConfig,
+    chat_template: str | None = None,
+    *,
+    served_model_name: str | None = None,
+    may_be_encoder: bool = False,
 ) -> Iterator[Embedded]:
     """Load a model, and serve it until the end of the block.
 
@@ -49,11 +54,12 @@ def embedded_server(
             uds=str(Path(folder, "server")),
             ui=False,
             chat_template=chat_template,
+            served_model_name=served_model_name,
             session_checkpoints=CHECKPOINTS,
         )
         template = find_template(config.chat_template, resolve_model(model).folder)
         engine = loaded(open_engine, model, engine_config)
-        if "completions" not in engine.capabilities:
+        if not may_be_encoder and "completions" not in engine.capabilities:
             raise ConfigurationError(f"{engine.name} is an encoder: it generates no text")
         with (
             listening(config) as sock,

@@ -14,7 +14,13 @@ from cottention.engine.settings.sources import (
     variable_of,
 )
 from cottention.engine.training.settings import TRAINING_VARIABLES
-from cottention.server.client.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
+from cottention.server.client.settings import (
+    BatchConfig,
+    BenchConfig,
+    ChatConfig,
+    ClientConfig,
+    TargetConfig,
+)
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 
 logger = logging.getLogger("cottention")
@@ -28,9 +34,10 @@ GENERATE_SETTINGS = {
 }
 CHAT_SETTINGS = {"conversation": ChatConfig, **GENERATE_SETTINGS}
 BENCH_SETTINGS = {"server to test": TargetConfig, "load": BenchConfig}
+BATCH_SETTINGS = {"batch": BatchConfig, "server to use": ClientConfig, "engine": EngineConfig}
 """What a command reads, by the titles in its help text."""
 
-ALL_SETTINGS = tuple((SERVE_SETTINGS | CHAT_SETTINGS | BENCH_SETTINGS).values())
+ALL_SETTINGS = tuple((SERVE_SETTINGS | CHAT_SETTINGS | BENCH_SETTINGS | BATCH_SETTINGS).values())
 
 NAMES = frozenset(each.name for config_type in ALL_SETTINGS for each in settings_of(config_type))
 """Every key that a configuration file may have: one file serves all commands."""

@@ -8,17 +8,20 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from cottention.engine.config import EngineConfig
 from cottention.engine.errors import ConfigurationError
 from cottention.engine.settings.command_line import OneLineParser
+from cottention.engine.settings.declaration import expand_user
 from cottention.engine.settings.sources import Resolved, unknown_variables
 from cottention.engine.standard_streams import write_notice, write_output
 from cottention.server.cli import commands
 from cottention.server.cli.options import (
     ALL_SETTINGS,
+    BATCH_SETTINGS,
     BENCH_SETTINGS,
     CHAT_SETTINGS,
     GENERATE_SETTINGS,
@@ -29,7 +32,13 @@ from cottention.server.cli.options import (
     sources_of,
     warn_of_unknown_variables,
 )
-from cottention.server.client.settings import BenchConfig, ChatConfig, ClientConfig, TargetConfig
+from cottention.server.client.settings import (
+    BatchConfig,
+    BenchConfig,
+    ChatConfig,
+    ClientConfig,
+    TargetConfig,
+)
 from cottention.server.config import GenerateConfig, ModelArgument, ServerConfig
 from cottention.server.log_config import configure_logging
 from cottention.server.version import package_version
@@ -152,6 +161,34 @@ def _bench(given: argparse.Namespace) -> int:
     return bench(target, _asking_for_flag(config), as_json=given.json)
 
 
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-i",
+        "--input-file",
+        metavar="PATH",
+        required=True,
+        help="requests, one JSON object a line as in OpenAI's batches",
+    )
+    parser.add_argument(
+        "-o",
+        "--output-file",
+        metavar="PATH",
+        required=True,
+        help="where the answers go, one line each; a file that has some is gone on with",
+    )
+
+
+def _run_batch(given: argparse.Namespace) -> int:
+    from cottention.server.cli.run_batch import run_batch
+
+    sources = sources_of(given, os.environ)
+    client, batch = sources.read(ClientConfig).value, sources.read(BatchConfig)
+    if client.url is not None and batch.origins["model"].kind == "flag":
+        raise ConfigurationError("--model and --url cannot both be given: the server has its model")
+    paths = (Path(expand_user(each)) for each in (given.input_file, given.output_file))
+    return run_batch(*paths, client, batch.value, sources.read(EngineConfig).value)
+
+
 def _asking_for_flag(resolved: Resolved[Asking]) -> Asking:
     """Settings without a model that no flag named: variable and file say what is loaded here."""
     if resolved.origins["model"].kind == "flag":
@@ -230,6 +267,13 @@ COMMANDS = {
         _bench,
         BENCH_SETTINGS,
         _add_json,
+    ),
+    "run-batch": Command(
+        "answer the requests of a file, with a model loaded here or on a server",
+        "-i PATH -o PATH [flags]",
+        _run_batch,
+        BATCH_SETTINGS,
+        _add_files,
     ),
     "info": Command(
         "show a model's size and its memory per session", "[MODEL] [flags]", _info, INFO_SETTINGS

@@ -58,6 +58,36 @@ class ChatConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchConfig:
+    """Settings of a batch."""
+
+    model: str | None = setting(
+        None,
+        "model folder or Hugging Face id, where the model is loaded here",
+        unset="the model that ships with the package",
+        is_path=True,
+    )
+    max_concurrency: int = setting(
+        64, "maximum number of requests at a time", minimum=1, maximum=MAX_STREAMS
+    )
+    served_model_name: str | None = setting(
+        None,
+        "model name in requests, where the model is loaded here",
+        unset="the name of the model",
+    )
+    chat_template: str | None = setting(
+        None,
+        "template file, name of a template in the model folder, or plain, where the model is loaded"
+        " here",
+        unset="the model's own",
+        is_path=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
 class BenchConfig:
     """Settings of a load test."""
 

@@ -7,7 +7,7 @@ state) is an argument of `AsyncEngine.generate`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cottention.engine.sampling_params import SamplingParams, out_of_vocabulary
@@ -25,12 +25,16 @@ from cottention.server.schemas.sampling import (
 )
 
 if TYPE_CHECKING:
+    from cottention.engine.scheduling.context_policy import ContextPolicies
     from cottention.engine.state.session_state import SessionState
     from cottention.engine.text.base import BaseTokenizer
 
 
 MAX_INLINE_TOKENS = 16 * 1024
 """Longer token lists are processed in a thread, to keep the event loop responsive."""
+
+STATE_ITEM_BYTES = 64
+"""Bytes of a returned state that count as much as a token id or a log-probability."""
 
 MAX_INLINE_ITEMS = 4 * 1024
 """Responses with more token ids and log-probabilities are formatted in a thread."""
@@ -46,6 +50,7 @@ class OutputOptions:
     echo: each prompt before its text. logprobs: number of alternatives per generated token, None
     for no log-probabilities. prompt_logprobs: the same for prompts. token_ids: of prompt and text.
     tokens_as_ids: tokens are named `token_id:N` in log-probabilities.
+    state_bytes: of the largest state that it may have, 0 for none.
     has_prompt_once: what it contains of a prompt is not repeated for each choice.
     calls: how its calls of functions are written; None for text alone.
     """
@@ -55,6 +60,7 @@ class OutputOptions:
     prompt_logprobs: int | None = None
     token_ids: bool = False
     tokens_as_ids: bool = False
+    state_bytes: int = 0
     has_prompt_once: bool = False
     calls: CallFormat | None = None
 
@@ -102,8 +108,8 @@ class GenerationRequest:
     prompts: token ids of each prompt. echoes: the text of each prompt, empty unless echoed.
     num_choices: returned for each prompt: all `params.n` of them, or the best.
     num_reread: ids that a session's turn reads besides its prompt (`ContextPolicies.num_reread`).
-    num_held: ids that a session holds before its turn. timings: whether the response has its times,
-    and timings_per_token: each of its chunks.
+    num_held: ids that the state holds which it continues. timings: whether the response has its
+    times, and timings_per_token: each of its chunks.
     """
 
     prompts: list[list[int]]
@@ -170,6 +176,7 @@ class ParsedRequest:
     if its session is empty.
     continuation: the prompt of a turn if its session is not empty; None: the same as if it were.
     boundaries: of a chat's only prompt, those of `CacheUse`.
+    start: where the client keeps its state itself, the one that it goes on from.
     """
 
     body: SamplingBody
@@ -180,6 +187,7 @@ class ParsedRequest:
     add_special_tokens_if_empty: bool = False
     continuation: ChatContinuation | None = None
     boundaries: tuple[int, ...] = ()
+    start: "SessionState | None" = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -198,10 +206,12 @@ class ParsedRequest:
     def num_items(self) -> int:
         """Token ids, echoed tokens and log-probabilities that the response has at most.
 
-        What is generated counts where the response is whole; a stream is read as it comes.
+        What is generated counts where the response is whole; a stream is read as it comes. A state
+        counts in both.
         """
         body, output, params = self.body, self.output, self.params
         num_items = output.num_prompt_items(self.num_prompt_tokens, body.n)
+        num_items += output.state_bytes // STATE_ITEM_BYTES
         if not body.stream:
             per_token = output.token_ids + _num_logprobs(body.num_alternatives(params.logprobs))
             num_items += len(self.prompts) * params.n * params.max_tokens * per_token
@@ -216,12 +226,15 @@ class ParsedRequest:
                 "logprobs": output.logprobs is not None,
                 "return_token_ids": output.token_ids,
                 "echo": output.echo,
+                "return_state": output.state_bytes > 0,
             }
+            num_state = output.state_bytes // STATE_ITEM_BYTES
+            counted = f", {num_state} of them for its state" if num_state else ""
             raise invalid(
                 next((name for name, is_wanted in wanted.items() if is_wanted), "best_of"),
                 f"a response has at most {limit} token ids, echoed tokens and log-probabilities"
-                f" (--max-response-items), but this one may have {num_items}: ask for fewer"
-                " choices, tokens or alternatives, or for a stream",
+                f" (--max-response-items), but this one may have {num_items}{counted}: ask for"
+                " fewer choices, tokens or alternatives, or for a stream",
             )
 
     def cache_use(self, owner: str) -> CacheUse:
@@ -234,8 +247,10 @@ class ParsedRequest:
         """The request, without a session."""
         return self._build(self.prompts)
 
-    def build_turn(self, start: "SessionState", tokenizer: "BaseTokenizer") -> GenerationRequest:
-        """The request of a turn that continues `start`."""
+    def build_turn(
+        self, start: "SessionState", tokenizer: "BaseTokenizer", policies: "ContextPolicies"
+    ) -> GenerationRequest:
+        """The request of a turn that continues `start`, which comes from `policies.settled`."""
         (first,) = self.prompts
         prompt = turn_prompt(
             first,
@@ -244,7 +259,8 @@ class ParsedRequest:
             add_special_tokens_if_empty=self.add_special_tokens_if_empty,
             continuation=self.continuation,
         )
-        return self._build([prompt])
+        num_reread = policies.num_reread(start, len(prompt))
+        return replace(self._build([prompt]), num_reread=num_reread, num_held=start.num_tokens)
 
     def _build(self, prompts: list[list[int]]) -> GenerationRequest:
         body = self.body

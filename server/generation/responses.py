@@ -99,6 +99,7 @@ def format_response(
         yield from islice(json_pieces(end, encode_unicode), 1, None)  # without its brace
 
     is_long = usage["total_tokens"] > MAX_INLINE_TOKENS or request.is_slow_to_format
+    is_long = is_long or request.output.state_bytes > 0
     num_items = usage["completion_tokens"] * request.items_per_token
     is_long = not at_once and (is_long or num_items > MAX_INLINE_ITEMS)
     return json_response(pieces(), is_long=is_long)

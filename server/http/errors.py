@@ -22,6 +22,7 @@ from cottention.engine.errors import (
     SessionNotFoundError,
     SessionQuotaError,
     SnapshotError,
+    SnapshotMismatchError,
     StateTooLargeError,
     StoreFullError,
     StoreUnavailableError,
@@ -127,6 +128,13 @@ def session_error(error: SessionError) -> ApiError:
     status, code = SESSION_ERRORS[type(error)]
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
     return ApiError(status, str(error), param="session_id", code=code, headers=headers)
+
+
+def bad_snapshot(error: SnapshotError, param: str | None = None) -> ApiError:
+    """A 409 for a snapshot of another model, a 400 for bytes that are none; `param` had them."""
+    if isinstance(error, SnapshotMismatchError):
+        return ApiError(409, str(error), param=param, code="snapshot_mismatch")
+    return ApiError(400, str(error), param=param, code="bad_snapshot")
 
 
 def session_damaged(error: SnapshotError) -> ApiError:

@@ -1,6 +1,7 @@
 """One response from its first token to its end: its events as they come, and what is kept of it."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -18,6 +19,7 @@ from cottention.server.responses.writer import Event, ResponseWriter, Status, ev
 from cottention.server.schemas.responses import JsonObject
 
 if TYPE_CHECKING:  # they import torch, which the server must not load
+    from cottention.engine.sessions.types import Turn
     from cottention.engine.state.session_state import SessionState
     from cottention.engine.text.base import BaseTokenizer
 
@@ -43,17 +45,15 @@ class ResponseRun:
         request: GenerationRequest,
         writer: ResponseWriter,
         tokenizer: "BaseTokenizer",
-        num_held: int,
     ) -> None:
-        """num_held: tokens of the state that the prompt continues."""
         self._stream = stream
         self._request = request
         self._writer = writer
         self._names = TokenNames(tokenizer, by_number=False)
         calls = request.output.calls
         self._reader = None if calls is None else CallReader(calls)
-        self._num_held = num_held
         self._kept: tuple[ResponseStore, str, list[JsonObject], SessionState] | None = None
+        self._turn: Turn | None = None
         self.error: ApiError | None = None
 
     def keep(
@@ -61,6 +61,16 @@ class ResponseRun:
     ) -> None:
         """Have the response stored before its last event. empty: the state where there is none."""
         self._kept = store, owner, items, empty
+
+    async def keep_begun(self) -> None:
+        """Store it as it is now, so that it is found whatever becomes of the server.
+
+        Raises ApiError and SessionError. `end` stores what became of it.
+        """
+        assert self._kept is not None
+        store, owner, items, empty = self._kept
+        stored = StoredResponse(self._writer.snapshot(), items, [], can_continue=False)
+        self._turn = await asyncio.to_thread(store.begin, owner, stored, empty)
 
     async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
         """As EventSource.events."""
@@ -124,13 +134,13 @@ class ResponseRun:
         events = self._writer.end(status, int(time.time()), fields)
         if self._kept is None:
             return events
-        store, owner, items, empty = self._kept
+        _, _, items, empty = self._kept
         state = delta.state
         stored = StoredResponse(
             self._writer.snapshot(), items, [*self._writer.cuts], state is not None
         )
         try:
-            await asyncio.to_thread(store.save, owner, stored, empty if state is None else state)
+            await asyncio.to_thread(self._store, stored, empty if state is None else state)
         except ApiError as error:
             self.error = error
         except SessionError as error:
@@ -144,10 +154,24 @@ class ResponseRun:
         last = {"type": "response.failed", "response": self._writer.snapshot()}
         return [*events[:-1], events[-1] | last]
 
+    def _store(self, stored: StoredResponse, state: "SessionState") -> None:
+        """In a thread. Raises ApiError and SessionError."""
+        assert self._kept is not None
+        store, owner, _, _ = self._kept
+        if self._turn is None:
+            store.save(owner, stored, state)
+            return
+        try:
+            store.end(self._turn, stored, state)
+        except Exception:
+            with contextlib.suppress(SessionError):
+                store.abandon(self._turn)
+            raise
+
     def _usage(self) -> JsonObject:
         """All tokens that the answer depends on; those of the state were not read again."""
-        num_cached = self._num_held + self._stream.num_cached
-        num_input = self._num_held + self._request.num_prompt_tokens
+        num_cached = self._request.num_held + self._stream.num_cached
+        num_input = self._request.num_held + self._request.num_prompt_tokens
         num_output = self._stream.num_generated
         return {
             "input_tokens": num_input,

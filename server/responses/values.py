@@ -6,7 +6,8 @@ every one can be continued any number of times.
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from secrets import token_hex
 from typing import TYPE_CHECKING, Self
 
@@ -20,6 +21,7 @@ from cottention.server.schemas.responses import JsonObject
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.sessions.manager import SessionManager
+    from cottention.engine.sessions.types import Turn
     from cottention.engine.state.session_state import SessionState
 
 SUFFIX = "/responses"
@@ -28,6 +30,11 @@ SUFFIX = "/responses"
 RESPONSE_ID = re.compile(r"resp_([0-9a-f]{32})")
 
 RETRY_SECONDS = 60
+
+RUNNING = ("queued", "in_progress")
+"""Statuses of a response that has not ended."""
+
+INTERRUPTED = "the server stopped before this response had ended: send its request again"
 
 
 def new_response_id() -> str:
@@ -53,7 +60,7 @@ def quotas_with_responses(quotas: Quotas, max_responses: int | None) -> Quotas:
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A response that has ended.
+    """A response that has ended, or, in the background, has begun.
 
     response: its object. input: the items that it answers. cuts: of its deltas. can_continue:
     whether the session's state is the one after the answer.
@@ -74,6 +81,16 @@ class StoredResponse:
         }
         return EventLog(token_hex(8), 0, (json.dumps(fields).encode(),))
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it had not ended when it was stored."""
+        return self.response["status"] in RUNNING
+
+    def interrupted(self) -> Self:
+        """The same, whose server has died under it."""
+        error = {"code": "server_error", "message": INTERRUPTED}
+        return replace(self, response=self.response | {"status": "failed", "error": error})
+
     @classmethod
     def from_log(cls, log: EventLog) -> Self:
         """The inverse of `to_log`. SnapshotError."""
@@ -92,7 +109,32 @@ class ResponseStore:
         self._ttl_seconds = ttl_seconds
 
     def save(self, owner: str, stored: StoredResponse, state: "SessionState") -> None:
-        """Keep a response. ApiError 429 where the owner has as many as it may."""
+        """Keep a response that has ended. ApiError 429 where the owner has as many as it may."""
+        self._open(owner, stored, state)
+
+    def begin(self, owner: str, stored: StoredResponse, empty: "SessionState") -> "Turn":
+        """Keep a response that has begun, so that it is found after a crash. ApiError 429.
+
+        It is a turn of its session, which `end` or `abandon` ends. empty: a state of no tokens.
+        """
+        key = response_owner(owner), self._open(owner, stored, empty)
+        try:
+            return self._sessions.begin(*key)
+        except BaseException:
+            self._sessions.delete(*key)
+            raise
+
+    def end(self, turn: "Turn", stored: StoredResponse, state: "SessionState") -> None:
+        """Keep what became of a response that was begun. Raises SessionError."""
+        self._sessions.commit(turn, state, stored.to_log(), max_checkpoints=0)
+
+    def abandon(self, turn: "Turn") -> None:
+        """Forget a response that was begun. Raises SessionError."""
+        self._sessions.abandon(turn)
+        self._sessions.delete(turn.session.owner, turn.session.id)
+
+    def _open(self, owner: str, stored: StoredResponse, state: "SessionState") -> str:
+        """The id of a new session that has the response."""
         session_id = _session_id(stored.response["id"])
         try:
             self._sessions.open(
@@ -109,26 +151,36 @@ class ResponseStore:
                 " --response-ttl-seconds; responses count as sessions here)"
             )
             raise too_many(message, RETRY_SECONDS, "too_many_responses") from None
+        return session_id
 
     def load(self, owner: str, response_id: str, param: str = "response_id") -> StoredResponse:
         """A response. ApiError 404 for an unknown one and another owner's."""
-        session_id = _session_id(response_id, param)
-        try:
-            log = self._sessions.events(response_owner(owner), session_id)
-        except SessionNotFoundError:
-            raise not_found(response_id, param) from None
-        return StoredResponse.from_log(log)
+        return self._load(owner, response_id, param, self._sessions.events)
 
     def load_state(
         self, owner: str, response_id: str, param: str
     ) -> "tuple[StoredResponse, SessionState]":
         """A response, and the state after its answer. ApiError 404 as in `load`."""
-        session_id = _session_id(response_id, param)
+        states: list[SessionState] = []
+
+        def log_of(owner: str, session_id: str) -> EventLog:
+            value = self._sessions.value(owner, session_id)
+            states.append(value.state)
+            return value.events
+
+        return self._load(owner, response_id, param, log_of), states[0]
+
+    def _load(
+        self, owner: str, response_id: str, param: str, log_of: Callable[[str, str], EventLog]
+    ) -> StoredResponse:
+        key = response_owner(owner), _session_id(response_id, param)
         try:
-            value = self._sessions.value(response_owner(owner), session_id)
+            # asked before: a response that ends meanwhile was not interrupted
+            was_interrupted = self._sessions.find(*key).was_interrupted
+            stored = StoredResponse.from_log(log_of(*key))
         except SessionNotFoundError:
             raise not_found(response_id, param) from None
-        return StoredResponse.from_log(value.events), value.state
+        return stored.interrupted() if stored.is_running and was_interrupted else stored
 
     def delete(self, owner: str, response_id: str) -> None:
         """Forget a response. ApiError 404 as in `load`."""

@@ -14,7 +14,10 @@ from cottention.server.schemas.sampling import BOOLEAN, MAX_CHOICES, SamplingBod
 from cottention.server.schemas.sessions import check_turn
 from cottention.server.schemas.unsupported import COMPLETION, NeutralValues
 
-MAX_TOKENS = "a whole number from 1, or 0 with echo or prompt_logprobs, to score the prompt"
+MAX_TOKENS = (
+    "a whole number from 1, or 0 with echo or prompt_logprobs, to score the prompt, or with"
+    " return_state, to read it"
+)
 
 
 class CompletionRequest(SamplingBody):
@@ -31,8 +34,8 @@ class CompletionRequest(SamplingBody):
 
     @property
     def adds_special_tokens(self) -> bool | None:
-        """Whether special tokens are added to texts; None: only to the first of a session."""
-        if self.add_special_tokens is None and self.session_id is None:
+        """Whether special tokens are added to texts; None: only to the first that a state holds."""
+        if self.add_special_tokens is None and not self.is_turn:
             return True
         return self.add_special_tokens
 
@@ -65,7 +68,8 @@ class CompletionRequest(SamplingBody):
 
 def completion_request(body: Mapping[str, Any]) -> CompletionRequest:
     """Validate a body. Raises ApiError 400 naming the field."""
-    if body.get("session_id") is not None and body.get("prompt") is None:
+    has_past = any(body.get(name) is not None for name in ("session_id", "state"))
+    if has_past and body.get("prompt") is None:
         body = {**body, "prompt": ""}
     request = validate(CompletionRequest, body)
     check_turn(request, len(request.prompt))
@@ -78,8 +82,8 @@ def completion_request(body: Mapping[str, Any]) -> CompletionRequest:
 
 
 def _check_max_tokens(request: CompletionRequest) -> None:
-    """Generating nothing is only allowed if the response includes the prompt."""
-    can_be_0 = request.echo or request.prompt_logprobs is not None
+    """Generating nothing is only allowed if the response has something of the prompt."""
+    can_be_0 = request.echo or request.prompt_logprobs is not None or request.return_state
     if request.max_tokens < (0 if can_be_0 else 1):
         message = f"max_tokens must be {MAX_TOKENS}; it is {shown(request.max_tokens)}"
         raise invalid("max_tokens", message)

@@ -71,10 +71,11 @@ def _name(value: Any) -> str:
 def _prompts(value: Any, info: ValidationInfo) -> list[Prompt]:
     """One prompt or several, as text or token ids, as a list of prompts.
 
-    A turn of a session may have an empty prompt.
+    What goes on from a state may have an empty prompt.
     """
     name = info.field_name
-    if value in ("", []) and info.data.get("session_id") is not None:
+    has_past = any(info.data.get(each) is not None for each in ("session_id", "state"))
+    if value in ("", []) and has_past:
         return [[]]
     match value:
         case str() | [int(), *_]:

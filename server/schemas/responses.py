@@ -116,6 +116,7 @@ class Completion(BaseModel):
     kv_transfer_params: None
     session: SessionSummary | None = None
     timings: Timings | None = None
+    state: str | None = None
 
 
 class ChatToken(BaseModel):
@@ -193,6 +194,7 @@ class ChatCompletion(BaseModel):
     kv_transfer_params: None
     session: SessionSummary | None = None
     timings: Timings | None = None
+    state: str | None = None
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 

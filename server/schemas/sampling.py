@@ -36,6 +36,7 @@ NAME = "up to 128 letters, digits, ., _, : and -"
 IDS = "a list of token ids"
 SESSION = f"a string of up to {MAX_SHORT} characters, an id from /v1/sessions"
 MODEL = f"a string of up to {MAX_SHORT} characters, an id from /v1/models"
+STATE = "the `state` of an answer that was asked for with return_state: a snapshot in base64"
 SALT = f"a string of up to {MAX_SHORT} characters"
 CONFLICT = '"error" or "wait"'
 TIMEOUT = "a number of seconds greater than 0"
@@ -123,6 +124,13 @@ class SamplingBody(StructuredFields):
     on_conflict: OnConflict = Field("error", description=CONFLICT)
     on_cancel: OnCancel = Field("keep", description='"keep" or "rollback"')
     on_disconnect: OnDisconnect = Field("cancel", description='"cancel" or "continue"')
+    state: str | None = Field(None, description=STATE)
+    return_state: bool = Field(False, description=BOOLEAN)
+
+    @property
+    def is_turn(self) -> bool:
+        """Whether it goes on from a state, or its answer leaves one: of a session or in hand."""
+        return self.session_id is not None or self.state is not None or self.return_state
 
     def engine_params(self, defaults: Mapping[str, Any], **more: Any) -> SamplingParams:
         """The engine's sampling parameters: the fields of the same names, and `more`.

@@ -33,7 +33,10 @@ WITH_SESSION = {
     "prompt_logprobs": (None,),
     "truncate_prompt_tokens": (None,),
 }
-"""Values that a turn may have: it has one choice, and the past is not processed again."""
+"""Values that a turn may have, of a session or with a state in hand: it has one choice, and the
+past is not processed again."""
+
+STATE_FIELDS = ("state", "return_state")
 
 
 def _prompt(value: Any) -> Prompt:
@@ -138,20 +141,31 @@ def fork_request(body: Mapping[str, Any]) -> ForkRequest:
 
 
 def check_turn(request: SamplingBody, num_prompts: int) -> None:
-    """Check fields that are only allowed with a session, or only without. Raises ApiError."""
+    """Check fields that are only allowed with a session or a state, or only without.
+
+    Raises ApiError.
+    """
+    asked = [name for name in STATE_FIELDS if getattr(request, name) not in (None, False)]
     if request.session_id is None:
         for name, neutral in WITHOUT_SESSION.items():
             if getattr(request, name) != neutral:
                 raise invalid(name, f"{name} is only allowed with session_id: leave it out")
+    elif asked:
+        [name, *_] = asked
+        where = "GET /v1/sessions/ID/snapshot and POST /v1/sessions/import have the session's"
+        message = f"{name} is not possible with session_id: leave one of them out; {where}"
+        raise invalid(name, message)
+    if not request.is_turn:
         return
+    why = "session_id" if request.session_id is not None else asked[0]
     if num_prompts != 1:
         found = f"there are {num_prompts} prompts: send one"
-        raise invalid("prompt", f"prompt must be {PROMPT} with session_id; {found}")
+        raise invalid("prompt", f"prompt must be {PROMPT} with {why}; {found}")
     for name, allowed in WITH_SESSION.items():
         value = getattr(request, name, allowed[0])
         if value not in allowed:
             found = f"it is {shown(value)}: leave it out"
-            raise invalid(name, f"{name} is not possible with session_id; {found}")
+            raise invalid(name, f"{name} is not possible with {why}; {found}")
 
 
 def _check_ttl(seconds: float | None) -> None:

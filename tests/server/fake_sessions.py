@@ -77,7 +77,7 @@ class FakeSessions:
     fails: dict[str, Exception] = field(default_factory=dict)
     slow: dict[str, float] = field(default_factory=dict)
     is_full: bool = False
-    max_snapshot_nbytes: int = 1 << 30
+    max_snapshot_nbytes: int = 1 << 20
     key_ledger: Any = None
     journal: None = None
 
@@ -145,6 +145,8 @@ class FakeSessions:
         state: SessionState,
         events: EventLog = NO_EVENTS,
         unsaved_events: EventLog = NO_EVENTS,
+        *,
+        max_checkpoints: int | None = None,
     ) -> FakeSession:
         self._may_fail("commit")
         if not self._runs(turn):
@@ -156,6 +158,8 @@ class FakeSessions:
             is_durable=not self.is_full,
             residence="parked",
         )
+        if max_checkpoints is not None:
+            new = replace(new, states=new.states[-1 - max_checkpoints :])
         self.kept[new.id] = new
         self._release(turn, "commit")
         return new
@@ -214,20 +218,25 @@ class FakeSessions:
 
     def open_export(self, owner: str, session_id: str) -> OpenExport:
         found = self.find(owner, session_id)
-        return OpenExport(
-            cast(Session, found), BytesReader(b"fake:" + bytes(found.states[-1].recent))
-        )
+        return OpenExport(cast(Session, found), BytesReader(self.snapshot(found.states[-1])))
 
     def import_(
         self, owner: str, raw: bytes, metadata: Any, ttl_seconds: float | None, check: Any
     ) -> FakeSession:
+        return self.open(owner, self.read_snapshot(raw, check), metadata, ttl_seconds)
+
+    def snapshot(self, state: SessionState) -> bytes:
+        self._may_fail("snapshot")
+        return b"fake:" + bytes(state.recent)
+
+    def read_snapshot(self, raw: bytes, check: Any) -> SessionState:
         if raw.startswith(b"other:"):
             raise SnapshotMismatchError("weights differ: expected a, found b")
         if not raw.startswith(b"fake:"):
             raise SnapshotError("this is no snapshot")
         state = SessionState().extended(raw.removeprefix(b"fake:"), (), 512)
         check(state)
-        return self.open(owner, state, metadata, ttl_seconds)
+        return state
 
     def check_reachable(self) -> None:
         """A dictionary is always there."""

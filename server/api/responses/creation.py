@@ -4,15 +4,15 @@ import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
-from cottention.engine.errors import ContextPolicyError, ParameterError
+from cottention.engine.errors import ParameterError
 from cottention.server.api.chat import ALWAYS_IN_THREAD, parse_chat
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import open_request, read_request
+from cottention.server.api.generate import open_request, read_request, settled
 from cottention.server.api.openapi import error_responses, request_docs
 from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.deadline import deadline_of
@@ -145,10 +145,11 @@ async def _respond(
     store = store_of(context)
     start = await _start(parsed, context, store, owner)
     chat = parsed.chat
-    generation = chat.build() if start is None else chat.build_turn(start, context.tokenizer)
-    if start is not None:
-        num_reread = context.policies.num_reread(start, generation.num_prompt_tokens)
-        generation = replace(generation, num_reread=num_reread)
+    generation = (
+        chat.build()
+        if start is None
+        else chat.build_turn(start, context.tokenizer, context.policies)
+    )
     client = client_of(request.scope)
     cache = chat.cache_use(owner) if start is None else None
     try:
@@ -160,8 +161,7 @@ async def _respond(
     cancellation.attach(stream)
     track(request.scope, generation, stream)
     writer = ResponseWriter(_base(parsed, context))
-    num_held = 0 if start is None else start.num_tokens
-    run = ResponseRun(stream, generation, writer, context.tokenizer, num_held)
+    run = ResponseRun(stream, generation, writer, context.tokenizer)
     items = _with_ids(body.input, writer.response["id"])
     if parsed.is_kept:
         run.keep(store, owner, items, context.policies.new_session(None))
@@ -171,6 +171,11 @@ async def _respond(
     stack.callback(stream.close)
     stack.enter_context(context.responses.entered(owner, running))
     if live is not None:
+        try:
+            await run.keep_begun()
+        except BaseException:
+            await stack.aclose()
+            raise
         first = writer.snapshot()
         key = response_owner(owner), writer.response["id"]
         work = _run_alone(run, live, stack)
@@ -228,19 +233,22 @@ async def _start(
         param = "previous_response_id"
         running = context.responses.find(owner, previous_id)
         if running is not None:
-            message = "that response has not ended: wait until it has"
-            raise ApiError(409, message, param=param, code="response_in_progress")
+            raise in_progress(param, "wait until it has")
         previous, state = await asyncio.to_thread(store.load_state, owner, previous_id, param)
+        if previous.is_running:  # at another server
+            raise in_progress(param, "wait until it has")
         if not previous.can_continue:
             status = previous.response["status"]
             message = f"that response is {status} and has no state: continue one before it"
             raise invalid(param, message)
         _check_outputs(parsed.body, previous)
-    try:
-        return context.policies.settled(state, parsed.chat.params)
-    except ContextPolicyError as error:
-        message, code = str(error), "context_policy_settled"
-        raise ApiError(409, message, param="context_policy", code=code) from None
+    return settled(state, parsed.chat, context)
+
+
+def in_progress(param: str, what_to_do: str) -> ApiError:
+    """A 409 for what is not possible before the end of a response; `param` is what was asked."""
+    message = f"that response has not ended: {what_to_do}"
+    return ApiError(409, message, param=param, code="response_in_progress")
 
 
 def _check_outputs(body: ResponseRequest, previous: StoredResponse) -> None:

@@ -12,7 +12,7 @@ from cottention.server.api.dependencies import ContextDep, reading
 from cottention.server.api.generate import read_empty
 from cottention.server.api.openapi import EMPTY_BODY, EVENTS, error_responses
 from cottention.server.api.query_params import must_be, only_query_params
-from cottention.server.api.responses.creation import store_of
+from cottention.server.api.responses.creation import in_progress, store_of
 from cottention.server.generation.json_pieces import object_response
 from cottention.server.generation.sse import EventStreamResponse
 from cottention.server.http.body import shown
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # it imports torch, which the server must not load
 
 router = APIRouter()
 
+RUNS_ELSEWHERE = "it runs at another server of the same store: ask that one, or wait"
 MAX_PAGE = 100
 LIMIT = f"a whole number from 1 to {MAX_PAGE}"
 SEQUENCE_NUMBER = "a whole number from 0"
@@ -99,6 +100,8 @@ async def get_response(
         stored = await asyncio.to_thread(store_of(context).load, owner, response_id)
         if not stream:
             return object_response(stored.response, is_long=True)
+        if stored.is_running:
+            raise in_progress("stream", RUNS_ELSEWHERE)
         events = await asyncio.to_thread(_replayed, stored)
         _check_number(number, len(events))
         log = StoredEvents(EventLog("", 0, events), number, stack.pop_all().close)
@@ -124,6 +127,8 @@ async def cancel_response(response_id: str, request: Request, context: ContextDe
         await running.cancel()
         return object_response(running.writer.snapshot(), is_long=True)
     stored = await asyncio.to_thread(store_of(context).load, owner, response_id)
+    if stored.is_running:
+        raise in_progress("response_id", RUNS_ELSEWHERE)
     return object_response(stored.response, is_long=True)
 
 

@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 
-from cottention.engine.errors import SnapshotError, SnapshotMismatchError
+from cottention.engine.errors import SnapshotError
 from cottention.server.api.dependencies import ContextDep, reading
 from cottention.server.api.openapi import Schema, error_responses
 from cottention.server.api.query_params import must_be, only_query_params
 from cottention.server.http.body import read_body, shown
-from cottention.server.http.errors import ApiError, invalid
+from cottention.server.http.errors import bad_snapshot, invalid
 from cottention.server.schemas.session_responses import SessionObject, etag_of, session_response
 from cottention.server.schemas.sessions import METADATA, TTL, SessionOptions, session_options
 from cottention.server.sessions.reads import SnapshotResponse
@@ -57,20 +57,17 @@ async def import_session(
     Raises ParameterError if no turn of the session could run on this server.
     """
     context.engine.check_accepting()
-    max_bytes = min(context.config.max_snapshot_bytes, context.sessions.max_snapshot_nbytes)
     owner, options = caller_of(request).owner, _options(metadata, ttl_seconds)
     held = context.bodies.snapshot(request)
-    raw = await read_body(request, max_bytes, context.pace, held)
+    raw = await read_body(request, context.max_snapshot_bytes, context.pace, held)
     check = context.policies.check_goes_on
     try:
         session = await asyncio.to_thread(
             context.sessions.import_, owner, raw, options.metadata, options.ttl_seconds, check
         )
         return session_response(session)
-    except SnapshotMismatchError as error:
-        raise ApiError(409, str(error), code="snapshot_mismatch") from None
     except SnapshotError as error:
-        raise ApiError(400, str(error), code="bad_snapshot") from None
+        raise bad_snapshot(error) from None
 
 
 def _options(metadata: str | None, ttl_seconds: float | None) -> SessionOptions:

@@ -60,12 +60,16 @@ def test_help_and_config_are_quick_and_load_no_torch() -> None:
     assert "--drain-seconds" in found.stdout
 
 
-def test_asking_a_server_loads_no_torch() -> None:
-    """`chat --url` and `bench` are there at once, also where torch is not installed."""
+def test_asking_a_server_loads_no_torch(tmp_path: Path) -> None:
+    """`--url` is there at once, also where torch is not installed."""
+    asked, answers = (str(tmp_path / name) for name in ("in.jsonl", "out.jsonl"))
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}
+    Path(asked).write_text(json.dumps(line))
     code = "import sys, cottention.server.cli.main as c\n"
     for arguments in (
         ["chat", "hi", "--url", "http://127.0.0.1:1"],
         ["bench", "http://127.0.0.1:1"],
+        ["run-batch", "-i", asked, "-o", answers, "--url", "http://127.0.0.1:1"],
     ):
         code += f"assert c.main({arguments}) == 1\n"
     code += "print(sorted({'torch', 'fastapi', 'pydantic'} & set(sys.modules)))"

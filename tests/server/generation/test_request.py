@@ -5,6 +5,8 @@ from typing import Any, cast
 import pytest
 
 from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.scheduling.context_policy import ContextPolicies
+from cottention.engine.state.context_window import context_schedules
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.text.tokenizer import Tokenizer
 from cottention.server.generation.chat_template import ChatContinuation
@@ -26,6 +28,7 @@ from tests.short_steps import takes_short_steps
 
 EMPTY = SessionState()
 HELD = EMPTY.extended([1, 2], (), 512)
+POLICIES = ContextPolicies("renew", 512, None, context_schedules(512))
 
 
 def framing_tokenizer() -> Tokenizer:
@@ -59,13 +62,13 @@ def test_a_turn_s_request_has_the_prompt_of_its_session() -> None:
     assert (request.turn.session_id, request.turn.on_cancel) == ("s", "rollback")
     assert parsed([5]).turn is None
     tokenizer = framing_tokenizer()
-    assert request.build_turn(EMPTY, tokenizer).prompts == [[5]]
+    assert request.build_turn(EMPTY, tokenizer, POLICIES).prompts == [[5]]
     continuation = ChatContinuation([6, 7])
     chat = ParsedRequest(
         request.body, request.params, request.output, [[5]], continuation=continuation
     )
-    assert chat.build_turn(EMPTY, tokenizer).prompts == [[5]]
-    assert chat.build_turn(HELD, tokenizer).prompts == [[6, 7]]
+    assert chat.build_turn(EMPTY, tokenizer, POLICIES).prompts == [[5]]
+    assert chat.build_turn(HELD, tokenizer, POLICIES).prompts == [[6, 7]]
     assert chat.prompts == [[5]], "a request may be built again"
 
 

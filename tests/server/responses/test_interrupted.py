@@ -1,0 +1,127 @@
+"""Responses in the background are kept from their start: what is found where none ends them."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from cottention.engine.errors import SessionQuotaError, StoreUnavailableError
+from cottention.server.responses.values import INTERRUPTED
+from tests.server.fake_engine import FakeEngine
+from tests.server.live import Live, eventually, serving
+from tests.server.process import served
+from tests.server.responses.test_responses import (
+    ENDLESS,
+    TEMPLATE,
+    begun,
+    create,
+    error_of,
+    events_of,
+    get,
+    made,
+)
+
+
+@pytest.fixture
+def live() -> Iterator[Live]:
+    with serving(FakeEngine(step_seconds=0.001), TEMPLATE) as live:
+        yield live
+
+
+@pytest.fixture
+def other(live: Live) -> Iterator[Live]:
+    """A second server of the same store."""
+    with serving(template=TEMPLATE, sessions=live.sessions) as other:
+        yield other
+
+
+def ended(live: Live, response_id: str) -> Any:
+    live.client.post(f"/v1/responses/{response_id}/cancel")
+    eventually(lambda: not live.engine.running)
+    return get(live, response_id).json()
+
+
+def test_another_server_finds_that_it_runs(live: Live, other: Live) -> None:
+    response_id = begun(live)
+    found = get(other, response_id).json()
+    assert (found["status"], found["output"]) == ("queued", [])
+    items = other.client.get(f"/v1/responses/{response_id}/input_items").json()["data"]
+    assert items[0]["content"][0]["text"] == "y"
+    in_progress = [
+        get(other, response_id, stream=True),
+        other.client.post(f"/v1/responses/{response_id}/cancel"),
+        create(other, "z", previous_response_id=response_id),
+    ]
+    assert {error_of(each)[2] for each in in_progress} == {"response_in_progress"}
+    assert other.client.delete(f"/v1/responses/{response_id}").status_code == 409
+    assert ended(live, response_id) == get(other, response_id).json()
+
+
+def test_it_is_kept_once_and_without_what_was_before(live: Live) -> None:
+    response_id = begun(live)
+    assert len(live.sessions.kept) == 1
+    ended(live, response_id)
+    [session] = live.sessions.kept.values()
+    assert session.num_checkpoints == 0, "nothing goes back to before its answer"
+    assert live.sessions.leased == {}
+
+
+def test_after_a_crash_it_has_failed_and_says_why(live: Live, other: Live) -> None:
+    response_id = begun(live)
+    kept = live.sessions.kept
+    [session_id] = kept
+    kept[session_id] = replace(kept[session_id], was_interrupted=True)
+    found = get(other, response_id).json()
+    assert (found["status"], found["error"]["message"]) == ("failed", INTERRUPTED)
+    events = events_of(get(other, response_id, stream=True).text)
+    assert events[-1]["type"] == "response.failed"
+    refused = create(other, "z", previous_response_id=response_id)
+    assert error_of(refused)[:2] == (400, "previous_response_id")
+    ended(live, response_id)
+
+
+def test_one_too_many_does_not_begin(live: Live) -> None:
+    """Its client would wait for an answer that cannot be kept."""
+    live.sessions.fails["open"] = SessionQuotaError("there are 5")
+    assert error_of(create(live, "y", **ENDLESS))[2] == "too_many_responses"
+    eventually(lambda: not live.engine.running)
+    assert live.sessions.kept == {}
+
+
+def test_what_became_of_it_cannot_be_kept(live: Live) -> None:
+    response_id = made(live, "say:hello", store=True, background=True)["id"]
+    eventually(lambda: get(live, response_id).json()["status"] == "completed")
+    live.sessions.fails["commit"] = StoreUnavailableError("the disk is full")
+    lost = made(live, "say:hello", store=True, background=True)["id"]
+    eventually(lambda: get(live, lost).status_code == 404)
+    assert live.sessions.leased == {}
+
+
+@pytest.mark.slow
+def test_kill_9_leaves_a_response_that_has_failed(tmp_path: Path, gptj_folder: Path) -> None:
+    """Without it a client that polls would be told that there never was such a response."""
+    flags = ("--chat-template", "plain", "--max-slots", "2")
+    body = {"input": "y", "background": True, "max_output_tokens": 1_000_000}
+
+    def asked(client: httpx.Client, **more: Any) -> Any:
+        return client.post("/v1/responses", json=body | more).json()
+
+    with served(gptj_folder, tmp_path, *flags) as (popen, client):
+        done = asked(client, max_output_tokens=2)
+        path = f"/v1/responses/{done['id']}"
+        eventually(lambda: client.get(path).json()["status"] not in ("queued", "in_progress"))
+        whole = client.get(path).json()
+        running = asked(client)
+        cut = f"/v1/responses/{running['id']}"
+        eventually(lambda: client.get(cut).json()["output"])
+        popen.send_signal(signal.SIGKILL)
+        popen.wait()
+    with served(gptj_folder, tmp_path, *flags) as (_, client):
+        assert client.get(path).json() == whole
+        found = client.get(cut).json()
+        assert (found["status"], found["error"]["message"]) == ("failed", INTERRUPTED)
+        assert client.delete(cut).json()["deleted"] is True
