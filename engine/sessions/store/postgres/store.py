@@ -34,6 +34,7 @@ from cottention.engine.sessions.store.postgres.connections import (
     UNREACHABLE,
     Connections,
     Db,
+    RunAgainError,
     reason_of,
 )
 from cottention.engine.sessions.store.postgres.journal import PostgresJournal
@@ -285,18 +286,21 @@ class PostgresStore(SessionStore):
         is_limited = self._quotas(owner) != UNLIMITED
 
         ends = not keeps_lease and self.journal.has(lease)
+        may_replace = True
 
         def change(db: Db) -> Stored:
-            after = queries.commit(
-                db,
-                lease,
-                stored,
-                blob,
-                max_checkpoints,
-                turn,
-                self._replica.id,
-                keeps_lease=keeps_lease,
-            )
+            nonlocal may_replace
+            try:
+                after = queries.commit(
+                    *(db, lease, stored, blob, max_checkpoints, turn, self._replica.id),
+                    keeps_lease=keeps_lease,
+                    may_replace=may_replace,
+                )
+            except psycopg.errors.UniqueViolation as error:
+                if not may_replace:
+                    raise
+                may_replace = False  # another session has the same blob
+                raise RunAgainError from error
             growth = after.nbytes - before
             if is_limited and growth > 0:
                 usage = queries.usage_of(db, owner)
