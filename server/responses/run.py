@@ -1,6 +1,5 @@
 """One response from its first token to its end: its events as they come, and what is kept of it."""
 
-import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -16,6 +15,7 @@ from cottention.server.http.errors import ApiError, engine_failed, session_error
 from cottention.server.responses.values import ResponseStore, StoredResponse
 from cottention.server.responses.writer import Event, ResponseWriter, Status, event_text
 from cottention.server.schemas.responses import JsonObject
+from cottention.server.sessions.store_threads import in_store_thread
 
 if TYPE_CHECKING:  # they import torch, which the server must not load
     from cottention.engine.state.session_state import SessionState
@@ -130,7 +130,7 @@ class ResponseRun:
             self._writer.snapshot(), items, [*self._writer.cuts], state is not None
         )
         try:
-            await asyncio.to_thread(store.save, owner, stored, empty if state is None else state)
+            await in_store_thread(store.save, owner, stored, empty if state is None else state)
         except ApiError as error:
             self.error = error
         except SessionError as error:

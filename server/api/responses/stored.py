@@ -33,6 +33,7 @@ from cottention.server.schemas.responses_objects import (
 )
 from cottention.server.schemas.sampling import BOOLEAN
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents, StoredEvents
+from cottention.server.sessions.store_threads import in_store_thread
 from cottention.server.sessions.turn_queue import owner_of
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
@@ -96,7 +97,7 @@ async def get_response(
         )
     with ExitStack() as stack:
         stack.enter_context(reading(request, context))
-        stored = await asyncio.to_thread(store_of(context).load, owner, response_id)
+        stored = await in_store_thread(store_of(context).load, owner, response_id)
         if not stream:
             return object_response(stored.response, is_long=True)
         events = await asyncio.to_thread(_replayed, stored)
@@ -123,7 +124,7 @@ async def cancel_response(response_id: str, request: Request, context: ContextDe
     if running is not None:
         await running.cancel()
         return object_response(running.writer.snapshot(), is_long=True)
-    stored = await asyncio.to_thread(store_of(context).load, owner, response_id)
+    stored = await in_store_thread(store_of(context).load, owner, response_id)
     return object_response(stored.response, is_long=True)
 
 
@@ -148,7 +149,7 @@ async def list_input_items(
     owner = owner_of(request)
     running = context.responses.find(owner, response_id)
     if running is None:
-        items = (await asyncio.to_thread(store_of(context).load, owner, response_id)).input
+        items = (await in_store_thread(store_of(context).load, owner, response_id)).input
     else:
         items = running.input
     items = items[::-1] if order == "desc" else items
@@ -182,7 +183,7 @@ async def delete_response(response_id: str, request: Request, context: ContextDe
         await running.cancel()
         if not running.has_ended.is_set():
             raise ApiError(409, "the response still ends: try again", code="response_in_progress")
-    await asyncio.to_thread(store_of(context).delete, owner, response_id)
+    await in_store_thread(store_of(context).delete, owner, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 

@@ -145,17 +145,11 @@ def read_session(db: Db, session_id: str, *, may_be_over: bool = False) -> Store
     return to_stored(row)
 
 
-class Held(Exception):
-    """A session is leased. is_late: its holder has missed beats, and may be dead."""
-
-    def __init__(self, *, is_late: bool) -> None:
-        self.is_late = is_late
-
-
 def acquire(db: Db, session_id: str, owner: str | None, values: Params) -> tuple[Lease, Stored]:
     """Lease a session under the next fence, and read it, in one statement.
 
-    values: replica, turn (the same for repetitions), seconds. Raises Held; SessionNotFoundError.
+    values: replica, turn (the same for repetitions), seconds.
+    Raises SessionBusyError; SessionNotFoundError.
     """
     values = {"id": session_id, "owner": owner, "missed": MISSED_SECONDS, **values}
     [[row]] = db.execute(
@@ -178,7 +172,7 @@ def acquire(db: Db, session_id: str, owner: str | None, values: Params) -> tuple
     ).fetchone()
     if found is None:
         raise SessionNotFoundError(f"no session {session_id!r}")
-    raise Held(is_late=found[0])
+    raise SessionBusyError(f"another turn has session {session_id!r}", is_late=found[0])
 
 
 def _take_over(db: Db, values: Params) -> Sequence[Any] | None:

@@ -15,7 +15,6 @@ import psycopg
 
 from cottention.engine.errors import (
     ConfigurationError,
-    SessionBusyError,
     SessionNotFoundError,
     SnapshotError,
     StoreUnavailableError,
@@ -62,8 +61,6 @@ logger = logging.getLogger(__name__)
 
 HOLD_SECONDS = 30.0
 """How long a turn that has ended waits for the database to take it."""
-WAIT_SECONDS = 0.2
-"""Between looks at a lease whose holder has missed beats."""
 PIECE_BYTES = 1 << 20
 MANY_SESSIONS = 10_000
 SECONDS_TO_COUNT = 60.0
@@ -93,8 +90,8 @@ class SpooledPart(BlobReader):
 class PostgresStore(SessionStore):
     """See SessionStore. A lease ends with the life of its replica, or at its own time.
 
-    A session whose holder has missed heartbeats is waited for until the holder beats again or is
-    dead; then it is taken over, and the fence refuses what the old holder may still write.
+    A session whose holder has died is taken over, and the fence refuses what the old holder may
+    still write.
     """
 
     is_shared = True
@@ -189,19 +186,11 @@ class PostgresStore(SessionStore):
     ) -> tuple[Lease, SessionRecord]:
         # a repetition takes what the first try may have leased
         values = {"replica": self._replica.id, "turn": _new_turn(), "seconds": ttl_seconds}
-        deadline = time.monotonic() + 2 * LIFE_SECONDS
-        while True:
-            try:
-                lease, stored = self._connections.statement(
-                    lambda db: queries.acquire(db, session_id, owner, values)
-                )
-            except queries.Held as held:
-                if not held.is_late or time.monotonic() > deadline:
-                    raise SessionBusyError(f"another turn has session {session_id!r}") from None
-            else:
-                self._leased.put(lease, stored)
-                return lease, stored.record
-            time.sleep(WAIT_SECONDS)
+        lease, stored = self._connections.statement(
+            lambda db: queries.acquire(db, session_id, owner, values)
+        )
+        self._leased.put(lease, stored)
+        return lease, stored.record
 
     def renew(self, lease: Lease, ttl_seconds: float) -> None:
         self._connections.statement(

@@ -102,7 +102,7 @@ def process_of() -> Iterator[Callable[[str, str], Process]]:
 def test_the_session_of_a_replica_that_was_killed_is_taken_over(
     backend: PostgresBackend, postgres: Postgres, process_of: Callable[[str, str], Process]
 ) -> None:
-    """It is waited for, not refused, and the turn that it ran is as if it had not begun."""
+    """When its life is over; the turn that it ran is as if it had not begun."""
     with closing(backend.open()) as store:
         record = make(store)
         holder = process_of(postgres.url, record.id)
