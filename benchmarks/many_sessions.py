@@ -79,7 +79,8 @@ BEGIN
             json_build_array(states->-1, json_build_array(encode(digest, 'hex'),
                 (states->-1->>1)::bigint + 16, 13280, 'renew 256/1024', 0)),
             26560, ARRAY(SELECT unnest(dropped || digest) ORDER BY 1), digest,
-            (states->-1->>1)::bigint + 16, 13280, 'renew 256/1024', 0, raw);
+            (states->-1->>1)::bigint + 16, 13280, 'renew 256/1024', 0, raw,
+            dropped[1]);
         COMMIT;
     END LOOP;
 END $$

@@ -79,7 +79,11 @@ class SessionNotFoundError(SessionError):
 
 
 class SessionBusyError(SessionError):
-    """Another turn holds the session."""
+    """Another turn holds the session. is_late: its server may be dead: it has missed heartbeats."""
+
+    def __init__(self, message: str, *, is_late: bool = False) -> None:
+        super().__init__(message)
+        self.is_late = is_late
 
 
 class SessionMovedError(SessionError):

@@ -119,7 +119,7 @@ def create_app(
     sessions: the session manager, which the caller closes after the application's shutdown; None
     for an encoder.
     """
-    turns = None if sessions is None else TurnQueue(sessions)
+    turns = None if sessions is None else TurnQueue(sessions, engine.check_accepting)
     ledger = None if sessions is None else sessions.key_ledger
     shared = None if ledger is None else SharedLimits(ledger)
     usage = _usage_by_owner(keys, config, shared)

@@ -1,6 +1,5 @@
 """/health, /ready, /metrics, /version, /v1/models and /v1/capacity."""
 
-import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Response
@@ -16,6 +15,7 @@ from cottention.server.http.errors import unavailable
 from cottention.server.http.routing import plain_path
 from cottention.server.schemas.responses import JsonObject, Model, ModelList, Status, Version
 from cottention.server.schemas.session_responses import Capacity
+from cottention.server.sessions.store_threads import in_store_thread
 from cottention.server.version import package_version
 
 router = APIRouter()
@@ -73,7 +73,7 @@ async def ready(
 )
 async def metrics(context: ContextDep) -> Response:
     """Metrics in Prometheus' text format."""
-    text = await asyncio.to_thread(generate_latest, context.registry)  # queries the store
+    text = await in_store_thread(generate_latest, context.registry)  # queries the store
     return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
@@ -99,7 +99,7 @@ async def capacity(context: ContextDep) -> JsonObject:
     """The memory that a session takes, and what pool, memory and disk hold."""
     check_capability("sessions", context)
     stats, cost = context.engine.stats(), context.session_bytes
-    sizes = await asyncio.to_thread(context.sessions.sizes)
+    sizes = await in_store_thread(context.sessions.sizes)
     return {
         "object": "capacity",
         "bytes_per_session": cost.items,

@@ -27,6 +27,7 @@ from cottention.server.idempotency.recording import (
     replayed,
 )
 from cottention.server.observability.access_log import request_record
+from cottention.server.sessions.store_threads import in_store_thread
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
     from cottention.engine.sessions.manager import SessionManager
@@ -139,7 +140,7 @@ class IdempotencyKeys:
         claim = self._sessions.claim
         for _ in range(MAX_WAITS):
             try:
-                found = await asyncio.to_thread(claim, owner, key, digest, self._lifetime_seconds)
+                found = await in_store_thread(claim, owner, key, digest, self._lifetime_seconds)
             except KeyReusedError as error:
                 raise ApiError(
                     422, str(error), param="Idempotency-Key", code="idempotency_key_reused"
@@ -181,9 +182,9 @@ class IdempotencyKeys:
 
     async def _store(self, claim: Claim, answer: bytes | None) -> None:
         if answer is None:
-            await asyncio.to_thread(self._sessions.drop_claim, claim)
+            await in_store_thread(self._sessions.drop_claim, claim)
         else:
-            await asyncio.to_thread(self._sessions.keep_answer, claim, answer)
+            await in_store_thread(self._sessions.keep_answer, claim, answer)
 
     async def wait_settled(self) -> None:
         """Return when every request has ended."""

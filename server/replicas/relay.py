@@ -17,6 +17,7 @@ from cottention.engine.errors import StoreUnavailableError
 from cottention.engine.sessions.store.journal import SessionJournal
 from cottention.server.generation.sse import body_message, close_on_disconnect
 from cottention.server.http.errors import unavailable
+from cottention.server.sessions.store_threads import in_store_thread
 
 CONNECT_SECONDS = 2.0
 IDLE_SECONDS = 0.5
@@ -106,7 +107,7 @@ class HttpRelay:
 
     async def _lives(self, url: str) -> bool:
         try:
-            return await asyncio.to_thread(self._journal.lives, url)
+            return await in_store_thread(self._journal.lives, url)
         except StoreUnavailableError:
             return True  # nobody knows better
 

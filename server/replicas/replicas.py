@@ -24,6 +24,7 @@ from cottention.engine.errors import (
 from cottention.server.http.errors import ApiError, unavailable
 from cottention.server.replicas.relay import RELAYED, HttpRelay, RelayedResponse
 from cottention.server.sessions.journal import JournalWriter
+from cottention.server.sessions.store_threads import in_store_thread
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
     from cottention.engine.sessions.manager import SessionManager
@@ -79,7 +80,7 @@ class Replicas:
         if not self._may_adopt():
             return
         try:
-            adopted = await asyncio.to_thread(self._sessions.adopt, session_id)
+            adopted = await in_store_thread(self._sessions.adopt, session_id)
         except StoreUnavailableError:
             raise
         except CottentionError as error:
@@ -94,12 +95,12 @@ class Replicas:
             logger.warning("the turn of session %s cannot go on here: %s", session_id, error)
             self._rests_until = asyncio.get_running_loop().time() + REST_SECONDS
             leave = partial(self._sessions.leave, adopted.turn, hands_over=is_busy)
-            await asyncio.to_thread(leave)
+            await in_store_thread(leave)
             if not is_busy:
-                await asyncio.to_thread(self._sessions.abandon, adopted.turn)
+                await in_store_thread(self._sessions.abandon, adopted.turn)
         except Exception:
             logger.exception("the turn of session %s could not go on, and is undone", session_id)
-            await asyncio.to_thread(self._sessions.abandon, adopted.turn)
+            await in_store_thread(self._sessions.abandon, adopted.turn)
 
     async def elsewhere(
         self,
@@ -116,7 +117,7 @@ class Replicas:
         """
         journal = self.writer.journal
         for _ in range(MAX_WAITS):
-            holder = await asyncio.to_thread(journal.holder, session_id, owner)
+            holder = await in_store_thread(journal.holder, session_id, owner)
             if holder is None or is_here() or not (holder.is_alive or holder.goes_on):
                 return None
             if holder.is_alive and not holder.is_mine:
@@ -135,7 +136,7 @@ class Replicas:
         """The first success that another server has for a request; None where none has."""
         if RELAYED in request.headers:
             return None
-        urls = await asyncio.to_thread(self.writer.journal.urls)
+        urls = await in_store_thread(self.writer.journal.urls)
         asked = [self.relay(url, request, raw) for url in urls]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         found: Response | None = None
@@ -157,7 +158,7 @@ class Replicas:
             await asyncio.sleep(LOOK_SECONDS)
             try:
                 if self._may_adopt():
-                    for session_id in await asyncio.to_thread(journal.waiting):
+                    for session_id in await in_store_thread(journal.waiting):
                         await self.adopt(session_id)
             except (StoreUnavailableError, SessionNotFoundError):
                 continue

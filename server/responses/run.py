@@ -1,6 +1,5 @@
 """One response from its first token to its end: its events as they come, and what is kept of it."""
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -17,6 +16,7 @@ from cottention.server.http.errors import ApiError, engine_failed, session_error
 from cottention.server.responses.values import ResponseStore, StoredResponse
 from cottention.server.responses.writer import Event, ResponseWriter, Status, event_text
 from cottention.server.schemas.responses import JsonObject
+from cottention.server.sessions.store_threads import in_store_thread
 
 if TYPE_CHECKING:  # they import torch, which the server must not load
     from cottention.engine.sessions.types import Turn
@@ -70,7 +70,7 @@ class ResponseRun:
         assert self._kept is not None
         store, owner, items, empty = self._kept
         stored = StoredResponse(self._writer.snapshot(), items, [], can_continue=False)
-        self._turn = await asyncio.to_thread(store.begin, owner, stored, empty)
+        self._turn = await in_store_thread(store.begin, owner, stored, empty)
 
     async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
         """As EventSource.events."""
@@ -140,7 +140,7 @@ class ResponseRun:
             self._writer.snapshot(), items, [*self._writer.cuts], state is not None
         )
         try:
-            await asyncio.to_thread(self._store, stored, empty if state is None else state)
+            await in_store_thread(self._store, stored, empty if state is None else state)
         except ApiError as error:
             self.error = error
         except SessionError as error:

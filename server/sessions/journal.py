@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from cottention.engine.errors import SessionMovedError, StoreUnavailableError
 from cottention.engine.sessions.store.journal import Chunk, JournaledTurn, SessionJournal
 from cottention.engine.sessions.store.protocol import Lease
+from cottention.server.sessions.store_threads import in_store_thread
 
 logger = logging.getLogger("cottention")
 
@@ -108,7 +109,7 @@ class TurnJournal:
             life = journal.life
             if life is not None:
                 with contextlib.suppress(StoreUnavailableError):
-                    self.is_lost = not await asyncio.to_thread(journal.holds, self.lease)
+                    self.is_lost = not await in_store_thread(journal.holds, self.lease)
                     if not self.is_lost and journal.life == life:
                         self._life = life
                         continue
@@ -138,7 +139,7 @@ class JournalWriter:
     ) -> TurnJournal:
         """Journal a turn from its first event on. SessionMovedError; StoreUnavailableError."""
         life = self.journal.life
-        await asyncio.to_thread(self.journal.begin, lease, turn)
+        await in_store_thread(self.journal.begin, lease, turn)
         return self._add(TurnJournal(self, lease, life, leave))
 
     def go_on(self, lease: Lease, leave: Callable[[], None]) -> TurnJournal:
@@ -156,7 +157,7 @@ class JournalWriter:
     async def leave_all(self) -> None:
         """Hand all turns over, and take none any more."""
         with contextlib.suppress(StoreUnavailableError):
-            await asyncio.to_thread(self.journal.drain)
+            await in_store_thread(self.journal.drain)
         turns = [*self._turns]
         for turn in turns:
             turn.leave()
@@ -176,7 +177,7 @@ class JournalWriter:
             async with asyncio.timeout(HAND_OVER_SECONDS):
                 while True:
                     with contextlib.suppress(StoreUnavailableError):
-                        await asyncio.to_thread(self.journal.hand_over, lease)
+                        await in_store_thread(self.journal.hand_over, lease)
                         return
                     await asyncio.sleep(RETRY_SECONDS)
 
@@ -199,7 +200,7 @@ class JournalWriter:
             if not taken:
                 continue
             try:
-                held = await asyncio.to_thread(self.journal.append, taken.values())
+                held = await in_store_thread(self.journal.append, taken.values())
             except StoreUnavailableError:  # the store has logged it
                 self._wake.set()
                 await asyncio.sleep(RETRY_SECONDS)

@@ -3,7 +3,6 @@
 A read lasts until its client has all of it. What it holds meanwhile is a piece, not the whole.
 """
 
-import asyncio
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
@@ -15,6 +14,7 @@ from cottention.server.generation.sse import body_message, close_on_disconnect
 from cottention.server.http.errors import RETRY_AFTER_SECONDS, too_many
 from cottention.server.http.pacing import PIECE_BYTES
 from cottention.server.http.shares import Shares
+from cottention.server.sessions.store_threads import in_store_thread
 
 
 class ReadLimit:
@@ -66,7 +66,7 @@ class SnapshotResponse(Response):
         async with close_on_disconnect(self, receive):
             await send(start)
             while not self._is_closed and place < num_bytes:
-                piece = await asyncio.to_thread(self._snapshot.read, place, PIECE_BYTES)
+                piece = await in_store_thread(self._snapshot.read, place, PIECE_BYTES)
                 place += len(piece)
                 await send(body_message(piece, more_body=place < num_bytes))
 

@@ -18,6 +18,7 @@ from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.engine.state.session_state import MAX_PENDING
 from cottention.server.generation.output_stream import OutputDelta
 from cottention.server.schemas.sampling import OnCancel
+from cottention.server.sessions.store_threads import in_store_thread
 
 if TYPE_CHECKING:  # they bring torch with them, which the server does not know
     from cottention.engine.sessions.manager import SessionManager
@@ -119,7 +120,7 @@ class RunningTurn:
         commit = partial(self._sessions.commit, self._turn, state, *logs)
         if answer is not None:
             commit = partial(commit, answer=answer)
-        return await self._end(asyncio.to_thread(commit))
+        return await self._end(in_store_thread(commit))
 
     async def settle(self) -> None:
         """End the turn if it has not ended: with what was delivered, unless that is undone."""
@@ -153,13 +154,13 @@ class RunningTurn:
         self._ending = asyncio.create_task(left())
         try:
             leave = partial(self._sessions.leave, self._turn, hands_over=hands_over)
-            await asyncio.shield(asyncio.create_task(asyncio.to_thread(leave)))
+            await asyncio.shield(asyncio.create_task(in_store_thread(leave)))
         finally:
             self._on_end()
 
     async def _abandon(self) -> "Session":
         async def abandoned() -> "Session":
-            await asyncio.to_thread(self._sessions.abandon, self._turn)
+            await in_store_thread(self._sessions.abandon, self._turn)
             return self._turn.session
 
         return await self._end(abandoned())

@@ -1,5 +1,8 @@
 """The queue for each session's turns, in order of arrival.
 
+Where other servers share the sessions, one of them may have a session: it is asked for again and
+again. Among servers there is no order.
+
 Runs on the event loop; calls of `SessionManager` run in threads. Every turn that begins is ended,
 also where its task is cancelled.
 """
@@ -8,30 +11,39 @@ import asyncio
 import contextlib
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 from starlette.types import Receive
 
 from cottention.engine.errors import SessionBusyError
 from cottention.server.generation.cancellation import CANCEL_SECONDS, Cancellation, CancelStatus
+from cottention.server.generation.deadline import before_deadline
 from cottention.server.generation.request import TurnOptions
 from cottention.server.generation.sse import until_done
 from cottention.server.http.errors import ApiError
 from cottention.server.schemas.sampling import OnCancel, OnConflict
 from cottention.server.sessions.live_events import LiveEvents
+from cottention.server.sessions.store_threads import in_store_thread
 from cottention.server.sessions.turn import RunningTurn
 
 if TYPE_CHECKING:  # it brings torch with it, which the server does not know
     from cottention.engine.sessions.manager import SessionManager
     from cottention.engine.sessions.types import Turn
 
+T = TypeVar("T")
 Key = tuple[str, str]
 """Owner and session id. Queues are an owner's own: whether another's session is busy is private."""
 Waiting = deque[asyncio.Event]
+
+FIRST_PAUSE, LAST_PAUSE = 0.1, 1.0
+"""Seconds between two tries to lease a session that another server has; each is twice the last."""
+LATE_SECONDS = 4.0
+"""For which a server that has missed heartbeats is waited for: then it is dead, or beats again."""
 
 ETAG = re.compile(r'"(\d{1,19})"')
 
@@ -74,8 +86,12 @@ class ActiveTurn:
 class TurnQueue:
     """The turns of one application."""
 
-    def __init__(self, sessions: "SessionManager") -> None:
+    def __init__(
+        self, sessions: "SessionManager", check_accepting: Callable[[], None] = lambda: None
+    ) -> None:
+        """check_accepting: raises EngineStoppedError where the server begins no more turns."""
         self._sessions = sessions
+        self._check_accepting = check_accepting
         self._queues: dict[Key, Waiting] = {}
         self._live: dict[Key, LiveEvents] = {}
         self._active: dict[Key, ActiveTurn] = {}
@@ -94,10 +110,15 @@ class TurnQueue:
         cancellation: what `cancel` of the session asks for while the turn has it.
         Raises SessionError; OutputStreamClosed where the client leaves while it waits.
         """
-        place = self.exclusive(caller.owner, terms.session_id, terms.on_conflict, receive)
-        async with place as leave:
-            with self._activated((caller.owner, terms.session_id), cancellation):
-                begun = await self._begin(caller, terms)
+        key = (caller.owner, terms.session_id)
+        async with self.exclusive(*key, terms.on_conflict, receive) as leave:
+            with self._activated(key, cancellation) as active:
+                begun = await self.when_free(
+                    lambda: self._begin(caller, terms),
+                    terms.on_conflict,
+                    receive,
+                    meanwhile=self._hidden(key, active),
+                )
                 turn = RunningTurn(self._sessions, begun, terms.on_cancel, leave)
                 try:
                     yield turn
@@ -124,16 +145,24 @@ class TurnQueue:
             leave()
 
     @contextlib.contextmanager
-    def _activated(self, key: Key, cancellation: Cancellation) -> Iterator[None]:
+    def _activated(self, key: Key, cancellation: Cancellation) -> Iterator[ActiveTurn]:
         """A turn that can be found by its session; the next one may begin before it is left."""
         self._active[key] = active = ActiveTurn(cancellation, asyncio.Event())
         try:
-            yield
+            yield active
         finally:
             cancellation.end()
             active.has_ended.set()
             if self._active.get(key) is active:
                 del self._active[key]
+
+    @contextlib.contextmanager
+    def _hidden(self, key: Key, active: ActiveTurn) -> Iterator[None]:
+        """While another server has the session: who cancels its turn means the one there."""
+        if self._active.get(key) is active:
+            del self._active[key]
+        yield
+        self._active[key] = active
 
     async def cancel(self, owner: str, session_id: str) -> CancelStatus | None:
         """Cancel a session's turn, and wait until it has ended, or for CANCEL_SECONDS.
@@ -186,10 +215,42 @@ class TurnQueue:
         queue.insert(1 if is_next else len(queue), mine)
         try:
             if queue[0] is not mine:
-                await _until(mine, receive)
+                await _until(mine.wait(), receive)
             yield partial(self._leave, (owner, session_id), queue, mine)
         finally:
             self._leave((owner, session_id), queue, mine)
+
+    async def when_free(
+        self,
+        work: Callable[[], Awaitable[T]],
+        on_conflict: OnConflict,
+        receive: Receive,
+        deadline: float | None = None,
+        meanwhile: AbstractContextManager[None] | None = None,
+    ) -> T:
+        """The result of `work`, which leases a session that is this server's turn by `exclusive`.
+
+        While another server has it: on_conflict "wait" tries again until it is free, "error" only
+        where that server may be dead. deadline: of waiting, by the event loop's clock. meanwhile:
+        entered while another server has it. Raises SessionBusyError; EngineStoppedError; ApiError
+        504; OutputStreamClosed where the client leaves; and what `work` raises.
+        """
+        try:
+            return await work()
+        except SessionBusyError as error:
+            busy = error
+        now = asyncio.get_running_loop().time
+        pause, late_until = FIRST_PAUSE, now() + LATE_SECONDS
+        with meanwhile or contextlib.nullcontext():
+            while on_conflict == "wait" or (busy.is_late and now() < late_until):
+                await before_deadline(deadline, _until(asyncio.sleep(pause), receive))
+                self._check_accepting()
+                pause = min(2 * pause, LAST_PAUSE)
+                try:
+                    return await work()
+                except SessionBusyError as error:
+                    busy = error
+        raise busy
 
     def detach(
         self, key: Key, live: LiveEvents, work: Coroutine[Any, Any, None]
@@ -227,7 +288,7 @@ class TurnQueue:
     async def _begin(self, caller: Caller, terms: TurnOptions) -> "Turn":
         """A thread cannot be cancelled: a turn that it begins for a cancelled task is abandoned."""
         begin, position = self._sessions.begin, caller.expected_position
-        task = self._spawn(asyncio.to_thread(begin, caller.owner, terms.session_id, position))
+        task = self._spawn(in_store_thread(begin, caller.owner, terms.session_id, position))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -237,7 +298,7 @@ class TurnQueue:
     async def _abandon(self, task: "asyncio.Task[Turn]") -> None:
         with contextlib.suppress(Exception):  # then no turn has begun
             turn = await task
-            await asyncio.to_thread(self._sessions.abandon, turn)
+            await in_store_thread(self._sessions.abandon, turn)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something that must end before the sessions are closed."""
@@ -250,9 +311,9 @@ class TurnQueue:
         return task
 
 
-async def _until(mine: asyncio.Event, receive: Receive) -> None:
-    """Wait for the event. Raises OutputStreamClosed where the client leaves first."""
-    waiting = asyncio.create_task(mine.wait())
+async def _until(work: Coroutine[Any, Any, Any], receive: Receive) -> None:
+    """Wait for `work`. Raises OutputStreamClosed where the client leaves first."""
+    waiting = asyncio.create_task(work)
     try:
         await until_done(waiting, receive)
     finally:

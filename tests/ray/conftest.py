@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.engine.postgres import PASSWORD, free_port, running_postgres
-from tests.ray.served import NUM_REPLICAS, Served, eventually
+from tests.ray.served import NUM_REPLICAS, PATIENCE, Served, eventually
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "data" / "golden" / "cottention-gptj"
@@ -53,12 +53,12 @@ def served() -> Iterator[Served]:
             "RAY_TMPDIR": name,
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "disabled",  # or it would write a token into the user's home
-            "RAY_raylet_start_wait_time_s": "400",
-            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "400",
-            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "400",
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "namespace"), *sys.path]),
+            "RAY_raylet_start_wait_time_s": f"{PATIENCE:.0f}",
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{PATIENCE:.0f}",
+            "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": f"{PATIENCE:.0f}",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "namespace"), *sys.path]),
         }
-        command = [sys.executable, "-c", "from ray.serve.scripts import cli; cli()", "run"]
+        command = [sys.executable, "-m", "tests.ray.run", f"{PATIENCE:.0f}"]
         log = folder / "log"
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -13,7 +13,7 @@ from tests.engine.postgres import Postgres
 
 NUM_REPLICAS = 3
 
-PATIENCE = 400.0
+PATIENCE = 900.0
 """Seconds after which something hangs, on a machine that does other things as well."""
 
 

@@ -241,7 +241,7 @@ class SessionStore(Protocol):
         """Lease a session until release or `ttl_seconds`, and read it, in one transaction.
 
         owner: SessionNotFoundError where the session is another owner's; None: whoever owns it.
-        SessionBusyError: it is leased.
+        SessionBusyError: it is leased; where who has it may be dead, it says that it is late.
         """
         ...
 

@@ -1,6 +1,5 @@
 """POST /v1/responses: answers an input, whole, streamed or in the background, as OpenAI's does."""
 
-import asyncio
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -43,6 +42,7 @@ from cottention.server.schemas.responses_objects import (
     ResponseObject,
 )
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents
+from cottention.server.sessions.store_threads import in_store_thread
 from cottention.server.sessions.turn_queue import owner_of
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
@@ -234,7 +234,7 @@ async def _start(
         running = context.responses.find(owner, previous_id)
         if running is not None:
             raise in_progress(param, "wait until it has")
-        previous, state = await asyncio.to_thread(store.load_state, owner, previous_id, param)
+        previous, state = await in_store_thread(store.load_state, owner, previous_id, param)
         if previous.is_running:  # at another server
             raise in_progress(param, "wait until it has")
         if not previous.can_continue:

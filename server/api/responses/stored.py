@@ -33,6 +33,7 @@ from cottention.server.schemas.responses_objects import (
 )
 from cottention.server.schemas.sampling import BOOLEAN
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents, StoredEvents
+from cottention.server.sessions.store_threads import in_store_thread
 from cottention.server.sessions.turn_queue import owner_of
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
@@ -97,7 +98,7 @@ async def get_response(
         )
     with ExitStack() as stack:
         stack.enter_context(reading(request, context))
-        stored = await asyncio.to_thread(store_of(context).load, owner, response_id)
+        stored = await in_store_thread(store_of(context).load, owner, response_id)
         if not stream:
             return object_response(stored.response, is_long=True)
         if stored.is_running:
@@ -126,7 +127,7 @@ async def cancel_response(response_id: str, request: Request, context: ContextDe
     if running is not None:
         await running.cancel()
         return object_response(running.writer.snapshot(), is_long=True)
-    stored = await asyncio.to_thread(store_of(context).load, owner, response_id)
+    stored = await in_store_thread(store_of(context).load, owner, response_id)
     if stored.is_running:
         raise in_progress("response_id", RUNS_ELSEWHERE)
     return object_response(stored.response, is_long=True)
@@ -153,7 +154,7 @@ async def list_input_items(
     owner = owner_of(request)
     running = context.responses.find(owner, response_id)
     if running is None:
-        items = (await asyncio.to_thread(store_of(context).load, owner, response_id)).input
+        items = (await in_store_thread(store_of(context).load, owner, response_id)).input
     else:
         items = running.input
     items = items[::-1] if order == "desc" else items
@@ -187,7 +188,7 @@ async def delete_response(response_id: str, request: Request, context: ContextDe
         await running.cancel()
         if not running.has_ended.is_set():
             raise ApiError(409, "the response still ends: try again", code="response_in_progress")
-    await asyncio.to_thread(store_of(context).delete, owner, response_id)
+    await in_store_thread(store_of(context).delete, owner, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 
 

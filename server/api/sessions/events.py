@@ -3,7 +3,6 @@
 While the turn runs its events are followed to its end; afterwards the session keeps the last ones.
 """
 
-import asyncio
 import re
 from contextlib import ExitStack
 from typing import Annotated, NamedTuple
@@ -17,6 +16,7 @@ from cottention.server.http.body import shown
 from cottention.server.http.errors import invalid
 from cottention.server.limits.rate_limit import counting_read
 from cottention.server.sessions.live_events import LiveEventFollower, StoredEvents, gone
+from cottention.server.sessions.store_threads import in_store_thread
 from cottention.server.sessions.turn_queue import owner_of
 
 router = APIRouter()
@@ -73,7 +73,7 @@ async def follow_events(
         return EventStreamResponse(follower, context.config.sse_keep_alive_seconds)
     with ExitStack() as stack:
         stack.enter_context(reading(request, context))
-        log = await asyncio.to_thread(context.sessions.events, owner, session_id)
+        log = await in_store_thread(context.sessions.events, owner, session_id)
         number = _next(last, log.turn, log.first, log.first + len(log.events))
         if number == log.first + len(log.events):
             return Response(status_code=204)

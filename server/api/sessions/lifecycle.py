@@ -1,6 +1,7 @@
 """/v1/sessions: create, list, get, append to, fork, rewind, cancel and delete sessions."""
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Request, Response
@@ -43,6 +44,7 @@ from cottention.server.schemas.sessions import (
     fork_request,
     session_request,
 )
+from cottention.server.sessions.store_threads import in_store_thread
 from cottention.server.sessions.turn_queue import Caller, caller_of, owner_of
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
@@ -77,7 +79,7 @@ async def open_session(request: Request, context: ContextDep) -> Response:
         )
     create = context.sessions.open
     return session_response(
-        await asyncio.to_thread(create, owner, state, body.metadata, body.ttl_seconds)
+        await in_store_thread(create, owner, state, body.metadata, body.ttl_seconds)
     )
 
 
@@ -95,16 +97,14 @@ async def list_sessions(
 ) -> Response:
     """The caller's sessions, newest first."""
     owner = caller_of(request).owner
-    return session_list_response(
-        *await asyncio.to_thread(context.sessions.page, owner, after, limit)
-    )
+    return session_list_response(*await in_store_thread(context.sessions.page, owner, after, limit))
 
 
 @router.get("/v1/sessions/{session_id}", response_model=SessionObject, responses=ERRORS)
 async def get_session(session_id: str, request: Request, context: ContextDep) -> Response:
     """One session."""
     owner = caller_of(request).owner
-    return session_response(await asyncio.to_thread(context.sessions.find, owner, session_id))
+    return session_response(await in_store_thread(context.sessions.find, owner, session_id))
 
 
 @router.get("/v1/sessions/{session_id}/tokens", response_model=SessionTokens, responses=ERRORS)
@@ -112,7 +112,7 @@ async def get_session_tokens(session_id: str, request: Request, context: Context
     """The token ids that a session keeps of its end: as many as one context window holds."""
     owner, read = caller_of(request).owner, context.sessions.recent_ids
     with reading(request, context):
-        return session_tokens_response(*await asyncio.to_thread(read, owner, session_id))
+        return session_tokens_response(*await in_store_thread(read, owner, session_id))
 
 
 @router.delete(
@@ -146,7 +146,7 @@ async def delete_session(
         caller.owner, session_id, on_conflict, request.receive, is_next=cancel
     ):
         await _find_at_position(caller, session_id, context)
-        await asyncio.to_thread(context.sessions.delete, caller.owner, session_id)
+        await in_store_thread(context.sessions.delete, caller.owner, session_id)
     return {"id": session_id, "object": "session", "deleted": True}
 
 
@@ -162,7 +162,7 @@ async def cancel_turn(
     """End the session's running turn, also one that goes on without its client."""
     owner, turns = caller_of(request).owner, context.turns
     await read_empty(request, context)
-    await asyncio.to_thread(context.sessions.find, owner, session_id)
+    await in_store_thread(context.sessions.find, owner, session_id)
     status = await turns.cancel(owner, session_id)
     if status is None:
         found = await elsewhere(
@@ -230,12 +230,15 @@ async def _fork(session_id: str, request: Request, context: Context) -> Response
     body = await read_parsed(request, context, lambda fields, _: fork_request(fields))
     told = ResponseOnce(keyed_request_of(request.scope), _forks)
     more = {} if told.answer is None else {"answer": told.answer}
-    fork, position = context.sessions.fork, caller.expected_position
-    place = context.turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive)
-    async with entered_before(_deadline_from_now(context), place):
-        forks = await asyncio.to_thread(
-            fork, caller.owner, session_id, body.n, position, body.metadata, **more
-        )
+    fork = partial(
+        *(in_store_thread, context.sessions.fork, caller.owner, session_id, body.n),
+        *(caller.expected_position, body.metadata),
+        **more,
+    )
+    deadline, turns = _deadline_from_now(context), context.turns
+    place = turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive)
+    async with entered_before(deadline, place):
+        forks = await turns.when_free(fork, body.on_conflict, request.receive, deadline)
     return told.respond(forks)
 
 
@@ -251,7 +254,8 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
     await read_empty(request, context)
     async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
         rewind, position = context.sessions.rewind, caller.expected_position
-        return session_response(await asyncio.to_thread(rewind, caller.owner, session_id, position))
+        work = partial(in_store_thread, rewind, caller.owner, session_id, position)
+        return session_response(await context.turns.when_free(work, "error", request.receive))
 
 
 def _one(sessions: "list[Session]") -> Response:
@@ -322,7 +326,7 @@ async def _prefill(
 
 async def _find_at_position(caller: Caller, session_id: str, context: Context) -> "Session":
     """The session. Raises SessionMovedError unless it is at the caller's expected position."""
-    found = await asyncio.to_thread(context.sessions.find, caller.owner, session_id)
+    found = await in_store_thread(context.sessions.find, caller.owner, session_id)
     expected = caller.expected_position
     if expected not in (None, found.position):
         raise SessionMovedError(f"the session is at position {found.position}, not at {expected}")

@@ -1,6 +1,5 @@
 """GET /v1/sessions/ID/snapshot and POST /v1/sessions/import."""
 
-import asyncio
 import contextlib
 import json
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from cottention.server.http.errors import bad_snapshot, invalid
 from cottention.server.schemas.session_responses import SessionObject, etag_of, session_response
 from cottention.server.schemas.sessions import METADATA, TTL, SessionOptions, session_options
 from cottention.server.sessions.reads import SnapshotResponse
+from cottention.server.sessions.store_threads import in_store_thread
 from cottention.server.sessions.turn_queue import caller_of
 
 router = APIRouter()
@@ -34,7 +34,7 @@ async def get_snapshot(session_id: str, request: Request, context: ContextDep) -
     owner, sessions = caller_of(request).owner, context.sessions
     with contextlib.ExitStack() as stack:
         stack.enter_context(reading(request, context))
-        session, snapshot = await asyncio.to_thread(sessions.open_export, owner, session_id)
+        session, snapshot = await in_store_thread(sessions.open_export, owner, session_id)
         headers = {"ETag": etag_of(session)}
         return SnapshotResponse(snapshot, headers, stack.pop_all().close)
 
@@ -62,7 +62,7 @@ async def import_session(
     raw = await read_body(request, context.max_snapshot_bytes, context.pace, held)
     check = context.policies.check_goes_on
     try:
-        session = await asyncio.to_thread(
+        session = await in_store_thread(
             context.sessions.import_, owner, raw, options.metadata, options.ttl_seconds, check
         )
         return session_response(session)

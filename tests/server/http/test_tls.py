@@ -1,5 +1,7 @@
 """HTTPS with a certificate made here: who may connect, and what clients that stay silent cost."""
 
+import contextlib
+import signal
 import socket
 import ssl
 import subprocess
@@ -12,6 +14,7 @@ from cottention.engine.errors import ConfigurationError
 from cottention.server.cli.tls import tls_context
 from cottention.server.config import ServerConfig
 from tests.server.live import PATIENCE, Live, eventually, serving
+from tests.server.process import served
 
 
 def make_certificate(folder: Path, *options: str) -> tuple[str, str]:
@@ -63,6 +66,55 @@ def test_handshakes_without_end_have_places_and_lose_them_to_others(
         eventually(lambda: len(live.server._table), equals=2)
         assert live.client.get("/health").status_code == 200
         assert first.recv(1) == b""
+
+
+@pytest.mark.slow
+def test_a_flood_of_handshakes_cuts_no_stream_and_keeps_nobody_out(
+    certificate: tuple[str, str],
+) -> None:
+    """Hundreds of clients that say nothing, half of a hello, or what is no TLS."""
+    cert, key = certificate
+    limits = {"max_connections": 40, "max_connections_per_address": 40}
+    body = {"prompt": "x", "max_tokens": 1_000_000, "stream": True}
+    hellos = [b"", b"\x16\x03\x01\x02\x00\x01\x00", b"GET / HTTP/1.1\r\n\r\n"]
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(serving(tls_cert=cert, tls_key=key, **limits))
+        live.engine.step_seconds = 0.005
+        stream = stack.enter_context(live.client.stream("POST", "/v1/completions", json=body))
+        lines = stream.iter_lines()
+        for n in range(400):
+            sock = stack.enter_context(silent(live))
+            with contextlib.suppress(ConnectionError):
+                sock.sendall(hellos[n % 3])
+            if n % 100 == 99:
+                assert len(live.server._table) <= 40
+                assert next(line for line in lines if line).startswith("data: ")
+                with httpx.Client(base_url=live.url, verify=False, timeout=PATIENCE) as client:
+                    assert client.get("/health").status_code == 200
+
+
+@pytest.mark.slow
+def test_a_server_that_is_stopped_ends_its_encrypted_streams(
+    certificate: tuple[str, str], gptj_folder: Path
+) -> None:
+    """And waits neither for a handshake that never ends nor for a client that says no goodbye."""
+    cert, key = certificate
+    flags = ["--tls-cert", cert, "--tls-key", key, "--drain-seconds", "300"]
+    body = {"prompt": "x", "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    known = ssl.create_default_context(cafile=cert)
+    with served(gptj_folder, None, *flags) as (popen, client):
+        where = (client.base_url.host, client.base_url.port or 0)
+        with (
+            httpx.Client(base_url=client.base_url, verify=known, timeout=PATIENCE) as mine,
+            socket.create_connection(where),
+            known.wrap_socket(socket.create_connection(where), server_hostname="localhost"),
+            mine.stream("POST", "/v1/completions", json=body) as stream,
+        ):
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            popen.send_signal(signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+            assert popen.wait(2 * PATIENCE) == 0
 
 
 def test_a_certificate_and_its_key_may_share_a_file(

@@ -24,7 +24,11 @@ from tests.engine.postgres import Postgres, running_postgres
 from tests.server.live import PATIENCE, eventually
 from tests.server.replicas.cluster import Cluster, Follower, cluster, request, send, stream, twin_of
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("turns that go on"),
+]
 
 NUM_KILLS = int(os.environ.get("COTTENTION_KILLS", "3"))
 NUM_STREAMS = int(os.environ.get("COTTENTION_KILL_STREAMS", "10"))
@@ -315,6 +319,27 @@ def test_any_server_cancels_and_tells(group: Cluster) -> None:
             assert cancelled.json() == {"id": name, "status": "cancelled"}
             assert [*lines][-2] == "data: [DONE]"
     assert send("POST", f"{two}/v1/requests/none/cancel").status_code == 404
+
+
+def test_a_turn_waits_for_one_at_another_server(group: Cluster) -> None:
+    """As it would at one server alone, where it says so."""
+    for each in group.replicas:
+        each.wait()
+    one, two, three = (each.url for each in group.replicas)
+    session_id = group.opened([3])
+    long = body_of(1, 100_000) | GOES_ON | {"session_id": session_id, "stream": True}
+    with stream("POST", f"{one}/v1/completions", json=long) as response:
+        next(response.iter_raw())
+    short = {"prompt": [4], "max_tokens": 2, "session_id": session_id}
+    busy = send("POST", f"{two}/v1/completions", json=short)
+    assert (busy.status_code, busy.json()["error"]["code"]) == (409, "session_busy")
+    with ThreadPoolExecutor(1) as pool:
+        body = short | {"on_conflict": "wait"}
+        waiting = pool.submit(send, "POST", f"{two}/v1/completions", json=body)
+        cancelled = send("POST", f"{three}/v1/sessions/{session_id}/cancel")
+        assert cancelled.json()["status"] == "cancelled"
+        assert waiting.result().status_code == 200
+    assert group.session(session_id)["version"] == 3
 
 
 def test_relays_have_the_callers_key_and_no_other(postgres: Postgres, tmp_path: Path) -> None:

@@ -53,6 +53,11 @@ BEGIN = (
 )
 BEGIN_RELAXED = f"{BEGIN}; SET LOCAL synchronous_commit = off"
 
+
+class RunAgainError(Exception):
+    """What `work` has done shall be undone: it is run again, and goes another way."""
+
+
 UNREACHABLE = (psycopg.OperationalError, psycopg.InterfaceError, PoolTimeout)
 REPEATABLE = (
     psycopg.errors.DeadlockDetected,
@@ -60,8 +65,9 @@ REPEATABLE = (
     psycopg.errors.LockNotAvailable,
     psycopg.errors.IdleInTransactionSessionTimeout,
     psycopg.errors.ReadOnlySqlTransaction,
+    RunAgainError,
 )
-"""The server undid the transaction, which may go well the next time, or at the next server."""
+"""The transaction is undone, and may go well the next time, or at the next server."""
 ENDINGS = ("08", "57")
 """Classes of SQLSTATE after which a connection ends: what ran may have been committed."""
 

@@ -34,7 +34,8 @@ COMMIT = f"""
 CREATE FUNCTION cottention.commit_v1(
     p_id text, p_fence bigint, p_replica text, p_version bigint, p_turn bigint,
     p_keeps_lease boolean, p_states json, p_total bigint, p_changed bytea[], p_digest bytea,
-    p_position bigint, p_nbytes bigint, p_policy text, p_events bigint, p_bytes bytea)
+    p_position bigint, p_nbytes bigint, p_policy text, p_events bigint, p_bytes bytea,
+    p_replaced bytea)
 RETURNS boolean LANGUAGE plpgsql SET enable_seqscan = off SET lock_timeout = '10s' AS $$
 DECLARE
     each bytea;
@@ -51,6 +52,15 @@ BEGIN
         AND s.version = p_version;
     IF NOT FOUND THEN
         RETURN false;
+    END IF;
+    IF p_replaced IS NOT NULL THEN
+        UPDATE cottention.blobs AS b
+        SET digest = p_digest, position = p_position, nbytes = p_nbytes,
+            context_policy = p_policy, events_nbytes = p_events, bytes = p_bytes
+        WHERE b.digest = p_replaced AND b.refs = 1;
+        IF FOUND THEN
+            RETURN true;
+        END IF;
     END IF;
     FOREACH each IN ARRAY p_changed LOOP
         IF each = p_digest THEN
@@ -75,5 +85,7 @@ END $$;
 """Give a session its next version; false: it is not at p_version under this lease.
 
 p_changed: digests of the states that come (p_digest) and go, in order, so that no two transactions
-wait for each other. A blob goes with its last state.
+wait for each other. A blob goes with its last state. p_replaced: that of the only state that goes;
+the new blob takes the row of its blob, where no other state has that, and it is a unique_violation
+if the new one is stored already. Null: blobs are always inserted and deleted.
 """

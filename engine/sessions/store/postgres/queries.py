@@ -145,22 +145,15 @@ def read_session(db: Db, session_id: str, *, may_be_over: bool = False) -> Store
     return to_stored(row)
 
 
-class Held(Exception):
-    """A session is leased. is_late: its holder has missed beats, and may be dead."""
-
-    def __init__(self, *, is_late: bool) -> None:
-        self.is_late = is_late
-
-
 def acquire(db: Db, session_id: str, owner: str | None, values: Params) -> tuple[Lease, Stored]:
     """Lease a session under the next fence, and read it, in one statement.
 
-    values: replica, turn (the same for repetitions), seconds. Raises Held; SessionNotFoundError.
+    values: replica, turn (the same for repetitions), seconds.
+    Raises SessionBusyError; SessionNotFoundError.
     """
     values = {"id": session_id, "owner": owner, "missed": MISSED_SECONDS, **values}
     [[row]] = db.execute(
-        "SELECT cottention.acquire_v1(%(id)s::text, %(owner)s::text, %(replica)s::text,"
-        " %(turn)s::bigint, %(seconds)s::float8)",
+        "SELECT cottention.acquire_v1(%(id)s, %(owner)s, %(replica)s, %(turn)s, %(seconds)s)",
         values,
     ).fetchall()
     row = row or _take_over(db, values)
@@ -179,7 +172,7 @@ def acquire(db: Db, session_id: str, owner: str | None, values: Params) -> tuple
     ).fetchone()
     if found is None:
         raise SessionNotFoundError(f"no session {session_id!r}")
-    raise Held(is_late=found[0])
+    raise SessionBusyError(f"another turn has session {session_id!r}", is_late=found[0])
 
 
 def _take_over(db: Db, values: Params) -> Sequence[Any] | None:
@@ -222,11 +215,14 @@ def commit(
     replica: str,
     *,
     keeps_lease: bool,
+    may_replace: bool,
 ) -> Stored:
     """Make `blob` the head of a session that is as `stored`, drop states beyond `max_checkpoints`.
 
     One statement: a transaction by itself, or a part of one. Returns the session after it.
-    SessionMovedError: the lease is no longer held, or the version is another.
+    may_replace: the blob may take the row of one that goes, which is less work; UniqueViolation
+    where it is stored already. SessionMovedError: the lease is no longer held, or the version is
+    another.
     """
     after, dropped = stored.after(blob, max_checkpoints)
     changed = [*dropped, blob.digest]
@@ -247,12 +243,12 @@ def commit(
         "policy": blob.context_policy,
         "events": blob.events_nbytes,
         "bytes": blob.deflated(),
+        "replaced": dropped[0] if may_replace and len(dropped) == 1 else None,
     }
     [[is_done]] = db.execute(
-        "SELECT cottention.commit_v1(%(id)s::text, %(fence)s::bigint, %(replica)s::text,"
-        " %(version)s::bigint, %(turn)s::bigint, %(keeps)s, %(states)s::json, %(total)s::bigint,"
-        " %(changed)s::bytea[], %(digest)s, %(position)s::bigint, %(nbytes)s::bigint,"
-        " %(policy)s::text, %(events)s::bigint, %(bytes)s)",
+        "SELECT cottention.commit_v1(%(id)s, %(fence)s, %(replica)s, %(version)s, %(turn)s,"
+        " %(keeps)s, %(states)s, %(total)s, %(changed)s, %(digest)s, %(position)s, %(nbytes)s,"
+        " %(policy)s, %(events)s, %(bytes)s, %(replaced)s)",
         values,
     ).fetchall()
     if not is_done:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 # the list is at a version never changes. turns: names of the transactions that made the last
 # versions, the newest first, for commits in doubt. No column that a turn changes is in an index, so
 # that rows are updated in place (HOT) where pages have room.
-# blobs: a snapshot and its event log, written once, and what a state says of it; refs: states that
-# have it. bytes: deflated where they are shorter than nbytes; PostgreSQL need not try it again.
+# blobs: a snapshot and its event log, and what a state says of it; refs: states that have it. What
+# a digest names never changes; a blob may take the row of one that goes. bytes: deflated where they
+# are shorter than nbytes; PostgreSQL need not try it again.
 # budgets: what is left of an owner's tokens of a minute, refilled since `filled_at`; lent: by the
 # last loan. key_use: requests of an owner that a replica runs.
 _FIRST = f"""

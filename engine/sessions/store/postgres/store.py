@@ -15,7 +15,6 @@ import psycopg
 
 from cottention.engine.errors import (
     ConfigurationError,
-    SessionBusyError,
     SessionNotFoundError,
     SnapshotError,
     StoreUnavailableError,
@@ -34,6 +33,7 @@ from cottention.engine.sessions.store.postgres.connections import (
     UNREACHABLE,
     Connections,
     Db,
+    RunAgainError,
     reason_of,
 )
 from cottention.engine.sessions.store.postgres.journal import PostgresJournal
@@ -61,8 +61,6 @@ logger = logging.getLogger(__name__)
 
 HOLD_SECONDS = 30.0
 """How long a turn that has ended waits for the database to take it."""
-WAIT_SECONDS = 0.2
-"""Between looks at a lease whose holder has missed beats."""
 PIECE_BYTES = 1 << 20
 MANY_SESSIONS = 10_000
 SECONDS_TO_COUNT = 60.0
@@ -92,8 +90,8 @@ class SpooledPart(BlobReader):
 class PostgresStore(SessionStore):
     """See SessionStore. A lease ends with the life of its replica, or at its own time.
 
-    A session whose holder has missed heartbeats is waited for until the holder beats again or is
-    dead; then it is taken over, and the fence refuses what the old holder may still write.
+    A session whose holder has died is taken over, and the fence refuses what the old holder may
+    still write.
     """
 
     is_shared = True
@@ -188,19 +186,11 @@ class PostgresStore(SessionStore):
     ) -> tuple[Lease, SessionRecord]:
         # a repetition takes what the first try may have leased
         values = {"replica": self._replica.id, "turn": _new_turn(), "seconds": ttl_seconds}
-        deadline = time.monotonic() + 2 * LIFE_SECONDS
-        while True:
-            try:
-                lease, stored = self._connections.statement(
-                    lambda db: queries.acquire(db, session_id, owner, values)
-                )
-            except queries.Held as held:
-                if not held.is_late or time.monotonic() > deadline:
-                    raise SessionBusyError(f"another turn has session {session_id!r}") from None
-            else:
-                self._leased.put(lease, stored)
-                return lease, stored.record
-            time.sleep(WAIT_SECONDS)
+        lease, stored = self._connections.statement(
+            lambda db: queries.acquire(db, session_id, owner, values)
+        )
+        self._leased.put(lease, stored)
+        return lease, stored.record
 
     def renew(self, lease: Lease, ttl_seconds: float) -> None:
         self._connections.statement(
@@ -285,18 +275,21 @@ class PostgresStore(SessionStore):
         is_limited = self._quotas(owner) != UNLIMITED
 
         ends = not keeps_lease and self.journal.has(lease)
+        may_replace = True
 
         def change(db: Db) -> Stored:
-            after = queries.commit(
-                db,
-                lease,
-                stored,
-                blob,
-                max_checkpoints,
-                turn,
-                self._replica.id,
-                keeps_lease=keeps_lease,
-            )
+            nonlocal may_replace
+            try:
+                after = queries.commit(
+                    *(db, lease, stored, blob, max_checkpoints, turn, self._replica.id),
+                    keeps_lease=keeps_lease,
+                    may_replace=may_replace,
+                )
+            except psycopg.errors.UniqueViolation as error:
+                if not may_replace:
+                    raise
+                may_replace = False  # another session has the same blob
+                raise RunAgainError from error
             growth = after.nbytes - before
             if is_limited and growth > 0:
                 usage = queries.usage_of(db, owner)

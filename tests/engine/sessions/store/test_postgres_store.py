@@ -29,6 +29,7 @@ from cottention.engine.sessions.store.postgres.address import check_address, rea
 from cottention.engine.sessions.store.postgres.blobs import Blob, inflated
 from cottention.engine.sessions.store.postgres.functions import NUM_TURNS
 from cottention.engine.sessions.store.postgres.store import PostgresStore
+from cottention.engine.sessions.store.protocol import UNLIMITED, Quota
 from tests.engine.postgres import PASSWORD, Postgres, running_pgbouncer, running_postgres
 from tests.engine.sessions.store.backends import PostgresBackend
 from tests.engine.tcp_proxy import Fault, proxied
@@ -101,7 +102,7 @@ def process_of() -> Iterator[Callable[[str, str], Process]]:
 def test_the_session_of_a_replica_that_was_killed_is_taken_over(
     backend: PostgresBackend, postgres: Postgres, process_of: Callable[[str, str], Process]
 ) -> None:
-    """It is waited for, not refused, and the turn that it ran is as if it had not begun."""
+    """When its life is over; the turn that it ran is as if it had not begun."""
     with closing(backend.open()) as store:
         record = make(store)
         holder = process_of(postgres.url, record.id)
@@ -373,6 +374,40 @@ def test_blobs_come_back_whether_deflating_makes_them_shorter_or_not() -> None:
         assert inflated(stored, len(raw)) == raw
     assert min(ends) < 0 < max(ends)
     assert 0 in ends
+
+
+@pytest.mark.parametrize("quotas", [UNLIMITED, Quota(max_sessions=9, max_bytes=9999)])
+def test_a_blob_takes_the_row_of_one_that_goes_unless_others_have_it(
+    backend: PostgresBackend, quotas: Quota
+) -> None:
+    """In one statement and as a part of a transaction: a session would lose its state, or a state
+    would stay for ever."""
+
+    def rows() -> list[tuple[bytes, int]]:
+        statement = "SELECT bytes, refs FROM cottention.blobs ORDER BY bytes"
+        return [(bytes(raw), refs) for raw, refs in backend.execute(statement)]
+
+    def advance(session_id: str, snapshot: bytes) -> None:
+        lease, found = store.acquire(session_id, 60)
+        store.commit(lease, found.version, snapshot, len(snapshot), 0)
+        assert store.get(store.record(session_id).head) == snapshot
+
+    with closing(backend.open(lambda _: quotas)) as store:
+        one, two = make(store, b"1").id, make(store, b"2").id
+        advance(one, b"same")
+        assert rows() == [(b"2", 1), (b"same", 1)]
+        advance(two, b"same")
+        assert rows() == [(b"same", 2)]
+        advance(two, b"same")
+        assert rows() == [(b"same", 2)]
+        advance(one, b"other")
+        assert rows() == [(b"other", 1), (b"same", 1)]
+        advance(two, b"other")
+        assert rows() == [(b"other", 2)]
+        store.delete(one)
+        assert store.get(store.record(two).head) == b"other"
+        store.delete(two)
+        assert rows() == []
 
 
 def test_the_fence_is_what_refuses_a_late_writer(backend: PostgresBackend) -> None:
