@@ -230,7 +230,9 @@ async def _respond(
     if is_stream:
         formatter = EventFormatter(header, choices, generation_request, stream)
         events = GenerationEvents(stream, formatter)
-        return EventStreamResponse(events, context.config.sse_keep_alive_seconds)
+        return EventStreamResponse(
+            events, context.config.sse_keep_alive_seconds, on_writer=events.write_with
+        )
     async with close_on_disconnect(stream, request.receive):
         deltas = await collect_outputs(stream)
         usage = usage_of(
