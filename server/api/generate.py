@@ -25,7 +25,6 @@ from cottention.server.generation.responses import (
 )
 from cottention.server.generation.sse import (
     EventFormatter,
-    EventSource,
     EventStreamResponse,
     GenerationEvents,
     close_on_disconnect,
@@ -247,12 +246,11 @@ async def _respond(
     returned = StateWriter(context.sessions) if parsed.body.return_state else None
     if is_stream:
         formatter = EventFormatter(header, choices, generation_request, stream)
-        events: EventSource = (
-            GenerationEvents(stream, formatter)
-            if returned is None
-            else StateEvents(stream, formatter, returned)
-        )
-        return EventStreamResponse(events, context.config.sse_keep_alive_seconds)
+        keep_alive = context.config.sse_keep_alive_seconds
+        if returned is not None:
+            return EventStreamResponse(StateEvents(stream, formatter, returned), keep_alive)
+        events = GenerationEvents(stream, formatter)
+        return EventStreamResponse(events, keep_alive, on_writer=events.write_with)
     async with close_on_disconnect(stream, request.receive):
         deltas = await collect_outputs(stream)
         usage = usage_of(

@@ -93,7 +93,8 @@ async def create_message(request: Request, context: ContextDep) -> Response:
     writer = MessageWriter(f"msg_{request_id_of(request)}", context.model_name, generation)
     if generation.is_stream:
         events = MessageEvents(stream, writer)
-        return EventStreamResponse(events, context.config.sse_keep_alive_seconds)
+        keep_alive = context.config.sse_keep_alive_seconds
+        return EventStreamResponse(events, keep_alive, on_writer=events.write_with)
     async with close_on_disconnect(stream, request.receive):
         deltas = await collect_outputs(stream)
         writer.add(deltas[0])

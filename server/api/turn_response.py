@@ -106,7 +106,8 @@ class TurnResponse(Response):
                 )
             elif request.is_stream:
                 events = TurnEvents(stream, self._formatter(request, stream), turn)
-                response = EventStreamResponse(events, context.config.sse_keep_alive_seconds)
+                keep_alive = context.config.sse_keep_alive_seconds
+                response = EventStreamResponse(events, keep_alive, on_writer=events.write_with)
             else:
                 response = await self._whole(request, stream, turn, receive)
             await response(scope, receive, send)

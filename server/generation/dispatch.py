@@ -142,12 +142,17 @@ class OutputDispatcher:
     def dispatch(self, outputs: Sequence[Output], now: float) -> None:
         """Pass a step's outputs to their streams; `now` is when the step ended."""
         gaps: Counter[float] = Counter()
+        written: dict[OutputStream, None] = {}
         for output in outputs:
             if output.finish_reason is FinishReason.ERROR:
                 logger.error("request %s failed: %s", output.request_id, output.error)
             if prompt := self._prompts.get(output.request_id):
                 self._measure(prompt, output, now, gaps)
                 self._deliver(prompt, output)
+                if prompt.stream.writer is not None:
+                    written[prompt.stream] = None
+        for stream in written:
+            self._flush(stream)
         self.latency.observe_gaps(gaps)
 
     def _measure(
@@ -185,6 +190,14 @@ class OutputDispatcher:
         elif stream.is_full and request_id not in stream.paused:
             stream.paused.add(request_id)
             self._control.pause(request_id)
+
+    @staticmethod
+    def _flush(stream: OutputStream) -> None:
+        try:
+            stream.flush()
+        except Exception:  # of this one answer: the other streams of the step have theirs
+            logger.exception("a part of an answer could not be written")
+            stream.fail()
 
     def _observe_end(self, prompt: PromptState) -> None:
         self.latency.observe_end(

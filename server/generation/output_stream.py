@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from cottention.engine.state.session_state import SessionState
 
 
+Writer = Callable[["dict[int, OutputDelta]"], bool]
+"""Sends unread output by choice at once; False where it did not."""
+
+
 class OutputStreamClosed(Exception):
     """The stream was closed by its reader or by the server; there is nothing left to read."""
 
@@ -111,6 +115,7 @@ class OutputStream:
         The dispatcher keeps the ids of its prompts that wait for a reader in `paused`, and in
         `cancel_reason` why its prompts were cancelled: the engine forgets a cancellation of a
         prompt that it does not know yet. was_cancelled: by its id. on_closed: called by `close`.
+        writer: has a step's output in `flush`, where that is possible, in place of the reader.
         """
         self._keeps_token_ids = keeps_token_ids
         self._max_unread_bytes = max_unread_bytes
@@ -119,6 +124,7 @@ class OutputStream:
         self.cancel_reason: FinishReason | None = None
         self.was_cancelled = False
         self.on_closed: Callable[[], None] | None = None
+        self.writer: Writer | None = None
         self._unread: dict[int, OutputDelta] = {}
         self._apart: deque[tuple[int, OutputDelta, int]] | None = deque() if keeps_apart else None
         self._num_without_text: Counter[int] = Counter()
@@ -126,6 +132,9 @@ class OutputStream:
         self._on_close = on_close
         self._on_take = on_take
         self._changed = asyncio.Event()
+        self._has_waiting_reader = False
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._written_at = 0.0
         self._ended = asyncio.Event()
         self._closed = False
         self.timer: asyncio.TimerHandle | None = None
@@ -167,10 +176,28 @@ class OutputStream:
         else:  # counted with the choice's next text
             self._num_without_text[choice] += len(output.token_ids)
 
+    def flush(self) -> None:
+        """After all outputs of a step were delivered, where there is a writer.
+
+        It has them only while the reader waits in `take`: nothing overtakes what that has taken.
+        The last output of a choice is the reader's, who ends the answer.
+        """
+        if not self._unread:
+            return
+        is_readers = not self._has_waiting_reader or self._changed.is_set()
+        if is_readers or any(each.finish_reason is not None for each in self._unread.values()):
+            self._changed.set()
+        elif self.writer is not None and self.writer(self._unread):
+            self._written_at = time.monotonic()
+            self._take_all()
+        else:
+            self._changed.set()
+
     def fail(self) -> None:
         """End every unfinished choice with FinishReason.ERROR: the engine has stopped."""
         for choice in sorted(self._unfinished):
             self._add(choice, Output("", choice, "", (), FinishReason.ERROR))
+        self._changed.set()
 
     async def take(self, idle_seconds: float | None = None) -> dict[int, OutputDelta]:
         """All unread output by choice; waits for the first. Empty after `idle_seconds` of none.
@@ -184,6 +211,9 @@ class OutputStream:
         self._changed.clear()
         if self._apart is not None:
             return self._take_one(self._apart)
+        return self._take_all()
+
+    def _take_all(self) -> dict[int, OutputDelta]:
         unread, self._unread = self._unread, {}
         self._num_unread_bytes = 0
         self._on_take(self)
@@ -216,14 +246,28 @@ class OutputStream:
 
     async def _wait_changed(self, idle_seconds: float | None) -> None:
         """Wait for a change, for at most `idle_seconds`; cheaper than asyncio.timeout."""
-        if idle_seconds is None:
-            await self._changed.wait()
-            return
-        timer = asyncio.get_running_loop().call_later(idle_seconds, self._changed.set)
+        self._has_waiting_reader = True
+        if idle_seconds is not None:
+            self._wait_idle(idle_seconds, idle_seconds)
         try:
             await self._changed.wait()
         finally:
-            timer.cancel()
+            self._has_waiting_reader = False
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
+                self._idle_timer = None
+
+    def _wait_idle(self, seconds: float, idle_seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._idle_timer = loop.call_later(seconds, self._on_idle, idle_seconds)
+
+    def _on_idle(self, idle_seconds: float) -> None:
+        """Wake the reader, unless the writer has written in the meantime."""
+        rest = self._written_at + idle_seconds - time.monotonic()
+        if rest > 0:
+            self._wait_idle(rest, idle_seconds)
+        else:
+            self._changed.set()
 
     def _add(self, choice: int, output: Output) -> None:
         delta = self._unread.get(choice) if self._apart is None else None
@@ -243,7 +287,8 @@ class OutputStream:
             self.reasons.append(output.finish_reason)
             if self.is_finished or output.finish_reason is FinishReason.ERROR:
                 self._ended.set()
-        self._changed.set()
+        if self.writer is None:
+            self._changed.set()
 
 
 ID_BYTES = 8

@@ -7,8 +7,9 @@ request (`GenerationEvents`), a session's turn, or the events of a turn that ano
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from starlette.responses import Response
@@ -20,6 +21,7 @@ from cottention.server.generation.json_pieces import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream, OutputStreamClosed
 from cottention.server.generation.request import GenerationRequest
 from cottention.server.generation.timings import timings_of
+from cottention.server.http.answer_writer import AnswerWriter, answer_writer_of
 from cottention.server.http.errors import ApiError, engine_failed
 from cottention.server.schemas.responses import JsonObject
 
@@ -63,6 +65,13 @@ class EventFormatter:
         has_null = options.include_usage and not self._has_usage_in_chunks
         self._tail = ',"usage":null}\n\n' if has_null else "}\n\n"
         self._num_tokens: Counter[int] = Counter()
+
+    def write(self, deltas: Mapping[int, OutputDelta], writer: AnswerWriter) -> bool:
+        """Write the events of deltas at once, none of which is a choice's last; or say False."""
+        if self._is_slow or not writer.is_ready:
+            return False
+        writer.write(self.frame(self._chunks(deltas)).encode())
+        return True
 
     async def chunks(self, deltas: Mapping[int, OutputDelta]) -> list[str]:
         """The chunk of each delta, and one more for a choice that begins. Call once per delta."""
@@ -165,23 +174,34 @@ class EventStreamResponse(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, source: EventSource, keep_alive_seconds: float, num_bytes: int | None = None
+        self,
+        source: EventSource,
+        keep_alive_seconds: float,
+        num_bytes: int | None = None,
+        on_writer: Callable[[AnswerWriter], None] | None = None,
     ) -> None:
-        """num_bytes: of all events, where that is known; there are no comments between them."""
+        """num_bytes: of all events, where that is known; there are no comments between them.
+
+        on_writer: called when the answer has begun, where its parts may be written at once.
+        """
         self.status_code = 200
         self.background = None
         length = {} if num_bytes is None else {"content-length": str(num_bytes)}
         self.init_headers(SSE_HEADERS | length)
         self._source = source
         self._keep_alive_seconds = keep_alive_seconds
+        self._on_writer = on_writer
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         async with close_on_disconnect(self._source, receive):
             # Shutdown cancels streams whose clients do not read; that is no error to log.
             with contextlib.suppress(OutputStreamClosed, asyncio.CancelledError):
                 await send(start)
+                writer = answer_writer_of(scope)
+                if self._on_writer is not None and writer is not None:
+                    self._on_writer(writer)
                 async for events in self._source.events(self._keep_alive_seconds):
                     await send(body_message(events or KEEP_ALIVE, more_body=True))
                 await send(body_message(b"", more_body=False))
@@ -211,6 +231,10 @@ class GenerationEvents:
                 yield formatter.error(engine_failed()).encode()
                 return
         yield formatter.end().encode()
+
+    def write_with(self, writer: AnswerWriter) -> None:
+        """From now on write events as their tokens come; `events` has the rest, and the end."""
+        self._stream.writer = partial(self._formatter.write, writer=writer)
 
     def close(self) -> None:
         """Cancel what has not ended."""

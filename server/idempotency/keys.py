@@ -18,6 +18,7 @@ from starlette.types import Message, Receive, Scope
 
 from cottention.engine.errors import KeyReusedError, SessionError, StoreUnavailableError
 from cottention.engine.sessions.store.protocol import Claim
+from cottention.server.http.answer_writer import without_answer_writer
 from cottention.server.http.errors import ApiError, invalid, unavailable
 from cottention.server.idempotency.recording import (
     Answering,
@@ -211,7 +212,9 @@ class IdempotencyKeys:
 
     def _execute(self, request: Request, raw: bytes, claim: Claim, answer: Answering) -> Response:
         keyed = self.follow(claim)
-        scope = dict(request.scope) | {"state": request.scope["state"] | {"keyed": keyed}}
+        scope = without_answer_writer(request.scope) | {
+            "state": request.scope["state"] | {"keyed": keyed}
+        }
         task = self._start(Request(scope, body_once(raw)), keyed, answer)
         request_record(request.scope).background_turn = task
         return RecordedResponse(keyed.recording, self._keep_alive_seconds)

@@ -8,6 +8,7 @@ from cottention.server.generation.json_pieces import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.request import GenerationRequest
 from cottention.server.generation.tools.calls import CallReader
+from cottention.server.http.answer_writer import AnswerWriter
 from cottention.server.http.errors import ApiError, engine_failed
 from cottention.server.schemas.responses import JsonObject
 
@@ -175,6 +176,19 @@ class MessageEvents:
                 return
             if events:
                 yield _as_sent(events)
+
+    def write_with(self, writer: AnswerWriter) -> None:
+        """From now on write events as their tokens come; `events` has the rest, and the end."""
+
+        def write(deltas: dict[int, OutputDelta]) -> bool:
+            if not writer.is_ready:
+                return False
+            [delta] = deltas.values()
+            if events := self._writer.add(delta):
+                writer.write(_as_sent(events))
+            return True
+
+        self._stream.writer = write
 
     def close(self) -> None:
         """Cancel what has not ended."""

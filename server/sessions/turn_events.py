@@ -10,6 +10,7 @@ from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.server.generation.json_pieces import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.sse import EventFormatter
+from cottention.server.http.answer_writer import AnswerWriter
 from cottention.server.http.errors import ApiError, engine_failed, session_error, turn_failed
 from cottention.server.schemas.session_responses import session_summary
 from cottention.server.sessions.journal import TurnJournal
@@ -79,6 +80,21 @@ class TurnEvents:
         """As EventSource.events."""
         async for text in self.texts(idle_seconds):
             yield text.encode()
+
+    def write_with(self, writer: AnswerWriter) -> None:
+        """From now on write events as their tokens come; `events` has the rest, and the end.
+
+        For a turn without a journal, of which nothing is gathered or known.
+        """
+
+        def write(deltas: dict[int, OutputDelta]) -> bool:
+            if not self._formatter.write(deltas, writer):
+                return False
+            [delta] = deltas.values()
+            self._turn.add_delivered(delta)
+            return True
+
+        self._stream.writer = write
 
     def close(self) -> None:
         """Cancel the turn if it has not ended."""

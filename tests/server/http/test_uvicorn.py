@@ -19,7 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from cottention.server.http import protocol
+from cottention.server.http import answer_writer, protocol
 from cottention.server.http.connections import ConnectionTable
 from cottention.server.http.errors import ApiError
 from cottention.server.http.listener import BoundedServer
@@ -47,6 +47,7 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "parser": (lambda it: type(it) is httptools.HttpRequestParser, "parsing in pieces"),
     "url": (lambda it: it == b"/a?b", "declining an upgrade"),
     "headers": (lambda it: it == [(b"x", b"Y")], "declining an upgrade"),
+    "scope": (lambda it: it["path"] == "/a", "passing on what writes parts of an answer"),
     "cycle": (lambda it: type(it) is RequestResponseCycle, "the list of unanswered requests"),
 }
 """Attributes of HttpToolsProtocol: whether each is as expected after `HEAD`, and the use."""
@@ -54,6 +55,10 @@ ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
 CYCLE_ATTRIBUTES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "response_started": (lambda it: it is False, "keeping errors out of other answers"),
     "transport": (lambda it: type(it) is Transport, "answering HTTP/1.0 without chunked coding"),
+    "response_complete": (lambda it: it is False, "writing parts of an answer at once"),
+    "disconnected": (lambda it: it is False, "writing parts of an answer at once"),
+    "chunked_encoding": (lambda it: it is None, "writing parts of an answer at once"),
+    "flow": (lambda it: it.write_paused is False, "writing parts of an answer at once"),
 }
 """Likewise of RequestResponseCycle."""
 
@@ -169,9 +174,11 @@ def test_the_lists_are_complete() -> None:
         return {name for each in (made, made.cycle) for name in (*dir(type(each)), *vars(each))}
 
     source = ast.parse(Path(protocol.__file__).read_text(encoding="utf-8"))
-    [ours] = [node for node in source.body if getattr(node, "name", "") == "BoundedProtocol"]
-    used = {node.attr for node in ast.walk(ours) if isinstance(node, ast.Attribute)}
-    used |= {node.name for node in ast.walk(ours) if isinstance(node, ast.FunctionDef)}
+    ours = [node for node in source.body if getattr(node, "name", "") == "BoundedProtocol"]
+    ours += ast.parse(Path(answer_writer.__file__).read_text(encoding="utf-8")).body
+    nodes = [node for each in ours for node in ast.walk(each)]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     for other in (ApiError, asyncio.Transport, deque, httptools.HttpRequestParser):
         used -= {*dir(other)}
     shared = used & asyncio.run(names_of_uvicorn())

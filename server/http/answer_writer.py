@@ -1,0 +1,43 @@
+"""Parts of a streamed answer that are written to the connection at once.
+
+ASGI's `send` passes through every middleware, and who awaits it is a task that has to be woken:
+for a token of a few bytes that takes longer than writing it.
+"""
+
+from typing import TYPE_CHECKING
+
+from starlette.types import Scope
+
+if TYPE_CHECKING:
+    from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+EXTENSION = "cottention.answer_writer"
+
+
+class AnswerWriter:
+    """Writes parts of one answer, which `send` has begun and ends."""
+
+    def __init__(self, cycle: "RequestResponseCycle") -> None:
+        self._cycle = cycle
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is such an answer, in chunked coding, and its client reads."""
+        cycle = self._cycle
+        is_open = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
+        return is_open and cycle.chunked_encoding is True and not cycle.flow.write_paused
+
+    def write(self, part: bytes) -> None:
+        """Write a part of the body that is not empty, where the writer is ready."""
+        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+
+def answer_writer_of(scope: Scope) -> AnswerWriter | None:
+    """That of a request; None where the answer does not go to its connection, or to another."""
+    writer: AnswerWriter | None = scope.get("extensions", {}).get(EXTENSION)
+    return writer
+
+
+def without_answer_writer(scope: Scope) -> Scope:
+    """The scope of a request whose answer has to pass through `send` as a whole."""
+    return {**scope, "extensions": {}}
