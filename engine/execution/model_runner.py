@@ -61,9 +61,7 @@ class ModelRunner:
         self._pool = pool
         self._sampler = sampler
         self._device = device
-        self._max_recurrent_tokens = ops.max_recurrent_tokens(
-            device, pool.spec.key_width, pool.spec.value_width
-        )
+        self._segment_form = ops.segment_form(device, pool.spec.key_width, pool.spec.value_width)
         self._rows: list[int] = []
         self._row_recurrence: Recurrence | None = None
         self._captured: CapturedDecode | None = None
@@ -169,8 +167,8 @@ class ModelRunner:
     def _recurrence(self, segments: Sequence[Segment]) -> Recurrence:
         rows = [segment.row for segment in segments]
         lengths = [len(segment.ids) for segment in segments]
-        num_rows, limit = self._pool.num_rows, self._max_recurrent_tokens
-        packed = ops.Segments.of(rows, lengths, num_rows, self._device, max_recurrent_tokens=limit)
+        num_rows, form = self._pool.num_rows, self._segment_form
+        packed = ops.Segments.of(rows, lengths, num_rows, self._device, form=form)
         return Recurrence(self._pool.tensors, packed)
 
     def _one_token_each(self, rows: list[int]) -> Recurrence:

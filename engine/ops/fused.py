@@ -31,11 +31,32 @@ def cottention_attention_gelu(
     the output of attention and the gelu; both float32 and contiguous. positions int64 [N], counted
     from 0; sigma float64 [H]; cos, sin float32 [N, rotary_dim / 2]; state [S, H, D, D] is updated
     in place, there is no denominator; state_indices and cu_seqlens as in `recurrent_step`. On CUDA
-    joined and out may also be bfloat16 or float16, and equal the three ops to rounding. Raises
-    RuntimeError for arguments that do not fit and for a D that is no multiple of 8 up to 256.
+    joined and out may also be bfloat16 or float16, results equal the three ops to rounding, and
+    cu_seqlens must be None (`cottention_pieces_gelu`). Raises RuntimeError for arguments that do
+    not fit and for a D that is no multiple of 8 up to 256.
     """
     torch.ops.cottention.cottention_attention_gelu(
         joined, positions, sigma, cos, sin, state, state_indices, cu_seqlens, out
+    )
+
+
+def cottention_pieces_gelu(
+    joined: Tensor,
+    positions: Tensor,
+    sigma: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    state: Tensor,
+    pieces: Tensor,
+    num_cut: int,
+    out: Tensor,
+) -> None:
+    """`cottention_attention_gelu` on CUDA for segments of any length.
+
+    pieces int32 [P, 5] and num_cut are those of `Segments`. Raises RuntimeError.
+    """
+    torch.ops.cottention.cottention_pieces_gelu(
+        joined, positions, sigma, cos, sin, state, pieces, num_cut, out
     )
 
 

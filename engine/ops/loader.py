@@ -23,6 +23,7 @@ from cottention.engine.ops.build import (
     find_cuda,
     is_cuda_wanted,
 )
+from cottention.engine.ops.checks import HALF_OR_SINGLE
 from cottention.engine.ops.fakes import FAKES
 
 Backend = Literal["compiled", "reference"]
@@ -80,6 +81,11 @@ def compiled_takes(
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether an operation on these tensors is recorded for a backward pass."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def cuda_takes(x: Tensor) -> bool:
+    """Whether the CUDA op takes x. The op itself refuses arguments that do not match x."""
+    return x.device.type == "cuda" and x.dtype in HALF_OR_SINGLE and is_cuda_ready()
 
 
 @functools.cache
