@@ -14,6 +14,11 @@ constexpr const char* kCudaSchemas[] = {
     "Tensor(b!) out) -> ()",
     "cottention_pieces_gelu(Tensor joined, Tensor positions, Tensor sigma, Tensor cos, "
     "Tensor sin, Tensor(a!) state, Tensor pieces, int num_cut, Tensor(b!) out) -> ()",
+    "cottention_delayed_gelu(Tensor joined, Tensor positions, Tensor sigma, Tensor cos, "
+    "Tensor sin, Tensor(a!) state, Tensor(b!) keys, Tensor(c!) values, Tensor counts, "
+    "Tensor state_indices, Tensor(d!) out) -> ()",
+    "fold_updates(Tensor(a!) state, Tensor keys, Tensor values, Tensor counts, "
+    "Tensor rows) -> ()",
     "add_layer_norm(Tensor(a!) x, Tensor? y, Tensor weight, Tensor bias, float epsilon, "
     "Tensor(b!) out) -> ()",
 };

@@ -95,6 +95,45 @@ inline StepParams step_params(const Tensor& state, const std::optional<Tensor>& 
   return p;
 }
 
+// keys [S, C, H, K] and values [S, C, H, V] float32, counts int32 [S or more], for a checked state.
+inline void check_delayed(const Tensor& keys, const Tensor& values, const Tensor& counts,
+                          const Tensor& state, const Device& device) {
+  check_contiguous(counts, "counts", 1, ScalarType::Int, device);
+  STD_TORCH_CHECK(counts.size(0) >= state.size(0), "counts must have one for each of ",
+                  state.size(0), " slots, not ", counts.size(0));
+  const Tensor* pairs[] = {&keys, &values};
+  const char* names[] = {"keys", "values"};
+  const int64_t widths[] = {state.size(3), state.size(2)};
+  for (int i = 0; i < 2; ++i) {
+    const Tensor& x = *pairs[i];
+    check_tensor(x, names[i], 4, ScalarType::Float, device);
+    check_size(x, names[i], 0, state.size(0));
+    check_size(x, names[i], 1, keys.size(1));
+    check_size(x, names[i], 2, state.size(1));
+    check_size(x, names[i], 3, widths[i]);
+    STD_TORCH_CHECK(x.stride(3) == 1 && x.stride(2) == widths[i], names[i],
+                    " must be contiguous behind its second dimension");
+    STD_TORCH_CHECK(is_aligned(x.data_ptr(), 4, x.stride(0), x.stride(1)), names[i],
+                    " must begin at multiples of 16 bytes");
+  }
+  STD_TORCH_CHECK(keys.size(1) >= 1, "keys must have room for one update");
+}
+
+// Already checked.
+inline DelayedUpdates delayed_updates(const Tensor& keys, const Tensor& values,
+                                      const Tensor& counts) {
+  DelayedUpdates d{};
+  d.keys = static_cast<float*>(keys.data_ptr());
+  d.values = static_cast<float*>(values.data_ptr());
+  d.key_slot_stride = keys.stride(0);
+  d.key_stride = keys.stride(1);
+  d.value_slot_stride = values.stride(0);
+  d.value_stride = values.stride(1);
+  d.counts = static_cast<const int32_t*>(counts.data_ptr());
+  d.capacity = static_cast<int>(keys.size(1));
+  return d;
+}
+
 // q, k and v, already checked, and out [N, H, V].
 inline void set_inputs(StepParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
                        const Tensor& out, int64_t bytes) {

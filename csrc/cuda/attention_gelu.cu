@@ -6,14 +6,14 @@
 namespace cottention::cuda {
 namespace {
 
-template <class T, class TileShape>
+template <class T, class TileShape, bool kIsDelayed>
 __global__ void __launch_bounds__(kThreads, 6)
     attention_gelu(const __grid_constant__ StepParams p,
                    const __grid_constant__ FeaturesGeluParams m) {
   const int64_t blocks = num_blocks<TileShape>(p);
   if (blockIdx.x < blocks) {
     DeviceThread<MappingThread<T, TileShape>, TileShape> thread(threadIdx.x);
-    run_attention_block<TileShape>(p, m, blockIdx.x, thread);
+    run_attention_block<TileShape, kIsDelayed>(p, m, blockIdx.x, thread);
   } else {
     await_kernel_before();
     gelu_block<T>(m, blockIdx.x - blocks, threadIdx.x);
@@ -26,7 +26,10 @@ const char* launch_as(const StepParams& p, const FeaturesGeluParams& m, void* st
   with_head_shape(m.width, [&](auto shape) {
     using TileShape = decltype(shape);
     blocks += num_blocks<TileShape>(p);
-    if (blocks <= INT32_MAX) launch(attention_gelu<T, TileShape>, blocks, true, stream, p, m);
+    if (blocks > INT32_MAX) return;
+    const auto kernel = p.delayed.keys ? attention_gelu<T, TileShape, true>
+                                       : attention_gelu<T, TileShape, false>;
+    launch(kernel, blocks, true, stream, p, m);
   });
   return blocks <= INT32_MAX ? launch_error() : "too many tokens at once";
 }

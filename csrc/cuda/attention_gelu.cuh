@@ -1,6 +1,9 @@
 // All between a layer's two products for one token of each segment, as the code of one CUDA thread:
 // the Cottention feature map in the registers of the step that takes it, and beside it the gelu.
 //
+// With delayed updates the state in the registers is that after all of them, as if each step had
+// written it, and has the same bits; only what is written differs.
+//
 // A lane's quads of q and k hold whole rotary pairs. Their sums of squares run over the elements of
 // a lane first and then over the lanes, as those of the step.
 #pragma once
@@ -76,7 +79,7 @@ struct MappingThread : Thread<T, T, TileShape> {
 };
 
 // The work of a block of the step, which has one token.
-template <class TileShape, class Team>
+template <class TileShape, bool kIsDelayed, class Team>
 COTTENTION_HD void run_attention_block(const StepParams& p, const FeaturesGeluParams& m,
                                        uint32_t block, Team& team) {
   const BlockTask task = block_task<TileShape, Form::kDecode>(p, block);
@@ -85,6 +88,7 @@ COTTENTION_HD void run_attention_block(const StepParams& p, const FeaturesGeluPa
     return team.clear(p, task);
   }
   team.template load<Form::kDecode>(p, task, task.tile);
+  if (kIsDelayed) team.add_delayed(p, task);
   team.await_inputs();
   team.read_inputs(m, task);
   team.reduce_squares();
@@ -92,7 +96,10 @@ COTTENTION_HD void run_attention_block(const StepParams& p, const FeaturesGeluPa
   team.advance(p);
   team.reduce();
   team.write(p, task, task.first);
-  team.store(p);
+  if (kIsDelayed && num_delayed(p, task.slot) + 1 < p.delayed.capacity)
+    team.append(p, task);
+  else
+    team.store(p);
 }
 
 // Calls visit(TileShape<…>{}) for heads of 8 to 256 channels.

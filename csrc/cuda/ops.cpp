@@ -87,6 +87,25 @@ FeaturesGeluParams features_gelu_params(const Tensor& joined, const Tensor& posi
   return m;
 }
 
+void run_attention_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                        const Tensor& cos, const Tensor& sin, const Tensor& state,
+                        const DelayedUpdates& delayed, const Tensor& state_indices,
+                        const Tensor& out) {
+  const Type type = type_of(joined, "joined");
+  const Device device = device_of(joined);
+  check_fused(joined, positions, sigma, cos, sin, state, out, device);
+  check_segments(state_indices, std::nullopt, joined.size(0), device);
+  const int64_t width = state.size(2);
+  if (joined.size(0) == 0 || state.size(1) == 0) return;
+  StepParams p = step_params(state, std::nullopt, state_indices, std::nullopt, joined.size(0));
+  p.delayed = delayed;
+  p.out = out.data_ptr();
+  p.out_stride = out.size(1);
+  const FeaturesGeluParams m = features_gelu_params(joined, positions, sigma, cos, sin, out, width);
+  const DeviceGuard guard(device.index());
+  check_launch(launch_attention_gelu(p, m, type, current_stream(device)));
+}
+
 }  // namespace
 
 Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
@@ -128,19 +147,38 @@ void cottention_attention_gelu(const Tensor& joined, const Tensor& positions, co
                                const Tensor& cos, const Tensor& sin, const Tensor& state,
                                const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens,
                                const Tensor& out) {
-  const Type type = type_of(joined, "joined");
-  const Device device = device_of(joined);
-  check_fused(joined, positions, sigma, cos, sin, state, out, device);
   STD_TORCH_CHECK(!cu_seqlens, "on CUDA, cottention_pieces_gelu takes segments of several tokens");
-  check_segments(state_indices, cu_seqlens, joined.size(0), device);
-  const int64_t width = state.size(2);
-  if (joined.size(0) == 0 || state.size(1) == 0) return;
-  StepParams p = step_params(state, std::nullopt, state_indices, cu_seqlens, joined.size(0));
-  p.out = out.data_ptr();
-  p.out_stride = out.size(1);
-  const FeaturesGeluParams m = features_gelu_params(joined, positions, sigma, cos, sin, out, width);
+  run_attention_gelu(joined, positions, sigma, cos, sin, state, DelayedUpdates{}, state_indices,
+                     out);
+}
+
+// As cottention_attention_gelu, for states with delayed updates. It changes no counts: the caller
+// does so after the last layer, modulo the number of updates that keys and values have room for.
+void cottention_delayed_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                             const Tensor& cos, const Tensor& sin, const Tensor& state,
+                             const Tensor& keys, const Tensor& values, const Tensor& counts,
+                             const Tensor& state_indices, const Tensor& out) {
+  const Device device = device_of(joined);
+  STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
+  check_delayed(keys, values, counts, state, device);
+  run_attention_gelu(joined, positions, sigma, cos, sin, state,
+                     delayed_updates(keys, values, counts), state_indices, out);
+}
+
+// rows int32 [B], each slot at most once; those out of range are skipped. Changes no counts.
+void fold_updates(const Tensor& state, const Tensor& keys, const Tensor& values,
+                  const Tensor& counts, const Tensor& rows) {
+  const Device device = device_of(state);
+  STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
+  check_widths(state.size(3), state.size(2));
+  check_pools(state, std::nullopt, state.size(1), state.size(2), state.size(3), device);
+  check_delayed(keys, values, counts, state, device);
+  check_contiguous(rows, "rows", 1, ScalarType::Int, device);
+  if (rows.size(0) == 0 || state.size(1) == 0) return;
+  StepParams p = step_params(state, std::nullopt, rows, std::nullopt, rows.size(0));
+  p.delayed = delayed_updates(keys, values, counts);
   const DeviceGuard guard(device.index());
-  check_launch(launch_attention_gelu(p, m, type, current_stream(device)));
+  check_launch(launch_fold(p, current_stream(device)));
 }
 
 // Two or three kernels: the first maps q, k and v into a temporary buffer and computes the gelu.

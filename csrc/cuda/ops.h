@@ -22,6 +22,12 @@ void cottention_attention_gelu(const Tensor& joined, const Tensor& positions, co
 void cottention_pieces_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                             const Tensor& cos, const Tensor& sin, const Tensor& state,
                             const Tensor& pieces, int64_t num_cut, const Tensor& out);
+void cottention_delayed_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                             const Tensor& cos, const Tensor& sin, const Tensor& state,
+                             const Tensor& keys, const Tensor& values, const Tensor& counts,
+                             const Tensor& state_indices, const Tensor& out);
+void fold_updates(const Tensor& state, const Tensor& keys, const Tensor& values,
+                  const Tensor& counts, const Tensor& rows);
 void add_layer_norm(const Tensor& x, const std::optional<Tensor>& y, const Tensor& weight,
                     const Tensor& bias, double epsilon, const Tensor& out);
 
@@ -31,6 +37,8 @@ inline void register_all(torch::stable::detail::StableLibrary& m) {
   m.impl("recurrent_pieces", TORCH_BOX(&recurrent_pieces));
   m.impl("cottention_attention_gelu", TORCH_BOX(&cottention_attention_gelu));
   m.impl("cottention_pieces_gelu", TORCH_BOX(&cottention_pieces_gelu));
+  m.impl("cottention_delayed_gelu", TORCH_BOX(&cottention_delayed_gelu));
+  m.impl("fold_updates", TORCH_BOX(&fold_updates));
   m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
 }
 

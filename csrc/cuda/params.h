@@ -22,6 +22,16 @@ struct Piece {
   int32_t slot, begin, end, first_piece, last_piece;
 };
 
+// What steps have added to the states of a pool and not yet written there: up to `capacity` pairs
+// of a mapped key and value for each slot. With them, the state is S + Σ value keyᵀ.
+struct DelayedUpdates {
+  float* keys;    // [S, capacity, H, K], [H, K] contiguous; null: every step writes the state
+  float* values;  // [S, capacity, H, V], likewise
+  int64_t key_stride, key_slot_stride, value_stride, value_slot_stride;
+  const int32_t* counts;  // [S or more]: pairs of each slot
+  int capacity;
+};
+
 struct StepParams {
   View q, k, v;
   View w, a, b;  // float32: w [N, H, 1] or [N, H, K] by `decay`, a and b [N, H, K] by `has_term`
@@ -35,6 +45,7 @@ struct StepParams {
   const Piece* pieces;  // in place of both, one for each of `segments`; null: there are none
   float* cut_state;     // [pieces of cut segments, H, V, K]: states between the passes over pieces
   float* cut_z;         // [likewise, H, K]
+  DelayedUpdates delayed;
   int64_t tokens, segments;
   int heads, key_width, value_width, num_slots;
   Decay decay;
@@ -78,13 +89,15 @@ enum class Pass { kFirst, kLater };
 //
 // launch_step: q, k, v and out are of one type. launch_pieces: `is_after_map`: q, k and v come from
 // the kernel that was enqueued right before. launch_attention_gelu: map, step and gelu, one token
-// for each segment.
+// for each segment; with delayed updates it adds one, and writes the state when they are complete.
 const char* launch_step(const StepParams& params, Type type, void* stream);
 const char* launch_pieces(const StepParams& params, Type in, Type out, Pass pass, bool is_after_map,
                           void* stream);
 const char* launch_features_gelu(const FeaturesGeluParams& params, Type type, void* stream);
 const char* launch_attention_gelu(const StepParams& step, const FeaturesGeluParams& map, Type type,
                                   void* stream);
+// launch_fold: adds the delayed updates of the slots in state_indices to their states.
+const char* launch_fold(const StepParams& params, void* stream);
 const char* launch_add_layer_norm(const AddLayerNormParams& params, Type y, Type out, void* stream);
 
 }  // namespace cottention::cuda

@@ -7,7 +7,7 @@ namespace cottention::cuda {
 namespace {
 
 template <class In, class Out, class TileShape, Form kForm>
-__global__ void __launch_bounds__(kThreads, TileShape::kPieces == 1 ? 6 : 5)
+__global__ void __launch_bounds__(kThreads, min_blocks<TileShape>(kForm, false))
     step_pieces(const __grid_constant__ StepParams p) {
   DeviceThread<Thread<In, Out, TileShape>, TileShape> thread(threadIdx.x);
   run_block<TileShape, kForm, false>(p, blockIdx.x, thread);

@@ -59,6 +59,12 @@ struct Inputs {
   float value[TileShape::kRows];
 };
 
+// Delayed updates of a slot; the one that completes them is not among them.
+COTTENTION_HD int num_delayed(const StepParams& p, int slot) {
+  const int count = p.delayed.counts[slot];
+  return count < 0 ? 0 : count < p.delayed.capacity ? count : p.delayed.capacity - 1;
+}
+
 // One thread of a block; In is the type of q, k, v and Out that of the outputs.
 template <class In, class Out, class TileShape>
 struct Thread {
@@ -173,6 +179,46 @@ struct Thread {
     }
   }
   COTTENTION_HD void take() { now = next; }
+
+  // Keys and values of delayed update `index`, as a token's inputs; there is no query.
+  COTTENTION_HD int64_t delayed_key(const StepParams& p, const BlockTask& task, int index) const {
+    return task.slot * p.delayed.key_slot_stride + index * p.delayed.key_stride +
+           int64_t(task.head) * p.key_width + 4 * lane;
+  }
+  COTTENTION_HD int64_t delayed_value(const StepParams& p, const BlockTask& task, int index) const {
+    return task.slot * p.delayed.value_slot_stride + index * p.delayed.value_stride +
+           int64_t(task.head) * p.value_width + row;
+  }
+
+  // Adds the slot's delayed updates to the state in the registers, in the order of their tokens.
+  COTTENTION_HD void add_delayed(const StepParams& p, const BlockTask& task) {
+    for (int index = 0; index < num_delayed(p, task.slot); ++index) {
+      const float* keys = p.delayed.keys + delayed_key(p, task, index);
+      const float* values = p.delayed.values + delayed_value(p, task, index);
+      COTTENTION_UNROLL
+      for (int i = 0; i < TileShape::kPieces; ++i) {
+        if (column(i) >= p.key_width) break;
+        const Quad key = load_state(keys + offset(p, 0, i));
+        COTTENTION_UNROLL
+        for (int r = 0; r < TileShape::kRows; ++r)
+          if (has_row(r)) update(h[r][i], values[r * TileShape::kGroups], key, Quad{}, 0.0f);
+      }
+    }
+  }
+
+  // Stores the token's mapped key and value as the slot's next delayed update.
+  COTTENTION_HD void append(const StepParams& p, const BlockTask& task) const {
+    const int index = num_delayed(p, task.slot);
+    float* keys = p.delayed.keys + delayed_key(p, task, index);
+    float* values = p.delayed.values + delayed_value(p, task, index);
+    COTTENTION_UNROLL
+    for (int i = 0; i < TileShape::kPieces; ++i)
+      if (task.tile == 0 && group == 0 && column(i) < p.key_width)
+        store_state(keys + offset(p, 0, i), now.key[i]);
+    COTTENTION_UNROLL
+    for (int r = 0; r < TileShape::kRows; ++r)
+      if (lane == 0 && has_row(r)) values[r * TileShape::kGroups] = now.value[r];
+  }
 
   // Updates the state by the token taken; `sums` get this lane's part of every sum.
   COTTENTION_HD void advance(const StepParams& p) {
@@ -338,6 +384,16 @@ COTTENTION_HD void run_block(const StepParams& p, uint32_t block, Team& team) {
     team.store(p);
   }
   if (p.z) team.sync_and_store_z(p);
+}
+
+// The work of a block that writes delayed updates to the state; segments are slots.
+template <class TileShape, class Team>
+COTTENTION_HD void run_fold_block(const StepParams& p, uint32_t block, Team& team) {
+  const BlockTask task = block_task<TileShape, Form::kDecode>(p, block);
+  if (!task.is_active || num_delayed(p, task.slot) == 0) return;
+  team.template load<Form::kDecode>(p, task, task.tile);
+  team.add_delayed(p, task);
+  team.store(p);
 }
 
 }  // namespace cottention::cuda

@@ -31,6 +31,14 @@ COTTENTION_HD int64_t num_blocks(const StepParams& p) {
 // What the segments of a batch are, and with pieces which pass over them.
 enum class Form { kDecode, kSegments, kFirstPieces, kLaterPieces };
 
+// Blocks that must fit on a multiprocessor at once: with more, registers would be spilled.
+template <class TileShape>
+constexpr int min_blocks(Form form, bool is_general) {
+  const bool is_small = form == Form::kDecode && !is_general;
+  if (TileShape::kPieces == 1) return is_small ? 8 : 5;
+  return TileShape::kPieces == 2 && is_small ? 6 : 4;
+}
+
 // The work of a block: a head of a slot, tokens [first, last), tiles [tile, tile_end).
 struct BlockTask {
   int head, slot, tile, tile_end;

@@ -147,8 +147,12 @@ class ModelRunner:
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """One token of each slot, as captured: logits float32 [R, vocab_size]."""
-        recurrence = Recurrence(self._pool.tensors, ops.Segments(slots))
-        return self._model.logits(self._model.hidden(ids, positions, recurrence))
+        delayed = self._pool.delayed
+        recurrence = Recurrence(self._pool.tensors, ops.Segments(slots), delayed)
+        logits = self._model.logits(self._model.hidden(ids, positions, recurrence))
+        if delayed is not None:
+            delayed.advance(slots)
+        return logits
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -167,6 +171,7 @@ class ModelRunner:
     def _recurrence(self, segments: Sequence[Segment]) -> Recurrence:
         rows = [segment.row for segment in segments]
         lengths = [len(segment.ids) for segment in segments]
+        self._pool.settle(rows)
         num_rows, form = self._pool.num_rows, self._segment_form
         packed = ops.Segments.of(rows, lengths, num_rows, self._device, form=form)
         return Recurrence(self._pool.tensors, packed)

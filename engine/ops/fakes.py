@@ -142,6 +142,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "layer_norm": in_place,
     "cottention_attention_gelu": in_place,
     "cottention_pieces_gelu": in_place,
+    "cottention_delayed_gelu": in_place,
+    "fold_updates": in_place,
     "add_layer_norm": in_place,
     "cottention_layers": in_place,
     "mamba2_layers": in_place,

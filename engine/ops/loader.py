@@ -94,6 +94,20 @@ def warn_reference(reason: str) -> None:
     _logger.warning("the torch reference runs: %s", reason)
 
 
+DELAYED_VARIABLE = "COTTENTION_DELAYED_UPDATES"
+
+
+def num_delayed_updates() -> int:
+    """How many updates of a state a CUDA step may delay: COTTENTION_DELAYED_UPDATES, 0 by default.
+
+    Raises ValueError for what is not a whole number from 0 to 64.
+    """
+    given = os.environ.get(DELAYED_VARIABLE) or "0"
+    if not given.isdecimal() or int(given) > 64:
+        raise ValueError(f"{DELAYED_VARIABLE}={given}: must be a whole number from 0 to 64")
+    return int(given)
+
+
 _cuda_lock = threading.Lock()
 
 

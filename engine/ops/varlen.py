@@ -150,7 +150,9 @@ class Segments:
         whole = _int32(state_indices, device), _int32(ends, device)
         if form == "pieces":
             pieces, num_cut = pieces_of(state_indices, ends, piece_tokens)
-            table = torch.tensor(pieces, dtype=torch.int32, device=device).view(-1, len(Piece._fields))
+            table = torch.tensor(pieces, dtype=torch.int32, device=device).view(
+                -1, len(Piece._fields)
+            )
             return cls(*whole, pieces=table, num_cut=num_cut)
         if form == "chunks":
             spans = [range(start, stop) for start, stop in pairwise(ends)]

@@ -76,6 +76,12 @@ struct Block {
   void fetch(const StepParams& p, const BlockTask& task, int64_t token) {
     each([&](auto& thread) { thread.fetch(p, task, token); });
   }
+  void add_delayed(const StepParams& p, const BlockTask& task) {
+    each([&](auto& thread) { thread.add_delayed(p, task); });
+  }
+  void append(const StepParams& p, const BlockTask& task) {
+    each([&](auto& thread) { thread.append(p, task); });
+  }
   void take() {
     each([](auto& thread) { thread.take(); });
   }
@@ -225,10 +231,25 @@ const char* launch_attention_gelu(const StepParams& p, const FeaturesGeluParams&
       using TileShape = decltype(shape);
       for (int64_t i = 0; i < num_blocks<TileShape>(p); ++i) {
         Block<MappingThread<T, TileShape>, TileShape> block;
-        run_attention_block<TileShape>(p, m, i, block);
+        if (p.delayed.keys)
+          run_attention_block<TileShape, true>(p, m, i, block);
+        else
+          run_attention_block<TileShape, false>(p, m, i, block);
       }
     });
     gelu<T>(m);
+  });
+  return nullptr;
+}
+
+const char* launch_fold(const StepParams& p, void*) {
+  ++launches;
+  with_tile_shape(p.key_width, [&](auto shape) {
+    using TileShape = decltype(shape);
+    for (int64_t i = 0; i < num_blocks<TileShape>(p); ++i) {
+      Block<Thread<float, float, TileShape>, TileShape> block;
+      run_fold_block<TileShape>(p, i, block);
+    }
   });
   return nullptr;
 }

@@ -5,7 +5,6 @@
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.ops import activations, loader
+from cottention.engine.ops import activations, fused, loader
 from cottention.engine.ops.build import (
     build_dir,
     build_library,
@@ -30,6 +29,8 @@ OPS = (
     "recurrent_pieces",
     "cottention_attention_gelu",
     "cottention_pieces_gelu",
+    "cottention_delayed_gelu",
+    "fold_updates",
     "add_layer_norm",
 )
 
@@ -57,8 +58,10 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in OPS:
         monkeypatch.setattr(torch.ops.cottention, name, getattr(on_host(), name), raising=False)
     monkeypatch.setattr(ops, "can_pack", lambda _: False)
-    monkeypatch.setattr(ops, "can_fuse_attention", lambda _, width: ops.fused_kernel_has_width(width))
-    for module in (ops, activations):
+    monkeypatch.setattr(
+        ops, "can_fuse_attention", lambda _, width: ops.fused_kernel_has_width(width)
+    )
+    for module in (ops, activations, fused):
         monkeypatch.setattr(module, "cuda_takes", lambda _: True)
     monkeypatch.setattr(ops, "segment_form", lambda *_: "pieces")
     monkeypatch.setattr(loader, "is_cuda_ready", lambda: True)
@@ -73,10 +76,18 @@ def _library() -> ctypes.CDLL:
     command = f"{compiler()} {options} -isystem {root / 'include'}"
     objects = {"kernels.o": kernels, "ops.o": ops_source}
     link = f"{compiler()} {flags()} -shared $in -o $out -L{root / 'lib'} -ltorch_cpu -lc10"
-    rules = [f"rule compile\n  command = {command} -c $in -o $out", f"rule link\n  command = {link}"]
+    rules = [
+        f"rule compile\n  command = {command} -c $in -o $out",
+        f"rule link\n  command = {link}",
+    ]
     edges = [f"build {name}: compile {source}" for name, source in objects.items()]
     text = "\n".join([*rules, *edges, f"build library.so: link {' '.join(objects)}", ""])
-    sources = [kernels, *source_dir().glob("*.h"), *(source_dir() / "cuda").glob("*.*h"), ops_source]
+    sources = [
+        kernels,
+        *source_dir().glob("*.h"),
+        *(source_dir() / "cuda").glob("*.*h"),
+        ops_source,
+    ]
     library = build_dir() / f"cuda-on-host-{digest(text, sources)}.so"
     build_library(library, lambda: text)
     torch.ops.load_library(library)

@@ -61,6 +61,11 @@ class ServedGPTJ:
             self._head = partial(ops.wide_product, weight=weight.to(device), bias=bias.to(device))
         del model.lm_head
 
+    @property
+    def delays_updates(self) -> bool:
+        """Whether a step of one token for each row can delay what it adds to their states."""
+        return isinstance(self._layers, TorchLayers) and self._layers.is_fused
+
     def hidden(self, ids: Tensor, positions: Tensor, recurrence: Recurrence) -> Tensor:
         """ids and positions int64 [N] → hidden states [N, C] before the last norm."""
         x = nn.functional.embedding(ids, self._embedding).float()
@@ -107,6 +112,11 @@ class TorchLayers:
         # what some maps read of it must not be rounded
         is_rounded = self._fused is not None and self._layers
         self._normed_dtype = self._layers[0].dtype if is_rounded else torch.float32
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one op computes all between the two products of a layer."""
+        return self._fused is not None
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
         added: Tensor | None = None

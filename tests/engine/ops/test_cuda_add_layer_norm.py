@@ -44,9 +44,7 @@ def test_parity(
     x, y, weight, bias = drawn(3, columns)
     y = y.to(y_type)
     total = x.double() + y.double() if is_added else x.double()
-    exact = torch.nn.functional.layer_norm(
-        total, (columns,), weight.double(), bias.double(), 1e-5
-    )
+    exact = torch.nn.functional.layer_norm(total, (columns,), weight.double(), bias.double(), 1e-5)
     there, added = x.to(device), y.to(device) if is_added else None
     out = torch.full_like(there, float("nan"), dtype=out_type)
     namespace.add_layer_norm(there, added, weight.to(device), bias.to(device), 1e-5, out)

@@ -12,6 +12,8 @@ from cottention.engine.ops.varlen import pieces_of
 from tests.engine.cuda_on_host import on_host
 from tests.engine.step_cases import Case, make
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 Step = Callable[[Case, int], Tensor]
 """A case and the tokens of a piece, to the outputs; the case's pools are updated."""
 
@@ -41,7 +43,7 @@ def step_on_cuda(case: Case, piece_tokens: int) -> Tensor:
 
 
 @pytest.fixture(params=["host", "cuda"])
-def step(request: pytest.FixtureRequest, poisoned: None) -> Step:
+def step(request: pytest.FixtureRequest) -> Step:
     if request.param == "host":
         return step_on_host
     if not torch.cuda.is_available():

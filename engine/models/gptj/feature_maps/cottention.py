@@ -76,7 +76,12 @@ def _fused_attention(
     (sigma,) = weights
     state, _ = recurrence.layer(layer)
     rows, angles = recurrence.segments, (at.cos, at.sin)
-    if rows.pieces is None:
+    if recurrence.delayed is not None:
+        delayed = recurrence.delayed.layer(layer)
+        ops.cottention_delayed_gelu(
+            joined, at.index, sigma, *angles, state, *delayed, rows.state_indices, out
+        )
+    elif rows.pieces is None:
         slots = rows.state_indices, rows.cu_seqlens
         ops.cottention_attention_gelu(joined, at.index, sigma, *angles, state, *slots, out)
     else:
