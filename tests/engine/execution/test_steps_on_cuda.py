@@ -167,7 +167,7 @@ def launches_of_a_layer(folder: Path, dtype: torch.dtype, lengths: list[int]) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("lengths", "most"), [([1, 1, 1], 4), ([1, 5, 1], 5), ([1, 200, 1, 1], 6)])
-def test_a_layer_is_few_launches_whatever_the_batch(
+def test_a_layer_is_few_launches_on_the_host_whatever_the_batch(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, lengths: list[int], most: int
 ) -> None:
     """Decoding, beside a short prompt, and beside one that is read in pieces."""

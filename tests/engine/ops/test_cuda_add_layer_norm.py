@@ -70,7 +70,7 @@ def test_it_is_torchs_where_there_is_no_kernel() -> None:
         ("out", "out must be contiguous"),
     ],
 )
-def test_wrong_arguments_are_refused(name: str, message: str) -> None:
+def test_wrong_arguments_are_refused_on_the_host(name: str, message: str) -> None:
     x, y, weight, bias = drawn(3, 8)
     given = {"x": x, "y": y, "weight": weight, "bias": bias, "epsilon": 1e-5, "out": x.clone()}
     wrong = {"x": x.double(), "y": y[:2], "weight": weight[:4], "out": x.T.contiguous().T}

@@ -139,7 +139,7 @@ def test_gelu_of_extreme_values(attention_gelu: AttentionGelu) -> None:
     assert ((out[0, -9:].double() - exact).abs() <= 3e-7 * values.double().abs()).all()
 
 
-def test_segments_of_several_tokens_are_refused_where_they_are_not_cut() -> None:
+def test_segments_that_are_not_cut_are_refused_on_the_host() -> None:
     """The kernel that maps in its registers has one token for each segment."""
     arguments = arguments_of([2, 1], [2, 0], 8, 9, 8, torch.float32)
     with pytest.raises(RuntimeError, match="cottention_pieces_gelu takes segments"):

@@ -99,7 +99,7 @@ def test_the_definition_is_the_recurrence() -> None:
         ("rows", "rows has the wrong dtype"),
     ],
 )
-def test_wrong_arguments_are_refused(name: str, message: str) -> None:
+def test_wrong_arguments_are_refused_on_the_host(name: str, message: str) -> None:
     state = torch.zeros(9, 2, 16, 16)
     keys, values, counts = pools(state, 3)
     rows = torch.tensor([1], dtype=torch.int32)

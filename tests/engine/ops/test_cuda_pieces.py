@@ -109,16 +109,18 @@ def test_sixteen_bit_inputs(step: Step, dtype: torch.dtype, tolerance: float) ->
 def test_a_batch_that_is_not_cut_has_the_bits_of_the_step(step: Step) -> None:
     """Fetching the next token's inputs ahead changes no arithmetic."""
     case = make([3, 1, 6], [2, -1, 4], 64, 24)
-    other = case.to(torch.float32)
-    assert torch.equal(step(case, 8), on_host().recurrent_step(*other))
-    assert torch.equal(case.state, other.state)
+    is_host = step is step_on_host
+    other = Case(*(x if x is None or is_host else x.cuda() for x in case.to(torch.float32)))
+    out = (on_host() if is_host else torch.ops.cottention).recurrent_step(*other)
+    assert torch.equal(step(case, 8), out.cpu())
+    assert torch.equal(case.state, other.state.cpu())
 
 
 def test_no_tokens(step: Step) -> None:
     assert step(make([], []), 4).shape == (0, 2, 64)
 
 
-def test_pieces_out_of_range_touch_nothing() -> None:
+def test_pieces_out_of_range_touch_nothing_on_the_host() -> None:
     """A table that a fault has damaged must not reach memory that is not the batch's."""
     case = make([3, 2], [1, 4])
     before = case.to(torch.float32)
@@ -137,7 +139,9 @@ def test_pieces_out_of_range_touch_nothing() -> None:
         ((0, 5), 0, "no pieces for 3 tokens"),
     ],
 )
-def test_wrong_tables_are_refused(shape: tuple[int, int], num_cut: int, message: str) -> None:
+def test_wrong_tables_are_refused_on_the_host(
+    shape: tuple[int, int], num_cut: int, message: str
+) -> None:
     table = torch.zeros(shape, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=message):
         on_host().recurrent_pieces(*make([3], [1])[:5], table, num_cut)
