@@ -1,7 +1,8 @@
 """Decode steps of a whole engine: sampling and the host's work included, beside the model alone.
 
-Streams decode in an engine of 512 slots with random weights, in bfloat16 where the device is a GPU.
-The model alone is what the engine's step computes on the device, as it repeats it. Times are medians.
+Streams decode in an engine with random weights, in bfloat16 and in 512 slots where the device is a
+GPU. The model alone is what the engine's step computes on the device, as it repeats it. Times are
+medians.
 """
 
 import json

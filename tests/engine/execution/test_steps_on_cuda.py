@@ -90,14 +90,12 @@ def story(engine: Engine) -> list[list[int]]:
     renewed = [3 + i for i in range(11)]
     names = [engine.submit(renewed, replace(PARAMS, max_tokens=40))]  # states that are renewed
     names.append(engine.submit([9] * 14, replace(PARAMS, max_tokens=12, n=3)))  # and copied
-    for _ in range(3):
-        engine.step()
+    outputs = [out for _ in range(3) for out in engine.step()]
     engine.pause(names[0])  # parked while the third begins
     names.append(engine.submit([5, 6, 7] * 4, replace(PARAMS, max_tokens=20)))
-    for _ in range(4):
-        engine.step()
+    outputs += [out for _ in range(4) for out in engine.step()]
     engine.resume(names[0])
-    outputs = drain(engine)
+    outputs += drain(engine)
     said = [told(outputs, name) for name in names]
     said += [told(outputs, names[1], choice) for choice in (1, 2)]
     state, first = turn(engine, SessionState(), [8, 9, 10], 9)
