@@ -47,6 +47,7 @@ def step_on_cuda(case: Case, *terms: Tensor | None) -> Tensor:
 
 @pytest.fixture(params=["host", "cuda"])
 def step(request: pytest.FixtureRequest) -> Step:
+    request.getfixturevalue("poisoned")
     if request.param == "host":
         return step_on_host
     if not torch.cuda.is_available():

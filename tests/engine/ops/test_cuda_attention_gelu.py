@@ -16,6 +16,8 @@ from cottention.engine.ops.loader import is_cuda_ready
 from cottention.engine.ops.varlen import pieces_of
 from tests.engine.cuda_on_host import on_host
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 

@@ -15,6 +15,8 @@ from tests.engine.cuda_on_host import on_host
 from tests.engine.ops.test_cuda_attention_gelu import arguments_of
 from tests.engine.step_cases import make
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -1,6 +1,6 @@
 """recurrent_pieces on CUDA against float64; without a GPU, its threads are emulated on the host."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -50,14 +50,6 @@ def step(request: pytest.FixtureRequest) -> Step:
         pytest.skip("no CUDA device")
     assert is_cuda_ready(), "the CUDA ops must build where there is a device"
     return step_on_cuda
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Memory that an op allocates is NaN: what is read before it is written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_parity(step: Step, case: Case, piece_tokens: int, tolerance: float = 5e-6) -> None:
