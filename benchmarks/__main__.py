@@ -2,6 +2,7 @@
 
 from benchmarks import (
     decode,
+    engine_steps,
     families,
     heavy_grammar,
     long_prefill,
@@ -23,6 +24,7 @@ BENCHMARKS = (
     start,
     step,
     decode,
+    engine_steps,
     families,
     sampling,
     serving,

@@ -4,11 +4,15 @@ The floor is the time to read all weights once and to read and write the states 
 best bandwidth measured during the run: bandwidth varies, and a low reading would give a floor that
 a step can go below. The baseline is the GPT-J of `transformers` with its KV cache, dynamic and
 static, if that is installed.
+
+On a GPU steps run as captured graphs, and a second table has steps that read a prompt beside 63
+streams, which are not captured, by the longest piece of it that is stepped token by token.
 """
 
 import itertools
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -27,6 +31,10 @@ from cottention.engine.state.pool import StatePool
 BATCHES = {"cpu": (1, 8, 64), "cuda": (1, 8, 64, 512)}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}
+BESIDE = 63
+PROMPTS = (32, 128, 512)
+PIECES = (32, 64, 128, 512)
+CHECKED_STREAMS, CHECKED_STEPS = 3, 12
 PEERS = ((1, 1024), (8, 1024), (1, 8192), (8, 8192))
 """Batch size and context length of the softmax model."""
 
@@ -70,20 +78,35 @@ class Decoder:
 
 
 class Streams:
-    """Each call is one greedy step of all streams."""
+    """Each call is one greedy step of all streams. `ids`: what they are fed next, int64 [batch]."""
 
-    def __init__(self, model: ServedGPTJ, pool: StatePool, batch: int, device: str) -> None:
+    def __init__(
+        self, model: ServedGPTJ, pool: StatePool, batch: int, device: str, position: int = 1000
+    ) -> None:
         self._model = model
-        self._ids = torch.arange(batch, device=device)
-        self._positions = torch.full((batch,), 1000, device=device)
+        self._pool = pool
+        self._first = position
+        self.ids = torch.arange(batch, device=device)
+        self._positions = torch.full((batch,), position, device=device)
         slots = torch.arange(batch, dtype=torch.int32, device=device)
         self._recurrence = Recurrence(pool.tensors, ops.Segments(slots))
 
     @torch.inference_mode()
-    def __call__(self) -> None:
-        hidden = self._model.hidden(self._ids, self._positions, self._recurrence)
-        self._ids.copy_(self._model.logits(hidden).argmax(-1))
+    def __call__(self) -> torch.Tensor:
+        """Logits of the step."""
+        hidden = self._model.hidden(self.ids, self._positions, self._recurrence)
+        logits = self._model.logits(hidden)
+        self.ids.copy_(logits.argmax(-1))
         self._positions += 1
+        return logits
+
+    @torch.inference_mode()
+    def begin_again(self) -> None:
+        """As new: capturing a step has run it."""
+        self.ids.copy_(torch.arange(len(self.ids)))
+        self._positions.fill_(self._first)
+        for row in range(len(self.ids)):
+            self._pool.clear(row)
 
 
 def measure(quick: bool, device: Device | None = None) -> Report:
@@ -99,6 +122,9 @@ def measure(quick: bool, device: Device | None = None) -> Report:
         for row in _decode(device, name, kind, memory, at_least)
     ]
     show("Decode, random weights, one token per stream and step", rows)
+    mixed = _mixed(device, at_least) if device.name == "cuda" else []
+    if mixed:
+        show(f"A prompt beside {BESIDE} streams, 300M in bfloat16, not captured", mixed)
     smaller = [row for row in rows if row["shape"] == "300M"]
     peers = _peers(device, smaller, at_least, PEERS[:2] if quick else PEERS)
     if peers:
@@ -107,34 +133,39 @@ def measure(quick: bool, device: Device | None = None) -> Report:
     show("64 streams in bfloat16 compared with 1 in float32, 300M", summary)
     speeds = {"read": 1e-9 * memory.read, "stream": 1e-9 * memory.stream}
     show("Memory bandwidth, best reading, GB/s", [speeds])
-    return {"decode": rows, "softmax": peers, "many": summary, **speeds}
+    return {"decode": rows, "mixed": mixed, "softmax": peers, "many": summary, **speeds}
 
 
 def check(device: Device) -> None:
-    """Exit if the logits differ from float64: a model of two layers."""
+    """Exit if the logits of what is timed differ from float64: a model of two layers."""
     config = GPTJConfig(640, 1024, 2, 16, 64, rotary_dim=64, n_inner=3072)
-    ids, positions = torch.arange(12) * 50, torch.arange(12)
     for kind, dtype in TYPES.items():
-        with torch.inference_mode():
-            expected = random_model(config, dtype).double()(ids, positions, _attend)
-            logits = _served_logits(config, dtype, ids, positions, device.name).cpu()
-        error = float((logits - expected).abs().max() / expected.std())
-        if error > TOLERANCES[kind]:
-            raise SystemExit(f"{kind} has a relative error of {error:.1e}: nothing is reported")
+        ids, logits = _stepped(config, dtype, device)
+        model = random_model(config, dtype).double()
+        for stream in range(CHECKED_STREAMS):
+            with torch.inference_mode():
+                expected = model(ids[:, stream], torch.arange(CHECKED_STEPS), _attend)
+            error = float((logits[:, stream] - expected).abs().max() / expected.std())
+            if not error <= TOLERANCES[kind]:
+                raise SystemExit(f"{kind} has a relative error of {error:.1e}: nothing is reported")
 
 
-def _served_logits(
-    config: GPTJConfig,
-    dtype: torch.dtype,
-    ids: torch.Tensor,
-    positions: torch.Tensor,
-    device: str,
-) -> torch.Tensor:
-    """Logits of a prompt, computed as in the engine."""
-    served = ServedGPTJ(random_model(config, dtype), device)
-    pool = StatePool(config.state_spec(), 1, device)
-    recurrence = Recurrence(pool.tensors, ops.Segments.of([0], [len(ids)], 1, device))
-    return served.logits(served.hidden(ids.to(device), positions.to(device), recurrence))
+def _stepped(
+    config: GPTJConfig, dtype: torch.dtype, device: Device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [T, B] that streams from position 0 are fed, and the logits [T, B, N] of their steps."""
+    served = ServedGPTJ(random_model(config, dtype), device.name)
+    pool = StatePool(config.state_spec(), CHECKED_STREAMS, device.name)
+    streams = Streams(served, pool, CHECKED_STREAMS, device.name, position=0)
+    step = device.repeatable(streams)
+    streams.begin_again()
+    ids, logits = [], []
+    for _ in range(CHECKED_STEPS):
+        ids.append(streams.ids.cpu().clone())
+        found = step()
+        assert isinstance(found, torch.Tensor)
+        logits.append(found.cpu().clone())
+    return torch.stack(ids), torch.stack(logits)
 
 
 def _attend(_: int, features: Features) -> torch.Tensor:
@@ -151,12 +182,46 @@ def _decode(device: Device, name: str, kind: str, memory: Memory, at_least: floa
     batches = BATCHES[device.name]
     decoder = Decoder(SHAPES[name], TYPES[kind], max(batches), device)
     took: dict[int, float] = {}
+    kernels: dict[int, dict[str, object]] = {}
     memory.take()
     for batch in batches:
-        took[batch] = statistics.median(seconds(device, decoder.streams(batch), at_least=at_least))
+        step = decoder.streams(batch)
+        took[batch] = statistics.median(seconds(device, step, at_least=at_least))
+        num_kernels = device.num_kernels(step)
+        kernels[batch] = {} if num_kernels is None else {"kernels": num_kernels}
         memory.take()
     shape = {"shape": name, "weights": kind}
-    return [shape | _with_floor(decoder, batch, took[batch], memory) for batch in batches]
+    return [
+        shape | _with_floor(decoder, batch, took[batch], memory) | kernels[batch]
+        for batch in batches
+    ]
+
+
+def _mixed(device: Device, at_least: float) -> Rows:
+    """Steps of `BESIDE` streams and one prompt, by the tokens of a piece."""
+    config, name = SHAPES["300M"], device.name
+    model = ServedGPTJ(random_model(config, torch.bfloat16), name)
+    pool = StatePool(config.state_spec(), BESIDE + 1, name)
+    form = ops.segment_form(name, config.head_dim, config.head_dim)
+    rows: Rows = []
+    for prompt, piece in itertools.product(PROMPTS, PIECES):
+        lengths = [1] * BESIDE + [prompt]
+        segments = ops.Segments.of(
+            range(BESIDE + 1), lengths, pool.num_rows, name, form=form, piece_tokens=piece
+        )
+        step = partial(
+            model.hidden,
+            torch.zeros(sum(lengths), dtype=torch.int64, device=name),
+            torch.full((sum(lengths),), 100, device=name),
+            Recurrence(pool.tensors, segments),
+        )
+        with torch.inference_mode():
+            took = statistics.median(seconds(device, step, at_least=at_least / 20))
+            num_kernels = device.num_kernels(step)
+        rows.append(
+            {"prompt": prompt, "piece": piece, "ms/step": 1e3 * took, "kernels": num_kernels}
+        )
+    return rows
 
 
 def _with_floor(decoder: Decoder, batch: int, took: float, memory: Memory) -> dict[str, object]:

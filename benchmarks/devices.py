@@ -33,6 +33,10 @@ class Device(Protocol):
         """Seconds of one call."""
         ...
 
+    def num_kernels(self, work: Work) -> int | None:
+        """Kernels that one call runs; None where there are none."""
+        ...
+
     def read_speed(self, at_least: float) -> float:
         """Read bandwidth in bytes per second."""
         ...
@@ -94,6 +98,9 @@ class Cpu:
         work()
         return time.perf_counter() - start
 
+    def num_kernels(self, work: Work) -> int | None:  # noqa: ARG002 - as on other devices
+        return None
+
     def read_speed(self, at_least: float) -> float:
         return _read_speed(self, torch.ones(2**28), at_least)
 
@@ -116,6 +123,14 @@ class Cuda:
         stop.record()
         stop.synchronize()
         return 1e-3 * start.elapsed_time(stop)
+
+    def num_kernels(self, work: Work) -> int | None:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiled:
+            work()
+            torch.cuda.synchronize()
+        on_device = torch.autograd.DeviceType.CUDA
+        return sum(event.device_type == on_device for event in profiled.events())
 
     def read_speed(self, at_least: float) -> float:
         return _read_speed(self, torch.ones(2**30, device=self.name), at_least)

@@ -2,12 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"
+#include "schemas.h"
 
 STABLE_TORCH_LIBRARY(cottention, m) {
-  m.def(
-      "recurrent_step(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor(b!)? z, "
-      "Tensor state_indices, Tensor? cu_seqlens=None, Tensor? w=None, Tensor? a=None, "
-      "Tensor? b=None) -> Tensor");
+  for (const char* schema : cottention::kCudaSchemas) m.def(schema);
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("quantize_weight(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
@@ -37,10 +35,6 @@ STABLE_TORCH_LIBRARY(cottention, m) {
   m.def("linear_out(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("linear_add(Tensor x, Tensor packed, Tensor? bias, Tensor(a!) out) -> ()");
   m.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float epsilon, Tensor(a!) out) -> ()");
-  m.def(
-      "cottention_attention_gelu(Tensor joined, Tensor positions, Tensor sigma, Tensor cos, "
-      "Tensor sin, Tensor(a!) state, Tensor state_indices, Tensor? cu_seqlens, "
-      "Tensor(b!) out) -> ()");
   m.def(
       "cottention_layers(Tensor(a!) x, Tensor[] weights, float epsilon, Tensor positions, "
       "Tensor cos, Tensor sin, Tensor(b!) state, Tensor state_indices, Tensor? cu_seqlens, "

@@ -4,28 +4,18 @@
 // would wait for it. The caller has checked them on the host.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "../pool.h"
+#include "device.h"
 #include "params.h"
 
-// In libtorch_cuda. Weak, so that the library also loads (and registers) with a torch without CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
-
 namespace cottention::cuda {
-
-using torch::stable::accelerator::DeviceGuard;
 
 inline Type type_of(const Tensor& x, const char* name) {
   check_input_type(x, name);
   if (x.scalar_type() == ScalarType::Float) return Type::kFloat;
   return x.scalar_type() == ScalarType::BFloat16 ? Type::kBFloat16 : Type::kHalf;
-}
-
-// The CUDA device that an op runs on; a first tensor on another kind of device fails the checks.
-inline Device device_of(const Tensor& first) {
-  return Device(DeviceType::CUDA, first.get_device_index());
 }
 
 inline int64_t bytes_of(Type type) { return type == Type::kFloat ? 4 : 2; }
@@ -68,24 +58,92 @@ inline bool is_aligned(const void* data, int64_t bytes, int64_t stride, int64_t 
   return reinterpret_cast<uintptr_t>(data) % (4 * bytes) == 0 && stride % 4 == 0 && other % 4 == 0;
 }
 
-// The pool and the batch on it; the caller fills in q, k, v and out.
-inline StepParams step_params(const Tensor& state, const std::optional<Tensor>& z,
-                              const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens,
+// pieces int32 [P, 5], as `Piece`; the first `num_cut` are those of segments that are cut.
+inline void check_pieces(const Tensor& pieces, int64_t num_cut, int64_t tokens,
+                         const Device& device) {
+  check_contiguous(pieces, "pieces", 2, ScalarType::Int, device);
+  check_size(pieces, "pieces", 1, sizeof(Piece) / sizeof(int32_t));
+  STD_TORCH_CHECK(pieces.size(0) > 0 || tokens == 0, "no pieces for ", tokens, " tokens");
+  STD_TORCH_CHECK(num_cut >= 0 && num_cut <= pieces.size(0), "num_cut must be 0 to ",
+                  pieces.size(0), ", not ", num_cut);
+}
+
+// The pool alone; the caller fills in the batch.
+inline StepParams pool_params(const Tensor& state, const std::optional<Tensor>& z,
                               int64_t tokens) {
   StepParams p{};
   p.state = static_cast<float*>(state.data_ptr());
   p.state_stride = state.stride(0);
   p.z = z ? static_cast<float*>(z->data_ptr()) : nullptr;
   p.z_stride = z ? z->stride(0) : 0;
-  p.state_indices = static_cast<const int32_t*>(state_indices.data_ptr());
-  p.cu_seqlens = cu_seqlens ? static_cast<const int32_t*>(cu_seqlens->data_ptr()) : nullptr;
   p.tokens = tokens;
-  p.segments = state_indices.size(0);
   p.heads = static_cast<int>(state.size(1));
   p.value_width = static_cast<int>(state.size(2));
   p.key_width = static_cast<int>(state.size(3));
   p.num_slots = static_cast<int>(state.size(0));
   return p;
+}
+
+// The pool and the batch on it; the caller fills in q, k, v and out.
+inline StepParams step_params(const Tensor& state, const std::optional<Tensor>& z,
+                              const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens,
+                              int64_t tokens) {
+  StepParams p = pool_params(state, z, tokens);
+  p.state_indices = static_cast<const int32_t*>(state_indices.data_ptr());
+  p.cu_seqlens = cu_seqlens ? static_cast<const int32_t*>(cu_seqlens->data_ptr()) : nullptr;
+  p.segments = state_indices.size(0);
+  return p;
+}
+
+// keys [S, C, H, K] and values [S, C, H, V] float32, counts int32 [S or more], for a checked state.
+inline void check_delayed(const Tensor& keys, const Tensor& values, const Tensor& counts,
+                          const Tensor& state, const Device& device) {
+  check_contiguous(counts, "counts", 1, ScalarType::Int, device);
+  STD_TORCH_CHECK(counts.size(0) >= state.size(0), "counts must have one for each of ",
+                  state.size(0), " slots, not ", counts.size(0));
+  const Tensor* pairs[] = {&keys, &values};
+  const char* names[] = {"keys", "values"};
+  const int64_t widths[] = {state.size(3), state.size(2)};
+  for (int i = 0; i < 2; ++i) {
+    const Tensor& x = *pairs[i];
+    check_tensor(x, names[i], 4, ScalarType::Float, device);
+    check_size(x, names[i], 0, state.size(0));
+    check_size(x, names[i], 1, keys.size(1));
+    check_size(x, names[i], 2, state.size(1));
+    check_size(x, names[i], 3, widths[i]);
+    STD_TORCH_CHECK(x.stride(3) == 1 && x.stride(2) == widths[i], names[i],
+                    " must be contiguous behind its second dimension");
+    STD_TORCH_CHECK(is_aligned(x.data_ptr(), 4, x.stride(0), x.stride(1)), names[i],
+                    " must begin at multiples of 16 bytes");
+  }
+  STD_TORCH_CHECK(keys.size(1) >= 1, "keys must have room for one update");
+}
+
+// Already checked.
+inline DelayedUpdates delayed_updates(const Tensor& keys, const Tensor& values,
+                                      const Tensor& counts) {
+  DelayedUpdates d{};
+  d.keys = static_cast<float*>(keys.data_ptr());
+  d.values = static_cast<float*>(values.data_ptr());
+  d.key_slot_stride = keys.stride(0);
+  d.key_stride = keys.stride(1);
+  d.value_slot_stride = values.stride(0);
+  d.value_stride = values.stride(1);
+  d.counts = static_cast<const int32_t*>(counts.data_ptr());
+  d.capacity = static_cast<int>(keys.size(1));
+  return d;
+}
+
+// q, k and v, already checked, and out [N, H, V].
+inline void set_inputs(StepParams& p, const Tensor& q, const Tensor& k, const Tensor& v,
+                       const Tensor& out, int64_t bytes) {
+  p.q = view_of(q);
+  p.k = view_of(k);
+  p.v = view_of(v);
+  p.out = out.data_ptr();
+  p.out_stride = v.size(1) * v.size(2);
+  p.is_aligned = is_aligned(q.data_ptr(), bytes, q.stride(0), q.stride(1)) &&
+                 is_aligned(k.data_ptr(), bytes, k.stride(0), k.stride(1));
 }
 
 // w, a and b, already checked.
@@ -99,13 +157,6 @@ inline void set_terms(StepParams& p, const std::optional<Tensor>& w, const std::
   p.is_terms_aligned = true;
   for (const View* x : {&p.w, &p.a, &p.b})
     if (!is_aligned(x->data, 4, x->token_stride, x->head_stride)) p.is_terms_aligned = false;
-}
-
-inline void* current_stream(const Device& device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device.index(), &stream));
-  return stream;
 }
 
 inline void check_launch(const char* error) {

@@ -1,9 +1,7 @@
 // The kernel of features_gelu.cuh on CUDA: warp reduction and launch.
-#include <cuda_runtime.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include "features_gelu.cuh"
+#include "launch.cuh"
+#include "types.cuh"
 
 namespace cottention::cuda {
 namespace {
@@ -22,6 +20,7 @@ __device__ void map_head(const FeaturesGeluParams& p, int64_t warp) {
 template <class T, int kPairs>
 __global__ void __launch_bounds__(kThreads)
     features_gelu(const __grid_constant__ FeaturesGeluParams p) {
+  let_next_kernel_begin();
   const int64_t heads = num_head_blocks(p);
   if (blockIdx.x < heads)
     map_head<T, kPairs>(p, int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp);
@@ -30,9 +29,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-void launch(const FeaturesGeluParams& p, unsigned blocks, cudaStream_t stream) {
+void launch_as(const FeaturesGeluParams& p, int64_t blocks, void* stream) {
   with_pairs(p.width, [&](auto pairs) {
-    features_gelu<T, decltype(pairs)::value><<<blocks, kThreads, 0, stream>>>(p);
+    launch(features_gelu<T, decltype(pairs)::value>, blocks, false, stream, p);
   });
 }
 
@@ -41,12 +40,8 @@ void launch(const FeaturesGeluParams& p, unsigned blocks, cudaStream_t stream) {
 const char* launch_features_gelu(const FeaturesGeluParams& p, Type type, void* stream) {
   const int64_t blocks = num_head_blocks(p) + p.tokens * gelu_blocks_of_token(p);
   if (blocks > INT32_MAX) return "too many tokens at once";
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (type == Type::kFloat) launch<float>(p, blocks, on);
-  if (type == Type::kBFloat16) launch<c10::BFloat16>(p, blocks, on);
-  if (type == Type::kHalf) launch<c10::Half>(p, blocks, on);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  with_type(type, [&](auto of) { launch_as<typename decltype(of)::Type>(p, blocks, stream); });
+  return launch_error();
 }
 
 }  // namespace cottention::cuda

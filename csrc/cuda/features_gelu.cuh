@@ -45,6 +45,17 @@ COTTENTION_HD void gelu_block(const FeaturesGeluParams& p, int64_t block, int th
   }
 }
 
+// The Euclidean norm that q and k are divided by, from the sum of their squares.
+COTTENTION_HD float norm(float sum) {
+  const float root = sqrtf(sum);
+  return root < kNormFloor ? kNormFloor : root;
+}
+
+// What v is divided by: the position, counted from 1, to the power of the head's sigma.
+COTTENTION_HD float position_power(const FeaturesGeluParams& p, int64_t token, int head) {
+  return powf(float(p.positions[token] + 1), float(p.sigma[head]));
+}
+
 struct Pair {
   float a, b;
 };
@@ -94,15 +105,11 @@ struct Lane {
   }
 
   COTTENTION_HD static Pair divided(const Pair& x, float by) { return {x.a / by, x.b / by}; }
-  COTTENTION_HD static float norm(float sum) {
-    const float root = sqrtf(sum);
-    return root < kNormFloor ? kNormFloor : root;
-  }
 
   // Normalises, scales and stores; the sums must be reduced over the warp.
   COTTENTION_HD void write(const FeaturesGeluParams& p) const {
     const float q_norm = norm(sums[0]), k_norm = norm(sums[1]);
-    const float below = float(pow(double(p.positions[token]) + 1.0, p.sigma[head]));
+    const float below = position_power(p, token, head);
     COTTENTION_UNROLL
     for (int i = 0; i < kPairs; ++i) {
       if (!has(p, i)) break;

@@ -1,8 +1,9 @@
-// recurrent_step and cottention_attention_gelu on CUDA: checks and calls.
+// The ops on CUDA: checks and calls.
 //
-// Arguments and shapes are those of the CPU ops; q, k and v, and the joined and out of
-// cottention_attention_gelu, may be float32, bfloat16 or float16, all of one type.
-#include <torch/csrc/stable/library.h>
+// Arguments and shapes are those of the CPU ops; q, k and v, and the joined and out of the fused
+// ops, may be float32, bfloat16 or float16, all of one type. pieces int32 [P, 5] are described in
+// params.h.
+#include "ops.h"
 
 #include "../features.h"
 #include "arguments.h"
@@ -10,50 +11,52 @@
 namespace cottention::cuda {
 namespace {
 
-Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
-                      const std::optional<Tensor>& z, const Tensor& state_indices,
-                      const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& w,
-                      const std::optional<Tensor>& a, const std::optional<Tensor>& b) {
-  const Type type = type_of(q, "q");
-  const Device device = device_of(q);
+// q, k [N, H, K] and v [N, H, V] with a state [S, H, V, K] and z [S, H, K] or none.
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
+                  const std::optional<Tensor>& z, const Device& device) {
   check_rows(q, "q", 3, q.scalar_type(), device);
   check_rows(k, "k", 3, q.scalar_type(), device);
   check_rows(v, "v", 3, q.scalar_type(), device);
   for (int64_t dim = 0; dim < 3; ++dim) check_size(k, "k", dim, q.size(dim));
   for (int64_t dim = 0; dim < 2; ++dim) check_size(v, "v", dim, q.size(dim));
-  const int64_t tokens = q.size(0), heads = q.size(1), key = q.size(2), value = v.size(2);
-  check_widths(key, value);
-  check_pools(state, z, heads, value, key, device);
-  check_segments(state_indices, cu_seqlens, tokens, device);
-  check_terms(q, w, a, b, z.has_value(), device);
-  Tensor out = torch::stable::new_empty(v, {tokens, heads, value});
-  if (tokens == 0 || heads == 0) return out;
-  StepParams p = step_params(state, z, state_indices, cu_seqlens, tokens);
-  p.q = view_of(q);
-  p.k = view_of(k);
-  p.v = view_of(v);
-  p.out = out.data_ptr();
-  p.out_stride = heads * value;
-  const int64_t bytes = bytes_of(type);
-  p.is_aligned = is_aligned(q.data_ptr(), bytes, q.stride(0), q.stride(1)) &&
-                 is_aligned(k.data_ptr(), bytes, k.stride(0), k.stride(1));
-  set_terms(p, w, a, b);
-  const DeviceGuard guard(device.index());
-  check_launch(launch_step(p, type, type, current_stream(device)));
-  return out;
+  check_widths(q.size(2), v.size(2));
+  check_pools(state, z, q.size(1), v.size(2), q.size(2), device);
 }
 
-void check_shapes(const Tensor& joined, const Tensor& state, const Tensor& out,
-                  const Device& device) {
+// Both passes over pieces. What they keep between them is allocated here.
+void run_pieces(StepParams& p, const Tensor& state, const std::optional<Tensor>& z,
+                const Tensor& pieces, int64_t num_cut, Type in, Type out, bool is_after_map,
+                void* stream) {
+  p.pieces = static_cast<const Piece*>(pieces.data_ptr());
+  p.segments = pieces.size(0);
+  std::optional<Tensor> cut, cut_z;
+  if (num_cut > 0) {
+    cut = torch::stable::new_empty(state, {num_cut, p.heads, p.value_width, p.key_width});
+    p.cut_state = static_cast<float*>(cut->data_ptr());
+    if (z) cut_z = torch::stable::new_empty(*z, {num_cut, p.heads, p.key_width});
+    if (z) p.cut_z = static_cast<float*>(cut_z->data_ptr());
+  }
+  check_launch(launch_pieces(p, in, out, Pass::kFirst, is_after_map, stream));
+  if (num_cut == 0) return;
+  p.segments = num_cut;
+  check_launch(launch_pieces(p, in, out, Pass::kLater, false, stream));
+}
+
+// joined [N, 3C + inner] and out [N, C + inner] with a state [S, H, D, D], C = H D.
+void check_fused(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                 const Tensor& cos, const Tensor& sin, const Tensor& state, const Tensor& out,
+                 const Device& device) {
   check_contiguous(joined, "joined", 2, joined.scalar_type(), device);
   check_contiguous(out, "out", 2, joined.scalar_type(), device);
   STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
-  const int64_t heads = state.size(1), width = state.size(2);
+  const int64_t tokens = joined.size(0), heads = state.size(1), width = state.size(2);
   check_pools(state, std::nullopt, heads, width, width, device);
   check_fused_width(width);
   STD_TORCH_CHECK(joined.size(1) >= 3 * heads * width, "joined is too narrow for q, k and v");
-  check_size(out, "out", 0, joined.size(0));
+  check_size(out, "out", 0, tokens);
   check_size(out, "out", 1, joined.size(1) - 2 * heads * width);
+  check_positions(positions, cos, sin, tokens, width, device);
+  check_sigma(sigma, heads, device);
 }
 
 FeaturesGeluParams features_gelu_params(const Tensor& joined, const Tensor& positions,
@@ -79,44 +82,164 @@ FeaturesGeluParams features_gelu_params(const Tensor& joined, const Tensor& posi
   m.pairs = static_cast<int>(cos.size(1));
   m.inner = static_cast<int>(stride - 3 * channels);
   m.is_aligned = is_aligned(m.up, bytes, m.up_stride) && is_aligned(m.gelu, bytes, m.gelu_stride);
+  m.is_inputs_aligned = is_aligned(m.q.data, bytes, stride, width) &&
+                        is_aligned(m.k.data, bytes, stride, width);
   return m;
 }
 
-// Two kernels: the first maps q, k and v into a temporary buffer and computes gelu; then the step.
+void run_attention_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                        const Tensor& cos, const Tensor& sin, const Tensor& state,
+                        const DelayedUpdates& delayed, const Tensor& state_indices,
+                        const Tensor& out) {
+  const Type type = type_of(joined, "joined");
+  const Device device = device_of(joined);
+  check_fused(joined, positions, sigma, cos, sin, state, out, device);
+  check_segments(state_indices, std::nullopt, joined.size(0), device);
+  const int64_t width = state.size(2);
+  if (joined.size(0) == 0 || state.size(1) == 0) return;
+  StepParams p = step_params(state, std::nullopt, state_indices, std::nullopt, joined.size(0));
+  p.delayed = delayed;
+  p.out = out.data_ptr();
+  p.out_stride = out.size(1);
+  const FeaturesGeluParams m = features_gelu_params(joined, positions, sigma, cos, sin, out, width);
+  const DeviceGuard guard(device.index());
+  check_launch(launch_attention_gelu(p, m, type, current_stream(device)));
+}
+
+}  // namespace
+
+Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
+                      const std::optional<Tensor>& z, const Tensor& state_indices,
+                      const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& w,
+                      const std::optional<Tensor>& a, const std::optional<Tensor>& b) {
+  const Type type = type_of(q, "q");
+  const Device device = device_of(q);
+  check_inputs(q, k, v, state, z, device);
+  check_segments(state_indices, cu_seqlens, q.size(0), device);
+  check_terms(q, w, a, b, z.has_value(), device);
+  Tensor out = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+  if (q.size(0) == 0 || q.size(1) == 0) return out;
+  StepParams p = step_params(state, z, state_indices, cu_seqlens, q.size(0));
+  set_inputs(p, q, k, v, out, bytes_of(type));
+  set_terms(p, w, a, b);
+  const DeviceGuard guard(device.index());
+  check_launch(launch_step(p, type, current_stream(device)));
+  return out;
+}
+
+Tensor recurrent_pieces(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& state,
+                        const std::optional<Tensor>& z, const Tensor& pieces, int64_t num_cut) {
+  const Type type = type_of(q, "q");
+  const Device device = device_of(q);
+  check_inputs(q, k, v, state, z, device);
+  check_pieces(pieces, num_cut, q.size(0), device);
+  Tensor out = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+  if (q.size(0) == 0 || q.size(1) == 0) return out;
+  StepParams p = pool_params(state, z, q.size(0));
+  set_inputs(p, q, k, v, out, bytes_of(type));
+  const DeviceGuard guard(device.index());
+  run_pieces(p, state, z, pieces, num_cut, type, type, false, current_stream(device));
+  return out;
+}
+
+// One kernel, and one token for each of state_indices: segments of several are pieces.
 void cottention_attention_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
                                const Tensor& cos, const Tensor& sin, const Tensor& state,
                                const Tensor& state_indices, const std::optional<Tensor>& cu_seqlens,
                                const Tensor& out) {
+  STD_TORCH_CHECK(!cu_seqlens, "on CUDA, cottention_pieces_gelu takes segments of several tokens");
+  run_attention_gelu(joined, positions, sigma, cos, sin, state, DelayedUpdates{}, state_indices,
+                     out);
+}
+
+// As cottention_attention_gelu, for states with delayed updates. It changes no counts: the caller
+// does so after the last layer, modulo the number of updates that keys and values have room for.
+void cottention_delayed_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                             const Tensor& cos, const Tensor& sin, const Tensor& state,
+                             const Tensor& keys, const Tensor& values, const Tensor& counts,
+                             const Tensor& state_indices, const Tensor& out) {
+  const Device device = device_of(joined);
+  STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
+  check_delayed(keys, values, counts, state, device);
+  run_attention_gelu(joined, positions, sigma, cos, sin, state,
+                     delayed_updates(keys, values, counts), state_indices, out);
+}
+
+// rows int32 [B], each slot at most once; those out of range are skipped. Changes no counts.
+void fold_updates(const Tensor& state, const Tensor& keys, const Tensor& values,
+                  const Tensor& counts, const Tensor& rows) {
+  const Device device = device_of(state);
+  STD_TORCH_CHECK(state.dim() == 4, "state must have 4 dimensions, not ", state.dim());
+  check_widths(state.size(3), state.size(2));
+  check_pools(state, std::nullopt, state.size(1), state.size(2), state.size(3), device);
+  check_delayed(keys, values, counts, state, device);
+  check_contiguous(rows, "rows", 1, ScalarType::Int, device);
+  if (rows.size(0) == 0 || state.size(1) == 0) return;
+  StepParams p = step_params(state, std::nullopt, rows, std::nullopt, rows.size(0));
+  p.delayed = delayed_updates(keys, values, counts);
+  const DeviceGuard guard(device.index());
+  check_launch(launch_fold(p, current_stream(device)));
+}
+
+// Two or three kernels: the first maps q, k and v into a temporary buffer and computes the gelu.
+void cottention_pieces_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
+                            const Tensor& cos, const Tensor& sin, const Tensor& state,
+                            const Tensor& pieces, int64_t num_cut, const Tensor& out) {
   const Type type = type_of(joined, "joined");
   const Device device = device_of(joined);
-  check_shapes(joined, state, out, device);
+  check_fused(joined, positions, sigma, cos, sin, state, out, device);
   const int64_t tokens = joined.size(0), heads = state.size(1), width = state.size(2);
-  check_positions(positions, cos, sin, tokens, width, device);
-  check_sigma(sigma, heads, device);
-  check_segments(state_indices, cu_seqlens, tokens, device);
+  check_pieces(pieces, num_cut, tokens, device);
   if (tokens == 0 || heads == 0) return;
   const Tensor mapped = torch::stable::new_empty(state, {3, tokens, heads, width});
   FeaturesGeluParams m = features_gelu_params(joined, positions, sigma, cos, sin, out, width);
   m.q_out = static_cast<float*>(mapped.data_ptr());
   m.k_out = m.q_out + tokens * heads * width;
   m.v_out = m.k_out + tokens * heads * width;
-  StepParams p = step_params(state, std::nullopt, state_indices, cu_seqlens, tokens);
+  StepParams p = pool_params(state, std::nullopt, tokens);
   p.q = {m.q_out, heads * width, width};
   p.k = {m.k_out, heads * width, width};
   p.v = {m.v_out, heads * width, width};
+  p.is_aligned = true;
   p.out = out.data_ptr();
   p.out_stride = out.size(1);
-  p.is_aligned = true;
   const DeviceGuard guard(device.index());
   void* stream = current_stream(device);
   check_launch(launch_features_gelu(m, type, stream));
-  check_launch(launch_step(p, Type::kFloat, type, stream));
+  run_pieces(p, state, std::nullopt, pieces, num_cut, Type::kFloat, type, true, stream);
 }
 
-}  // namespace
+// x float32 [R, C] and y, out [R, C] of any type, contiguous; weight and bias float32 [C].
+void add_layer_norm(const Tensor& x, const std::optional<Tensor>& y, const Tensor& weight,
+                    const Tensor& bias, double epsilon, const Tensor& out) {
+  const Device device = device_of(x);
+  check_contiguous(x, "x", 2, ScalarType::Float, device);
+  check_contiguous(weight, "weight", 1, ScalarType::Float, device);
+  check_contiguous(bias, "bias", 1, ScalarType::Float, device);
+  check_size(weight, "weight", 0, x.size(1));
+  check_size(bias, "bias", 0, x.size(1));
+  const Type out_type = type_of(out, "out"), y_type = y ? type_of(*y, "y") : out_type;
+  check_contiguous(out, "out", 2, out.scalar_type(), device);
+  if (y) check_contiguous(*y, "y", 2, y->scalar_type(), device);
+  for (int64_t dim = 0; dim < 2; ++dim) {
+    check_size(out, "out", dim, x.size(dim));
+    if (y) check_size(*y, "y", dim, x.size(dim));
+  }
+  if (x.size(0) == 0 || x.size(1) == 0) return;
+  AddLayerNormParams p{};
+  p.x = static_cast<float*>(x.data_ptr());
+  p.y = y ? y->data_ptr() : nullptr;
+  p.out = out.data_ptr();
+  p.weight = static_cast<const float*>(weight.data_ptr());
+  p.bias = static_cast<const float*>(bias.data_ptr());
+  p.rows = x.size(0);
+  p.columns = static_cast<int>(x.size(1));
+  p.epsilon = static_cast<float>(epsilon);
+  p.is_aligned = is_aligned(p.x, 4, p.columns) && is_aligned(p.weight, 4, 0) &&
+                 is_aligned(p.bias, 4, 0) && is_aligned(p.out, bytes_of(out_type), 0) &&
+                 (!y || is_aligned(p.y, bytes_of(y_type), 0));
+  const DeviceGuard guard(device.index());
+  check_launch(launch_add_layer_norm(p, y_type, out_type, current_stream(device)));
+}
+
 }  // namespace cottention::cuda
-
-STABLE_TORCH_LIBRARY_IMPL(cottention, CUDA, m) {
-  m.impl("recurrent_step", TORCH_BOX(&cottention::cuda::recurrent_step));
-  m.impl("cottention_attention_gelu", TORCH_BOX(&cottention::cuda::cottention_attention_gelu));
-}

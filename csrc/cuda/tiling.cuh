@@ -28,31 +28,58 @@ COTTENTION_HD int64_t num_blocks(const StepParams& p) {
   return p.segments * p.heads * (p.z ? 1 : num_tiles<TileShape>(p));
 }
 
+// What the segments of a batch are, and with pieces which pass over them.
+enum class Form { kDecode, kSegments, kFirstPieces, kLaterPieces };
+
+// Blocks that must fit on a multiprocessor at once: with more, registers would be spilled.
+template <class TileShape>
+constexpr int min_blocks(Form form, bool is_general) {
+  const bool is_small = form == Form::kDecode && !is_general;
+  if (TileShape::kPieces == 1) return is_small ? 8 : 5;
+  return TileShape::kPieces == 2 && is_small ? 6 : 4;
+}
+
 // The work of a block: a head of a slot, tokens [first, last), tiles [tile, tile_end).
 struct BlockTask {
   int head, slot, tile, tile_end;
   int64_t first, last;
   bool is_active;
+  int piece, first_piece, last_piece;
+  COTTENTION_HD bool is_first_piece() const { return piece == first_piece; }
+  COTTENTION_HD bool is_last_piece() const { return piece == last_piece; }
 };
 
-// kIsDecode: no cu_seqlens, every segment has one token.
-template <class TileShape, bool kIsDecode>
+template <class TileShape, Form kForm>
 COTTENTION_HD BlockTask block_task(const StepParams& p, uint32_t block) {
   const uint32_t tiles = num_tiles<TileShape>(p), tile_groups = p.z ? 1 : tiles;
   const uint32_t segment = block / tile_groups / p.heads;
-  BlockTask task;
+  BlockTask task{};
   task.head = block / tile_groups % p.heads;
   task.tile = block % tile_groups;
   task.tile_end = p.z ? tiles : task.tile + 1;
-  task.slot = p.state_indices[segment];
-  task.is_active = task.slot >= 0 && task.slot < p.num_slots;
-  if (kIsDecode) {
+  if constexpr (kForm == Form::kDecode) {
+    task.slot = p.state_indices[segment];
     task.first = segment;
     task.last = task.first + 1;
-  } else {
+  } else if constexpr (kForm == Form::kSegments) {
+    task.slot = p.state_indices[segment];
     task.first = p.cu_seqlens[segment] < 0 ? 0 : p.cu_seqlens[segment];
     task.last = min(p.cu_seqlens[segment + 1], p.tokens);
+  } else {
+    const Piece piece = p.pieces[segment];
+    task.slot = piece.slot;
+    task.first = piece.begin < 0 ? 0 : piece.begin;
+    task.last = min(piece.end, p.tokens);
+    task.piece = segment;
+    task.first_piece = piece.first_piece;
+    task.last_piece = piece.last_piece;
+    // The last of several has no part in the first pass, the first none in the second.
+    const bool is_other = kForm == Form::kFirstPieces
+                              ? task.is_last_piece() && !task.is_first_piece()
+                              : task.is_first_piece();
+    if (is_other) task.last = task.first;
   }
+  task.is_active = task.slot >= 0 && task.slot < p.num_slots;
   return task;
 }
 
@@ -65,6 +92,12 @@ void with_tile_shape(int key_width, const Visit& visit) {
   if (quads <= 32) return visit(TileShape<32, 1>{});
   if (quads <= 64) return visit(TileShape<32, 2>{});
   return visit(TileShape<32, 4>{});
+}
+
+inline int64_t num_blocks_of(const StepParams& p) {
+  int64_t blocks = 0;
+  with_tile_shape(p.key_width, [&](auto shape) { blocks = num_blocks<decltype(shape)>(p); });
+  return blocks;
 }
 
 }  // namespace cottention::cuda

@@ -53,9 +53,7 @@ class EncoderRunner:
         self.token_ids = torch.tensor(token_ids, device=device)
         self._pooling: Pooling = pooling
         self._normalize = normalize
-        self.max_recurrent_tokens = ops.max_recurrent_tokens(
-            device, pool.spec.key_width, pool.spec.value_width
-        )
+        self.segment_form = ops.segment_form(device, pool.spec.key_width, pool.spec.value_width)
 
     @property
     def passes_per_chunk(self) -> int:
@@ -184,7 +182,7 @@ class _Chunk(NamedTuple):
             counts,
             runner.pool.num_rows,
             runner.device,
-            max_recurrent_tokens=runner.max_recurrent_tokens,
+            form=runner.segment_form,
         )
         return EncoderRows(
             self.positions(),

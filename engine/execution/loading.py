@@ -21,7 +21,7 @@ from cottention.engine.execution.device import use_exact_products
 from cottention.engine.execution.model_runner import ModelRunner
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
-from cottention.engine.models.family import EmbeddingModel
+from cottention.engine.models.family import DelayingModel, EmbeddingModel
 from cottention.engine.models.generation_config import (
     FILE_NAME,
     SAMPLING_FIELDS,
@@ -104,7 +104,10 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
             f"--embeddings: models of type {model_config.model_type} give no embeddings"
         )
     new_pooler = partial(Pooler, pooling_of(config, folder), normalize=config.normalize_embeddings)
-    pool = StatePool(spec, num_slots, device)
+    delayed_updates = 0
+    if isinstance(served, DelayingModel) and served.delays_updates:
+        delayed_updates = ops.num_delayed_updates()
+    pool = StatePool(spec, num_slots, device, delayed_updates=delayed_updates)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
     return LoadedModel(
         placed=placed,

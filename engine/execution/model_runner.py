@@ -61,9 +61,7 @@ class ModelRunner:
         self._pool = pool
         self._sampler = sampler
         self._device = device
-        self._max_recurrent_tokens = ops.max_recurrent_tokens(
-            device, pool.spec.key_width, pool.spec.value_width
-        )
+        self._segment_form = ops.segment_form(device, pool.spec.key_width, pool.spec.value_width)
         self._rows: list[int] = []
         self._row_recurrence: Recurrence | None = None
         self._captured: CapturedDecode | None = None
@@ -149,8 +147,12 @@ class ModelRunner:
 
     def _decode(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
         """One token of each slot, as captured: logits float32 [R, vocab_size]."""
-        recurrence = Recurrence(self._pool.tensors, ops.Segments(slots))
-        return self._model.logits(self._model.hidden(ids, positions, recurrence))
+        delayed = self._pool.delayed
+        recurrence = Recurrence(self._pool.tensors, ops.Segments(slots), delayed)
+        logits = self._model.logits(self._model.hidden(ids, positions, recurrence))
+        if delayed is not None:
+            delayed.advance(slots)
+        return logits
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -169,8 +171,9 @@ class ModelRunner:
     def _recurrence(self, segments: Sequence[Segment]) -> Recurrence:
         rows = [segment.row for segment in segments]
         lengths = [len(segment.ids) for segment in segments]
-        num_rows, limit = self._pool.num_rows, self._max_recurrent_tokens
-        packed = ops.Segments.of(rows, lengths, num_rows, self._device, max_recurrent_tokens=limit)
+        self._pool.settle(rows)
+        num_rows, form = self._pool.num_rows, self._segment_form
+        packed = ops.Segments.of(rows, lengths, num_rows, self._device, form=form)
         return Recurrence(self._pool.tensors, packed)
 
     def _one_token_each(self, rows: list[int]) -> Recurrence:

@@ -46,6 +46,16 @@ class EmbeddingModel(ServedModel, Protocol):
         ...
 
 
+@runtime_checkable
+class DelayingModel(ServedModel, Protocol):
+    """A served model that may delay what its steps add to states (`DelayedUpdates`)."""
+
+    @property
+    def delays_updates(self) -> bool:
+        """Whether it does on its device, where the pool has room for them."""
+        ...
+
+
 def as_published(weights: "dict[str, Tensor]", _config: object) -> "dict[str, Tensor]":
     """The `renamed` of a family whose weights have one set of names."""
     return weights

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from cottention.engine import ops
+from cottention.engine.state.delayed_updates import DelayedUpdates
 
 
 class Features(NamedTuple):
@@ -30,13 +31,20 @@ class Recurrence:
     """Updates the rows of one batch, in place.
 
     tensors: the pool's, by name. state [S, L, H, V, K] and z [S, L, H, K] or None: those named
-    `state` and `denominator`. segments: which row each token belongs to.
+    `state` and `denominator`. segments: which row each token belongs to. delayed: the pool's, where
+    each segment has one token and the step is to delay its update; else the rows are settled.
     """
 
-    __slots__ = ("segments", "state", "tensors", "z")
+    __slots__ = ("delayed", "segments", "state", "tensors", "z")
 
-    def __init__(self, tensors: Mapping[str, Tensor], segments: ops.Segments) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        segments: ops.Segments,
+        delayed: DelayedUpdates | None = None,
+    ) -> None:
         self.tensors = tensors
+        self.delayed = delayed
         self.segments = segments
         self.state = tensors["state"]
         self.z = tensors.get("denominator")

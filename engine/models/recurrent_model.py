@@ -94,7 +94,7 @@ class Convolution:
         """x [N, C] of layer `index` → [N, C]; the rows of the pool's `conv` are moved on."""
         weight, bias = self.arranged
         tails, rows = recurrence.tensors["conv"][:, index], recurrence.segments
-        return ops.short_convolution(x, weight, bias, tails, rows.slots, rows.cu_seqlens)
+        return ops.short_convolution(x, weight, bias, tails, rows.state_indices, rows.cu_seqlens)
 
     @property
     def arranged(self) -> tuple[Tensor, Tensor | None]:

@@ -37,7 +37,7 @@ class TokenShift:
         Padding is given what the first real segment has, so that the pool's rows are written with
         equal values only, the shapes do not depend on values, and nothing waits for a device.
         """
-        rows, bounds = segments.slots.long(), segments.cu_seqlens
+        rows, bounds = segments.state_indices.long(), segments.cu_seqlens
         first = None if bounds is None else bounds[:-1].long()
         last = None if bounds is None else bounds[1:].long() - 1
         is_padding = rows < 0

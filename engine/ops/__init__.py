@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cottention.engine.ops import checks, loader, reference, varlen
 from cottention.engine.ops.activations import (
+    add_layer_norm,
     cos,
     exp,
     layer_norm,
@@ -34,7 +35,10 @@ from cottention.engine.ops.fused import (
     can_fuse_attention,
     can_sample,
     cottention_attention_gelu,
+    cottention_delayed_gelu,
     cottention_layers,
+    cottention_pieces_gelu,
+    fold_updates,
     mamba2_layers,
     rwkv7_layers,
     sample,
@@ -47,18 +51,33 @@ from cottention.engine.ops.linear import (
     row_product,
     wide_product,
 )
-from cottention.engine.ops.loader import Backend, backend, compiled_takes, warn_reference
+from cottention.engine.ops.loader import (
+    Backend,
+    backend,
+    compiled_takes,
+    cuda_takes,
+    num_delayed_updates,
+    warn_reference,
+)
 from cottention.engine.ops.reference import NO_INDEX, PADDING_SLOT, rotate, unpack_bitmask
-from cottention.engine.ops.varlen import Segments, check_state_indices
+from cottention.engine.ops.varlen import (
+    PIECE_TOKENS,
+    SegmentForm,
+    Segments,
+    check_state_indices,
+)
 
 __all__ = [
     "NO_INDEX",
     "PADDING_SLOT",
+    "PIECE_TOKENS",
     "Backend",
     "BuildError",
     "FixedOrderLinear",
     "FixedOrderNorm",
+    "SegmentForm",
     "Segments",
+    "add_layer_norm",
     "apply_token_bitmask",
     "argmax",
     "backend",
@@ -68,18 +87,21 @@ __all__ = [
     "check_state_indices",
     "cos",
     "cottention_attention_gelu",
+    "cottention_delayed_gelu",
     "cottention_features",
     "cottention_layers",
+    "cottention_pieces_gelu",
     "eight_bit_weights",
     "elu_plus_one",
     "exp",
+    "fold_updates",
     "fused_kernel_has_width",
     "gelu_erf",
     "gelu_new",
     "kernel_has_width",
     "layer_norm",
     "mamba2_layers",
-    "max_recurrent_tokens",
+    "num_delayed_updates",
     "recurrent_segments",
     "recurrent_step",
     "rms_norm",
@@ -89,6 +111,7 @@ __all__ = [
     "row_sums",
     "rwkv7_layers",
     "sample",
+    "segment_form",
     "selective_scan",
     "short_convolution",
     "sigmoid",
@@ -99,9 +122,6 @@ __all__ = [
     "unpack_bitmask",
     "wide_product",
 ]
-
-MAX_RECURRENT_TOKENS = 32
-"""Longest segment that the CUDA kernel processes token by token."""
 
 
 def recurrent_step(
@@ -137,7 +157,7 @@ def recurrent_step(
     and cu_seqlens are not checked, and rows out of range are skipped; `Segments.of` checks them.
     """
     types = checks.HALF_OR_SINGLE
-    is_compiled = compiled_takes(q, k, v, w, a, b, types=types) or _on_cuda_with_ops(q)
+    is_compiled = compiled_takes(q, k, v, w, a, b, types=types) or cuda_takes(q)
     if is_compiled and _kernel_takes(q.shape[-1], v.shape[-1]):
         checks.check_one_device(q, k, v, state, z, state_indices, cu_seqlens, w, a, b)
         step = torch.ops.cottention.recurrent_step
@@ -164,30 +184,24 @@ def recurrent_segments(
     With w or a and b long segments, too, are computed token by token, by the kernel or, without
     one, by the torch reference, which then waits for the device unless all segments have one token.
     """
-    slots, ends = segments.slots, segments.cu_seqlens
-    if q.device.type == "cpu":
-        return recurrent_step(q, k, v, state, z, slots, ends, w=w, a=a, b=b)
-    checks.check_one_device(q, k, v, state, z, slots, ends, w, a, b)
+    slots, ends, pieces = segments.state_indices, segments.cu_seqlens, segments.pieces
     is_plain = w is None and a is None and b is None
-    if _on_cuda_with_ops(q) and _kernel_takes(q.shape[-1], v.shape[-1]):
-        if is_plain:
-            return varlen.advance_by_kernel(q, k, v, state, z, segments)
-        step = torch.ops.cottention.recurrent_step
-        out: Tensor = step(q, k, v, state, z, slots, ends, w, a, b)
+    if is_plain and pieces is not None and cuda_takes(q):
+        checks.check_one_device(q, k, v, state, z, pieces)
+        step = torch.ops.cottention.recurrent_pieces
+        out: Tensor = step(q, k, v, state, z, pieces, segments.num_cut)
         return out
-    if is_plain:
+    if is_plain and q.device.type != "cpu" and not _cuda_kernel_takes(q, v):
+        checks.check_one_device(q, k, v, state, z, slots, ends)
         return varlen.advance_by_torch(q, k, v, state, z, segments)
-    return reference.recurrent_step(q, k, v, state, z, slots, ends, w=w, a=a, b=b)
+    return recurrent_step(q, k, v, state, z, slots, ends, w=w, a=a, b=b)
 
 
-def max_recurrent_tokens(device: str, key: int, value: int) -> int | None:
-    """Longest segment to process token by token, for these key and value widths; None: no limit.
-
-    Longer segments are computed as matrix products of chunks (`Segments.of`).
-    """
+def segment_form(device: str, key: int, value: int) -> SegmentForm:
+    """How `Segments.of` is to prepare segments, for these key and value widths."""
     if device == "cpu":
-        return None
-    return MAX_RECURRENT_TOKENS if loader.is_cuda_ready() and kernel_has_width(key, value) else 0
+        return "whole"
+    return "pieces" if loader.is_cuda_ready() and kernel_has_width(key, value) else "chunks"
 
 
 def rotary_table(
@@ -273,8 +287,8 @@ def elu_plus_one(x: Tensor) -> Tensor:
     return reference.elu_plus_one(x)
 
 
-def _on_cuda_with_ops(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.dtype in checks.HALF_OR_SINGLE and loader.is_cuda_ready()
+def _cuda_kernel_takes(q: Tensor, v: Tensor) -> bool:
+    return cuda_takes(q) and _kernel_takes(q.shape[-1], v.shape[-1])
 
 
 def _kernel_takes(key: int, value: int) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cottention.engine.ops import checks, reference
 from cottention.engine.ops.linear import FixedOrderLinear
-from cottention.engine.ops.loader import compiled_takes, needs_gradient
+from cottention.engine.ops.loader import compiled_takes, cuda_takes, needs_gradient
 
 
 def silu(x: Tensor) -> Tensor:
@@ -95,6 +95,28 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
         torch.ops.cottention.layer_norm(x, weight, bias, epsilon, out)
         return out
     return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, epsilon)
+
+
+def add_layer_norm(
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    epsilon: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x ← x + y in place, then the layer norm of x as `layer_norm` in `dtype`: [N, C].
+
+    x float32 [N, C]; y [N, C] of any floating-point type, or None: nothing is added; weight and
+    bias float32 [C]. One kernel on CUDA.
+    """
+    if cuda_takes(x):
+        out = torch.empty_like(x, dtype=dtype)
+        torch.ops.cottention.add_layer_norm(x, y, weight, bias, epsilon, out)
+        return out
+    if y is not None:
+        x.add_(y)
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, bias, epsilon).to(dtype)
 
 
 def row_sums(x: Tensor) -> Tensor:

@@ -30,6 +30,18 @@ def recurrent_step(
     return v.new_empty(v.shape)
 
 
+def recurrent_pieces(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    z: Tensor | None,
+    pieces: Tensor,
+    num_cut: int,
+) -> Tensor:
+    return v.new_empty(v.shape)
+
+
 def pack_weight(weight: Tensor) -> Tensor:
     columns, channels = weight.shape
     per_word = WORD_BYTES // weight.element_size()
@@ -105,6 +117,7 @@ def in_place(*arguments: object) -> None:
 
 FAKES: dict[str, Callable[..., object]] = {
     "recurrent_step": recurrent_step,
+    "recurrent_pieces": recurrent_pieces,
     "pack_weight": pack_weight,
     "quantize_weight": quantize_weight,
     "linear": linear,
@@ -128,6 +141,10 @@ FAKES: dict[str, Callable[..., object]] = {
     "linear_add": in_place,
     "layer_norm": in_place,
     "cottention_attention_gelu": in_place,
+    "cottention_pieces_gelu": in_place,
+    "cottention_delayed_gelu": in_place,
+    "fold_updates": in_place,
+    "add_layer_norm": in_place,
     "cottention_layers": in_place,
     "mamba2_layers": in_place,
     "rwkv7_layers": in_place,

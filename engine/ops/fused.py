@@ -1,4 +1,4 @@
-"""Compiled ops that do the work of several ops in one call. There is no reference behind them.
+"""Compiled ops that do the work of several ops in one call. The reference has those alone.
 
 Letters: R rows, N tokens, C channels, H heads, D head width, K key width, V value width, G groups,
 W width of a convolution, L layers, S slots, B segments.
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cottention.engine.ops import loader
+from cottention.engine.ops import loader, reference
 from cottention.engine.ops.checks import fused_kernel_has_width
-from cottention.engine.ops.loader import backend
+from cottention.engine.ops.loader import backend, cuda_takes
 
 
 def cottention_attention_gelu(
@@ -31,12 +31,70 @@ def cottention_attention_gelu(
     the output of attention and the gelu; both float32 and contiguous. positions int64 [N], counted
     from 0; sigma float64 [H]; cos, sin float32 [N, rotary_dim / 2]; state [S, H, D, D] is updated
     in place, there is no denominator; state_indices and cu_seqlens as in `recurrent_step`. On CUDA
-    joined and out may also be bfloat16 or float16, and equal the three ops to rounding. Raises
-    RuntimeError for arguments that do not fit and for a D that is no multiple of 8 up to 256.
+    joined and out may also be bfloat16 or float16, results equal the three ops to rounding, and
+    cu_seqlens must be None (`cottention_pieces_gelu`). Raises RuntimeError for arguments that do
+    not fit and for a D that is no multiple of 8 up to 256.
     """
     torch.ops.cottention.cottention_attention_gelu(
         joined, positions, sigma, cos, sin, state, state_indices, cu_seqlens, out
     )
+
+
+def cottention_pieces_gelu(
+    joined: Tensor,
+    positions: Tensor,
+    sigma: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    state: Tensor,
+    pieces: Tensor,
+    num_cut: int,
+    out: Tensor,
+) -> None:
+    """`cottention_attention_gelu` on CUDA for segments of any length.
+
+    pieces int32 [P, 5] and num_cut are those of `Segments`. Raises RuntimeError.
+    """
+    torch.ops.cottention.cottention_pieces_gelu(
+        joined, positions, sigma, cos, sin, state, pieces, num_cut, out
+    )
+
+
+def cottention_delayed_gelu(
+    joined: Tensor,
+    positions: Tensor,
+    sigma: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    state: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    state_indices: Tensor,
+    out: Tensor,
+) -> None:
+    """`cottention_attention_gelu` on CUDA with updates that are delayed, to the same bits.
+
+    A state is that of its slot plus the first counts[slot] of its updates, keys [S, C, H, D] and
+    values [S, C, H, D], float32; counts int32 [S or more]. The token's becomes the next one, or,
+    where it is the C-th, the state is written with all of them. counts stay as they are: they are
+    those of all layers. Raises RuntimeError.
+    """
+    torch.ops.cottention.cottention_delayed_gelu(
+        joined, positions, sigma, cos, sin, state, keys, values, counts, state_indices, out
+    )
+
+
+def fold_updates(state: Tensor, keys: Tensor, values: Tensor, counts: Tensor, rows: Tensor) -> None:
+    """S ← S + Σ v kᵀ over the first counts[row] updates of each of `rows` int32 [B], in place.
+
+    state [S, H, V, K]; keys [S, C, H, K] and values [S, C, H, V], as in `cottention_delayed_gelu`.
+    Rows out of range are skipped. Counts stay as they are.
+    """
+    if cuda_takes(state):
+        torch.ops.cottention.fold_updates(state, keys, values, counts, rows)
+    else:
+        reference.fold_updates(state, keys, values, counts, rows)
 
 
 def can_fuse_attention(device: str, width: int) -> bool:

@@ -23,6 +23,7 @@ from cottention.engine.ops.build import (
     find_cuda,
     is_cuda_wanted,
 )
+from cottention.engine.ops.checks import HALF_OR_SINGLE
 from cottention.engine.ops.fakes import FAKES
 
 Backend = Literal["compiled", "reference"]
@@ -82,10 +83,29 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def cuda_takes(x: Tensor) -> bool:
+    """Whether the CUDA op takes x. The op itself refuses arguments that do not match x."""
+    return x.device.type == "cuda" and x.dtype in HALF_OR_SINGLE and is_cuda_ready()
+
+
 @functools.cache
 def warn_reference(reason: str) -> None:
     """Log a warning, once per reason, that the torch reference runs in place of a compiled op."""
     _logger.warning("the torch reference runs: %s", reason)
+
+
+DELAYED_VARIABLE = "COTTENTION_DELAYED_UPDATES"
+
+
+def num_delayed_updates() -> int:
+    """How many updates of a state a CUDA step may delay: COTTENTION_DELAYED_UPDATES, 0 by default.
+
+    Raises ValueError for what is not a whole number from 0 to 64.
+    """
+    given = os.environ.get(DELAYED_VARIABLE) or "0"
+    if not given.isdecimal() or int(given) > 64:
+        raise ValueError(f"{DELAYED_VARIABLE}={given}: must be a whole number from 0 to 64")
+    return int(given)
 
 
 _cuda_lock = threading.Lock()

@@ -137,6 +137,51 @@ def _one_token(
     return out / (total * q).sum(-1, keepdim=True).clamp_min(DENOMINATOR_FLOOR)
 
 
+def delayed_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    counts: Tensor,
+    state_indices: Tensor,
+) -> Tensor:
+    """`recurrent_step` of one token for each slot, with updates that are delayed: out [N, H, V].
+
+    The state of slot s is S + Σ_{i<n} v_i k_iᵀ with n = counts[s], keys [S, C, H, K] and values [S,
+    C, H, V]. The token's update is appended; where it is the C-th, all are added to S, in place.
+    counts int32 [S or more] stay as they are: the caller counts n ← (n + 1) mod C.
+    """
+    out = torch.zeros_like(v)
+    for token, slot in enumerate(state_indices.tolist()):
+        if slot < 0:
+            continue
+        count = int(counts[slot])
+        keys[slot, count], values[slot, count] = k[token], v[token]
+        now = state[slot] + _updates(keys[slot, : count + 1], values[slot, : count + 1])
+        out[token] = (now @ q[token].unsqueeze(-1)).squeeze(-1)
+        if count + 1 == keys.shape[1]:
+            state[slot] = now
+    return out
+
+
+def fold_updates(state: Tensor, keys: Tensor, values: Tensor, counts: Tensor, rows: Tensor) -> None:
+    """S ← S + Σ_{i<n} v_i k_iᵀ, n = counts[row], of each of `rows` that is in the pool, in place.
+
+    state [S, H, V, K]; keys [S, C, H, K] and values [S, C, H, V].
+    """
+    for row in rows.tolist():
+        if 0 <= row < len(state):
+            count = int(counts[row])
+            state[row] += _updates(keys[row, :count], values[row, :count])
+
+
+def _updates(keys: Tensor, values: Tensor) -> Tensor:
+    """Σ_i v_i k_iᵀ of keys [n, H, K] and values [n, H, V]: [H, V, K]."""
+    return torch.einsum("nhv,nhk->hvk", values, keys)
+
+
 def rotary_table(positions: Tensor, rotary_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin of positions · base^(−2i / rotary_dim), for i below rotary_dim / 2.
 

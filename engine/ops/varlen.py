@@ -1,19 +1,20 @@
 """The recurrence over segments of different lengths: how a batch is cut, and its computation.
 
-`Segments` is prepared on the host, once per step. Short segments are computed token by token; long
-ones as matrix products over chunks of tokens, since a GPU is slow at many dependent steps.
-`chunked` is the same chunked form for sequences of one length; training differentiates through it.
-Chunked results equal `reference.recurrent_step` to rounding, in any floating-point type and on any
-device, and nothing here waits for the device unless noted.
+`Segments` is prepared on the host, once per step. A GPU is slow at many dependent steps. Its kernel
+takes long segments in pieces that are stepped side by side (csrc/cuda/recurrent.cuh); torch alone
+computes segments as matrix products over chunks of tokens. `chunked` is the same chunked form for
+sequences of one length; training differentiates through it. Both equal `reference.recurrent_step`
+to rounding, in any floating-point type and on any device, and nothing here waits for the device
+unless noted.
 
-Letters: B segments or sequences, N tokens, M chunks of T tokens, G segments that are cut into
-chunks, H heads, K key width, V value width, S slots.
+Letters: B segments or sequences, N tokens, P pieces, M chunks of T tokens, G segments that are cut
+into chunks, H heads, K key width, V value width, S slots.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +23,12 @@ from cottention.engine.ops import reference
 from cottention.engine.ops.reference import DENOMINATOR_FLOOR, PADDING_SLOT
 
 CHUNK_TOKENS = 64
+
+PIECE_TOKENS = 64
+"""Longest run of tokens that the CUDA kernel steps one after the other."""
+
+SegmentForm = Literal["whole", "pieces", "chunks"]
+"""What the recurrence of a device takes: segments of any length, or cut into either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +78,54 @@ class Chunks:
         )
 
 
+class Piece(NamedTuple):
+    """Tokens begin:end of a segment, and its first and last piece; as in csrc/cuda/params.h."""
+
+    slot: int
+    begin: int
+    end: int
+    first_piece: int
+    last_piece: int
+
+
+def pieces_of(
+    state_indices: Sequence[int], ends: Sequence[int], piece_tokens: int
+) -> tuple[list[Piece], int]:
+    """All pieces of segments, and how many of them are of segments that are cut: the first ones.
+
+    Segment i has the tokens ends[i]:ends[i + 1]. Those of more than `piece_tokens` tokens are cut,
+    unless they are padding.
+    """
+    cut: list[Piece] = []
+    whole: list[tuple[int, int, int]] = []
+    for slot, (start, stop) in zip(state_indices, pairwise(ends), strict=True):
+        if stop - start <= piece_tokens or slot == PADDING_SLOT:
+            whole.append((slot, start, stop))
+            continue
+        begins = range(start, stop, piece_tokens)
+        first, last = len(cut), len(cut) + len(begins) - 1
+        cut += [Piece(slot, i, min(i + piece_tokens, stop), first, last) for i in begins]
+    num_cut = len(cut)
+    places = range(num_cut, num_cut + len(whole))
+    pieces = [Piece(*each, i, i) for i, each in zip(places, whole, strict=True)]
+    return cut + pieces, num_cut
+
+
 @dataclass(frozen=True, slots=True)
 class Segments:
     """Consecutive segments of a batch's tokens, and the row of the pool that each one updates.
 
-    state_indices: int32 [B]; −1 for padding and for segments that are cut into chunks. cu_seqlens:
-    int32 [B + 1]: segment i has the tokens cu_seqlens[i]:cu_seqlens[i + 1]; None: one token each.
-    chunks: the segments that are cut, or None. has_steps: whether any state index is not −1. slots:
-    int32 [B], the rows of all segments, also of those that are cut; −1 for padding.
+    state_indices: int32 [B]; −1 is padding. cu_seqlens: int32 [B + 1]: segment i has the tokens
+    cu_seqlens[i]:cu_seqlens[i + 1]; None: one token each. chunks, or pieces int32 [P, 5] of which
+    the first num_cut are of segments that are cut: the same segments as a device takes them that
+    does not take them whole; None where all have one token.
     """
 
     state_indices: Tensor
     cu_seqlens: Tensor | None = None
     chunks: Chunks | None = None
-    has_steps: bool = True
-    uncut: Tensor | None = None
-
-    @property
-    def slots(self) -> Tensor:
-        return self.state_indices if self.uncut is None else self.uncut
+    pieces: Tensor | None = None
+    num_cut: int = 0
 
     @classmethod
     def of(
@@ -99,30 +135,31 @@ class Segments:
         num_slots: int,
         device: str,
         *,
-        max_recurrent_tokens: int | None = None,
+        form: SegmentForm = "whole",
+        piece_tokens: int = PIECE_TOKENS,
     ) -> Self:
         """Segments of these lengths on a pool of `num_slots` rows; −1 is padding.
 
-        Segments of more than `max_recurrent_tokens` tokens are cut into chunks, unless all segments
-        have one token; None: none are. Raises ValueError for a slot that is out of range or used
-        twice.
+        piece_tokens: of the longest piece. Raises ValueError for a slot that is out of range or
+        used twice.
         """
         check_state_indices(state_indices, num_slots)
         if all(length == 1 for length in lengths):
             return cls(_int32(state_indices, device))
         ends = list(accumulate(lengths, initial=0))
-        spans = [range(start, stop) for start, stop in pairwise(ends)]
-        limit = ends[-1] if max_recurrent_tokens is None else max_recurrent_tokens
-        long = [(s, p) for s, p in zip(state_indices, spans, strict=True) if _is_cut(s, p, limit)]
-        cut = {slot for slot, _ in long}
-        stepped = [PADDING_SLOT if slot in cut else slot for slot in state_indices]
-        return cls(
-            state_indices=_int32(stepped, device),
-            cu_seqlens=_int32(ends, device),
-            chunks=Chunks.of(long, device) if long else None,
-            has_steps=any(slot != PADDING_SLOT for slot in stepped),
-            uncut=_int32(state_indices, device) if long else None,
-        )
+        whole = _int32(state_indices, device), _int32(ends, device)
+        if form == "pieces":
+            pieces, num_cut = pieces_of(state_indices, ends, piece_tokens)
+            table = torch.tensor(pieces, dtype=torch.int32, device=device).view(
+                -1, len(Piece._fields)
+            )
+            return cls(*whole, pieces=table, num_cut=num_cut)
+        if form == "chunks":
+            spans = [range(start, stop) for start, stop in pairwise(ends)]
+            named = zip(state_indices, spans, strict=True)
+            cut = [(slot, span) for slot, span in named if span and slot != PADDING_SLOT]
+            return cls(*whole, chunks=Chunks.of(cut, device) if cut else None)
+        return cls(*whole)
 
 
 def check_state_indices(state_indices: Sequence[int], num_slots: int) -> None:
@@ -135,42 +172,28 @@ def check_state_indices(state_indices: Sequence[int], num_slots: int) -> None:
         raise ValueError("a slot is named twice")
 
 
-def _is_cut(slot: int, span: range, limit: int) -> bool:
-    return len(span) > limit and slot != PADDING_SLOT
-
-
 def _int32(values: Sequence[int], device: str) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
-
-
-def advance_by_kernel(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None, segments: Segments
-) -> Tensor:
-    """All segments on CUDA: the compiled op for short ones, matrix products for long ones.
-
-    q, k [N, H, K]; v [N, H, V]; state [S, H, V, K] and z [S, H, K] or None are updated in place.
-    Returns [N, H, V].
-    """
-    step = torch.ops.cottention.recurrent_step
-    out: Tensor = step(q, k, v, state, z, segments.state_indices, segments.cu_seqlens)
-    return _with_chunks(out, q, k, v, state, z, segments.chunks)
 
 
 def advance_by_torch(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, z: Tensor | None, segments: Segments
 ) -> Tensor:
-    """As `advance_by_kernel`, without compiled ops.
+    """All segments, without compiled ops.
 
-    Waits for the device if there are segments of several tokens that are not cut into chunks.
+    q, k [N, H, K]; v [N, H, V]; state [S, H, V, K] and z [S, H, K] or None are updated in place.
+    Returns [N, H, V]. Waits for the device if there are segments of several tokens that are not cut
+    into chunks.
     """
     if segments.cu_seqlens is None:
         return advance_rows(q, k, v, state, z, segments.state_indices)
-    out = torch.zeros_like(v)
-    if segments.has_steps:
-        out = reference.recurrent_step(
+    chunks = segments.chunks
+    if chunks is None:
+        return reference.recurrent_step(
             q, k, v, state, z, segments.state_indices, segments.cu_seqlens
         )
-    return _with_chunks(out, q, k, v, state, z, segments.chunks)
+    outputs = advance_chunks(q, k, v, state, z, chunks).transpose(1, 2).flatten(0, 1)
+    return torch.zeros_like(v).index_copy_(0, chunks.targets, outputs[chunks.sources].to(v.dtype))
 
 
 def advance_rows(
@@ -219,22 +242,6 @@ def _accumulate(pool: Tensor, updates: Tensor, chunks: Chunks) -> Tensor:
     pool[chunks.state_indices] = initial + (chunks.members.to(pool.dtype) @ flat).view_as(initial)
     before = (chunks.earlier.to(pool.dtype) @ flat).view_as(updates)
     return initial[chunks.owner] + before
-
-
-def _with_chunks(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor,
-    z: Tensor | None,
-    chunks: Chunks | None,
-) -> Tensor:
-    """Write the outputs of long segments, if any, into out [N, H, V]."""
-    if chunks is None:
-        return out
-    outputs = advance_chunks(q, k, v, state, z, chunks).transpose(1, 2).flatten(0, 1)
-    return out.index_copy_(0, chunks.targets, outputs[chunks.sources].to(out.dtype))
 
 
 def read_chunks(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine.errors import OutOfMemoryError
+from cottention.engine.state.delayed_updates import DelayedUpdates
 from cottention.engine.state.spec import StateDType, StateSpec, StateTensor
 
 _DTYPES: dict[StateDType, torch.dtype] = {"float32": torch.float32}
@@ -22,10 +23,18 @@ _HEADROOM = {"cpu": 64 * 2**20, "cuda": 2**30}
 
 
 class StatePool:
-    """Rows of states, and which slots are free. `tensors`: by name, each [S, L, ...]."""
+    """Rows of states, and which slots are free. `tensors`: by name, each [S, L, ...].
 
-    def __init__(self, spec: StateSpec, num_slots: int, device: str) -> None:
-        """Raises OutOfMemoryError before anything is allocated."""
+    delayed: what steps have added to rows and not written there; None: they write every token.
+    """
+
+    def __init__(
+        self, spec: StateSpec, num_slots: int, device: str, *, delayed_updates: int = 0
+    ) -> None:
+        """delayed_updates: of a row, at most; the step that adds as many writes the row.
+
+        Raises OutOfMemoryError before anything is allocated.
+        """
         _check_memory(spec, num_slots, device)
         self.spec = spec
         self.num_slots = num_slots
@@ -33,6 +42,9 @@ class StatePool:
         self.tensors = {
             tensor.name: _allocated(tensor, self.num_rows, device) for tensor in spec.tensors
         }
+        self.delayed: DelayedUpdates | None = None
+        if delayed_updates > 1:
+            self.delayed = DelayedUpdates(self.tensors["state"], delayed_updates)
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -43,7 +55,8 @@ class StatePool:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole pool."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        delayed = 0 if self.delayed is None else self.delayed.nbytes
+        return delayed + sum(tensor.nbytes for tensor in self.tensors.values())
 
     def allocate(self) -> int:
         """A slot whose first row is zero. The caller has checked that one is free."""
@@ -60,23 +73,39 @@ class StatePool:
         """A slot's row, and the spare one where there is one."""
         return list(range(slot, self.num_rows, self.num_slots))
 
+    def settle(self, rows: Sequence[int]) -> None:
+        """Write to the rows what has been delayed, for whoever reads them; −1 is padding."""
+        if self.delayed is not None:
+            self.delayed.settle(rows)
+
+    def _overwrite(self, row: int) -> None:
+        """Forget what has been delayed of a row, which gets another value."""
+        if self.delayed is not None:
+            self.delayed.drop(row)
+
     def clear(self, row: int) -> None:
         """Set a row to the state before the first token: zeros."""
+        self._overwrite(row)
         for tensor in self.tensors.values():
             tensor[row].zero_()
 
     def copy(self, source: int, targets: list[int]) -> None:
         """Copy the row `source` to the rows `targets`."""
+        self.settle([source])
+        for target in targets:
+            self._overwrite(target)
         for tensor in self.tensors.values():
             for target in targets:
                 tensor[target].copy_(tensor[source])
 
     def read(self, row: int) -> tuple[Tensor, ...]:
         """Copies of a row's tensors [L, ...] on the host, in the order of the spec."""
+        self.settle([row])
         return tuple(tensor[row].to("cpu", copy=True) for tensor in self.tensors.values())
 
     def write(self, row: int, values: Sequence[Tensor]) -> None:
         """Set a row to what `read` returned."""
+        self._overwrite(row)
         for tensor, value in zip(self.tensors.values(), values, strict=True):
             tensor[row].copy_(value)
 

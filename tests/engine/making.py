@@ -63,6 +63,22 @@ def attention_folder(kind: str) -> Path:
     return target
 
 
+@functools.cache
+def wide_folder(head_dim: int) -> Path:
+    """A Cottention with heads as wide as published ones: two layers of two, random weights."""
+    target = Path(_made().name) / f"wide-{head_dim}"
+    shutil.copytree(_FOLDER, target, ignore=shutil.ignore_patterns("expected.*", "*.bin"))
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config |= {"n_embd": 2 * head_dim, "n_head": 2, "n_inner": 3 * head_dim, "n_positions": 512}
+    config |= {"rotary_dim": 64}
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(head_dim)
+        model = CottentionForCausalLM(GPTJConfig.from_dict(config, "wide"))
+    save_file(model.state_dict(), target / "model.safetensors")
+    return target
+
+
 def weights_of_kind(config: GPTJConfig) -> dict[str, torch.Tensor]:
     """The golden model's weights, with those of this model's feature map in place of its own."""
     weights = {k: v for k, v in read_weights(_FOLDER).items() if map_weight(k) is None}

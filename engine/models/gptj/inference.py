@@ -61,6 +61,11 @@ class ServedGPTJ:
             self._head = partial(ops.wide_product, weight=weight.to(device), bias=bias.to(device))
         del model.lm_head
 
+    @property
+    def delays_updates(self) -> bool:
+        """Whether a step of one token for each row can delay what it adds to their states."""
+        return isinstance(self._layers, TorchLayers) and self._layers.is_fused
+
     def hidden(self, ids: Tensor, positions: Tensor, recurrence: Recurrence) -> Tensor:
         """ids and positions int64 [N] → hidden states [N, C] before the last norm."""
         x = nn.functional.embedding(ids, self._embedding).float()
@@ -82,9 +87,10 @@ class ServedGPTJ:
 
 @dataclass(frozen=True, slots=True)
 class TorchLayer:
-    """One block: its norm, both stacked products and the feature map's own weights."""
+    """One block: its norm, both stacked products of weights `dtype`, the feature map's own."""
 
     norm: nn.LayerNorm
+    dtype: torch.dtype
     project_in: Product
     map_weights: tuple[Tensor, ...]
     project_out: Product
@@ -94,8 +100,8 @@ class TorchLayers:
     """The layers in torch's own operations, on any device and in any type.
 
     What goes from layer to layer and the norms are float32, products have the weights' type.
-    On CUDA a compiled op, where there is one, computes all between the two products for batches
-    that are not prefilled in chunks.
+    On CUDA a compiled op, where there is one, computes all between the two products, so that a
+    layer is few kernels whatever the batch: sum and norm, two products, and what is between them.
     """
 
     def __init__(self, config: GPTJConfig, device: str, blocks: Iterable[Block]) -> None:
@@ -103,19 +109,29 @@ class TorchLayers:
         self._layers = [_torch_layer(block, device) for block in blocks]
         fits = ops.can_fuse_attention(device, config.head_dim)
         self._fused: FusedAttention | None = config.feature_map.fused_attention if fits else None
+        # what some maps read of it must not be rounded
+        is_rounded = self._fused is not None and self._layers
+        self._normed_dtype = self._layers[0].dtype if is_rounded else torch.float32
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one op computes all between the two products of a layer."""
+        return self._fused is not None
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
-        fused = self._fused if recurrence.segments.chunks is None else None
+        added: Tensor | None = None
         for index, layer in enumerate(self._layers):
-            normed = layer.norm(x)
+            normed = ops.add_layer_norm(
+                x, added, layer.norm.weight, layer.norm.bias, layer.norm.eps, self._normed_dtype
+            )
             joined = layer.project_in(normed)
-            if fused is None:
+            if self._fused is None:
                 between = self._in_torch(index, normed, joined, at, recurrence)
             else:
                 between = joined.new_empty(len(joined), joined.shape[1] - 2 * self._config.n_embd)
-                fused(joined, at, layer.map_weights, recurrence, index, between)
-            x = x + layer.project_out(between)
-        return x
+                self._fused(joined, at, layer.map_weights, recurrence, index, between)
+            added = layer.project_out(between)
+        return x if added is None else x.add_(added)
 
     def _in_torch(
         self,
@@ -134,6 +150,7 @@ class TorchLayers:
 
 def _torch_layer(block: Block, device: str) -> TorchLayer:
     return TorchLayer(
+        dtype=block.mlp.fc_in.weight.dtype,
         norm=block.ln_1.to(device).float(),
         project_in=product(*block.stacked_in(), device),
         map_weights=tuple(weight.to(device) for weight in block.attn.map_weights()),

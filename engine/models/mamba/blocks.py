@@ -57,7 +57,9 @@ class MambaMixer(nn.Module):
         delta = ops.softplus(self.project_step(step))
         state, rows = recurrence.layer(index)[0].squeeze(2), recurrence.segments
         log_decay = -torch.exp(self.A_log)
-        out = ops.selective_scan(u, delta, log_decay, k, q, state, rows.slots, rows.cu_seqlens)
+        out = ops.selective_scan(
+            u, delta, log_decay, k, q, state, rows.state_indices, rows.cu_seqlens
+        )
         return self.project_out((out + self.D * u) * ops.silu(gate))
 
 

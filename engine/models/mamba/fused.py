@@ -40,7 +40,7 @@ class FusedBlocks:
             config.time_step_limit,
             pool["state"],
             pool["conv"],
-            rows.slots,
+            rows.state_indices,
             rows.cu_seqlens,
         )
         return x

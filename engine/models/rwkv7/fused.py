@@ -51,7 +51,7 @@ class FusedBlocks:
             pool["state"],
             pool["att_shift"],
             pool["ffn_shift"],
-            rows.slots,
+            rows.state_indices,
             rows.cu_seqlens,
         )
         return x

@@ -27,7 +27,7 @@ def before(row: int) -> Tensor:
 def fed(tail: Tensor, batch: Sequence[tuple[int, int, int]]) -> list[Tensor]:
     """Feed tokens begin:stop of each row; −1 is padding of as many tokens. The rows before them."""
     rows, lengths = [row for row, _, _ in batch], [stop - begin for _, begin, stop in batch]
-    segments = ops.Segments.of(rows, lengths, ROWS, "cpu", max_recurrent_tokens=3)
+    segments = ops.Segments.of(rows, lengths, ROWS, "cpu", form="chunks")
     parts = [
         tokens(row)[begin:stop] if row >= 0 else torch.full((stop - begin, WIDTH), torch.nan)
         for row, begin, stop in batch

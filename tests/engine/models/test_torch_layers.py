@@ -11,8 +11,9 @@ from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.gptj.inference import ServedGPTJ
 from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.models.registry import read_config
-from cottention.engine.ops import Segments
+from cottention.engine.ops import SegmentForm, Segments
 from cottention.engine.state.pool import StatePool
+from tests.engine.cuda_on_host import as_on_cuda
 
 pytestmark = pytest.mark.every_feature_map
 
@@ -20,7 +21,7 @@ LENGTHS = {"decode": [1, 1, 1], "short": [3, 1, 2], "long": [1, 70, 5]}
 
 
 def logits_and_state(
-    folder: Path, device: str, lengths: list[int], max_recurrent_tokens: int | None
+    folder: Path, device: str, lengths: list[int], form: SegmentForm
 ) -> tuple[Tensor, Tensor]:
     """Logits of all tokens of three segments, one of them padding, and the pool after them."""
     config = read_config(folder)
@@ -28,9 +29,7 @@ def logits_and_state(
     pool = StatePool(config.state_spec(), 4, device)
     state = pool.tensors["state"]
     state.copy_(torch.randn(state.shape, generator=torch.Generator().manual_seed(1)))
-    segments = Segments.of(
-        [2, 0, -1], lengths, 4, device, max_recurrent_tokens=max_recurrent_tokens
-    )
+    segments = Segments.of([2, 0, -1], lengths, 4, device, form=form)
     ids = (torch.arange(sum(lengths)) * 7 % config.vocab_size).to(device)
     positions = torch.cat([torch.arange(9, 9 + n) for n in lengths]).to(device)
     with torch.inference_mode():
@@ -45,20 +44,30 @@ def test_they_compute_what_the_packed_layers_do(
 ) -> None:
     """On the CPU, its own compiled op stands in for that of CUDA."""
     lengths = LENGTHS[name]
-    expected = logits_and_state(gptj_folder, "cpu", lengths, None)
+    expected = logits_and_state(gptj_folder, "cpu", lengths, "whole")
     monkeypatch.setattr(ops, "can_pack", lambda _: False)
     monkeypatch.setattr(ops, "can_fuse_attention", lambda _device, _width: has_mix)
-    got = logits_and_state(gptj_folder, "cpu", lengths, None)
+    got = logits_and_state(gptj_folder, "cpu", lengths, "whole")
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_they_agree_with_the_ops_of_cuda_on_the_host(
+    gptj_folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    expected = logits_and_state(gptj_folder, "cpu", LENGTHS[name], "whole")
+    as_on_cuda(monkeypatch)
+    got = logits_and_state(gptj_folder, "cpu", LENGTHS[name], "pieces")
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("max_recurrent_tokens", [0, 32])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_a_gpu_agrees(gptj_folder: Path, name: str, max_recurrent_tokens: int) -> None:
-    expected = logits_and_state(gptj_folder, "cpu", LENGTHS[name], None)
-    got = logits_and_state(gptj_folder, "cuda", LENGTHS[name], max_recurrent_tokens)
+def test_a_gpu_agrees(gptj_folder: Path, name: str) -> None:
+    expected = logits_and_state(gptj_folder, "cpu", LENGTHS[name], "whole")
+    got = logits_and_state(gptj_folder, "cuda", LENGTHS[name], "pieces")
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 

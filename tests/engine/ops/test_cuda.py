@@ -1,6 +1,7 @@
 """recurrent_step on CUDA against float64; without a GPU, its threads are emulated on the host.
 
-Both run the functions of csrc/cuda/recurrent.cuh; only shuffle, barrier and launch differ.
+Both run the checks of csrc/cuda/ops.cpp and the functions of recurrent.cuh; only shuffle, barrier
+and launch differ. Outputs are allocated where NaN lies.
 """
 
 from collections.abc import Callable
@@ -46,6 +47,7 @@ def step_on_cuda(case: Case, *terms: Tensor | None) -> Tensor:
 
 @pytest.fixture(params=["host", "cuda"])
 def step(request: pytest.FixtureRequest) -> Step:
+    request.getfixturevalue("poisoned")
     if request.param == "host":
         return step_on_host
     if not torch.cuda.is_available():

@@ -1,6 +1,10 @@
-"""cottention_attention_gelu on CUDA against float64; without a GPU, emulated on the host."""
+"""cottention_attention_gelu and cottention_pieces_gelu on CUDA against float64.
 
-from collections.abc import Callable
+Without a GPU their threads are emulated on the host.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -9,33 +13,44 @@ from torch import Tensor
 from cottention.engine import ops
 from cottention.engine.ops import reference
 from cottention.engine.ops.loader import is_cuda_ready
-from tests.engine.cuda_on_host import attention_gelu_on_host
+from cottention.engine.ops.varlen import pieces_of
+from tests.engine.cuda_on_host import on_host
+
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 AttentionGelu = Callable[..., None]
+"""Arguments of the CPU op, segments of several tokens included."""
+
+PIECE_TOKENS = 4
 
 
-def attention_gelu_on_cuda(*arguments: Tensor | None) -> None:
-    """The op on copies on the GPU; state and out come back to where they were."""
-    there = [None if x is None else x.cuda() for x in arguments]
-    torch.ops.cottention.cottention_attention_gelu(*there)
-    for i in (5, 8):
-        here, moved = arguments[i], there[i]
+def _run(namespace: Any, arguments: Sequence[Tensor | None], device: str) -> None:
+    """The op that takes these segments, on copies on the device; state and out come back."""
+    *before, state_indices, cu_seqlens, out = (x if x is None else x.to(device) for x in arguments)
+    if cu_seqlens is None:
+        namespace.cottention_attention_gelu(*before, state_indices, cu_seqlens, out)
+    else:
+        assert state_indices is not None
+        pieces, num_cut = pieces_of(state_indices.tolist(), cu_seqlens.tolist(), PIECE_TOKENS)
+        table = torch.tensor(pieces, dtype=torch.int32, device=device)
+        namespace.cottention_pieces_gelu(*before, table, num_cut, out)
+    for here, there in ((arguments[5], before[5]), (arguments[8], out)):
         assert here is not None
-        assert moved is not None
-        here.copy_(moved)
+        assert there is not None
+        here.copy_(there)
 
 
 @pytest.fixture(params=["host", "cuda"])
 def attention_gelu(request: pytest.FixtureRequest) -> AttentionGelu:
     if request.param == "host":
-        return attention_gelu_on_host
+        return lambda *arguments: _run(on_host(), arguments, "cpu")
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     assert is_cuda_ready(), "the CUDA ops must build where there is a device"
-    return attention_gelu_on_cuda
+    return lambda *arguments: _run(torch.ops.cottention, arguments, "cuda")
 
 
 def arguments_of(
@@ -77,7 +92,7 @@ def exactly(arguments: list[Tensor | None]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("lengths", [[1, 1, 1], [2, 0, 3]])
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [2, 0, 3], [1, 2, 11]])
 @pytest.mark.parametrize(
     ("width", "inner", "rotary"),
     [(8, 40, 8), (24, 7, 6), (64, 513, 64), (128, 0, 64), (80, 3, 0), (256, 12, 32)],
@@ -124,3 +139,10 @@ def test_gelu_of_extreme_values(attention_gelu: AttentionGelu) -> None:
     attention_gelu(*arguments)
     exact = reference.gelu_new(values.double())
     assert ((out[0, -9:].double() - exact).abs() <= 3e-7 * values.double().abs()).all()
+
+
+def test_segments_that_are_not_cut_are_refused_on_the_host() -> None:
+    """The kernel that maps in its registers has one token for each segment."""
+    arguments = arguments_of([2, 1], [2, 0], 8, 9, 8, torch.float32)
+    with pytest.raises(RuntimeError, match="cottention_pieces_gelu takes segments"):
+        on_host().cottention_attention_gelu(*arguments)

@@ -15,6 +15,7 @@ import torch
 from cottention.engine.ops import build, loader
 from tests.engine import step_cases
 from tests.engine.ops import test_attention_gelu
+build.DEVICE_FLAGS += " -Xptxas=--warn-on-spills,--warning-as-error"
 build.build_cuda()
 print(loader.is_cuda_ready(), loader.is_cuda_ready())
 print(torch._C._dispatch_has_kernel_for_dispatch_key("cottention::recurrent_step", "CUDA"))
@@ -44,7 +45,10 @@ def _nvcc_or_skip() -> None:
 
 @pytest.mark.slow
 def test_they_compile_register_and_refuse_cpu_tensors(tmp_path: Path) -> None:
-    """For sm_80, sm_90 and PTX; loading needs neither a GPU nor a torch that could use one."""
+    """For sm_80, sm_90 and PTX, without a register that is kept in memory.
+
+    Loading needs neither a GPU nor a torch that could use one.
+    """
     _nvcc_or_skip()
     changes = {"COTTENTION_CUDA": "1", "COTTENTION_CACHE": str(tmp_path)}
     [(out, err)] = run_forked([(LOAD, _environment(**changes, COTTENTION_OPS="compiled"))])

@@ -56,12 +56,12 @@ def test_it_runs_on_the_current_stream() -> None:
 @pytest.mark.parametrize("denominator", [False, True])
 @pytest.mark.parametrize(("key", "value"), [(64, 64), (20, 12)])
 def test_segments_of_any_length_and_width(key: int, value: int, denominator: bool) -> None:
-    """Short ones by the kernel, long ones by products; odd widths by torch alone."""
+    """By the kernel, long ones in pieces; odd widths by torch alone, in chunks."""
     lengths, state_indices = [1, 200, 3, 0, 65], [4, 2, -1, 1, 0]
     case = make(lengths, state_indices, key, value, denominator=denominator)
     exact, there = case.to(torch.float64), on_gpu(case)
-    limit = ops.max_recurrent_tokens("cuda", key, value)
-    segments = Segments.of(state_indices, lengths, 12, "cuda", max_recurrent_tokens=limit)
+    form = ops.segment_form("cuda", key, value)
+    segments = Segments.of(state_indices, lengths, 12, "cuda", form=form)
     out = ops.recurrent_segments(*there[:5], segments)
     expected = reference.recurrent_step(*exact)
     assert ((out.cpu().double() - expected).abs() <= 2e-5 * expected.abs().amax()).all()

@@ -170,7 +170,7 @@ def test_segments_that_are_cut_elsewhere_are_stepped_with_terms(form: str) -> No
     case = make([3, 70, 1], [2, 0, -1], 16, 24, pool_size=4)
     exact, terms = case.to(torch.float64), terms_of(form, case)
     expected = reference.recurrent_step(*exact, **terms.double())
-    segments = ops.Segments.of([2, 0, -1], [3, 70, 1], 4, "cpu", max_recurrent_tokens=8)
+    segments = ops.Segments.of([2, 0, -1], [3, 70, 1], 4, "cpu", form="chunks")
     assert segments.chunks is not None
     out = ops.recurrent_segments(*case[:5], segments, **terms._asdict())
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cottention.engine.ops import reference, varlen
-from cottention.engine.ops.varlen import CHUNK_TOKENS, Segments
+from cottention.engine.ops.varlen import CHUNK_TOKENS, Segments, pieces_of
 from tests.engine.step_cases import Case, make
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -20,21 +20,19 @@ LENGTHS = [
 ]
 
 
-def on(case: Case, device: str, max_recurrent_tokens: int) -> tuple[Case, Segments]:
+def on(case: Case, device: str) -> tuple[Case, Segments]:
     """The case on a device, and its segments as the runner makes them."""
     assert case.cu_seqlens is not None
     lengths = case.cu_seqlens.diff().tolist()
     state_indices, size = case.state_indices.tolist(), len(case.state)
-    segments = Segments.of(
-        state_indices, lengths, size, device, max_recurrent_tokens=max_recurrent_tokens
-    )
+    segments = Segments.of(state_indices, lengths, size, device, form="chunks")
     return Case(*(None if x is None else x.to(device) for x in case)), segments
 
 
-def assert_parity(case: Case, device: str, max_recurrent_tokens: int, tolerance: float) -> None:
+def assert_parity(case: Case, device: str, tolerance: float) -> None:
     exact = case.to(torch.float64)
     expected = reference.recurrent_step(*exact)
-    there, segments = on(case, device, max_recurrent_tokens)
+    there, segments = on(case, device)
     out = varlen.advance_by_torch(*there[:5], segments)
     scale = expected.abs().amax().clamp_min(1e-3)
     assert out.dtype == case.v.dtype
@@ -50,14 +48,12 @@ def assert_parity(case: Case, device: str, max_recurrent_tokens: int, tolerance:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("denominator", [False, True])
-@pytest.mark.parametrize("max_recurrent_tokens", [0, 16])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["double", "float"]
 )
 def test_close_to_the_recurrence(
     lengths: list[int],
-    max_recurrent_tokens: int,
     denominator: bool,
     device: str,
     dtype: torch.dtype,
@@ -65,7 +61,7 @@ def test_close_to_the_recurrence(
 ) -> None:
     state_indices = [7, 0, -1, 3, 5, 2][-len(lengths) :]
     case = make(lengths, state_indices, 24, 40, denominator=denominator, pool_size=9)
-    assert_parity(case.to(dtype), device, max_recurrent_tokens, tolerance)
+    assert_parity(case.to(dtype), device, tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -75,7 +71,7 @@ def test_nan_stays_in_its_segment(device: str, denominator: bool) -> None:
     clean = case.to(torch.float32)
     expected = reference.recurrent_step(*clean)
     case.q[70:140], case.k[70:140], case.v[70:140] = (float("nan"),) * 3
-    there, segments = on(case, device, 0)
+    there, segments = on(case, device)
     out = varlen.advance_by_torch(*there[:5], segments).cpu()
     assert torch.equal(out[70:140], torch.zeros_like(out[70:140]))
     torch.testing.assert_close(out[:70], expected[:70], rtol=1e-4, atol=1e-4)
@@ -100,14 +96,14 @@ def test_a_segment_may_be_resumed() -> None:
     whole = make([150], [2], 16, 16, denominator=True).to(torch.float64)
     parts = whole.to(torch.float64)
     expected = varlen.advance_by_torch(
-        *whole[:5], Segments.of([2], [150], 12, "cpu", max_recurrent_tokens=0)
+        *whole[:5], Segments.of([2], [150], 12, "cpu", form="chunks")
     )
     outs = [
         varlen.advance_by_torch(
             *(x[start : start + n] for x in parts[:3]),
             parts.state,
             parts.z,
-            Segments.of([2], [n], 12, "cpu", max_recurrent_tokens=0),
+            Segments.of([2], [n], 12, "cpu", form="chunks"),
         )
         for start, n in ((0, 100), (100, 1), (101, 49))
     ]
@@ -115,23 +111,13 @@ def test_a_segment_may_be_resumed() -> None:
     torch.testing.assert_close(parts.state, whole.state, rtol=1e-11, atol=1e-11)
 
 
-def test_the_kernel_computes_short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The op gets −1 in place of what is cut; with it, the whole is what the reference computes."""
-    case = make([1, 100, 3, 1], [4, 2, 0, -1], 16, 16, denominator=True).to(torch.float64)
-    exact = case.to(torch.float64)
-    expected = reference.recurrent_step(*exact)
-    named = []
-
-    def step(*arguments: torch.Tensor) -> torch.Tensor:
-        named.append(arguments[5].tolist())
-        return reference.recurrent_step(*arguments)
-
-    monkeypatch.setattr(torch.ops.cottention, "recurrent_step", step, raising=False)
-    there, segments = on(case, "cpu", 32)
-    out = varlen.advance_by_kernel(*there[:5], segments)
-    assert named == [[4, -1, 0, -1]]
-    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(there.state, exact.state, rtol=1e-11, atol=1e-11)
+def test_pieces_cover_every_token_once_and_cut_segments_come_first() -> None:
+    """What a device gets beside them in memory is for those that are cut alone."""
+    pieces, num_cut = pieces_of([5, -1, 2, 7, 0], [0, 1, 10, 19, 19, 24], 4)
+    assert num_cut == 5
+    assert pieces[:3] == [(2, 10, 14, 0, 2), (2, 14, 18, 0, 2), (2, 18, 19, 0, 2)]
+    assert pieces[3:5] == [(0, 19, 23, 3, 4), (0, 23, 24, 3, 4)]
+    assert pieces[5:] == [(5, 0, 1, 5, 5), (-1, 1, 10, 6, 6), (7, 19, 19, 7, 7)]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +134,7 @@ def test_state_indices_are_checked_on_the_host(state_indices: list[int], message
 
 
 def test_padding_may_be_repeated() -> None:
-    segments = Segments.of([-1, 2, -1], [1, 1, 1], 9, "cpu", max_recurrent_tokens=0)
+    segments = Segments.of([-1, 2, -1], [1, 1, 1], 9, "cpu", form="chunks")
     assert segments.cu_seqlens is None
-    assert segments.chunks is None
+    assert segments.chunks is segments.pieces is None
     assert segments.state_indices.tolist() == [-1, 2, -1]

@@ -75,10 +75,18 @@ def _fused_attention(
 
     (sigma,) = weights
     state, _ = recurrence.layer(layer)
-    rows = recurrence.segments
-    ops.cottention_attention_gelu(
-        joined, at.index, sigma, at.cos, at.sin, state, rows.state_indices, rows.cu_seqlens, out
-    )
+    rows, angles = recurrence.segments, (at.cos, at.sin)
+    if recurrence.delayed is not None:
+        delayed = recurrence.delayed.layer(layer)
+        ops.cottention_delayed_gelu(
+            joined, at.index, sigma, *angles, state, *delayed, rows.state_indices, out
+        )
+    elif rows.pieces is None:
+        slots = rows.state_indices, rows.cu_seqlens
+        ops.cottention_attention_gelu(joined, at.index, sigma, *angles, state, *slots, out)
+    else:
+        pieces = rows.pieces, rows.num_cut
+        ops.cottention_pieces_gelu(joined, at.index, sigma, *angles, state, *pieces, out)
 
 
 def _fused_layers(
