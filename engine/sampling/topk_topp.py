@@ -8,12 +8,15 @@ Letters: R rows, N vocabulary.
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from cottention.engine import ops
+
+if TYPE_CHECKING:
+    from cottention.engine.sampling_params import SamplingParams
 
 _MIN_TEMPERATURE = torch.finfo(torch.float32).tiny
 _MAX_TEMPERATURE = torch.finfo(torch.float32).max
@@ -42,6 +45,12 @@ class SamplingRow(NamedTuple):
     top_k: int
     top_p: float
 
+    @classmethod
+    def of(cls, params: "SamplingParams", uniform: float = 0.0) -> Self:
+        """What a request's parameters say."""
+        temperature = 0.0 if params.is_greedy else params.temperature
+        return cls(uniform, temperature, params.min_p, params.top_k, params.top_p)
+
     @property
     def mode(self) -> SamplingMode:
         """The cheapest mode that is enough."""
@@ -59,18 +68,24 @@ def as_tensor(rows: Sequence[SamplingRow]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).view(-1, len(GREEDY_ROW))
 
 
-def sample_each(logits: Tensor, argmax_ids: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """As `sample_ids`, each row in its own mode, because sorting in torch is expensive."""
-    modes = [row.mode for row in rows]
-    if all(mode is SamplingMode.GREEDY for mode in modes):
+def sample_each(logits: Tensor, argmax_ids: Tensor, sampling_rows: Tensor) -> Tensor:
+    """As `sample_ids`, each row in its own mode; sampling_rows float64 [R, 5] on the CPU."""
+    _, temperature, _, top_k, top_p = sampling_rows.unbind(1)
+    is_random = temperature != 0
+    if not is_random.any():
         return argmax_ids
     if ops.can_sample(logits):
-        return ops.sample(logits, argmax_ids, as_tensor(rows))
+        return ops.sample(logits, argmax_ids, sampling_rows)
+    is_filtered = is_random & ((top_k > 0) | (top_p < 1))
     ids = argmax_ids.clone()
-    for mode in set(modes):
-        places = [place for place, each in enumerate(modes) if each is mode]
-        sampling_rows = as_tensor([rows[place] for place in places]).to(logits.device)
-        ids[places] = sample_ids(logits[places], argmax_ids[places], sampling_rows, mode)
+    for mode, is_chosen in (
+        (SamplingMode.RANDOM, is_random & ~is_filtered),
+        (SamplingMode.TOP_K_TOP_P, is_filtered),
+    ):
+        if is_chosen.any():
+            rows = is_chosen.nonzero().squeeze(-1)
+            chosen, rows = sampling_rows[rows].to(logits.device), rows.to(logits.device)
+            ids[rows] = sample_ids(logits[rows], argmax_ids[rows], chosen, mode)
     return ids
 
 

@@ -1,6 +1,6 @@
 """Sampled ids to `Output`s: text, stop strings, finish reasons and the session after its turn."""
 
-from cottention.engine.outputs import FinishReason, Output, SampledToken, TokenLogprob
+from cottention.engine.outputs import FinishReason, Output, TokenLogprob
 from cottention.engine.scheduling.request import Choice
 from cottention.engine.state.session_state import SessionState
 
@@ -12,14 +12,13 @@ class OutputProcessor:
         """`window`: how many of its last ids a session state keeps."""
         self._window = window
 
-    def process(self, choice: Choice, sampled: SampledToken) -> Output:
+    def process(self, choice: Choice, token_id: int, logprob: TokenLogprob | None = None) -> Output:
         """The output of an id that has just been appended to its choice.
 
         finish_reason is set where the id ends the choice; `state` then has a session's new ids,
         but none of them in its rows.
         """
         request, params = choice.request, choice.request.params
-        token_id, logprob = sampled
         if choice.num_generated == params.min_tokens:
             choice.detokenizer.watch(params.stop)
         is_stop_id = token_id in request.constraints.stop_token_ids
