@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from cottention.engine.errors import OutOfMemoryError
+from cottention.engine.state.copies import copies_on
 from cottention.engine.state.spec import StateDType, StateSpec, StateTensor
+from cottention.engine.state.state_copy import StateCopy
 
 _DTYPES: dict[StateDType, torch.dtype] = {"float32": torch.float32}
 
@@ -33,6 +35,7 @@ class StatePool:
         self.tensors = {
             tensor.name: _allocated(tensor, self.num_rows, device) for tensor in spec.tensors
         }
+        self._copies = copies_on(device)
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -71,14 +74,16 @@ class StatePool:
             for target in targets:
                 tensor[target].copy_(tensor[source])
 
-    def read(self, row: int) -> tuple[Tensor, ...]:
-        """Copies of a row's tensors [L, ...] on the host, in the order of the spec."""
-        return tuple(tensor[row].to("cpu", copy=True) for tensor in self.tensors.values())
+    def read(self, row: int) -> StateCopy:
+        """A copy of a row's tensors [L, ...] on the host, in the order of the spec.
+
+        Does not wait for the device: whoever reads the copy does.
+        """
+        return self._copies.read([tensor[row] for tensor in self.tensors.values()])
 
     def write(self, row: int, values: Sequence[Tensor]) -> None:
         """Set a row to what `read` returned."""
-        for tensor, value in zip(self.tensors.values(), values, strict=True):
-            tensor[row].copy_(value)
+        self._copies.write([tensor[row] for tensor in self.tensors.values()], values)
 
 
 def _allocated(tensor: StateTensor, num_rows: int, device: str) -> Tensor:
