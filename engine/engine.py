@@ -242,6 +242,7 @@ class Engine:
         self._advance_matchers(result.choices, token_ids)
         outputs = self._request_manager.advance(batch, result)
         unsampled: list[Choice] = []
+        logprobs, append_token = result.logprobs, self._request_manager.append_token
         for choice, token_id in zip(result.choices, token_ids, strict=True):
             if choice.finish_reason is not None:  # with another of its request, or a step before
                 continue
@@ -249,8 +250,8 @@ class Engine:
                 unsampled.append(choice)
                 continue
             try:
-                logprob = result.logprobs.get(choice)
-                outputs.append(self._request_manager.append_token(choice, token_id, logprob))
+                logprob = logprobs.get(choice) if logprobs else None
+                outputs.append(append_token(choice, token_id, logprob))
             except Exception as error:
                 _log.exception("failed to process a sampled token; its request ends with an error")
                 outputs += self._fail(choice.request, error)

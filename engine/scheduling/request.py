@@ -139,11 +139,12 @@ class Choice:
 
     def append_token(self, token_id: int) -> None:
         """Add a sampled id, which is not in the state yet."""
-        self.pending.append(token_id)
-        self.history.append(token_id)
         request = self.request
-        is_cached = request.keeps_answer and self.num_generated < MAX_ANSWER_IDS
-        if request.start is not None or is_cached:
+        self.pending.append(token_id)
+        if self.history.matters:
+            self.history.append(token_id)
+        may_be_cached = request.cached_prompt is not None and self.num_generated < MAX_ANSWER_IDS
+        if request.start is not None or (may_be_cached and request.keeps_answer):
             self.generated_ids.append(token_id)
         self.num_generated += 1
 
