@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cottention.engine.commands import CommandQueue, failure
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Capability
-from cottention.engine.execution.device import check_device
+from cottention.engine.execution.device import check_device, reserved_memory
 from cottention.engine.execution.loading import load
 from cottention.engine.grammar.compiler import GrammarCompiler
 from cottention.engine.grammar.mask_worker import MaskWorker, SampledRow, wait_for_one
@@ -102,7 +102,16 @@ class Engine:
         self._inboxes = OutputInboxes()
         self._running: RunningStep | None = None
         self._num_steps = self._num_faults = self._num_unsampled = 0
-        self._runner.warm_up()
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Compute what comes first in a thread, before the first request: again in the thread that
+        is to run the steps, because libraries have a state for each.
+        """
+        max_tokens = self.config.max_batch_tokens
+        self._runner.warm_up(max_tokens, self.model_config.longest_prompt_part(max_tokens))
+        if (reserved := reserved_memory(self.device)) is not None:
+            _log.info("memory of %s reserved after warm-up: %s bytes", self.device, f"{reserved:,}")
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:

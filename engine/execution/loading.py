@@ -19,6 +19,7 @@ from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError, ModelFolderError, ParameterError
 from cottention.engine.execution.device import use_exact_products
 from cottention.engine.execution.model_runner import ModelRunner
+from cottention.engine.execution.step_memory import longest_batch_bytes, step_memory
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import EmbeddingModel
@@ -104,8 +105,17 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
             f"--embeddings: models of type {model_config.model_type} give no embeddings"
         )
     new_pooler = partial(Pooler, pooling_of(config, folder), normalize=config.normalize_embeddings)
-    pool = StatePool(spec, num_slots, device)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
+
+    def new_runner(pool: StatePool) -> ModelRunner:
+        return ModelRunner(served, pool, sampler, device, new_pooler)
+
+    max_tokens = config.max_batch_tokens
+    max_length = model_config.longest_prompt_part(max_tokens)
+    layers = longest_batch_bytes(new_runner, spec, device, max_tokens, max_length)
+    reserve = step_memory(device, num_slots, model_config.vocab_size, layers)
+    _log.info("kept free beside weights and states: %s", reserve)
+    pool = StatePool(spec, num_slots, device, reserve.nbytes)
     return LoadedModel(
         placed=placed,
         num_parameters=num_parameters,
@@ -113,7 +123,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
         tokenizer=tokenizer,
         default_sampling_params=_sampling_defaults(config, generation_config, folder),
         pool=pool,
-        runner=ModelRunner(served, pool, sampler, device, new_pooler),
+        runner=new_runner(pool),
     )
 
 

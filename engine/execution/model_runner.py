@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import accumulate, chain, repeat
 from typing import NamedTuple, cast
 
 import torch
@@ -17,10 +18,19 @@ from cottention.engine.sampling.logits_processors import LogitsAdjustment
 from cottention.engine.sampling.logprobs import gather_logprobs
 from cottention.engine.sampling.pooling import Pooler
 from cottention.engine.sampling.sampler import Sampler
-from cottention.engine.sampling.topk_topp import SamplingMode
+from cottention.engine.sampling.token_history import TokenCounts
+from cottention.engine.sampling.topk_topp import SamplingMode, SamplingRow, as_tensor
+from cottention.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from cottention.engine.scheduling.batch import NO_IDS, Batch, BatchResult
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.pool import StatePool
+
+_WAYS_TO_SAMPLE = (
+    SamplingParams(temperature=0),
+    SamplingParams(),
+    SamplingParams(top_k=50, top_p=0.9),
+    SamplingParams(top_p=0.9, logprobs=MAX_LOGPROBS),
+)
 
 
 class Segment(NamedTuple):
@@ -202,11 +212,33 @@ class ModelRunner:
         return self._model.logits(self._model.hidden(ids, positions, recurrence))
 
     @torch.inference_mode()
-    def warm_up(self) -> None:
-        """One step on padding alone: libraries load and threads start before the first request."""
+    def warm_up(self, max_tokens: int, max_length: int) -> None:
+        """A step on padding alone: libraries load and threads start before the first request.
+
+        On a GPU also the longest batches, and every graph that is not captured yet. Not while a
+        request has slots.
+        """
         self._model.logits(self._hidden([Segment(ops.PADDING_SLOT, [0], 0)]))
-        if self._captured is not None:
+        if self._captured is not None and self._pool.num_free == self._pool.num_slots:
+            self.run_longest_batches(max_tokens, max_length)
             self._captured.warm_up()
+
+    @torch.inference_mode()
+    def run_longest_batches(self, max_tokens: int, max_length: int) -> None:
+        """Run and sample `longest_batches` on rows of the pool, which are zero afterwards."""
+        num_rows = self._pool.num_rows
+        for lengths in longest_batches(num_rows, max_tokens, max_length):
+            hidden = self._hidden(
+                [Segment(row, [0] * length, 0) for row, length in enumerate(lengths)]
+            )
+            last = [stop - 1 for stop in accumulate(lengths)]
+            for params in _WAYS_TO_SAMPLE:
+                rows = as_tensor([SamplingRow.of(params, 0.5)] * len(lengths))
+                adjusted = LogitsAdjustment(params, TokenCounts())
+                adjustments = {0: adjusted} if adjusted else {}
+                self._sampler.sample(self._model.logits(hidden[last]), rows, adjustments)
+            for row in range(len(lengths)):
+                self._pool.clear(row)
 
     def _hidden(self, segments: Sequence[Segment]) -> Tensor:
         """Hidden states [N, C] of all ids of the segments, in order; advances their states."""
@@ -265,6 +297,25 @@ class ModelRunner:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self._device)
+
+
+def longest_batches(num_rows: int, max_tokens: int, max_length: int) -> list[list[int]]:
+    """Lengths of the segments of steps of `max_tokens` ids that differ in what they take.
+
+    Prompts alone, prompts beside rows that decode, and prompts of mixed lengths, which are computed
+    in steps or in chunks. max_length: ids of one prompt in a step, at most. No more than num_rows.
+    """
+    batches = []
+    for begin in ([], [1] * min(num_rows // 2, max_tokens // 2), [1, 2, 31, 33, 64, 65]):
+        lengths: list[int] = []
+        left = max_tokens
+        for length in chain(begin, repeat(max_length)):
+            if not left or len(lengths) == num_rows:
+                break
+            lengths.append(min(length, max_length, left))
+            left -= lengths[-1]
+        batches.append(lengths)
+    return batches
 
 
 def _segments(batch: Batch) -> list[Segment]:

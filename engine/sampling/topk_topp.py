@@ -42,7 +42,15 @@ class SamplingMode(IntEnum):
 
 
 _MAX_IDS = {SamplingMode.RANDOM: 2**26, SamplingMode.TOP_K_TOP_P: 2**23}
-"""Most ids, of all rows, that are computed together: they take some 20 and 50 bytes each."""
+"""Most ids, of all rows, that are computed together."""
+
+_BYTES_PER_ID = {SamplingMode.RANDOM: 24, SamplingMode.TOP_K_TOP_P: 64}
+"""What each of them takes in temporary tensors, at most."""
+
+
+def sampling_bytes(num_ids: int) -> int:
+    """Bytes that `sample_ids` takes at most for logits of so many ids, of all rows together."""
+    return max(min(num_ids, _MAX_IDS[mode]) * size for mode, size in _BYTES_PER_ID.items())
 
 
 class SamplingRow(NamedTuple):

@@ -19,16 +19,16 @@ from cottention.engine.state.state_copy import StateCopy
 
 _DTYPES: dict[StateDType, torch.dtype] = {"float32": torch.float32}
 
-_HEADROOM = {"cpu": 64 * 2**20, "cuda": 2**30}
-"""Bytes that must stay free beside the pool for the steps themselves; graphs keep theirs."""
-
 
 class StatePool:
     """Rows of states, and which slots are free. `tensors`: by name, each [S, L, ...]."""
 
-    def __init__(self, spec: StateSpec, num_slots: int, device: str) -> None:
-        """Raises OutOfMemoryError before anything is allocated."""
-        _check_memory(spec, num_slots, device)
+    def __init__(self, spec: StateSpec, num_slots: int, device: str, reserve: int = 0) -> None:
+        """reserve: bytes that must stay free beside the pool, for the steps themselves.
+
+        Raises OutOfMemoryError before anything is allocated.
+        """
+        _check_memory(spec, num_slots, device, reserve)
         self.spec = spec
         self.num_slots = num_slots
         self.num_rows = 2 * num_slots if spec.has_spare else num_slots
@@ -99,9 +99,9 @@ def _allocated(tensor: StateTensor, num_rows: int, device: str) -> Tensor:
         ) from error
 
 
-def _check_memory(spec: StateSpec, num_slots: int, device: str) -> None:
+def _check_memory(spec: StateSpec, num_slots: int, device: str, reserve: int) -> None:
     needed = spec.bytes_per_slot * num_slots
-    available = available_memory(device) - _HEADROOM[torch.device(device).type]
+    available = available_memory(device) - reserve
     if needed > available:
         most = max(available, 0) // spec.bytes_per_slot
         remedy = f"give --max-slots {most} or fewer, or a smaller --state-memory"
