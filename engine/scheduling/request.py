@@ -63,7 +63,8 @@ _NEXT_STATUSES = {
 class Choice:
     """One continuation of a request's prompt.
 
-    position: number of ids in its state. pending: ids sampled after them, not in the state yet.
+    position: number of ids in its state, as far as steps are told. pending: ids sampled after
+    them, not in the state yet. num_fed: the same with those of a step that is under way.
     slot: of the pool, while the request has slots and the choice has not ended. rows: of that slot,
     first the row in use, then the spare row where the pool has spare rows.
     generated_ids: all sampled ids, kept only for a request that continues a session, and, up to
@@ -73,7 +74,7 @@ class Choice:
     index of the first id for which that, or that no row is computed ahead, may change.
     is_plain: whether all its ids from now on are sampled from unchanged logits.
     max_ahead: number of generated ids below which its next id may be computed before its last one
-    is known. 0: never, since something keeps the state that it ends with.
+    is known. 0: never, since a session keeps the state that it ends with, without its last id.
     late_logits: float32 [1, N], of the next id, while that waits for the grammar's mask: `pending`
     is in the state then.
     """
@@ -83,6 +84,7 @@ class Choice:
     detokenizer: Detokenizer
     history: TokenHistory
     position: int
+    num_fed: int
     context: int = 0
     steady_until: int = 0
     slot: int | None = None
@@ -134,8 +136,7 @@ class Choice:
         """Note that its ids are sampled from unchanged logits from now on."""
         self.is_plain = True
         request = self.request
-        is_kept = request.start is not None or request.keeps_answer
-        self.max_ahead = 0 if is_kept else request.params.max_tokens - 1
+        self.max_ahead = 0 if request.start is not None else request.params.max_tokens - 1
 
     def append_token(self, token_id: int) -> None:
         """Add a sampled id, which is not in the state yet."""
@@ -274,8 +275,9 @@ class Request:
             text = Detokenizer(table, () if params.min_tokens else params.stop, undecoded)
             known = self.ids[: len(self.ids) - len(self.replayed)]
             history = TokenHistory(params, fed, self.constraints, session.counts, known)
-            context = self.context_schedule.start(max(self.prefill_stop - 1, 0))
-            self.choices.append(Choice(self, index, text, history, self.prefill_stop, context))
+            stop = self.prefill_stop
+            context = self.context_schedule.start(max(stop - 1, 0))
+            self.choices.append(Choice(self, index, text, history, stop, stop, context))
 
     def set_status(self, status: RequestStatus) -> None:
         """Change the status. Called by RequestManager alone."""

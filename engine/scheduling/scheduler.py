@@ -170,8 +170,8 @@ class Scheduler:
         """The step after one whose ids are not known yet; None where these have to be waited for.
 
         Decoding choices alone, at most max_rows, and only where no prompt is prefilled and none
-        could start. Those that end with the id sit it out, and so do those whose last state is
-        kept, since any id may be their last.
+        could start. Those that end with the id sit it out, and so do those of sessions, which keep
+        the state before their last id, since any id may be the last.
         """
         is_mixed = batch.prefill or batch.late or self._prefilling or self._late
         num_rows = len(batch.decode) + len(batch.lookahead)
@@ -227,13 +227,16 @@ class Scheduler:
             if start is not None:
                 lookahead.append(LookaheadRow(choice, start, index))
         num = max(1, budget - len(lookahead))
+        decode, indices = decode[:num], indices[:num]
+        for choice, index in zip(decode, indices, strict=True):
+            choice.num_fed = index + 1
         return Batch(
-            decode[:num],
+            decode,
             [],
             lookahead,
-            indices=indices[:num],
+            indices=indices,
             renewed=renewed,
-            num_ahead=max(0, min(num, len(decode)) - num_known),
+            num_ahead=max(0, len(decode) - num_known),
         )
 
     def _prefill_budget(self, num_decode: int) -> int:

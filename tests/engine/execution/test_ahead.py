@@ -12,6 +12,7 @@ import pytest
 
 from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
 from cottention.engine.scheduling.batch import Batch
+from cottention.engine.scheduling.prefill_stops import CacheUse
 from tests.engine.execution.test_cuda_graphs import captured_on_cpu
 
 KINDS: list[dict[str, Any]] = [
@@ -129,6 +130,29 @@ def test_a_choice_whose_state_is_kept_is_never_ahead(gptj_folder: Path) -> None:
     assert states[0].position == states[1].position
     assert states[0].pending == states[1].pending
     assert all((a == b).all() for a, b in zip(states[0].rows, states[1].rows, strict=True))
+
+
+def test_the_state_after_an_answer_is_kept_with_the_id_that_was_fed_ahead(
+    gptj_folder: Path,
+) -> None:
+    """The cache has it under the ids that are in it: what goes on from there is the same."""
+    params = SamplingParams(max_tokens=40, seed=3, stop_token_ids=(), ignore_eos=True)
+    answers, num_cached = [], []
+    for is_ahead in (False, True):
+        engine = engine_of(gptj_folder, ahead=is_ahead, context_policy="exact")
+        prompt = [9] * 20
+        first = engine.generate([prompt], params)[0].token_ids
+        stopped = replace(params, stop_token_ids=(first[30],), ignore_eos=False)
+        engine.submit(prompt, stopped, cache=CacheUse("a"))
+        outputs = [out for _ in range(60) for out in engine.step()]
+        said = [token_id for out in outputs for token_id in out.token_ids]
+        assert outputs[-1].finish_reason is FinishReason.STOP
+        engine.submit([*prompt, *said, 5, 6, 7], params, cache=CacheUse("a"))
+        outputs = [out for _ in range(60) for out in engine.step()]
+        answers.append(tuple(token_id for out in outputs for token_id in out.token_ids))
+        num_cached.append(outputs[-1].num_cached - len(prompt) - len(said))
+    assert answers[0] == answers[1]
+    assert num_cached == [-1, 0]
 
 
 def test_commands_find_nothing_under_way(gptj_folder: Path) -> None:
