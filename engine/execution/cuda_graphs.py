@@ -107,8 +107,14 @@ class DecodeGraphs(Generic[T]):
         slots = rows.slots
         if len({*slots}) != len(slots) or min(slots) < 0 or max(slots) >= self._num_slots:
             check_state_indices(slots, self._num_slots)
-        size = next(size for size in self.sizes() if size >= len(slots))
-        return self._graph(size).run(rows, sampling_rows, last_ids)
+        return self._graph_for(len(slots)).run(rows, sampling_rows, last_ids)
+
+    def replay_of(self, num_rows: int) -> Callable[[], T]:
+        """The graph that such a batch runs in, with the inputs of its last run."""
+        return self._graph_for(num_rows).replay
+
+    def _graph_for(self, num_rows: int) -> "_Graph[T]":
+        return self._graph(next(size for size in self.sizes() if size >= num_rows))
 
     def _graph(self, size: int) -> "_Graph[T]":
         if size not in self._graphs:
@@ -136,7 +142,7 @@ class _Graph(Generic[T]):
             host[_NUM_COLUMNS:].view(torch.float64)[:] = torch.tensor(GREEDY_ROW).unsqueeze(-1)
         self._words = torch.empty_like(self._hosts[0], device=device)
         self._fill(DecodeRows([], [], []), None, None)
-        self._replay = capture(lambda: step(*_step_inputs(self._words)))
+        self.replay = capture(lambda: step(*_step_inputs(self._words)))
 
     def run(
         self,
@@ -145,7 +151,7 @@ class _Graph(Generic[T]):
         last_ids: Tensor | None,
     ) -> T:
         self._fill(rows, sampling_rows, last_ids)
-        return self._replay()
+        return self.replay()
 
     def _fill(
         self,
@@ -276,6 +282,10 @@ class CapturedDecode:
         """Capture every graph, those that need most memory first: the others reuse it."""
         for mode in sorted(SamplingMode, reverse=True):
             self._graphs[mode].warm_up()
+
+    def graphs(self, mode: SamplingMode) -> DecodeGraphs[Tensor]:
+        """Those that sample in a mode."""
+        return self._graphs[mode]
 
     def run(
         self, rows: DecodeRows, sampling_rows: "NDArray[np.float64]", mode: SamplingMode

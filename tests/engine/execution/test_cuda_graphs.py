@@ -76,6 +76,18 @@ def test_captured_and_plain_steps_agree_on_a_gpu(gptj_folder: Path, kind: dict[s
     assert generated(captured, params) == generated(plain, params) == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_steps_ahead_give_the_same_ids_on_a_gpu(
+    gptj_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids are taken from the device before the host has them; streams end at different steps."""
+    config = EngineConfig(max_slots=5, device="cuda", dtype="float32")
+    params = SamplingParams(max_tokens=40, seed=3, temperature=1.3, top_p=0.95)
+    ahead = generated(Engine(gptj_folder, config), params)
+    monkeypatch.setattr(ModelRunner, "max_rows_ahead", 0)
+    assert generated(Engine(gptj_folder, config), params) == ahead
+
+
 def doubled(ids: Tensor, positions: Tensor, slots: Tensor, _sampling_rows: Tensor) -> Tensor:
     return torch.stack([ids * 2, positions, slots.long()])
 
