@@ -6,8 +6,7 @@ from any thread, all else from one.
 
 import logging
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from cottention.engine.execution.loading import load
 from cottention.engine.grammar.compiler import GrammarCompiler
 from cottention.engine.grammar.mask_worker import MaskWorker, SampledRow, wait_for_one
 from cottention.engine.grammar.trial import Limits
+from cottention.engine.inboxes import OutputInboxes
 from cottention.engine.ops import NO_INDEX
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
@@ -429,29 +429,3 @@ def _grammar_error(choice: Choice) -> str:
     """Why a choice's grammar cannot be followed any further; empty where it can."""
     found = "" if choice.matcher is None else choice.matcher.error
     return found and f"the grammar cannot be followed any further: {found}"
-
-
-class OutputInboxes:
-    """Outputs that wait for the iterators of `stream` and `generate`, which may take turns."""
-
-    def __init__(self) -> None:
-        self._inboxes: dict[str, deque[Output]] = {}
-
-    def open(self, request_ids: Iterable[str]) -> deque[Output]:
-        """One inbox for the outputs of these requests."""
-        inbox: deque[Output] = deque()
-        self._inboxes |= dict.fromkeys(request_ids, inbox)
-        return inbox
-
-    def close(self, request_ids: Iterable[str]) -> None:
-        """Drop outputs of these requests from now on."""
-        for request_id in request_ids:
-            del self._inboxes[request_id]
-
-    def post(self, outputs: list[Output]) -> list[Output]:
-        """Put each output into its request's inbox, if there is one; returns all of them."""
-        if self._inboxes:
-            for output in outputs:
-                if output.request_id in self._inboxes:
-                    self._inboxes[output.request_id].append(output)
-        return outputs

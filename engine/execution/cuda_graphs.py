@@ -172,7 +172,8 @@ class _Graph(Generic[T]):
         self._words.copy_(self._hosts[0], non_blocking=True)
         if last_ids is not None:
             ids, _, _, sources = self._words[:_NUM_COLUMNS]
-            ids.copy_(torch.where(sources < 0, ids, last_ids[sources]))
+            last = last_ids[sources].clamp_min(0)  # a row that got none ends, but is not out yet
+            ids.copy_(torch.where(sources < 0, ids, last))
 
 
 def _step_inputs(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

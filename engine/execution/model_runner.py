@@ -2,7 +2,7 @@
 
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain, repeat
+from itertools import accumulate
 from typing import NamedTuple, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from cottention.engine import ops
 from cottention.engine.execution.cuda_graphs import CapturedDecode, DecodeRows
 from cottention.engine.execution.sampling_rows import SamplingRows
+from cottention.engine.execution.warm_up import WAYS_TO_SAMPLE, longest_batches
 from cottention.engine.models.family import EmbeddingModel, ServedModel
 from cottention.engine.models.recurrence import Recurrence
 from cottention.engine.outputs import TokenLogprob
@@ -20,17 +21,9 @@ from cottention.engine.sampling.pooling import Pooler
 from cottention.engine.sampling.sampler import Sampler
 from cottention.engine.sampling.token_history import TokenCounts
 from cottention.engine.sampling.topk_topp import SamplingMode, SamplingRow, as_tensor
-from cottention.engine.sampling_params import MAX_LOGPROBS, SamplingParams
 from cottention.engine.scheduling.batch import NO_IDS, Batch, BatchResult
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.pool import StatePool
-
-_WAYS_TO_SAMPLE = (
-    SamplingParams(temperature=0),
-    SamplingParams(),
-    SamplingParams(top_k=50, top_p=0.9),
-    SamplingParams(top_p=0.9, logprobs=MAX_LOGPROBS),
-)
 
 
 class Segment(NamedTuple):
@@ -232,7 +225,7 @@ class ModelRunner:
                 [Segment(row, [0] * length, 0) for row, length in enumerate(lengths)]
             )
             last = [stop - 1 for stop in accumulate(lengths)]
-            for params in _WAYS_TO_SAMPLE:
+            for params in WAYS_TO_SAMPLE:
                 rows = as_tensor([SamplingRow.of(params, 0.5)] * len(lengths))
                 adjusted = LogitsAdjustment(params, TokenCounts())
                 adjustments = {0: adjusted} if adjusted else {}
@@ -297,25 +290,6 @@ class ModelRunner:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self._device)
-
-
-def longest_batches(num_rows: int, max_tokens: int, max_length: int) -> list[list[int]]:
-    """Lengths of the segments of steps of `max_tokens` ids that differ in what they take.
-
-    Prompts alone, prompts beside rows that decode, and prompts of mixed lengths, which are computed
-    in steps or in chunks. max_length: ids of one prompt in a step, at most. No more than num_rows.
-    """
-    batches = []
-    for begin in ([], [1] * min(num_rows // 2, max_tokens // 2), [1, 2, 31, 33, 64, 65]):
-        lengths: list[int] = []
-        left = max_tokens
-        for length in chain(begin, repeat(max_length)):
-            if not left or len(lengths) == num_rows:
-                break
-            lengths.append(min(length, max_length, left))
-            left -= lengths[-1]
-        batches.append(lengths)
-    return batches
 
 
 def _segments(batch: Batch) -> list[Segment]:

@@ -17,6 +17,7 @@ from cottention.engine.outputs import TokenLogprob
 from cottention.engine.sampling.logits_processors import LogitsAdjustment, adjust_logits
 from cottention.engine.sampling.logprobs import gather_logprobs, with_ids
 from cottention.engine.sampling.topk_topp import sample_each
+from cottention.engine.sampling_params import SamplingParams
 
 
 class Sampled(NamedTuple):
@@ -46,9 +47,11 @@ class Sampler:
         rows that want more than that. No id for a row whose logits are not finite, or all of whose
         ids are masked.
         """
-        adjusted = self._adjusted(logits, adjustments)
-        ids = sample_each(adjusted, ops.argmax(adjusted), sampling_rows)
-        return Sampled(ids, _logprobs(logits, ids, adjustments) if adjustments else {})
+        asking = [row for row, each in adjustments.items() if each.params.logprobs is not None]
+        unchanged = logits[asking] if asking else logits
+        ids = sample_each(logits, self._adjusted(logits, adjustments), sampling_rows)
+        params = {row: adjustments[row].params for row in asking}
+        return Sampled(ids, _logprobs(unchanged, ids, params) if asking else {})
 
     def likeliest(self, logits: Tensor) -> Tensor:
         """The id of the largest logit of each row of float32 [R, N], which is changed: int64 [R].
@@ -64,36 +67,27 @@ class Sampler:
             logits.index_fill_(-1, self._unsampleable_ids, -torch.inf)
 
     def _adjusted(self, logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> Tensor:
-        """Adjusted logits, −∞ for masked ids: in place where no row needs the original ones."""
-        if any(each.params.logprobs is not None for each in adjustments.values()):
-            logits = logits.clone()
+        """Adjust the logits in place, −∞ for masked ids; returns the likeliest ids, int64 [R]."""
         self.mask(logits)
         if adjustments:
             adjust_logits(logits, adjustments)
-        return logits
+        return ops.argmax(logits)
 
 
 def _logprobs(
-    logits: Tensor, sampled: Tensor, adjustments: Mapping[int, LogitsAdjustment]
+    logits: Tensor, ids: Tensor, params: Mapping[int, SamplingParams]
 ) -> dict[int, TokenLogprob]:
-    """Log-probabilities by row, where a row asks for them.
+    """Log-probabilities of the rows that ask for them, from their own logits, in this order.
 
-    All rows are computed with the longest list of alternatives, and cut to their own length.
+    All are computed with the longest list of alternatives, and cut to their own length.
     """
-    ids: list[int] = sampled.tolist()
-    asking = {
-        row: each.params
-        for row, each in adjustments.items()
-        if each.params.logprobs is not None and ids[row] != ops.NO_INDEX
-    }
-    if not asking:
-        return {}
-    rows = list(asking)
-    num_top = {row: params.logprobs or 0 for row, params in asking.items()}
-    logprobs = gather_logprobs(logits[rows], [ids[row] for row in rows], max(num_top.values()))
-    found = {
-        row: replace(one, top=one.top[: num_top[row]])
-        for row, one in zip(rows, logprobs, strict=True)
-    }
-    named = {row: params.logprob_token_ids for row, params in asking.items()}
-    return found | {row: with_ids(found[row], logits[row], n) for row, n in named.items() if n}
+    chosen: list[int] = ids[[*params]].tolist()
+    num_top = {row: each.logprobs or 0 for row, each in params.items()}
+    entries = gather_logprobs(logits, [max(i, 0) for i in chosen], max(num_top.values()))
+    found: dict[int, TokenLogprob] = {}
+    for place, (row, token_id) in enumerate(zip(params, chosen, strict=True)):
+        if token_id != ops.NO_INDEX:
+            named, entry = params[row].logprob_token_ids, entries[place]
+            cut = replace(entry, top=entry.top[: num_top[row]])
+            found[row] = with_ids(cut, logits[place], named) if named else cut
+    return found

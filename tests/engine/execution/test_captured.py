@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cottention.engine.execution.cuda_graphs import CapturedDecode, Decoded, DecodeRows
+from cottention.engine.ops import NO_INDEX
 from cottention.engine.sampling.sampler import Sampler
 from cottention.engine.sampling.topk_topp import SamplingMode, SamplingRow, as_tensor
 from cottention.engine.sampling_params import SamplingParams
@@ -94,6 +95,24 @@ def test_parameters_of_an_earlier_batch_are_forgotten() -> None:
 
 def test_spares_alone_are_not_sampled() -> None:
     assert run(captured(), decode_rows(1), []).token_ids.tolist() == []
+
+
+def test_a_row_that_got_no_id_is_fed_some_id_that_there_is() -> None:
+    """It ends when the step is told; until then −1 would be read outside the embeddings."""
+    fed: list[list[int]] = []
+
+    def broken(ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        fed.append(ids.tolist())
+        logits = decode(ids, positions, slots)
+        logits[0] = torch.nan
+        return logits
+
+    decoding = CapturedDecode(broken, SAMPLER, 16, "cpu", run_again)
+    sampled = sampling_rows([{}, {}])
+    first = run(decoding, decode_rows(2), sampled).token_ids.tolist()
+    assert first[0] == NO_INDEX
+    run(decoding, decode_rows(2)._replace(sources=[0, 1]), sampled)
+    assert fed[-1] == [0, first[1]]
 
 
 @pytest.mark.parametrize("kinds", KINDS)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.execution.model_runner import longest_batches
 from cottention.engine.execution.step_memory import longest_batch_bytes, step_memory
+from cottention.engine.execution.warm_up import longest_batches
 from cottention.engine.sampling.topk_topp import sampling_bytes
 from cottention.engine.worker import EngineWorker
 from tests.engine.execution.test_cuda_graphs import captured_on_cpu
