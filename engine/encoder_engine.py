@@ -54,6 +54,10 @@ class EncoderEngine:
         self._reserved_ids: set[str] = set()
         self._num_steps = self._num_faults = self._num_tokens = 0
         self._num_finished: Counter[FinishReason] = Counter()
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """As Engine.warm_up."""
         self._runner.warm_up()
 
     @property

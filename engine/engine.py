@@ -6,21 +6,23 @@ from any thread, all else from one.
 
 import logging
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from cottention.engine.commands import CommandQueue, failure
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Capability
-from cottention.engine.execution.device import check_device
+from cottention.engine.execution.device import check_device, reserved_memory
 from cottention.engine.execution.loading import load
 from cottention.engine.grammar.compiler import GrammarCompiler
 from cottention.engine.grammar.mask_worker import MaskWorker, SampledRow, wait_for_one
 from cottention.engine.grammar.trial import Limits
+from cottention.engine.inboxes import OutputInboxes
+from cottention.engine.ops import NO_INDEX
 from cottention.engine.outputs import Completion, EngineStats, FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
-from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
+from cottention.engine.scheduling.batch import Batch, BatchResult
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.scheduling.context_policy import MAX_HELD, ContextPolicies
 from cottention.engine.scheduling.input_processor import InputProcessor, Prompt, RequestLimits
@@ -43,6 +45,13 @@ LATE_WAIT = 0.01
 """Seconds that a step waits for a mask where it has nothing else to do."""
 
 NO_SAMPLE = "no token could be sampled: all are forbidden, or the model's logits are not finite"
+
+
+class RunningStep(NamedTuple):
+    """A batch that has begun, and its result, whose ids may still be computed."""
+
+    batch: Batch
+    result: BatchResult
 
 
 class Engine:
@@ -91,8 +100,18 @@ class Engine:
         self._runner = loaded.runner
         self._commands = CommandQueue()
         self._inboxes = OutputInboxes()
+        self._running: RunningStep | None = None
         self._num_steps = self._num_faults = self._num_unsampled = 0
-        self._runner.warm_up()
+        self.warm_up()
+
+    def warm_up(self) -> None:
+        """Compute what comes first in a thread, before the first request: again in the thread that
+        is to run the steps, because libraries have a state for each.
+        """
+        max_tokens = self.config.max_batch_tokens
+        self._runner.warm_up(max_tokens, self.model_config.longest_prompt_part(max_tokens))
+        if (reserved := reserved_memory(self.device)) is not None:
+            _log.info("memory of %s reserved after warm-up: %s bytes", self.device, f"{reserved:,}")
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
@@ -174,49 +193,92 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._commands) or self._scheduler.has_work()
+        return bool(self._commands) or self._running is not None or self._scheduler.has_work()
 
     def step(self) -> list[Output]:
-        """Execute what was submitted, cancelled or paused, then compute one batch.
+        """Execute what was submitted, cancelled or paused, and compute one batch.
 
-        Returns at most one output for each choice. Raises DeviceFaultError, after which no step
-        can succeed.
+        Where the device computes beside this thread, the next batch begins before the outputs of
+        this one are made, if it is known by then; commands wait until none is under way. Returns
+        at most one output for each choice. Raises DeviceFaultError, after which no step can
+        succeed.
         """
-        outputs = self._commands.run()
-        self._request_manager.admit()
-        batch = self._scheduler.schedule()
-        if batch:
-            try:
-                result = self._runner.run(batch, self._wait_for_masks)
-            except Exception as error:
-                check_device(self.device, error)
-                outputs += self._fail_batch(batch, error)
-            else:
-                outputs += self._process(batch, result)
+        outputs: list[Output] = []
+        running, self._running = self._running, None
+        if running is None:
+            outputs += self._commands.run()
+            self._request_manager.admit()
+            running = self._begin(self._scheduler.schedule(), outputs)
+        if running is not None:
+            self._running = self._begin_ahead(running, outputs)
+            outputs += self._process(running)
         elif late := self._scheduler.late_choices:
             wait_for_one([each.matcher for each in late if each.matcher is not None], LATE_WAIT)
         return self._inboxes.post(outputs)
 
-    def _process(self, batch: Batch, result: BatchResult) -> list[Output]:
+    def _run_commands(self) -> list[Output]:
+        """Execute what was submitted, cancelled or paused, after the step that is under way."""
+        running, self._running = self._running, None
+        outputs = [] if running is None else self._process(running)
+        return outputs + self._commands.run()
+
+    def _begin(self, batch: Batch, outputs: list[Output]) -> "RunningStep | None":
+        """Run a batch; None where there is nothing in it, or a fault has ended its requests."""
+        if not batch:
+            return None
+        try:
+            return RunningStep(batch, self._runner.run(batch, self._wait_for_masks))
+        except Exception as error:
+            outputs += self._fail_batch(batch, error)
+            return None
+
+    def _begin_ahead(self, running: "RunningStep", outputs: list[Output]) -> "RunningStep | None":
+        """Run the batch after the one that is under way, if it does not depend on its outputs."""
+        max_rows = self._runner.max_rows_ahead
+        if not max_rows or self._commands:
+            return None
+        batch = self._scheduler.schedule_ahead(running.batch, self.pool.num_free, max_rows)
+        return None if batch is None else self._begin(batch, outputs)
+
+    def _process(self, running: "RunningStep") -> list[Output]:
         """Bring the requests of a batch up to date with its result."""
+        batch, result = running
+        try:
+            token_ids = result.token_ids.tolist()
+        except Exception as error:
+            return self._fail_batch(batch, error)
         self._num_steps += 1
-        self._advance_matchers(result.samples)
+        self._advance_matchers(result.choices, token_ids)
         outputs = self._request_manager.advance(batch, result)
-        for sample in result.samples:
-            outputs += self._append_token(sample)
-        self._num_unsampled += len(result.unsampled)
-        for choice in result.unsampled:
+        unsampled: list[Choice] = []
+        logprobs, append_token = result.logprobs, self._request_manager.append_token
+        for choice, token_id in zip(result.choices, token_ids, strict=True):
+            if choice.finish_reason is not None:  # with another of its request, or a step before
+                continue
+            if token_id == NO_INDEX:
+                unsampled.append(choice)
+                continue
+            try:
+                logprob = logprobs.get(choice) if logprobs else None
+                outputs.append(append_token(choice, token_id, logprob))
+            except Exception as error:
+                _log.exception("failed to process a sampled token; its request ends with an error")
+                outputs += self._fail(choice.request, error)
+        self._num_unsampled += len(unsampled)
+        for choice in unsampled:
             if choice.finish_reason is None:  # else it has ended with another of its request
-                error = _grammar_error(choice) or NO_SAMPLE
-                outputs += self._request_manager.finish(choice.request, FinishReason.ERROR, error)
+                error_text = _grammar_error(choice) or NO_SAMPLE
+                outputs += self._request_manager.finish(
+                    choice.request, FinishReason.ERROR, error_text
+                )
         return outputs
 
-    def _advance_matchers(self, samples: Sequence[Sample]) -> None:
+    def _advance_matchers(self, choices: Sequence[Choice], token_ids: Sequence[int]) -> None:
         """Begin to compute the masks that the next step's samples need."""
         rows = [
-            SampledRow(sample.choice.request.client, sample.choice.matcher, sample.token.token_id)
-            for sample in samples
-            if sample.choice.matcher is not None
+            SampledRow(choice.request.client, choice.matcher, token_id)
+            for choice, token_id in zip(choices, token_ids, strict=True)
+            if choice.matcher is not None and token_id != NO_INDEX
         ]
         if rows:
             self._mask_worker.advance(rows, is_shared=self._scheduler.is_shared)
@@ -227,20 +289,10 @@ class Engine:
         late = self._mask_worker.wait(rows, lambda: self._scheduler.is_shared)
         return [choices[place] for place in late]
 
-    def _append_token(self, sample: Sample) -> list[Output]:
-        """The output of a sampled id; a fault ends its request and no other."""
-        request = sample.choice.request
-        if request.status is RequestStatus.FINISHED:  # by a fault in another of its choices
-            return []
-        try:
-            return [self._request_manager.append_token(sample)]
-        except Exception as error:
-            _log.exception("failed to process a sampled token; its request ends with an error")
-            return self._fail(request, error)
-
     def _fail_batch(self, batch: Batch, error: Exception) -> list[Output]:
-        """End the requests of a batch that failed."""
-        requests = batch.requests
+        """End the requests of a batch that failed. Raises DeviceFaultError."""
+        check_device(self.device, error)
+        requests = [each for each in batch.requests if each.status is not RequestStatus.FINISHED]
         _log.error(
             "a step failed; its %d requests end with an error", len(requests), exc_info=error
         )
@@ -256,7 +308,7 @@ class Engine:
         self._commands.close()
         self._mask_worker.close()
         self._grammars.close()
-        return self._inboxes.post(self._commands.run() + self._request_manager.cancel_all())
+        return self._inboxes.post(self._run_commands() + self._request_manager.cancel_all())
 
     @property
     def has_one_arithmetic(self) -> bool:
@@ -370,36 +422,10 @@ class Engine:
             self._inboxes.close(prompts)
             for request_id in prompts:
                 self.cancel(request_id)
-            self._inboxes.post(self._commands.run())
+            self._inboxes.post(self._run_commands())
 
 
 def _grammar_error(choice: Choice) -> str:
     """Why a choice's grammar cannot be followed any further; empty where it can."""
     found = "" if choice.matcher is None else choice.matcher.error
     return found and f"the grammar cannot be followed any further: {found}"
-
-
-class OutputInboxes:
-    """Outputs that wait for the iterators of `stream` and `generate`, which may take turns."""
-
-    def __init__(self) -> None:
-        self._inboxes: dict[str, deque[Output]] = {}
-
-    def open(self, request_ids: Iterable[str]) -> deque[Output]:
-        """One inbox for the outputs of these requests."""
-        inbox: deque[Output] = deque()
-        self._inboxes |= dict.fromkeys(request_ids, inbox)
-        return inbox
-
-    def close(self, request_ids: Iterable[str]) -> None:
-        """Drop outputs of these requests from now on."""
-        for request_id in request_ids:
-            del self._inboxes[request_id]
-
-    def post(self, outputs: list[Output]) -> list[Output]:
-        """Put each output into its request's inbox, if there is one; returns all of them."""
-        if self._inboxes:
-            for output in outputs:
-                if output.request_id in self._inboxes:
-                    self._inboxes[output.request_id].append(output)
-        return outputs

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Self
 
 from cottention.engine.encoding import Encoded
 from cottention.engine.errors import RequestFailedError
@@ -36,13 +36,6 @@ class TokenLogprob:
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...]
-
-
-class SampledToken(NamedTuple):
-    """A sampled id, and its log-probability where requested."""
-
-    token_id: int
-    logprob: TokenLogprob | None
 
 
 @dataclass(slots=True)  # one for each token: a frozen one takes three times as long to make

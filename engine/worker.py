@@ -102,6 +102,7 @@ class EngineWorker:
 
     def _main(self) -> None:
         try:
+            self._engine.warm_up()
             self._loop()
             self._send(self._engine.close())
         except BaseException as error:

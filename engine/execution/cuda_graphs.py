@@ -1,29 +1,27 @@
 """Decode steps as captured graphs: one graph for each batch size and sampling mode.
 
 `DecodeGraphs` keeps the input buffers and pads a batch to a graph's size; `CapturedDecode` samples
-in the graph, and after it where a row's sampling needs more than a graph computes.
+in the graph and brings the ids to the host. A step may follow one whose ids are not there yet: it
+takes them from that one's output on the device.
 
 Letters: R rows of a graph, N vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.ops import PADDING_SLOT, check_state_indices
-from cottention.engine.outputs import SampledToken
-from cottention.engine.sampling.sampler import Sampler, SamplingInput, as_sampled_token
-from cottention.engine.sampling.topk_topp import (
-    GREEDY_ROW,
-    SamplingMode,
-    SamplingRow,
-    as_tensor,
-    sample_ids,
-)
+from cottention.engine.sampling.sampler import Sampler
+from cottention.engine.sampling.topk_topp import GREEDY_ROW, SamplingMode, sample_ids
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_ROWS = 512
 """In larger batches launches take no time of their own, and a graph's logits are hundreds of MB."""
@@ -34,15 +32,20 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Row(NamedTuple):
-    """One token: its id, its position and the pool's row of its state."""
+class DecodeRows(NamedTuple):
+    """One token for each of n rows: its id, its position and the pool's row of its state.
 
-    id: int
-    position: int
-    slot: int
+    sources: where an id is to be taken from the last step's ids, its place among these, else −1;
+    None: no id is.
+    """
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    slots: Sequence[int]
+    sources: Sequence[int] | None = None
 
 
-_PADDING = Row(0, 0, PADDING_SLOT)
+_NUM_COLUMNS = len(DecodeRows._fields)
 
 
 class Step(Protocol[T_co]):
@@ -89,15 +92,29 @@ class DecodeGraphs(Generic[T]):
         sizes = [*_SMALL_SIZES, *range(2 * _SMALL_SIZES[-1], MAX_ROWS, _SMALL_SIZES[-1])]
         return [*(size for size in sizes if size < self.max_rows), self.max_rows]
 
-    def run(self, rows: Sequence[Row], sampling_rows: Sequence[SamplingRow] = ()) -> T:
+    def run(
+        self,
+        rows: DecodeRows,
+        sampling_rows: "NDArray[np.float64] | None" = None,
+        last_ids: Tensor | None = None,
+    ) -> T:
         """The step's outputs for the rows, then for padding; the next run overwrites them.
 
-        `sampling_rows` are those of the first rows; the others keep values of earlier batches.
-        Raises ValueError for a slot that is out of range or named twice.
+        sampling_rows: float64 [n, 5] of the first n rows; the others keep values of earlier
+        batches. last_ids: int64, of the step before, where rows have sources. Raises ValueError for
+        a slot that is out of range or named twice.
         """
-        check_state_indices([row.slot for row in rows], self._num_slots)
-        size = next(size for size in self.sizes() if size >= len(rows))
-        return self._graph(size).run(rows, sampling_rows)
+        slots = rows.slots
+        if len({*slots}) != len(slots) or min(slots) < 0 or max(slots) >= self._num_slots:
+            check_state_indices(slots, self._num_slots)
+        return self._graph_for(len(slots)).run(rows, sampling_rows, last_ids)
+
+    def replay_of(self, num_rows: int) -> Callable[[], T]:
+        """The graph that such a batch runs in, with the inputs of its last run."""
+        return self._graph_for(num_rows).replay
+
+    def _graph_for(self, num_rows: int) -> "_Graph[T]":
+        return self._graph(next(size for size in self.sizes() if size >= num_rows))
 
     def _graph(self, size: int) -> "_Graph[T]":
         if size not in self._graphs:
@@ -108,45 +125,61 @@ class DecodeGraphs(Generic[T]):
 class _Graph(Generic[T]):
     """The graph for one number of rows, and its input buffers.
 
-    Inputs are int64 words [3 + 5, R], so that one copy brings all of them to the device; the last
-    five are viewed as float64.
+    Inputs are int64 words [4 + 5, R], so that one copy brings all of them to the device; the last
+    five are viewed as float64. Two host buffers take turns: a step may be prepared while the copy
+    of the one before it has not begun. That of the one before that one is done, since its ids have
+    been read.
     """
 
     def __init__(self, step: Step[T], size: int, device: str, capture: Capture[T]) -> None:
         """Captures on padding alone, so that no state changes."""
-        is_cuda = device.startswith("cuda")
+        is_cuda, num_words = device.startswith("cuda"), _NUM_COLUMNS + len(GREEDY_ROW)
         self._size = size
-        num_words = len(_PADDING) + len(GREEDY_ROW)
-        self._host = torch.empty(num_words, size, dtype=torch.int64, pin_memory=is_cuda)
-        self._words = torch.empty_like(self._host, device=device)
-        self._fill([], [GREEDY_ROW] * size)
-        self._replay = capture(lambda: step(*_step_inputs(self._words)))
+        self._hosts = [
+            torch.zeros(num_words, size, dtype=torch.int64, pin_memory=is_cuda) for _ in range(2)
+        ]
+        for host in self._hosts:
+            host[_NUM_COLUMNS:].view(torch.float64)[:] = torch.tensor(GREEDY_ROW).unsqueeze(-1)
+        self._words = torch.empty_like(self._hosts[0], device=device)
+        self._fill(DecodeRows([], [], []), None, None)
+        self.replay = capture(lambda: step(*_step_inputs(self._words)))
 
-    def run(self, rows: Sequence[Row], sampling_rows: Sequence[SamplingRow]) -> T:
-        self._fill(rows, sampling_rows)
-        return self._replay()
+    def run(
+        self,
+        rows: DecodeRows,
+        sampling_rows: "NDArray[np.float64] | None",
+        last_ids: Tensor | None,
+    ) -> T:
+        self._fill(rows, sampling_rows, last_ids)
+        return self.replay()
 
-    def _fill(self, rows: Sequence[Row], sampling_rows: Sequence[SamplingRow]) -> None:
-        """Copy the inputs to the device.
-
-        The host buffer is free: reading the last outputs has waited for the copy before.
-        """
-        padded = [*rows, *[_PADDING] * (self._size - len(rows))]
-        self._host[: len(_PADDING)] = torch.tensor(padded).T
-        if sampling_rows:
-            _sampling_rows(self._host)[:, : len(sampling_rows)] = as_tensor(sampling_rows).T
-        self._words.copy_(self._host, non_blocking=True)
-
-
-def _sampling_rows(words: Tensor) -> Tensor:
-    """The last five of the words [3 + 5, R], as float64 [5, R]."""
-    return words[len(_PADDING) :].view(torch.float64)
+    def _fill(
+        self,
+        rows: DecodeRows,
+        sampling_rows: "NDArray[np.float64] | None",
+        last_ids: Tensor | None,
+    ) -> None:
+        """Copy the inputs to the device."""
+        self._hosts.reverse()
+        words, num_rows = self._hosts[0].numpy(), len(rows.ids)
+        words[:_NUM_COLUMNS, num_rows:] = [[0], [0], [PADDING_SLOT], [-1]]
+        for word, column in zip(words, rows, strict=False):
+            if column is not None:
+                word[:num_rows] = column
+        if sampling_rows is not None:
+            values = words[_NUM_COLUMNS:].view("float64")
+            values[:, : len(sampling_rows)] = sampling_rows.T
+        self._words.copy_(self._hosts[0], non_blocking=True)
+        if last_ids is not None:
+            ids, _, _, sources = self._words[:_NUM_COLUMNS]
+            last = last_ids[sources].clamp_min(0)  # a row that got none ends, but is not out yet
+            ids.copy_(torch.where(sources < 0, ids, last))
 
 
 def _step_inputs(words: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The arguments of a `Step`."""
-    ids, positions, slots = words[: len(_PADDING)]
-    return ids, positions, slots.int(), _sampling_rows(words).T
+    ids, positions, slots, _ = words[:_NUM_COLUMNS]
+    return ids, positions, slots.int(), words[_NUM_COLUMNS:].view(torch.float64).T
 
 
 class CudaCapture:
@@ -185,19 +218,41 @@ Decode = Callable[[Tensor, Tensor, Tensor], Tensor]
 """ids and positions int64 [R], slots int32 [R] → logits float32 [R, N]; advances the states."""
 
 
-class GreedyOutputs(NamedTuple):
-    """Logits float32 [R, N] and the ids of their maxima int64 [R]."""
+class IdsOnTheWay:
+    """Ids that are copied to the host once the device has them, as `TokenIds`."""
 
+    def __init__(self, ids: Tensor, host: Tensor) -> None:
+        """Begin the copy of `ids` int64 [R] to `host`, pinned where it is of another device."""
+        self._host = host[: len(ids)]
+        self._host.copy_(ids, non_blocking=True)
+        self._is_there: torch.cuda.Event | None = None
+        if ids.is_cuda:
+            self._is_there = torch.cuda.Event()
+            self._is_there.record()
+
+    def tolist(self) -> list[int]:
+        if self._is_there is not None:
+            self._is_there.synchronize()
+        ids: list[int] = self._host.tolist()
+        return ids
+
+
+class Decoded(NamedTuple):
+    """A step's ids, one for each row that was to be sampled, and its logits float32 [R, N].
+
+    The next step overwrites the logits.
+    """
+
+    token_ids: IdsOnTheWay
     logits: Tensor
-    argmax_ids: Tensor
 
 
 class CapturedDecode:
     """One token of each row and the ids that follow, with one launch and one copy to the host.
 
-    Greedy and random rows are sampled in the graph. Penalties, biases, masked ids and
-    log-probabilities need tensors of other sizes in every step: where a row asks for any of them
-    the graph ends with the logits, and all rows are sampled after it.
+    Every row is sampled in the graph, from its logits as they are. Penalties, biases, masked ids
+    and log-probabilities need tensors of other sizes in every step: rows that ask for any of them
+    are sampled again, from the logits, which all graphs leave in one tensor.
     """
 
     def __init__(
@@ -212,55 +267,44 @@ class CapturedDecode:
         capture = capture or CudaCapture()
         self._decode = decode
         self._sampler = sampler
-        self._greedy_graphs = DecodeGraphs(self._greedy_step, num_rows, device, capture)
-        self._random_graphs = {
-            mode: DecodeGraphs(partial(self._random_step, mode), num_rows, device, capture)
-            for mode in (SamplingMode.TOP_K_TOP_P, SamplingMode.RANDOM)
+        self._graphs = {
+            mode: DecodeGraphs(partial(self._step, mode), num_rows, device, capture)
+            for mode in SamplingMode
         }
-        self.max_rows = self._greedy_graphs.max_rows
+        self.max_rows = self._graphs[SamplingMode.GREEDY].max_rows
+        self._logits = torch.empty(self.max_rows, sampler.vocab_size, device=device)
+        is_cuda = device.startswith("cuda")
+        self._host_ids = [
+            torch.empty(self.max_rows, dtype=torch.int64, pin_memory=is_cuda) for _ in range(2)
+        ]
+        self._last_ids: Tensor | None = None
 
     def warm_up(self) -> None:
-        """Capture every graph, those that need most memory first: the others reuse it.
+        """Capture every graph, those that need most memory first: the others reuse it."""
+        for mode in sorted(SamplingMode, reverse=True):
+            self._graphs[mode].warm_up()
 
-        Their outputs are not shared; logits take 4·N bytes for each row of each graph.
-        """
-        for graphs in self._random_graphs.values():
-            graphs.warm_up()
-        self._greedy_graphs.warm_up()
+    def graphs(self, mode: SamplingMode) -> DecodeGraphs[Tensor]:
+        """Those that sample in a mode."""
+        return self._graphs[mode]
 
     def run(
-        self, rows: Sequence[Row], inputs: Sequence[SamplingInput]
-    ) -> list[SampledToken | None]:
-        """An id for each of the first rows, as many as there are sampling inputs.
+        self, rows: DecodeRows, sampling_rows: "NDArray[np.float64]", mode: SamplingMode
+    ) -> Decoded:
+        """An id for each of the first rows, as many as there are sampling rows, float64 [n, 5].
 
-        Raises ValueError for a slot that is out of range or named twice.
+        mode: one that is enough for all of them. Returns before the device has computed anything;
+        at most one later run may begin before the ids are read. Raises ValueError for a slot that
+        is out of range or named twice.
         """
-        if any(each.needs_logits for each in inputs):
-            logits = self._greedy_graphs.run(rows).logits
-            return self._sampler.sample(logits[: len(inputs)], inputs)
-        sampling_rows = [each.sampling_row for each in inputs]
-        mode = max((row.mode for row in sampling_rows), default=SamplingMode.GREEDY)
-        if mode is SamplingMode.GREEDY:
-            ids = self._greedy_graphs.run(rows).argmax_ids
-        else:
-            ids = self._random_graphs[mode].run(rows, sampling_rows)
-        return [as_sampled_token(token_id) for token_id in ids[: len(inputs)].tolist()]
+        last_ids = None if rows.sources is None else self._last_ids
+        given = None if mode is SamplingMode.GREEDY else sampling_rows
+        self._last_ids = self._graphs[mode].run(rows, given, last_ids)
+        self._host_ids.reverse()
+        token_ids = IdsOnTheWay(self._last_ids[: len(sampling_rows)], self._host_ids[0])
+        return Decoded(token_ids, self._logits)
 
-    def logits(self, rows: Sequence[Row]) -> Tensor:
-        """Logits of the rows and of padding, float32 [R, N]; the next run overwrites them.
-
-        Raises ValueError for a slot that is out of range or named twice.
-        """
-        outputs: GreedyOutputs = self._greedy_graphs.run(rows)
-        return outputs.logits
-
-    def _greedy_step(
-        self, ids: Tensor, positions: Tensor, slots: Tensor, _sampling_rows: Tensor
-    ) -> GreedyOutputs:
-        logits = self._decode(ids, positions, slots)
-        return GreedyOutputs(logits, ops.argmax(self._sampler.mask_unsampleable(logits)))
-
-    def _random_step(
+    def _step(
         self,
         mode: SamplingMode,
         ids: Tensor,
@@ -268,5 +312,7 @@ class CapturedDecode:
         slots: Tensor,
         sampling_rows: Tensor,
     ) -> Tensor:
-        logits = self._sampler.mask_unsampleable(self._decode(ids, positions, slots))
+        logits = self._decode(ids, positions, slots)
+        self._logits[: len(logits)] = logits
+        self._sampler.mask(logits)
         return sample_ids(logits, ops.argmax(logits), sampling_rows, mode)

@@ -19,6 +19,15 @@ def use_exact_products(device: str) -> None:
     matmul.allow_fp16_reduced_precision_reduction = False
 
 
+def reserved_memory(device: str) -> int | None:
+    """Bytes that torch has taken of a GPU, in use or not; None for a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    torch.cuda.synchronize(device)
+    reserved: int = torch.cuda.memory_reserved(device)
+    return reserved
+
+
 def check_device(device: str, error: Exception) -> None:
     """Raise DeviceFaultError from `error` if it is a fault of the device and not of a request.
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from cottention.engine.config import EngineConfig
 from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.execution.encoder_runner import EncoderRunner
+from cottention.engine.execution.encoder_runner import MASKS_TOGETHER, EncoderRunner
 from cottention.engine.execution.loading import Placed, place, pooling_of, serve
+from cottention.engine.execution.step_memory import step_memory
 from cottention.engine.state.pool import StatePool
 from cottention.engine.text.encoder_tokenizer import EncoderTokenizer
 
@@ -45,6 +46,7 @@ def load_encoder(model: str | Path | None, config: EngineConfig) -> LoadedEncode
             f"--encoder-memory {config.encoder_memory} holds {max_long_tokens} tokens of this"
             f" model: give more than for --max-batch-tokens ({config.max_batch_tokens})"
         )
+    reserve = step_memory(device, MASKS_TOGETHER, model_config.vocab_size)
     return LoadedEncoder(
         placed=placed,
         num_parameters=num_parameters,
@@ -53,7 +55,7 @@ def load_encoder(model: str | Path | None, config: EngineConfig) -> LoadedEncode
         max_long_tokens=max_long_tokens,
         runner=EncoderRunner(
             served,
-            StatePool(spec, num_slots, device),
+            StatePool(spec, num_slots, device, reserve.nbytes),
             device,
             token_ids=tokenizer.token_ids,
             chunk_tokens=config.max_batch_tokens,

@@ -19,6 +19,7 @@ from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError, ModelFolderError, ParameterError
 from cottention.engine.execution.device import use_exact_products
 from cottention.engine.execution.model_runner import ModelRunner
+from cottention.engine.execution.step_memory import longest_batch_bytes, step_memory
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.config import ModelConfig
 from cottention.engine.models.family import DelayingModel, EmbeddingModel
@@ -107,8 +108,17 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     delayed_updates = 0
     if isinstance(served, DelayingModel) and served.delays_updates:
         delayed_updates = ops.num_delayed_updates()
-    pool = StatePool(spec, num_slots, device, delayed_updates=delayed_updates)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
+
+    def new_runner(pool: StatePool) -> ModelRunner:
+        return ModelRunner(served, pool, sampler, device, new_pooler)
+
+    max_tokens = config.max_batch_tokens
+    max_length = model_config.longest_prompt_part(max_tokens)
+    layers = longest_batch_bytes(new_runner, spec, device, max_tokens, max_length)
+    reserve = step_memory(device, num_slots, model_config.vocab_size, layers)
+    _log.info("kept free beside weights and states: %s", reserve)
+    pool = StatePool(spec, num_slots, device, reserve.nbytes, delayed_updates=delayed_updates)
     return LoadedModel(
         placed=placed,
         num_parameters=num_parameters,
@@ -116,7 +126,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
         tokenizer=tokenizer,
         default_sampling_params=_sampling_defaults(config, generation_config, folder),
         pool=pool,
-        runner=ModelRunner(served, pool, sampler, device, new_pooler),
+        runner=new_runner(pool),
     )
 
 

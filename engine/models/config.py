@@ -67,6 +67,10 @@ class ModelConfig(ABC):
             return None
         return min(self.trained_length, self.max_exact_length or self.trained_length)
 
+    def longest_prompt_part(self, max_tokens: int) -> int:
+        """Ids of one prompt in a step of `max_tokens`, at most."""
+        return min(max_tokens, self.max_exact_length or max_tokens)
+
     @property
     def reachable_ends(self) -> tuple[int, ...]:
         """Ends of text that can be sampled: a config.json may name ids that the model lacks."""

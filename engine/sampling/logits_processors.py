@@ -26,7 +26,7 @@ _MIN_PENALTY = 1e-30
 
 @dataclass(frozen=True, slots=True)
 class LogitsAdjustment:
-    """What changes the logits of one row; false if nothing does.
+    """What changes the logits of one row, or is told of them; false if nothing is.
 
     counts: how often each id of its prompt and text was generated, empty without a penalty.
     masked_token_ids: ids that must not be sampled in this step, besides those of the constraints.
@@ -53,8 +53,9 @@ class LogitsAdjustment:
 
     def __bool__(self) -> bool:
         tensors = (self.mask, self.constraints.biases, self.grammar_mask)
+        is_told = self.params.logprobs is not None
         has_ids = any(each is not None for each in tensors)
-        return has_ids or bool(self.masked_token_ids or self.counts or self.repeats)
+        return is_told or has_ids or bool(self.masked_token_ids or self.counts or self.repeats)
 
 
 def adjust_logits(logits: Tensor, adjustments: Mapping[int, LogitsAdjustment]) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # it holds tensors; histories need no torch
 class TokenHistory:
     """The ids of one choice, as far as its parameters need them.
 
+    matters: whether generated ids change what comes next, besides the model; else none need be
+    appended.
     counts: how often each id of the prompt and the text was generated, in earlier turns of a
     session too; empty where there is no penalty.
     """
@@ -40,12 +42,8 @@ class TokenHistory:
 
         rules = constraints.repeats
         self._repeats = None if rules is None else Repeats(rules, all_ids)
-
-    @property
-    def matters(self) -> bool:
-        """Whether ids that were generated change what comes next, besides the model."""
-        is_recalled = self._repeats is not None or bool(self._constraints.bad_words)
-        return self._is_counting or is_recalled
+        is_recalled = self._repeats is not None or bool(constraints.bad_words)
+        self.matters = self._is_counting or is_recalled
 
     def append(self, token_id: int) -> None:
         """Add a generated id."""

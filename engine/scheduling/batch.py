@@ -1,11 +1,12 @@
 """What one step computes, and its result."""
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from cottention.engine.outputs import SampledToken, TokenLogprob
+from cottention.engine.outputs import TokenLogprob
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.context_window import PrefillSpan
 
@@ -37,24 +38,31 @@ class PrefillChunk:
 class LookaheadRow(NamedTuple):
     """A decoding choice whose next id is also fed to its spare row.
 
-    start: first index of the context that the spare row holds.
+    start: first index of the context that the spare row holds. index: of the id.
     """
 
     choice: Choice
     start: int
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """The work of one step: choices that decode one token, prompt chunks, and lookahead rows.
 
-    late: choices that are sampled from the logits of an earlier step.
+    indices: of the id that each decoding choice is fed. renewed: those whose context begins anew
+    with it. late: choices that are sampled from the logits of an earlier step.
+    num_ahead: so many of the decoding choices, the first, are fed the ids that the step before
+    samples, which are on the device.
     """
 
     decode: list[Choice]
     prefill: list[PrefillChunk]
     lookahead: list[LookaheadRow] = field(default_factory=list)
     late: list[Choice] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
+    renewed: list[Choice] = field(default_factory=list)
+    num_ahead: int = 0
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill or self.late)
@@ -66,24 +74,30 @@ class Batch:
         return list(dict.fromkeys(requests + [chunk.request for chunk in self.prefill]))
 
 
-class Sample(NamedTuple):
-    """An id that was sampled for a choice."""
+class TokenIds(Protocol):
+    """Sampled ids, which a device may still compute."""
 
-    choice: Choice
-    token: SampledToken
+    def tolist(self) -> list[int]:
+        """The ids; waits until they are there."""
+        ...
 
 
 class BatchResult(NamedTuple):
     """The result of a step.
 
-    unsampled: choices for which no id could be sampled. prompt_logprobs: of the prompt ids that
-    follow those of each chunk, where the request asks for them. embeddings: of the requests whose
-    prompts are complete and that ask for one. late_logits: float32 [1, N] each, of choices whose
-    grammars' masks were not there in time.
+    choices, token_ids: the id that was sampled for each choice; NO_INDEX where none could be.
+    logprobs: of the ids, where requested. prompt_logprobs: of the prompt ids that follow those of
+    each chunk, where the request asks for them. embeddings: of the requests whose prompts are
+    complete and that ask for one. late_logits: float32 [1, N] each, of choices whose grammars'
+    masks were not there in time.
     """
 
-    samples: list[Sample]
-    unsampled: list[Choice]
-    prompt_logprobs: dict[Request, list[TokenLogprob]]
+    choices: Sequence[Choice]
+    token_ids: TokenIds
+    logprobs: Mapping[Choice, TokenLogprob] = MappingProxyType({})
+    prompt_logprobs: Mapping[Request, list[TokenLogprob]] = MappingProxyType({})
     embeddings: Mapping[Request, bytes] = MappingProxyType({})
     late_logits: Mapping[Choice, "Tensor"] = MappingProxyType({})
+
+
+NO_IDS = array("q")

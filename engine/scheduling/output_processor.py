@@ -1,6 +1,6 @@
 """Sampled ids to `Output`s: text, stop strings, finish reasons and the session after its turn."""
 
-from cottention.engine.outputs import FinishReason, Output, SampledToken, TokenLogprob
+from cottention.engine.outputs import FinishReason, Output, TokenLogprob
 from cottention.engine.scheduling.request import Choice
 from cottention.engine.state.session_state import SessionState
 
@@ -12,33 +12,29 @@ class OutputProcessor:
         """`window`: how many of its last ids a session state keeps."""
         self._window = window
 
-    def process(self, choice: Choice, sampled: SampledToken) -> Output:
+    def process(self, choice: Choice, token_id: int, logprob: TokenLogprob | None = None) -> Output:
         """The output of an id that has just been appended to its choice.
 
         finish_reason is set where the id ends the choice; `state` then has a session's new ids,
         but none of them in its rows.
         """
-        request, params = choice.request, choice.request.params
-        token_id, logprob = sampled
+        request, detokenizer = choice.request, choice.detokenizer
+        params = request.params
         if choice.num_generated == params.min_tokens:
-            choice.detokenizer.watch(params.stop)
+            detokenizer.watch(params.stop)
         is_stop_id = token_id in request.constraints.stop_token_ids
         is_written = not is_stop_id or params.include_stop_str_in_output
-        text = choice.detokenizer.push(token_id) if is_written else ""
-        reason, state = _finish_reason(choice, is_stop_id), None
-        if reason is not None:
-            text += _final_text(choice)
-            reason = _finish_reason(choice, is_stop_id) or reason  # it may complete a stop string
-            state = self._session_state(choice)
-        return _output(
-            choice,
-            text,
-            (token_id,),
-            reason,
-            stop_reason=None if reason is None else _stop_reason(choice, token_id),
-            logprobs=() if logprob is None else (logprob,),
-            state=state,
-        )
+        text = detokenizer.push(token_id) if is_written else ""
+        logprobs = () if logprob is None else (logprob,)
+        reason = _finish_reason(choice, is_stop_id)
+        if reason is None:
+            return _output(choice, text, (token_id,), None, logprobs)
+        text += _final_text(choice)
+        reason = _finish_reason(choice, is_stop_id) or reason  # it may complete a stop string
+        output = _output(choice, text, (token_id,), reason, logprobs)
+        output.stop_reason = _stop_reason(choice, token_id)
+        output.state = self._session_state(choice)
+        return output
 
     def replay(self, choice: Choice, token_ids: tuple[int, ...]) -> Output:
         """The output of ids that the choice's turn has generated before, which did not end it."""
@@ -58,8 +54,10 @@ class OutputProcessor:
         reason is LENGTH: a turn that is cut leaves no state.
         """
         text = "" if reason is FinishReason.ERROR else _final_text(choice)
-        state = self._session_state(choice) if reason is FinishReason.LENGTH else None
-        return _output(choice, text, (), reason, error=error, state=state)
+        output = _output(choice, text, (), reason)
+        output.error = error
+        output.state = self._session_state(choice) if reason is FinishReason.LENGTH else None
+        return output
 
     def _session_state(self, choice: Choice) -> SessionState | None:
         """The session after the turn, with the turn's ids pending; None without a session."""
@@ -76,37 +74,35 @@ def _output(
     text: str,
     token_ids: tuple[int, ...],
     reason: FinishReason | None,
-    *,
-    error: str | None = None,
-    stop_reason: str | int | None = None,
     logprobs: tuple[TokenLogprob, ...] = (),
-    state: SessionState | None = None,
 ) -> Output:
-    """An output with the per-request fields, which are sent with choice 0 only."""
+    """An output with the per-request fields, some of which are sent with choice 0 only.
+
+    One for each token: its fields are given by place, as far as each output needs them.
+    """
     request = choice.request
-    prompt_logprobs, num_cached = None, 0
-    if choice.index == 0:
-        is_first = choice.num_generated == len(token_ids)
-        if is_first and request.params.prompt_logprobs is not None:
-            prompt_logprobs = tuple(request.prompt_logprobs)
-        if reason is not None:
-            num_cached = request.num_cached
-    return Output(
+    output = Output(
         request.id,
         choice.index,
         text,
         token_ids,
         reason,
-        error,
-        stop_reason,
+        None,
+        None,
         logprobs,
-        prompt_logprobs,
-        state,
-        num_cached,
+        None,
+        None,
+        0,
         choice.context_start,
         request.started,
-        None if reason is None else request.encoded,
     )
+    is_first = choice.index == 0 and choice.num_generated == len(token_ids)
+    if is_first and request.params.prompt_logprobs is not None:
+        output.prompt_logprobs = tuple(request.prompt_logprobs)
+    if reason is not None:
+        output.num_cached = request.num_cached if choice.index == 0 else 0
+        output.encoded = request.encoded
+    return output
 
 
 def _final_text(choice: Choice) -> str:

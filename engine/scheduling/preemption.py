@@ -1,11 +1,10 @@
 """States of paused and preempted requests, parked on the host so that their slots serve others."""
 
-from torch import Tensor
-
 from cottention.engine.scheduling.request import Choice, Request, RequestStatus
 from cottention.engine.state.pool import StatePool
+from cottention.engine.state.state_copy import StateCopy
 
-_Rows = list[tuple[Tensor, ...]]
+_Rows = list[StateCopy]
 """Copies of a choice's rows: the one in use, then the spare row where there is one."""
 
 

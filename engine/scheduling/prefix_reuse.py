@@ -80,12 +80,15 @@ class PrefixReuse:
             self._cache.put(tree, ids, lambda: self._pool.read(chunk.row), is_lasting=is_lasting)
 
     def save_at_end(self, choice: Choice) -> None:
-        """Keep the state of a choice that has ended by itself and still has its slot."""
+        """Keep the state of a choice that has ended by itself and still has its slot.
+
+        A step that is under way has put its last id into it.
+        """
         request = choice.request
-        prompt, num_fed = request.cached_prompt, choice.position - request.prefill_stop
+        prompt, num_fed = request.cached_prompt, choice.num_fed - request.prefill_stop
         if prompt is None or not request.keeps_answer or num_fed > len(choice.generated_ids):
             return
-        start = request.context_schedule.start(choice.position - 1)
+        start = request.context_schedule.start(choice.num_fed - 1)
         ids = (prompt.ids + packed(choice.generated_ids[:num_fed]))[ID_BYTES * start :]
         self._cache.put(
             prompt.tree(start), ids, lambda: self._pool.read(choice.row), is_lasting=True

@@ -63,13 +63,18 @@ _NEXT_STATUSES = {
 class Choice:
     """One continuation of a request's prompt.
 
-    position: number of ids in its state. pending: ids sampled after them, not in the state yet.
+    position: number of ids in its state, as far as steps are told. pending: ids sampled after
+    them, not in the state yet. num_fed: the same with those of a step that is under way.
     slot: of the pool, while the request has slots and the choice has not ended. rows: of that slot,
     first the row in use, then the spare row where the pool has spare rows.
     generated_ids: all sampled ids, kept only for a request that continues a session, and, up to
     MAX_ANSWER_IDS, for one whose last state is cached.
     matcher: where its text is in the request's grammar, until it has ended; None without one.
-    is_plain: whether all its ids from now on are the likeliest ones, of unchanged logits.
+    context, steady_until: the first index of the context in which it was scheduled last, and the
+    index of the first id for which that, or that no row is computed ahead, may change.
+    is_plain: whether all its ids from now on are sampled from unchanged logits.
+    max_ahead: number of generated ids below which its next id may be computed before its last one
+    is known. 0: never, since a session keeps the state that it ends with, without its last id.
     late_logits: float32 [1, N], of the next id, while that waits for the grammar's mask: `pending`
     is in the state then.
     """
@@ -79,6 +84,9 @@ class Choice:
     detokenizer: Detokenizer
     history: TokenHistory
     position: int
+    num_fed: int
+    context: int = 0
+    steady_until: int = 0
     slot: int | None = None
     rows: list[int] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
@@ -88,6 +96,7 @@ class Choice:
     matcher: "Matcher | None" = None
     late_logits: "Tensor | None" = None
     is_plain: bool = False
+    max_ahead: int = 0
 
     @property
     def has_mask(self) -> bool:
@@ -104,24 +113,39 @@ class Choice:
         """The pool's row in which its state after the next renewal is computed."""
         return self.rows[1]
 
-    @property
-    def lookahead_start(self) -> int | None:
-        """First index of the next context, if the ids fed next belong to that context, too."""
-        return self.request.context_schedule.ahead(self.position, self.request.last_index)
+    def lookahead_start(self, index: int) -> int | None:
+        """First index of the next context, if the id at `index` belongs to that context, too."""
+        return self.request.context_schedule.ahead(index, self.request.last_index)
+
+    def enter_context(self, index: int) -> bool:
+        """Note the context in which the id at `index` is computed; whether it is another one."""
+        schedule, before = self.request.context_schedule, self.context
+        self.context = schedule.start(index)
+        self.steady_until = schedule.steady_until(index)
+        return self.context != before
 
     @property
     def context_start(self) -> int:
         """Index of the oldest id that the next id depends on."""
-        num_ids = self.position + len(self.pending)
-        return self.request.context_schedule.start(num_ids - 1) if num_ids else 0
+        index = self.position + len(self.pending) - 1
+        if index < self.steady_until:
+            return self.context
+        return self.request.context_schedule.start(index) if index >= 0 else 0
+
+    def set_plain(self) -> None:
+        """Note that its ids are sampled from unchanged logits from now on."""
+        self.is_plain = True
+        request = self.request
+        self.max_ahead = 0 if request.start is not None else request.params.max_tokens - 1
 
     def append_token(self, token_id: int) -> None:
         """Add a sampled id, which is not in the state yet."""
-        self.pending.append(token_id)
-        self.history.append(token_id)
         request = self.request
-        is_cached = request.keeps_answer and self.num_generated < MAX_ANSWER_IDS
-        if request.start is not None or is_cached:
+        self.pending.append(token_id)
+        if self.history.matters:
+            self.history.append(token_id)
+        may_be_cached = request.cached_prompt is not None and self.num_generated < MAX_ANSWER_IDS
+        if request.start is not None or (may_be_cached and request.keeps_answer):
             self.generated_ids.append(token_id)
         self.num_generated += 1
 
@@ -251,7 +275,9 @@ class Request:
             text = Detokenizer(table, () if params.min_tokens else params.stop, undecoded)
             known = self.ids[: len(self.ids) - len(self.replayed)]
             history = TokenHistory(params, fed, self.constraints, session.counts, known)
-            self.choices.append(Choice(self, index, text, history, self.prefill_stop))
+            stop = self.prefill_stop
+            context = self.context_schedule.start(max(stop - 1, 0))
+            self.choices.append(Choice(self, index, text, history, stop, stop, context))
 
     def set_status(self, status: RequestStatus) -> None:
         """Change the status. Called by RequestManager alone."""

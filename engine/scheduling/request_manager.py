@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from cottention.engine.encoding import Encoded
 from cottention.engine.errors import ParameterError
-from cottention.engine.outputs import FinishReason, Output
-from cottention.engine.scheduling.batch import Batch, BatchResult, Sample
+from cottention.engine.outputs import FinishReason, Output, TokenLogprob
+from cottention.engine.scheduling.batch import Batch, BatchResult
 from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
 from cottention.engine.scheduling.prefix_reuse import PrefixReuse
@@ -95,7 +95,7 @@ class RequestManager:
     def advance(self, batch: Batch, result: BatchResult) -> list[Output]:
         """Note what a step has put into the states; requests that generate nothing end here."""
         for choice in batch.decode:
-            choice.position += len(choice.pending)
+            choice.position += 1
             choice.pending = []
         for choice in batch.late:
             choice.late_logits = None
@@ -118,12 +118,13 @@ class RequestManager:
                 self._scheduler.start_decoding(request)
         return outputs
 
-    def append_token(self, sample: Sample) -> Output:
+    def append_token(
+        self, choice: Choice, token_id: int, logprob: TokenLogprob | None = None
+    ) -> Output:
         """Append a sampled id to its choice, which may end with it."""
-        choice, token = sample
-        choice.append_token(token.token_id)
+        choice.append_token(token_id)
         self.num_generated_tokens += 1
-        output = self._output_processor.process(choice, token)
+        output = self._output_processor.process(choice, token_id, logprob)
         reason = output.finish_reason
         if reason is not None:
             output = self._with_rows(output, choice)

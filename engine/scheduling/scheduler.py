@@ -8,6 +8,9 @@ of its client, and clients take turns at the slots, which a running request give
 """
 
 from collections import deque
+from collections.abc import Collection
+from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple
 
 from cottention.engine.scheduling.batch import Batch, LookaheadRow, PrefillChunk
@@ -154,27 +157,87 @@ class Scheduler:
         self._waiting.charge_step()
         reserved = max(1, self._budget // _PREFILL_SHARE) if self._prefilling else 0
         late = [choice for choice in self._late if choice.has_mask]
-        decode, lookahead = self._schedule_decode(max(1, self._budget - reserved))
-        self._decoding.rotate(-len(decode))
+        batch = self._decode_batch(self._decoding, max(1, self._budget - reserved))
+        self._decoding.rotate(-len(batch.decode))
         for choice in late:  # it decodes again when it has its id
             del self._late[choice]
             self._decoding.append(choice)
-        prefill = self._schedule_prefill(self._prefill_budget(len(decode) + len(lookahead)))
-        return Batch(decode, prefill, lookahead, late)
+        num_tokens = len(batch.decode) + len(batch.lookahead)
+        prefill = self._schedule_prefill(self._prefill_budget(num_tokens))
+        return replace(batch, prefill=prefill, late=late)
 
-    def _schedule_decode(self, budget: int) -> tuple[list[Choice], list[LookaheadRow]]:
-        """Decoding choices that fit, at least one, and the lookahead rows among them."""
-        decode: list[Choice] = []
+    def schedule_ahead(self, batch: Batch, num_free_slots: int, max_rows: int) -> Batch | None:
+        """The step after one whose ids are not known yet; None where these have to be waited for.
+
+        Decoding choices alone, at most max_rows, and only where no prompt is prefilled and none
+        could start. Those that end with the id sit it out, and so do those of sessions, which keep
+        the state before their last id, since any id may be the last.
+        """
+        is_mixed = batch.prefill or batch.late or self._prefilling or self._late
+        num_rows = len(batch.decode) + len(batch.lookahead)
+        if is_mixed or num_rows > max_rows or self._can_admit(num_free_slots):
+            return None
+        ahead = [
+            choice
+            for choice in batch.decode
+            if choice.num_generated < choice.max_ahead and choice.finish_reason is None
+        ]
+        if not ahead:
+            return None
+        known: list[Choice] = []
+        if len(self._decoding) > len(ahead):
+            in_flight = set(batch.decode)
+            known = [choice for choice in self._decoding if choice not in in_flight]
+        self._waiting.charge_step()
+        return self._decode_batch([*known, *ahead], min(self._budget, max_rows), len(known))
+
+    def _can_admit(self, num_free_slots: int) -> bool:
+        """Whether `admit` would start a request."""
+        blocked: list[Client] = []
+        while (request := self._waiting.next(blocked)) is not None:
+            num_missing = request.num_slots - num_free_slots
+            if num_missing <= 0 or self._victims(request, num_missing):
+                return True
+            blocked.append(request.client)
+        return False
+
+    def _decode_batch(
+        self, choices: Collection[Choice], budget: int, num_known: int | None = None
+    ) -> Batch:
+        """The choices that fit, at least one, and the lookahead rows among them.
+
+        num_known: choices from there on are fed the id after the one that they are fed now.
+        """
+        decode = [*islice(choices, budget)]
+        num_known = len(decode) if num_known is None else num_known
+        indices = [choice.position for choice in decode]
+        indices[num_known:] = [index + 1 for index in indices[num_known:]]
         lookahead: list[LookaheadRow] = []
-        for choice in self._decoding:
-            start = choice.lookahead_start
-            num_tokens = len(decode) + len(lookahead) + (1 if start is None else 2)
-            if decode and num_tokens > budget:
+        renewed: list[Choice] = []
+        for place, (choice, index) in enumerate(zip(decode, indices, strict=True)):
+            if index < choice.steady_until:
+                continue
+            start = choice.lookahead_start(index)
+            num_tokens = place + len(lookahead) + (1 if start is None else 2)
+            if place and num_tokens > budget:
+                budget = place + len(lookahead)
                 break
-            decode.append(choice)
+            if choice.enter_context(index):
+                renewed.append(choice)
             if start is not None:
-                lookahead.append(LookaheadRow(choice, start))
-        return decode, lookahead
+                lookahead.append(LookaheadRow(choice, start, index))
+        num = max(1, budget - len(lookahead))
+        decode, indices = decode[:num], indices[:num]
+        for choice, index in zip(decode, indices, strict=True):
+            choice.num_fed = index + 1
+        return Batch(
+            decode,
+            [],
+            lookahead,
+            indices=indices,
+            renewed=renewed,
+            num_ahead=max(0, len(decode) - num_known),
+        )
 
     def _prefill_budget(self, num_decode: int) -> int:
         """Prompt tokens of the step: so few that they delay decoding by a step at most."""

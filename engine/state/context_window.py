@@ -15,6 +15,7 @@ in the slot's spare row while the current one runs, which costs R / (W − R) pr
     third                                               |..spare...|----
 """
 
+import sys
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,10 @@ class ContextSchedule(Protocol):
         """
         ...
 
+    def steady_until(self, index: int) -> int:
+        """Ids from `index` to below this one have the start of that at `index`, and none ahead."""
+        ...
+
     def windows(self, stop: int) -> list[Window]:
         """All states in which ids 0:stop are computed, in order."""
         ...
@@ -67,6 +72,9 @@ class ExactSchedule:
 
     def ahead(self, index: int, last: int) -> int | None:  # noqa: ARG002
         return None
+
+    def steady_until(self, index: int) -> int:  # noqa: ARG002
+        return sys.maxsize
 
     def windows(self, stop: int) -> list[Window]:
         return [Window(0, 0, stop)]
@@ -99,6 +107,9 @@ class RenewalSchedule:
     def ahead(self, index: int, last: int) -> int | None:
         begin = self.start(index) + self.stride
         return begin if index >= begin and last >= begin + self.kept else None
+
+    def steady_until(self, index: int) -> int:
+        return max(index, self.start(index) + self.stride)
 
     def windows(self, stop: int) -> list[Window]:
         bounds = [0, *range(self.window, stop, self.stride), stop]

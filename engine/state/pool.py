@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from cottention.engine.errors import OutOfMemoryError
+from cottention.engine.state.copies import copies_on
 from cottention.engine.state.delayed_updates import DelayedUpdates
 from cottention.engine.state.spec import StateDType, StateSpec, StateTensor
+from cottention.engine.state.state_copy import StateCopy
 
 _DTYPES: dict[StateDType, torch.dtype] = {"float32": torch.float32}
-
-_HEADROOM = {"cpu": 64 * 2**20, "cuda": 2**30}
-"""Bytes that must stay free beside the pool for the steps themselves; graphs keep theirs."""
 
 
 class StatePool:
@@ -29,13 +28,21 @@ class StatePool:
     """
 
     def __init__(
-        self, spec: StateSpec, num_slots: int, device: str, *, delayed_updates: int = 0
+        self,
+        spec: StateSpec,
+        num_slots: int,
+        device: str,
+        reserve: int = 0,
+        *,
+        delayed_updates: int = 0,
     ) -> None:
-        """delayed_updates: of a row, at most; the step that adds as many writes the row.
+        """reserve: bytes that must stay free beside the pool, for the steps themselves.
+
+        delayed_updates: of a row, at most; the step that adds as many writes the row.
 
         Raises OutOfMemoryError before anything is allocated.
         """
-        _check_memory(spec, num_slots, device)
+        _check_memory(spec, num_slots, device, reserve)
         self.spec = spec
         self.num_slots = num_slots
         self.num_rows = 2 * num_slots if spec.has_spare else num_slots
@@ -45,6 +52,7 @@ class StatePool:
         self.delayed: DelayedUpdates | None = None
         if delayed_updates > 1:
             self.delayed = DelayedUpdates(self.tensors["state"], delayed_updates)
+        self._copies = copies_on(device)
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -98,16 +106,18 @@ class StatePool:
             for target in targets:
                 tensor[target].copy_(tensor[source])
 
-    def read(self, row: int) -> tuple[Tensor, ...]:
-        """Copies of a row's tensors [L, ...] on the host, in the order of the spec."""
+    def read(self, row: int) -> StateCopy:
+        """A copy of a row's tensors [L, ...] on the host, in the order of the spec.
+
+        Does not wait for the device: whoever reads the copy does.
+        """
         self.settle([row])
-        return tuple(tensor[row].to("cpu", copy=True) for tensor in self.tensors.values())
+        return self._copies.read([tensor[row] for tensor in self.tensors.values()])
 
     def write(self, row: int, values: Sequence[Tensor]) -> None:
         """Set a row to what `read` returned."""
         self._overwrite(row)
-        for tensor, value in zip(self.tensors.values(), values, strict=True):
-            tensor[row].copy_(value)
+        self._copies.write([tensor[row] for tensor in self.tensors.values()], values)
 
 
 def _allocated(tensor: StateTensor, num_rows: int, device: str) -> Tensor:
@@ -123,9 +133,9 @@ def _allocated(tensor: StateTensor, num_rows: int, device: str) -> Tensor:
         ) from error
 
 
-def _check_memory(spec: StateSpec, num_slots: int, device: str) -> None:
+def _check_memory(spec: StateSpec, num_slots: int, device: str, reserve: int) -> None:
     needed = spec.bytes_per_slot * num_slots
-    available = available_memory(device) - _HEADROOM[torch.device(device).type]
+    available = available_memory(device) - reserve
     if needed > available:
         most = max(available, 0) // spec.bytes_per_slot
         remedy = f"give --max-slots {most} or fewer, or a smaller --state-memory"

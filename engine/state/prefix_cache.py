@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from cottention.engine.state.state_copy import num_bytes
+
 if TYPE_CHECKING:  # the scheduler loads no torch
     from torch import Tensor
 
-Rows = tuple["Tensor", ...]
+Rows = Sequence["Tensor"]
 """The tensors of one row of the pool."""
 
 ID_BYTES = 4
@@ -140,9 +142,9 @@ class PrefixCache:
         node = self._node_at(tree, ids)
         if node.rows is None:
             node.rows = read()
-            self._nbytes += _nbytes(node.rows)
+            self._nbytes += num_bytes(node.rows)
             self._probation[node] = None
-            self._probation_nbytes += _nbytes(node.rows)
+            self._probation_nbytes += num_bytes(node.rows)
         if is_lasting or node in self._lasting:
             self._make_lasting(node)
         while self._nbytes > self._max_bytes and (self._lasting or self._probation):
@@ -163,7 +165,7 @@ class PrefixCache:
         if node in self._probation:
             assert node.rows is not None
             del self._probation[node]
-            self._probation_nbytes -= _nbytes(node.rows)
+            self._probation_nbytes -= num_bytes(node.rows)
         self._lasting[node] = None
         self._lasting.move_to_end(node)
 
@@ -205,11 +207,11 @@ class PrefixCache:
         if self._probation and (is_over or not self._lasting):
             node, _ = self._probation.popitem(last=False)
             assert node.rows is not None
-            self._probation_nbytes -= _nbytes(node.rows)
+            self._probation_nbytes -= num_bytes(node.rows)
         else:
             node, _ = self._lasting.popitem(last=False)
             assert node.rows is not None
-        self._nbytes -= _nbytes(node.rows)
+        self._nbytes -= num_bytes(node.rows)
         node.rows = None
         self._prune(node)
 
@@ -227,7 +229,3 @@ class PrefixCache:
             self._nbytes -= node.nbytes + child.nbytes
             child.parent, child.edge = node.parent, node.edge + child.edge
             self._added(child)
-
-
-def _nbytes(rows: Rows) -> int:
-    return sum(row.nbytes for row in rows)

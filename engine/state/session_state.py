@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from cottention.engine.errors import ContextPolicyError
 from cottention.engine.state.context_window import ContextPolicy
+from cottention.engine.state.state_copy import num_bytes
 
 if TYPE_CHECKING:  # the scheduler imports this module without torch
     from torch import Tensor
@@ -31,8 +32,9 @@ class SessionState:
     """All that the next token of a session depends on, besides the model and the request.
 
     rows: float32 tensors on the host, in the pool's order: state [L, H, V, K] and, where the
-    attention has one, denominator [L, H, K]. Empty: zeros, or, where `position` is not 0, a state
-    that no token will be computed in, because the next one's context begins among the recent ids.
+    attention has one, denominator [L, H, K]; perhaps a StateCopy, on which readers wait. Empty:
+    zeros, or, where `position` is not 0, a state that no token will be computed in, because the
+    next one's context begins among the recent ids.
     position: number of ids that are in the rows. pending: ids that follow them.
     recent: the last ids of all, pending ones included, as many as renewal may need.
     counts: id → how often it was generated; 0 for an id that was only in a prompt.
@@ -40,7 +42,7 @@ class SessionState:
     context_policy: how the rows were computed; fixed once the session is longer than the window.
     """
 
-    rows: "tuple[Tensor, ...]" = ()
+    rows: "Sequence[Tensor]" = ()
     position: int = 0
     pending: tuple[int, ...] = ()
     recent: tuple[int, ...] = ()
@@ -61,7 +63,7 @@ class SessionState:
     @property
     def nbytes(self) -> int:
         """Bytes of the rows."""
-        return sum(row.nbytes for row in self.rows)
+        return num_bytes(self.rows)
 
     def recipe(self) -> Self | None:
         """The same session without rows: the next turn computes them again from its recent ids.
@@ -113,7 +115,7 @@ class SessionState:
         """The same ids with `rows` that hold the first `position` of them."""
         return replace(
             self,
-            rows=tuple(rows),
+            rows=rows,
             position=position,
             pending=self.pending[position - self.position :],
         )

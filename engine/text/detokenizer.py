@@ -9,15 +9,17 @@ from collections.abc import Sequence
 
 
 class Detokenizer:
-    """The text of one choice as it is generated. `stop`: the stop string that ended it, if any."""
+    """The text of one choice as it is generated.
+
+    stop: the stop string that ended it, if any. undecoded: bytes of an incomplete character.
+    """
 
     def __init__(
         self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), undecoded: bytes = b""
     ) -> None:
-        """undecoded: bytes of an incomplete character from earlier ids, as `pause` left them."""
+        """undecoded: those of earlier ids, as `pause` left them."""
         self._token_bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._decoder.setstate((undecoded, 0))
+        self.undecoded = undecoded
         self._held = ""
         self.stop: str | None = None
         self.watch(stop)
@@ -28,12 +30,10 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Add an id; returns the text that can be emitted."""
-        return self._release(self._decoder.decode(self._token_bytes[token_id]))
-
-    @property
-    def undecoded(self) -> bytes:
-        """Bytes of an incomplete character."""
-        return self._decoder.getstate()[0]
+        written = self.undecoded + self._token_bytes[token_id]
+        text, num_decoded = codecs.utf_8_decode(written, "replace")
+        self.undecoded = written[num_decoded:]
+        return self._release(text) if self._watched else text
 
     def pause(self) -> str:
         """As `finish`, where more may follow later: an incomplete character stays `undecoded`."""
@@ -44,7 +44,8 @@ class Detokenizer:
         """Text that was held back; U+FFFD for an incomplete character."""
         if self.stop is not None:
             return ""
-        text = self._release(self._decoder.decode(b"", final=True))
+        text, self.undecoded = self.undecoded.decode(errors="replace"), b""
+        text = self._release(text)
         rest, self._held = self._held, ""
         return text if self.stop is not None else text + rest
 

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ from safetensors.torch import save_file
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import CottentionForCausalLM, map_weight
 from cottention.engine.models.weight_files import read_weights
-from cottention.engine.outputs import SampledToken
 from cottention.engine.sampling.token_constraints import TokenConstraints
 from cottention.engine.sampling_params import SamplingParams
-from cottention.engine.scheduling.batch import BatchResult, Sample
+from cottention.engine.scheduling.batch import BatchResult
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.state.session_state import SessionState
 from cottention.engine.state.spec import StateSpec, StateTensor, recurrence_tensors
@@ -216,4 +216,4 @@ def make_request(name: str, prompt_ids: list[int], params: SamplingParams) -> Re
 
 def drew(ids: dict[Choice, int]) -> BatchResult:
     """A step in which each choice drew this id."""
-    return BatchResult([Sample(choice, SampledToken(i, None)) for choice, i in ids.items()], [], {})
+    return BatchResult([*ids], array("q", ids.values()))

@@ -193,6 +193,9 @@ class FakeEngine:
         running = list(self.running.values())
         return any(not each.is_paused or each.cancelled_at is not None for each in running)
 
+    def warm_up(self) -> None:
+        """Nothing is computed."""
+
     def step(self) -> list[Output]:
         self.may_step.wait()
         time.sleep(self.step_seconds)

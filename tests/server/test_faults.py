@@ -23,7 +23,8 @@ from torch import Tensor
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.errors import SnapshotError
-from cottention.engine.scheduling.batch import Sample
+from cottention.engine.execution.model_runner import Targets
+from cottention.engine.scheduling.request import Choice
 from cottention.engine.sessions.manager import SessionManager
 from cottention.engine.sessions.store import SqliteStore
 from cottention.server.config import ServerConfig
@@ -81,7 +82,7 @@ class Saboteur:
         patch.setattr(runner._model, "hidden", self._failing("model", runner._model.hidden))
         sampler = runner._sampler
         patch.setattr(sampler, "_adjusted", self._failing("sampler", sampler._adjusted))
-        patch.setattr(sampler, "sample", self._spoiling(sampler.sample))
+        patch.setattr(runner, "_sample", self._spoiling(runner._sample))
         patch.setattr(
             engine._request_manager,
             "append_token",
@@ -113,21 +114,21 @@ class Saboteur:
     def _spoiling(self, sample: Any) -> Any:
         """Logits of one row that are not finite touch its request alone."""
 
-        def spoiling(logits: Tensor, draws: Any) -> Any:
+        def spoiling(targets: Targets, logits: Tensor, *given: Any) -> Any:
             if self._takes("logits"):
-                row = self._chance.randrange(len(draws))
+                row = self._chance.randrange(len(targets.choices))
                 logits[row] = torch.nan
-                self.touched.add(draws[row].params.seed)
-            return sample(logits, draws)
+                self.touched.add(targets.choices[row].request.seed)
+            return sample(targets, logits, *given)
 
         return spoiling
 
     def _mistelling(self, accept: Any) -> Any:
-        def mistelling(sample: Sample) -> Any:
+        def mistelling(choice: Choice, *given: Any) -> Any:
             if self._takes("text"):
-                self.touched.add(sample.choice.request.seed)
+                self.touched.add(choice.request.seed)
                 raise Broken("text")
-            return accept(sample)
+            return accept(choice, *given)
 
         return mistelling
 

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.execution.cuda_graphs import MAX_ROWS, CapturedDecode, DecodeGraphs, Row
+from cottention.engine.execution.cuda_graphs import (
+    MAX_ROWS,
+    CapturedDecode,
+    DecodeGraphs,
+    DecodeRows,
+)
 from cottention.engine.execution.model_runner import ModelRunner
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -71,6 +76,18 @@ def test_captured_and_plain_steps_agree_on_a_gpu(gptj_folder: Path, kind: dict[s
     assert generated(captured, params) == generated(plain, params) == expected
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_steps_ahead_give_the_same_ids_on_a_gpu(
+    gptj_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids are taken from the device before the host has them; streams end at different steps."""
+    config = EngineConfig(max_slots=5, device="cuda", dtype="float32")
+    params = SamplingParams(max_tokens=40, seed=3, temperature=1.3, top_p=0.95)
+    ahead = generated(Engine(gptj_folder, config), params)
+    monkeypatch.setattr(ModelRunner, "max_rows_ahead", 0)
+    assert generated(Engine(gptj_folder, config), params) == ahead
+
+
 def doubled(ids: Tensor, positions: Tensor, slots: Tensor, _sampling_rows: Tensor) -> Tensor:
     return torch.stack([ids * 2, positions, slots.long()])
 
@@ -82,12 +99,11 @@ def test_a_batch_takes_the_smallest_graph_that_holds_it(device: str) -> None:
     assert graphs.sizes() == [1, 2, 4, 8, 11]
     graphs.warm_up()
     for num_rows, size in [(1, 1), (3, 4), (8, 8), (9, 11), (2, 2), (11, 11)]:
-        rows = [Row(10 + i, 100 + i, i) for i in range(num_rows)]
+        slots = range(num_rows)
+        rows = DecodeRows([10 + i for i in slots], [100 + i for i in slots], slots)
         out = graphs.run(rows).cpu()
         assert out.shape == (3, size)
-        assert out[:, :num_rows].T.tolist() == [
-            [2 * row.id, row.position, row.slot] for row in rows
-        ]
+        assert out[:, :num_rows].T.tolist() == [[20 + 2 * i, 100 + i, i] for i in slots]
         assert (out[2, num_rows:] == -1).all()
 
 
@@ -102,6 +118,6 @@ def test_sizes_end_where_graphs_stop_paying() -> None:
 def test_a_slot_named_twice_is_refused_before_anything_runs() -> None:
     graphs = DecodeGraphs(doubled, 4, "cpu", run_again)
     with pytest.raises(ValueError, match="named twice"):
-        graphs.run([Row(1, 1, 2), Row(1, 1, 2)])
+        graphs.run(DecodeRows([1, 1], [1, 1], [2, 2]))
     with pytest.raises(ValueError, match="out of range"):
-        graphs.run([Row(1, 1, 4)])
+        graphs.run(DecodeRows([1], [1], [4]))

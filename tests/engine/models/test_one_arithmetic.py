@@ -48,9 +48,10 @@ class Recorded:
     def _record(self, run: Callable[..., BatchResult]) -> Callable[..., BatchResult]:
         def recorded(batch: Batch, *given: Any) -> BatchResult:
             result = run(batch, *given)
-            for row, (choice, drawn) in enumerate(result.samples):
+            drawn = zip(result.choices, result.token_ids.tolist(), strict=True)
+            for row, (choice, token_id) in enumerate(drawn):
                 self.logits[choice.request.id].append(self._last[row])
-                self.ids[choice.request.id].append(drawn.token_id)
+                self.ids[choice.request.id].append(token_id)
             return result
 
         return recorded

@@ -122,9 +122,9 @@ def test_rows_without_an_argmax_keep_it() -> None:
 
 def test_each_row_uses_its_own_mode_without_the_op(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, wanted = some(40, 333, seed=3), sampling_rows(40, 333, seed=3)
-    expected = sample_each(logits, logits.argmax(-1), wanted).tolist()
+    expected = sample_each(logits, logits.argmax(-1), as_tensor(wanted)).tolist()
     monkeypatch.setattr(ops, "can_sample", lambda _: False)
-    assert sample_each(logits, logits.argmax(-1), wanted).tolist() == expected
+    assert sample_each(logits, logits.argmax(-1), as_tensor(wanted)).tolist() == expected
 
 
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 100, 4096])

@@ -6,11 +6,15 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from cottention.engine.sampling.sampler import Sampler, SamplingInput, uniform
+from cottention.engine.ops import NO_INDEX
+from cottention.engine.sampling.random_numbers import random_key, uniform
+from cottention.engine.sampling.sampler import Sampler
+from cottention.engine.sampling.topk_topp import SamplingRow, as_tensor
 from cottention.engine.sampling_params import MAX_SEED, SamplingParams
 
 VOCABULARY = 24
@@ -42,18 +46,26 @@ def some_logits(rows: int, seed: int = 0) -> Tensor:
 
 
 def sample_all(
-    logits: Tensor, inputs: list[SamplingInput], by: Sampler | None = None
+    logits: Tensor, rows: list[SamplingRow], by: Sampler | None = None
 ) -> list[int | None]:
     """The id that each row gets."""
-    drawn = (by or sampler()).sample(logits, inputs)
-    return [one and one.token_id for one in drawn]
+    ids = (by or sampler()).sample(logits, as_tensor(rows), {}).ids.tolist()
+    return [None if token_id == NO_INDEX else token_id for token_id in ids]
+
+
+def row_of(params: dict[str, Any], number: float) -> SamplingRow:
+    return SamplingRow.of(SamplingParams(**params), number)
 
 
 def one(logits: Tensor, number: float = 0.5, **params: Any) -> int | None:
     """What one row gets."""
-    return sample_all(
-        logits.clone().view(1, -1), [SamplingInput(SamplingParams(**params), number)]
-    )[0]
+    return sample_all(logits.clone().view(1, -1), [row_of(params, number)])[0]
+
+
+def number_of(seed: int, choice: int, token_index: int) -> float:
+    """The random number of one token."""
+    key = np.array([random_key(seed, choice)], dtype=np.uint64)
+    return float(uniform(key, np.array([token_index], dtype=np.uint64))[0])
 
 
 def defined(logits: Tensor, params: SamplingParams) -> dict[int, float]:
@@ -86,7 +98,7 @@ def test_distribution_is_the_defined_one(params: dict[str, Any]) -> None:
     """An even grid of random numbers gives each id its share, to within one point of the grid."""
     logits = some_logits(1, seed=7)[0]
     points = 2000
-    inputs = [SamplingInput(SamplingParams(**params), (i + 0.5) / points) for i in range(points)]
+    inputs = [row_of(params, (i + 0.5) / points) for i in range(points)]
     counts = Counter(sample_all(logits.repeat(points, 1), inputs))
     expected = defined(logits, SamplingParams(**params))
     assert set(counts) <= set(expected)
@@ -98,7 +110,7 @@ def test_random_numbers_of_many_seeds_give_the_distribution() -> None:
     """χ² over 4,000 seeds: 21 degrees of freedom, beyond 50 in 4 of 10,000 such tests."""
     logits = some_logits(1, seed=8)[0] / 2
     params = SamplingParams()
-    inputs = [SamplingInput(params, uniform(seed, 0, 12)) for seed in range(4000)]
+    inputs = [SamplingRow.of(params, number_of(seed, 0, 12)) for seed in range(4000)]
     counts = Counter(sample_all(logits.repeat(len(inputs), 1), inputs))
     expected = defined(logits, params)
     chi2 = sum((counts[i] - 4000 * p) ** 2 / (4000 * p) for i, p in expected.items())
@@ -111,7 +123,7 @@ def test_a_row_does_not_depend_on_other_rows(seed: int) -> None:
     rng = random.Random(seed)
     rows = [rng.choice(MANY_KINDS) for _ in range(40)]
     logits = some_logits(40, seed)
-    inputs = [SamplingInput(SamplingParams(**params), rng.random()) for params in rows]
+    inputs = [row_of(params, rng.random()) for params in rows]
     alone = [sample_all(logits[i : i + 1].clone(), inputs[i : i + 1])[0] for i in range(40)]
     order = rng.sample(range(40), 40)
     together = sample_all(logits[order], [inputs[i] for i in order])
@@ -165,15 +177,39 @@ def test_logits_that_are_not_finite_are_an_error(value: float, params: dict[str,
     assert one(logits, **params) is None
 
 
+@pytest.mark.parametrize(
+    ("key", "number"),
+    [
+        ((0, 0, 0), 0.13870941014555427),
+        ((1, 2, 3), 0.4175580595044027),
+        ((-1, 0, 17), 0.7021798904806315),
+        ((9223372036854775807, 127, 1000000000), 0.12903436785439504),
+        ((-9223372036854775808, 5, 4503599627370496), 0.5597124992576158),
+    ],
+)
+def test_random_numbers_are_what_they_were(key: tuple[int, int, int], number: float) -> None:
+    """Else a request with a seed would get another answer after an update."""
+    assert number_of(*key) == number
+
+
+def test_random_numbers_of_a_batch_are_those_of_its_rows() -> None:
+    keys = [(seed, choice, 100 + seed) for seed in range(-3, 40) for choice in (0, 7)]
+    together = uniform(
+        np.array([random_key(seed, choice) for seed, choice, _ in keys], dtype=np.uint64),
+        np.array([index for _, _, index in keys], dtype=np.uint64),
+    )
+    assert together.tolist() == [number_of(*key) for key in keys]
+
+
 def test_uniform_is_a_function_of_its_arguments() -> None:
-    assert uniform(1, 2, 3) == uniform(1, 2, 3)
-    near = {uniform(*key) for key in [(1, 2, 3), (1, 3, 2), (2, 1, 3), (1, 2, 4), (0, 3, 3)]}
+    assert number_of(1, 2, 3) == number_of(1, 2, 3)
+    near = {number_of(*key) for key in [(1, 2, 3), (1, 3, 2), (2, 1, 3), (1, 2, 4), (0, 3, 3)]}
     assert len(near) == 5
 
 
 def test_uniform_takes_any_int64_and_stays_below_one() -> None:
     seeds = [0, 1, -1, MAX_SEED, -MAX_SEED - 1, *range(2, 2000)]
-    assert all(0 <= uniform(seed, 127, 10**9) < 1 for seed in seeds)
+    assert all(0 <= number_of(seed, 127, 10**9) < 1 for seed in seeds)
 
 
 @pytest.mark.parametrize("axis", range(3))
@@ -182,7 +218,7 @@ def test_uniform_spreads_along_each_argument(axis: int) -> None:
     keys = [[7, 0, 100] for _ in range(8000)]
     for place, key in enumerate(keys):
         key[axis] += place
-    numbers = [uniform(*key) for key in keys]
+    numbers = [number_of(*key) for key in keys]
     counts = Counter(int(number * 16) for number in numbers)
     assert sum((counts[i] - 500) ** 2 / 500 for i in range(16)) < 40
     centred = [number - 0.5 for number in numbers]
@@ -194,5 +230,5 @@ def test_all_in_a_row_of_equals_is_the_first() -> None:
     """Ties do not depend on how many rows or how wide a vocabulary there is."""
     for rows in (1, 2, 17):
         wide = Sampler(range(1, 5000), 5000, "cpu")
-        inputs = [SamplingInput(SamplingParams(temperature=0), 0.5)] * rows
+        inputs = [row_of({"temperature": 0}, 0.5)] * rows
         assert sample_all(torch.zeros(rows, 5000), inputs, wide) == [1] * rows

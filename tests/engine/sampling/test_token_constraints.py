@@ -8,7 +8,7 @@ import torch
 
 from cottention.engine import Engine, SamplingParams
 from cottention.engine.execution import model_runner
-from cottention.engine.sampling.sampler import SamplingInput
+from cottention.engine.sampling.logits_processors import LogitsAdjustment
 from cottention.engine.sampling.token_constraints import TokenConstraints
 
 
@@ -52,13 +52,13 @@ def test_lists_are_prepared_once_for_all_prompts_choices_and_steps(
         prepared.append(params)
         return of(params, *args)
 
-    class Noting(SamplingInput):
+    class Noting(LogitsAdjustment):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             seen.add(id(self.constraints))
 
     monkeypatch.setattr(TokenConstraints, "of", note)
-    monkeypatch.setattr(model_runner, "SamplingInput", Noting)
+    monkeypatch.setattr(model_runner, "LogitsAdjustment", Noting)
     monkeypatch.setattr(
         engine.tokenizer, "encode", lambda text: (encoded.append(text), encode(text))[1]
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cottention.engine.sampling import topk_topp
 from cottention.engine.sampling.topk_topp import (
     GREEDY_ROW,
     SamplingMode,
@@ -44,9 +45,48 @@ def sampled(logits: Tensor, sampling_rows: list[SamplingRow], mode: SamplingMode
     return sample_ids(logits, logits.argmax(-1), as_tensor(sampling_rows), mode).tolist()
 
 
+def sorted_out(weights: Tensor, logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The definition, for one row [N]: ids in descending order, equal ones by id."""
+    order = sorted(range(len(logits)), key=lambda i: (-float(logits[i]), i))
+    order = order[:top_k] if top_k > 0 else order
+    total, so_far = sum(float(weights[i]) for i in order), 0.0
+    kept = torch.zeros_like(weights)
+    for place, i in enumerate(order):
+        if place and top_p < 1 and so_far >= top_p * total:
+            break
+        kept[i] = weights[i]
+        so_far += float(weights[i])
+    return kept
+
+
+@pytest.mark.parametrize("columns", [1, 2, 31, 32, 33, 257, 1000])
+@pytest.mark.parametrize("spread", [0.0, 1e-30, 0.5, 8.0, 1e30])
+def test_what_top_k_and_top_p_keep_is_what_sorting_would(columns: int, spread: float) -> None:
+    """Ties of all sizes, zeros of both signs, masked ids; weights that temperature made equal."""
+    rng = random.Random(columns)
+    generator = torch.Generator().manual_seed(columns)
+    for steps in (1, 3, 50, 10_000):
+        logits = spread * (torch.randn(6, columns, generator=generator) * steps).round() / steps
+        logits[:, 1::5] = -torch.inf
+        logits[:3] = torch.where(torch.rand(columns, generator=generator) < 0.2, -0.0, logits[:3])
+        temperature = torch.tensor([[rng.choice([0.3, 1.0, 1e9])] for _ in range(6)])
+        weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp()
+        top_k = [rng.choice([0, 1, 2, columns // 2, columns, 10**9]) for _ in range(6)]
+        top_p = [rng.choice([1e-300, 0.1, 0.5, 0.9, 0.999, 1.0]) for _ in range(6)]
+        keys = topk_topp._keys(logits)
+        kept = topk_topp._apply_top_k(weights, keys, torch.tensor(top_k).unsqueeze(-1).double())
+        kept = topk_topp._apply_top_p(kept, keys, torch.tensor(top_p).unsqueeze(-1).double())
+        for row in range(6):
+            expected = sorted_out(weights[row], logits[row], top_k[row], top_p[row])
+            assert torch.equal(kept[row], expected), (steps, row, top_k[row], top_p[row])
+
+
 @pytest.mark.parametrize("seed", range(5))
-def test_a_more_expensive_mode_gives_a_row_the_id_of_its_own(seed: int) -> None:
-    """Also across the tiles in which rows are sorted: 200 rows together are as each alone."""
+def test_a_more_expensive_mode_gives_a_row_the_id_of_its_own(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also across tiles, of 64 rows here: 200 rows together are as each alone."""
+    monkeypatch.setattr(topk_topp, "_MAX_IDS", dict.fromkeys(SamplingMode, 64 * VOCABULARY))
     logits, sampling_rows = some(200, seed)
     own = [sampled(logits[i : i + 1], [row], row.mode)[0] for i, row in enumerate(sampling_rows)]
     assert sampled(logits, sampling_rows, SamplingMode.TOP_K_TOP_P) == own

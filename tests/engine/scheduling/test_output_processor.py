@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cottention.engine.outputs import FinishReason, Output, SampledToken, TokenLogprob
+from cottention.engine.outputs import FinishReason, Output, TokenLogprob
 from cottention.engine.sampling.token_constraints import NO_CONSTRAINTS
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.scheduling.output_processor import OutputProcessor
@@ -22,7 +22,7 @@ def request(**params: Any) -> Request:
 
 def process(choice: Choice, token_id: int) -> Output:
     choice.append_token(token_id)
-    return PROCESSOR.process(choice, SampledToken(token_id, None))
+    return PROCESSOR.process(choice, token_id)
 
 
 def say(choice: Choice, text: str) -> list[Output]:

@@ -5,9 +5,9 @@ from itertools import product
 
 import pytest
 
-from cottention.engine.outputs import FinishReason, Output, SampledToken
+from cottention.engine.outputs import FinishReason, Output
 from cottention.engine.sampling_params import SamplingParams
-from cottention.engine.scheduling.batch import BatchResult, Sample
+from cottention.engine.scheduling.batch import NO_IDS, BatchResult
 from cottention.engine.scheduling.client import Client
 from cottention.engine.scheduling.output_processor import OutputProcessor
 from cottention.engine.scheduling.preemption import Preemption
@@ -63,9 +63,9 @@ class Parts:
         batch = self.scheduler.schedule()
         complete = [chunk.request for chunk in batch.prefill if chunk.is_last]
         choices = batch.decode + [choice for request in complete for choice in request.choices]
-        self.note(self.manager.advance(batch, BatchResult([], [], {})))
+        self.note(self.manager.advance(batch, BatchResult([], NO_IDS)))
         for choice in choices:
-            self.note([self.manager.append_token(Sample(choice, SampledToken(5, None)))])
+            self.note([self.manager.append_token(choice, 5)])
 
     def note(self, outputs: list[Output]) -> None:
         self.ends += [out for out in outputs if out.finish_reason is not None]
@@ -135,10 +135,10 @@ def test_a_request_finishes_with_its_last_choice() -> None:
     parts = Parts(num_slots=2)
     request = parts.add("a", n=2, max_tokens=2)
     parts.step()
-    sample = Sample(request.choices[0], SampledToken(5, None))
-    assert parts.manager.append_token(sample).finish_reason is FinishReason.LENGTH
+    first, second = request.choices
+    assert parts.manager.append_token(first, 5).finish_reason is FinishReason.LENGTH
     assert (request.status, parts.pool.num_free) == (RUNNING, 1)
-    parts.manager.append_token(sample._replace(choice=request.choices[1]))
+    parts.manager.append_token(second, 5)
     assert (request.status, parts.pool.num_free) == (FINISHED, 2)
     parts.check()
 

@@ -551,8 +551,8 @@ def test_a_choice_with_a_spare_row_costs_two() -> None:
     for _ in range(40):
         batch = scheduler.schedule()
         assert len(batch.decode) + len(batch.lookahead) <= 5
-        assert [c for c, _ in batch.lookahead] == [
-            c for c in batch.decode if c.lookahead_start is not None
+        assert [each.choice for each in batch.lookahead] == [
+            c for c in batch.decode if c.lookahead_start(c.position) is not None
         ]
         for choice in batch.decode:
             choice.position += 1

@@ -87,9 +87,9 @@ def test_a_layer_is_a_view(pool: StatePool) -> None:
 def test_too_large_a_pool_is_refused_with_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     size = SPECS[0].bytes_per_slot
     monkeypatch.setattr(state_module, "available_memory", lambda _: 64 * 2**20 + 3 * size + 1)
-    StatePool(SPECS[0], 3, "cpu")
+    StatePool(SPECS[0], 3, "cpu", 64 * 2**20)
     with pytest.raises(OutOfMemoryError) as caught:
-        StatePool(SPECS[0], 4, "cpu")
+        StatePool(SPECS[0], 4, "cpu", 64 * 2**20)
     message = str(caught.value)
     assert f"4 slots of {size:,} bytes need {4 * size:,} bytes" in message
     assert f"only {3 * size + 1:,} are available: give --max-slots 3 or fewer" in message
