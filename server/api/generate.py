@@ -41,6 +41,7 @@ from cottention.server.idempotency.recording import Answering
 from cottention.server.limits.rate_limit import client_of, count_choices, track
 from cottention.server.observability.access_log import request_record
 from cottention.server.schemas.base import RequestModel, validate
+from cottention.server.schemas.responses import JsonObject
 from cottention.server.schemas.sampling import SamplingBody
 from cottention.server.sessions.state_in_hand import (
     StateEvents,
@@ -256,8 +257,9 @@ async def _respond(
         usage = usage_of(
             generation_request.num_prompt_tokens, stream.num_generated, stream.num_cached
         )
-        wants_timings = generation_request.timings
-        extra = {"timings": timings_of(generation_request, stream)} if wants_timings else {}
+        extra: JsonObject = {}
+        if generation_request.timings:
+            extra["timings"] = timings_of(generation_request, stream)
         if returned is not None:
             extra["state"] = await returned.write(deltas[0].state)
         return format_response(deltas, header, choices, generation_request, usage, extra)

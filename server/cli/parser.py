@@ -185,8 +185,8 @@ def _run_batch(given: argparse.Namespace) -> int:
     client, batch = sources.read(ClientConfig).value, sources.read(BatchConfig)
     if client.url is not None and batch.origins["model"].kind == "flag":
         raise ConfigurationError("--model and --url cannot both be given: the server has its model")
-    paths = (Path(expand_user(each)) for each in (given.input_file, given.output_file))
-    return run_batch(*paths, client, batch.value, sources.read(EngineConfig).value)
+    asked, answers = Path(expand_user(given.input_file)), Path(expand_user(given.output_file))
+    return run_batch(asked, answers, client, batch.value, sources.read(EngineConfig).value)
 
 
 def _asking_for_flag(resolved: Resolved[Asking]) -> Asking:

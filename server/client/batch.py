@@ -110,5 +110,6 @@ def _answer(response: httpx2.Response) -> BatchAnswer:
         body = json.loads(response.content)
     except ValueError:  # a proxy's page
         body = {"error": {"message": response.text}}
-    request_id = response.headers.get("x-request-id", "")
+    own = body.get("id") if isinstance(body, dict) else None
+    request_id = response.headers.get("x-request-id") or str(own or "")
     return BatchAnswer(response.status_code, request_id, body)

@@ -323,3 +323,33 @@ def test_each_session_is_counted_once(sessions: Any) -> None:
     assert sizes.num_unsaved == 0
     sessions.abandon(turn)
     assert sessions.sizes().num_resident == 0
+
+
+def test_a_snapshot_is_read_without_a_session(sessions: Any) -> None:
+    """A client that keeps its state itself leaves nothing behind."""
+    raw = sessions.snapshot(holding(b"abc"))
+    checked: list[SessionState] = []
+    state = sessions.read_snapshot(raw, checked.append)
+    assert (bytes(state.recent), checked) == (b"abc", [state])
+    assert sessions.page(OWNER, None, 10) == ([], False)
+    assert sessions.export(OWNER, opened(sessions))[1] == raw, "it is what a session's would be"
+    with pytest.raises(SnapshotError):
+        sessions.read_snapshot(b"no snapshot", checked.append)
+
+    def refuse(_: SessionState) -> None:
+        raise KeyError("of no use here")
+
+    with pytest.raises(KeyError, match="of no use here"):
+        sessions.read_snapshot(raw, refuse)
+
+
+def test_a_turn_may_leave_no_way_back(sessions: Any) -> None:
+    """A response that has ended is not to go back to before its answer."""
+    session_id = opened(sessions)
+    take_turn(sessions, session_id)
+    turn = sessions.begin(OWNER, session_id)
+    state = turn.state.extended(b"f", (), WINDOW)
+    assert sessions.commit(turn, state, max_checkpoints=0).num_checkpoints == 0
+    with pytest.raises(NothingToRewindError):
+        sessions.rewind(OWNER, session_id)
+    assert text_of(sessions, session_id) == b"abcdef"

@@ -89,6 +89,35 @@ def test_without_a_folder_nothing_is_kept_unless_asked(live: Live) -> None:
     assert live.sessions.kept == {}
 
 
+def test_with_a_folder_answers_are_kept_unless_refused() -> None:
+    with serving(template=TEMPLATE, session_dir="the fake needs none") as live:
+        response = made(live, "x", max_output_tokens=2)
+        assert response["store"] is True
+        assert "note" not in response
+        assert get(live, response["id"]).json() == response
+        refused = made(live, "x", max_output_tokens=2, store=False)
+        assert get(live, refused["id"]).status_code == 404
+
+
+def test_a_response_lives_for_its_time() -> None:
+    with serving(template=TEMPLATE, response_ttl_seconds=0.1) as live:
+        response_id = made(live, "x", **KEEP)["id"]
+        eventually(lambda: get(live, response_id).status_code == 404)
+        refused = create(live, "y", previous_response_id=response_id)
+        assert error_of(refused)[2] == "response_not_found"
+
+
+def test_instructions_come_before_the_input_and_are_told() -> None:
+    template = "{% for m in messages %}{{ m.role }}={{ m.content }};{% endfor %}"
+    with serving(template=ChatTemplate(compile_template(template), (), {})) as live:
+        said = [{"role": "developer", "content": [{"type": "input_text", "text": "b"}]}]
+        response = made(live, said, instructions="a", **KEEP)
+        assert live.engine.seen[-1].prompt == "system=a;system=b;"
+        assert response["instructions"] == "a"
+        items = live.client.get(f"/v1/responses/{response['id']}/input_items").json()["data"]
+        assert len(items) == 1, "instructions are no item"
+
+
 def test_a_continuation_reads_nothing_again(live: Live) -> None:
     first = made(live, "x", **KEEP)
     second = made(live, "y", previous_response_id=first["id"], **KEEP)
