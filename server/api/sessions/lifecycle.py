@@ -230,12 +230,19 @@ async def _fork(session_id: str, request: Request, context: Context) -> Response
     body = await read_parsed(request, context, lambda fields, _: fork_request(fields))
     told = ResponseOnce(keyed_request_of(request.scope), _forks)
     more = {} if told.answer is None else {"answer": told.answer}
-    fork = partial(
-        *(in_store_thread, context.sessions.fork, caller.owner, session_id, body.n),
-        *(caller.expected_position, body.metadata),
-        **more,
-    )
     deadline, turns = _deadline_from_now(context), context.turns
+
+    async def fork() -> "list[Session]":
+        return await in_store_thread(
+            context.sessions.fork,
+            caller.owner,
+            session_id,
+            body.n,
+            caller.expected_position,
+            body.metadata,
+            **more,
+        )
+
     place = turns.exclusive(caller.owner, session_id, body.on_conflict, request.receive)
     async with entered_before(deadline, place):
         forks = await turns.when_free(fork, body.on_conflict, request.receive, deadline)
