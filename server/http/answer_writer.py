@@ -4,14 +4,14 @@ ASGI's `send` passes through every middleware, and who awaits it is a task that 
 for a token of a few bytes that takes longer than writing it.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import Scope
 
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-EXTENSION = "cottention.answer_writer"
+_EXTENSION = "cottention.answer_writer"
 
 
 class AnswerWriter:
@@ -34,10 +34,15 @@ class AnswerWriter:
 
 def answer_writer_of(scope: Scope) -> AnswerWriter | None:
     """That of a request; None where the answer does not go to its connection, or to another."""
-    writer: AnswerWriter | None = scope.get("extensions", {}).get(EXTENSION)
+    writer: AnswerWriter | None = scope.get("extensions", {}).get(_EXTENSION, {}).get("writer")
     return writer
 
 
-def without_answer_writer(scope: Scope) -> Scope:
+def extensions_with(writer: AnswerWriter) -> dict[str, dict[object, object]]:
+    """The "extensions" of the scope of a request that has this writer."""
+    return {_EXTENSION: {"writer": writer}}
+
+
+def without_answer_writer(scope: Scope) -> dict[str, Any]:
     """The scope of a request whose answer has to pass through `send` as a whole."""
     return {**scope, "extensions": {}}

@@ -19,7 +19,7 @@ from typing import Any
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser, parse_url
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from cottention.server.http.answer_writer import EXTENSION, AnswerWriter
+from cottention.server.http.answer_writer import AnswerWriter, extensions_with
 from cottention.server.http.connections import ConnectionTable, network_of, refusal
 from cottention.server.http.errors import ApiError
 
@@ -159,7 +159,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._note_idle()
         if self.parser.get_http_version() == "1.0":
             self.cycle.transport = UnchunkedTransport(self._socket)
-        self.scope["extensions"] = {EXTENSION: AnswerWriter(self.cycle)}
+        self.scope["extensions"] = extensions_with(AnswerWriter(self.cycle))
         if len(self._unanswered) > MAX_PIPELINED + 1:
             self._stop_parsing(_too_many_pipelined())
 

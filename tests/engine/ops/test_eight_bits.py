@@ -9,7 +9,7 @@ from cottention.engine.ops import reference
 from tests.engine.ops.forked import run_forked
 from tests.engine.ops.test_loader import _environment
 
-SHAPES = [(60, 257), (256, 64), (1, 1), (129, 130), (1000, 100), (515, 65)]
+SHAPES = [(60, 257), (256, 64), (1, 1), (129, 130), (1000, 100), (515, 65), (1100, 65)]
 
 
 def _weights(channels: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,7 @@ def test_the_error_is_that_of_eight_bits() -> None:
     assert float((_layer(weight)(x) - exact).square().mean().sqrt() / exact.std()) < 0.015
 
 
-@pytest.mark.parametrize(("channels", "columns"), [(515, 130), (64, 64), (1, 1)])
+@pytest.mark.parametrize(("channels", "columns"), [(515, 130), (64, 64), (1, 1), (1100, 70)])
 def test_a_row_has_equal_bits_in_any_batch(channels: int, columns: int) -> None:
     layer = _layer(*_weights(channels, columns))
     x = torch.randn(200, channels)
