@@ -34,6 +34,8 @@ enum class Form { kDecode, kSegments, kFirstPieces, kLaterPieces };
 // Blocks that must fit on a multiprocessor at once: with more, registers would be spilled.
 template <class TileShape>
 constexpr int min_blocks(Form form, bool is_general) {
+  if (form == Form::kFirstPieces || form == Form::kLaterPieces)
+    return TileShape::kPieces == 1 ? 4 : 3;
   const bool is_small = form == Form::kDecode && !is_general;
   if (TileShape::kPieces == 1) return is_small ? 8 : 5;
   return TileShape::kPieces == 2 && is_small ? 6 : 4;

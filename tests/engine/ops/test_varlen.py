@@ -136,5 +136,6 @@ def test_state_indices_are_checked_on_the_host(state_indices: list[int], message
 def test_padding_may_be_repeated() -> None:
     segments = Segments.of([-1, 2, -1], [1, 1, 1], 9, "cpu", form="chunks")
     assert segments.cu_seqlens is None
-    assert segments.chunks is segments.pieces is None
+    assert segments.chunks is None
+    assert segments.pieces is None
     assert segments.state_indices.tolist() == [-1, 2, -1]
