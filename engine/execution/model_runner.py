@@ -114,7 +114,7 @@ class ModelRunner:
             place_of = {choice: place for place, choice in enumerate(decode)}
             places_ahead = [place_of[each.choice] for each in lookahead]
             ids += [ids[place] for place in places_ahead]
-            positions += [each.index - each.start for each in lookahead]
+            positions += [each.token_index - each.start for each in lookahead]
             slots += [each.choice.spare_row for each in lookahead]
             if sources is not None:
                 sources += [sources[place] for place in places_ahead]

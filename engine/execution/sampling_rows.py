@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from cottention.engine.scheduling.request import Choice
 
+    Rows = tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.float64]]
+
 
 class SamplingRows:
     """The rows of the choices that were sampled last.
@@ -27,9 +29,7 @@ class SamplingRows:
 
     def __init__(self) -> None:
         self._choices: list[Choice] = []
-        self._keys = np.empty(0, dtype=np.uint64)
-        self._modes = np.empty(0, dtype=np.int64)
-        self._values = np.empty((0, len(GREEDY_ROW)))
+        self._keys, self._modes, self._values = _empty_rows(0)
         self.mode = SamplingMode.GREEDY
 
     def of(
@@ -49,17 +49,20 @@ class SamplingRows:
         """Move the rows of choices that stay, and make those of the others."""
         before = {choice: row for row, choice in enumerate(self._choices)}
         sources = np.array([before.get(choice, -1) for choice in choices], dtype=np.int64)
-        is_new = sources < 0
-        arrays = (self._keys, self._modes, self._values)
-        if before:
-            moved = [array[sources] for array in arrays]
-        else:
-            moved = [np.empty((len(choices), *array.shape[1:]), array.dtype) for array in arrays]
-        self._keys, self._modes, self._values = moved
-        for row in is_new.nonzero()[0].tolist():
+        if not before:  # there is a row to take in place of those that are made below
+            self._keys, self._modes, self._values = _empty_rows(1)
+        self._keys, self._modes = self._keys[sources], self._modes[sources]
+        self._values = self._values[sources]
+        for row in (sources < 0).nonzero()[0].tolist():
             choice = choices[row]
             values = SamplingRow.of(choice.request.params)
             self._values[row], self._modes[row] = values, values.mode
             self._keys[row] = random_key(choice.request.seed, choice.index)
         self._choices = choices
         self.mode = SamplingMode(self._modes.max(initial=0))
+
+
+def _empty_rows(num: int) -> "Rows":
+    """Keys [R], modes [R] and values [R, 5] without meaning."""
+    values = np.zeros((num, len(GREEDY_ROW)))
+    return np.zeros(num, dtype=np.uint64), np.zeros(num, dtype=np.int64), values

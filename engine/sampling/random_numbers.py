@@ -46,4 +46,4 @@ def uniform(
     mixed *= np.uint64(_SECOND)
     mixed ^= mixed >> np.uint64(31)
     mixed >>= np.uint64(11)
-    return mixed * 2.0**-53
+    return mixed.astype(np.float64) * 2.0**-53

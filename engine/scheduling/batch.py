@@ -38,12 +38,12 @@ class PrefillChunk:
 class LookaheadRow(NamedTuple):
     """A decoding choice whose next id is also fed to its spare row.
 
-    start: first index of the context that the spare row holds. index: of the id.
+    start: first index of the context that the spare row holds. token_index: of the id.
     """
 
     choice: Choice
     start: int
-    index: int
+    token_index: int
 
 
 @dataclass(frozen=True, slots=True)

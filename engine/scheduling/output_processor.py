@@ -26,11 +26,12 @@ class OutputProcessor:
         is_written = not is_stop_id or params.include_stop_str_in_output
         text = detokenizer.push(token_id) if is_written else ""
         logprobs = () if logprob is None else (logprob,)
-        reason = _finish_reason(choice, is_stop_id)
-        if reason is None:
+        is_full = choice.num_generated == params.max_tokens
+        if not is_stop_id and not is_full and detokenizer.stop is None:
             return _output(choice, text, (token_id,), None, logprobs)
-        text += _final_text(choice)
-        reason = _finish_reason(choice, is_stop_id) or reason  # it may complete a stop string
+        text += _final_text(choice)  # it may complete a stop string
+        is_stopped = is_stop_id or detokenizer.stop is not None
+        reason = FinishReason.STOP if is_stopped else FinishReason.LENGTH
         output = _output(choice, text, (token_id,), reason, logprobs)
         output.stop_reason = _stop_reason(choice, token_id)
         output.state = self._session_state(choice)
@@ -112,13 +113,6 @@ def _final_text(choice: Choice) -> str:
     if choice.request.params.include_stop_str_in_output:
         text += choice.detokenizer.stop or ""
     return text
-
-
-def _finish_reason(choice: Choice, is_stop_id: bool) -> FinishReason | None:
-    if is_stop_id or choice.detokenizer.stop is not None:
-        return FinishReason.STOP
-    is_full = choice.num_generated == choice.request.params.max_tokens
-    return FinishReason.LENGTH if is_full else None
 
 
 def _stop_reason(choice: Choice, token_id: int) -> str | int | None:

@@ -220,7 +220,7 @@ class Scheduler:
             start = choice.lookahead_start(index)
             num_tokens = place + len(lookahead) + (1 if start is None else 2)
             if place and num_tokens > budget:
-                budget = place + len(lookahead)
+                budget = min(budget, place + len(lookahead))
                 break
             if choice.enter_context(index):
                 renewed.append(choice)

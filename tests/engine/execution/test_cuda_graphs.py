@@ -56,7 +56,7 @@ def test_an_engine_with_graphs_gives_the_same_ids(
     expected = generated(Engine(gptj_folder, config), params)
     engine = Engine(gptj_folder, config)
     engine._runner._captured = captured_on_cpu(engine._runner, engine.pool.num_rows)
-    engine._runner.warm_up()
+    engine.warm_up()
     assert not engine.pool.tensors["state"].any()
     assert generated(engine, params) == expected
 

@@ -16,7 +16,7 @@ from cottention.engine.scheduling.client import Client
 from cottention.engine.scheduling.fair_queue import MAX_LAG, MAX_OVERTAKES, QUANTUM
 from cottention.engine.scheduling.request import Choice, Request
 from cottention.engine.scheduling.scheduler import Scheduler
-from cottention.engine.state.context_window import RenewalSchedule
+from cottention.engine.state.context_window import ExactSchedule, RenewalSchedule
 from cottention.engine.text.detokenizer import Detokenizer
 from tests.engine.making import make_request, small_tokenizer
 
@@ -557,3 +557,57 @@ def test_a_choice_with_a_spare_row_costs_two() -> None:
         for choice in batch.decode:
             choice.position += 1
     assert min(choice.position for choice in scheduler._decoding) >= 20
+
+
+def test_steps_ahead_take_turns_under_a_budget_and_feed_each_id_once() -> None:
+    """Those whose id is not known yet come last: else those that sat out a step would never run."""
+    params = SamplingParams(max_tokens=1000)
+    scheduler = Scheduler(8)
+    schedules = [ExactSchedule(), RenewalSchedule(4, 2)]
+    for place in range(9):
+        schedule = schedules[place % 2]
+        made = Request.new(
+            str(place), [0], params, small_tokenizer(), NO_CONSTRAINTS, context_schedule=schedule
+        )
+        scheduler.add(made)
+    scheduler.admit(9)
+    while scheduler._prefilling:
+        run(scheduler, scheduler.schedule())
+    choices = [*scheduler._decoding]
+    for choice in choices[:7]:
+        choice.set_plain()  # the others are never ahead
+    fed: dict[Choice, list[int]] = {choice: [] for choice in choices}
+    batch, num_ahead = scheduler.schedule(), 0
+    for _ in range(200):
+        following = scheduler.schedule_ahead(batch, num_free_slots=0, max_rows=8)
+        assert len(batch.decode) + len(batch.lookahead) <= 8
+        num_ahead += batch.num_ahead
+        for choice, index in zip(batch.decode, batch.indices, strict=True):
+            fed[choice].append(index)
+            choice.position += 1
+            choice.num_generated += 1
+        assert all(c.is_plain for c in batch.decode[len(batch.decode) - batch.num_ahead :])
+        batch = following or scheduler.schedule()
+    for indices in fed.values():
+        assert indices == list(range(indices[0], indices[0] + len(indices)))
+        assert len(indices) > 50
+    assert num_ahead > 200
+
+
+def test_no_step_is_ahead_of_a_prompt_or_of_a_request_that_can_start() -> None:
+    scheduler = Scheduler(8)
+    (first,) = client_requests(Client("a"), 1)
+    scheduler.add(first)
+    scheduler.admit(1)
+    run(scheduler, scheduler.schedule())
+    (choice,) = first.choices
+    choice.set_plain()
+    batch = scheduler.schedule()
+    assert scheduler.schedule_ahead(batch, 0, max_rows=8) is not None
+    assert scheduler.schedule_ahead(batch, 0, max_rows=0) is None
+    (second,) = client_requests(Client("a"), 1)
+    scheduler.add(second)
+    assert scheduler.schedule_ahead(batch, 0, max_rows=8) is not None  # it has to wait
+    assert scheduler.schedule_ahead(batch, 1, max_rows=8) is None
+    scheduler.admit(1)
+    assert scheduler.schedule_ahead(batch, 0, max_rows=8) is None

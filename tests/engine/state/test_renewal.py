@@ -69,6 +69,22 @@ def grids_of_any_size(draw: st.DrawFn) -> RenewalSchedule:
 
 @settings(deadline=None)
 @given(grids_of_any_size())
+def test_nothing_changes_while_a_context_is_steady(grid: RenewalSchedule) -> None:
+    """What the scheduler does not look at again until then."""
+    index = 0
+    for _ in range(8):
+        until = grid.steady_until(index)
+        for each in range(index, until):
+            assert grid.start(each) == grid.start(index)
+            assert grid.ahead(each, 10**9) is None
+        is_steady = grid.ahead(until, 10**9) is None and grid.start(until) == grid.start(index)
+        assert not is_steady
+        index = max(until, index + 1)
+    assert ExactSchedule().steady_until(index) > 2**60
+
+
+@settings(deadline=None)
+@given(grids_of_any_size())
 def test_the_grid_is_a_walk_from_boundary_to_boundary(grid: RenewalSchedule) -> None:
     start, boundary = 0, grid.window
     for index in range(5 * grid.window):
