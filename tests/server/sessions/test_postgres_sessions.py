@@ -17,6 +17,7 @@ from cottention.server.sessions.storage import describe_storage, open_sessions
 from tests.engine.making import model_folder
 from tests.engine.postgres import PASSWORD, Postgres, running_postgres
 from tests.server.live import Live, eventually, serving
+from tests.server.process import served
 
 pytestmark = pytest.mark.cluster
 
@@ -148,3 +149,26 @@ def test_the_password_is_nowhere(empty: Postgres, tmp_path: Path) -> None:
     assert PASSWORD not in str(caught.value)
     with pytest.raises(ConfigurationError, match="cannot both be given"):
         ServerConfig(session_store=empty.url, session_dir=str(tmp_path))
+
+
+def test_a_response_whose_server_dies_is_found_as_failed_by_another(
+    empty: Postgres, tmp_path: Path
+) -> None:
+    """While it runs it is known to all, and not taken for one that was interrupted."""
+    file = tmp_path / "password"
+    file.write_text(PASSWORD)
+    flags = ("--session-store", empty.url, "--session-store-password-file", str(file))
+    model = model_folder("cottention")
+    body = {"input": "x", "background": True, "temperature": 0, "max_output_tokens": 1_000_000}
+    with (
+        server(empty, tmp_path) as other,
+        served(model, None, *flags, "--chat-template", "plain") as (popen, client),
+    ):
+        made = client.post("/v1/responses", json=body).json()
+        path = f"/v1/responses/{made['id']}"
+        eventually(lambda: client.get(path).json()["status"] == "in_progress")
+        assert other.client.get(path).json()["status"] == "queued"
+        popen.kill()
+        popen.wait()
+        eventually(lambda: other.client.get(path).json()["status"], equals="failed")
+        assert "the server stopped" in other.client.get(path).json()["error"]["message"]
