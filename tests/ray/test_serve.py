@@ -70,12 +70,12 @@ def test_the_header_leads_to_one_replica(served: Served) -> None:
 
 
 def test_it_streams(served: Served) -> None:
-    """Events of a turn pass Ray's proxy as events."""
-    body = {"prompt": "x", "max_tokens": 30, "ignore_eos": True, "stream": True}
+    """Ray's proxy passes events on; a server merges those that are read late."""
+    body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     with served.client.stream("POST", "/v1/completions", json=body) as answer:
         lines = [line for line in answer.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
-    assert len(lines) > 5
+    assert len(lines) > 2
 
 
 def test_a_replica_that_is_killed_is_replaced_and_loses_no_turn(served: Served) -> None:
