@@ -47,8 +47,8 @@ def test_what_is_wrong_with_the_settings_is_said_before_anything_starts() -> Non
 
 def test_a_session_goes_on_at_whatever_replica(served: Served) -> None:
     """Without a header Ray spreads requests; the twin's go to one replica, and say the same."""
+    eventually(lambda: num_alive(served) == NUM_REPLICAS)
     ours, twin = (served.post("/v1/sessions", prompt="def f(x):")["id"] for _ in range(2))
-    assert num_alive(served) == NUM_REPLICAS
     assert [turn(served, ours) for _ in range(9)] == [turn(served, twin, twin) for _ in range(9)]
     assert position(served, ours) == position(served, twin)
 
