@@ -38,10 +38,10 @@ test: setup ## Run the tests with the coverage gate, without those of test-slow
 test-slow: setup ## Run the tests that kill, flood, soak or compile for long
 	$(BIN)/python -m pytest -n auto $(PARALLEL) -m "slow and not cluster" $(ARGS)
 
-# They wait for leases, checks and restarts. Tests that share servers are a group: it is begun first, and
-# its servers are started once.
+# They wait for leases, checks and restarts. The tests of a module share servers, which are started
+# once where one process has them all.
 test-cluster: setup ## Run the tests of several servers over a PostgreSQL, behind HAProxy (skips where they are not installed)
-	$(BIN)/python -m pytest -n $(MORE_THAN_CORES) --dist loadgroup -m cluster $(ARGS)
+	$(BIN)/python -m pytest -n $(MORE_THAN_CORES) --dist loadscope -m cluster $(ARGS)
 
 test-ray: setup $(RAY)/ready ## Test three replicas that Ray Serve keeps alive (skips where PostgreSQL is not installed)
 	$(RAY)/bin/python -m pytest -c tests/ray/pytest.ini tests/ray $(ARGS)

@@ -5,13 +5,12 @@ encoding of the state and the commit, from eight threads; one checkpoint is kept
 transactions beside them are the least that a shared store can do with the same stored bytes, as
 durably: in a table with the key of sessions, an UPDATE that leases and an UPDATE that puts them in
 place. All take short turns one after another, and each figure is a median of its turns. Processor
-time is compared at the same RATE of turns: who takes more of them at a time flushes the log once
-for several.
+time is compared at the same rate of turns as well: who takes more of them at a time flushes the log
+once for several.
 PostgreSQL (fsync on) is started in a temporary folder: `python -m benchmarks.stores`, where
 Debian's package is installed; it is not among `python -m benchmarks`.
 """
 
-import contextlib
 import itertools
 import statistics
 import tempfile
@@ -38,7 +37,7 @@ NUM_THREADS = 8
 NUM_SESSIONS = 64
 NUM_ROUNDS = 7
 SECONDS = 1.5
-RATE = 100
+RATES = {"whole": 100.0, "recipe": 400.0}
 """Turns a second at which processor time is compared; all sides manage it."""
 
 PLACES = f"generate_series(1, {NUM_SESSIONS}) AS n"
@@ -56,30 +55,12 @@ def measure(quick: bool) -> Report:
         "recipe": engine.session_codec(writes_recipes=True),
     }
     num_rounds = 1 if quick else NUM_ROUNDS
-    with (
-        running_postgres(is_durable=True) as server,
-        tempfile.TemporaryDirectory() as folder,
-        contextlib.ExitStack() as stack,
-    ):
-        sides: dict[tuple[str, str], tuple[Turn, Postgres | None]] = {}
-        for form, codec in codecs.items():
-            stores: dict[str, SessionStore] = {
-                "folder": SqliteStore(Path(folder) / form),
-                "PostgreSQL": PostgresStore(server.url, password=PASSWORD),
-            }
-            for name, store in stores.items():
-                stack.enter_context(closing(store))
-                database = server if name == "PostgreSQL" else None
-                sides[name, form] = turn_of(store, codec, state), database
-            sides["bare", form] = bare_turn(server, form, codec.encode(state)), server
-        measured: dict[tuple[str, str], list[Report]] = {side: [] for side in sides}
-        paced: dict[tuple[str, str], list[Report]] = {side: [] for side in sides}
-        for _ in range(num_rounds):
-            for side, (turn, database) in sides.items():
-                measured[side].append(timed(turn, SECONDS, database))
-            for side, (turn, database) in sides.items():
-                if database is not None:
-                    paced[side].append(timed(turn, SECONDS, database, RATE))
+    measured: dict[tuple[str, str], list[Report]] = {}
+    paced: dict[tuple[str, str], list[Report]] = {}
+    for form, codec in codecs.items():
+        at_full_speed, at_rate = turns_of(form, codec, state, num_rounds)
+        measured |= {(name, form): taken for name, taken in at_full_speed.items()}
+        paced |= {(name, form): taken for name, taken in at_rate.items()}
     sizes = {form: Blob.of(codec.encode(state), b"", 1, "") for form, codec in codecs.items()}
     rows = [
         {"store": name, "states": form, "bytes": len(sizes[form].raw)} | medians(taken)
@@ -90,11 +71,11 @@ def measure(quick: bool) -> Report:
             "states": form,
             "bytes": len(blob.raw),
             "stored bytes": len(blob.deflated()),
-            "CPU ms at the same rate": medians(paced["PostgreSQL", form])["database CPU ms"],
-            "beside bare": cpu_ratio(paced["PostgreSQL", form], paced["bare", form]),
-            "beside bare, at full speed": cpu_ratio(
-                measured["PostgreSQL", form], measured["bare", form]
-            ),
+            "turns/s": RATES[form],
+            "CPU ms": medians(paced["PostgreSQL", form])["database CPU ms"],
+            "bare": medians(paced["bare", form])["database CPU ms"],
+            "ratio": cpu_ratio(paced["PostgreSQL", form], paced["bare", form]),
+            "ratio at full speed": cpu_ratio(measured["PostgreSQL", form], measured["bare", form]),
         }
         for form, blob in sizes.items()
     ]
@@ -103,6 +84,39 @@ def measure(quick: bool) -> Report:
     show("Stores: the database's processor time", ratios)
     show("Stores: first token of a session that is not in memory", reads)
     return {"turns": rows, "ratios": ratios, "reads": reads}
+
+
+Taken = dict[str, list[Report]]
+"""What each side has taken, round by round."""
+
+
+def turns_of(
+    form: str, codec: SnapshotCodec, state: SessionState, num_rounds: int
+) -> tuple[Taken, Taken]:
+    """Turns of one form of states at full speed and, those over PostgreSQL, at the same rate.
+
+    Each form has a server of its own: what one writes is flushed while the next is measured.
+    """
+    with (
+        running_postgres(is_durable=True) as server,
+        tempfile.TemporaryDirectory() as folder,
+        closing(SqliteStore(Path(folder) / form)) as sqlite,
+        closing(PostgresStore(server.url, password=PASSWORD)) as postgres,
+    ):
+        sides: dict[str, tuple[Turn, Postgres | None]] = {
+            "folder": (turn_of(sqlite, codec, state), None),
+            "PostgreSQL": (turn_of(postgres, codec, state), server),
+            "bare": (bare_turn(server, form, codec.encode(state)), server),
+        }
+        full: Taken = {name: [] for name in sides}
+        paced: Taken = {name: [] for name in sides}
+        for _ in range(num_rounds):
+            for name, (turn, database) in sides.items():
+                full[name].append(timed(turn, SECONDS, database))
+            for name, (turn, database) in sides.items():
+                if database is not None:
+                    paced[name].append(timed(turn, SECONDS, database, RATES[form]))
+    return full, paced
 
 
 def cpu_ratio(mine: list[Report], least: list[Report]) -> float:

@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from functools import partial
 from typing import ParamSpec, TypeVar
 
 NUM_THREADS = 64
@@ -24,5 +23,5 @@ async def in_store_thread(
     call: Callable[Params, T], *args: Params.args, **kwargs: Params.kwargs
 ) -> T:
     """What `call` returns, which waits for the store. It cannot be cancelled, as a thread."""
-    work = partial(copy_context().run, call, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_threads, work)
+    context, loop = copy_context(), asyncio.get_running_loop()
+    return await loop.run_in_executor(_threads, lambda: context.run(call, *args, **kwargs))

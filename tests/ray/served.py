@@ -34,9 +34,9 @@ class Served:
     client: httpx.Client
     log: Path
 
-    def post(self, path: str, session_id: str | None = None, **body: Any) -> Any:
-        """What is answered. session_id: of the header that routes."""
-        headers = {} if session_id is None else {"X-Session-Id": session_id}
+    def post(self, path: str, header: str | None = None, **body: Any) -> Any:
+        """What is answered. header: the session's id in the header that routes."""
+        headers = {} if header is None else {"X-Session-Id": header}
         answer = self.client.post(path, json=body, headers=headers)
         assert answer.status_code == 200, answer.text
         return answer.json()

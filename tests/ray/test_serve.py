@@ -47,8 +47,8 @@ def test_what_is_wrong_with_the_settings_is_said_before_anything_starts() -> Non
 
 def test_a_session_goes_on_at_whatever_replica(served: Served) -> None:
     """Without a header Ray spreads requests; the twin's go to one replica, and say the same."""
+    eventually(lambda: num_alive(served) == NUM_REPLICAS)
     ours, twin = (served.post("/v1/sessions", prompt="def f(x):")["id"] for _ in range(2))
-    assert num_alive(served) == NUM_REPLICAS
     assert [turn(served, ours) for _ in range(9)] == [turn(served, twin, twin) for _ in range(9)]
     assert position(served, ours) == position(served, twin)
 
@@ -70,12 +70,12 @@ def test_the_header_leads_to_one_replica(served: Served) -> None:
 
 
 def test_it_streams(served: Served) -> None:
-    """Events of a turn pass Ray's proxy as events."""
-    body = {"prompt": "x", "max_tokens": 30, "ignore_eos": True, "stream": True}
+    """Ray's proxy passes events on; a server merges those that are read late."""
+    body = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     with served.client.stream("POST", "/v1/completions", json=body) as answer:
         lines = [line for line in answer.iter_lines() if line]
     assert lines[-1] == "data: [DONE]"
-    assert len(lines) > 5
+    assert len(lines) > 2
 
 
 def test_a_replica_that_is_killed_is_replaced_and_loses_no_turn(served: Served) -> None:

@@ -1,7 +1,6 @@
 """/v1/sessions: create, list, get, append to, fork, rewind, cancel and delete sessions."""
 
 import asyncio
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Request, Response
@@ -261,8 +260,12 @@ async def rewind_session(session_id: str, request: Request, context: ContextDep)
     await read_empty(request, context)
     async with context.turns.exclusive(caller.owner, session_id, "error", request.receive):
         rewind, position = context.sessions.rewind, caller.expected_position
-        work = partial(in_store_thread, rewind, caller.owner, session_id, position)
-        return session_response(await context.turns.when_free(work, "error", request.receive))
+        rewound = await context.turns.when_free(
+            lambda: in_store_thread(rewind, caller.owner, session_id, position),
+            "error",
+            request.receive,
+        )
+        return session_response(rewound)
 
 
 def _one(sessions: "list[Session]") -> Response:

@@ -13,11 +13,7 @@ from tests.server.cluster.haproxy import START
 from tests.server.cluster.replicas import Cluster, running_cluster
 from tests.server.live import PATIENCE, eventually
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.timeout(900),
-    pytest.mark.xdist_group("servers behind HAProxy"),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 LONG = 500_000
 """Tokens of a turn that is not over before it is ended."""

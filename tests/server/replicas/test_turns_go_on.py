@@ -24,11 +24,7 @@ from tests.engine.postgres import Postgres, running_postgres
 from tests.server.live import PATIENCE, eventually
 from tests.server.replicas.cluster import Cluster, Follower, cluster, request, send, stream, twin_of
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.timeout(900),
-    pytest.mark.xdist_group("turns that go on"),
-]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 NUM_KILLS = int(os.environ.get("COTTENTION_KILLS", "3"))
 NUM_STREAMS = int(os.environ.get("COTTENTION_KILL_STREAMS", "10"))

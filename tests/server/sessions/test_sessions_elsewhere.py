@@ -100,9 +100,9 @@ def test_a_slow_database_holds_no_request_without_a_session() -> None:
     may_begin = threading.Event()
 
     class Slow(FakeSessions):
-        def begin(self, *arguments: Any) -> Any:
+        def begin(self, *arguments: Any, **named: Any) -> Any:
             may_begin.wait()
-            return super().begin(*arguments)
+            return super().begin(*arguments, **named)
 
     with serving(sessions=Slow()) as live, ThreadPoolExecutor(40) as pool:
         try:
