@@ -46,6 +46,7 @@ class Workers {
  private:
   // The gate: the number of the job, whether it can be entered, and how many workers are inside.
   static constexpr uint64_t kInside = 0xffff, kOpen = kInside + 1, kNext = 2 * kOpen;
+  static uint64_t number_of(uint64_t gate) { return gate & ~(kNext - 1); }
 
   void hire(int64_t number) {
     for (; hired_ < number; ++hired_)
@@ -55,8 +56,7 @@ class Workers {
   void open(int64_t threads, const Job& job) {
     threads_ = threads;
     job_ = job;
-    const uint64_t number = gate_.load(std::memory_order_relaxed) & ~(kNext - 1);
-    gate_.store((number + kNext) | kOpen);
+    gate_.store((number_of(gate_.load(std::memory_order_relaxed)) + kNext) | kOpen);
     if (sleeping_.load() == 0) return;
     { std::lock_guard<std::mutex> lock(mutex_); }  // who has looked at the gate sleeps by now
     opened_.notify_all();
@@ -75,31 +75,33 @@ class Workers {
   [[noreturn]] void work(int64_t thread) {
     uint64_t last = 0;
     while (true) {
+      const uint64_t before = number_of(gate_.load());
       const auto has_job = [&] {
         const uint64_t gate = gate_.load();
-        return (gate & kOpen) != 0 && (gate & ~(kNext - 1)) != last;
+        return (gate & kOpen) != 0 && number_of(gate) != last;
       };
-      if (!look_for(has_job)) sleep_until(has_job);
+      if (!look_for(has_job)) sleep_after(before);
       if (!enter(last)) continue;
       if (thread < threads_) job_.body(job_.context, thread);
       leave();
     }
   }
 
-  template <class Condition>
-  void sleep_until(const Condition& has_job) {
+  // Until there is a job after the one of this number, be it over by then: the next ones of a step
+  // follow soon.
+  void sleep_after(uint64_t number) {
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleeping_;
-    opened_.wait(lock, has_job);
+    opened_.wait(lock, [&] { return number_of(gate_.load()) != number; });
     --sleeping_;
   }
 
-  // Whether the gate was open; `last` is then the number of the job.
+  // Whether there was a job to enter; `last` is then its number.
   bool enter(uint64_t& last) {
     uint64_t gate = gate_.load();
-    while (gate & kOpen)
+    while ((gate & kOpen) && number_of(gate) != last)
       if (gate_.compare_exchange_weak(gate, gate + 1)) {
-        last = gate & ~(kNext - 1);
+        last = number_of(gate);
         return true;
       }
     return false;
