@@ -1,5 +1,4 @@
-// Runs independent tasks on as many threads as torch has: static ranges, with work stealing at the
-// end.
+// Runs independent tasks on torch's threads: static ranges, with work stealing at the end.
 //
 // Every thread first runs its own range, which is the same in every call with as many tasks, so
 // that its data stays in the caches of its core. Tasks may differ much in length (a prefilled
@@ -12,8 +11,6 @@
 #include <algorithm>
 #include <atomic>
 #include <vector>
-
-#include "workers.h"
 
 namespace cottention {
 
@@ -63,11 +60,10 @@ void for_each_task(int64_t count, int64_t grain_size, int64_t chunk, const Task&
     return;
   }
   std::vector<TaskRange> all = split_tasks(count, workers);
-  const auto run = [&](int64_t own) {
-    for (int64_t i = 0; i < workers; ++i) run_rest(all[(own + i) % workers], chunk, task);
-  };
-  using Run = decltype(run);
-  run_job(workers, {[](const void* of, int64_t own) { (*static_cast<const Run*>(of))(own); }, &run});
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t own = begin; own < end; ++own)
+      for (int64_t i = 0; i < workers; ++i) run_rest(all[(own + i) % workers], chunk, task);
+  });
 }
 
 template <class Task>
