@@ -35,10 +35,11 @@ def test_longest_batches_fill_a_step_and_no_more(
 def test_longest_batches_run_and_leave_zeros(gptj_folder: Path) -> None:
     """All ways to sample; states that stayed in a row would be those of the next request."""
     engine = Engine(gptj_folder, EngineConfig(max_slots=5, max_batch_tokens=80, device="cpu"))
-    expected = engine.generate([[1, 2, 3]])
+    params = SamplingParams(max_tokens=5, seed=1, ignore_eos=True)
+    expected = engine.generate([[1, 2, 3]], params)
     engine._runner.run_longest_batches(80, engine.model_config.longest_prompt_part(80))
     assert not any(tensor.any() for tensor in engine.pool.tensors.values())
-    assert engine.generate([[1, 2, 3]])[0].finish_reason == expected[0].finish_reason
+    assert engine.generate([[1, 2, 3]], params) == expected
 
 
 def test_a_warm_up_does_not_touch_rows_in_use(gptj_folder: Path) -> None:
