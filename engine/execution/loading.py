@@ -117,7 +117,8 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     max_length = model_config.longest_prompt_part(max_tokens)
     layers = longest_batch_bytes(new_runner, spec, device, max_tokens, max_length)
     reserve = step_memory(device, num_slots, model_config.vocab_size, layers)
-    _log.info("kept free beside weights and states: %s", reserve)
+    level = logging.INFO if device.startswith("cuda") else logging.DEBUG  # little on a CPU
+    _log.log(level, "kept free beside weights and states: %s", reserve)
     pool = StatePool(spec, num_slots, device, reserve.nbytes, delayed_updates=delayed_updates)
     return LoadedModel(
         placed=placed,

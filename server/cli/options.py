@@ -43,7 +43,7 @@ NAMES = frozenset(each.name for config_type in ALL_SETTINGS for each in settings
 """Every key that a configuration file may have: one file serves all commands."""
 
 OPS_VARIABLES = frozenset(
-    variable_of(name) for name in ("cache", "cpu_isa", "cuda", "cxxflags", "ops")
+    variable_of(name) for name in ("cache", "cpu_isa", "cuda", "cxxflags", "delayed_updates", "ops")
 )
 KNOWN_VARIABLES = (
     frozenset(variable_of(name) for name in (CONFIG_NAME, *NAMES))

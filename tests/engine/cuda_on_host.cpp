@@ -275,4 +275,4 @@ STABLE_TORCH_LIBRARY(cottention_on_host, m) {
 STABLE_TORCH_LIBRARY_IMPL(cottention_on_host, CPU, m) { cottention::cuda::register_all(m); }
 
 // Kernels that the ops have enqueued so far.
-extern "C" int64_t num_launches() { return cottention::cuda::launches; }
+extern "C" __attribute__((visibility("default"))) int64_t num_launches() { return cottention::cuda::launches; }

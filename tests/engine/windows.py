@@ -33,7 +33,7 @@ def folder_of(window: int, attention: str = "cottention") -> Path:
     if attention in FAMILIES:
         return family_folder(attention)
     target = Path(_HOLD.name) / f"{attention}-{window}"
-    shutil.copytree(_MODEL, target, ignore=shutil.ignore_patterns("expected.*"))
+    shutil.copytree(_MODEL, target, ignore=shutil.ignore_patterns("expected.*"), dirs_exist_ok=True)
     changes = {"n_positions": window, "attention_type": attention}
     config = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(config))

@@ -88,7 +88,7 @@ def test_nothing_is_measured_on_the_cpu(gptj_folder: Path) -> None:
 
 
 def test_what_is_kept_free_is_told(gptj_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO", logger="cottention"):
+    with caplog.at_level("DEBUG", logger="cottention"):
         Engine(gptj_folder, EngineConfig(max_slots=2, device="cpu"))
     [line] = [each.message for each in caplog.records if "kept free" in each.message]
     assert line.startswith("kept free beside weights and states: ")
