@@ -207,6 +207,7 @@ def test_a_query_at_any_address(step: Step, key: int, dtype: torch.dtype) -> Non
     assert torch.equal(odd.state, even.state)
 
 
+@pytest.mark.slow  # it takes 8 GB
 def test_a_row_beyond_two_to_the_31st_element() -> None:
     """On the host; on a GPU, see test_on_gpu.py."""
     near, far = far_pools()
