@@ -79,6 +79,12 @@ def test_its_library_came_with_the_wheel_and_has_every_instruction_set(image: st
     assert found == str([True] * 4)
 
 
+def test_it_has_what_traces_need(image: str) -> None:
+    assert image
+    code = "from cottention.server.observability.tracing import Tracing; Tracing('http://host', '')"
+    python(code)
+
+
 def test_all_its_files_have_one_time(image: str) -> None:
     assert image
     code = (
