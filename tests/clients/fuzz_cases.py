@@ -23,7 +23,7 @@ CHECKS = (
 )
 """Those that depend on what is sent; methods and keys are for the short run."""
 
-EXAMPLES = 200
+EXAMPLES = 60
 """Cases of each operation and seed, where there are as many: more of them come ever slower."""
 
 
