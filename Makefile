@@ -8,6 +8,9 @@ UI := .venv-ui
 RAY := .venv-ray
 ARGS ?=
 
+# Tests start hundreds of processes of the same modules: their bytecode is kept, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-slow test-cluster test-ray test-clients test-ui screenshots wheel test-wheel docker-test fuzz fuzz-long asan crash kills faults forgeries stops soak check bounds bench report gpu-check train format clean
 
@@ -158,3 +161,4 @@ format: setup ## Rewrite the code in the house's format
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) $(CLIENTS) $(UI) $(RAY) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -71,6 +71,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_what_it_runs_needs_nothing_else(bare: dict[str, str]) -> None:
     """The modules that it names are imported, its tests collected, a table is drawn."""
     script = SCRIPT.read_text(encoding="utf-8")

@@ -2,7 +2,8 @@
 
 A server of the shipped model listens in place of http://127.0.0.1:8000; commands run in a temporary
 folder in which the names that pages use for models and files stand for small ones. A command that
-serves is stopped when it is ready, and one that was left running with its block.
+serves is stopped when it is ready, and one that was left running with its block. README's blocks
+are run by `make test`, those of other pages, some fifty processes, by `make test-slow`.
 """
 
 import os
@@ -27,7 +28,7 @@ SERVES = re.compile(r"^cottention serve\b(?!.*&\s*(?:#.*)?$)")
 """A line that serves in the foreground."""
 
 TO_RUN = [
-    block
+    pytest.param(block, id=block.name, marks=[] if page.name == "README.md" else pytest.mark.slow)
     for page in PAGES
     for block in blocks(page)
     if block.language in RUN and not (block.not_run or block.run_by)
@@ -74,7 +75,7 @@ def place(tmp_path: Path, stand_ins: dict[str, Path]) -> Path:
 
 
 @pytest.mark.timeout(1200)  # several processes that load torch, on a machine that does other things
-@pytest.mark.parametrize("block", TO_RUN, ids=lambda block: block.name)
+@pytest.mark.parametrize("block", TO_RUN)
 def test_it_does_what_the_page_says(block: Block, place: Path, port: str) -> None:
     text = block.text
     ports = {8000: free_port() if "cottention serve" in text else port, 9000: free_port()}

@@ -109,7 +109,12 @@ def alone(gptj_folder: Path, cases: list[Case]) -> Recorded:
 
 @pytest.mark.parametrize(
     ("max_slots", "max_batch_tokens", "arrivals_per_step"),
-    [(64, 512, 200), (64, 64, 5), (17, 40, 3), (5, 7, 2)],
+    [
+        (64, 512, 200),
+        pytest.param(64, 64, 5, marks=pytest.mark.slow),
+        pytest.param(17, 40, 3, marks=pytest.mark.slow),
+        (5, 7, 2),
+    ],
 )
 def test_logits_have_equal_bits_alone_and_in_company(
     gptj_folder: Path,

@@ -398,7 +398,7 @@ def test_nobody_starves(budget: int, num_arrivals: int, weights: tuple[int, ...]
     budget=st.integers(2, 64),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_no_client_waits_for_longer_than_the_bound(
     weights: list[int], num_slots: int, budget: int, seed: int
 ) -> None:

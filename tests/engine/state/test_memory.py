@@ -16,6 +16,7 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+@pytest.mark.slow
 def test_resident_memory_is_flat(engine: Engine) -> None:
     """Token 500 to token 5,000 of one stream, far past the model's 64 positions."""
     pool = engine.pool.nbytes
@@ -30,6 +31,7 @@ def test_resident_memory_is_flat(engine: Engine) -> None:
     assert engine.pool.nbytes == pool
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SESSION_FAMILIES)
 def test_memory_of_a_recurrent_family_is_flat(family: str) -> None:
     """Token 250 to token 1,000 of one stream; the pool has the bytes that the spec itemises."""

@@ -181,7 +181,14 @@ def test_hours_end_a_run(settings: TrainingSettings) -> None:
     assert len(listener.losses) < 20
 
 
-@pytest.mark.parametrize("attention", [kind for kind in ATTENTION_KINDS if kind != "cottention"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        pytest.param(kind, marks=() if kind in ("softmax", "gated_rfa") else pytest.mark.slow)
+        for kind in ATTENTION_KINDS
+        if kind != "cottention"
+    ],
+)
 def test_other_kinds_of_attention_are_trained_alike(
     settings: TrainingSettings, attention: str
 ) -> None:

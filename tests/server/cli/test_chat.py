@@ -221,6 +221,7 @@ def test_a_model_does_not_steer_the_terminal(tmp_path: Path) -> None:
             assert "\x1b[31m" not in it.seen
 
 
+@pytest.mark.slow
 def test_a_model_of_its_own_in_a_socket_of_its_own(tmp_path: Path) -> None:
     """Without --url the model is served within the process, to nobody else, and leaves nothing."""
     folder = attention_folder("cottention")

@@ -58,8 +58,8 @@ def arguments_with_pipe(flag: str, folder: Path) -> tuple[list[object], Path]:
     ("where", "number"),
     [
         ("--config", signal.SIGINT),
-        ("--api-key-file", signal.SIGTERM),
-        ("--chat-template", signal.SIGINT),
+        pytest.param("--api-key-file", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("--chat-template", signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_during_start_ends_the_process(tmp_path: Path, where: str, number: int) -> None:

@@ -76,6 +76,7 @@ def check_service(popen: "subprocess.Popen[Any]", port: int, model: str) -> None
     assert popen.wait(PATIENCE) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("output", "errors"), [(CLOSED, CLOSED), (FULL, GONE)])
 def test_a_server_needs_no_output(
     gptj_folder: Path, tmp_path: Path, output: str, errors: str
@@ -100,6 +101,7 @@ def test_a_server_needs_no_output(
             popen.kill()
 
 
+@pytest.mark.slow
 def test_a_server_whose_encoding_lacks_letters(gptj_folder: Path, tmp_path: Path) -> None:
     folder, port = shutil.copytree(gptj_folder, tmp_path / "modèle"), free_port()
     sessions = tmp_path / "séances"
@@ -136,7 +138,10 @@ def test_a_command_says_that_its_output_is_lost(
 
 @pytest.mark.parametrize(
     ("command", "kind", "status", "says"),
-    [("generate", GONE, 141, ""), ("info", FULL, 1, "No space left")],
+    [
+        pytest.param("generate", GONE, 141, "", marks=pytest.mark.slow),
+        ("info", FULL, 1, "No space left"),
+    ],
 )
 def test_a_command_with_a_model_says_it_too(
     gptj_folder: Path, command: str, kind: str, status: int, says: str

@@ -79,7 +79,7 @@ def test_special_tokens_begin_a_session_and_no_later_turn() -> None:
     assert turn_prompt([5], EMPTY, tokenizer) == [5]
 
 
-@pytest.mark.parametrize("field", ["stop", "stop_token_ids"])
+@pytest.mark.parametrize("field", [pytest.param("stop", marks=pytest.mark.slow), "stop_token_ids"])
 def test_very_long_lists_are_made_distinct_in_short_steps(field: str) -> None:
     values: list[Any] = [*range(1_500_000)]
     if not field.endswith("ids"):
@@ -87,7 +87,9 @@ def test_very_long_lists_are_made_distinct_in_short_steps(field: str) -> None:
     assert takes_short_steps(lambda: completion_request({"prompt": "x", field: values}))
 
 
-@pytest.mark.parametrize("formatter", [CompletionFormatter, ChatFormatter])
+@pytest.mark.parametrize(
+    "formatter", [CompletionFormatter, pytest.param(ChatFormatter, marks=pytest.mark.slow)]
+)
 def test_the_ids_of_a_very_long_prompt_are_encoded_in_short_steps(
     formatter: type[ChoiceFormatter],
 ) -> None:

@@ -112,6 +112,7 @@ def test_a_paused_stream_releases_its_slot_and_its_text_is_unchanged(gptj_folder
     assert expected.text.startswith(answer.json()["choices"][0]["text"].rstrip("\ufffd"))
 
 
+@pytest.mark.slow
 def test_paused_states_are_bounded(gptj_folder: Path) -> None:
     """Of six the two that came last wait; the others keep what had come, and nobody else waits."""
     engine = Engine(gptj_folder, EngineConfig(max_slots=2, max_paused_states=2))

@@ -238,6 +238,7 @@ def test_many_forged_snapshots(live: Live, engine: Engine) -> None:
     try_many(live, Forger(engine), NUM_FORGERIES)
 
 
+@pytest.mark.slow
 def test_the_longest_list_is_no_work_for_the_event_loop(live: Live, engine: Engine) -> None:
     forger = Forger(engine)
     with undisturbed(live):
