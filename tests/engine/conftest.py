@@ -4,7 +4,8 @@ A test marked `every_feature_map` runs for every kind of attention that is serve
 `gptj_folder`, and the engine on it, are of that kind. One marked `every_attention` runs for those
 whose states differ in more than their size, one marked `every_session` for families whose sessions
 keep more than the recurrence as well. One marked `every_model` runs for every feature map and every
-family. Of several marks the closest one counts.
+family. Of several marks the closest one counts. Coverage, which doubles the time of a test, is
+measured with the first of the kinds alone: what is particular to another has tests of its own.
 """
 
 import shutil
@@ -28,7 +29,8 @@ _MODELS_OF = {
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marks = [mark.name for mark in metafunc.definition.iter_markers() if mark.name in _MODELS_OF]
     if marks and "attention" in metafunc.fixturenames:
-        every = _MODELS_OF[marks[0]]
+        first, *others = _MODELS_OF[marks[0]]
+        every = [first, *(pytest.param(each, marks=pytest.mark.no_cover) for each in others)]
         metafunc.parametrize("attention", every, indirect=True, scope="session")
 
 

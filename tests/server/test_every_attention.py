@@ -20,6 +20,8 @@ from tests.engine.making import FAMILIES
 from tests.engine.windows import engine_of
 from tests.server.live import Live, serving
 
+pytestmark = pytest.mark.no_cover
+
 WINDOW = 16
 TURN: dict[str, Any] = {"ignore_eos": True, "seed": 5}
 each_kind = pytest.mark.parametrize("attention", RECURRENT_KINDS)

@@ -20,7 +20,7 @@ from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.scheduling.batch import Batch, BatchResult
 from tests.engine.making import FAMILIES
 
-pytestmark = pytest.mark.every_model
+pytestmark = [pytest.mark.every_model, pytest.mark.no_cover]
 
 NUM_REQUESTS = {"cottention": 200, **dict.fromkeys(FAMILIES, 24)}
 
