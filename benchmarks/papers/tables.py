@@ -133,9 +133,9 @@ def _recall(results: Results) -> Rows:
     """The better of the rates of each kind and width."""
     pairs = [str(number) for number in NUM_PAIRS]
     rows = [["attention", "width", "state", "runs", *(f"{number} pairs" for number in pairs)]]
-    for width in (64, 128):
+    for width, rates in RECALL_RATES.items():
         for kind in LINEAR_KINDS:
-            names = [f"recall/{kind}/width={width}/lr={rate:g}" for rate in RECALL_RATES]
+            names = [f"recall/{kind}/width={width}/lr={rate:g}" for rate in rates]
             runs = [results[name] for name in names if name in results]
             if not runs:
                 continue
