@@ -60,6 +60,8 @@ class Recall:
     batch_tokens: int = 3072
     weight_decay: float = 0.1
     warmup_steps: int = 50
+    products: str = "bfloat16"
+    """Type of the products of matrices in training."""
 
     def run(self, folder: Path, _shared: Path) -> Result:
         """Train from random weights; accuracy on new sequences."""
@@ -115,7 +117,7 @@ class _Task:
         num_pairs = run.first_pairs << int(torch.randint(reached, (), generator=generator))
         batch = max(1, run.batch_tokens // (3 * num_pairs))
         ids, answers = recall_batch(run.num_keys, num_pairs, batch, generator)
-        logits = self._answers(ids, torch.bfloat16)
+        logits = self._answers(ids, getattr(torch, run.products))
         return nn.functional.cross_entropy(logits.flatten(0, 1), answers.flatten())
 
     def _answers(self, ids: Tensor, dtype: torch.dtype) -> Tensor:

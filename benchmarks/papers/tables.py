@@ -18,7 +18,7 @@ from benchmarks.papers.runs import (
     KINDS,
     LEARNING_RATES,
     LINEAR_KINDS,
-    RECALL_RATES,
+    RECALL_TRIALS,
     SEEDS,
     all_runs,
     best_rate,
@@ -133,7 +133,7 @@ def _recall(results: Results) -> Rows:
     """The better of the rates of each kind and width."""
     pairs = [str(number) for number in NUM_PAIRS]
     rows = [["attention", "width", "state", "runs", *(f"{number} pairs" for number in pairs)]]
-    for width, rates in RECALL_RATES.items():
+    for width, rates in RECALL_TRIALS.items():
         for kind in LINEAR_KINDS:
             names = [f"recall/{kind}/width={width}/lr={rate:g}" for rate in rates]
             runs = [results[name] for name in names if name in results]
