@@ -135,14 +135,16 @@ def _allocated(tensor: StateTensor, num_rows: int, device: str) -> Tensor:
 
 def _check_memory(spec: StateSpec, num_slots: int, device: str, reserve: int) -> None:
     needed = spec.bytes_per_slot * num_slots
-    available = available_memory(device) - reserve
-    if needed > available:
-        most = max(available, 0) // spec.bytes_per_slot
+    available = available_memory(device)
+    if needed > available - reserve:
+        most = max(available - reserve, 0) // spec.bytes_per_slot
         remedy = f"give --max-slots {most} or fewer, or a smaller --state-memory"
+        fewer = "" if num_slots == 1 else "give a smaller --max-slots, "
+        steps = f", beside {reserve:,} for the steps," if reserve else ""
         raise OutOfMemoryError(
-            f"{num_slots} slots of {spec.bytes_per_slot:,} bytes need {needed:,} bytes and only"
-            f" {max(available, 0):,} are available:"
-            f" {remedy if most else 'free memory, or give the container more'}"
+            f"{num_slots} slots of {spec.bytes_per_slot:,} bytes need {needed:,} bytes{steps} and"
+            f" only {available:,} are available:"
+            f" {remedy if most else f'{fewer}free memory, or give the container more'}"
         )
 
 

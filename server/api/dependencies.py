@@ -115,8 +115,9 @@ class Context:
 
     @property
     def capabilities(self) -> tuple[Capability, ...]:
-        """What the served model can do."""
-        return self.engine.engine.capabilities
+        """What the served model can do; chats where it has a template."""
+        can_chat = isinstance(self.template, ChatTemplate)
+        return tuple(x for x in self.engine.engine.capabilities if x != "chat" or can_chat)
 
     @property
     def max_text_tokens(self) -> int:
@@ -223,9 +224,12 @@ PATHS: Mapping[Capability, str] = {
 
 def check_capability(wanted: Capability, context: Context) -> None:
     """Raise ApiError 400 for what the served model cannot do; it says what the model can."""
-    if wanted not in context.capabilities:
+    model = context.engine.engine
+    if wanted not in model.capabilities:
         able = ", ".join(f"{each} ({PATHS[each]})" for each in context.capabilities)
         message = f"the model {shown(context.model_name)} does not serve {wanted}; it serves {able}"
+        if wanted == "embeddings" and "completions" in model.capabilities:
+            message += "; started with --embeddings, the server also gives its embeddings"
         raise ApiError(400, message, param="model", code="unsupported_by_model")
 
 

@@ -232,6 +232,12 @@ class DrainingServer(BoundedServer):
         self._spawn(self._exit_when_engine_fails())
         self._announce()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, which after a second signal would cut the end of the application."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
     def _on_signal(self, number: int) -> None:
         if self._draining:
             self._stop_now(number)

@@ -35,6 +35,9 @@ PIECE_BYTES = 16 * 1024
 MAX_PIPELINED = 1024
 """Requests that a client may send before the first of them is answered."""
 
+TLS_HANDSHAKE = b"\x16\x03"
+"""What a client that expects TLS begins with."""
+
 LINGER_SECONDS = 2.0
 """How long a body may go on after its answer: closing at once could lose the answer."""
 
@@ -64,7 +67,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._receive_seconds = receive_seconds
         self._send_seconds = send_seconds
         self._socket: asyncio.Transport
-        self._refusal = _malformed(has_tls=False)
+        self._refusal: ApiError | None = None
         self._has_tls = False
         self._in_head, self._in_body = False, False
         self._num_head_bytes = self._num_framing_bytes = 0
@@ -79,7 +82,6 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._socket = transport
         self._has_tls = transport.get_extra_info("sslcontext") is not None
-        self._refusal = _malformed(has_tls=self._has_tls)
         self._table.add(self, network_of(self.client[0] if self.client else ""))
         self._set_timer(self._receive_seconds)
 
@@ -111,8 +113,8 @@ class BoundedProtocol(HttpToolsProtocol):
                 return
             except HttpParserUpgrade as upgrade:
                 piece = self._without_upgrade(piece[upgrade.args[0] :])
-            except HttpParserError:
-                self._refuse(self._refusal)
+            except HttpParserError as error:
+                self._refuse(self._refusal or _malformed(piece, error, has_tls=self._has_tls))
                 return
 
     def _without_upgrade(self, rest: bytes) -> bytes:
@@ -317,9 +319,10 @@ class UnchunkedTransport(asyncio.Transport):
         self._transport.write(body)
 
 
-def _malformed(*, has_tls: bool) -> ApiError:
-    hint = "" if has_tls else "; the server speaks HTTP without TLS"
-    return ApiError(400, f"this is not a valid HTTP/1.1 request{hint}")
+def _malformed(data: bytes, error: HttpParserError, *, has_tls: bool) -> ApiError:
+    if data.startswith(TLS_HANDSHAKE) and not has_tls:
+        return ApiError(400, "this is a TLS handshake, and the server speaks HTTP without TLS")
+    return ApiError(400, f"this is not a valid HTTP/1.1 request: {error}")
 
 
 def _head_too_slow(seconds: float) -> ApiError:

@@ -209,7 +209,7 @@ class TurnQueue:
         if queue and on_conflict == "error":
             raise SessionBusyError(
                 "another turn has this session: try again when it has ended; turns and forks may"
-                ' have "on_conflict": "wait"'
+                ' have "on_conflict": "wait", and DELETE ?cancel=true'
             )
         mine = asyncio.Event()
         queue.insert(1 if is_next else len(queue), mine)

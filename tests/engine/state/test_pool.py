@@ -91,8 +91,12 @@ def test_too_large_a_pool_is_refused_with_figures(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OutOfMemoryError) as caught:
         StatePool(SPECS[0], 4, "cpu", 64 * 2**20)
     message = str(caught.value)
-    assert f"4 slots of {size:,} bytes need {4 * size:,} bytes" in message
-    assert f"only {3 * size + 1:,} are available: give --max-slots 3 or fewer" in message
+    steps = f"beside {64 * 2**20:,} for the steps"
+    assert f"4 slots of {size:,} bytes need {4 * size:,} bytes, {steps}" in message
+    available = f"{64 * 2**20 + 3 * size + 1:,}"
+    assert f"only {available} are available: give --max-slots 3 or fewer" in message
+    with pytest.raises(OutOfMemoryError, match="available: give a smaller --max-slots, free mem"):
+        StatePool(SPECS[0], 4, "cpu", 2**40)
 
 
 def test_where_not_one_fits(monkeypatch: pytest.MonkeyPatch) -> None:

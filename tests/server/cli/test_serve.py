@@ -35,6 +35,11 @@ class Process:
     def wait(self, seconds: float) -> int:
         return self._popen.wait(seconds)
 
+    def printed(self) -> str:
+        """What it has printed since it was ready, once it has ended."""
+        assert self._popen.stdout
+        return self._popen.stdout.read()
+
     @contextlib.contextmanager
     def stream(self, max_tokens: int, prompt: str = "x") -> Iterator[Iterator[str]]:
         """The lines of a stream whose first event has come."""
@@ -109,6 +114,7 @@ def test_a_second_signal_stops_at_once() -> None:
         server.signal(signal.SIGTERM)
         assert server.wait(CLOSING) == 128 + signal.SIGTERM
         assert '"finish_reason":"abort"' in list(lines)[-4]
+        assert "Traceback" not in server.printed()
 
 
 def test_an_idle_server_stops_at_once() -> None:
