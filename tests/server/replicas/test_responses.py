@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +117,20 @@ def test_a_key_whose_server_died_is_executed_again(group: Cluster) -> None:
     victim.start()
     victim.wait()
     assert send("POST", f"{victim.url}/v1/responses/{second['id']}/cancel").status_code == 200
+
+
+def test_a_message_is_followed_with_the_key_that_anthropic_s_clients_send(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    """The other server checks it like any other: without it, it would refuse the relay."""
+    flags = ("--chat-template", "plain", "--api-key", "a-key-of-many", "--max-slots", "4")
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 300, "stream": True}
+    headers = {"X-Api-Key": "a-key-of-many", "Idempotency-Key": "message"}
+    with cluster(postgres, tmp_path, *flags, num=2) as group:
+        one, two = (f"{each.url}/v1/messages" for each in group.replicas)
+        with stream("POST", one, json=body, headers=headers) as response:
+            pieces = response.iter_bytes()
+            first = next(pieces)
+            same = send("POST", two, json=body, headers=headers)
+            assert same.status_code == 200
+            assert same.content == first + b"".join(pieces)
