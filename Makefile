@@ -12,7 +12,7 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-slow test-cluster test-ray test-clients test-ui screenshots wheel test-wheel docker-test fuzz fuzz-long asan crash kills faults forgeries stops soak check bounds bench report gpu-check train format clean
+.PHONY: help setup serve test test-slow test-cluster test-ray test-clients test-ui screenshots wheel test-wheel docker-test fuzz fuzz-long asan crash kills history recipes faults forgeries stops soak check bounds bench report gpu-check train format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -112,6 +112,12 @@ crash: setup ## Kill the server two hundred times under load, and look for what 
 
 kills: setup ## Kill servers 20 times under 50 streams of turns that go on, over a PostgreSQL
 	COTTENTION_KILLS=20 COTTENTION_KILL_STREAMS=50 $(BIN)/python -m pytest -s --timeout=1800 tests/server/replicas/test_turns_go_on.py::test_killed_under_live_streams
+
+history: setup ## Kill, stop and cut off servers that take turns of the same sessions, for ten minutes
+	COTTENTION_HISTORY_SECONDS=600 $(BIN)/python -m pytest -s tests/engine/sessions/store/test_postgres_history.py
+
+recipes: setup ## Compare 200 random sessions of every attention and family as recipes and as whole states
+	COTTENTION_RECIPE_SESSIONS=200 $(BIN)/python -m pytest -n auto tests/engine/sessions/test_recipes.py
 
 forgeries: setup ## Import ten thousand forged snapshots
 	COTTENTION_FORGERIES=10000 $(BIN)/python -m pytest tests/server/sessions/test_forged_snapshots.py::test_many_forged_snapshots

@@ -5,8 +5,8 @@ encoding of the state and the commit, from eight threads; one checkpoint is kept
 transactions beside them are the least that a shared store can do with the same stored bytes, as
 durably: in a table with the key of sessions, an UPDATE that leases and an UPDATE that puts them in
 place. All take short turns one after another, and each figure is a median of its turns. Processor
-time is compared at the same rate of turns as well: who takes more of them at a time flushes the log
-once for several.
+time is compared at the same rate of turns as well, and beside bare transactions whose clients
+encode a state for each of them: who takes more turns at a time flushes the log once for several.
 PostgreSQL (fsync on) is started in a temporary folder: `python -m benchmarks.stores`, where
 Debian's package is installed; it is not among `python -m benchmarks`.
 """
@@ -76,6 +76,7 @@ def measure(quick: bool) -> Report:
             "bare": medians(paced["bare", form])["database CPU ms"],
             "ratio": cpu_ratio(paced["PostgreSQL", form], paced["bare", form]),
             "ratio at full speed": cpu_ratio(measured["PostgreSQL", form], measured["bare", form]),
+            "encoded": cpu_ratio(measured["PostgreSQL", form], measured["bare, encoded", form]),
         }
         for form, blob in sizes.items()
     ]
@@ -103,19 +104,26 @@ def turns_of(
         closing(SqliteStore(Path(folder) / form)) as sqlite,
         closing(PostgresStore(server.url, password=PASSWORD)) as postgres,
     ):
+        bare = bare_turn(server, form, codec.encode(state))
+
+        def encoded(n: int) -> None:
+            codec.encode(state)
+            bare(n)
+
         sides: dict[str, tuple[Turn, Postgres | None]] = {
             "folder": (turn_of(sqlite, codec, state), None),
             "PostgreSQL": (turn_of(postgres, codec, state), server),
-            "bare": (bare_turn(server, form, codec.encode(state)), server),
+            "bare": (bare, server),
+            "bare, encoded": (encoded, server),
         }
         full: Taken = {name: [] for name in sides}
-        paced: Taken = {name: [] for name in sides}
+        paced: Taken = {name: [] for name in ("PostgreSQL", "bare")}
         for _ in range(num_rounds):
             for name, (turn, database) in sides.items():
                 full[name].append(timed(turn, SECONDS, database))
-            for name, (turn, database) in sides.items():
-                if database is not None:
-                    paced[name].append(timed(turn, SECONDS, database, RATES[form]))
+            for name in paced:
+                turn, database = sides[name]
+                paced[name].append(timed(turn, SECONDS, database, RATES[form]))
     return full, paced
 
 

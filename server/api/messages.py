@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cottention.engine.errors import ParameterError
 from cottention.server.api.chat import ALWAYS_IN_THREAD, parse_chat
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import open_request, read_parsed, read_request
+from cottention.server.api.generate import once, open_request, read_parsed, read_request
 from cottention.server.api.openapi import error_responses, request_docs
 from cottention.server.generation.deadline import deadline_of
 from cottention.server.generation.json_pieces import object_response
@@ -64,10 +64,15 @@ class TokenCount(BaseModel):
         examples=[{"messages": MESSAGES, "max_tokens": 8}],
         streams=True,
         more=error_responses(403, 409),
+        is_idempotent=True,
     ),
 )
 async def create_message(request: Request, context: ContextDep) -> Response:
     """Answer the last of some messages; the response is whole or a stream of events."""
+    return await once(request, context, lambda each: _create(each, context))
+
+
+async def _create(request: Request, context: Context) -> Response:
     parsed, arrived_at = await read_request(request, context, _parse, ALWAYS_IN_THREAD)
     context.limits.check(parsed)
     context.bodies.response(request).at_least(parsed.num_items)

@@ -52,13 +52,17 @@ MAX_RETAINED = 64
 class KeyedRequest:
     """A request that is executed for its key.
 
-    is_kept: its answer is stored already. turn: of a session, which does not end with its response.
+    is_kept: its answer is stored already. turn: of a session or a response in the background, which
+    does not end with its response. is_early: the response does not wait for it. has_failed: the
+    request may be sent again, although it was answered.
     """
 
     claim: Claim
     recording: Recording
     is_kept: bool = False
     turn: asyncio.Task[None] | None = None
+    is_early: bool = False
+    has_failed: bool = False
 
     def session_answer(self, make: Callable[[Any], bytes]) -> "SessionAnswer":
         """What a session's change stores in its own transaction, made of the sessions after it."""
@@ -170,13 +174,14 @@ class IdempotencyKeys:
         claim, recording = keyed.claim, keyed.recording
         if keyed.turn is not None:
             await asyncio.wait([keyed.turn])
+        answer = None if keyed.has_failed else recording.answer
         try:
             if not keyed.is_kept:
-                await self._store(claim, recording.answer)
+                await self._store(claim, answer)
         except SessionError as error:
             logger.error("the answer of an idempotency key could not be stored: %s", error)
             has_room = len(self._recordings) - len(self._tasks) < MAX_RETAINED
-            if isinstance(error, StoreUnavailableError) and recording.answer and has_room:
+            if isinstance(error, StoreUnavailableError) and answer and has_room:
                 return  # it is repeated from memory until the server ends
         if self._recordings.get((claim.owner, claim.key)) is recording:
             del self._recordings[claim.owner, claim.key]
@@ -227,6 +232,8 @@ class IdempotencyKeys:
         except Exception as raised:
             error = raised
         finally:
+            if keyed.is_early:
+                recording.end(error)
             # stored before the end is sent: who has it may repeat the request at once
             await self.finish(keyed)
             recording.end(error)

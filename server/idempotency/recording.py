@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from cottention.server.generation.sse import DONE, KEEP_ALIVE, body_message, close_on_disconnect
+from cottention.server.generation.sse import KEEP_ALIVE, body_message, close_on_disconnect
 from cottention.server.http.errors import ApiError
 from cottention.server.http.pacing import PIECE_BYTES
 
@@ -22,6 +22,15 @@ Answering = Callable[[Request], Awaitable[Response]]
 
 
 EVENT_STREAM = b"text/event-stream"
+LAST_EVENTS = (
+    b"data: [DONE]",
+    b"event: response.completed",
+    b"event: response.incomplete",
+    b"event: message_stop",
+)
+"""Lines of the last event of a stream that has come to its end, of each kind that there is."""
+MAX_HEAD = 256
+"""Bytes of an event's lines before its data."""
 BUFFER_BYTES = 1024 * 1024
 STALL_SECONDS = 30.0
 """How long a response waits for a client that does not read."""
@@ -43,7 +52,7 @@ class Recording:
         self._max_bytes = max_bytes
         self._body = bytearray()
         self._first = 0
-        self._tail = b""
+        self._last_event = b""
         self._is_whole = False
         self._places: dict[object, int] = {}
         self._changed = asyncio.Event()
@@ -57,9 +66,10 @@ class Recording:
     def answer(self) -> bytes | None:
         """The whole response as it is stored; None where it is no success.
 
-        A stream of events is one where it ends with DONE.
+        A stream of events is one where its last event is of LAST_EVENTS.
         """
-        if self.is_event_stream and not self._tail.endswith(DONE.encode()):
+        lines = self._last_event.split(b"\n", 2)[:2]  # there may be its id before it
+        if self.is_event_stream and not any(each in LAST_EVENTS for each in lines):
             return None
         if not self._is_whole or not 200 <= self.status < 300:
             return None
@@ -68,12 +78,14 @@ class Recording:
         return encode_answer(self.status, self.headers, bytes(self._body))
 
     async def send(self, message: Message) -> None:
-        """As ASGI has it."""
+        """As ASGI has it. A message has whole events."""
         if message["type"] == "http.response.start":
             self.status, self.headers = message["status"], message["headers"]
         elif message.get("body") != KEEP_ALIVE:  # it is no part of the answer
-            self._body += message.get("body", b"")
-            self._tail = bytes(self._body[-len(DONE) :]) or self._tail
+            body = message.get("body", b"")
+            self._body += body
+            if body and self.is_event_stream:
+                self._last_event = body.removesuffix(b"\n\n").rpartition(b"\n\n")[2][:MAX_HEAD]
             self._is_whole = not message.get("more_body", False)
         self._wake()
         await self._make_room()

@@ -33,6 +33,7 @@ FORWARDED = (
     "if-match",
     "last-event-id",
     "origin",
+    "x-api-key",
     "x-request-id",
 )
 RETURNED = (

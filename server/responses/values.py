@@ -135,7 +135,7 @@ class ResponseStore:
 
     def _open(self, owner: str, stored: StoredResponse, state: "SessionState") -> str:
         """The id of a new session that has the response."""
-        session_id = _session_id(stored.response["id"])
+        session_id = session_id_of(stored.response["id"])
         try:
             self._sessions.open(
                 response_owner(owner),
@@ -173,7 +173,7 @@ class ResponseStore:
     def _load(
         self, owner: str, response_id: str, param: str, log_of: Callable[[str, str], EventLog]
     ) -> StoredResponse:
-        key = response_owner(owner), _session_id(response_id, param)
+        key = response_owner(owner), session_id_of(response_id, param)
         try:
             # asked before: a response that ends meanwhile was not interrupted
             was_interrupted = self._sessions.find(*key).was_interrupted
@@ -184,7 +184,7 @@ class ResponseStore:
 
     def delete(self, owner: str, response_id: str) -> None:
         """Forget a response. ApiError 404 as in `load`."""
-        session_id = _session_id(response_id)
+        session_id = session_id_of(response_id)
         try:
             self._sessions.delete(response_owner(owner), session_id)
         except SessionNotFoundError:
@@ -197,7 +197,8 @@ def not_found(response_id: str, param: str = "response_id") -> ApiError:
     return ApiError(404, message, param=param, code="response_not_found")
 
 
-def _session_id(response_id: str, param: str = "response_id") -> str:
+def session_id_of(response_id: str, param: str = "response_id") -> str:
+    """The id of the session that is a response. ApiError 404 for what is no id of one."""
     found = RESPONSE_ID.fullmatch(response_id)
     if found is None:
         raise not_found(response_id, param)

@@ -1,6 +1,7 @@
 """A session's turn as server-sent events; the turn is committed before its last event is sent."""
 
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -104,10 +105,10 @@ class TurnEvents:
         """Events as text; an empty one after `idle_seconds` without any.
 
         SessionMovedError, StoreUnreachableError: the turn, which is journaled, goes on elsewhere.
-        SessionMovedError, StoreUnreachableError: the turn, which is journaled, goes on elsewhere.
         A text counts as delivered when the next one is asked for.
         """
         stream, turn = self._stream, self._turn
+        adopted_at = time.monotonic() if self._num_known else None
         while True:
             deltas = await stream.take(idle_seconds)
             chunks = await self._formatter.chunks(deltas)
@@ -124,6 +125,9 @@ class TurnEvents:
                 self._num_known -= delta.num_tokens
                 turn.add_delivered(delta)
                 continue
+            if adopted_at is not None:
+                seconds, adopted_at = time.monotonic() - adopted_at, None
+                logger.info("session %s: adopted turn read in %.3f s", turn.session_id, seconds)
             text = self._formatter.frame(chunks)
             if self._journal is not None:
                 assert delta.tokens is not None

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from cottention.engine.errors import ParameterError
 from cottention.server.api.chat import ALWAYS_IN_THREAD, parse_chat
 from cottention.server.api.dependencies import Context, ContextDep
-from cottention.server.api.generate import open_request, read_request, settled
+from cottention.server.api.generate import once, open_request, read_request, settled
 from cottention.server.api.openapi import error_responses, request_docs
 from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.deadline import deadline_of
@@ -21,6 +21,7 @@ from cottention.server.generation.responses import check_outcome, collect_output
 from cottention.server.generation.sse import EventStreamResponse, close_on_disconnect
 from cottention.server.http.body import shown
 from cottention.server.http.errors import ApiError, invalid
+from cottention.server.idempotency.keys import KeyedRequest, keyed_request_of
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.observability.access_log import request_record
 from cottention.server.responses.run import ResponseRun
@@ -83,11 +84,19 @@ class ParsedResponse:
     "/v1/responses",
     response_model=ResponseObject,
     **request_docs(
-        ResponseRequest, examples=EXAMPLES, streams=True, more=error_responses(403, 409, 507)
+        ResponseRequest,
+        examples=EXAMPLES,
+        streams=True,
+        more=error_responses(403, 409, 507),
+        is_idempotent=True,
     ),
 )
 async def create_response(request: Request, context: ContextDep) -> Response:
     """Answer an input, which may continue an earlier response from its state."""
+    return await once(request, context, lambda each: _create(each, context))
+
+
+async def _create(request: Request, context: Context) -> Response:
     parsed, arrived_at = await read_request(request, context, parse_response, ALWAYS_IN_THREAD)
     body, chat = parsed.body, parsed.chat
     try:
@@ -178,8 +187,11 @@ async def _respond(
             raise
         first = writer.snapshot()
         key = response_owner(owner), writer.response["id"]
-        work = _run_alone(run, live, stack)
-        request_record(request.scope).background_turn = context.turns.detach(key, live, work)
+        keyed = keyed_request_of(request.scope)
+        task = context.turns.detach(key, live, _run_alone(run, live, stack, keyed))
+        request_record(request.scope).background_turn = task
+        if keyed is not None:
+            keyed.turn, keyed.is_early = task, not body.stream
         if body.stream:
             return EventStreamResponse(
                 LiveEventFollower(live, 0), context.config.sse_keep_alive_seconds
@@ -211,14 +223,20 @@ class _Streamed(EventStreamResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _run_alone(run: ResponseRun, live: LiveEvents, stack: AsyncExitStack) -> None:
-    """Run a response to its end without its client."""
+async def _run_alone(
+    run: ResponseRun, live: LiveEvents, stack: AsyncExitStack, keyed: KeyedRequest | None
+) -> None:
+    """Run a response to its end without its client. keyed: is told whether it has failed."""
+    has_failed = True
     try:
         async with stack:
             async for text in run.texts():
                 live.add(text)
+        has_failed = run.error is not None
     finally:
         live.end()
+        if keyed is not None:
+            keyed.has_failed = has_failed
 
 
 async def _start(

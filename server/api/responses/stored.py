@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 
 from cottention.engine.state.event_log import EventLog
-from cottention.server.api.dependencies import ContextDep, reading
+from cottention.server.api.dependencies import Context, ContextDep, reading
 from cottention.server.api.generate import read_empty
 from cottention.server.api.openapi import EMPTY_BODY, EVENTS, error_responses
 from cottention.server.api.query_params import must_be, only_query_params
@@ -17,9 +17,7 @@ from cottention.server.generation.json_pieces import object_response
 from cottention.server.generation.sse import EventStreamResponse
 from cottention.server.http.body import shown
 from cottention.server.http.errors import ApiError, invalid
-from cottention.server.responses.values import (
-    StoredResponse,
-)
+from cottention.server.responses.values import StoredResponse, response_owner, session_id_of
 from cottention.server.responses.writer import event_text, replayed
 from cottention.server.schemas.responses import JsonObject
 from cottention.server.schemas.responses_api import (
@@ -45,7 +43,7 @@ RUNS_ELSEWHERE = "it runs at another server of the same store: ask that one, or 
 MAX_PAGE = 100
 LIMIT = f"a whole number from 1 to {MAX_PAGE}"
 SEQUENCE_NUMBER = "a whole number from 0"
-ERRORS = error_responses(400, 401, 404, 500)
+ERRORS = error_responses(400, 401, 404, 500, 503)
 
 Include = Annotated[list[str] | None, Query(alias="include[]")]
 PlainInclude = Annotated[list[str] | None, Query(alias="include")]
@@ -98,7 +96,9 @@ async def get_response(
         )
     with ExitStack() as stack:
         stack.enter_context(reading(request, context))
-        stored = await in_store_thread(store_of(context).load, owner, response_id)
+        stored, told = await _load(request, context, owner, response_id)
+        if told is not None:
+            return told
         if not stream:
             return object_response(stored.response, is_long=True)
         if stored.is_running:
@@ -107,6 +107,29 @@ async def get_response(
         _check_number(number, len(events))
         log = StoredEvents(EventLog("", 0, events), number, stack.pop_all().close)
     return EventStreamResponse(log, context.config.sse_keep_alive_seconds)
+
+
+async def _load(
+    request: Request, context: Context, owner: str, response_id: str
+) -> tuple[StoredResponse, Response | None]:
+    """A stored response; where it runs at another server, what that one says to the request.
+
+    Raises ApiError 404 and 503, SessionError.
+    """
+    load = store_of(context).load
+    stored = await in_store_thread(load, owner, response_id)
+    if not stored.is_running or context.replicas is None:
+        return stored, None
+    told = await context.replicas.elsewhere(
+        request,
+        b"",
+        response_owner(owner),
+        session_id_of(response_id),
+        lambda: context.responses.find(owner, response_id) is not None,
+    )
+    if told is None:  # it has ended meanwhile
+        stored = await in_store_thread(load, owner, response_id)
+    return stored, told
 
 
 def _replayed(stored: StoredResponse) -> tuple[bytes, ...]:
@@ -127,7 +150,18 @@ async def cancel_response(response_id: str, request: Request, context: ContextDe
     if running is not None:
         await running.cancel()
         return object_response(running.writer.snapshot(), is_long=True)
-    stored = await in_store_thread(store_of(context).load, owner, response_id)
+    session_id_of(response_id)
+    try:
+        stored, told = await _load(request, context, owner, response_id)
+    except ApiError as error:
+        if error.status != 404 or context.replicas is None:
+            raise
+        # one that does not run in the background is stored at its end
+        told = await context.replicas.anywhere(request, b"")
+        if told is None:
+            raise
+    if told is not None:
+        return told
     if stored.is_running:
         raise in_progress("response_id", RUNS_ELSEWHERE)
     return object_response(stored.response, is_long=True)
@@ -179,7 +213,9 @@ async def list_input_items(
     response_model=DeletedResponse,
     responses=ERRORS | error_responses(413, 415, 507),
 )
-async def delete_response(response_id: str, request: Request, context: ContextDep) -> JsonObject:
+async def delete_response(
+    response_id: str, request: Request, context: ContextDep
+) -> JsonObject | Response:
     """Forget a response; those that continued it stay. One that runs is cancelled first."""
     await read_empty(request, context)
     owner = owner_of(request)
@@ -188,6 +224,10 @@ async def delete_response(response_id: str, request: Request, context: ContextDe
         await running.cancel()
         if not running.has_ended.is_set():
             raise ApiError(409, "the response still ends: try again", code="response_in_progress")
+    elif context.replicas is not None:
+        _, told = await _load(request, context, owner, response_id)
+        if told is not None:
+            return told
     await in_store_thread(store_of(context).delete, owner, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
 

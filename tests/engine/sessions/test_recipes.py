@@ -1,5 +1,9 @@
-"""Sessions stored as the ids that their states follow from: as if the states had been stored."""
+"""Sessions stored as the ids that their states follow from: as if the states had been stored.
 
+COTTENTION_RECIPE_SESSIONS is how many random sessions of each attention and family there are.
+"""
+
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +17,8 @@ from cottention.engine.state.session_state import SessionState
 from tests.engine.making import FAMILIES
 
 NUM_SESSIONS = {"cottention": 200, **dict.fromkeys(FAMILIES, 24)}
-"""Fewer of those whose state differs in its features alone (40) and of other families."""
+"""Fewer of those whose state differs in its features alone (40) and of other families, unless
+COTTENTION_RECIPE_SESSIONS says how many."""
 
 
 def turn(
@@ -48,6 +53,7 @@ def engine(gptj_folder: Path) -> Engine:
 
 @pytest.mark.slow
 @pytest.mark.every_model
+@pytest.mark.timeout(1800 if "COTTENTION_RECIPE_SESSIONS" in os.environ else 300)
 def test_a_recipe_goes_on_as_the_stored_state_does(engine: Engine, attention: str) -> None:
     """Random sessions, each twice: with its whole states, and with what every turn's recipe says.
 
@@ -59,7 +65,8 @@ def test_a_recipe_goes_on_as_the_stored_state_does(engine: Engine, attention: st
     whole, recipes = engine.session_codec(), engine.session_codec(writes_recipes=True)
     window = engine.policies.window
     num_shorter = 0
-    for _ in range(NUM_SESSIONS.get(attention, 40)):
+    num_sessions = os.environ.get("COTTENTION_RECIPE_SESSIONS", NUM_SESSIONS.get(attention, 40))
+    for _ in range(int(num_sessions)):
         kept = lean = engine.policies.new_session(None)
         for _ in range(rng.randint(1, 3)):
             num_new = rng.choice([1, 3, rng.randint(1, window), rng.randint(1, window)])

@@ -58,6 +58,13 @@ def test_who_reads_slowly_is_waited_for_and_then_no_more(monkeypatch: pytest.Mon
         (START | {"status": 400}, [b"{}"], False),
         (STREAM, [b"data: 1\n\n", KEEP_ALIVE, DONE.encode()], True),
         (STREAM, [b'data: {"error": 1}\n\n'], False),
+        (STREAM, [b"id: t-0\ndata: 1\n\n", b"id: t-1\n" + DONE.encode()], True),
+        (STREAM, [b"data: 1\n\nevent: response.completed\ndata: {}\n\n"], True),
+        (STREAM, [b"id: t-0\nevent: response.incomplete\ndata: {}\n\n"], True),
+        (STREAM, [b"id: t-0\nevent: response.failed\ndata: {}\n\n"], False),
+        (STREAM, [b"event: response.completed\ndata: {}\n\n", b"data: 1\n\n"], False),
+        (STREAM, [b"event: message_stop\ndata: {}\n\n"], True),
+        (STREAM, [b"event: error\ndata: {}\n\n"], False),
     ],
 )
 def test_successes_are_kept_without_comments(

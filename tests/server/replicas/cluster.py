@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -103,6 +104,12 @@ class Cluster:
     def session(self, session_id: str) -> Any:
         return request("GET", self, f"/v1/sessions/{session_id}").json()
 
+    def seconds_of_reading(self, session_id: str) -> float:
+        """The longest that a server took to read what a turn that it adopted had generated."""
+        told = re.compile(rf"session {session_id}: adopted turn read in ([\d.]+) s")
+        logs = [each.log.read_text() for each in self.replicas]
+        return max((float(each) for log in logs for each in told.findall(log)), default=0.0)
+
     def rows(self, statement: str) -> list[Any]:
         with psycopg.connect(self.postgres.url, password=PASSWORD, autocommit=True) as db:
             return db.execute(statement.encode()).fetchall()
@@ -152,7 +159,8 @@ def request(method: str, among: Cluster, path: str, **more: Any) -> httpx.Respon
 class Follower(threading.Thread):
     """A client of a turn that goes on: it asks any server for more after each break.
 
-    ids, data: of the events, as they came. gaps: seconds between two events, the longest of them.
+    ids, data: of the events, as they came. longest_gap: seconds between two events where a
+    connection broke between them. longest_pause: where none did.
     """
 
     among: Cluster
@@ -165,9 +173,11 @@ class Follower(threading.Thread):
         self.ids: list[str] = []
         self.data: list[str] = []
         self.longest_gap = 0.0
+        self.longest_pause = 0.0
         self.num_breaks = 0
         self.error: BaseException | None = None
         self._last = 0.0
+        self._is_whole = True
 
     def __hash__(self) -> int:
         return id(self)
@@ -188,6 +198,7 @@ class Follower(threading.Thread):
                     self._follow()
                 if self.data and self.data[-1] == "[DONE]":
                     return
+                self._is_whole = False
                 self.num_breaks += 1
                 time.sleep(RETRY_SECONDS)
             raise AssertionError(f"the turn has not ended after {self.ids[-1:]}")
@@ -220,9 +231,11 @@ class Follower(threading.Thread):
         if block.startswith(":"):
             return
         now = time.monotonic()
-        if self._last:
+        if self._last and self._is_whole:
+            self.longest_pause = max(self.longest_pause, now - self._last)
+        elif self._last:
             self.longest_gap = max(self.longest_gap, now - self._last)
-        self._last = now
+        self._last, self._is_whole = now, True
         fields = dict(line.split(": ", 1) for line in block.split("\n"))
         self.ids.append(fields["id"])
         self.data.append(fields["data"])
@@ -241,6 +254,33 @@ class Follower(threading.Thread):
         assert self.ids == [f"{turn}-{n}" for n in range(len(self.ids))]
         unfinished = "\ufffd" if is_cut else ""
         assert self.text.rstrip(unfinished) == twin.rstrip(unfinished)
+
+
+class Sleeper(threading.Thread):
+    """Sleeps again and again. latest: seconds that it was woken too late, the most of them.
+
+    A machine that stops everybody for a while lets leases lapse, and then all streams are cut.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.latest = 0.0
+        self._stopping = threading.Event()
+
+    def __enter__(self) -> "Sleeper":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self.join()
+
+    def run(self) -> None:
+        before = time.monotonic()
+        while not self._stopping.wait(0.01):
+            now = time.monotonic()
+            self.latest = max(self.latest, now - before - 0.01)
+            before = now
 
 
 def twin_of(engine: Engine, prompts: list[list[int]], body: dict[str, Any]) -> str:
