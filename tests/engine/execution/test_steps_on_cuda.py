@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cottention.engine import Engine, EngineConfig, SamplingParams
-from cottention.engine.execution.cuda_graphs import CapturedDecode
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.inference import ServedGPTJ
@@ -22,7 +21,7 @@ from cottention.engine.models.gptj.model import CottentionForCausalLM
 from cottention.engine.models.recurrence import Features, Recurrence
 from cottention.engine.models.registry import read_config
 from cottention.engine.ops import PIECE_TOKENS, Segments, reference
-from cottention.engine.state.delayed_updates import DelayedUpdates
+from cottention.engine.ops.loader import DELAYED_VARIABLE
 from cottention.engine.state.pool import StatePool
 from cottention.engine.state.session_state import SessionState
 from tests.engine.cuda_on_host import as_on_cuda, num_launches
@@ -117,18 +116,31 @@ def test_what_moves_states_gives_the_same_ids(on_device: OnDevice, attention: st
 
 
 @pytest.mark.parametrize("capacity", [2, 5])
-def test_delayed_updates_change_no_id(on_device: OnDevice, capacity: int) -> None:
+def test_delayed_updates_change_no_id(
+    on_device: OnDevice, monkeypatch: pytest.MonkeyPatch, capacity: int
+) -> None:
     """Whoever reads a row, copies, snapshots, renewal and prompts, settles it first."""
     folder = folder_of(16)
     settings = {"dtype": "float32", "max_slots": 4, "max_batch_tokens": 24}
     expected = story(on_device(folder, **settings))
+    monkeypatch.setenv(DELAYED_VARIABLE, str(capacity))
     engine = on_device(folder, **settings)
-    engine.pool.delayed = DelayedUpdates(engine.pool.tensors["state"], capacity)
-    if engine.device == "cuda":  # graphs are captured anew, with the delayed step
-        engine._runner._captured = CapturedDecode(
-            engine._runner._decode, engine._runner._sampler, engine.pool.num_rows, "cuda"
-        )
+    assert engine.pool.delayed is not None
     assert story(engine) == expected
+
+
+def test_delayed_updates_are_told_and_take_slots(
+    on_device: OnDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--state-memory` holds fewer slots with them, and what is told is what they take."""
+    folder = folder_of(16)
+    memory = 8 * on_device(folder, max_slots=1).spec.bytes_per_slot
+    monkeypatch.setenv(DELAYED_VARIABLE, "8")
+    engine = on_device(folder, state_memory=memory)
+    stats = engine.stats()
+    assert 1 <= stats.num_slots < 8
+    assert engine.pool.nbytes == stats.num_slots * stats.bytes_per_slot <= memory
+    assert engine.spec.itemised_bytes()["delayed"] > 0
 
 
 class Launches(TorchDispatchMode):
