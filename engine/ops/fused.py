@@ -40,49 +40,26 @@ def cottention_attention_gelu(
     )
 
 
-def cottention_pieces_gelu(
-    joined: Tensor,
-    positions: Tensor,
-    sigma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    state: Tensor,
-    pieces: Tensor,
-    num_cut: int,
-    out: Tensor,
-) -> None:
+def cottention_pieces_gelu(*inputs: Tensor, pieces: Tensor, num_cut: int, out: Tensor) -> None:
     """`cottention_attention_gelu` on CUDA for segments of any length.
 
-    pieces int32 [P, 5] and num_cut are those of `Segments`. Raises RuntimeError.
+    inputs: joined to state, as there. pieces int32 [P, 5] and num_cut are those of `Segments`.
+    Raises RuntimeError.
     """
-    torch.ops.cottention.cottention_pieces_gelu(
-        joined, positions, sigma, cos, sin, state, pieces, num_cut, out
-    )
+    torch.ops.cottention.cottention_pieces_gelu(*inputs, pieces, num_cut, out)
 
 
 def cottention_delayed_gelu(
-    joined: Tensor,
-    positions: Tensor,
-    sigma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    state: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    counts: Tensor,
-    state_indices: Tensor,
-    out: Tensor,
+    *inputs: Tensor, updates: tuple[Tensor, Tensor, Tensor], state_indices: Tensor, out: Tensor
 ) -> None:
     """`cottention_attention_gelu` on CUDA with updates that are delayed, to the same bits.
 
-    A state is that of its slot plus the first counts[slot] of its updates, keys [S, C, H, D] and
-    values [S, C, H, D], float32; counts int32 [S or more]. The token's becomes the next one, or,
-    where it is the C-th, the state is written with all of them. counts stay as they are: they are
-    those of all layers. Raises RuntimeError.
+    inputs: joined to state, as there. updates: keys [S, C, H, D] and values [S, C, H, D], float32,
+    and counts int32 [S or more]: a state is that of its slot plus the first counts[slot] of its
+    updates. The token's becomes the next one, or, where it is the C-th, the state is written with
+    all of them. counts stay as they are: they are those of all layers. Raises RuntimeError.
     """
-    torch.ops.cottention.cottention_delayed_gelu(
-        joined, positions, sigma, cos, sin, state, keys, values, counts, state_indices, out
-    )
+    torch.ops.cottention.cottention_delayed_gelu(*inputs, *updates, state_indices, out)
 
 
 def fold_updates(state: Tensor, keys: Tensor, values: Tensor, counts: Tensor, rows: Tensor) -> None:
