@@ -30,6 +30,8 @@ OPS = (
     "cottention_attention_gelu",
     "cottention_pieces_gelu",
     "cottention_delayed_gelu",
+    "map_gelu",
+    "divide_outputs",
     "fold_updates",
     "add_layer_norm",
 )

@@ -32,6 +32,7 @@ class Cottention(FeatureMap):
         "causal Cottention model (arXiv 2409.18747: cosine similarity in place of softmax)"
     )
     weight_names: ClassVar[tuple[str, ...]] = ("norm_const",)
+    delays_updates: ClassVar[bool] = True
 
     def features(
         self, q: "Tensor", k: "Tensor", v: "Tensor", at: TokenPositions, weights: Sequence["Tensor"]
@@ -64,6 +65,7 @@ class Cottention(FeatureMap):
 
 
 def _fused_attention(
+    _normed: "Tensor",
     joined: "Tensor",
     at: TokenPositions,
     weights: Sequence["Tensor"],
