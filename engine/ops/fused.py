@@ -99,7 +99,8 @@ def map_gelu(
         for n in (key_width, key_width, value_width)
     )
     w = joined.new_empty(len(joined), heads, dtype=torch.float32) if gate else None
-    given = MAP_KINDS.index(kind), cos, sin, table, projection, *(gate or [None] * 3)
+    gated: Sequence[Tensor | None] = gate or (None, None, None)
+    given = MAP_KINDS.index(kind), cos, sin, table, projection, *gated
     torch.ops.cottention.map_gelu(joined, *given, q, k, v, w, out)
     return q, k, v, w
 

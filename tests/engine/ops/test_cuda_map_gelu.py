@@ -101,7 +101,7 @@ def test_parity(
 
     device = place.device
     out = torch.full((TOKENS, channels + inner), float("nan"), dtype=dtype, device=device)
-    projection, *gate = [x.to(device) for x in weights] or [None]
+    there = [x.to(device) for x in weights]
     got = ops.map_gelu(
         KIND_OF[attention],
         joined.to(device),
@@ -111,8 +111,8 @@ def test_parity(
         HEADS,
         expected[2].shape[-1],
         table=None if at.table is None else at.table.to(device),
-        projection=projection,
-        gate=(normed.to(device), *gate) if gate else (),
+        projection=there[0] if there else None,
+        gate=(normed.to(device), *there[1:]) if there[1:] else (),
     )
     for mapped, exact in zip(got, expected, strict=True):
         assert (mapped is None) == (exact is None)
@@ -175,14 +175,14 @@ def arguments_of(attention: str) -> dict[str, Any]:
     at, weights = made(attention, 16, 8, None)
     kind, channels = KIND_OF[attention], HEADS * 16
     key = {"linear": 16, "cosformer": 32, "performer": 32, "fourier": 32}[kind]
-    projection, *gate = weights or [None]
+    gate = weights[1:]
     return {
         "joined": torch.zeros(TOKENS, 3 * channels + 5),
         "map": MAP_KINDS.index(kind),
         "cos": at.cos,
         "sin": at.sin,
         "table": at.table,
-        "projection": projection,
+        "projection": weights[0] if weights else None,
         "normed": torch.zeros(TOKENS, channels) if gate else None,
         "gate_weight": gate[0] if gate else None,
         "gate_bias": gate[1] if gate else None,

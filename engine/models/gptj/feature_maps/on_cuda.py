@@ -41,7 +41,7 @@ class MappedAttention:
         from cottention.engine import ops
         from cottention.engine.models.recurrence import Features
 
-        projection, *gate = weights or [None]
+        gate = weights[1:]
         _, heads, value_width, _ = recurrence.layer(layer)[0].shape
         mapped = ops.map_gelu(
             self.kind,
@@ -52,7 +52,7 @@ class MappedAttention:
             heads,
             value_width,
             table=at.table,
-            projection=projection,
+            projection=weights[0] if weights else None,
             gate=(normed, *gate) if gate else (),
         )
         mixed = recurrence(layer, Features(*mapped))
