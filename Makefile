@@ -64,8 +64,9 @@ ASAN := COTTENTION_OPS=compiled COTTENTION_CACHE=build/asan \
 	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0
 
 # Both libraries are compiled before the tests: on a busy machine that takes longer than a test may.
+# The path is pytest's: the libraries' names depend on where the sources are found.
 asan: setup ## Run the op tests under AddressSanitizer (GCC), CUDA's on the host among them
-	$(ASAN) $(BIN)/python -c "from cottention.engine import ops; from tests.engine.cuda_on_host import on_host; ops.backend(); on_host()"
+	PYTHONPATH=$(CURDIR)/namespace $(ASAN) $(BIN)/python -c "from cottention.engine import ops; from tests.engine.cuda_on_host import on_host; ops.backend(); on_host()"
 	$(ASAN) $(BIN)/python -m pytest -q -o timeout=900 $(OPS_TESTS) $(ARGS)
 
 test-clients: setup $(CLIENTS)/ready ## Test with the clients that people bring (openai, litellm, lm-eval, ...)
