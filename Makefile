@@ -57,16 +57,20 @@ $(RAY)/ready: pyproject.toml constraints.txt tests/ray/constraints.txt
 	$(RAY)/bin/pip install --quiet --disable-pip-version-check --constraint tests/ray/constraints.txt --editable '.[ray]' pytest pytest-timeout httpx
 	@touch $@
 
-# Not those that build libraries of their own. What is compiled here takes longer than a test may.
+# Not those that build libraries of their own.
 OPS_TESTS := $(filter-out %_loader.py %_build.py,$(wildcard tests/engine/ops/test_*.py)) \
   tests/engine/models/test_packed.py $(wildcard tests/engine/models/test_fused_*.py)
 
-asan: setup ## Run the op tests under AddressSanitizer (GCC), CUDA's on the host among them
-	COTTENTION_OPS=compiled COTTENTION_CACHE=build/asan \
+ASAN := COTTENTION_OPS=compiled COTTENTION_CACHE=build/asan \
 	COTTENTION_CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer" \
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 \
-	$(BIN)/python -m pytest -q -o timeout=900 $(OPS_TESTS) $(ARGS)
+	ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0
+
+# Both libraries are compiled before the tests: on a busy machine that takes longer than a test may.
+# The path is pytest's: the libraries' names depend on where the sources are found.
+asan: setup ## Run the op tests under AddressSanitizer (GCC), CUDA's on the host among them
+	PYTHONPATH=$(CURDIR)/namespace $(ASAN) $(BIN)/python -c "from cottention.engine import ops; from tests.engine.cuda_on_host import on_host; ops.backend(); on_host()"
+	$(ASAN) $(BIN)/python -m pytest -q -o timeout=900 $(OPS_TESTS) $(ARGS)
 
 test-clients: setup $(CLIENTS)/ready ## Test with the clients that people bring (openai, litellm, lm-eval, ...)
 	$(CLIENTS)/bin/python -m pytest -c tests/clients/pytest.ini tests/clients $(ARGS)

@@ -6,8 +6,8 @@ decode in short turns, so that other load affects all alike; a turn's first step
 Before, they must agree on the logits of a prompt. A library that is not installed is left out:
 `transformers`, `rwkv`, and llama.cpp (`llama_cpp` and `gguf`), with the same weights in float32,
 and in bfloat16 where the model's own file is, as RWKV-7's: then also beside ours in bfloat16.
-Memory is that of one stream, from token 1,000 to token 50,000, nine tenths of which it reads a
-hundred at a time, as a prompt, and the others one by one.
+Memory, and the time of a token, are those of one stream from token 1,000 to token 50,000, nine
+tenths of which it reads a hundred at a time, as a prompt, and the others one by one.
 
 --family, --beside and --batch choose what is measured, the first two by a part of a name, as in
 `--family RWKV --beside llama_cpp_bf --batch 8`; `--beside memory` measures memory alone. --folder
@@ -176,12 +176,12 @@ def measure(quick: bool, *, one_thread: bool = False, chosen: Chosen = EVERYTHIN
         where = "one thread, processor time" if one_thread else f"{num_threads} threads"
         show(f"Decode of recurrent families, random weights, in turns, {where}", rows)
     memory = [
-        _memory(family, LAST // 10 if quick else LAST, chosen.folder)
+        _memory(family, LAST // 10 if quick else LAST, chosen.folder, num_threads)
         for family in (MAMBA_2, RWKV_7)
         if chosen.family in family.name and chosen.beside in MEMORY and chosen.batch is None
     ]
     if memory:
-        show("Memory of one stream", memory)
+        show("Memory and time of one stream", memory)
     return {"families": rows, "families_memory": memory}
 
 
@@ -246,34 +246,49 @@ def _turns(batch: int, ours: Side, peer: Side, number: int) -> dict[str, object]
     }
 
 
-def _memory(family: Family, last: int, folder: Path | None) -> dict[str, object]:
-    """The bytes of a session, and how far resident memory was from that at token 1,000."""
+class At(NamedTuple):
+    """Of a stream at some token: resident bytes, and seconds of a token, a median of READ."""
+
+    resident: int
+    second: float
+
+
+def _memory(family: Family, last: int, folder: Path | None, num_threads: int) -> dict[str, object]:
+    """The bytes of a session; how far memory and the time of a token were from token 1,000 on."""
+    torch.set_num_threads(num_threads)
     with _made(family, folder) as model:
         spec = read_config(model).state_spec()
         start = family_sides.ours(model)
         if (nbytes := StatePool(spec, 1, "cpu").nbytes) != spec.bytes_per_slot:
             raise SystemExit(f"the pool has {nbytes} bytes, not {spec.bytes_per_slot}")
         with torch.inference_mode():
-            resident = dict(_resident(start(1), last))
+            ages = dict(_ages(start(1), last))
+    first, others = ages.pop(FIRST), ages.values()
     return {
         "shape": family.name,
         "bytes": spec.bytes_per_slot,
         "by tensor": ", ".join(f"{n} {b:,}" for n, b in spec.itemised_bytes().items() if b),
         "tokens": last,
-        "resident MiB": resident[FIRST] / 2**20,
-        "growth MiB": (max(resident.values()) - resident[FIRST]) / 2**20,
+        "resident MiB": first.resident / 2**20,
+        "growth MiB": (max(each.resident for each in others) - first.resident) / 2**20,
+        "ms/token first": 1e3 * first.second,
+        "ms/token median": 1e3 * statistics.median(each.second for each in others),
+        "ms/token last": 1e3 * ages[last].second,
     }
 
 
-def _resident(step: family_sides.Step, last: int) -> Iterator[tuple[int, int]]:
-    """Every FIRST tokens of a stream, their number and the bytes of resident memory."""
+def _ages(step: family_sides.Step, last: int) -> Iterator[tuple[int, At]]:
+    """Every FIRST tokens of a stream, their number and what it takes there."""
     process, ids = psutil.Process(), torch.arange(READ) + family_sides.IDS[0]
     for age in range(FIRST, last + 1, FIRST):
         for _ in range(FIRST // READ - 1):
             token = step(ids).argmax(-1)
+        took = []
         for _ in range(READ):
+            start = family_sides.now()
             token = step(token).argmax(-1)
-        yield age, process.memory_info().rss
+            took.append(family_sides.now() - start)
+        yield age, At(process.memory_info().rss, statistics.median(took))
 
 
 if __name__ == "__main__":

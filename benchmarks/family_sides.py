@@ -165,19 +165,23 @@ SIDES: dict[str, Callable[[Path], Start]] = {
 """By the name of the package, where it is another's, and the type of its weights."""
 
 
+def now() -> float:
+    """Seconds; with one thread, of its processor time."""
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 class Streams:
     """Greedy streams; each call is a step of all."""
 
     def __init__(self, step: Step, batch: int) -> None:
         self._step = step
-        self._clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         self._ids = torch.arange(batch) + IDS[0]
 
     def __call__(self) -> float:
         """Seconds of one step; with one thread, of its processor time."""
-        start = self._clock()
+        start = now()
         self._ids = self._step(self._ids).argmax(-1)
-        return self._clock() - start
+        return now() - start
 
 
 @torch.inference_mode()

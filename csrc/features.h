@@ -6,18 +6,24 @@
 
 namespace cottention {
 
-// positions int64 [N], counted from 0; cos, sin [N, R / 2] rotate the first R of `width` channels.
-inline void check_positions(const Tensor& positions, const Tensor& cos, const Tensor& sin,
-                            int64_t tokens, int64_t width, const Device& device = DeviceType::CPU) {
-  check_contiguous(positions, "positions", 1, ScalarType::Long, device);
+// cos, sin [N, R / 2] rotate the first R of `width` channels.
+inline void check_rotary(const Tensor& cos, const Tensor& sin, int64_t tokens, int64_t width,
+                         const Device& device = DeviceType::CPU) {
   check_contiguous(cos, "cos", 2, ScalarType::Float, device);
   check_contiguous(sin, "sin", 2, ScalarType::Float, device);
-  check_size(positions, "positions", 0, tokens);
   check_size(cos, "cos", 0, tokens);
   check_size(sin, "sin", 0, tokens);
   check_size(sin, "sin", 1, cos.size(1));
   STD_TORCH_CHECK(2 * cos.size(1) <= width, "rotary_dim ", 2 * cos.size(1), " exceeds the heads' ",
                   width);
+}
+
+// positions int64 [N], counted from 0.
+inline void check_positions(const Tensor& positions, const Tensor& cos, const Tensor& sin,
+                            int64_t tokens, int64_t width, const Device& device = DeviceType::CPU) {
+  check_contiguous(positions, "positions", 1, ScalarType::Long, device);
+  check_size(positions, "positions", 0, tokens);
+  check_rotary(cos, sin, tokens, width, device);
 }
 
 inline void check_sigma(const Tensor& sigma, int64_t heads,

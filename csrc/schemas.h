@@ -17,6 +17,10 @@ constexpr const char* kCudaSchemas[] = {
     "cottention_delayed_gelu(Tensor joined, Tensor positions, Tensor sigma, Tensor cos, "
     "Tensor sin, Tensor(a!) state, Tensor(b!) keys, Tensor(c!) values, Tensor counts, "
     "Tensor state_indices, Tensor(d!) out) -> ()",
+    "map_gelu(Tensor joined, int map, Tensor cos, Tensor sin, Tensor? table, Tensor? projection, "
+    "Tensor? normed, Tensor? gate_weight, Tensor? gate_bias, Tensor(a!) q, Tensor(b!) k, "
+    "Tensor(c!) v, Tensor(d!)? w, Tensor(e!) out) -> ()",
+    "divide_outputs(Tensor mixed, float floor, Tensor(a!) out) -> ()",
     "fold_updates(Tensor(a!) state, Tensor keys, Tensor values, Tensor counts, "
     "Tensor rows) -> ()",
     "add_layer_norm(Tensor(a!) x, Tensor? y, Tensor weight, Tensor bias, float epsilon, "

@@ -5,6 +5,8 @@
 // params.h.
 #include "ops.h"
 
+#include <utility>
+
 #include "../features.h"
 #include "arguments.h"
 
@@ -59,17 +61,15 @@ void check_fused(const Tensor& joined, const Tensor& positions, const Tensor& si
   check_sigma(sigma, heads, device);
 }
 
-FeaturesGeluParams features_gelu_params(const Tensor& joined, const Tensor& positions,
-                                        const Tensor& sigma, const Tensor& cos, const Tensor& sin,
-                                        const Tensor& out, int64_t width) {
-  const int64_t heads = sigma.size(0), channels = heads * width, stride = joined.size(1);
+// All but positions and sigma.
+FeaturesGeluParams joined_params(const Tensor& joined, const Tensor& cos, const Tensor& sin,
+                                 const Tensor& out, int64_t heads, int64_t width) {
+  const int64_t channels = heads * width, stride = joined.size(1);
   const int64_t bytes = bytes_of(type_of(joined, "joined"));
   const char* x = static_cast<const char*>(joined.data_ptr());
   FeaturesGeluParams m{{x, stride, width},
                        {x + channels * bytes, stride, width},
                        {x + 2 * channels * bytes, stride, width}};
-  m.positions = static_cast<const int64_t*>(positions.data_ptr());
-  m.sigma = static_cast<const double*>(sigma.data_ptr());
   m.cos = static_cast<const float*>(cos.data_ptr());
   m.sin = static_cast<const float*>(sin.data_ptr());
   m.up = x + 3 * channels * bytes;
@@ -85,6 +85,56 @@ FeaturesGeluParams features_gelu_params(const Tensor& joined, const Tensor& posi
   m.is_inputs_aligned = is_aligned(m.q.data, bytes, stride, width) &&
                         is_aligned(m.k.data, bytes, stride, width);
   return m;
+}
+
+FeaturesGeluParams features_gelu_params(const Tensor& joined, const Tensor& positions,
+                                        const Tensor& sigma, const Tensor& cos, const Tensor& sin,
+                                        const Tensor& out, int64_t width) {
+  FeaturesGeluParams m = joined_params(joined, cos, sin, out, sigma.size(0), width);
+  m.positions = static_cast<const int64_t*>(positions.data_ptr());
+  m.sigma = static_cast<const double*>(sigma.data_ptr());
+  return m;
+}
+
+// The rows of one head's projection, whose products with q and k are the features; 0 without one.
+int64_t check_projection(Map map, const std::optional<Tensor>& projection, int64_t heads,
+                         int64_t width, const Device& device) {
+  const bool is_per_head = map == Map::kFourier;
+  STD_TORCH_CHECK(projection.has_value() == (is_per_head || map == Map::kPerformer),
+                  "this map has ", projection ? "no" : "a", " projection");
+  if (!projection) return 0;
+  const int64_t dims = is_per_head ? 3 : 2;
+  check_contiguous(*projection, "projection", dims, ScalarType::Float, device);
+  if (is_per_head) check_size(*projection, "projection", 0, heads);
+  check_size(*projection, "projection", dims - 1, width);
+  STD_TORCH_CHECK(is_aligned(projection->data_ptr(), 4, width),
+                  "projection must begin at a multiple of 16 bytes");
+  return projection->size(dims - 2);
+}
+
+// normed float32 [N, C], weight [H, C], bias [H] and w [N, H]; all or none.
+void check_gate(const std::optional<Tensor>& normed, const std::optional<Tensor>& weight,
+                const std::optional<Tensor>& bias, const std::optional<Tensor>& w, int64_t tokens,
+                int64_t heads, const Device& device) {
+  const bool is_gated = normed.has_value();
+  STD_TORCH_CHECK(weight.has_value() == is_gated && bias.has_value() == is_gated &&
+                      w.has_value() == is_gated,
+                  "normed, gate_weight, gate_bias and w must be given together");
+  if (!is_gated) return;
+  check_contiguous(*normed, "normed", 2, ScalarType::Float, device);
+  check_contiguous(*weight, "gate_weight", 2, ScalarType::Float, device);
+  check_contiguous(*bias, "gate_bias", 1, ScalarType::Float, device);
+  check_contiguous(*w, "w", 2, ScalarType::Float, device);
+  check_size(*normed, "normed", 0, tokens);
+  check_size(*weight, "gate_weight", 0, heads);
+  check_size(*weight, "gate_weight", 1, normed->size(1));
+  check_size(*bias, "gate_bias", 0, heads);
+  check_size(*w, "w", 0, tokens);
+  check_size(*w, "w", 1, heads);
+}
+
+const float* floats(const std::optional<Tensor>& x) {
+  return x ? static_cast<const float*>(x->data_ptr()) : nullptr;
 }
 
 void run_attention_gelu(const Tensor& joined, const Tensor& positions, const Tensor& sigma,
@@ -207,6 +257,96 @@ void cottention_pieces_gelu(const Tensor& joined, const Tensor& positions, const
   void* stream = current_stream(device);
   check_launch(launch_features_gelu(m, type, stream));
   run_pieces(p, state, std::nullopt, pieces, num_cut, Type::kFloat, type, true, stream);
+}
+
+// One kernel. joined [N, 3C + inner] and out [N, C + inner] of one type, of which the gelu's columns
+// are written; q, k [N, H, K], v [N, H, V] and w [N, H], float32, are written: v continued by a one
+// and zeros where V is more than the width of a head, and scaled by 1 − w where there is a gate.
+void map_gelu(const Tensor& joined, int64_t map, const Tensor& cos, const Tensor& sin,
+              const std::optional<Tensor>& table, const std::optional<Tensor>& projection,
+              const std::optional<Tensor>& normed, const std::optional<Tensor>& gate_weight,
+              const std::optional<Tensor>& gate_bias, const Tensor& q, const Tensor& k,
+              const Tensor& v, const std::optional<Tensor>& w, const Tensor& out) {
+  const Type type = type_of(joined, "joined");
+  const Device device = device_of(joined);
+  STD_TORCH_CHECK(map >= 0 && map <= int64_t(Map::kFourier), "map must be 0 to 3, not ", map);
+  const Map kind = static_cast<Map>(map);
+  check_contiguous(joined, "joined", 2, joined.scalar_type(), device);
+  check_contiguous(out, "out", 2, joined.scalar_type(), device);
+  check_contiguous(q, "q", 3, ScalarType::Float, device);
+  check_contiguous(k, "k", 3, ScalarType::Float, device);
+  check_contiguous(v, "v", 3, ScalarType::Float, device);
+  const int64_t tokens = joined.size(0), heads = q.size(1), twice = joined.size(1) - out.size(1);
+  STD_TORCH_CHECK(heads > 0 && twice >= 0 && twice % (2 * heads) == 0,
+                  "joined and out must differ by twice the channels of ", heads, " heads");
+  const int64_t width = twice / (2 * heads);
+  check_fused_width(width);
+  STD_TORCH_CHECK(out.size(1) >= heads * width, "out is too narrow for the values");
+  check_size(out, "out", 0, tokens);
+  check_rotary(cos, sin, tokens, width, device);
+  const int64_t features = check_projection(kind, projection, heads, width, device);
+  const int64_t key = kind == Map::kLinear      ? width
+                      : kind == Map::kPerformer ? features
+                      : kind == Map::kFourier   ? 2 * features
+                                                : 2 * width;
+  check_widths(key, v.size(2));
+  for (const auto& [x, name] : {std::pair(&q, "q"), std::pair(&k, "k"), std::pair(&v, "v")}) {
+    check_size(*x, name, 0, tokens);
+    check_size(*x, name, 1, heads);
+    if (x != &v) check_size(*x, name, 2, key);
+  }
+  STD_TORCH_CHECK(v.size(2) >= width, "v.size(2) must be at least ", width);
+  STD_TORCH_CHECK(table.has_value() == (kind == Map::kCosFormer), "this map has ",
+                  table ? "no" : "a", " table");
+  if (table) {
+    check_contiguous(*table, "table", 2, ScalarType::Float, device);
+    check_size(*table, "table", 0, tokens);
+    check_size(*table, "table", 1, 2);
+  }
+  check_gate(normed, gate_weight, gate_bias, w, tokens, heads, device);
+  if (tokens == 0) return;
+  MapParams m{};
+  static_cast<FeaturesGeluParams&>(m) = joined_params(joined, cos, sin, out, heads, width);
+  m.q_out = static_cast<float*>(q.data_ptr());
+  m.k_out = static_cast<float*>(k.data_ptr());
+  m.v_out = static_cast<float*>(v.data_ptr());
+  m.map = kind;
+  m.table = floats(table);
+  m.projection = floats(projection);
+  m.projection_stride = kind == Map::kFourier ? features * width : 0;
+  m.normed = floats(normed);
+  m.gate_weight = floats(gate_weight);
+  m.gate_bias = floats(gate_bias);
+  m.gate_out = w ? static_cast<float*>(w->data_ptr()) : nullptr;
+  m.features = static_cast<int>(features);
+  m.channels = normed ? static_cast<int>(normed->size(1)) : 0;
+  m.key_width = static_cast<int>(key);
+  m.value_width = static_cast<int>(v.size(2));
+  const DeviceGuard guard(device.index());
+  check_launch(launch_map_gelu(m, type, current_stream(device)));
+}
+
+// mixed float32 [N, H, D + 1 or more]; out [N, H, D] of any type, a part of wider rows.
+void divide_outputs(const Tensor& mixed, double floor, const Tensor& out) {
+  const Type type = type_of(out, "out");
+  const Device device = device_of(mixed);
+  check_contiguous(mixed, "mixed", 3, ScalarType::Float, device);
+  check_rows(out, "out", 3, out.scalar_type(), device);
+  for (int64_t dim = 0; dim < 2; ++dim) check_size(out, "out", dim, mixed.size(dim));
+  STD_TORCH_CHECK(mixed.size(2) > out.size(2), "mixed has no column for the denominators");
+  STD_TORCH_CHECK(out.size(1) <= 1 || out.stride(1) == out.size(2), "the heads of out must lie together");
+  if (out.size(0) == 0 || out.size(1) == 0) return;
+  DivideParams p{};
+  p.mixed = static_cast<const float*>(mixed.data_ptr());
+  p.out = out.data_ptr();
+  p.tokens = mixed.size(0);
+  p.out_stride = out.stride(0);
+  p.heads = static_cast<int>(mixed.size(1));
+  p.width = static_cast<int>(out.size(2));
+  p.value_width = static_cast<int>(mixed.size(2));
+  p.floor = static_cast<float>(floor);
+  const DeviceGuard guard(device.index());
+  check_launch(launch_divide(p, type, current_stream(device)));
 }
 
 // x float32 [R, C] and y, out [R, C] of any type, contiguous; weight and bias float32 [C].

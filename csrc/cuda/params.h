@@ -70,6 +70,31 @@ struct FeaturesGeluParams {
   bool is_inputs_aligned;  // likewise q and k
 };
 
+// The feature maps besides Cottention's.
+enum class Map { kLinear, kCosFormer, kPerformer, kFourier };
+
+// One of them, and the MLP's gelu; without positions and sigma. Features are float32.
+struct MapParams : FeaturesGeluParams {
+  Map map;
+  const float* table;         // [N, 2], what cosFormer multiplies by; else null
+  const float* projection;    // [features, D] per head, rows 16-byte aligned; null: `features` is 0
+  int64_t projection_stride;  // from head to head, 0 where all share one
+  const float* normed;        // [N, channels], what the gate is computed from; null: no gate
+  const float* gate_weight;   // [H, channels]
+  const float* gate_bias;     // [H]
+  float* gate_out;            // [N, H]
+  int features, channels, key_width, value_width;
+};
+
+// out ← mixed / ±max(|total|, floor), where `total` follows the values of each head in mixed.
+struct DivideParams {
+  const float* mixed;  // [N, H, value_width]
+  void* out;           // [N, H, width] of any type, tokens out_stride apart
+  int64_t tokens, out_stride;
+  int heads, width, value_width;
+  float floor;
+};
+
 // x ← x + y, out ← (x − mean) / √(variance + ε) · weight + bias, along rows.
 struct AddLayerNormParams {
   float* x;       // [rows, columns], contiguous as all here
@@ -96,6 +121,8 @@ const char* launch_pieces(const StepParams& params, Type in, Type out, Pass pass
 const char* launch_features_gelu(const FeaturesGeluParams& params, Type type, void* stream);
 const char* launch_attention_gelu(const StepParams& step, const FeaturesGeluParams& map, Type type,
                                   void* stream);
+const char* launch_map_gelu(const MapParams& params, Type type, void* stream);
+const char* launch_divide(const DivideParams& params, Type out, void* stream);
 // launch_fold: adds the delayed updates of the slots in state_indices to their states.
 const char* launch_fold(const StepParams& params, void* stream);
 const char* launch_add_layer_norm(const AddLayerNormParams& params, Type y, Type out, void* stream);

@@ -94,7 +94,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
         )
     context_policy = _context_policy(config, model_config)
     spec = model_config.state_spec(has_spare=context_policy == "renew")
-    num_slots = config.num_slots(spec)
+    config.num_slots(spec)  # refuses memory that holds none, before weights are read
     tokenizer = _tokenizer(folder, config.tokenizer, model_config)
     generation_config = read_generation_config(folder)
     model_config = _with_all_ends(model_config, generation_config, tokenizer, folder)
@@ -105,9 +105,9 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
             f"--embeddings: models of type {model_config.model_type} give no embeddings"
         )
     new_pooler = partial(Pooler, pooling_of(config, folder), normalize=config.normalize_embeddings)
-    delayed_updates = 0
     if isinstance(served, DelayingModel) and served.delays_updates:
-        delayed_updates = ops.num_delayed_updates()
+        spec = replace(spec, delayed_updates=ops.num_delayed_updates())
+    num_slots = config.num_slots(spec)
     sampler = Sampler(tokenizer.sampleable_ids, model_config.vocab_size, device)
 
     def new_runner(pool: StatePool) -> ModelRunner:
@@ -119,7 +119,7 @@ def load(model: str | Path | None, config: EngineConfig) -> LoadedModel:
     reserve = step_memory(device, num_slots, model_config.vocab_size, layers)
     level = logging.INFO if device.startswith("cuda") else logging.DEBUG  # little on a CPU
     _log.log(level, "kept free beside weights and states: %s", reserve)
-    pool = StatePool(spec, num_slots, device, reserve.nbytes, delayed_updates=delayed_updates)
+    pool = StatePool(spec, num_slots, device, reserve.nbytes)
     return LoadedModel(
         placed=placed,
         num_parameters=num_parameters,

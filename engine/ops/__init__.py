@@ -32,14 +32,17 @@ from cottention.engine.ops.activations import (
 from cottention.engine.ops.build import BuildError
 from cottention.engine.ops.checks import fused_kernel_has_width, kernel_has_width
 from cottention.engine.ops.fused import (
+    MapKind,
     can_fuse_attention,
     can_sample,
     cottention_attention_gelu,
     cottention_delayed_gelu,
     cottention_layers,
     cottention_pieces_gelu,
+    divide_outputs,
     fold_updates,
     mamba2_layers,
+    map_gelu,
     rwkv7_layers,
     sample,
 )
@@ -75,6 +78,7 @@ __all__ = [
     "BuildError",
     "FixedOrderLinear",
     "FixedOrderNorm",
+    "MapKind",
     "SegmentForm",
     "Segments",
     "add_layer_norm",
@@ -91,6 +95,7 @@ __all__ = [
     "cottention_features",
     "cottention_layers",
     "cottention_pieces_gelu",
+    "divide_outputs",
     "eight_bit_weights",
     "elu_plus_one",
     "exp",
@@ -101,6 +106,7 @@ __all__ = [
     "kernel_has_width",
     "layer_norm",
     "mamba2_layers",
+    "map_gelu",
     "num_delayed_updates",
     "recurrent_segments",
     "recurrent_step",

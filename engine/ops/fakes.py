@@ -143,6 +143,8 @@ FAKES: dict[str, Callable[..., object]] = {
     "cottention_attention_gelu": in_place,
     "cottention_pieces_gelu": in_place,
     "cottention_delayed_gelu": in_place,
+    "map_gelu": in_place,
+    "divide_outputs": in_place,
     "fold_updates": in_place,
     "add_layer_norm": in_place,
     "cottention_layers": in_place,

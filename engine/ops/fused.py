@@ -5,6 +5,7 @@ W width of a convolution, L layers, S slots, B segments.
 """
 
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +13,10 @@ from torch import Tensor
 from cottention.engine.ops import loader, reference
 from cottention.engine.ops.checks import fused_kernel_has_width
 from cottention.engine.ops.loader import backend, cuda_takes
+
+MapKind = Literal["linear", "cosformer", "performer", "fourier"]
+MAP_KINDS: tuple[MapKind, ...] = get_args(MapKind)
+"""In the order of `Map` in csrc/cuda/params.h."""
 
 
 def cottention_attention_gelu(
@@ -40,49 +45,73 @@ def cottention_attention_gelu(
     )
 
 
-def cottention_pieces_gelu(
-    joined: Tensor,
-    positions: Tensor,
-    sigma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    state: Tensor,
-    pieces: Tensor,
-    num_cut: int,
-    out: Tensor,
-) -> None:
+def cottention_pieces_gelu(*inputs: Tensor, pieces: Tensor, num_cut: int, out: Tensor) -> None:
     """`cottention_attention_gelu` on CUDA for segments of any length.
 
-    pieces int32 [P, 5] and num_cut are those of `Segments`. Raises RuntimeError.
+    inputs: joined to state, as there. pieces int32 [P, 5] and num_cut are those of `Segments`.
+    Raises RuntimeError.
     """
-    torch.ops.cottention.cottention_pieces_gelu(
-        joined, positions, sigma, cos, sin, state, pieces, num_cut, out
-    )
+    torch.ops.cottention.cottention_pieces_gelu(*inputs, pieces, num_cut, out)
 
 
 def cottention_delayed_gelu(
-    joined: Tensor,
-    positions: Tensor,
-    sigma: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    state: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    counts: Tensor,
-    state_indices: Tensor,
-    out: Tensor,
+    *inputs: Tensor, updates: tuple[Tensor, Tensor, Tensor], state_indices: Tensor, out: Tensor
 ) -> None:
     """`cottention_attention_gelu` on CUDA with updates that are delayed, to the same bits.
 
-    A state is that of its slot plus the first counts[slot] of its updates, keys [S, C, H, D] and
-    values [S, C, H, D], float32; counts int32 [S or more]. The token's becomes the next one, or,
-    where it is the C-th, the state is written with all of them. counts stay as they are: they are
-    those of all layers. Raises RuntimeError.
+    inputs: joined to state, as there. updates: keys [S, C, H, D] and values [S, C, H, D], float32,
+    and counts int32 [S or more]: a state is that of its slot plus the first counts[slot] of its
+    updates. The token's becomes the next one, or, where it is the C-th, the state is written with
+    all of them. counts stay as they are: they are those of all layers. Raises RuntimeError.
     """
-    torch.ops.cottention.cottention_delayed_gelu(
-        joined, positions, sigma, cos, sin, state, keys, values, counts, state_indices, out
+    torch.ops.cottention.cottention_delayed_gelu(*inputs, *updates, state_indices, out)
+
+
+def map_gelu(
+    kind: MapKind,
+    joined: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    heads: int,
+    value_width: int,
+    *,
+    table: Tensor | None = None,
+    projection: Tensor | None = None,
+    gate: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """On CUDA, another map of q, k and v than Cottention's, and `gelu_new`, in one kernel.
+
+    joined, cos, sin and out as in `cottention_attention_gelu`; of out the gelu's columns are
+    written. table float32 [N, 2]: what cosFormer multiplies by. projection float32, contiguous:
+    Performer's [M, D] or RFA's [H, F, D]. gate: float32 inputs [N, C], weight [H, C], bias [H].
+    Returns q, k [N, H, K], v [N, H, V], which a one and zeros follow where V is more than the width
+    of a head, and the decay w [N, H] or None, float32, as `FeatureMap.features` and `gate` of these
+    maps define them. Raises RuntimeError.
+    """
+    width = (joined.shape[1] - out.shape[1]) // (2 * heads)
+    features = 0 if projection is None else projection.shape[-2]
+    key_width = {"linear": width, "cosformer": 2 * width, "performer": features}.get(
+        kind, 2 * features
     )
+    q, k, v = (
+        joined.new_empty(len(joined), heads, n, dtype=torch.float32)
+        for n in (key_width, key_width, value_width)
+    )
+    w = joined.new_empty(len(joined), heads, dtype=torch.float32) if gate else None
+    gated: Sequence[Tensor | None] = gate or (None, None, None)
+    given = MAP_KINDS.index(kind), cos, sin, table, projection, *gated
+    torch.ops.cottention.map_gelu(joined, *given, q, k, v, w, out)
+    return q, k, v, w
+
+
+def divide_outputs(mixed: Tensor, floor: float, out: Tensor) -> None:
+    """On CUDA, out ← mixed / ±max(|total|, floor) with the sign of the total, in one kernel.
+
+    mixed float32 [N, H, D + 1 or more], the total behind the values of each head; out [N, H, D] of
+    any type, a part of wider rows. Raises RuntimeError.
+    """
+    torch.ops.cottention.divide_outputs(mixed, floor, out)
 
 
 def fold_updates(state: Tensor, keys: Tensor, values: Tensor, counts: Tensor, rows: Tensor) -> None:

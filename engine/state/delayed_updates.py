@@ -30,8 +30,8 @@ class DelayedUpdates:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all updates."""
-        return self._keys.nbytes + self._values.nbytes
+        """Bytes of all rows' updates and of their counts."""
+        return self._keys.nbytes + self._values.nbytes + self._counts[:-1].nbytes
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys [S, C, H, K] and values [S, C, H, V] of one layer, and counts int32 [S + 1]."""

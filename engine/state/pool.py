@@ -33,12 +33,8 @@ class StatePool:
         num_slots: int,
         device: str,
         reserve: int = 0,
-        *,
-        delayed_updates: int = 0,
     ) -> None:
         """reserve: bytes that must stay free beside the pool, for the steps themselves.
-
-        delayed_updates: of a row, at most; the step that adds as many writes the row.
 
         Raises OutOfMemoryError before anything is allocated.
         """
@@ -50,8 +46,8 @@ class StatePool:
             tensor.name: _allocated(tensor, self.num_rows, device) for tensor in spec.tensors
         }
         self.delayed: DelayedUpdates | None = None
-        if delayed_updates > 1:
-            self.delayed = DelayedUpdates(self.tensors["state"], delayed_updates)
+        if spec.delayed_updates > 1:
+            self.delayed = DelayedUpdates(self.tensors["state"], spec.delayed_updates)
         self._copies = copies_on(device)
         self._free = list(range(num_slots - 1, -1, -1))
 

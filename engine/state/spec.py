@@ -45,15 +45,18 @@ class StateSpec:
 
     tensors: their names differ; one is `state` [L, H, V, K], the recurrence's own.
     has_spare: whether a slot of the pool has a second row, for the state after the next renewal.
+    delayed_updates: tokens of which a row of the pool has the updates apart, until a step writes
+    them to the state; with fewer than 2, each is written at once and nothing is kept.
     """
 
     tensors: tuple[StateTensor, ...]
     has_spare: bool = False
+    delayed_updates: int = 0
 
     def __post_init__(self) -> None:
         names = [tensor.name for tensor in self.tensors]
         assert "state" in names
-        assert "spare" not in names
+        assert not {"spare", "delayed"} & {*names}
         assert len({*names}) == len(names)
 
     @property
@@ -86,11 +89,24 @@ class StateSpec:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes of one slot of the pool: of a state, and of its spare."""
+        """Bytes of one slot of the pool: of a state, of its spare, and of their delayed updates."""
         return sum(self.itemised_bytes().values())
 
     def itemised_bytes(self) -> dict[str, int]:
-        """Bytes of one slot, by tensor; `denominator` and `spare` are 0 where there is none."""
+        """Bytes of one slot, by tensor; `denominator` and `spare` are 0 where there is none.
+
+        `delayed` is among them only where updates are delayed.
+        """
         items = {"state": 0, "denominator": 0}
         items |= {tensor.name: tensor.nbytes for tensor in self.tensors}
-        return items | {"spare": self.bytes_per_row if self.has_spare else 0}
+        items |= {"spare": self.bytes_per_row if self.has_spare else 0}
+        if self.delayed_updates > 1:
+            items["delayed"] = self._delayed_bytes_per_row * (2 if self.has_spare else 1)
+        return items
+
+    @property
+    def _delayed_bytes_per_row(self) -> int:
+        """A key and a value of each layer and head for each update, and their number."""
+        layers, heads, value_width, key_width = self.shapes["state"]
+        numbers = self.delayed_updates * layers * heads * (key_width + value_width)
+        return numbers * BYTES_PER_ELEMENT["float32"] + 4

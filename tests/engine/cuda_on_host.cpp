@@ -3,6 +3,7 @@
 //
 // A shuffle becomes an exchange between array elements, a barrier the end of a loop. Registers
 // start as NaN, so that a read before the first write shows. Launches are counted.
+#include <algorithm>
 #include <array>
 #include <limits>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "../../csrc/cuda/add_layer_norm.cuh"
 #include "../../csrc/cuda/attention_gelu.cuh"
 #include "../../csrc/cuda/features_gelu.cuh"
+#include "../../csrc/cuda/map_gelu.cuh"
 #include "../../csrc/cuda/ops.h"
 #include "../../csrc/cuda/recurrent.cuh"
 #include "../../csrc/cuda/types.cuh"
@@ -154,6 +156,23 @@ void map_head(const FeaturesGeluParams& p, int64_t warp) {
   for (auto& lane : lanes) lane.write(p);
 }
 
+// The threads of a block that maps; what they share is NaN before it is written.
+template <class T>
+struct MapBlock {
+  std::vector<MapThread<T>> threads;
+  MapShared shared;
+
+  MapBlock(const MapParams& p, int64_t block) {
+    for (int i = 0; i < kThreads; ++i) threads.emplace_back(p, block, i);
+    float* numbers = reinterpret_cast<float*>(&shared);
+    std::fill(numbers, numbers + sizeof(shared) / sizeof(float), kUnset);
+  }
+  template <class Visit>
+  void each(const Visit& visit) {
+    for (auto& thread : threads) visit(thread);
+  }
+};
+
 template <class T>
 void gelu(const FeaturesGeluParams& p) {
   for (int64_t i = 0; i < p.tokens * gelu_blocks_of_token(p); ++i)
@@ -238,6 +257,29 @@ const char* launch_attention_gelu(const StepParams& p, const FeaturesGeluParams&
       }
     });
     gelu<T>(m);
+  });
+  return nullptr;
+}
+
+const char* launch_map_gelu(const MapParams& p, Type type, void*) {
+  ++launches;
+  with_type(type, [&](auto of) {
+    using T = typename decltype(of)::Type;
+    for (int64_t i = 0; i < p.tokens * p.heads; ++i) {
+      MapBlock<T> block(p, i);
+      run_map_block(p, block.shared, block);
+    }
+    gelu<T>(p);
+  });
+  return nullptr;
+}
+
+const char* launch_divide(const DivideParams& p, Type type, void*) {
+  ++launches;
+  with_type(type, [&](auto of) {
+    // all threads of the blocks, those beyond the last element too
+    const int64_t threads = (num_quotients(p) + kThreads - 1) / kThreads * kThreads;
+    for (int64_t i = 0; i < threads; ++i) divide<typename decltype(of)::Type>(p, i);
   });
   return nullptr;
 }

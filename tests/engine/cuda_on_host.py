@@ -6,7 +6,7 @@
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,9 +30,18 @@ OPS = (
     "cottention_attention_gelu",
     "cottention_pieces_gelu",
     "cottention_delayed_gelu",
+    "map_gelu",
+    "divide_outputs",
     "fold_updates",
     "add_layer_norm",
 )
+
+
+class Place(NamedTuple):
+    """Where an op of CUDA runs in a test: the namespace of the ops, and its tensors' device."""
+
+    ops: Any
+    device: str
 
 
 def on_host() -> Any:

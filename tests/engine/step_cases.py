@@ -48,6 +48,17 @@ def make(
     return Case(q, k, v, pool[:, 1], z, torch.tensor(state_indices, dtype=torch.int32), cu_seqlens)
 
 
+def assert_pools(case: Case, before: Case, exact: Case, **tolerances: float) -> None:
+    """The rows of the case's pools that a step was for are those of `exact`, others as before."""
+    untouched = torch.ones(len(case.state), dtype=torch.bool)
+    untouched[case.state_indices[case.state_indices >= 0].long()] = False
+    pools = zip(case[3:5], before[3:5], exact[3:5], strict=True)
+    for after, earlier, expected in pools:
+        if after is not None and earlier is not None and expected is not None:
+            torch.testing.assert_close(after.double(), expected, **tolerances)
+            assert torch.equal(after[untouched], earlier[untouched])
+
+
 FORMS = ["w-head", "w-key", "ab", "w-head ab", "w-key ab"]
 
 

@@ -64,7 +64,8 @@ class ServedGPTJ:
     @property
     def delays_updates(self) -> bool:
         """Whether a step of one token for each row can delay what it adds to their states."""
-        return isinstance(self._layers, TorchLayers) and self._layers.is_fused
+        is_fused = isinstance(self._layers, TorchLayers) and self._layers.is_fused
+        return is_fused and self.config.feature_map.delays_updates
 
     def hidden(self, ids: Tensor, positions: Tensor, recurrence: Recurrence) -> Tensor:
         """ids and positions int64 [N] → hidden states [N, C] before the last norm."""
@@ -100,22 +101,23 @@ class TorchLayers:
     """The layers in torch's own operations, on any device and in any type.
 
     What goes from layer to layer and the norms are float32, products have the weights' type.
-    On CUDA a compiled op, where there is one, computes all between the two products, so that a
-    layer is few kernels whatever the batch: sum and norm, two products, and what is between them.
+    On CUDA compiled ops compute all between the two products, so that a layer is few kernels
+    whatever the batch: sum and norm, two products, and one to four between them.
     """
 
     def __init__(self, config: GPTJConfig, device: str, blocks: Iterable[Block]) -> None:
         self._config = config
         self._layers = [_torch_layer(block, device) for block in blocks]
-        fits = ops.can_fuse_attention(device, config.head_dim)
-        self._fused: FusedAttention | None = config.feature_map.fused_attention if fits else None
-        # what some maps read of it must not be rounded
-        is_rounded = self._fused is not None and self._layers
+        attention = config.feature_map
+        widths = attention.key_width(config), attention.value_width(config)
+        fits = ops.can_fuse_attention(device, config.head_dim) and ops.kernel_has_width(*widths)
+        self._fused: FusedAttention | None = attention.fused_attention if fits else None
+        is_rounded = self._layers and self._fused is not None and not attention.reads_input
         self._normed_dtype = self._layers[0].dtype if is_rounded else torch.float32
 
     @property
     def is_fused(self) -> bool:
-        """Whether one op computes all between the two products of a layer."""
+        """Whether compiled ops compute all between the two products of a layer."""
         return self._fused is not None
 
     def __call__(self, x: Tensor, at: TokenPositions, recurrence: Recurrence) -> Tensor:
@@ -129,7 +131,7 @@ class TorchLayers:
                 between = self._in_torch(index, normed, joined, at, recurrence)
             else:
                 between = joined.new_empty(len(joined), joined.shape[1] - 2 * self._config.n_embd)
-                self._fused(joined, at, layer.map_weights, recurrence, index, between)
+                self._fused(normed, joined, at, layer.map_weights, recurrence, index, between)
             added = layer.project_out(between)
         return x if added is None else x.add_(added)
 

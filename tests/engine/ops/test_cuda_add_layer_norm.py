@@ -1,28 +1,14 @@
 """add_layer_norm on CUDA against float64; without a GPU, its threads are emulated on the host."""
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.ops.loader import is_cuda_ready
-from tests.engine.cuda_on_host import on_host
+from tests.engine.cuda_on_host import Place, on_host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@pytest.fixture(params=["host", "cuda"])
-def place(request: pytest.FixtureRequest) -> tuple[Any, str]:
-    """The ops, and the device of their tensors."""
-    if request.param == "host":
-        return on_host(), "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    assert is_cuda_ready(), "the CUDA ops must build where there is a device"
-    return torch.ops.cottention, "cuda"
 
 
 def drawn(rows: int, columns: int) -> list[Tensor]:
@@ -38,7 +24,7 @@ def drawn(rows: int, columns: int) -> list[Tensor]:
 @pytest.mark.parametrize("y_type", DTYPES)
 @pytest.mark.parametrize("columns", [1, 6, 64, 515, 1024, 2052])
 def test_parity(
-    place: tuple[Any, str], columns: int, y_type: torch.dtype, out_type: torch.dtype, is_added: bool
+    place: Place, columns: int, y_type: torch.dtype, out_type: torch.dtype, is_added: bool
 ) -> None:
     namespace, device = place
     x, y, weight, bias = drawn(3, columns)

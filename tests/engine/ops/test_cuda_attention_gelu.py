@@ -4,7 +4,6 @@ Without a GPU their threads are emulated on the host.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from cottention.engine import ops
 from cottention.engine.ops import reference
-from cottention.engine.ops.loader import is_cuda_ready
 from cottention.engine.ops.varlen import pieces_of
-from tests.engine.cuda_on_host import on_host
+from tests.engine.cuda_on_host import Place, on_host
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -27,8 +25,9 @@ AttentionGelu = Callable[..., None]
 PIECE_TOKENS = 4
 
 
-def _run(namespace: Any, arguments: Sequence[Tensor | None], device: str) -> None:
+def _run(place: Place, arguments: Sequence[Tensor | None]) -> None:
     """The op that takes these segments, on copies on the device; state and out come back."""
+    namespace, device = place
     *before, state_indices, cu_seqlens, out = (x if x is None else x.to(device) for x in arguments)
     if cu_seqlens is None:
         namespace.cottention_attention_gelu(*before, state_indices, cu_seqlens, out)
@@ -43,14 +42,9 @@ def _run(namespace: Any, arguments: Sequence[Tensor | None], device: str) -> Non
         here.copy_(there)
 
 
-@pytest.fixture(params=["host", "cuda"])
-def attention_gelu(request: pytest.FixtureRequest) -> AttentionGelu:
-    if request.param == "host":
-        return lambda *arguments: _run(on_host(), arguments, "cpu")
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    assert is_cuda_ready(), "the CUDA ops must build where there is a device"
-    return lambda *arguments: _run(torch.ops.cottention, arguments, "cuda")
+@pytest.fixture
+def attention_gelu(place: Place) -> AttentionGelu:
+    return lambda *arguments: _run(place, arguments)
 
 
 def arguments_of(

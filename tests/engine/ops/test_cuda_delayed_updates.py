@@ -3,32 +3,19 @@
 The definition is `reference.delayed_step`; the kernel has even the bits of steps that delay none.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from cottention.engine import ops
-from cottention.engine.ops import loader, reference
-from tests.engine.cuda_on_host import on_host
+from cottention.engine.ops import reference
+from tests.engine.cuda_on_host import Place, on_host
 from tests.engine.ops.test_cuda_attention_gelu import arguments_of
 from tests.engine.step_cases import make
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["host", "cuda"])
-def place(request: pytest.FixtureRequest) -> tuple[Any, str]:
-    """The ops, and the device of their tensors."""
-    if request.param == "host":
-        return on_host(), "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    assert loader.is_cuda_ready(), "the CUDA ops must build where there is a device"
-    return torch.ops.cottention, "cuda"
 
 
 def pools(state: Tensor, capacity: int, layers: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +33,7 @@ def pools(state: Tensor, capacity: int, layers: int = 1) -> tuple[Tensor, Tensor
 @pytest.mark.parametrize("width", [8, 64, 80, 128, 256])
 @pytest.mark.parametrize("capacity", [1, 2, 3])
 def test_the_bits_are_those_of_steps_that_delay_nothing(
-    place: tuple[Any, str], capacity: int, width: int, dtype: torch.dtype
+    place: Place, capacity: int, width: int, dtype: torch.dtype
 ) -> None:
     """Seven steps of slots that begin at different times; then what is left is folded."""
     namespace, device = place

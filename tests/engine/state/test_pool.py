@@ -1,5 +1,6 @@
 """The pool: exact bytes, zeroed rows, and memory that is asked for before it is taken."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,31 @@ def test_bytes_are_exactly_those_of_the_spec(pool: StatePool) -> None:
     assert sum(t.untyped_storage().nbytes() for t in tensors) == pool.nbytes
     assert all(t.dtype == torch.float32 for t in tensors)
     assert {name: t.shape[1:] for name, t in pool.tensors.items()} == pool.spec.shapes
+
+
+@pytest.mark.parametrize("has_spare", [False, True])
+def test_delayed_updates_count_in_a_slot(monkeypatch: pytest.MonkeyPatch, has_spare: bool) -> None:
+    """In what a pool takes, in what it is refused for, and in the slots that are said to fit."""
+    plain = replace(SPECS[0], has_spare=has_spare)
+    spec = replace(plain, delayed_updates=8)
+    rows = 1 + has_spare
+    assert spec.itemised_bytes()["delayed"] == rows * (8 * 2 * 3 * (8 + 16) * 4 + 4)
+    assert spec.bytes_per_slot == plain.bytes_per_slot + spec.itemised_bytes()["delayed"]
+    assert spec.bytes_per_row == plain.bytes_per_row  # what a snapshot has
+    pool = StatePool(spec, 5, "cpu")
+    assert pool.delayed is not None
+    assert pool.nbytes == 5 * spec.bytes_per_slot
+    monkeypatch.setattr(state_module, "available_memory", lambda _: 5 * spec.bytes_per_slot - 1)
+    StatePool(plain, 5, "cpu")
+    with pytest.raises(OutOfMemoryError, match="give --max-slots 4 or fewer"):
+        StatePool(spec, 5, "cpu")
+
+
+def test_one_delayed_update_is_none() -> None:
+    spec = replace(SPECS[0], delayed_updates=1)
+    pool = StatePool(spec, 2, "cpu")
+    assert pool.delayed is None
+    assert pool.nbytes == 2 * spec.bytes_per_slot == 2 * SPECS[0].bytes_per_slot
 
 
 def test_slots_are_given_once_and_come_zeroed(pool: StatePool) -> None:

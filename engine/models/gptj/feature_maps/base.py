@@ -63,10 +63,11 @@ class TokenPositions:
 
 
 FusedAttention = Callable[
-    ["Tensor", TokenPositions, Sequence["Tensor"], "Recurrence", int, "Tensor"], None
+    ["Tensor", "Tensor", TokenPositions, Sequence["Tensor"], "Recurrence", int, "Tensor"], None
 ]
-"""(joined [N, 3C + inner], positions, a layer's weights of the map, recurrence, layer, out [N, C +
-inner]): from a layer's first product to its second; `joined` has q, k, v and the MLP's input."""
+"""(normed [N, C], joined [N, 3C + inner], positions, a layer's weights of the map, recurrence,
+layer, out [N, C + inner]): from a layer's first product of `normed` to its second; `joined` has q,
+k, v and the MLP's input."""
 
 FusedLayers = Callable[
     ["Tensor", Sequence["Tensor"], float, TokenPositions, "Recurrence", Sequence["Tensor"]], None
@@ -82,12 +83,16 @@ class FeatureMap(ABC):
     has_denominator: outputs are divided by the sum of their scores.
     is_recurrent: it has a state of fixed size, so that it can be served.
     weight_names: names of what `add_weights` adds, as in the state dict of an attention.
+    reads_input: `gate` computes something of the attention's input, which must not be rounded.
+    delays_updates: `fused_attention` can leave to later steps what it adds to a state.
     """
 
     description: ClassVar[str]
     has_denominator: ClassVar[bool] = False
     is_recurrent: ClassVar[bool] = True
     weight_names: ClassVar[tuple[str, ...]] = ()
+    reads_input: ClassVar[bool] = False
+    delays_updates: ClassVar[bool] = False
 
     @abstractmethod
     def features(
@@ -147,7 +152,10 @@ class FeatureMap(ABC):
 
     @property
     def fused_attention(self) -> FusedAttention | None:
-        """A compiled op for map, recurrence and gelu, equal to the separate ops to the bit."""
+        """Map, recurrence and gelu in compiled ops, equal to the separate ones to rounding.
+
+        On the CPU, where there is one, to the bit.
+        """
         return None
 
     @property

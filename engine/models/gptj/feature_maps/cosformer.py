@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 from cottention.engine.models.gptj.feature_maps.base import (
     AttentionConfig,
     FeatureMap,
+    FusedAttention,
     TokenPositions,
 )
+from cottention.engine.models.gptj.feature_maps.on_cuda import MappedAttention
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +64,10 @@ class CosFormer(FeatureMap):
         Raises IndexError, on a CPU, for a position at or beyond M.
         """
         return half_wave(self.max_exact_length(config), dtype, positions.device)[positions]
+
+    @property
+    def fused_attention(self) -> FusedAttention:
+        return MappedAttention("cosformer")
 
 
 @functools.cache

@@ -32,6 +32,7 @@ class Cottention(FeatureMap):
         "causal Cottention model (arXiv 2409.18747: cosine similarity in place of softmax)"
     )
     weight_names: ClassVar[tuple[str, ...]] = ("norm_const",)
+    delays_updates: ClassVar[bool] = True
 
     def features(
         self, q: "Tensor", k: "Tensor", v: "Tensor", at: TokenPositions, weights: Sequence["Tensor"]
@@ -64,6 +65,7 @@ class Cottention(FeatureMap):
 
 
 def _fused_attention(
+    _normed: "Tensor",
     joined: "Tensor",
     at: TokenPositions,
     weights: Sequence["Tensor"],
@@ -75,18 +77,18 @@ def _fused_attention(
 
     (sigma,) = weights
     state, _ = recurrence.layer(layer)
-    rows, angles = recurrence.segments, (at.cos, at.sin)
+    rows, inputs = recurrence.segments, (joined, at.index, sigma, at.cos, at.sin, state)
     if recurrence.delayed is not None:
-        delayed = recurrence.delayed.layer(layer)
         ops.cottention_delayed_gelu(
-            joined, at.index, sigma, *angles, state, *delayed, rows.state_indices, out
+            *inputs,
+            updates=recurrence.delayed.layer(layer),
+            state_indices=rows.state_indices,
+            out=out,
         )
     elif rows.pieces is None:
-        slots = rows.state_indices, rows.cu_seqlens
-        ops.cottention_attention_gelu(joined, at.index, sigma, *angles, state, *slots, out)
+        ops.cottention_attention_gelu(*inputs, rows.state_indices, rows.cu_seqlens, out)
     else:
-        pieces = rows.pieces, rows.num_cut
-        ops.cottention_pieces_gelu(joined, at.index, sigma, *angles, state, *pieces, out)
+        ops.cottention_pieces_gelu(*inputs, pieces=rows.pieces, num_cut=rows.num_cut, out=out)
 
 
 def _fused_layers(

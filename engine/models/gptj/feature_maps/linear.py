@@ -3,7 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from cottention.engine.models.gptj.feature_maps.base import FeatureMap, TokenPositions
+from cottention.engine.models.gptj.feature_maps.base import (
+    FeatureMap,
+    FusedAttention,
+    TokenPositions,
+)
+from cottention.engine.models.gptj.feature_maps.on_cuda import MappedAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,3 +34,7 @@ class Linear(FeatureMap):
 
         q, k = (ops.elu_plus_one(ops.rotate(x, at.cos, at.sin)) for x in (q, k))
         return q, k, v
+
+    @property
+    def fused_attention(self) -> FusedAttention:
+        return MappedAttention("linear")

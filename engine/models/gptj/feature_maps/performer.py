@@ -3,7 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from cottention.engine.models.gptj.feature_maps.base import AttentionConfig, TokenPositions
+from cottention.engine.models.gptj.feature_maps.base import (
+    AttentionConfig,
+    FusedAttention,
+    TokenPositions,
+)
+from cottention.engine.models.gptj.feature_maps.on_cuda import MappedAttention
 from cottention.engine.models.gptj.feature_maps.random_features import (
     RandomFeatures,
     with_denominator,
@@ -66,6 +71,10 @@ class Performer(RandomFeatures):
 
     def prepared_weights(self, attention: "nn.Module") -> "tuple[Tensor, ...]":
         return (attention.get_buffer("performer_projection"),)
+
+    @property
+    def fused_attention(self) -> FusedAttention:
+        return MappedAttention("performer", self.denominator_floor)
 
 
 def orthogonal_rows(num_rows: int, width: int) -> "Tensor":

@@ -3,7 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from cottention.engine.models.gptj.feature_maps.base import AttentionConfig, TokenPositions
+from cottention.engine.models.gptj.feature_maps.base import (
+    AttentionConfig,
+    FusedAttention,
+    TokenPositions,
+)
+from cottention.engine.models.gptj.feature_maps.on_cuda import MappedAttention
 from cottention.engine.models.gptj.feature_maps.random_features import (
     RandomFeatures,
     with_denominator,
@@ -70,6 +75,10 @@ class RFA(RandomFeatures):
         sigma = attention.get_parameter("rfa_sigma")
         return (attention.get_buffer("rfa_projection") * sigma,)
 
+    @property
+    def fused_attention(self) -> FusedAttention:
+        return MappedAttention("fourier", self.denominator_floor)
+
 
 class GatedRFA(RFA):
     """RFA that forgets: S ← g S + (1 − g) v φ(k)ᵀ and z ← g z + (1 − g) φ(k) (section 3.2).
@@ -87,6 +96,7 @@ class GatedRFA(RFA):
         "rfa_gate_weight",
         "rfa_gate_bias",
     )
+    reads_input: ClassVar[bool] = True
 
     def gate(self, x: "Tensor", weights: Sequence["Tensor"]) -> "Tensor":
         from cottention.engine import ops
