@@ -15,12 +15,15 @@ from cottention.engine.config import EngineConfig
 from cottention.engine.encoder_engine import EncoderEngine
 from cottention.engine.encoding import EncodeParams
 from cottention.engine.engine import Engine
+from cottention.server.generation.chat_template import ChatTemplate
+from cottention.server.generation.template_environment import compile_template
 from cottention.server.log_config import FIELDS
 from tests.engine.encoders import encoder_folder
 from tests.server.live import Live, eventually, serving
 
 TEXTS = ["the cat sat", "a dog", "the bigger mat!"]
 MASKED = "the [MASK] sat on the [MASK]"
+TEMPLATE = ChatTemplate(compile_template("{{ messages[-1]['content'] }}"), (), {})
 
 
 def encoder(**settings: Any) -> EncoderEngine:
@@ -180,18 +183,26 @@ def test_an_encoder_says_what_it_can_do(live: Live) -> None:
 
 def test_a_causal_model_says_what_it_can_do(shared: Live) -> None:
     [model] = shared.client.get("/v1/models").json()["data"]
-    assert model["capabilities"] == ["completions", "chat", "sessions"]
-    for path in ("/v1/embeddings", "/v1/fill-mask"):
+    assert model["capabilities"] == ["completions", "sessions"]
+    for path, hint in (("/v1/embeddings", "started with --embeddings"), ("/v1/fill-mask", "")):
         error = shared.client.post(path, json={"input": "a"}).json()["error"]
         assert error["param"] == "model"
-        assert "it serves completions (POST /v1/completions), chat" in error["message"]
+        assert "it serves completions (POST /v1/completions), sessions" in error["message"]
+        assert hint in error["message"]
+
+
+def test_a_model_with_a_template_serves_chats(gptj_folder: Path) -> None:
+    engine = Engine(gptj_folder, EngineConfig(max_slots=1))
+    with serving(engine, TEMPLATE) as live:
+        [model] = live.client.get("/v1/models").json()["data"]
+    assert model["capabilities"] == ["completions", "chat", "sessions"]
 
 
 def test_a_causal_model_embeds_where_a_flag_lets_it(gptj_folder: Path) -> None:
     engine = Engine(gptj_folder, EngineConfig(max_slots=2, embeddings=True))
     with serving(engine) as live:
         [model] = live.client.get("/v1/models").json()["data"]
-        assert model["capabilities"] == ["completions", "chat", "sessions", "embeddings"]
+        assert model["capabilities"] == ["completions", "sessions", "embeddings"]
         answer = embed(live, input=[[5, 6, 7], [8]])
         assert [len(each["embedding"]) for each in answer["data"]] == [64, 64]
         assert answer["usage"]["prompt_tokens"] == 4
