@@ -1,6 +1,6 @@
 """On the CPU there is one arithmetic: who runs beside a request changes no bit of it.
 
-200 requests, a third as many for each other feature map and fewer for each recurrent family, greedy
+200 requests, a fifth as many for each other feature map and fewer for each recurrent family, greedy
 and seeded, run alone, and then in company: batches of up to 64, prompts cut into chunks of other
 sizes, another order of arrival. Their logits are compared with torch.equal. In float32; fewer with
 weights in eight bits, which have an arithmetic of their own.
@@ -97,7 +97,7 @@ class Case:
 @pytest.fixture(scope="module")
 def cases(attention: str, gptj_folder: Path) -> list[Case]:
     num_ids = Engine(gptj_folder, EngineConfig(max_slots=1)).tokenizer.num_ids
-    return [Case(number, num_ids) for number in range(NUM_REQUESTS.get(attention, 68))]
+    return [Case(number, num_ids) for number in range(NUM_REQUESTS.get(attention, 40))]
 
 
 @pytest.fixture(scope="module")

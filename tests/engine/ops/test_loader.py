@@ -104,6 +104,7 @@ def test_two_processes_build_at_once_into_an_empty_cache(tmp_path: Path) -> None
     assert sorted(path.suffix for path in folder.iterdir()) == ["", ".so"]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path: Path) -> None:
     bare = {"PATH": "", "CXX": "", "XDG_CACHE_HOME": str(tmp_path), "COTTENTION_CACHE": ""}
     environments = [_environment(**bare), _environment(**bare, COTTENTION_OPS="compiled")]
@@ -114,6 +115,7 @@ def test_without_a_compiler_the_reference_runs_with_one_warning(tmp_path: Path) 
     assert "BuildError: COTTENTION_OPS=compiled: no C++ compiler" in required.err
 
 
+@pytest.mark.slow
 def test_the_reference_computes_the_same() -> None:
     same, unknown = run_forked(
         [

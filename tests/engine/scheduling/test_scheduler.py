@@ -381,8 +381,8 @@ class Simulation:
     [
         (2, 40, (1,)),
         (3, 60, (1,)),
-        (16, 300, (1,)),
-        (16, 300, (1, 1, 1)),
+        pytest.param(16, 300, (1,), marks=pytest.mark.slow),
+        pytest.param(16, 300, (1, 1, 1), marks=pytest.mark.slow),
         (16, 300, (4, 1, 2)),
         pytest.param(64, 10_000, (1,), marks=pytest.mark.slow),
         pytest.param(64, 3_000, (1, 3, 1, 1, 2), marks=pytest.mark.slow),

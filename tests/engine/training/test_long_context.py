@@ -68,7 +68,7 @@ def test_renewed_token_by_token(attention: str, kept: int, length: int) -> None:
     torch.testing.assert_close(got, torch.cat(expected))
 
 
-@pytest.mark.no_cover
+@pytest.mark.slow
 @pytest.mark.every_attention
 @pytest.mark.parametrize("part", [KEPT_PART, long_context.KEPT_PART])
 @pytest.mark.parametrize("is_drawn", [False, True])

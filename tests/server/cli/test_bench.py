@@ -73,6 +73,7 @@ def test_the_table_and_failures() -> None:
         ("LIVE", "Incorrect API key"),
     ],
 )
+@pytest.mark.slow
 def test_a_wrong_url_is_one_line(url: str, told: str) -> None:
     with serving(api_key=("one-of-them",)) as live:
         key = ("--api-key", "one-of-them") if url.endswith("/nowhere") else ()

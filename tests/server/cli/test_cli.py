@@ -121,6 +121,7 @@ def test_a_folder_that_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path:
     assert str(tmp_path) in told
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_there_is_one_line_from_the_process_too(tmp_path: Path) -> None:
     done = run("serve", tmp_path / "nowhere", "--port", 0)
     assert done.returncode == 1
@@ -315,6 +316,7 @@ def test_generate_refuses_input_that_is_no_text(
     assert "not UTF-8" in told
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_generate_quietly() -> None:
     """Greedy text of the shipped model repeats itself: it does not end before it is interrupted."""
     command = [sys.executable, "-m", "cottention.server", "generate", "def __init__(self, "]

@@ -73,6 +73,7 @@ def test_a_signal_during_start_ends_the_process(tmp_path: Path, where: str, numb
 
 
 @pytest.mark.skipif(not can_unshare(), reason="process namespaces cannot be made here")
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["--api-key-file", "under an init"])
 def test_a_signal_ends_process_1(tmp_path: Path, where: str) -> None:
     prefix = AS_PROCESS_1
@@ -90,8 +91,9 @@ def test_a_signal_ends_process_1(tmp_path: Path, where: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["serve", *(pytest.param(each, marks=pytest.mark.slow) for each in ("build", "info"))],
+    ["serve", "build", "info"],
 )
+@pytest.mark.slow
 def test_a_signal_ends_the_compiler_too(tmp_path: Path, command: str) -> None:
     """One that runs a program of its own, as g++ does."""
     compiler, running_pids = tmp_path / "c++", tmp_path / "pids"

@@ -65,7 +65,9 @@ def lines_until_killed(folder: Path, seconds: float) -> list[list[str]]:
     return [line.split() for line in said.splitlines(keepends=True) if line.endswith("\n")]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    "seed", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 20))]
+)
 def test_a_kill_loses_nothing_that_was_answered(tmp_path: Path, seed: int) -> None:
     folder = tmp_path / "sessions"
     said = lines_until_killed(folder, random.Random(seed).uniform(0, 0.15))
