@@ -16,13 +16,25 @@ if "COTTENTION_TEST_WHEEL" not in os.environ:
     collect_ignore_glob = ["test_*.py"]
 
 
-SECONDS: dict[str, float] = {}
-"""What tests have measured, by what it is."""
+_SECONDS = pytest.StashKey[dict[str, float]]()
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Nothing has been measured."""
+    config.stash[_SECONDS] = {}
+
+
+@pytest.fixture(scope="session")
+def measured(pytestconfig: pytest.Config) -> dict[str, float]:
+    """Seconds that tests have measured, by what they are of."""
+    return pytestconfig.stash[_SECONDS]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     """Tell what was measured; nothing depends on it."""
-    for what, seconds in SECONDS.items():
+    for what, seconds in config.stash[_SECONDS].items():
         terminalreporter.write_line(f"{what}: {seconds:.1f} s")
 
 

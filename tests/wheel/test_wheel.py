@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.wheel.conftest import ROOT, SECONDS
+from tests.wheel.conftest import ROOT
 
 GENERATE = ("generate", "import os", "--max-tokens", "24", "--temperature", "0")
 
@@ -83,7 +83,7 @@ def test_it_writes_what_the_checkout_writes(environment: dict[str, str]) -> None
 
 
 def test_from_the_command_to_the_first_streamed_token(
-    installed: Path, environment: dict[str, str]
+    installed: Path, environment: dict[str, str], measured: dict[str, float]
 ) -> None:
     """What a user waits for after the installation; `make test-wheel` tells how long it took."""
     for what in ("first start", "second start"):
@@ -92,7 +92,7 @@ def test_from_the_command_to_the_first_streamed_token(
             body: dict[str, Any] = {"prompt": "def ", "max_tokens": 4, "stream": True}
             with client.stream("POST", "/v1/completions", json=body) as answer:
                 assert next(answer.iter_lines()).startswith("data: ")
-                SECONDS[f"from `cottention serve` to the first token, {what}"] = (
+                measured[f"from `cottention serve` to the first token, {what}"] = (
                     time.perf_counter() - start
                 )
 
