@@ -93,7 +93,12 @@ def test_those_that_come_meanwhile_get_the_same_response(live: Live) -> None:
 
 def test_one_in_the_background_is_told_at_once_and_made_once(live: Live) -> None:
     """Its client would wait for the end of what it asked for in the background."""
-    body = BODY | {"max_output_tokens": 4000, "store": True, "background": True}
+    body = BODY | {
+        "max_output_tokens": 1_000_000,
+        "temperature": 0,
+        "store": True,
+        "background": True,
+    }
     answers = [send(live, RESPONSES, "background", **body) for _ in range(3)]
     assert {each.json()["status"] for each in answers} == {"queued"}
     [response_id] = {each.json()["id"] for each in answers}
