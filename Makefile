@@ -20,6 +20,7 @@ help: ## Show this list
 setup: $(VENV)/ready ## Make the virtual environment and build the compiled ops
 
 $(VENV)/ready: pyproject.toml constraints.txt
+	@echo "making the virtual environment and compiling the ops; takes a few minutes the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

@@ -10,6 +10,7 @@ input, and answers each on its standard output.
 import contextlib
 import os
 import pickle
+import re
 import resource
 import select
 import subprocess
@@ -172,6 +173,9 @@ def _first_mask_error(matcher: Any) -> str:
 
 def _one_line(error: str) -> str:
     """The part of an error that tells what is wrong, without the grammar around it."""
+    _, is_regex, reason = error.partition("regex parse error:")
+    if is_regex and (found := re.search(r"^error: (.+)$", reason, re.MULTILINE)):
+        error = f"the regular expression is not valid: {found[1]}"
     text = " ".join(error.replace("<non-verbose/>", "").split())
     return text if len(text) <= MAX_ERROR else f"{text[:MAX_ERROR]} ..."
 

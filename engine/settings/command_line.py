@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -26,6 +27,9 @@ class OneLineParser(argparse.ArgumentParser):
         words = [word.partition("=")[0].rstrip(":") for word in message.split()]
         unknown = [word for word in words if word.startswith("--") and word not in flags]
         near = difflib.get_close_matches(unknown[0], flags, 1) if unknown else []
+        # `cottention version` means `--version`.
+        chosen = re.findall(r"invalid choice: '(\w+)'", message)
+        near += [f"--{name}" for name in chosen if f"--{name}" in flags]
         hint = f"did you mean {near[0]}? " if near else ""
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; {hint}see {self.prog} --help\n")
 

@@ -170,7 +170,8 @@ def _first_key(path: str) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"--api-key-file {path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigurationError(f"--api-key-file {path} cannot be read: {reason}") from None
     lines = [line.strip() for line in text.splitlines()]
     found = next((line for line in lines if line and not line.startswith("#")), None)
     if text.lstrip().startswith("{"):

@@ -171,7 +171,8 @@ def _read_text(path: str) -> str:
     try:
         raw = Path(path).read_bytes()
     except (OSError, ValueError) as error:
-        raise ConfigurationError(f"--api-key-file {path} cannot be read: {error}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigurationError(f"--api-key-file {path} cannot be read: {reason}") from None
     fault = not_utf8(raw)
     if fault is not None:
         message = f"--api-key-file {path} cannot be read: {fault}; save it as UTF-8"

@@ -103,7 +103,11 @@ def _response_format(value: Any, info: ValidationInfo) -> TextStructure | None:
     kind = given.pop("type", None)
     inner = given.pop("json_schema", None)
     if given or kind not in ("text", "json_object", "json_schema"):
-        raise field_error(f"{name} must be {RESPONSE_FORMAT}; it is {shown(value)}")
+        found = f"it is {shown(value)}"
+        if isinstance(value, dict):
+            other = f"it has the unknown field {shown(next(iter(given)))}" if given else ""
+            found = other or f"its type is {shown(kind)}"
+        raise field_error(f"{name} must be {RESPONSE_FORMAT}; {found}")
     if kind != "json_schema":
         return TextStructure("json_schema", ANY_OBJECT, param=name) if kind != "text" else None
     if not isinstance(inner, dict):

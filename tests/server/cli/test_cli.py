@@ -98,6 +98,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ((), "required: COMMAND"),
         (("sever",), "choose from"),
+        (("version",), "did you mean --version? see cottention"),
         (
             ("serve", "--prot", "9"),
             "unknown argument --prot; did you mean --port? see cottention serve",
@@ -145,7 +146,7 @@ def test_a_port_in_use_is_told_before_the_model_is_read(
     ("flag", "says"),
     [
         ("--session-dir", "sessions: a part of its path is a file; give --session-dir a folder"),
-        ("--api-key-file", "sessions cannot be read: "),
+        ("--api-key-file", "sessions cannot be read: Not a directory"),
         ("--tls-cert", "sessions cannot be read: "),
     ],
 )

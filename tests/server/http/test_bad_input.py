@@ -136,6 +136,8 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"suffix": "end"}, "suffix", "since the model only continues text"),
     ({"response_format": "json"}, "response_format", 'must be {"type": "text"}'),
     ({"response_format": {"type": "json_schema"}}, "response_format", "its json_schema is null"),
+    ({"response_format": {"type": "yaml"}}, "response_format", 'its type is "yaml"'),
+    ({"response_format": {"typ": "text"}}, "response_format", 'the unknown field "typ"'),
     ({"guided_json": "{"}, "guided_json", "its text is no JSON"),
     ({"guided_json": [1]}, "guided_json", "a JSON schema, as an object or its text; it is a list"),
     ({"guided_choice": ["a", ""]}, "guided_choice", "guided_choice[1] must be a text that is not"),
