@@ -21,7 +21,6 @@
 namespace cottention {
 namespace {
 
-constexpr int64_t kProductsPerThread = 131072;
 constexpr int64_t kConvertedPerThread = 65536;
 constexpr int64_t kWordsBetween = 16;  // padding: rows a power of two apart share cache sets
 constexpr int64_t kPackedAtOnce = 16;  // words: one or two cache lines of each row of a panel
