@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "ops.h"
+#include "parallel.h"
 
 namespace cottention {
 namespace {
@@ -26,15 +27,17 @@ void cottention_layers(const Tensor& x, const std::vector<Tensor>& weights, doub
   const int64_t layers = state.size(1), given = weights.size();
   STD_TORCH_CHECK(given == layers * kWeightsPerLayer, "weights has ", given, " tensors for ",
                   layers, " layers of ", kWeightsPerLayer);
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const Tensor* w = &weights[layer * kWeightsPerLayer];
-    layer_norm(x, w[0], w[1], epsilon, normed);
-    linear_out(normed, w[2], w[3], joined);
-    cottention_attention_gelu(joined, positions, w[4], cos, sin,
-                              torch::stable::select(state, 1, layer), state_indices, cu_seqlens,
-                              attn_gelu);
-    linear_add(attn_gelu, w[5], w[6], x);
-  }
+  with_team(x.size(0) * joined.size(1) * normed.size(1) > kProductsPerThread, [&] {
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const Tensor* w = &weights[layer * kWeightsPerLayer];
+      layer_norm(x, w[0], w[1], epsilon, normed);
+      linear_out(normed, w[2], w[3], joined);
+      cottention_attention_gelu(joined, positions, w[4], cos, sin,
+                                torch::stable::select(state, 1, layer), state_indices, cu_seqlens,
+                                attn_gelu);
+      linear_add(attn_gelu, w[5], w[6], x);
+    }
+  });
 }
 
 }  // namespace cottention

@@ -21,7 +21,6 @@
 namespace cottention {
 namespace {
 
-constexpr int64_t kProductsPerThread = 131072;
 constexpr int64_t kConvertedPerThread = 65536;
 constexpr int64_t kWordsBetween = 16;  // padding: rows a power of two apart share cache sets
 constexpr int64_t kPackedAtOnce = 16;  // words: one or two cache lines of each row of a panel
@@ -51,17 +50,34 @@ void pack_panel(const Unpacked<Element>& weight, int64_t panel, Element* packed)
 }
 
 constexpr uintptr_t kLargePage = 2 << 20;  // bytes
+#if defined(__linux__)
+#if !defined(MADV_COLLAPSE)
+#define MADV_COLLAPSE 25
+#endif
 
-// An empty tensor for packed weights, on large pages where the system has them for those who ask:
-// a step reads all weights, and looks up each page.
-Tensor empty_packed(const Tensor& weight, int64_t panels, int64_t words, int64_t width,
-                    ScalarType type) {
+// The large pages that lie in packed weights.
+void advise(const Tensor& packed, int64_t bytes, int advice) {
+  const auto begin = reinterpret_cast<uintptr_t>(packed.const_data_ptr());
+  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t last = (begin + bytes) / kLargePage * kLargePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, advice);
+}
+#endif
+
+// Fills packed weights on large pages, where the system has them for those who ask: a step reads all
+// weights, and looks up each page. Memory that was in use before has small pages already, which Linux
+// 6.1 and later put together.
+template <class Fill>
+Tensor filled(const Tensor& weight, int64_t panels, int64_t words, int64_t width, ScalarType type,
+              const Fill& fill) {
   Tensor packed = torch::stable::new_empty(weight, {panels, words, width}, type);
 #if defined(__linux__)
-  const auto begin = reinterpret_cast<uintptr_t>(packed.mutable_data_ptr());
-  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t last = (begin + panels * words * kPanel * sizeof(float)) / kLargePage * kLargePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  const int64_t bytes = panels * words * kPanel * sizeof(float);
+  advise(packed, bytes, MADV_HUGEPAGE);
+#endif
+  fill(packed.mutable_data_ptr());
+#if defined(__linux__)
+  advise(packed, bytes, MADV_COLLAPSE);
 #endif
   return packed;
 }
@@ -71,10 +87,10 @@ Tensor pack(const Tensor& weight) {
   const auto* data = static_cast<const Element*>(weight.const_data_ptr());
   const Unpacked<Element> from{data, weight.stride(0), weight.size(0), weight.size(1)};
   const int64_t panels = ceil_div(from.columns, kPanel), width = kPanel * from.kPerWord;
-  Tensor packed = empty_packed(weight, panels, from.words(), width, weight.scalar_type());
-  auto* to = static_cast<Element*>(packed.mutable_data_ptr());
-  for_each_task(panels, 1, [&](int64_t i) { pack_panel(from, i, to + i * from.words() * width); });
-  return packed;
+  return filled(weight, panels, from.words(), width, weight.scalar_type(), [&](void* packed) {
+    auto* to = static_cast<Element*>(packed);
+    for_each_task(panels, 1, [&](int64_t i) { pack_panel(from, i, to + i * from.words() * width); });
+  });
 }
 
 void check_bias(const std::optional<Tensor>& bias, int64_t columns) {
@@ -224,10 +240,10 @@ Tensor quantize_weight(const Tensor& weight) {
   p.stride = weight.stride(0);
   const int64_t panels = ceil_div(p.columns, kPanel);
   const int64_t words = ceil_div(p.channels, kGroup) * kGroupWords;
-  Tensor packed = empty_packed(weight, panels, words, kPanel * 4, ScalarType::Char);
-  p.packed = static_cast<float*>(packed.mutable_data_ptr());
-  for_each_task(panels, 1, [&](int64_t panel) { kernels().quantize_panel(p, panel); });
-  return packed;
+  return filled(weight, panels, words, kPanel * 4, ScalarType::Char, [&](void* packed) {
+    p.packed = static_cast<float*>(packed);
+    for_each_task(panels, 1, [&](int64_t panel) { kernels().quantize_panel(p, panel); });
+  });
 }
 
 // x [N, C] (rows any distance apart), packed, bias [out_features] or none → [N, out_features].

@@ -66,11 +66,12 @@ struct Prefetch {
 
 // Adds the terms of `words` words to the sums of R rows and A × 16 columns. x: the words of the
 // first row; first: the number of the first word in its block.
-template <class Word, int R, int A>
+template <class Word, int R, int A, bool kPrefetches = true>
 inline void add_words(typename Word::Sum (&sums)[R][A], const float* x, int64_t stride,
                       const float* panel, int64_t words, const Prefetch& prefetch, int64_t first) {
+#pragma GCC unroll 1  // a group of eight bits that was unrolled took up to a fifth longer
   for (int64_t c = 0; c < words; ++c, panel += kPanel, x += Word::kRowWords) {
-    prefetch.word(first + c);
+    if constexpr (kPrefetches) prefetch.word(first + c);
     Lanes weights[A];
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) weights[a] = load(panel + a * kLanes);
@@ -138,6 +139,35 @@ inline void extend_groups(const RowBlock& x, const PanelBlock& block, int64_t co
   }
 }
 
+// extend_groups for one row, in the order of addresses: registers hold the scales, which are read
+// first, and the chains. What follows the block is left to the hardware.
+template <int A>
+inline void extend_groups_of_one(const float* row, const PanelBlock& block, int64_t column,
+                                 float* tile) {
+  const float* panel = block.data + column;
+  Lanes total[A];
+#pragma GCC unroll 4
+  for (int a = 0; a < A; ++a) total[a] = load(tile + a * kLanes);
+  for (int64_t w = 0; w < block.words; w += kGroupWords) {
+    const Lanes own = broadcast(row[EightBits::kScaleAt]);
+    Lanes scale[A];
+    EightBits::Sum sums[1][A];
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a) {
+      scale[a] = multiply(own, load(panel + a * kLanes));
+      sums[0][a] = EightBits::start(bits_of(row[EightBits::kStartAt]));
+    }
+    add_words<EightBits, 1, A, false>(sums, row, 0, panel + kPanel, kGroupWords - 1, {}, 0);
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a)
+      total[a] = multiply_add(EightBits::to_float(sums[0][a]), scale[a], total[a]);
+    row += EightBits::kRowGroup;
+    panel += kGroupWords * kPanel;
+  }
+#pragma GCC unroll 4
+  for (int a = 0; a < A; ++a) store(tile + a * kLanes, total[a]);
+}
+
 template <class Word, int R>
 inline void extend_rows(const RowBlock& x, const PanelBlock& block, float* tile) {
   constexpr int A = across(R);
@@ -145,7 +175,9 @@ inline void extend_rows(const RowBlock& x, const PanelBlock& block, float* tile)
   for (int64_t strip = 0; strip < strips; ++strip) {
     const int64_t column = strip * A * kLanes;
     const Prefetch prefetch = Prefetch::of(block, strip, strips);
-    if constexpr (Units<Word>::kWords == 1)
+    if constexpr (Units<Word>::kWords > 1 && R == 1)
+      extend_groups_of_one<A>(x.words, block, column, tile + column);
+    else if constexpr (Units<Word>::kWords == 1)
       extend_chains<Word, R, A>(x, block, column, tile + column, prefetch);
     else
       extend_groups<R, A>(x, block, column, tile + column, prefetch);

@@ -105,19 +105,21 @@ void mamba2_layers(const Tensor& x, const std::vector<Tensor>& weights, double e
   check_state_indices(state_indices, state.size(0));
   check_cu_seqlens(cu_seqlens, state_indices.size(0), n.tokens);
   if (n.tokens == 0) return;
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const Tensor* w = &weights[layer * kWeights];
-    const Tensor joined = linear(rms_norm(x, w[kNorm], epsilon, 1), w[kIn], bias_of(w[kInBias]),
-                                 n.inner() + n.convolved() + n.heads);
-    Tensor whole = joined;  // narrow takes a reference that is not const
-    const Tensor middle = torch::stable::narrow(whole, 1, n.inner(), n.convolved());
-    const Tensor convolved =
-        silu(short_convolution(middle, w[kConvolution], bias_of(w[kConvolutionBias]),
-                               torch::stable::select(conv, 1, layer), state_indices, cu_seqlens));
-    const Tensor out = heads(joined, convolved, w, n, step_limit,
-                             torch::stable::select(state, 1, layer), state_indices, cu_seqlens);
-    linear_add(rms_norm(out, w[kGatedNorm], epsilon, groups), w[kOut], bias_of(w[kOutBias]), x);
-  }
+  with_team(n.tokens * x.size(1) * n.inner() > kProductsPerThread, [&] {
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const Tensor* w = &weights[layer * kWeights];
+      const Tensor joined = linear(rms_norm(x, w[kNorm], epsilon, 1), w[kIn], bias_of(w[kInBias]),
+                                   n.inner() + n.convolved() + n.heads);
+      Tensor whole = joined;  // narrow takes a reference that is not const
+      const Tensor middle = torch::stable::narrow(whole, 1, n.inner(), n.convolved());
+      const Tensor convolved =
+          silu(short_convolution(middle, w[kConvolution], bias_of(w[kConvolutionBias]),
+                                 torch::stable::select(conv, 1, layer), state_indices, cu_seqlens));
+      const Tensor out = heads(joined, convolved, w, n, step_limit,
+                               torch::stable::select(state, 1, layer), state_indices, cu_seqlens);
+      linear_add(rms_norm(out, w[kGatedNorm], epsilon, groups), w[kOut], bias_of(w[kOutBias]), x);
+    }
+  });
 }
 
 }  // namespace cottention

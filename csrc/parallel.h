@@ -12,11 +12,14 @@
 #include <atomic>
 #include <vector>
 
+#include "team.h"
+
 namespace cottention {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 constexpr int64_t kChunksPerThread = 32;
+constexpr int64_t kProductsPerThread = 131072;  // of a product of matrices
 
 // Neighbouring tasks to take at a time, so that each thread takes `chunks_per_thread` chunks: the
 // data of a chunk is contiguous. Tasks of equal length allow large chunks, tasks of unequal length
@@ -60,9 +63,16 @@ void for_each_task(int64_t count, int64_t grain_size, int64_t chunk, const Task&
     return;
   }
   std::vector<TaskRange> all = split_tasks(count, workers);
+  const auto run = [&](int64_t own) {
+    for (int64_t i = 0; i < workers; ++i) run_rest(all[(own + i) % workers], chunk, task);
+  };
+  if (Team* team = Team::of_this_thread()) {
+    using Run = decltype(run);
+    const auto body = [](const void* of, int64_t own) { (*static_cast<const Run*>(of))(own); };
+    return team->run({body, &run, workers});
+  }
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t own = begin; own < end; ++own)
-      for (int64_t i = 0; i < workers; ++i) run_rest(all[(own + i) % workers], chunk, task);
+    for (int64_t own = begin; own < end; ++own) run(own);
   });
 }
 

@@ -230,20 +230,22 @@ void rwkv7_layers(const Tensor& x, const std::vector<Tensor>& weights, double ep
   const Batch batch{state_indices, cu_seqlens, x.size(0)};
   if (batch.tokens == 0) return;
   const Buffers s = make_buffers(x, ranks, inner);
-  for (int64_t layer = 0; layer < layers; ++layer) {
-    const Tensor* w = &weights[layer * kWeights];
-    const auto of_layer = [&](const Tensor& pool) { return torch::stable::select(pool, 1, layer); };
-    layer_norm(x, w[kNormWeight], w[kNormBias], epsilon, s.y);
-    shift(batch, s.y, of_layer(att_shift), w[kMix], s.mixes);
-    project(w, s, layer == 0);
-    run_heads(batch, w, s, of_layer(state), layer == 0, group_epsilon);
-    linear_add(s.out, w[kOutput], std::nullopt, x);
-    layer_norm(x, w[kFFNNormWeight], w[kFFNNormBias], epsilon, s.y);
-    shift(batch, s.y, of_layer(ffn_shift), w[kFFNMix], s.ffn_mix);
-    linear_out(torch::stable::select(s.ffn_mix, 0, 0), w[kFFNKey], std::nullopt, s.inner);
-    each_row(s.inner, kernels().relu_squared);
-    linear_add(s.inner, w[kFFNValue], std::nullopt, x);
-  }
+  with_team(batch.tokens * x.size(1) * inner > kProductsPerThread, [&] {
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const Tensor* w = &weights[layer * kWeights];
+      const auto of_layer = [&](const Tensor& pool) { return torch::stable::select(pool, 1, layer); };
+      layer_norm(x, w[kNormWeight], w[kNormBias], epsilon, s.y);
+      shift(batch, s.y, of_layer(att_shift), w[kMix], s.mixes);
+      project(w, s, layer == 0);
+      run_heads(batch, w, s, of_layer(state), layer == 0, group_epsilon);
+      linear_add(s.out, w[kOutput], std::nullopt, x);
+      layer_norm(x, w[kFFNNormWeight], w[kFFNNormBias], epsilon, s.y);
+      shift(batch, s.y, of_layer(ffn_shift), w[kFFNMix], s.ffn_mix);
+      linear_out(torch::stable::select(s.ffn_mix, 0, 0), w[kFFNKey], std::nullopt, s.inner);
+      each_row(s.inner, kernels().relu_squared);
+      linear_add(s.inner, w[kFFNValue], std::nullopt, x);
+    }
+  });
 }
 
 }  // namespace cottention
