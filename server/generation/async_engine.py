@@ -220,7 +220,8 @@ class AsyncEngine:
     def _deliver(self, outputs: list[Output]) -> None:
         """Called by the engine's thread: post the outputs of a step to the event loop."""
         with contextlib.suppress(RuntimeError):  # the loop is closed and has no readers
-            self._loop.call_soon_threadsafe(self._dispatcher.dispatch, outputs, time.monotonic())
+            step = outputs, time.monotonic()
+            self._loop.call_soon_threadsafe(self._dispatcher.dispatch, [step])
 
     def _on_death(self, error: BaseException) -> None:
         """Called by the engine's thread just before it ends with an error."""
