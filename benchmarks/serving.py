@@ -27,15 +27,21 @@ STREAMS = (1, 8, 64)
 PROMPT = "def __init__(self, "
 EVENT = b"data: {"
 
+NUM_FIRST = 20
+PAUSE_SECONDS = 0.02
+"""Before each of the requests whose first token is measured: nothing else runs."""
+
 
 def measure(quick: bool) -> Report:
     """One row for each number of streams; all streams generate equally many tokens."""
     num_tokens = 100 if quick else 500
     local = {streams: _in_process(streams, num_tokens) for streams in STREAMS}
     remote = _over_http(num_tokens)
-    rows = [_row(num_tokens, local[streams], remote[streams]) for streams in STREAMS]
+    rows = [_row(num_tokens, local[streams], remote.streams[streams]) for streams in STREAMS]
     show(f"Serving the default model, {num_tokens} tokens per stream, greedy, float32", rows)
-    return {"serving": rows}
+    first = _first_row(_idle_steps(), remote.first)
+    show(f"First token of an idle server, p50 of {NUM_FIRST}", [first])
+    return {"serving": rows, "first token": [first]}
 
 
 class Local(NamedTuple):
@@ -55,6 +61,23 @@ def _in_process(streams: int, num_tokens: int) -> Local:
     return Local(streams * num_tokens / took, cpu / (streams * num_tokens))
 
 
+def _idle_steps() -> list[tuple[float, float]]:
+    """Seconds of the first step of a request, its prompt's, and of its second, after a pause."""
+    engine = Engine(config=EngineConfig(max_slots=64))
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)
+    ids = engine.tokenizer.encode(PROMPT)
+    steps = []
+    for _ in range(NUM_FIRST):
+        time.sleep(PAUSE_SECONDS)
+        engine.submit(ids, params)
+        start = time.perf_counter()
+        engine.step()
+        between = time.perf_counter()
+        engine.step()
+        steps.append((between - start, time.perf_counter() - between))
+    return steps
+
+
 @dataclass(slots=True)
 class Arrivals:
     """When the request was sent and its events arrived, in seconds."""
@@ -70,7 +93,14 @@ class Remote(NamedTuple):
     cpu: float
 
 
-def _over_http(num_tokens: int) -> dict[int, Remote]:
+class Served(NamedTuple):
+    """By number of streams, and a stream each that an idle server was asked for after a pause."""
+
+    streams: dict[int, Remote]
+    first: list[Arrivals]
+
+
+def _over_http(num_tokens: int) -> Served:
     """Streams against a server in its own process, on a free port."""
     command = [
         sys.executable,
@@ -95,7 +125,8 @@ def _over_http(num_tokens: int) -> dict[int, Remote]:
             check(port)
             uvloop.run(_streams(port, 8, 8))
             process = psutil.Process(server.pid)
-            return {n: _measured(process, port, n, num_tokens) for n in STREAMS}
+            streams = {n: _measured(process, port, n, num_tokens) for n in STREAMS}
+            return Served(streams, [_idle_request(port) for _ in range(NUM_FIRST)])
         finally:
             server.terminate()
 
@@ -118,6 +149,12 @@ def _measured(server: psutil.Process, port: int, streams: int, num_tokens: int) 
     after = server.cpu_times()
     spent = after.user + after.system - before.user - before.system
     return Remote(arrivals, spent / (streams * num_tokens))
+
+
+def _idle_request(port: int) -> Arrivals:
+    time.sleep(PAUSE_SECONDS)
+    [arrivals] = uvloop.run(_streams(port, 1, 2))
+    return arrivals
 
 
 def port_of(server: "subprocess.Popen[str]") -> int:
@@ -190,6 +227,18 @@ def _row(num_tokens: int, local: Local, remote: Remote) -> dict[str, object]:
         "server CPU us/tok": 1e6 * remote.cpu,
         "server / in-process": remote.cpu / local.cpu,
         **_latencies(arrivals),
+    }
+
+
+def _first_row(steps: list[tuple[float, float]], arrivals: list[Arrivals]) -> dict[str, object]:
+    prompts, nexts = zip(*steps, strict=True)
+    prompt, following = 1e3 * statistics.median(prompts), 1e3 * statistics.median(nexts)
+    first = 1e3 * statistics.median(one.events[0] - one.sent for one in arrivals)
+    return {
+        "in-process prompt's step ms": prompt,
+        "next step ms": following,
+        "HTTP first token ms": first,
+        "beyond both steps ms": first - prompt - following,
     }
 
 

@@ -43,6 +43,11 @@ _HOMES = {
 # before all imports of torch; who has set it keeps it.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+# Where a process has more such threads than there are cores, the pool looks a hundred times at
+# most, and with this policy a thousand times. A server has more: the thread that loads the model
+# has a pool, and so has the one that steps it, whose steps took a fifth longer.
+os.environ.setdefault("OMP_WAIT_POLICY", "active")
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:

@@ -76,6 +76,8 @@ class RequestLimits:
         self, params: SamplingParams, constraints: TokenConstraints, grammar: Grammar | None
     ) -> None:
         """Raise ParameterError where constraints and grammar leave no id for the first token."""
+        if constraints.early_mask is None:  # what follows takes as long as a step of a small model
+            return
         is_sampleable = torch.zeros(self.num_ids, dtype=torch.bool)
         is_sampleable[torch.tensor([*self.sampleable_ids])] = True
         if grammar is not None:

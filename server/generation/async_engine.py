@@ -1,8 +1,8 @@
 """The engine as the event loop sees it: `generate`, `stats`, drain and shutdown.
 
-The engine steps in a thread of its own. The outputs of each step are posted to the event loop once
-and dispatched there. Everything runs on the event loop except `_deliver` and `_on_death`, which the
-engine's thread calls, and `_submit`, which may run in a thread.
+The engine steps in a thread of its own. Its outputs are handed over to the event loop, several
+steps together where they come fast, and dispatched there. Everything runs on the event loop except
+`_deliver` and `_on_death`, which the engine's thread calls, and `_submit`, which may run in any.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.server.generation.admission import AdmissionQueue
 from cottention.server.generation.dispatch import OutputDispatcher
+from cottention.server.generation.handover import Handover
 from cottention.server.generation.latency import LatencyStats
 from cottention.server.generation.output_stream import OutputStream
 from cottention.server.generation.request import GenerationRequest
@@ -72,6 +73,7 @@ class AsyncEngine:
     def start(self) -> None:
         """Start the engine's thread; its outputs go to the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self._handover = Handover(self._loop, self._dispatcher.dispatch)
         self._worker.start()
         self.phase = Phase.READY
 
@@ -218,9 +220,13 @@ class AsyncEngine:
         await self._dispatcher.wait_idle()
 
     def _deliver(self, outputs: list[Output]) -> None:
-        """Called by the engine's thread: post the outputs of a step to the event loop."""
+        """Called by the engine's thread: hand the outputs of a step to the event loop."""
         with contextlib.suppress(RuntimeError):  # the loop is closed and has no readers
-            self._loop.call_soon_threadsafe(self._dispatcher.dispatch, outputs, time.monotonic())
+            self._handover.post(outputs)
+
+    def dispatch(self) -> None:
+        """Dispatch at once what the engine's thread has delivered."""
+        self._handover.dispatch()
 
     def _on_death(self, error: BaseException) -> None:
         """Called by the engine's thread just before it ends with an error."""
@@ -228,6 +234,7 @@ class AsyncEngine:
             self._loop.call_soon_threadsafe(self._fail, error)
 
     def _fail(self, error: BaseException) -> None:
+        self.dispatch()
         logger.critical("the engine's thread died: %s", error, exc_info=error)
         self.phase = Phase.FAILED
         for stream in self._dispatcher.streams:

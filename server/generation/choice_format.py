@@ -157,6 +157,12 @@ class ChoiceFormatter(ABC):
     def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
         """Chunks with a choice's delta: JSON fields from "choices" on, without braces."""
 
+    def around_text(self, index: int) -> tuple[str, str] | None:  # noqa: ARG002
+        """What a chunk of a choice that has begun has before its text, and between that and its
+        finish reason; None where chunks differ in more than these two.
+        """
+        return None
+
     def top_level_fields(self, deltas: Mapping[int, OutputDelta]) -> JsonObject:  # noqa: ARG002
         """More top-level fields of a whole response."""
         return {}
@@ -184,17 +190,20 @@ class CompletionFormatter(ChoiceFormatter):
 
     def chunks(self, index: int, delta: OutputDelta) -> Iterator[str]:
         """One chunk; text alone has a fast path."""
-        if not self._is_text_only:
-            choice = self._choice(index, delta)
-            if self._output.echo or choice.get("prompt_token_ids"):
-                yield f'"choices":[{"".join(json_pieces(choice, compact))}]'
-            else:
-                yield f'"choices":[{compact(choice)}]'
+        if (around := self.around_text(index)) is not None:
+            yield f"{around[0]}{quoted(delta.text)}{around[1]}{finish_fields(delta)}}}]"
             return
-        yield (
-            f'"choices":[{{"index":{index},"text":{quoted(delta.text)},"logprobs":null,'
-            f'"finish_reason":{finish_fields(delta)}}}]'
-        )
+        choice = self._choice(index, delta)
+        if self._output.echo or choice.get("prompt_token_ids"):
+            yield f'"choices":[{"".join(json_pieces(choice, compact))}]'
+        else:
+            yield f'"choices":[{compact(choice)}]'
+
+    def around_text(self, index: int) -> tuple[str, str] | None:
+        """As ChoiceFormatter.around_text."""
+        if not self._is_text_only:
+            return None
+        return f'"choices":[{{"index":{index},"text":', ',"logprobs":null,"finish_reason":'
 
     def whole(self, index: int, delta: OutputDelta) -> JsonObject:
         """The JSON object of a choice that has ended; its optional fields are null if absent."""
@@ -293,9 +302,12 @@ class ChatFormatter(ChoiceFormatter):
         if self._output.calls is not None:
             yield from self._call_chunks(index, delta, head)
             return
-        text = ""
-        if delta.text or delta.finish_reason is None:  # as OpenAI, nothing at the end only
-            text = f'"content":{quoted(delta.text)}'
+        has_text = delta.text or delta.finish_reason is None  # as OpenAI, nothing at the end only
+        around = self.around_text(index) if has_text else None
+        if around is not None:
+            yield f"{around[0]}{quoted(delta.text)}{around[1]}{finish_fields(delta)}}}]"
+            return
+        text = f'"content":{quoted(delta.text)}' if has_text else ""
         if self._is_text_only:
             yield f'{head}{text}}},"logprobs":null,"finish_reason":{finish_fields(delta)}}}]'
             return
@@ -303,6 +315,13 @@ class ChatFormatter(ChoiceFormatter):
             f'{head}{text}}},"logprobs":{compact(self._logprobs(delta))},'
             f'"finish_reason":{finish_fields(delta)}{self._ids(delta)}}}]'
         )
+
+    def around_text(self, index: int) -> tuple[str, str] | None:
+        """As ChoiceFormatter.around_text."""
+        if not self._is_text_only or self._output.calls is not None:
+            return None
+        head = f'"choices":[{{"index":{index},"delta":{{"content":'
+        return head, '},"logprobs":null,"finish_reason":'
 
     def _call_chunks(self, index: int, delta: OutputDelta, head: str) -> Iterator[str]:
         """A chunk for each part of the message that may have calls; the last has all else."""

@@ -8,7 +8,7 @@ is closed. It runs on the event loop.
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +19,9 @@ from cottention.server.generation.output_stream import OutputStream
 from cottention.server.generation.request import GenerationRequest
 
 logger = logging.getLogger("cottention")
+
+Step = tuple[Sequence[Output], float]
+"""Outputs of a step, and when it ended, by the dispatcher's clock."""
 
 SERVED = (None, FinishReason.STOP, FinishReason.LENGTH)
 """Finish reasons of a first output whose prompt has been prefilled."""
@@ -65,7 +68,7 @@ class OutputDispatcher:
     def __init__(
         self, control: EngineControl, admission_queue: AdmissionQueue, clock: Callable[[], float]
     ) -> None:
-        """clock: the one that the times given to `dispatch` come from."""
+        """clock: the one that the times of steps come from."""
         self.latency = LatencyStats()
         self._control = control
         self._admission_queue = admission_queue
@@ -139,21 +142,23 @@ class OutputDispatcher:
         """Return when every stream is closed."""
         await self._idle.wait()
 
-    def dispatch(self, outputs: Sequence[Output], now: float) -> None:
-        """Pass a step's outputs to their streams; `now` is when the step ended."""
-        gaps: Counter[float] = Counter()
+    def dispatch(self, steps: Iterable[Step]) -> None:
+        """Pass the outputs of steps to their streams; each sends what it has at the end."""
         written: dict[OutputStream, None] = {}
-        for output in outputs:
-            if output.finish_reason is FinishReason.ERROR:
-                logger.error("request %s failed: %s", output.request_id, output.error)
-            if prompt := self._prompts.get(output.request_id):
-                self._measure(prompt, output, now, gaps)
-                self._deliver(prompt, output)
-                if prompt.stream.writer is not None:
-                    written[prompt.stream] = None
+        for outputs, now in steps:
+            gaps: Counter[float] = Counter()
+            for output in outputs:
+                if output.finish_reason is FinishReason.ERROR:
+                    logger.error("request %s failed: %s", output.request_id, output.error)
+                if prompt := self._prompts.get(output.request_id):
+                    self._measure(prompt, output, now, gaps)
+                    if self._write(prompt, output):
+                        written[prompt.stream] = None
+                    else:
+                        self._deliver(prompt, output)
+            self.latency.observe_gaps(gaps)
         for stream in written:
-            self._flush(stream)
-        self.latency.observe_gaps(gaps)
+            self._send(stream)
 
     def _measure(
         self, prompt: PromptState, output: Output, now: float, gaps: Counter[float]
@@ -192,10 +197,19 @@ class OutputDispatcher:
             self._control.pause(request_id)
 
     @staticmethod
-    def _flush(stream: OutputStream) -> None:
+    def _write(prompt: PromptState, output: Output) -> bool:
         try:
-            stream.flush()
+            return prompt.stream.write(prompt.first_choice + output.choice, output)
         except Exception:  # of this one answer: the other streams of the step have theirs
+            logger.exception("a part of an answer could not be made")
+            prompt.stream.fail()
+            return True
+
+    @staticmethod
+    def _send(stream: OutputStream) -> None:
+        try:
+            stream.send()
+        except Exception:  # as above
             logger.exception("a part of an answer could not be written")
             stream.fail()
 

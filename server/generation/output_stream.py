@@ -1,7 +1,8 @@
 """The stream of outputs of one HTTP request: `deliver` puts engine outputs in, `take` reads them.
 
 Unread outputs of a choice are merged into one `OutputDelta`, so that a slow reader costs the memory
-of its unread text, not an object per token. A stream runs on the event loop.
+of its unread text, not an object per token. A reader that waits is not woken for every token: where
+there is a `Writer`, `write` leaves the output to that. A stream runs on the event loop.
 """
 
 import asyncio
@@ -10,17 +11,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, Self
 
 from cottention.engine.encoding import Encoded
 from cottention.engine.outputs import FinishReason, Output, TokenLogprob
 
 if TYPE_CHECKING:
     from cottention.engine.state.session_state import SessionState
-
-
-Writer = Callable[["dict[int, OutputDelta]"], bool]
-"""Sends unread output by choice at once; False where it did not."""
 
 
 class OutputStreamClosed(Exception):
@@ -72,6 +69,14 @@ class OutputDelta:
         """The merged text."""
         return self._text.getvalue()
 
+    @classmethod
+    def of(cls, output: Output, num_tokens: int, *, keeps_token_ids: bool) -> Self:
+        """That of one output, with so many tokens."""
+        delta = cls(TokenDeltas() if keeps_token_ids else None)
+        delta.add(output)
+        delta.num_tokens = num_tokens
+        return delta
+
     def add(self, output: Output) -> None:
         """Append the output of one step; the first finish reason is kept."""
         self._text.write(output.text)
@@ -96,6 +101,21 @@ class OutputDelta:
         self.state, self.context_start = later.state, later.context_start
 
 
+class Writer(Protocol):
+    """Sends outputs in place of a stream's reader."""
+
+    def write(self, choice: int, output: Output, num_tokens: int) -> bool:
+        """Take an output, to be sent with the next `send`; False where that is not possible.
+
+        num_tokens: those of the output, and of the choice's before it that had no text.
+        """
+        ...
+
+    def send(self) -> None:
+        """Send what has been written."""
+        ...
+
+
 class OutputStream:
     """Outputs of `num_choices` choices. Whoever opens a stream must `close` it."""
 
@@ -115,9 +135,9 @@ class OutputStream:
         The dispatcher keeps the ids of its prompts that wait for a reader in `paused`, and in
         `cancel_reason` why its prompts were cancelled: the engine forgets a cancellation of a
         prompt that it does not know yet. was_cancelled: by its id. on_closed: called by `close`.
-        writer: has a step's output in `flush`, where that is possible, in place of the reader.
+        writer: has outputs in place of the reader, where that is possible.
         """
-        self._keeps_token_ids = keeps_token_ids
+        self.keeps_token_ids = keeps_token_ids
         self._max_unread_bytes = max_unread_bytes
         self._num_unread_bytes = 0
         self.paused: set[str] = set()
@@ -171,27 +191,41 @@ class OutputStream:
         """Add an engine output to the choice of this number."""
         self.num_generated += len(output.token_ids)
         self.num_cached += output.num_cached
-        if output.text or output.finish_reason or self._keeps_token_ids:
+        if output.text or output.finish_reason or self.keeps_token_ids:
             self._add(choice, output)
         else:  # counted with the choice's next text
             self._num_without_text[choice] += len(output.token_ids)
 
-    def flush(self) -> None:
-        """After all outputs of a step were delivered, where there is a writer.
+    def write(self, choice: int, output: Output) -> bool:
+        """Leave an engine output to the writer; False where it is to be delivered to the reader.
 
-        It has them only while the reader waits in `take`: nothing overtakes what that has taken.
-        The last output of a choice is the reader's, who ends the answer.
+        The writer has it only while the reader waits in `take`: nothing overtakes what that has
+        taken. The last output of a choice is the reader's, who ends the answer.
         """
-        if not self._unread:
-            return
+        writer = self.writer
         is_readers = not self._has_waiting_reader or self._changed.is_set()
-        if is_readers or any(each.finish_reason is not None for each in self._unread.values()):
-            self._changed.set()
-        elif self.writer is not None and self.writer(self._unread):
-            self._written_at = time.monotonic()
-            self._take_all()
+        if writer is None or is_readers or output.finish_reason is not None:
+            return False
+        num_tokens = len(output.token_ids)
+        num_told = num_tokens
+        if not output.text and not self.keeps_token_ids:
+            self._num_without_text[choice] += num_tokens
         else:
-            self._changed.set()
+            if self._num_without_text:
+                num_told += self._num_without_text[choice]
+            if not writer.write(choice, output, num_told):
+                return False
+            if self._num_without_text:
+                del self._num_without_text[choice]
+        self.num_generated += num_tokens
+        self.num_cached += output.num_cached
+        return True
+
+    def send(self) -> None:
+        """Send what the writer has been left."""
+        if self.writer is not None:
+            self._written_at = time.monotonic()
+            self.writer.send()
 
     def fail(self) -> None:
         """End every unfinished choice with FinishReason.ERROR: the engine has stopped."""
@@ -272,7 +306,7 @@ class OutputStream:
     def _add(self, choice: int, output: Output) -> None:
         delta = self._unread.get(choice) if self._apart is None else None
         if delta is None:
-            delta = OutputDelta(TokenDeltas() if self._keeps_token_ids else None)
+            delta = OutputDelta(TokenDeltas() if self.keeps_token_ids else None)
             if self._apart is None:
                 self._unread[choice] = delta
             else:
@@ -287,8 +321,7 @@ class OutputStream:
             self.reasons.append(output.finish_reason)
             if self.is_finished or output.finish_reason is FinishReason.ERROR:
                 self._ended.set()
-        if self.writer is None:
-            self._changed.set()
+        self._changed.set()
 
 
 ID_BYTES = 8

@@ -9,13 +9,13 @@ import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from cottention.engine.outputs import FinishReason
+from cottention.engine.outputs import FinishReason, Output
 from cottention.server.generation.choice_format import ChoiceFormatter
 from cottention.server.generation.json_pieces import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream, OutputStreamClosed
@@ -65,12 +65,25 @@ class EventFormatter:
         has_null = options.include_usage and not self._has_usage_in_chunks
         self._tail = ',"usage":null}\n\n' if has_null else "}\n\n"
         self._num_tokens: Counter[int] = Counter()
+        self._is_plain = not (self._has_usage_in_chunks or request.timings)
+        self._around_text: dict[int, tuple[str, str]] = {}
 
-    def write(self, deltas: Mapping[int, OutputDelta], writer: AnswerWriter) -> bool:
-        """Write the events of deltas at once, none of which is a choice's last; or say False."""
+    def write(self, index: int, output: Output, num_tokens: int, writer: AnswerWriter) -> bool:
+        """Write the events of a choice's output, which is not its last; or say False.
+
+        num_tokens: as Writer.write has it. Where events differ in nothing but their text, what is
+        around it is made once.
+        """
         if self._is_slow or not writer.is_ready:
             return False
-        writer.write(self.frame(self._chunks(deltas)).encode())
+        if (around := self._around_text.get(index)) is not None:
+            writer.write(f"{around[0]}{quoted(output.text)}{around[1]}")
+            return True
+        keeps_token_ids = self._stream.keeps_token_ids
+        delta = OutputDelta.of(output, num_tokens, keeps_token_ids=keeps_token_ids)
+        writer.write(self.frame(self._chunks({index: delta})))
+        if self._is_plain and (around := self._choices.around_text(index)) is not None:
+            self._around_text[index] = f"{self._head}{around[0]}", f"{around[1]}null}}]{self._tail}"
         return True
 
     async def chunks(self, deltas: Mapping[int, OutputDelta]) -> list[str]:
@@ -145,6 +158,22 @@ class EventFormatter:
         self._num_tokens[index] += delta.num_tokens
         usage = usage_of(num_prompt_tokens, self._num_tokens[index])
         yield f'{last},"usage":{compact(usage)}'
+
+
+@dataclass(frozen=True, slots=True)
+class EventWriter:
+    """A stream's `Writer` of its events."""
+
+    formatter: EventFormatter
+    answer: AnswerWriter
+
+    def write(self, choice: int, output: Output, num_tokens: int) -> bool:
+        """As Writer.write."""
+        return self.formatter.write(choice, output, num_tokens, self.answer)
+
+    def send(self) -> None:
+        """As Writer.send."""
+        self.answer.flush()
 
 
 class Closable(Protocol):
@@ -234,7 +263,7 @@ class GenerationEvents:
 
     def write_with(self, writer: AnswerWriter) -> None:
         """From now on write events as their tokens come; `events` has the rest, and the end."""
-        self._stream.writer = partial(self._formatter.write, writer=writer)
+        self._stream.writer = EventWriter(self._formatter, writer)
 
     def close(self) -> None:
         """Cancel what has not ended."""

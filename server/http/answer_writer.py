@@ -1,4 +1,4 @@
-"""Parts of a streamed answer that are written to the connection at once.
+"""Parts of a streamed answer that go to the connection past the tasks that answer.
 
 ASGI's `send` passes through every middleware, and who awaits it is a task that has to be woken:
 for a token of a few bytes that takes longer than writing it.
@@ -11,6 +11,9 @@ from starlette.types import Scope
 if TYPE_CHECKING:
     from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
+MAX_WAITING = 16 * 1024
+"""Characters that wait for `flush` at most: it is only by sending that a slow client is noticed."""
+
 _EXTENSION = "cottention.answer_writer"
 
 
@@ -19,6 +22,8 @@ class AnswerWriter:
 
     def __init__(self, cycle: "RequestResponseCycle") -> None:
         self._cycle = cycle
+        self._parts: list[str] = []
+        self._num_characters = 0
 
     @property
     def is_ready(self) -> bool:
@@ -27,9 +32,19 @@ class AnswerWriter:
         is_open = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
         return is_open and cycle.chunked_encoding is True and not cycle.flow.write_paused
 
-    def write(self, part: bytes) -> None:
-        """Write a part of the body that is not empty, where the writer is ready."""
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+    def write(self, part: str) -> None:
+        """Write a part of the body, where the writer is ready; `flush` before anybody else does."""
+        self._parts.append(part)
+        self._num_characters += len(part)
+        if self._num_characters > MAX_WAITING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send all parts that wait, in one system call."""
+        if body := "".join(self._parts).encode():
+            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
+        self._parts.clear()
+        self._num_characters = 0
 
 
 def answer_writer_of(scope: Scope) -> AnswerWriter | None:

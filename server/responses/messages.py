@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 
-from cottention.engine.outputs import FinishReason
+from cottention.engine.outputs import FinishReason, Output
 from cottention.server.generation.json_pieces import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.request import GenerationRequest
@@ -150,6 +151,29 @@ def _parsed(arguments: str) -> JsonObject:
     return found if isinstance(found, dict) else {}
 
 
+@dataclass(frozen=True, slots=True)
+class MessageEventWriter:
+    """A stream's `Writer` of a message's events."""
+
+    stream: OutputStream
+    message: MessageWriter
+    answer: AnswerWriter
+
+    def write(self, _choice: int, output: Output, num_tokens: int) -> bool:
+        """As Writer.write."""
+        if not self.answer.is_ready:
+            return False
+        keeps_token_ids = self.stream.keeps_token_ids
+        delta = OutputDelta.of(output, num_tokens, keeps_token_ids=keeps_token_ids)
+        if events := self.message.add(delta):
+            self.answer.write(_text_of(events))
+        return True
+
+    def send(self) -> None:
+        """As Writer.send."""
+        self.answer.flush()
+
+
 class MessageEvents:
     """The events of a streamed message."""
 
@@ -180,15 +204,7 @@ class MessageEvents:
     def write_with(self, writer: AnswerWriter) -> None:
         """From now on write events as their tokens come; `events` has the rest, and the end."""
 
-        def write(deltas: dict[int, OutputDelta]) -> bool:
-            if not writer.is_ready:
-                return False
-            [delta] = deltas.values()
-            if events := self._writer.add(delta):
-                writer.write(_as_sent(events))
-            return True
-
-        self._stream.writer = write
+        self._stream.writer = MessageEventWriter(self._stream, self._writer, writer)
 
     def close(self) -> None:
         """Cancel what has not ended."""
@@ -196,4 +212,8 @@ class MessageEvents:
 
 
 def _as_sent(events: Sequence[JsonObject]) -> bytes:
-    return "".join(f"event: {each['type']}\ndata: {compact(each)}\n\n" for each in events).encode()
+    return _text_of(events).encode()
+
+
+def _text_of(events: Sequence[JsonObject]) -> str:
+    return "".join(f"event: {each['type']}\ndata: {compact(each)}\n\n" for each in events)

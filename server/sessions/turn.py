@@ -83,9 +83,12 @@ class RunningTurn:
 
     def add_delivered(self, piece: OutputDelta) -> None:
         """Count a piece whose text has been written to the socket, or into the event buffer."""
-        if piece.tokens is not None:
-            self._ids += piece.tokens.ids
-        self._text.write(piece.text)
+        self.add_delivered_text(piece.text, () if piece.tokens is None else piece.tokens.ids)
+
+    def add_delivered_text(self, text: str, ids: Sequence[int]) -> None:
+        """As `add_delivered`, of the text of these ids."""
+        self._ids += ids
+        self._text.write(text)
 
     def discard_delivered(self) -> None:
         """Undo the whole turn at its end."""

@@ -3,14 +3,15 @@
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cottention.engine.errors import SessionError, SessionMovedError, StoreUnreachableError
-from cottention.engine.outputs import FinishReason
+from cottention.engine.outputs import FinishReason, Output
 from cottention.engine.state.event_log import NO_EVENTS, EventLog
 from cottention.server.generation.json_pieces import compact
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
-from cottention.server.generation.sse import EventFormatter
+from cottention.server.generation.sse import EventFormatter, EventWriter
 from cottention.server.http.answer_writer import AnswerWriter
 from cottention.server.http.errors import ApiError, engine_failed, session_error, turn_failed
 from cottention.server.schemas.session_responses import session_summary
@@ -37,6 +38,20 @@ def no_answer(_: Callable[[], str]) -> None:
 def no_log(_: str) -> EventLog:
     """For a turn that ends with its connection: no client can ask for its events later."""
     return NO_EVENTS
+
+
+@dataclass(frozen=True, slots=True)
+class TurnWriter(EventWriter):
+    """A stream's `Writer` of a turn's events, which the turn counts as delivered."""
+
+    turn: RunningTurn
+
+    def write(self, choice: int, output: Output, num_tokens: int) -> bool:
+        """As Writer.write."""
+        if not self.formatter.write(choice, output, num_tokens, self.answer):
+            return False
+        self.turn.add_delivered_text(output.text, output.token_ids)
+        return True
 
 
 class TurnEvents:
@@ -88,14 +103,7 @@ class TurnEvents:
         For a turn without a journal, of which nothing is gathered or known.
         """
 
-        def write(deltas: dict[int, OutputDelta]) -> bool:
-            if not self._formatter.write(deltas, writer):
-                return False
-            [delta] = deltas.values()
-            self._turn.add_delivered(delta)
-            return True
-
-        self._stream.writer = write
+        self._stream.writer = TurnWriter(self._formatter, writer, self._turn)
 
     def close(self) -> None:
         """Cancel the turn if it has not ended."""

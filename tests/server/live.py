@@ -113,6 +113,8 @@ class Live:
     def step_with_loop(self) -> None:
         """Let each step of the engine wait until the event loop has passed on what came before.
 
+        It is asked to look for that at once, although steps come fast.
+
         Else a busy machine merges tokens into one event, or draws all of them before a reader that
         stalls is noticed.
         """
@@ -121,7 +123,7 @@ class Live:
         def stepping() -> Any:
             for _ in range(LOOP_TURNS):
                 with contextlib.suppress(RuntimeError):  # the loop has closed
-                    self.loop_call(lambda: None)
+                    self.loop_call(self.async_engine.dispatch)
             return step()
 
         self.engine.step = stepping

@@ -6,14 +6,24 @@ import sys
 
 import pytest
 
-CODE = "import sys, os, engine; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+CODE = f"import sys, os, engine; print(*map(os.environ.get, {NAMES}), 'torch' in sys.modules)"
 
 
-@pytest.mark.parametrize(("given", "kept"), [(None, "1000"), ("7", "7")])
-def test_threads_soon_sleep_unless_the_user_says_otherwise(given: str | None, kept: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    if given is not None:
-        environment["GOMP_SPINCOUNT"] = given
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, ["1000", "active"]),
+        ({"GOMP_SPINCOUNT": "7"}, ["7", "active"]),
+        ({"OMP_WAIT_POLICY": "passive"}, ["1000", "passive"]),
+    ],
+)
+def test_threads_soon_sleep_unless_the_user_says_otherwise(
+    given: dict[str, str], kept: list[str]
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
     command = [sys.executable, "-c", CODE]
-    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert printed.stdout.split() == [kept, "False"]
+    printed = subprocess.run(
+        command, env=environment | given, capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.split() == [*kept, "False"]

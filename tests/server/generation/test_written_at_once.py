@@ -1,4 +1,4 @@
-"""Output that a stream's writer has in place of its reader: when, and what the reader has."""
+"""Outputs that a stream's writer has in place of its reader: when, and what the reader has."""
 
 import asyncio
 from typing import Any
@@ -6,23 +6,30 @@ from typing import Any
 import pytest
 
 from cottention.engine.outputs import FinishReason, Output
-from cottention.server.generation.output_stream import OutputDelta, OutputStream
+from cottention.server.generation.output_stream import OutputStream
 from cottention.server.generation.sse import EventFormatter
 from cottention.server.http.answer_writer import AnswerWriter
 from tests.server.live import serving
 
 
 class Written:
-    """A writer that keeps what it has, or has nothing while it is not ready."""
+    """A writer that keeps what it has sent, or has nothing while it is not ready."""
 
     def __init__(self) -> None:
         self.is_ready = True
         self.texts: list[str] = []
+        self.nums_tokens: list[int] = []
+        self._text = ""
 
-    def __call__(self, deltas: dict[int, OutputDelta]) -> bool:
+    def write(self, _: int, output: Output, num_tokens: int) -> bool:
         if self.is_ready:
-            self.texts.append("".join(each.text for each in deltas.values()))
+            self._text += output.text
+            self.nums_tokens.append(num_tokens)
         return self.is_ready
+
+    def send(self) -> None:
+        self.texts.append(self._text)
+        self._text = ""
 
 
 def stream_with(written: Written, num_choices: int = 1) -> OutputStream:
@@ -33,9 +40,15 @@ def stream_with(written: Written, num_choices: int = 1) -> OutputStream:
 
 def step(stream: OutputStream, *texts: str, reason: FinishReason | None = None) -> None:
     """A step of the engine with a text for each choice."""
+    is_any_written = False
     for choice, text in enumerate(texts):
-        stream.deliver(choice, Output("r", choice, text, (1,), reason))
-    stream.flush()
+        output = Output("r", choice, text, (1,), reason)
+        if stream.write(choice, output):
+            is_any_written = True
+        else:
+            stream.deliver(choice, output)
+    if is_any_written:
+        stream.send()
 
 
 async def waiting(stream: OutputStream, idle_seconds: float | None = None) -> "asyncio.Task[Any]":
@@ -45,7 +58,7 @@ async def waiting(stream: OutputStream, idle_seconds: float | None = None) -> "a
     return task
 
 
-def test_a_step_is_written_once_and_nobody_is_woken() -> None:
+def test_a_step_is_sent_once_and_nobody_is_woken() -> None:
     async def run() -> None:
         written = Written()
         stream = stream_with(written, num_choices=2)
@@ -94,6 +107,21 @@ def test_the_end_is_the_reader_s(reason: FinishReason) -> None:
     asyncio.run(run())
 
 
+def test_tokens_without_text_are_counted_with_the_text_that_follows() -> None:
+    async def run() -> None:
+        written = Written()
+        stream = stream_with(written)
+        reader = await waiting(stream)
+        for text in ("", "", "a", "b"):
+            step(stream, text)
+        assert (written.nums_tokens, stream.num_generated) == ([3, 1], 4)
+        step(stream, "")
+        step(stream, "c", reason=FinishReason.LENGTH)
+        assert (await reader)[0].num_tokens == 2
+
+    asyncio.run(run())
+
+
 def test_a_stream_whose_engine_dies_wakes_its_reader() -> None:
     async def run() -> None:
         stream = stream_with(Written())
@@ -122,12 +150,12 @@ def test_the_idle_time_begins_anew_with_what_is_written() -> None:
 
 
 @pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What answers' writers have written since."""
-    written: list[bytes] = []
+    written: list[str] = []
     write = AnswerWriter.write
 
-    def noted(self: AnswerWriter, part: bytes) -> None:
+    def noted(self: AnswerWriter, part: str) -> None:
         written.append(part)
         write(self, part)
 
@@ -135,7 +163,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return written
 
 
-def test_tokens_of_a_stream_are_written_at_once_and_the_answer_is_whole(parts: list[bytes]) -> None:
+def test_tokens_of_a_stream_are_written_at_once_and_the_answer_is_whole(parts: list[str]) -> None:
     with serving() as live:
         live.step_with_loop()
         events = live.events(prompt="say:abcdefgh", max_tokens=99)
@@ -155,10 +183,10 @@ def test_a_part_that_cannot_be_made_ends_its_own_answer_alone(
 ) -> None:
     write = EventFormatter.write
 
-    def broken(self: EventFormatter, deltas: Any, writer: AnswerWriter) -> bool:
-        if "c" in deltas[0].text:
+    def broken(self: EventFormatter, index: int, output: Output, *more: Any) -> bool:
+        if "c" in output.text:
             raise ValueError("broken")
-        return write(self, deltas, writer)
+        return write(self, index, output, *more)
 
     monkeypatch.setattr(EventFormatter, "write", broken)
     with serving() as live:
