@@ -77,8 +77,11 @@ def drop(db: Db, held: Claim) -> None:
 
 
 def drop_unanswered(db: Db) -> None:
-    """At a start: nobody makes these answers any more."""
-    db.execute("DELETE FROM answers WHERE answer IS NULL")
+    """At a start: nobody makes these answers any more, but those of turns that go on."""
+    db.execute(
+        "DELETE FROM answers WHERE answer IS NULL AND NOT EXISTS (SELECT 1 FROM turns AS j"
+        " WHERE j.owner = answers.owner AND j.key = answers.key AND j.token = answers.token)"
+    )
 
 
 def has_expired(db: Db, now: float) -> bool:
