@@ -159,3 +159,15 @@ def test_a_key_stays_with_its_turn(tmp_path: Path) -> None:
         done = store.claim("a", "k", b"1", 60)
         assert isinstance(done, Claimed)
         assert done.answer == b"yes"
+
+
+def test_a_key_s_time_is_not_over_before_its_turn(tmp_path: Path) -> None:
+    """Or the turn's end would be refused for ever, and adopted as often."""
+    with opened(tmp_path) as store:
+        claim = store.claim("a", "k", b"1", 0)
+        assert isinstance(claim, Claim)
+        lease = begin(store, replace(TURN, key="k", token=claim.token))
+        store.expire(10)
+        assert isinstance(store.claim("a", "k", b"1", 0), Claimed)
+        store.commit(lease, 1, b"two", 2, 2, answer=Answer(claim, lambda _: b"yes"))
+        assert isinstance(store.claim("a", "k", b"1", 0), Claim)
