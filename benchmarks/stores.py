@@ -5,8 +5,9 @@ encoding of the state and the commit, from eight threads; one checkpoint is kept
 transactions beside them are the least that a shared store can do with the same stored bytes, as
 durably: in a table with the key of sessions, an UPDATE that leases and an UPDATE that puts them in
 place. All take short turns one after another, and each figure is a median of its turns. Processor
-time is compared at the same rate of turns as well, and beside bare transactions whose clients
-encode a state for each of them: who takes more turns at a time flushes the log once for several.
+time is compared at the same rate of turns as well, also at that which the store reaches, and beside
+bare transactions whose clients encode a state for each of them: who takes more turns at a time
+flushes the log once for several. How often it does is counted apart.
 PostgreSQL (fsync on) is started in a temporary folder: `python -m benchmarks.stores`, where
 Debian's package is installed; it is not among `python -m benchmarks`.
 """
@@ -37,6 +38,8 @@ NUM_THREADS = 8
 NUM_SESSIONS = 64
 NUM_ROUNDS = 7
 SECONDS = 1.5
+SECONDS_TO_REPORT = 10.6
+"""After which PostgreSQL's processes that do nothing have told what they have counted."""
 RATES = {"whole": 100.0, "recipe": 400.0}
 """Turns a second at which processor time is compared; all sides manage it."""
 
@@ -57,8 +60,10 @@ def measure(quick: bool) -> Report:
     num_rounds = 1 if quick else NUM_ROUNDS
     measured: dict[tuple[str, str], list[Report]] = {}
     paced: dict[tuple[str, str], list[Report]] = {}
+    flushed: dict[tuple[str, str], float] = {}
     for form, codec in codecs.items():
-        at_full_speed, at_rate = turns_of(form, codec, state, num_rounds)
+        at_full_speed, at_rate, num_flushes = turns_of(form, codec, state, num_rounds)
+        flushed |= {(name, form): num for name, num in num_flushes.items()}
         measured |= {(name, form): taken for name, taken in at_full_speed.items()}
         paced |= {(name, form): taken for name, taken in at_rate.items()}
     sizes = {form: Blob.of(codec.encode(state), b"", 1, "") for form, codec in codecs.items()}
@@ -75,7 +80,10 @@ def measure(quick: bool) -> Report:
             "CPU ms": medians(paced["PostgreSQL", form])["database CPU ms"],
             "bare": medians(paced["bare", form])["database CPU ms"],
             "ratio": cpu_ratio(paced["PostgreSQL", form], paced["bare", form]),
-            "ratio at full speed": cpu_ratio(measured["PostgreSQL", form], measured["bare", form]),
+            "ratio at its speed": cpu_ratio(measured["PostgreSQL", form], paced["as fast", form]),
+            "each at its own": cpu_ratio(measured["PostgreSQL", form], measured["bare", form]),
+            "flushes": flushed["PostgreSQL", form],
+            "bare flushes": flushed["bare", form],
             "encoded": cpu_ratio(measured["PostgreSQL", form], measured["bare, encoded", form]),
         }
         for form, blob in sizes.items()
@@ -93,8 +101,11 @@ Taken = dict[str, list[Report]]
 
 def turns_of(
     form: str, codec: SnapshotCodec, state: SessionState, num_rounds: int
-) -> tuple[Taken, Taken]:
+) -> tuple[Taken, Taken, dict[str, float]]:
     """Turns of one form of states at full speed and, those over PostgreSQL, at the same rate.
+
+    "as fast": bare ones at the rate at which the store's were. Flushes of the log for each turn, at
+    full speed, come last.
 
     Each form has a server of its own: what one writes is flushed while the next is measured.
     """
@@ -117,14 +128,33 @@ def turns_of(
             "bare, encoded": (encoded, server),
         }
         full: Taken = {name: [] for name in sides}
-        paced: Taken = {name: [] for name in ("PostgreSQL", "bare")}
+        paced: Taken = {name: [] for name in ("PostgreSQL", "bare", "as fast")}
         for _ in range(num_rounds):
             for name, (turn, database) in sides.items():
                 full[name].append(timed(turn, SECONDS, database))
-            for name in paced:
+            reached = full["PostgreSQL"][-1]["turns/s"]
+            paced["as fast"].append(timed(bare, SECONDS, server, reached))
+            for name in ("PostgreSQL", "bare"):
                 turn, database = sides[name]
                 paced[name].append(timed(turn, SECONDS, database, RATES[form]))
-    return full, paced
+        flushed = {name: flushes(sides[name][0], server) for name in ("PostgreSQL", "bare")}
+    return full, paced, flushed
+
+
+def flushes(turn: Turn, server: Postgres) -> float:
+    """Flushes of the log for each turn at full speed."""
+    time.sleep(SECONDS_TO_REPORT)
+    before = num_flushes(server)
+    num_turns = timed(turn, SECONDS, server)["turns/s"] * SECONDS
+    time.sleep(SECONDS_TO_REPORT)
+    return (num_flushes(server) - before) / num_turns
+
+
+def num_flushes(server: Postgres) -> int:
+    """Since the server was started."""
+    with psycopg.connect(server.url, password=PASSWORD, autocommit=True) as db:
+        [[num]] = db.execute("SELECT wal_sync FROM pg_stat_wal").fetchall()
+    return int(num)
 
 
 def cpu_ratio(mine: list[Report], least: list[Report]) -> float:

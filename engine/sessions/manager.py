@@ -98,14 +98,16 @@ class SessionManager:
         *,
         session_id: str | None = None,
         events: EventLog = NO_EVENTS,
+        answer: SessionAnswer | None = None,
     ) -> Session:
         """A new session with this state, and the events with which it came. StoreUnavailableError.
 
-        session_id: its id, which no other session may have; None: a new one.
+        session_id: its id, which no other session may have; None: a new one. answer: stored with
+        it.
         """
         value = SessionValue(state, events)
         raw = self._codec.encode(state)
-        return self._create(owner, raw, value, metadata, ttl_seconds, session_id)
+        return self._create(owner, raw, value, metadata, ttl_seconds, session_id, answer)
 
     def snapshot(self, state: SessionState) -> bytes:
         """The snapshot of a state that is no session. NonFiniteStateError, StateTooLargeError."""
@@ -414,6 +416,7 @@ class SessionManager:
         metadata: Metadata,
         ttl: float | None,
         session_id: str | None = None,
+        answer: SessionAnswer | None = None,
     ) -> Session:
         ttl = self._ttl_seconds if ttl is None else ttl
         new = NewSession(
@@ -426,7 +429,7 @@ class SessionManager:
             events=value.events.to_bytes(),
             id=session_id,
         )
-        [record] = self._store.create([new])
+        [record] = self._store.create([new], self._answer(answer))
         return self._park(record, value)
 
     def _fork_of(self, record: SessionRecord, value: SessionValue) -> NewSession:

@@ -1,4 +1,4 @@
-"""Going on with a turn that another server has begun: from its journal to its events."""
+"""Going on with a turn or a response that another server has begun: from journal to events."""
 
 import asyncio
 from typing import TYPE_CHECKING
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from cottention.server.api.chat import CHAT, parse_chat
 from cottention.server.api.completions import COMPLETION, parse_completion
 from cottention.server.api.dependencies import Context
+from cottention.server.api.responses import background
+from cottention.server.api.responses.creation import parse_response
 from cottention.server.api.turn_response import TurnResponse
 from cottention.server.http.json_body import parse_object
 from cottention.server.sessions.turn_queue import Caller
@@ -17,8 +19,9 @@ ENDPOINTS = {
     "/v1/completions": (parse_completion, COMPLETION),
     "/v1/chat/completions": (parse_chat, CHAT),
 }
-"""By path: how a body is parsed, and how its response is formatted."""
+"""Of turns, by path: how a body is parsed, and how its response is formatted."""
 
+RESPONSES = "/v1/responses"
 
 OVERDUE_SECONDS = 1.0
 """For a turn whose time was over before it was adopted, to end with what it has told."""
@@ -30,18 +33,23 @@ async def go_on(context: Context, adopted: "AdoptedTurn") -> None:
     Raises what a request of the same body raises, and KeyError for another path.
     """
     entry = adopted.journaled
-    parse, endpoint = ENDPOINTS[entry.path]
-    parsed = await asyncio.to_thread(lambda: parse(parse_object(entry.body), context))
-    request_id = entry.name.partition("-")[2].rpartition(".")[2]
+    fields = parse_object(entry.body)
+    request_id = entry.name.partition("-")[2].removeprefix(f"{adopted.turn.session.id}.")
     cancellation = context.running.open(entry.owner, entry.name, request_id, is_chosen=False)
     deadline = entry.deadline
     if deadline is not None:
         now = asyncio.get_running_loop().time()
         deadline = max(deadline + now - context.sessions.now(), now + OVERDUE_SECONDS)
-    caller = Caller(entry.owner, None)
-    response = TurnResponse(context, parsed, endpoint, entry.name, caller, deadline, cancellation)
     try:
-        await response.go_on(adopted)
+        if entry.path == RESPONSES:
+            response = await asyncio.to_thread(parse_response, fields, context)
+            await background.go_on(context, response, adopted, deadline, cancellation)
+            return
+        parse, endpoint = ENDPOINTS[entry.path]
+        parsed = await asyncio.to_thread(parse, fields, context)
+        caller = Caller(entry.owner, None)
+        turn = TurnResponse(context, parsed, endpoint, entry.name, caller, deadline, cancellation)
+        await turn.go_on(adopted)
     except BaseException:
         cancellation.end()
         raise

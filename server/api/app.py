@@ -162,7 +162,7 @@ def create_app(
 def _replicas(
     engine: AsyncEngine, sessions: "SessionManager", app: Callable[[], FastAPI]
 ) -> Replicas | None:
-    """None where no other server has the sessions."""
+    """None where no other server has the sessions, nor this one's next start."""
     if sessions.journal is None:
         return None
     has_one_arithmetic = cast("Engine", engine.engine).has_one_arithmetic

@@ -62,7 +62,7 @@ class Context:
     """Shared by all requests of an application, except `limits`, which are those of the key.
 
     session_manager, turn_queue, idempotency_keys: None where the model is an encoder, which has no
-    sessions. replicas: None where no other server has them.
+    sessions. replicas: None where no other server has them, nor the next start of this one.
     """
 
     engine: AsyncEngine
@@ -94,8 +94,13 @@ class Context:
 
     @property
     def journal(self) -> JournalWriter | None:
-        """Of turns that go on without their client; None where no other server could."""
+        """Of turns that go on without their client; None where none could without this server."""
         return None if self.replicas is None else self.replicas.writer
+
+    @property
+    def is_one_of_many(self) -> bool:
+        """Whether other servers may have the same sessions."""
+        return self.sessions.key_ledger is not None
 
     @property
     def keys(self) -> IdempotencyKeys:

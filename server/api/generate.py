@@ -141,7 +141,7 @@ def open_request(
     """
     request_id = chosen_id or request_id_of(request)
     routed = request_id
-    if session_id is not None and context.journal is not None:
+    if session_id is not None and context.is_one_of_many:
         routed = f"{session_id}.{request_id}"
     name = f"{id_prefix}-{routed}"
     cancellation = context.running.open(

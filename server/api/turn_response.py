@@ -6,21 +6,20 @@ turn what was written to the socket. With `on_disconnect` "continue" it runs in 
 
 import asyncio
 import contextlib
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from secrets import randbits, token_hex
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from cottention.engine.errors import SessionError, SessionMovedError, StoreUnreachableError
+from cottention.engine.errors import SessionMovedError, StoreUnreachableError
 from cottention.engine.scheduling.client import Client
 from cottention.engine.sessions.store.journal import JournaledTurn
 from cottention.engine.sessions.store.protocol import Claim
 from cottention.server.api.dependencies import Context
+from cottention.server.api.journaled import can_go_on, new_journaled, repeatable
 from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.deadline import entered_before
 from cottention.server.generation.output_stream import OutputDelta, OutputStream, OutputStreamClosed
@@ -47,7 +46,7 @@ from cottention.server.idempotency.recording import encode_answer
 from cottention.server.limits.rate_limit import client_of, track
 from cottention.server.observability.access_log import RequestRecord, request_record
 from cottention.server.schemas.session_responses import etag_of, session_summary
-from cottention.server.sessions.journal import LEAVE_SECONDS, JournalWriter, TurnJournal
+from cottention.server.sessions.journal import JournalWriter, TurnJournal
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents
 from cottention.server.sessions.turn import RunningTurn
 from cottention.server.sessions.turn_events import TurnEvents
@@ -94,8 +93,13 @@ class TurnResponse(Response):
             turn = await stack.enter_async_context(in_time)
             keyed = keyed_request_of(scope)
             goes_on = options.on_disconnect == "continue" or keyed is not None
-            if goes_on and context.journal is not None and self._is_repeatable:
-                self._journaled = self._new_journaled(scope, keyed)
+            params = self._parsed.params
+            if goes_on and can_go_on(context, params):
+                self._journaled = new_journaled(
+                    *(scope, context, self._caller.owner, self._name, self._deadline),
+                    params.seed,
+                    keyed,
+                )
             request, stream = await self._generate(turn, client_of(scope))
             self._cancellation.attach(stream)
             track(scope, request, stream)
@@ -144,34 +148,6 @@ class TurnResponse(Response):
             await asyncio.wait([task, waiting], return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
 
-    @property
-    def _is_repeatable(self) -> bool:
-        """Whether another server can go on with the turn.
-
-        What was computed beside the ids it must compute again, with the same bits.
-        """
-        has_one_arithmetic = not (self._context.journal is None or self._context.journal.gates)
-        return has_one_arithmetic or self._parsed.params.logprobs is None
-
-    def _new_journaled(self, scope: Scope, keyed: KeyedRequest | None) -> "JournaledTurn":
-        """What another server needs to go on with the turn."""
-        deadline = self._deadline
-        if deadline is not None:
-            deadline += self._context.sessions.now() - asyncio.get_running_loop().time()
-        seed = self._parsed.params.seed
-        return JournaledTurn(
-            owner=self._caller.owner,
-            turn=token_hex(8),
-            name=self._name,
-            path=scope["path"],
-            body=scope["state"]["raw_body"],
-            seed=randbits(63) if seed is None else seed,
-            created=int(time.time()),
-            deadline=deadline,
-            key=None if keyed is None else keyed.claim.key,
-            token=None if keyed is None else keyed.claim.token,
-        )
-
     async def _generate(
         self, turn: RunningTurn, client: Client
     ) -> tuple[GenerationRequest, OutputStream]:
@@ -180,12 +156,9 @@ class TurnResponse(Response):
         policies, tokenizer = context.policies, context.tokenizer
         start = policies.settled(turn.state, self._parsed.params)
         request = self._parsed.build_turn(start, tokenizer, policies)
-        replayed = None
+        replayed: Sequence[int] | None = None
         if self._journaled is not None:
-            params = replace(request.params, seed=self._journaled.seed)
-            request = replace(request, params=params)
-            has_ids = self._known is not None and params.logprobs is None
-            replayed = self._known.ids if self._known is not None and has_ids else ()
+            request, replayed = repeatable(request, self._journaled, self._known)
         skips = request.params.skip_special_tokens
         table = tokenizer.token_bytes if skips else tokenizer.written_bytes
         turn.set_prompt(start, request.prompts[0], table, policies.window)
@@ -239,7 +212,7 @@ class TurnResponse(Response):
         def answer(last_events: Callable[[], str]) -> "SessionAnswer | None":
             if keyed is None or is_whole:
                 return once.answer
-            return keyed.session_answer(lambda _: _told(live, last_events()))
+            return keyed.session_answer(lambda _: told(live, last_events()))
 
         if keyed is not None:
             turn.is_whole_or_undone = True
@@ -329,7 +302,7 @@ class TurnResponse(Response):
         return EventFormatter(self._header(is_stream=True), choices, request, stream)
 
 
-def _told(live: LiveEvents, last_events: str) -> bytes:
+def told(live: LiveEvents, last_events: str) -> bytes:
     """The answer that has all events of a turn; one that says so where they are too long."""
     headers = event_stream_headers()
     body = live.all_ending_with(last_events)
@@ -380,22 +353,9 @@ async def _run(
                     raise
                 if keyed is not None:
                     keyed.is_kept = True  # by who goes on
-                await _leave(turn, journal)
+                await journal.left(turn.leave)
                 live.cut()
     finally:
         live.end()
         if journal is not None:
             journal.close()
-
-
-async def _leave(turn: RunningTurn, journal: TurnJournal) -> None:
-    """Leave a turn to another server, with all that it has told."""
-    if journal.is_leaving:
-        journal.is_leaving = False  # it is stored, and told no more
-        with contextlib.suppress(SessionError, TimeoutError):
-            async with asyncio.timeout(LEAVE_SECONDS):
-                await journal.flush()
-    try:
-        await turn.leave(hands_over=not journal.is_lost)
-    except SessionError:
-        journal.hand_over_later()

@@ -77,6 +77,12 @@ class Recording:
             return encode_answer(0, (), b"")
         return encode_answer(self.status, self.headers, bytes(self._body))
 
+    def answer_ending_with(self, last: bytes) -> bytes:
+        """The response as it is stored, of which these bytes are still to be sent."""
+        if self._first or len(self._body) + len(last) > self._max_bytes:
+            return encode_answer(0, (), b"")
+        return encode_answer(self.status, self.headers, bytes(self._body) + last)
+
     async def send(self, message: Message) -> None:
         """As ASGI has it. A message has whole events."""
         if message["type"] == "http.response.start":

@@ -3,23 +3,25 @@
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cottention.engine.errors import SessionError
+from cottention.engine.errors import SessionError, SessionMovedError, StoreUnreachableError
 from cottention.engine.outputs import FinishReason
 from cottention.server.generation.choice_format import TokenNames, chat_logprobs
 from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.request import GenerationRequest
 from cottention.server.generation.tools.calls import CallReader
 from cottention.server.http.errors import ApiError, engine_failed, session_error
-from cottention.server.responses.values import ResponseStore, StoredResponse
+from cottention.server.responses.values import INTERRUPTED, ResponseStore, StoredResponse
 from cottention.server.responses.writer import Event, ResponseWriter, Status, event_text
 from cottention.server.schemas.responses import JsonObject
+from cottention.server.sessions.journal import TurnJournal
 from cottention.server.sessions.store_threads import in_store_thread
 
 if TYPE_CHECKING:  # they import torch, which the server must not load
-    from cottention.engine.sessions.types import Turn
+    from cottention.engine.sessions.types import AdoptedTurn, SessionAnswer, Turn
     from cottention.engine.state.session_state import SessionState
     from cottention.engine.text.base import BaseTokenizer
 
@@ -36,8 +38,25 @@ ENDS: dict[FinishReason, tuple[Status, str | None]] = {
 """Status and reason of a response by how its text has ended."""
 
 
+AnswerEndingWith = Callable[[str], "SessionAnswer | None"]
+"""The answer of an idempotency key that is stored with a response whose last events are these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Where a response is kept. empty: the state where it has left none."""
+
+    store: ResponseStore
+    owner: str
+    items: list[JsonObject]
+    empty: "SessionState"
+
+
 class ResponseRun:
-    """A response whose generation has begun. error: why it failed, or could not be stored."""
+    """A response whose generation has begun. error: why it failed, or could not be stored.
+
+    is_answered: the answer of its idempotency key is stored with it.
+    """
 
     def __init__(
         self,
@@ -52,25 +71,67 @@ class ResponseRun:
         self._names = TokenNames(tokenizer, by_number=False)
         calls = request.output.calls
         self._reader = None if calls is None else CallReader(calls)
-        self._kept: tuple[ResponseStore, str, list[JsonObject], SessionState] | None = None
+        self._kept: Keeping | None = None
+        self._answer: AnswerEndingWith = lambda _: None
         self._turn: Turn | None = None
+        self._journal: TurnJournal | None = None
+        self._known, self._num_known = "", 0
         self.error: ApiError | None = None
+        self.is_answered = False
 
-    def keep(
-        self, store: ResponseStore, owner: str, items: list[JsonObject], empty: "SessionState"
-    ) -> None:
-        """Have the response stored before its last event. empty: the state where there is none."""
-        self._kept = store, owner, items, empty
+    def keep(self, kept: Keeping) -> None:
+        """Have the response stored before its last event."""
+        self._kept = kept
 
-    async def keep_begun(self) -> None:
+    def answer_with(self, answer: AnswerEndingWith) -> None:
+        """Have the answer of its idempotency key stored with it, unless it fails."""
+        self._answer = answer
+
+    async def keep_begun(self, start: "SessionState") -> "Turn":
         """Store it as it is now, so that it is found whatever becomes of the server.
 
-        Raises ApiError and SessionError. `end` stores what became of it.
+        start: the state that it goes on from. Raises ApiError and SessionError. `end` stores what
+        became of it, unless `leave`, `forget` or `settle` ends it.
         """
-        assert self._kept is not None
-        store, owner, items, empty = self._kept
-        stored = StoredResponse(self._writer.snapshot(), items, [], can_continue=False)
-        self._turn = await in_store_thread(store.begin, owner, stored, empty)
+        kept = self._keeping
+        stored = StoredResponse(self._writer.snapshot(), kept.items, [], can_continue=False)
+        self._turn = await in_store_thread(kept.store.begin, kept.owner, stored, start)
+        return self._turn
+
+    def journal_with(self, journal: TurnJournal) -> None:
+        """Have it journaled: it goes on also without its server."""
+        self._journal = journal
+
+    def go_on(self, adopted: "AdoptedTurn") -> None:
+        """Go on with a response that another server has begun."""
+        self._turn = adopted.turn
+        self._known, self._num_known = adopted.events.decode(), len(adopted.ids)
+
+    async def leave(self, *, hands_over: bool) -> None:
+        """End it here, and leave it to another server as it is. Raises StoreUnavailableError.
+
+        hands_over: as SessionManager.leave has it.
+        """
+        assert self._turn is not None
+        turn, self._turn = self._turn, None
+        await in_store_thread(lambda: self._keeping.store.leave(turn, hands_over=hands_over))
+
+    async def forget(self) -> None:
+        """Forget a response that was begun, and told to nobody."""
+        if self._turn is not None:
+            with contextlib.suppress(SessionError):
+                await in_store_thread(self._keeping.store.abandon, self._turn)
+
+    async def settle(self) -> None:
+        """Note of a response that was begun and has not ended that it has failed."""
+        if self._turn is None:
+            return
+        error = {"code": "server_error", "message": INTERRUPTED}
+        self._writer.end("failed", int(time.time()), {"error": error})
+        kept, cuts = self._keeping, [*self._writer.cuts]
+        stored = StoredResponse(self._writer.snapshot(), kept.items, cuts, can_continue=False)
+        with contextlib.suppress(SessionError):
+            await in_store_thread(self._store, stored, kept.empty, None)
 
     async def events(self, idle_seconds: float) -> AsyncIterator[bytes]:
         """As EventSource.events."""
@@ -82,20 +143,39 @@ class ResponseRun:
         self._stream.close()
 
     async def texts(self, idle_seconds: float | None = None) -> AsyncIterator[str]:
-        """Its events; an empty text after `idle_seconds` without any. OutputStreamClosed."""
+        """Its events; an empty text after `idle_seconds` without any. OutputStreamClosed.
+
+        SessionMovedError, StoreUnreachableError: the response, which is journaled, goes on
+        elsewhere.
+        """
         yield _joined(self._writer.begin())
+        if self._known:
+            has_logprobs = self._request.output.logprobs is not None
+            self._writer.repeat(self._known, has_logprobs=has_logprobs)
+            yield self._known
         while True:
             deltas = await self._stream.take(idle_seconds)
             if not deltas:
                 yield ""
                 continue
             [delta] = deltas.values()
+            if delta.finish_reason is None and self._num_known > 0:
+                self._num_known -= delta.num_tokens
+                if self._reader is not None:
+                    self._reader.read(delta.text, is_last=False)
+                continue
             events = self.add(delta)
             if delta.finish_reason is not None:
-                yield _joined(events + await self.end(delta))
+                if self._journal is not None:
+                    await self._journal.wait_held()
+                yield _joined(events + await self.end(delta, events))
                 return
-            if events:
-                yield _joined(events)
+            text = _joined(events)
+            if self._journal is not None:
+                assert delta.tokens is not None
+                await self._journal.tell(delta.tokens.ids, text.encode())
+            if text:
+                yield text
 
     def add(self, delta: OutputDelta) -> list[Event]:
         """The events of some more output."""
@@ -121,8 +201,11 @@ class ResponseRun:
             events += self._writer.add_text("", logprobs)
         return events
 
-    async def end(self, delta: OutputDelta) -> list[Event]:
-        """The last events, when the response has been stored if it is kept."""
+    async def end(self, delta: OutputDelta, before: Sequence[Event] = ()) -> list[Event]:
+        """The last events, when the response has been stored if it is kept.
+
+        before: those that are told together with them. Raises as `texts`.
+        """
         assert delta.finish_reason is not None
         status, reason = ENDS[delta.finish_reason]
         fields: JsonObject = {"usage": self._usage()}
@@ -134,39 +217,58 @@ class ResponseRun:
         events = self._writer.end(status, int(time.time()), fields)
         if self._kept is None:
             return events
-        _, _, items, empty = self._kept
-        state = delta.state
+        kept, state = self._kept, delta.state
         stored = StoredResponse(
-            self._writer.snapshot(), items, [*self._writer.cuts], state is not None
+            self._writer.snapshot(), kept.items, [*self._writer.cuts], state is not None
         )
+        answer = None if self.error else self._answer(_joined([*before, *events]))
         try:
-            await in_store_thread(self._store, stored, empty if state is None else state)
+            is_durable = await in_store_thread(
+                self._store, stored, kept.empty if state is None else state, answer
+            )
         except ApiError as error:
             self.error = error
         except SessionError as error:
+            if self._goes_on(error):
+                raise
             self.error = session_error(error)
         except Exception as error:  # the answer has begun: its connection must not break
             logger.error("could not store response %s: %r", self._writer.response["id"], error)
             self.error = ApiError(500, "the response could not be stored; see the server's log")
         else:
+            self.is_answered = is_durable and answer is not None
             return events
         self._writer.response |= {"status": "failed", "error": _described(self.error)}
         last = {"type": "response.failed", "response": self._writer.snapshot()}
         return [*events[:-1], events[-1] | last]
 
-    def _store(self, stored: StoredResponse, state: "SessionState") -> None:
-        """In a thread. Raises ApiError and SessionError."""
-        assert self._kept is not None
-        store, owner, _, _ = self._kept
+    def _store(
+        self, stored: StoredResponse, state: "SessionState", answer: "SessionAnswer | None"
+    ) -> bool:
+        """In a thread; as ResponseStore.end. Raises ApiError and SessionError."""
+        kept = self._keeping
         if self._turn is None:
-            store.save(owner, stored, state)
-            return
+            return kept.store.save(kept.owner, stored, state, answer)
         try:
-            store.end(self._turn, stored, state)
-        except Exception:
-            with contextlib.suppress(SessionError):
-                store.abandon(self._turn)
+            is_durable = kept.store.end(self._turn, stored, state, answer)
+        except Exception as error:
+            if not self._goes_on(error):
+                with contextlib.suppress(SessionError):
+                    kept.store.abandon(self._turn)
+                self._turn = None
             raise
+        self._turn = None
+        return is_durable
+
+    def _goes_on(self, error: Exception) -> bool:
+        """Whether the response goes on elsewhere, or later, after this error at its end."""
+        is_left = isinstance(error, SessionMovedError | StoreUnreachableError)
+        return self._journal is not None and is_left
+
+    @property
+    def _keeping(self) -> Keeping:
+        assert self._kept is not None
+        return self._kept
 
     def _usage(self) -> JsonObject:
         """All tokens that the answer depends on; those of the state were not read again."""

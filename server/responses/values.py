@@ -21,7 +21,7 @@ from cottention.server.schemas.responses import JsonObject
 
 if TYPE_CHECKING:  # these import torch, which the server must not load
     from cottention.engine.sessions.manager import SessionManager
-    from cottention.engine.sessions.types import Turn
+    from cottention.engine.sessions.types import Session, SessionAnswer, Turn
     from cottention.engine.state.session_state import SessionState
 
 SUFFIX = "/responses"
@@ -108,42 +108,72 @@ class ResponseStore:
         self._sessions = sessions
         self._ttl_seconds = ttl_seconds
 
-    def save(self, owner: str, stored: StoredResponse, state: "SessionState") -> None:
-        """Keep a response that has ended. ApiError 429 where the owner has as many as it may."""
-        self._open(owner, stored, state)
+    def save(
+        self,
+        owner: str,
+        stored: StoredResponse,
+        state: "SessionState",
+        answer: "SessionAnswer | None" = None,
+    ) -> bool:
+        """Keep a response that has ended. ApiError 429 where the owner has as many as it may.
 
-    def begin(self, owner: str, stored: StoredResponse, empty: "SessionState") -> "Turn":
+        answer: of its idempotency key, kept with it. Returns whether both survive a restart.
+        """
+        return self._open(owner, stored, state, answer).is_durable
+
+    def begin(self, owner: str, stored: StoredResponse, start: "SessionState") -> "Turn":
         """Keep a response that has begun, so that it is found after a crash. ApiError 429.
 
-        It is a turn of its session, which `end` or `abandon` ends. empty: a state of no tokens.
+        It is a turn of its session, which `end`, `abandon` or `leave` ends. start: the state that
+        it goes on from.
         """
-        key = response_owner(owner), self._open(owner, stored, empty)
+        key = response_owner(owner), self._open(owner, stored, start).id
         try:
             return self._sessions.begin(*key)
         except BaseException:
             self._sessions.delete(*key)
             raise
 
-    def end(self, turn: "Turn", stored: StoredResponse, state: "SessionState") -> None:
-        """Keep what became of a response that was begun. Raises SessionError."""
-        self._sessions.commit(turn, state, stored.to_log(), max_checkpoints=0)
+    def end(
+        self,
+        turn: "Turn",
+        stored: StoredResponse,
+        state: "SessionState",
+        answer: "SessionAnswer | None" = None,
+    ) -> bool:
+        """Keep what became of a response that was begun. Raises SessionError.
+
+        answer, and what is returned, as in `save`.
+        """
+        log = stored.to_log()
+        return self._sessions.commit(turn, state, log, answer=answer, max_checkpoints=0).is_durable
+
+    def leave(self, turn: "Turn", *, hands_over: bool) -> None:
+        """Leave a response that was begun to another server. Raises StoreUnavailableError."""
+        self._sessions.leave(turn, hands_over=hands_over)
 
     def abandon(self, turn: "Turn") -> None:
         """Forget a response that was begun. Raises SessionError."""
         self._sessions.abandon(turn)
         self._sessions.delete(turn.session.owner, turn.session.id)
 
-    def _open(self, owner: str, stored: StoredResponse, state: "SessionState") -> str:
-        """The id of a new session that has the response."""
-        session_id = session_id_of(stored.response["id"])
+    def _open(
+        self,
+        owner: str,
+        stored: StoredResponse,
+        state: "SessionState",
+        answer: "SessionAnswer | None" = None,
+    ) -> "Session":
+        """A new session that has the response."""
         try:
-            self._sessions.open(
+            return self._sessions.open(
                 response_owner(owner),
                 state,
                 {},
                 self._ttl_seconds,
-                session_id=session_id,
+                session_id=session_id_of(stored.response["id"]),
                 events=stored.to_log(),
+                answer=answer,
             )
         except SessionQuotaError as error:
             message = (
@@ -151,7 +181,6 @@ class ResponseStore:
                 " --response-ttl-seconds; responses count as sessions here)"
             )
             raise too_many(message, RETRY_SECONDS, "too_many_responses") from None
-        return session_id
 
     def load(self, owner: str, response_id: str, param: str = "response_id") -> StoredResponse:
         """A response. ApiError 404 for an unknown one and another owner's."""
@@ -195,6 +224,11 @@ def not_found(response_id: str, param: str = "response_id") -> ApiError:
     """A 404, the same for a response that is unknown and for one of another owner."""
     message = f"there is no stored response {shown(response_id)}"
     return ApiError(404, message, param=param, code="response_not_found")
+
+
+def response_id_of(session_id: str) -> str:
+    """The id of the response that a session is."""
+    return f"resp_{session_id.removeprefix('sess-')}"
 
 
 def session_id_of(response_id: str, param: str = "response_id") -> str:

@@ -6,6 +6,7 @@ same events come again, with the same numbers.
 
 import copy
 import io
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -94,6 +95,18 @@ class ResponseWriter:
         # There is no event for a cancelled response: it ends as one that is not complete.
         kind = "incomplete" if status == "cancelled" else status
         return [*events, self._with_response(f"response.{kind}")]
+
+    def repeat(self, told: str, *, has_logprobs: bool) -> None:
+        """Come to where another writer has come with these events, after those of `begin`."""
+        for block in told.split("\n\n")[:-1]:
+            event = json.loads(block.partition("\ndata: ")[2])
+            match event["type"]:
+                case "response.output_text.delta":
+                    self.add_text(event["delta"], event["logprobs"] if has_logprobs else None)
+                case "response.output_item.added" if event["item"]["type"] == "function_call":
+                    self.begin_call(event["item"]["call_id"], event["item"]["name"])
+                case "response.function_call_arguments.delta":
+                    self.add_arguments(event["delta"])
 
     def snapshot(self) -> JsonObject:
         """The object as it is now, which does not change any more."""

@@ -11,9 +11,10 @@ again it looks first which turns are still its own.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
 
-from cottention.engine.errors import SessionMovedError, StoreUnavailableError
+from cottention.engine.errors import SessionError, SessionMovedError, StoreUnavailableError
 from cottention.engine.sessions.store.journal import Chunk, JournaledTurn, SessionJournal
 from cottention.engine.sessions.store.protocol import Lease
 from cottention.server.sessions.store_threads import in_store_thread
@@ -26,6 +27,12 @@ RETRY_SECONDS = 0.2
 LEAVE_SECONDS = 5.0
 HAND_OVER_SECONDS = 60.0
 """How long it is tried to hand a turn over whose end could not be stored."""
+
+
+class Leave(Protocol):
+    """Ends a turn here; hands_over: another server shall go on with it. Raises SessionError."""
+
+    def __call__(self, *, hands_over: bool) -> Awaitable[None]: ...
 
 
 class TurnJournal:
@@ -75,9 +82,20 @@ class TurnJournal:
         self.is_leaving = True
         self._leave()
 
-    def hand_over_later(self) -> None:
-        """Hand the turn over as soon as the store takes it."""
-        self._writer.hand_over_later(self.lease)
+    async def left(self, leave: "Leave") -> None:
+        """Leave the turn to another server, with all that it has told.
+
+        leave: ends it here.
+        """
+        if self.is_leaving:
+            self.is_leaving = False  # it is stored, and told no more
+            with contextlib.suppress(SessionError, TimeoutError):
+                async with asyncio.timeout(LEAVE_SECONDS):
+                    await self.flush()
+        try:
+            await leave(hands_over=not self.is_lost)
+        except SessionError:
+            self._writer.hand_over_later(self.lease)
 
     def close(self) -> None:
         """The turn has ended here. Idempotent."""

@@ -105,6 +105,7 @@ def _open_store(
 ) -> "tuple[SessionStore, SessionJournal | None]":
     from cottention.engine.sessions.store import SqliteStore
 
+    model = config.served_model_name or engine.name
     if config.session_store is not None:
         from cottention.engine.sessions.store.postgres.store import PostgresStore
 
@@ -115,13 +116,14 @@ def _open_store(
             name=socket.gethostname(),
             replica_url=own_url,
             build=package_version(),
-            model=config.served_model_name or engine.name,
+            model=model,
         )
         return store, store.journal
     if config.session_dir is None:
         folder = stack.enter_context(_temporary())
         return SqliteStore(Path(folder), durable=False, quotas=quotas), None
-    return SqliteStore(Path(_given(config)), quotas=quotas), None
+    folder_store = SqliteStore(Path(_given(config)), quotas=quotas, model=model)
+    return folder_store, folder_store.journal
 
 
 def _password(config: ServerConfig) -> str | None:

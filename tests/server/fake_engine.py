@@ -108,6 +108,7 @@ class Running:
 class FakeEngine:
     name = "fake"
     capabilities = ("completions", "chat", "sessions")
+    has_one_arithmetic = True
 
     def __init__(self, num_slots: int = 64, step_seconds: float = 0.0) -> None:
         self.tokenizer = FakeTokenizer()

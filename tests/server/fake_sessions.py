@@ -100,6 +100,7 @@ class FakeSessions:
         *,
         session_id: str | None = None,
         events: EventLog = NO_EVENTS,
+        answer: None = None,  # noqa: ARG002
     ) -> FakeSession:
         self._may_fail("open")
         expires = None if ttl_seconds is None else time.time() + ttl_seconds
@@ -145,6 +146,7 @@ class FakeSessions:
         state: SessionState,
         events: EventLog = NO_EVENTS,
         unsaved_events: EventLog = NO_EVENTS,
+        answer: None = None,  # noqa: ARG002
         *,
         max_checkpoints: int | None = None,
     ) -> FakeSession:

@@ -20,10 +20,18 @@ CREATE INDEX IF NOT EXISTS answers_by_expiry ON answers (expires_at);
 """A table that releases of the same format version may lack: they go on without it."""
 
 
+GOES_ON = (
+    "EXISTS (SELECT 1 FROM turns AS j WHERE j.owner = answers.owner AND j.key = answers.key"
+    " AND j.token = answers.token)"
+)
+"""A journaled turn makes the answer: its key is kept, whatever its time, until that has ended."""
+IS_OVER = f"expires_at <= ? AND NOT {GOES_ON}"
+
+
 def claim(db: Db, new: Claim, request: bytes, now: float, seconds: float) -> Claim | Claimed:
     """KeyReusedError. A key that has expired is as an unknown one."""
     db.execute(
-        "DELETE FROM answers WHERE owner = ? AND key = ? AND expires_at <= ?",
+        f"DELETE FROM answers WHERE owner = ? AND key = ? AND {IS_OVER}",
         [new.owner, new.key, now],
     )
     row = db.execute(
@@ -77,20 +85,19 @@ def drop(db: Db, held: Claim) -> None:
 
 
 def drop_unanswered(db: Db) -> None:
-    """At a start: nobody makes these answers any more."""
-    db.execute("DELETE FROM answers WHERE answer IS NULL")
+    """At a start: nobody makes these answers any more, but those of turns that go on."""
+    db.execute(f"DELETE FROM answers WHERE answer IS NULL AND NOT {GOES_ON}")
 
 
 def has_expired(db: Db, now: float) -> bool:
     """Whether there are keys to forget."""
-    found = db.execute("SELECT 1 FROM answers WHERE expires_at <= ? LIMIT 1", [now]).fetchone()
+    found = db.execute(f"SELECT 1 FROM answers WHERE {IS_OVER} LIMIT 1", [now]).fetchone()
     return found is not None
 
 
 def expire(db: Db, now: float, limit: int) -> None:
     """Forget some of the keys that have expired."""
     db.execute(
-        "DELETE FROM answers WHERE rowid IN"
-        " (SELECT rowid FROM answers WHERE expires_at <= ? LIMIT ?)",
+        f"DELETE FROM answers WHERE rowid IN (SELECT rowid FROM answers WHERE {IS_OVER} LIMIT ?)",
         [now, limit],
     )

@@ -79,6 +79,20 @@ CREATE TABLE clock (time REAL NOT NULL, wall REAL NOT NULL);
 PRAGMA user_version = {VERSION};
 """
 
+# turns: those that go on without their client, each under the fence of the lease that runs it.
+# chunks: what they have generated and told, in the order of (fence, n): ids, int32 each, and the
+# bytes of events. Releases of the same format version may lack these tables: they go on without.
+JOURNAL = """
+CREATE TABLE IF NOT EXISTS turns (
+    session TEXT PRIMARY KEY, fence INTEGER NOT NULL, model TEXT NOT NULL, owner TEXT NOT NULL,
+    turn TEXT NOT NULL, name TEXT NOT NULL, path TEXT NOT NULL, body BLOB NOT NULL,
+    seed INTEGER NOT NULL, created INTEGER NOT NULL, deadline REAL, key TEXT, token TEXT,
+    tries INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS chunks (
+    session TEXT NOT NULL, fence INTEGER NOT NULL, n INTEGER NOT NULL, ids BLOB NOT NULL,
+    events BLOB NOT NULL, PRIMARY KEY (session, fence, n));
+"""
+
 LOG_PAGES = 200
 RESERVE_BYTES = 2 << 20
 """More than LOG_PAGES of 4096 bytes and the largest transaction after them."""
@@ -203,6 +217,7 @@ def set_up(db: sqlite3.Connection, path: Path) -> None:
             " give --session-dir another folder, or serve this one with the release that wrote it"
         )
     db.executescript(answers.SCHEMA)
+    db.executescript(JOURNAL)
     reserve_space(db)
 
 

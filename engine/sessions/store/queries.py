@@ -41,7 +41,11 @@ SESSION_COLUMNS = (
 )
 
 IS_ALIVE = "(expires_at IS NULL OR expires_at > :now)"
-IS_FREE = "(lease_until IS NULL OR lease_until <= :monotonic)"
+GOES_ON = (
+    "EXISTS (SELECT 1 FROM turns AS j WHERE j.session = sessions.id AND j.fence = sessions.fence)"
+)
+"""A turn that goes on without its client, and at the next start without its process."""
+IS_FREE = f"(lease_until IS NULL OR lease_until <= :monotonic) AND NOT {GOES_ON}"
 IS_HELD = "id = :id AND fence = :fence AND lease_until IS NOT NULL"
 NO_LEASE = "lease_owner = NULL, lease_until = NULL, lease_version = NULL"
 

@@ -7,6 +7,7 @@ session refers to are removed.
 import logging
 import sqlite3
 
+from cottention.engine.sessions.store import queries
 from cottention.engine.sessions.store.blobs import Blobs
 from cottention.engine.sessions.store.database import Database
 
@@ -34,8 +35,16 @@ def recover(index: Database, blobs: Blobs) -> None:
 def end_leases(db: Db) -> None:
     """End all leases at once: the folder's lock proves that their holders are dead.
 
-    Where the session still has the version of its lease, the turn was interrupted.
+    Where the session still has the version of its lease, the turn was interrupted, unless it is
+    journaled: then it waits to go on.
     """
+    goes_on = f"lease_owner IS NOT NULL AND {queries.GOES_ON}"
+    db.execute(f"UPDATE sessions SET {queries.NO_LEASE} WHERE {goes_on}")
+    db.execute(
+        "DELETE FROM turns WHERE NOT EXISTS (SELECT 1 FROM sessions AS s"
+        " WHERE s.id = turns.session AND s.fence = turns.fence)"
+    )
+    db.execute("DELETE FROM chunks WHERE session NOT IN (SELECT session FROM turns)")
     statement = (
         "UPDATE sessions SET was_interrupted = (was_interrupted OR version = lease_version),"
         " fence = fence + 1, lease_owner = NULL, lease_until = NULL, lease_version = NULL"

@@ -49,6 +49,7 @@ from cottention.engine.sessions.store.protocol import (
     StoreCounts,
 )
 from cottention.engine.sessions.store.recovery import recover
+from cottention.engine.sessions.store.sqlite_journal import SqliteJournal
 
 INDEX, STATES = "index.sqlite", "states"
 
@@ -90,12 +91,13 @@ class SqliteStore(SessionStore):
         *,
         durable: bool = True,
         quotas: Quotas = lambda _: UNLIMITED,
+        model: str = "",
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = seconds_since_boot,
     ) -> None:
-        """clock: unix seconds. monotonic: seconds from any origin. Without `durable` the sessions
-        survive a kill, but neither a loss of power nor another server that removes the folders of
-        dead processes.
+        """model: a turn that was left goes on where it is the same. clock: unix seconds. monotonic:
+        seconds from any origin. Without `durable` the sessions survive a kill, but neither a loss
+        of power nor another server that removes the folders of dead processes.
 
         ConfigurationError: the folder cannot be used, or another process uses it.
         """
@@ -115,6 +117,9 @@ class SqliteStore(SessionStore):
                 self._index.write(answers.drop_unanswered)
                 last = self._index.read(queries.read_clock)
                 self._clock = StoreClock(last, clock, monotonic)
+                self.journal = SqliteJournal(
+                    self._index, self._faults, self._holder, model, monotonic
+                )
             stack.pop_all()  # opened without an error: `close` does it
         self._saved: ClockReading | None = None
         self._save_clock()
@@ -162,8 +167,13 @@ class SqliteStore(SessionStore):
             self._index.write_relaxed(lambda db: queries.renew_lease(db, lease, until))
 
     def release(self, lease: Lease) -> None:
+        def change(db: queries.Db) -> None:
+            self.journal.end(db, lease)
+            queries.release_lease(db, lease)
+
         with self._faults.writing():
-            self._index.write_relaxed(lambda db: queries.release_lease(db, lease))
+            self._index.write_relaxed(change)
+        self.journal.forget(lease)
 
     def head(self, session_id: str) -> int:
         return self.record(session_id).version
@@ -207,11 +217,15 @@ class SqliteStore(SessionStore):
                     dropped = queries.push_state(db, seq, state, max_checkpoints)
                 changed = queries.to_record(db, row)
                 _keep(db, answer, [changed])
+                if not keeps_lease:
+                    self.journal.end(db, lease)
                 return changed, dropped
 
             with self._adopted([blob]):
                 record, dropped = self._index.write(change)
                 self._remove_unreferenced(dropped)
+        if not keeps_lease:
+            self.journal.forget(lease)
         return record
 
     def rewind(self, lease: Lease, expected_version: int) -> SessionRecord:

@@ -2,7 +2,7 @@
 
 import asyncio
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
@@ -12,11 +12,13 @@ from cottention.server.api.dependencies import Context, ContextDep, reading
 from cottention.server.api.generate import read_empty
 from cottention.server.api.openapi import EMPTY_BODY, EVENTS, error_responses
 from cottention.server.api.query_params import must_be, only_query_params
-from cottention.server.api.responses.creation import in_progress, store_of
+from cottention.server.api.responses.begun import store_of
+from cottention.server.api.responses.creation import in_progress
 from cottention.server.generation.json_pieces import object_response
 from cottention.server.generation.sse import EventStreamResponse
 from cottention.server.http.body import shown
 from cottention.server.http.errors import ApiError, invalid
+from cottention.server.responses.running import RunningResponse
 from cottention.server.responses.values import StoredResponse, response_owner, session_id_of
 from cottention.server.responses.writer import event_text, replayed
 from cottention.server.schemas.responses import JsonObject
@@ -30,12 +32,9 @@ from cottention.server.schemas.responses_objects import (
     ResponseObject,
 )
 from cottention.server.schemas.sampling import BOOLEAN
-from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents, StoredEvents
+from cottention.server.sessions.live_events import LiveEventFollower, StoredEvents
 from cottention.server.sessions.store_threads import in_store_thread
 from cottention.server.sessions.turn_queue import owner_of
-
-if TYPE_CHECKING:  # it imports torch, which the server must not load
-    pass
 
 router = APIRouter()
 
@@ -84,52 +83,65 @@ async def get_response(
         raise invalid("starting_after", message)
     owner = owner_of(request)
     number = 0 if starting_after is None else starting_after + 1
-    running = context.responses.find(owner, response_id)
-    if running is not None and not stream:
-        return object_response(running.writer.snapshot(), is_long=False)
-    if running is not None:
-        if running.live is None:
-            message = "the events of this response are sent to the client that asked for it"
-            raise ApiError(409, message, param="stream", code="response_in_progress")
-        return EventStreamResponse(
-            _follow(running.live, number), context.config.sse_keep_alive_seconds
-        )
     with ExitStack() as stack:
-        stack.enter_context(reading(request, context))
-        stored, told = await _load(request, context, owner, response_id)
-        if told is not None:
-            return told
+        if context.responses.find(owner, response_id) is None:
+            stack.enter_context(reading(request, context))
+        found = await _find(request, context, owner, response_id)
+        if isinstance(found, Response):
+            return found
+        if isinstance(found, RunningResponse):
+            return _followed(found, number, context) if stream else _as_it_is(found)
         if not stream:
-            return object_response(stored.response, is_long=True)
-        if stored.is_running:
+            return object_response(found.response, is_long=True)
+        if found.is_running:
             raise in_progress("stream", RUNS_ELSEWHERE)
-        events = await asyncio.to_thread(_replayed, stored)
+        events = await asyncio.to_thread(_replayed, found)
         _check_number(number, len(events))
         log = StoredEvents(EventLog("", 0, events), number, stack.pop_all().close)
     return EventStreamResponse(log, context.config.sse_keep_alive_seconds)
 
 
-async def _load(
+def _as_it_is(running: RunningResponse) -> Response:
+    return object_response(running.writer.snapshot(), is_long=False)
+
+
+def _followed(running: RunningResponse, number: int, context: Context) -> Response:
+    live = running.live
+    if live is None:
+        message = "the events of this response are sent to the client that asked for it"
+        raise ApiError(409, message, param="stream", code="response_in_progress")
+    if not live.may_come(number - 1):
+        _check_number(number, live.stop)
+    follower = LiveEventFollower(live, number)
+    return EventStreamResponse(follower, context.config.sse_keep_alive_seconds)
+
+
+async def _find(
     request: Request, context: Context, owner: str, response_id: str
-) -> tuple[StoredResponse, Response | None]:
-    """A stored response; where it runs at another server, what that one says to the request.
+) -> RunningResponse | StoredResponse | Response:
+    """A response that runs here, or is stored; else what the server says where it runs.
 
     Raises ApiError 404 and 503, SessionError.
     """
-    load = store_of(context).load
+    session_id, load = session_id_of(response_id), store_of(context).load
+    if (running := context.responses.find(owner, response_id)) is not None:
+        return running
     stored = await in_store_thread(load, owner, response_id)
     if not stored.is_running or context.replicas is None:
-        return stored, None
+        return stored
     told = await context.replicas.elsewhere(
         request,
         b"",
         response_owner(owner),
-        session_id_of(response_id),
+        session_id,
         lambda: context.responses.find(owner, response_id) is not None,
     )
-    if told is None:  # it has ended meanwhile
-        stored = await in_store_thread(load, owner, response_id)
-    return stored, told
+    if told is not None:
+        return told
+    if (running := context.responses.find(owner, response_id)) is not None:
+        return running  # it was adopted meanwhile
+    stored = await in_store_thread(load, owner, response_id)
+    return stored.interrupted() if stored.is_running else stored  # it has ended, or nobody has it
 
 
 def _replayed(stored: StoredResponse) -> tuple[bytes, ...]:
@@ -146,13 +158,9 @@ async def cancel_response(response_id: str, request: Request, context: ContextDe
     """End a response with what there is; one that has ended is as it was."""
     await read_empty(request, context)
     owner = owner_of(request)
-    running = context.responses.find(owner, response_id)
-    if running is not None:
-        await running.cancel()
-        return object_response(running.writer.snapshot(), is_long=True)
     session_id_of(response_id)
     try:
-        stored, told = await _load(request, context, owner, response_id)
+        found = await _find(request, context, owner, response_id)
     except ApiError as error:
         if error.status != 404 or context.replicas is None:
             raise
@@ -160,11 +168,15 @@ async def cancel_response(response_id: str, request: Request, context: ContextDe
         told = await context.replicas.anywhere(request, b"")
         if told is None:
             raise
-    if told is not None:
         return told
-    if stored.is_running:
+    if isinstance(found, Response):
+        return found
+    if isinstance(found, RunningResponse):
+        await found.cancel()
+        return object_response(found.writer.snapshot(), is_long=True)
+    if found.is_running:
         raise in_progress("response_id", RUNS_ELSEWHERE)
-    return object_response(stored.response, is_long=True)
+    return object_response(found.response, is_long=True)
 
 
 @router.get(
@@ -219,22 +231,15 @@ async def delete_response(
     """Forget a response; those that continued it stay. One that runs is cancelled first."""
     await read_empty(request, context)
     owner = owner_of(request)
-    running = context.responses.find(owner, response_id)
-    if running is not None:
-        await running.cancel()
-        if not running.has_ended.is_set():
+    found = await _find(request, context, owner, response_id)
+    if isinstance(found, Response):
+        return found
+    if isinstance(found, RunningResponse):
+        await found.cancel()
+        if not found.has_ended.is_set():
             raise ApiError(409, "the response still ends: try again", code="response_in_progress")
-    elif context.replicas is not None:
-        _, told = await _load(request, context, owner, response_id)
-        if told is not None:
-            return told
     await in_store_thread(store_of(context).delete, owner, response_id)
     return {"id": response_id, "object": "response", "deleted": True}
-
-
-def _follow(live: LiveEvents, number: int) -> LiveEventFollower:
-    _check_number(number, live.stop)
-    return LiveEventFollower(live, number)
 
 
 def _check_number(number: int, stop: int) -> None:

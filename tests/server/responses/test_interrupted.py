@@ -1,5 +1,6 @@
 """Responses in the background are kept from their start: what is found where none ends them."""
 
+import json
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ import httpx
 import pytest
 
 from cottention.engine.errors import SessionQuotaError, StoreUnavailableError
-from cottention.server.responses.values import INTERRUPTED
+from cottention.server.responses.values import INTERRUPTED, RUNNING
 from tests.server.fake_engine import FakeEngine
 from tests.server.live import Live, eventually, serving
 from tests.server.process import served
@@ -103,26 +104,41 @@ def test_what_became_of_it_cannot_be_kept(live: Live) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_leaves_a_response_that_has_failed(tmp_path: Path, gptj_folder: Path) -> None:
-    """Without it a client that polls would be told that there never was such a response."""
-    flags = ("--chat-template", "plain", "--max-slots", "2")
-    body = {"input": "y", "background": True, "max_output_tokens": 1_000_000}
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_it_goes_on_at_the_next_start(
+    tmp_path: Path, gptj_folder: Path, number: signal.Signals
+) -> None:
+    """As undisturbed, whoever asks for it meanwhile; and one that has ended is as it was."""
+    flags = ("--chat-template", "plain", "--max-slots", "2", "--drain-seconds", "0.1")
+    body = {"input": "y", "background": True, "temperature": 0, "max_output_tokens": 2000}
 
-    def asked(client: httpx.Client, **more: Any) -> Any:
-        return client.post("/v1/responses", json=body | more).json()
+    def asked(client: httpx.Client) -> str:
+        response_id = client.post("/v1/responses", json=body).json()["id"]
+        return f"/v1/responses/{response_id}"
+
+    def ended(client: httpx.Client, path: str) -> Any:
+        eventually(lambda: client.get(path).json()["status"] not in RUNNING)
+        return client.get(path).json()
 
     with served(gptj_folder, tmp_path, *flags) as (popen, client):
-        done = asked(client, max_output_tokens=2)
-        path = f"/v1/responses/{done['id']}"
-        eventually(lambda: client.get(path).json()["status"] not in ("queued", "in_progress"))
-        whole = client.get(path).json()
+        done = asked(client)
+        whole = ended(client, done)
         running = asked(client)
-        cut = f"/v1/responses/{running['id']}"
-        eventually(lambda: client.get(cut).json()["output"])
-        popen.send_signal(signal.SIGKILL)
-        popen.wait()
+        with client.stream("GET", running, params={"stream": True}) as response:
+            lines = response.iter_lines()
+            first = [next(lines) for _ in range(40)]
+            popen.send_signal(number)
+            popen.wait(60)
+    last = max(json.loads(each[6:])["sequence_number"] for each in first if each[:5] == "data:")
+    told = [each for each in first if each.startswith("data: ")]
     with served(gptj_folder, tmp_path, *flags) as (_, client):
-        assert client.get(path).json() == whole
-        found = client.get(cut).json()
-        assert (found["status"], found["error"]["message"]) == ("failed", INTERRUPTED)
-        assert client.delete(cut).json()["deleted"] is True
+        params = {"stream": True, "starting_after": last}
+        rest = events_of(client.get(running, params=params).text)
+        assert client.get(done).json() == whole
+        found = ended(client, running)
+        assert found["output"][0]["content"] == whole["output"][0]["content"]
+        assert found["usage"] == whole["usage"]
+        events = [json.loads(each[6:]) for each in told] + rest
+        assert events[-1]["response"] == found
+        assert [each["sequence_number"] for each in events] == [*range(len(events))]
+        assert client.delete(running).json()["deleted"] is True

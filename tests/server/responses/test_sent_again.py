@@ -142,3 +142,28 @@ def test_responses_outlive_the_server_with_their_keys(tmp_path: Path) -> None:
         assert [send(live, RESPONSES, key, **body).content for body, key in cases] == told
         assert send(live, RESPONSES, "background", **background).content == queued.content
         assert get(live, whole["id"]).json() == whole
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("is_background", [False, True])
+def test_a_response_and_its_answer_are_stored_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stream: bool, is_background: bool
+) -> None:
+    """A server that died between the two would execute the request again at its next start."""
+    body = BODY | {"store": True, "stream": is_stream, "background": is_background}
+
+    def dies(*_: Any) -> None:
+        raise StoreUnavailableError("the server has died")
+
+    with server(tmp_path) as live:
+        for name in ("keep_answer", "drop_claim"):
+            monkeypatch.setattr(live.sessions, name, dies)
+        first = send(live, RESPONSES, "cut", **body)
+        told = events_of(first.text)[-1]["response"] if is_stream else first.json()
+        whole = ended(live, told["id"])
+    with server(tmp_path) as live:
+        before = num_prompt_tokens(live)
+        assert send(live, RESPONSES, "cut", **body).content == first.content
+        assert num_prompt_tokens(live) == before
+        assert get(live, told["id"]).json() == whole
+        assert live.sessions.sizes().num_stored + live.sessions.sizes().num_parked == 1

@@ -23,17 +23,22 @@ def written(*parts: Any, status: Any = "completed", background: bool = False) ->
     writer = ResponseWriter(base(background=background))
     events = writer.begin()
     for part in parts:
-        match part:
-            case str():
-                events += writer.add_text(part, None)
-            case (text, logprobs):
-                events += writer.add_text(text, logprobs)
-            case {"call": name}:
-                events += writer.begin_call(f"call_{name}", name)
-            case {"arguments": text}:
-                events += writer.add_arguments(text)
+        events += add_part(writer, part)
     events += writer.end(status, 7, {"usage": {"input_tokens": 1}})
     return events, writer
+
+
+def add_part(writer: ResponseWriter, part: Any) -> list[Event]:
+    match part:
+        case str():
+            return writer.add_text(part, None)
+        case (text, logprobs):
+            return writer.add_text(text, logprobs)
+        case {"call": name}:
+            return writer.begin_call(f"call_{name}", name)
+        case {"arguments": text}:
+            return writer.add_arguments(text)
+    raise AssertionError(part)
 
 
 CASES: dict[str, Any] = {
@@ -109,3 +114,20 @@ def test_responses_have_a_number_of_their_own() -> None:
     quotas = quotas_with_responses(lambda owner: Quota(5, len(owner)), 7)
     assert quotas("ab") == Quota(5, 2)
     assert quotas(response_owner("ab")) == Quota(7, 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("num_told", range(4))
+def test_another_writer_goes_on_from_what_was_told(case: str, num_told: int) -> None:
+    """Events again, or other numbers, would be told to the client of a server that died."""
+    parts = CASES[case]
+    events, writer = written(*parts, background=True)
+    dead, other = ResponseWriter(base(background=True)), ResponseWriter(base(background=True))
+    told = dead.begin()
+    assert other.begin() == told
+    more = [event for part in parts[:num_told] for event in add_part(dead, part)]
+    other.repeat("".join(map(event_text, more)), has_logprobs=case == "logprobs")
+    rest = [event for part in parts[num_told:] for event in add_part(other, part)]
+    rest += other.end("completed", 7, {"usage": {"input_tokens": 1}})
+    assert [*told, *more, *rest] == events
+    assert (other.snapshot(), other.cuts) == (writer.snapshot(), writer.cuts)

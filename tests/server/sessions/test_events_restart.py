@@ -61,39 +61,46 @@ def test_a_turn_that_ended_is_told_after_kill_9(gptj_folder: Path, tmp_path: Pat
         assert session["position"] == told[-2].json["session"]["position"]
 
 
-def test_a_turn_that_kill_9_cut_was_none(gptj_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "seconds"),
+    [(signal.SIGKILL, "30"), (signal.SIGTERM, "0.1"), (signal.SIGTERM, "30")],
+)
+def test_a_turn_goes_on_at_the_next_start(
+    gptj_folder: Path, tmp_path: Path, number: signal.Signals, seconds: str
+) -> None:
+    """It says what it would have said undisturbed, and its client gets each event once.
+
+    One that has ended before the server does is told as it was.
+    """
+    with served(gptj_folder, tmp_path, "--drain-seconds", seconds) as (popen, client):
+        session_id, twin = opened(client), opened(client)
+        whole = read_told(client.post("/v1/completions", json=going_on(twin, 600)).text)
+        begun = left_after(client, 4, going_on(session_id, 600))
+        popen.send_signal(number)
+        popen.wait(60)
+    with served(gptj_folder, tmp_path) as (_, client):
+        told = begun + events(client, session_id, begun[-1].id)
+        [turn] = {each.id.partition("-")[0] for each in told}
+        assert [each.id for each in told] == [f"{turn}-{n}" for n in range(len(told))]
+        assert text_of(told) == text_of(whole)
+        assert told[-1].data == "[DONE]"
+        session = client.get(f"/v1/sessions/{session_id}").json()
+        assert session["position"] == told[-2].json["session"]["position"]
+        assert (session["interrupted"], session["version"]) == (False, 2)
+        assert events(client, session_id) == told
+
+
+def test_a_turn_that_ends_with_its_client_is_undone_by_kill_9(
+    gptj_folder: Path, tmp_path: Path
+) -> None:
     with served(gptj_folder, tmp_path) as (popen, client):
         session_id = opened(client)
         first = read_told(client.post("/v1/completions", json=going_on(session_id, 5)).text)
-        begun = left_after(client, 4, going_on(session_id, 1_000_000))
-        popen.send_signal(signal.SIGKILL)
-        popen.wait(60)
+        body = TURN | {"session_id": session_id, "max_tokens": 1_000_000}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+            popen.send_signal(signal.SIGKILL)
+            popen.wait(60)
     with served(gptj_folder, tmp_path) as (_, client):
         assert client.get(f"/v1/sessions/{session_id}").json()["interrupted"] is True
         assert events(client, session_id) == first
-        last = {"Last-Event-ID": begun[-1].id}
-        answer = client.get(f"/v1/sessions/{session_id}/events", headers=last)
-        assert answer.status_code == 410
-
-
-@pytest.mark.parametrize(("seconds", "num", "reason"), [("60", 300, "length"), ("0.2", 10**6, "")])
-def test_a_server_that_is_told_to_stop(
-    gptj_folder: Path, tmp_path: Path, seconds: str, num: int, reason: str
-) -> None:
-    """As with any turn that runs: it may end, or what it told until then is kept."""
-    with served(gptj_folder, tmp_path, "--drain-seconds", seconds) as (popen, client):
-        session_id = opened(client)
-        begun = left_after(client, 2, going_on(session_id, num))
-        popen.send_signal(signal.SIGTERM)
-        assert popen.wait(60) == 0
-    with served(gptj_folder, tmp_path) as (_, client):
-        told = events(client, session_id)
-        assert told[-1].data == "[DONE]"
-        end = told[-2].json
-        assert end["choices"][0]["finish_reason"] == (reason or "abort")
-        assert (
-            end["session"]["position"]
-            == client.get(f"/v1/sessions/{session_id}").json()["position"]
-        )
-        if begun[-1].id >= told[0].id and reason:
-            assert begun + events(client, session_id, begun[-1].id) == told

@@ -13,14 +13,18 @@ from cottention.engine.sessions.store.protocol import MAX_KEYS, Claim, Claimed
 
 Db = psycopg.Connection[Any]
 
+GOES_ON = (
+    "EXISTS (SELECT FROM cottention.turns AS j"
+    " JOIN cottention.sessions AS s ON s.id = j.session AND s.fence = j.fence"
+    " WHERE j.owner = a.owner AND j.key = a.key AND j.token = a.token)"
+)
+"""A journaled turn makes the answer: its key is kept, whatever its time, until that has ended."""
 IS_OVER = (
-    "(a.until <= clock_timestamp() OR a.token = excluded.token"
+    f"(a.until <= clock_timestamp() AND NOT {GOES_ON} OR a.token = excluded.token"
     " OR a.answer IS NULL AND a.request = excluded.request"
     " AND NOT EXISTS (SELECT FROM cottention.replicas AS r"
     "  WHERE r.id = a.replica AND r.until > clock_timestamp())"
-    " AND NOT EXISTS (SELECT FROM cottention.turns AS j"
-    "  JOIN cottention.sessions AS s ON s.id = j.session AND s.fence = j.fence"
-    "  WHERE j.owner = a.owner AND j.key = a.key))"
+    f" AND NOT {GOES_ON})"
 )
 
 
@@ -76,8 +80,8 @@ def drop(db: Db, held: Claim) -> None:
 def expire(db: Db, limit: int) -> None:
     """Forget some of the keys that have expired."""
     db.execute(
-        "DELETE FROM cottention.answers WHERE (owner, key) IN (SELECT owner, key"
-        " FROM cottention.answers WHERE until <= clock_timestamp() LIMIT %s"
-        " FOR UPDATE SKIP LOCKED)",
+        "DELETE FROM cottention.answers WHERE (owner, key) IN (SELECT a.owner, a.key"
+        f" FROM cottention.answers AS a WHERE a.until <= clock_timestamp() AND NOT {GOES_ON}"
+        " LIMIT %s FOR UPDATE OF a SKIP LOCKED)",
         [limit],
     )

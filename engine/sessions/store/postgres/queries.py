@@ -60,9 +60,10 @@ NO_TURN = -1
 ADD_TURN = f"turns = %(turn)s::bigint || s.turns[1:{NUM_TURNS - 1}]"
 WAS_INTERRUPTED = (
     "(s.was_interrupted OR s.lease_owner IS NOT NULL AND s.lease_version = s.version"
-    f" AND NOT {HOLDER_LIVES})"
+    f" AND NOT {HOLDER_LIVES} AND NOT {GOES_ON})"
 )
-"""A turn of a replica that died was cut, although nobody has taken the session over yet."""
+"""A turn of a replica that died was cut, although nobody has taken the session over yet. One that
+goes on without its replica was not."""
 
 RECORD = (
     f"s.id, s.owner, s.created, s.version, s.metadata, s.expires_at, {WAS_INTERRUPTED}, s.states"

@@ -198,6 +198,17 @@ def test_a_key_goes_with_its_turn(one: PostgresStore, two: PostgresStore) -> Non
     assert done.answer == b"yes"
 
 
+def test_a_key_s_time_is_not_over_before_its_turn(one: PostgresStore) -> None:
+    """Or the turn's end would be refused for ever, and adopted as often."""
+    claim = one.claim("a", "k", b"1", 0)
+    assert isinstance(claim, Claim)
+    lease = begin(one, replace(TURN, key="k", token=claim.token))
+    one.expire(10)
+    assert isinstance(one.claim("a", "k", b"1", 0), Claimed)
+    one.commit(lease, 1, b"two", 2, 2, answer=Answer(claim, lambda _: b"yes"))
+    assert isinstance(one.claim("a", "k", b"1", 0), Claim)
+
+
 def test_a_server_that_missed_its_beats_begins_another_life(
     one: PostgresStore,
 ) -> None:

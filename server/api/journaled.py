@@ -1,0 +1,70 @@
+"""What another server needs to go on with a turn or a response, and how it begins again there."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from secrets import randbits, token_hex
+from typing import TYPE_CHECKING
+
+from starlette.types import Scope
+
+from cottention.engine.sampling_params import SamplingParams
+from cottention.engine.sessions.store.journal import JournaledTurn
+from cottention.server.api.dependencies import Context
+from cottention.server.generation.request import GenerationRequest
+from cottention.server.idempotency.keys import KeyedRequest
+
+if TYPE_CHECKING:  # it imports torch, which the server must not load
+    from cottention.engine.sessions.types import AdoptedTurn
+
+
+def can_go_on(context: Context, params: SamplingParams) -> bool:
+    """Whether another server can go on with what these parameters generate.
+
+    What was computed beside the ids it must compute again, with the same bits.
+    """
+    journal = context.journal
+    return journal is not None and (not journal.gates or params.logprobs is None)
+
+
+def new_journaled(
+    scope: Scope,
+    context: Context,
+    owner: str,
+    name: str,
+    deadline: float | None,
+    seed: int | None,
+    keyed: KeyedRequest | None,
+) -> JournaledTurn:
+    """What another server needs to go on with the request of a scope, whose body has been read.
+
+    name: the id of its answer. deadline: by the event loop's clock. seed: None for a new one.
+    """
+    if deadline is not None:
+        deadline += context.sessions.now() - asyncio.get_running_loop().time()
+    return JournaledTurn(
+        owner=owner,
+        turn=token_hex(8),
+        name=name,
+        path=scope["path"],
+        body=scope["state"]["raw_body"],
+        seed=randbits(63) if seed is None else seed,
+        created=int(time.time()),
+        deadline=deadline,
+        key=None if keyed is None else keyed.claim.key,
+        token=None if keyed is None else keyed.claim.token,
+    )
+
+
+def repeatable(
+    request: GenerationRequest, entry: JournaledTurn, known: "AdoptedTurn | None"
+) -> tuple[GenerationRequest, Sequence[int]]:
+    """The request with the journal's seed, and the ids that need not be generated again.
+
+    known: what another server has done of it. Log-probabilities are computed again, with their ids.
+    """
+    seeded = replace(request, params=replace(request.params, seed=entry.seed))
+    if known is None or request.params.logprobs is not None:
+        return seeded, ()
+    return seeded, known.ids
