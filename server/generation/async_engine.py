@@ -19,8 +19,7 @@ from cottention.engine.outputs import EngineStats, Output
 from cottention.engine.scheduling.client import DEFAULT_CLIENT, Client
 from cottention.engine.scheduling.prefill_stops import CacheUse
 from cottention.server.generation.admission import AdmissionQueue
-from cottention.server.generation.dispatch import OutputDispatcher
-from cottention.server.generation.handover import Handover
+from cottention.server.generation.dispatch import Handover, OutputDispatcher
 from cottention.server.generation.latency import LatencyStats
 from cottention.server.generation.output_stream import OutputStream
 from cottention.server.generation.request import GenerationRequest

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cottention.engine.outputs import FinishReason, Output
-from cottention.server.generation import handover
-from cottention.server.generation.handover import Handover
+from cottention.server.generation import dispatch
+from cottention.server.generation.dispatch import Handover
 
 PAUSE = "the engine's thread gave way"
 
@@ -20,7 +20,7 @@ class Handed:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.happened: list[Any] = []
-        monkeypatch.setattr(handover, "time", self)
+        monkeypatch.setattr(dispatch, "time", self)
         self._loop = asyncio.get_running_loop()
         self.made = Handover(self, self.dispatch)  # type: ignore[arg-type]  # is the loop as well
 
@@ -38,7 +38,7 @@ class Handed:
         callback()
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        assert seconds == handover.HOLD_SECONDS
+        assert seconds == dispatch.HOLD_SECONDS
         self.look = callback
         return self._loop.call_later(3600, callback)
 
@@ -77,7 +77,7 @@ def test_fast_steps_wait_until_the_loop_looks(monkeypatch: pytest.MonkeyPatch) -
 def test_slow_steps_wake_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     def test(handed: Handed) -> None:
         handed.step("a", seconds=60)
-        assert [handed.step(each, handover.HOLD_SECONDS) for each in "bc"] == [
+        assert [handed.step(each, dispatch.HOLD_SECONDS) for each in "bc"] == [
             ["woken", ["b"]],
             ["woken", ["c"]],
         ]
