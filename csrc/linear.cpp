@@ -8,13 +8,10 @@
 // the words of each kGroup channels (eight_bits.h).
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <vector>
 
 #include "checks.h"
+#include "large_pages.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -49,36 +46,13 @@ void pack_panel(const Unpacked<Element>& weight, int64_t panel, Element* packed)
   }
 }
 
-constexpr uintptr_t kLargePage = 2 << 20;  // bytes
-#if defined(__linux__)
-#if !defined(MADV_COLLAPSE)
-#define MADV_COLLAPSE 25
-#endif
-
-// The large pages that lie in packed weights.
-void advise(const Tensor& packed, int64_t bytes, int advice) {
-  const auto begin = reinterpret_cast<uintptr_t>(packed.const_data_ptr());
-  const uintptr_t first = (begin + kLargePage - 1) / kLargePage * kLargePage;
-  const uintptr_t last = (begin + bytes) / kLargePage * kLargePage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, advice);
-}
-#endif
-
-// Fills packed weights on large pages, where the system has them for those who ask: a step reads all
-// weights, and looks up each page. Memory that was in use before has small pages already, which Linux
-// 6.1 and later put together.
+// Packed weights, written by fill(data).
 template <class Fill>
 Tensor filled(const Tensor& weight, int64_t panels, int64_t words, int64_t width, ScalarType type,
               const Fill& fill) {
   Tensor packed = torch::stable::new_empty(weight, {panels, words, width}, type);
-#if defined(__linux__)
-  const int64_t bytes = panels * words * kPanel * sizeof(float);
-  advise(packed, bytes, MADV_HUGEPAGE);
-#endif
-  fill(packed.mutable_data_ptr());
-#if defined(__linux__)
-  advise(packed, bytes, MADV_COLLAPSE);
-#endif
+  void* data = packed.mutable_data_ptr();
+  fill_large_pages(data, panels * words * kPanel * sizeof(float), [&] { fill(data); });
   return packed;
 }
 

@@ -15,6 +15,7 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const std::optional<Tensor>& z, const Tensor& state_indices,
                       const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& w,
                       const std::optional<Tensor>& a, const std::optional<Tensor>& b);
+void zero_large_pages(const Tensor& x);
 Tensor pack_weight(const Tensor& weight);
 Tensor quantize_weight(const Tensor& weight);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,

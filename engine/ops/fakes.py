@@ -118,6 +118,7 @@ def in_place(*arguments: object) -> None:
 FAKES: dict[str, Callable[..., object]] = {
     "recurrent_step": recurrent_step,
     "recurrent_pieces": recurrent_pieces,
+    "zero_large_pages": in_place,
     "pack_weight": pack_weight,
     "quantize_weight": quantize_weight,
     "linear": linear,

@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cottention.engine import ops
 from cottention.engine.errors import OutOfMemoryError
 from cottention.engine.state.copies import copies_on
 from cottention.engine.state.delayed_updates import DelayedUpdates
-from cottention.engine.state.spec import StateDType, StateSpec, StateTensor
+from cottention.engine.state.spec import StateSpec, StateTensor
 from cottention.engine.state.state_copy import StateCopy
-
-_DTYPES: dict[StateDType, torch.dtype] = {"float32": torch.float32}
 
 
 class StatePool:
@@ -119,9 +118,7 @@ class StatePool:
 def _allocated(tensor: StateTensor, num_rows: int, device: str) -> Tensor:
     """Zeros [S, L, ...]. Every page is written now, so that no step has a page fault."""
     try:
-        return torch.empty(
-            (num_rows, *tensor.shape), dtype=_DTYPES[tensor.dtype], device=device
-        ).zero_()
+        return ops.zeros((num_rows, *tensor.shape), device)
     except RuntimeError as error:  # torch's own, under a limit that `available_memory` cannot see
         raise OutOfMemoryError(
             f"{num_rows * tensor.nbytes:,} bytes for the pool could not be allocated:"

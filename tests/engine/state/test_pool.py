@@ -45,6 +45,31 @@ def test_bytes_are_exactly_those_of_the_spec(pool: StatePool) -> None:
     assert {name: t.shape[1:] for name, t in pool.tensors.items()} == pool.spec.shapes
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps")
+@pytest.mark.skipif(ops.backend() == "reference", reason="needs the compiled ops")
+def test_a_large_pool_asks_for_large_pages() -> None:
+    """Whether it gets them is for the system to say; without, steps look up each small page."""
+    spec = StateSpec(recurrence_tensors(layers=8, heads=8, value_width=64, key_width=64))
+    pool = StatePool(spec, 8, "cpu")  # 8 MiB
+    state = pool.tensors["state"]
+    middle = state.data_ptr() + state.nbytes // 2
+    assert "hg" in flags_of_memory(middle)
+    assert not state.any()
+
+
+def flags_of_memory(address: int) -> list[str]:
+    """The kernel's flags of this process's mapping that holds an address."""
+    is_in = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if not name.endswith(":"):
+            first, last = (int(end, 16) for end in name.split("-"))
+            is_in = first <= address < last
+        elif is_in and name == "VmFlags:":
+            return words
+    raise AssertionError(f"no mapping has {address:x}")
+
+
 @pytest.mark.parametrize("has_spare", [False, True])
 def test_delayed_updates_count_in_a_slot(monkeypatch: pytest.MonkeyPatch, has_spare: bool) -> None:
     """In what a pool takes, in what it is refused for, and in the slots that are said to fit."""
