@@ -52,14 +52,15 @@ void cottention_attention_gelu(const Tensor& joined, const Tensor& positions, co
   check_shapes(joined, sigma, state, out);
   const int64_t tokens = joined.size(0), heads = state.size(1), width = state.size(2);
   check_positions(positions, cos, sin, tokens, width);
+  const std::vector<int32_t> order = slot_order(state_indices);
   AttentionGeluParams m{features(joined, positions, sigma, cos, sin, width),
-                        pool_params(state, state_indices, cu_seqlens, tokens),
+                        pool_params(state, state_indices, cu_seqlens, tokens, order),
                         gelu(joined, out, heads * width)};
   m.recurrent.out = out.mutable_data_ptr<float>();
   m.recurrent.out_stride = out.size(1);
   if (tokens == 0 || heads == 0) return;
   const Kernels& table = kernels();
-  for_each_head(m.recurrent, tokens, m.recurrent.row_splits(),
+  for_each_head(m.recurrent, tokens, m.recurrent.row_splits,
                 [&](int64_t task) { table.attention_gelu(m, task); });
 }
 

@@ -45,7 +45,7 @@ inline void attention_gelu(const AttentionGeluParams& m, int64_t task) {
   const RecurrentParams& p = m.recurrent;
   const HeadTask s = head_task(p, task);
   if (p.prefetches && task + 1 < p.tasks()) prefetch_next_state(p, s, head_task(p, task + 1));
-  const int64_t parts = p.heads * p.row_splits();
+  const int64_t parts = p.heads * p.row_splits;
   gelu_columns(m, s, task % parts, parts);
   if (p.state_indices[s.segment] == kPaddingSlot)
     return zero_outputs(p, s.segment, s.head, s.begin, s.end - s.begin);

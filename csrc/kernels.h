@@ -48,14 +48,12 @@ struct RecurrentParams {
   float* denominators;           // [N, H], clamped to kDenominatorFloor; null without z
   const int32_t* state_indices;  // [B], rows of state and z; kPaddingSlot: outputs are zero
   const int32_t* cu_seqlens;     // [B + 1]; null: one token per segment
+  const int32_t* order;          // [B], the segments as the tasks take them; null: as they are
   int64_t segments, heads, key_width, value_width;
-  int64_t rows_per_split;  // value rows per task, a multiple of 8
-  bool prefetches;         // prefetches_ahead()
+  int64_t row_splits, rows_per_split;  // tasks per head, and their value rows, a multiple of 8
+  bool prefetches;                     // prefetches_ahead()
 
-  [[gnu::always_inline]] int64_t row_splits() const {
-    return (value_width + rows_per_split - 1) / rows_per_split;
-  }
-  [[gnu::always_inline]] int64_t tasks() const { return segments * heads * row_splits(); }
+  [[gnu::always_inline]] int64_t tasks() const { return segments * heads * row_splits; }
   [[gnu::always_inline]] int64_t first(int64_t segment) const {
     return cu_seqlens ? cu_seqlens[segment] : segment;
   }

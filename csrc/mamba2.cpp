@@ -52,7 +52,8 @@ Tensor heads(const Tensor& joined, const Tensor& convolved, const Tensor* w, con
   const Tensor out = torch::stable::new_empty(joined, {n.tokens, n.inner()});
   const Tensor v = torch::stable::new_empty(joined, {n.tokens, n.inner()});
   const Tensor decay = torch::stable::new_empty(joined, {n.tokens, n.heads});
-  Mamba2HeadsParams p{pool_params(state, state_indices, cu_seqlens, n.tokens)};
+  const std::vector<int32_t> order = slot_order(state_indices);
+  Mamba2HeadsParams p{pool_params(state, state_indices, cu_seqlens, n.tokens, order)};
   p.gate = joined.const_data_ptr<float>();
   p.step = p.gate + n.inner() + n.convolved();
   p.joined_stride = joined.stride(0);
@@ -74,7 +75,7 @@ Tensor heads(const Tensor& joined, const Tensor& convolved, const Tensor* w, con
   s.w = {p.w, n.heads, 1};
   s.out = out.mutable_data_ptr<float>();
   s.out_stride = n.inner();
-  s.rows_per_split = n.value;
+  split_rows(s, n.value);
   for_each_head(s, n.tokens, 1, [&](int64_t task) { kernels().mamba2_heads(p, task); });
   return out;
 }

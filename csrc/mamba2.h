@@ -35,14 +35,13 @@ inline void finish_head(const Mamba2HeadsParams& p, int64_t token, int64_t head)
 // A task is one head of one segment. Heads of a group have one key and one query.
 inline void mamba2_heads(const Mamba2HeadsParams& p, int64_t task) {
   RecurrentParams s = p.recurrent;
-  const int64_t head = task % s.heads, segment = task / s.heads;
-  const int64_t group = head / (s.heads / p.groups);
+  const HeadTask of = head_task(s, task);
+  const int64_t group = of.head / (s.heads / p.groups);
   s.k.data += group * s.key_width;
   s.q.data += group * s.key_width;
-  const int64_t first = s.first(segment), last = s.first(segment + 1);
-  for (int64_t t = first; t < last; ++t) prepare_head(p, t, head);
+  for (int64_t t = of.first; t < of.last; ++t) prepare_head(p, t, of.head);
   recurrent_as<Form<Decay::kPerHead, false>>(s, task);
-  for (int64_t t = first; t < last; ++t) finish_head(p, t, head);
+  for (int64_t t = of.first; t < of.last; ++t) finish_head(p, t, of.head);
 }
 
 }  // namespace cottention::COTTENTION_ISA

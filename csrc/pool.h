@@ -2,6 +2,8 @@
 // recurrent_step and cottention_attention_gelu.
 #pragma once
 
+#include <algorithm>
+#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -94,6 +96,19 @@ inline void check_state_indices(const Tensor& state_indices, int64_t pool_size) 
   }
 }
 
+// The segments in the order of their slots, or nothing if that is the order they have. In it each
+// thread walks through its own part of the pool from one end to the other.
+inline std::vector<int32_t> slot_order(const Tensor& state_indices) {
+  check_contiguous(state_indices, "state_indices", 1, ScalarType::Int);
+  const int32_t* slot = state_indices.const_data_ptr<int32_t>();
+  const int64_t segments = state_indices.size(0);
+  if (std::is_sorted(slot, slot + segments)) return {};
+  std::vector<int32_t> order(segments);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return slot[i] < slot[j]; });
+  return order;
+}
+
 inline void check_cu_seqlens(const std::optional<Tensor>& cu_seqlens, int64_t segments,
                              int64_t tokens) {
   if (!cu_seqlens) {
@@ -111,8 +126,13 @@ inline void check_cu_seqlens(const std::optional<Tensor>& cu_seqlens, int64_t se
     STD_TORCH_CHECK(ends[i] <= ends[i + 1], "cu_seqlens must rise from 0 to ", tokens);
 }
 
-// Value rows per task: all of a head, or fewer where threads would be idle.
-inline int64_t rows_per_split(const RecurrentParams& p, int64_t tokens) {
+// A task has all value rows of a head, or fewer where threads would be idle.
+inline void split_rows(RecurrentParams& p, int64_t rows_per_split) {
+  p.rows_per_split = rows_per_split;
+  p.row_splits = ceil_div(p.value_width, rows_per_split);
+}
+
+inline int64_t useful_rows_per_split(const RecurrentParams& p, int64_t tokens) {
   const int64_t heads = p.segments * p.heads;
   const int64_t elements = std::max(tokens, p.segments) * p.heads * p.value_width * p.key_width;
   const int64_t useful = std::min(2 * int64_t(torch::stable::get_num_threads()),
@@ -121,9 +141,10 @@ inline int64_t rows_per_split(const RecurrentParams& p, int64_t tokens) {
   return std::min(ceil_div(ceil_div(p.value_width, row_splits), 8) * 8, p.value_width);
 }
 
-// Checks the batch; the caller fills in q, k, v, z and out.
+// Checks the batch; the caller fills in q, k, v, z and out. `order`: slot_order(state_indices).
 inline RecurrentParams pool_params(const Tensor& state, const Tensor& state_indices,
-                                   const std::optional<Tensor>& cu_seqlens, int64_t tokens) {
+                                   const std::optional<Tensor>& cu_seqlens, int64_t tokens,
+                                   const std::vector<int32_t>& order) {
   check_state_indices(state_indices, state.size(0));
   check_cu_seqlens(cu_seqlens, state_indices.size(0), tokens);
   RecurrentParams p{};
@@ -135,7 +156,8 @@ inline RecurrentParams pool_params(const Tensor& state, const Tensor& state_indi
   p.heads = state.size(1);
   p.value_width = state.size(2);
   p.key_width = state.size(3);
-  p.rows_per_split = rows_per_split(p, tokens);
+  p.order = order.empty() ? nullptr : order.data();
+  split_rows(p, useful_rows_per_split(p, tokens));
   p.prefetches = prefetches_ahead();
   return p;
 }

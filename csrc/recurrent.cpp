@@ -38,7 +38,7 @@ Tensor widened(const Tensor& x) { return torch::stable::to(x, ScalarType::Float)
 void run(const RecurrentParams& p, int64_t tokens) {
   const Kernels& table = kernels();
   if (p.z) for_each_head(p, tokens, 1, [&](int64_t task) { table.denominators(p, task); });
-  for_each_head(p, tokens, p.row_splits(), [&](int64_t task) { table.recurrent(p, task); });
+  for_each_head(p, tokens, p.row_splits, [&](int64_t task) { table.recurrent(p, task); });
 }
 
 }  // namespace
@@ -57,7 +57,8 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
   const int64_t tokens = q.size(0), heads = q.size(1);
   check_state(state, heads, v.size(2), q.size(2));
   if (z) check_denominator(*z, state);
-  RecurrentParams p = pool_params(state, state_indices, cu_seqlens, tokens);
+  const std::vector<int32_t> order = slot_order(state_indices);
+  RecurrentParams p = pool_params(state, state_indices, cu_seqlens, tokens, order);
   p.z = z ? z->mutable_data_ptr<float>() : nullptr;
   p.z_stride = z ? z->stride(0) : 0;
   set_terms(p, q, w, a, b);

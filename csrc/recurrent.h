@@ -60,10 +60,11 @@ struct HeadTask {
 };
 
 inline HeadTask head_task(const RecurrentParams& p, int64_t task) {
-  const int64_t begin = task % p.row_splits() * p.rows_per_split;
-  const int64_t head = task / p.row_splits() % p.heads;
-  const int64_t segment = task / p.row_splits() / p.heads;
+  const int64_t whole = p.row_splits == 1 ? task : task / p.row_splits;
+  const int64_t begin = (task - whole * p.row_splits) * p.rows_per_split;
   const int64_t end = min(begin + p.rows_per_split, p.value_width);
+  const int64_t place = whole / p.heads, head = whole - place * p.heads;
+  const int64_t segment = p.order ? p.order[place] : place;
   return {segment, head, p.first(segment), p.first(segment + 1), begin, end};
 }
 

@@ -164,7 +164,9 @@ void run_heads(const Batch& batch, const Tensor* w, const Buffers& s, const Tens
   for (int64_t i : {int64_t(kKK), int64_t(kKA), int64_t(kRK), int64_t(kGroupNormWeight),
                     int64_t(kGroupNormBias)})
     check_vector(w[i], "a weight of the heads", heads, width);
-  RWKV7HeadsParams p{pool_params(state, batch.state_indices, batch.cu_seqlens, batch.tokens)};
+  const std::vector<int32_t> order = slot_order(batch.state_indices);
+  RWKV7HeadsParams p{
+      pool_params(state, batch.state_indices, batch.cu_seqlens, batch.tokens, order)};
   const auto data = [](const Tensor& x) { return x.mutable_data_ptr<float>(); };
   p.r = data(s.r);
   p.k = data(s.k);
@@ -194,7 +196,7 @@ void run_heads(const Batch& batch, const Tensor* w, const Buffers& s, const Tens
   step.b = view(p.b);
   step.out = data(s.out);
   step.out_stride = heads * width;
-  step.rows_per_split = width;
+  split_rows(step, width);
   for_each_head(step, batch.tokens, 1, [&](int64_t task) { kernels().rwkv7_heads(p, task); });
 }
 

@@ -78,12 +78,11 @@ inline void finish_head(const RWKV7HeadsParams& p, int64_t at, int64_t channel) 
 // A task is one head of one segment.
 inline void rwkv7_heads(const RWKV7HeadsParams& p, int64_t task) {
   const RecurrentParams& s = p.recurrent;
-  const int64_t head = task % s.heads, segment = task / s.heads;
-  const int64_t first = s.first(segment), last = s.first(segment + 1);
-  const int64_t channel = head * s.key_width, channels = s.heads * s.key_width;
-  for (int64_t t = first; t < last; ++t) prepare_head(p, t * channels + channel, channel);
+  const HeadTask of = head_task(s, task);
+  const int64_t channel = of.head * s.key_width, channels = s.heads * s.key_width;
+  for (int64_t t = of.first; t < of.last; ++t) prepare_head(p, t * channels + channel, channel);
   recurrent_as<Form<Decay::kPerKey, true>>(s, task);
-  for (int64_t t = first; t < last; ++t) finish_head(p, t * channels + channel, channel);
+  for (int64_t t = of.first; t < of.last; ++t) finish_head(p, t * channels + channel, channel);
 }
 
 }  // namespace cottention::COTTENTION_ISA
