@@ -101,6 +101,10 @@ inline void recurrent_as(const RecurrentParams& p, int64_t task) {
   }
   if (p.state_indices[s.segment] == kPaddingSlot)
     return zero_outputs(p, s.segment, s.head, s.begin, s.end - s.begin);
+  if (s.last - s.first == 1)
+    return stream_block<Form>(token_of<Form>(p, s.first, s.head, s.begin),
+                              head_state(p, s.segment, s.head) + s.begin * p.key_width, p.key_width,
+                              s.end - s.begin);
   for (int64_t t = s.first; t < s.last; t += kTokenChunk)
     advance_chunk<Form>(p, s, t, min(t + kTokenChunk, s.last));
 }

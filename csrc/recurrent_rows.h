@@ -248,7 +248,8 @@ inline void stream_held_rows(float* h, const Token& t, int64_t row, const Keys* 
 
 // One token on a block of rows from memory.
 template <class Form, int kHeld>
-inline void stream_held(const Token& t, float* h, int64_t rows) {
+[[gnu::noinline, gnu::flatten]] void stream_held(const Token& given, float* h, int64_t rows) {
+  const Token t = given;  // in registers: no store can change it
   Lanes total[kRowGroup];
   Keys keys[kHeld];
   const Lanes decay = head_decay_of<Form>(t);
@@ -261,7 +262,9 @@ inline void stream_held(const Token& t, float* h, int64_t rows) {
 }
 
 template <class Form>
-inline void stream_wide(const Token& t, float* h, int64_t width, int64_t rows) {
+[[gnu::noinline, gnu::flatten]] void stream_wide(const Token& given, float* h, int64_t width,
+                                                 int64_t rows) {
+  const Token t = given;
   Lanes total[kRowGroup];
   for (int64_t r = 0; r < rows; r += kRowGroup) {
     stream_rows<Form>(h + r * width, t, r, width, total);
