@@ -11,6 +11,8 @@
 namespace cottention {
 namespace {
 
+constexpr int64_t kScannedPerThread = 16384;  // elements of states, each with an exponential
+
 void check_matrix(const Tensor& x, const char* name, int64_t rows, int64_t columns) {
   check_rows(x, name, 2);
   check_size(x, name, 0, rows);
@@ -56,7 +58,7 @@ Tensor selective_scan(const Tensor& u, const Tensor& delta, const Tensor& log_de
   const int64_t segments = state_indices.size(0);
   const int64_t work = ceil_div(tokens, std::max<int64_t>(1, segments)) * kScanChannels * width;
   const Kernels& table = kernels();
-  for_each_task(segments * p.splits(), kElementsPerThread / std::max<int64_t>(1, work),
+  for_each_task(segments * p.splits(), kScannedPerThread / std::max<int64_t>(1, work),
                 [&](int64_t task) { table.selective_scan(p, task); });
   return out;
 }
