@@ -60,9 +60,10 @@ def check_step(
 
 def check_one_device(*tensors: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on one device: torch dispatches by any of them."""
-    devices = {x.device for x in tensors if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"tensors must be on one device, not on {sorted(map(str, devices))}")
+    devices = [x.device for x in tensors if x is not None]
+    if devices.count(devices[0]) < len(devices):
+        names = sorted(set(map(str, devices)))
+        raise ValueError(f"tensors must be on one device, not on {names}")
 
 
 def _check_dims(x: Tensor, name: str, dims: int) -> None:

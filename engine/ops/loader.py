@@ -32,6 +32,7 @@ _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 
 
+@functools.cache
 def backend() -> Backend:
     """The implementation that this process uses; the first call finds, builds and loads the ops.
 
@@ -73,19 +74,21 @@ def compiled_takes(
     x: Tensor, *others: Tensor | None, types: Collection[torch.dtype] = (torch.float32,)
 ) -> bool:
     """Whether the CPU op takes x. The op itself refuses arguments that do not match x."""
-    if x.device.type != "cpu" or x.dtype not in types:
+    if not x.is_cpu or x.dtype not in types:
         return False
     return not needs_gradient(x, *others) and backend() == "compiled"
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether an operation on these tensors is recorded for a backward pass."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if not torch.is_grad_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in tensors)
 
 
 def cuda_takes(x: Tensor) -> bool:
     """Whether the CUDA op takes x. The op itself refuses arguments that do not match x."""
-    return x.device.type == "cuda" and x.dtype in HALF_OR_SINGLE and is_cuda_ready()
+    return x.is_cuda and x.dtype in HALF_OR_SINGLE and is_cuda_ready()
 
 
 @functools.cache
