@@ -1,17 +1,20 @@
 """The recurrent step alone: bytes per second, compared with a stream over the same memory.
 
 A measurement runs the step for every layer in turn, as decode does, on a pool with as many slots as
-the batch has rows. The stream scales the same memory in place; on a GPU it copies one half onto the
-other, and the step runs as a captured graph. `torch` is the better of two formulations, baddbmm and
-bmm, or a sum of outer products and a product with the query, on contiguous states. `torch by slot`
-does the same work as the step: it gathers the states from the pool and writes them back. All are
-called in turn, so that changes in memory bandwidth affect all alike.
+the batch has rows. `one call` is the step of all layers' heads in one call, without what a call of
+the op costs; the engine runs all layers of a model in one call, too. The stream scales the same
+memory in place; on a GPU it copies one half onto the other, and the step runs as a captured graph.
+`torch` is the better of two formulations, baddbmm and bmm, or a sum of outer products and a product
+with the query, on contiguous states. `torch by slot` does the same work as the step: it gathers the
+states from the pool and writes them back. All are called in turn, so that changes in memory
+bandwidth affect all alike.
 
 The step with a decay, and with a term that reads the state, is measured at the shapes of families
 that have them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -66,6 +69,11 @@ def measure(quick: bool, device: Device | None = None) -> Report:
     """One row for each shape and batch size that fits into memory."""
     device = device or Cpu()
     check(device)
+    with torch.inference_mode():  # as in the engine
+        return _measured(quick, device)
+
+
+def _measured(quick: bool, device: Device) -> Report:
     shapes = {name: SHAPES[name] for name in (("default", "300M") if quick else SHAPES)}
     rows = [
         _row(device, name, config, batch, 0.3 if quick else 2.0)
@@ -102,14 +110,33 @@ def _batch(config: GPTJConfig, size: int, device: Device) -> Batch:
     generator = torch.Generator().manual_seed(size)
     shape = size, config.n_head, config.head_dim
     q, k, v = (torch.randn(shape, generator=generator) / config.head_dim**0.5 for _ in range(3))
-    pool = torch.full((size, *config.state_spec().shapes["state"]), 0.01, device=device.name)
+    pool = _pool((size, *config.state_spec().shapes["state"]), device)
     state_indices = torch.randperm(size, generator=generator).int()
     return Batch(*(x.to(device.name) for x in (q, k, v)), pool, state_indices.to(device.name))
+
+
+def _pool(shape: Sequence[int], device: Device) -> Tensor:
+    """Memory as in the engine's pool."""
+    return ops.zeros(shape, device.name).fill_(0.01)
 
 
 def _step(batch: Batch, layer: int) -> Tensor:
     q, k, v, pool, state_indices = batch
     return ops.recurrent_step(q, k, v, pool[:, layer], None, state_indices)
+
+
+def _steps(batch: Batch) -> None:
+    q, k, v, pool, state_indices = batch
+    for layer in pool.unbind(1):
+        ops.recurrent_step(q, k, v, layer, None, state_indices)
+
+
+def _one_call(batch: Batch) -> Callable[[], object]:
+    """The step of the heads of all layers, which all have the same q, k and v."""
+    layers = batch.pool.shape[1]
+    q, k, v = (x.repeat(1, layers, 1) for x in batch[:3])
+    pool = batch.pool.flatten(1, 2)
+    return lambda: ops.recurrent_step(q, k, v, pool, None, batch.state_indices)
 
 
 def _fits(config: GPTJConfig, batch: int, device: Device) -> bool:
@@ -124,13 +151,15 @@ def _row(
     moved, pool = 2 * batch.pool.nbytes, batch.pool
     stream = device.stream(pool)
     works = (
-        device.repeatable(lambda: [_step(batch, layer) for layer in range(config.n_layer)]),
+        device.repeatable(lambda: _steps(batch)),
+        device.repeatable(_one_call(batch)),
         stream.work,
         device.repeatable(lambda: [layer.mul_(0.999) for layer in pool.unbind(1)]),
         device.repeatable(lambda: _by_slot(config, batch)),
         *map(device.repeatable, _peers(config, batch)),
     )
-    step, streamed, by_layer, by_slot, *peers = medians(device, works, at_least=at_least)
+    step, at_once, streamed, by_layer, by_slot, *peers = medians(device, works, at_least=at_least)
+    stream_speed = stream.num_bytes / streamed
     return {
         "shape": name,
         "batch": size,
@@ -138,8 +167,9 @@ def _row(
         "state MiB": pool.nbytes / 2**20,
         "us/layer": 1e6 * step / config.n_layer,
         "GB/s": 1e-9 * moved / step,
-        "stream GB/s": 1e-9 * stream.num_bytes / streamed,
-        "step / stream": moved / step * streamed / stream.num_bytes,
+        "stream GB/s": 1e-9 * stream_speed,
+        "step / stream": moved / step / stream_speed,
+        "one call / stream": moved / at_once / stream_speed,
         "step / by layer": by_layer / step,
         "torch / step": min(peers) / step,
         "torch by slot / step": by_slot / step,
@@ -158,16 +188,26 @@ def _form_row(
     w = 0.9 + drawn(*([form.key] if form.decay == "per key" else [])) / 10
     unit = torch.nn.functional.normalize(drawn(form.key) - 0.5, dim=-1)
     a, b = (-unit, unit / 2) if form.has_term else (None, None)
-    shape = size, form.layers, form.heads, form.value, form.key
-    pool = torch.full(shape, 0.01, device=device.name)
+    pool = _pool((size, form.layers, form.heads, form.value, form.key), device)
     segments = ops.Segments(torch.randperm(size, generator=generator).int().to(device.name))
 
-    def step() -> None:
-        for layer in pool.unbind(1):
+    def of_all(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.repeat(1, form.layers, *[1] * (x.dim() - 2))
+
+    def step(pools: Sequence[Tensor], *terms: Tensor | None) -> None:
+        q, k, v, w, a, b = terms
+        for layer in pools:
             ops.recurrent_segments(q, k, v, layer, None, segments, w=w, a=a, b=b)
 
+    terms = q, k, v, w, a, b
     stream = device.stream(pool)
-    took, streamed = medians(device, (device.repeatable(step), stream.work), at_least=at_least)
+    works = (
+        device.repeatable(partial(step, pool.unbind(1), *terms)),
+        device.repeatable(partial(step, [pool.flatten(1, 2)], *map(of_all, terms))),
+        stream.work,
+    )
+    took, at_once, streamed = medians(device, works, at_least=at_least)
+    stream_speed = stream.num_bytes / streamed
     return {
         "model": name,
         "batch": size,
@@ -175,7 +215,8 @@ def _form_row(
         "reads the state": "yes" if form.has_term else "no",
         "state MiB": pool.nbytes / 2**20,
         "us/layer": 1e6 * took / form.layers,
-        "step / stream": 2 * pool.nbytes / took * streamed / stream.num_bytes,
+        "step / stream": 2 * pool.nbytes / took / stream_speed,
+        "one call / stream": 2 * pool.nbytes / at_once / stream_speed,
     }
 
 
