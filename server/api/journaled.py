@@ -2,18 +2,23 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from secrets import randbits, token_hex
 from typing import TYPE_CHECKING
 
 from starlette.types import Scope
 
+from cottention.engine.errors import SessionMovedError, StoreUnreachableError
 from cottention.engine.sampling_params import SamplingParams
 from cottention.engine.sessions.store.journal import JournaledTurn
 from cottention.server.api.dependencies import Context
+from cottention.server.generation.output_stream import OutputStreamClosed
 from cottention.server.generation.request import GenerationRequest
 from cottention.server.idempotency.keys import KeyedRequest
+from cottention.server.sessions.journal import Leave, TurnJournal
+from cottention.server.sessions.live_events import LiveEvents
 
 if TYPE_CHECKING:  # it imports torch, which the server must not load
     from cottention.engine.sessions.types import AdoptedTurn
@@ -26,6 +31,26 @@ def can_go_on(context: Context, params: SamplingParams) -> bool:
     """
     journal = context.journal
     return journal is not None and (not journal.gates or params.logprobs is None)
+
+
+@asynccontextmanager
+async def left_to_others(
+    journal: TurnJournal | None, leave: Leave, live: LiveEvents, keyed: KeyedRequest | None
+) -> AsyncIterator[None]:
+    """Where another server goes on with what runs within, nothing is told of its end.
+
+    leave: ends it here. keyed: who goes on keeps its answer.
+    """
+    try:
+        yield
+    except (SessionMovedError, StoreUnreachableError, OutputStreamClosed) as error:
+        is_over = isinstance(error, OutputStreamClosed)
+        if journal is None or (is_over and not journal.is_leaving):
+            raise
+        if keyed is not None:
+            keyed.is_kept = True
+        await journal.left(leave)
+        live.cut()
 
 
 def new_journaled(

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from cottention.engine.errors import SessionMovedError, StoreUnreachableError
 from cottention.engine.scheduling.client import Client
 from cottention.engine.sessions.store.journal import JournaledTurn
 from cottention.engine.sessions.store.protocol import Claim
 from cottention.server.api.dependencies import Context
-from cottention.server.api.journaled import can_go_on, new_journaled, repeatable
+from cottention.server.api.journaled import can_go_on, left_to_others, new_journaled, repeatable
 from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.deadline import entered_before
-from cottention.server.generation.output_stream import OutputDelta, OutputStream, OutputStreamClosed
+from cottention.server.generation.output_stream import OutputDelta, OutputStream
 from cottention.server.generation.request import GenerationRequest, ParsedRequest
 from cottention.server.generation.responses import (
     EndpointFormat,
@@ -335,26 +334,14 @@ async def _run(
     journal: TurnJournal | None,
     keyed: KeyedRequest | None,
 ) -> None:
-    """Run a turn to its end and pass its events to `live`; then close `stack`.
-
-    Where another server goes on with it, nothing is told of its end.
-    """
+    """Run a turn to its end and pass its events to `live`; then close `stack`."""
     try:
-        async with stack:
-            try:
-                async for text in events.texts():
-                    live.add(text)
-                    if events.has_ended:  # followers need not wait until the stack is closed
-                        _note_kept(keyed, events)
-                        live.end()
-            except (SessionMovedError, StoreUnreachableError, OutputStreamClosed) as error:
-                is_over = isinstance(error, OutputStreamClosed)
-                if journal is None or (is_over and not journal.is_leaving):
-                    raise
-                if keyed is not None:
-                    keyed.is_kept = True  # by who goes on
-                await journal.left(turn.leave)
-                live.cut()
+        async with stack, left_to_others(journal, turn.leave, live, keyed):
+            async for text in events.texts():
+                live.add(text)
+                if events.has_ended:  # followers need not wait until the stack is closed
+                    _note_kept(keyed, events)
+                    live.end()
     finally:
         live.end()
         if journal is not None:

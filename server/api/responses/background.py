@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from fastapi import Response
 
-from cottention.engine.errors import SessionMovedError, StoreUnreachableError
 from cottention.engine.scheduling.client import Client
 from cottention.engine.sessions.store.protocol import Claim
 from cottention.server.api.dependencies import Context
+from cottention.server.api.journaled import left_to_others
 from cottention.server.api.responses.begun import (
     Asked,
     BegunResponse,
@@ -19,7 +19,6 @@ from cottention.server.api.responses.begun import (
 from cottention.server.api.turn_response import told
 from cottention.server.generation.cancellation import Cancellation
 from cottention.server.generation.json_pieces import object_response
-from cottention.server.generation.output_stream import OutputStreamClosed
 from cottention.server.generation.sse import EventStreamResponse
 from cottention.server.idempotency.keys import KeyedRequest
 from cottention.server.idempotency.recording import answer_of
@@ -134,33 +133,21 @@ async def _run(
     journal: TurnJournal | None,
     keyed: KeyedRequest | None,
 ) -> None:
-    """Run a response to its end. keyed: is told what became of it.
-
-    Where another server goes on with it, nothing is told of its end.
-    """
+    """Run a response to its end. keyed: is told what became of it."""
     run, has_failed = begun.run, True
     try:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(begun.stack.aclose)
             stack.push_async_callback(run.settle)
-            try:
+            async with left_to_others(journal, run.leave, live, keyed):
                 async for text in run.texts():
                     live.add(text)
                 has_failed = run.error is not None
                 if keyed is not None:
                     keyed.is_kept = run.is_answered
-            except (SessionMovedError, StoreUnreachableError, OutputStreamClosed) as error:
-                is_over = isinstance(error, OutputStreamClosed)
-                if journal is None or (is_over and not journal.is_leaving):
-                    raise
-                has_failed = False
-                if keyed is not None:
-                    keyed.is_kept = True  # by who goes on
-                await journal.left(run.leave)
-                live.cut()
     finally:
         live.end()
         if keyed is not None:
-            keyed.has_failed = has_failed
+            keyed.has_failed = has_failed and not live.was_cut
         if journal is not None:
             journal.close()
