@@ -257,16 +257,19 @@ def test_a_file_keeps_no_sessions(
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("command", ["serve", "info"])
+@pytest.mark.parametrize("command", [("serve", "--port", 0), ("info",)], ids=lambda c: c[0])
 def test_a_softmax_model_is_not_served(
-    capsys: pytest.CaptureFixture[str], gptj_folder: Path, tmp_path: Path, command: str
+    capsys: pytest.CaptureFixture[str],
+    gptj_folder: Path,
+    tmp_path: Path,
+    command: tuple[str | int, ...],
 ) -> None:
     folder = tmp_path / "softmax"
     shutil.copytree(gptj_folder, folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["attention_type"] = "softmax"
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    status, told = fails(capsys, command, folder)
+    status, told = fails(capsys, *command, folder)
     assert status == 1
     assert "for training and benchmarks only" in told
 
