@@ -5,7 +5,7 @@ from typing import Literal
 
 from cottention.engine.encoding import Pooling
 from cottention.engine.errors import ConfigurationError
-from cottention.engine.settings.declaration import check_settings, setting
+from cottention.engine.settings.declaration import MAX_THREADS, check_settings, setting
 from cottention.engine.state.context_window import ContextPolicy
 from cottention.engine.state.spec import StateSpec
 
@@ -125,7 +125,9 @@ class EngineConfig:
         minimum=1,
         unit="bytes",
     )
-    threads: int | None = setting(None, "number of CPU threads", unset="chosen by torch", minimum=1)
+    threads: int | None = setting(
+        None, "number of CPU threads", unset="chosen by torch", minimum=1, maximum=MAX_THREADS
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -13,6 +13,8 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 SEND_SECONDS = 300.0
 """Default of --send-seconds."""
+MAX_SEND_SECONDS = 2_147_483
+"""As many milliseconds as a socket takes."""
 
 GENERATE_MAX_TOKENS = 256
 """Where neither --max-tokens nor the model's files limit what `generate` prints."""
@@ -95,6 +97,7 @@ class ServerConfig:
         SEND_SECONDS,
         "time in which a client that has stopped reading must read some of what waits for it",
         minimum=0.01,
+        maximum=MAX_SEND_SECONDS,
         unit="seconds",
     )
     max_connections: int | None = setting(
@@ -374,7 +377,9 @@ class GenerateConfig:
         "minimum probability of a token, relative to that of the likeliest",
         unset=_UNSET.format(0),
     )
-    seed: int | None = setting(None, "random seed", unset="a new one each time")
+    seed: int | None = setting(
+        None, "random seed", unset="a new one each time", minimum=-(2**63), maximum=2**63 - 1
+    )
     stop: tuple[str, ...] = setting((), "stop string; may be repeated")
 
     def __post_init__(self) -> None:

@@ -13,6 +13,15 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from cottention.engine.errors import ConfigurationError
 
+MAX_WHOLE_NUMBER = 10**18
+"""Of a setting without a maximum of its own: SQLite, the system and Python's loops take no number
+above 2⁶³ − 1, and sums of two are numbers, too."""
+MAX_SECONDS = 10**9
+"""The same for a time, 31 years: clocks take no other."""
+
+MAX_THREADS = 1024
+"""More than that a process may not get, and ends."""
+
 SIZE_SUFFIXES = {"K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 
 
@@ -36,6 +45,7 @@ def setting(
 
     unset: what a default of None, or of no values, means to a user, such as "unlimited".
     unit: of a number; "bytes" also accepts 512K, 4M and 2G.
+    maximum: without one, whole numbers and times have one that Python and the system can handle.
     choices: allowed strings, where the type is not a `Literal`.
     is_secret: the value is never printed.
     is_positional: on the command line it is an argument without a flag.
@@ -191,6 +201,10 @@ def _setting_of(item: Field[Any]) -> Setting:
     kind = str if is_list else _without_none(item.type)
     facts = dict(item.metadata)
     facts["is_path"] |= kind is Path
+    if facts["maximum"] is None and facts["unit"] == "seconds":
+        facts["maximum"] = MAX_SECONDS
+    elif facts["maximum"] is None and kind is int:
+        facts["maximum"] = MAX_WHOLE_NUMBER
     if get_origin(kind) is Literal:
         kind, facts["choices"] = str, get_args(kind)
     return Setting(name=item.name, type=kind, is_list=is_list, default=item.default, **facts)

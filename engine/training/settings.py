@@ -9,7 +9,12 @@ from cottention.engine.models.gptj.attention_kinds import ATTENTION_KINDS
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.feature_maps.random_features import RandomFeatures
 from cottention.engine.settings.command_line import OneLineParser, add_config_flag, add_flags
-from cottention.engine.settings.declaration import check_settings, setting, settings_of
+from cottention.engine.settings.declaration import (
+    MAX_THREADS,
+    check_settings,
+    setting,
+    settings_of,
+)
 from cottention.engine.settings.sources import (
     CONFIG_NAME,
     VARIABLE_PREFIX,
@@ -88,7 +93,9 @@ class TrainingSettings:
     save_every: int = setting(100, "interval between checkpoints", minimum=1, unit="steps")
     seed: int = setting(1, "random seed of weights, windows and dropout")
     device: str = setting("auto", "cpu, cuda, or auto, which uses CUDA where it is available")
-    threads: int | None = setting(None, "number of CPU threads", unset="chosen by torch", minimum=1)
+    threads: int | None = setting(
+        None, "number of CPU threads", unset="chosen by torch", minimum=1, maximum=MAX_THREADS
+    )
     resume: bool = setting(True, "resume from a checkpoint where there is one")
 
     def __post_init__(self) -> None:
