@@ -63,7 +63,12 @@ class RequestFailedError(CottentionError):
 
 
 class SnapshotError(CottentionError):
-    """Bytes that are no snapshot: of another kind, cut, damaged or lying about their sizes."""
+    """Bytes that are no snapshot: of another kind, cut, damaged or lying about their sizes.
+
+    session_id: of the stored session that was read; None for bytes that a client sent.
+    """
+
+    session_id: str | None = None
 
 
 class SnapshotMismatchError(SnapshotError):

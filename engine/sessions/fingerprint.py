@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from cottention.engine.models.registry import read_config
 from cottention.engine.models.weight_files import weight_files
@@ -40,12 +40,28 @@ class Fingerprint:
         )
 
 
+class Layout(NamedTuple):
+    """The parts of a fingerprint's layout."""
+
+    tensors: str
+    dtype: str
+
+
+def split_layout(layout: str) -> Layout:
+    """The parts of a layout, and of what is none all of it as `tensors`."""
+    tensors, _, dtype = layout.partition(_WEIGHTS)
+    return Layout(tensors, dtype)
+
+
+_WEIGHTS = " weights="
+
+
 def _layout(spec: StateSpec, dtype: str) -> str:
     tensors = [
         f"{tensor.name}={'x'.join(map(str, tensor.shape))}:{tensor.dtype}"
         for tensor in spec.tensors
     ]
-    return " ".join([*tensors, f"weights={dtype}"])
+    return " ".join(tensors) + _WEIGHTS + dtype
 
 
 def _sha256(paths: Iterable[Path]) -> str:

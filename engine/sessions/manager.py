@@ -221,7 +221,9 @@ class SessionManager:
         lease, record = self._cache.begin(owner, session_id, LEASE_SECONDS)
         try:
             session = self._at(expected_position, record)
-            return Turn(session, self._cache.load_for_turn(record).state, lease, record)
+            with _reading(session_id):
+                state = self._cache.load_for_turn(record).state
+            return Turn(session, state, lease, record)
         except BaseException:
             self._cache.release(lease)
             raise
@@ -298,7 +300,8 @@ class SessionManager:
         metadata: theirs; None: that of this session. answer: stored with them.
         """
         with self._leased(owner, session_id, expected_position) as (_, record):
-            value = self._cache.load_for_turn(record)
+            with _reading(session_id):
+                value = self._cache.load_for_turn(record)
             new = self._fork_of(record, value)
             if metadata is not None:
                 new = replace(new, metadata=metadata)
@@ -478,7 +481,8 @@ class SessionManager:
         """What `read` finds of the head; where a turn replaces that meanwhile, of the next one."""
         record = self._record(owner, session_id)
         try:
-            return read(record)
+            with _reading(session_id):
+                return read(record)
         except SnapshotError:
             if self._store.head(session_id) == record.version:
                 raise
@@ -550,6 +554,16 @@ class SessionManager:
 
     def _context_start(self, policy: ContextPolicy, position: int) -> int:
         return self._codec.context_schedules[policy].start(max(position - 1, 0))
+
+
+@contextmanager
+def _reading(session_id: str) -> Iterator[None]:
+    """Give a SnapshotError the session whose stored bytes raise it."""
+    try:
+        yield
+    except SnapshotError as error:
+        error.session_id = session_id
+        raise
 
 
 def save_all(unsaved: Mapping[str, T], save: Callable[[str, T], object]) -> None:

@@ -17,18 +17,19 @@ import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from cottention.engine.config import DType
 from cottention.engine.errors import (
     NonFiniteStateError,
     SnapshotError,
     SnapshotMismatchError,
     StateTooLargeError,
 )
-from cottention.engine.sessions.fingerprint import Fingerprint
+from cottention.engine.sessions.fingerprint import Fingerprint, split_layout
 from cottention.engine.state.context_window import ContextPolicy, ContextSchedule
 from cottention.engine.state.session_state import MAX_PENDING, MAX_UNDECODED, SessionState
 from cottention.engine.state.spec import StateDType, StateSpec
@@ -38,6 +39,9 @@ MAX_HEADER_BYTES = 16_384
 
 _BODY_AT = len(MAGIC) + hashlib.sha256().digest_size
 _WIDTHS = {"F32": 4, "I32": 4, "U8": 1}
+DTYPES = frozenset(get_args(DType)) - {"auto"}
+"""Of weights, as --dtype takes them."""
+
 _STATE_DTYPES: dict[StateDType, str] = {"float32": "F32"}
 
 
@@ -270,8 +274,8 @@ class SnapshotCodec:
         unpacked. What takes time runs without the interpreter's lock: hashes, copies and the
         checks of long lists.
 
-        Raises SnapshotMismatchError for a snapshot of another model or format, SnapshotError for
-        bytes that are damaged or no snapshot, or a state that no session has.
+        Raises SnapshotMismatchError for a snapshot of another model, dtype or format, SnapshotError
+        for bytes that are damaged or no snapshot, or a state that no session has.
         """
         header, data = unseal(raw)
         sizes = self._sizes(header)
@@ -336,8 +340,20 @@ class SnapshotCodec:
         if policy not in self._policies:
             here = ", ".join(map(repr, self._policies))
             faults.append(f"context_policy (here {here}, in the snapshot {policy[:200]!r})")
-        if faults:
-            raise SnapshotMismatchError(f"the snapshot differs in {', '.join(faults)}")
+        if not faults:
+            return
+        made_with, own = split_layout(found["layout"]), split_layout(self._expected["layout"])
+        if len(faults) == 1 and made_with.tensors == own.tensors and made_with.dtype in DTYPES:
+            raise SnapshotMismatchError(
+                f"the state was made with --dtype {made_with.dtype}, and this server has its"
+                f" weights in {own.dtype}: start it with --dtype {made_with.dtype} to go on from"
+                " the state, or open a new session and send its text again"
+            )
+        raise SnapshotMismatchError(
+            "the state was made by another model, or with other settings: it differs in"
+            f" {', '.join(faults)}. Use it with a server of those, or open a new session and send"
+            " its text again"
+        )
 
     def _check_sizes(self, sizes: _Sizes) -> None:
         """Refuse sizes that no session can have. Raises SnapshotError."""

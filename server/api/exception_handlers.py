@@ -18,16 +18,15 @@ from cottention.engine.errors import (
     ParameterError,
     SessionError,
     SnapshotError,
-    SnapshotMismatchError,
 )
 from cottention.server.generation.async_engine import Phase
 from cottention.server.generation.output_stream import OutputStreamClosed
 from cottention.server.http.errors import (
     ApiError,
     invalid,
-    session_damaged,
     session_error,
     unavailable,
+    unreadable_session,
 )
 
 logger = logging.getLogger("cottention")
@@ -100,10 +99,8 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
             return unavailable(str(error))
         case SessionError():
             return session_error(error)
-        case SnapshotMismatchError():  # stored by a server with another model
-            return ApiError(409, str(error), param="session_id", code="snapshot_mismatch")
         case SnapshotError():
-            return session_damaged(error)
+            return unreadable_session(error)
         case RequestValidationError():
             first = error.errors()[0]
             return invalid(str(first["loc"][-1]), first["msg"])

@@ -137,8 +137,27 @@ def bad_snapshot(error: SnapshotError, param: str | None = None) -> ApiError:
     return ApiError(400, str(error), param=param, code="bad_snapshot")
 
 
-def session_damaged(error: SnapshotError) -> ApiError:
-    """A 500 for a stored session whose bytes have changed; the details are logged."""
-    logger.error("a stored session is damaged: %s", error)
-    message = "the stored session is damaged; see the server's log for the details"
+def unreadable_session(error: SnapshotError) -> ApiError:
+    """The response where a stored session's state cannot be used: of another model, or damaged."""
+    name = f"session {error.session_id!r}" if error.session_id else "the session"
+    if isinstance(error, SnapshotMismatchError):
+        return stored_mismatch(error, name, "session_id")
+    path = f"/v1/sessions/{error.session_id or 'ID'}"
+    advice = (
+        f"POST {path}/rewind goes back to the turn before it, where one is stored; DELETE {path}"
+        " removes the session"
+    )
+    return stored_damaged(error, name, advice)
+
+
+def stored_mismatch(error: SnapshotMismatchError, name: str, param: str) -> ApiError:
+    """A 409 for what a server with another model has stored; name: what it is, and its id."""
+    message = f"{name} cannot go on here: {error}"
+    return ApiError(409, message, param=param, code="snapshot_mismatch")
+
+
+def stored_damaged(error: SnapshotError, name: str, advice: str) -> ApiError:
+    """A 500 for what is stored and whose bytes have changed; the details are logged."""
+    logger.error("the stored state of %s is damaged: %s", name, error)
+    message = f"the stored state of {name} is damaged, as the server's log says: {advice}"
     return ApiError(500, message, code="session_damaged")

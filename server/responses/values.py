@@ -11,11 +11,16 @@ from dataclasses import dataclass, replace
 from secrets import token_hex
 from typing import TYPE_CHECKING, Self
 
-from cottention.engine.errors import SessionNotFoundError, SessionQuotaError, SnapshotError
+from cottention.engine.errors import (
+    SessionNotFoundError,
+    SessionQuotaError,
+    SnapshotError,
+    SnapshotMismatchError,
+)
 from cottention.engine.sessions.store.protocol import Quota, Quotas
 from cottention.engine.state.event_log import EventLog
 from cottention.server.http.body import shown
-from cottention.server.http.errors import ApiError, too_many
+from cottention.server.http.errors import ApiError, stored_damaged, stored_mismatch, too_many
 from cottention.server.responses.writer import Cut
 from cottention.server.schemas.responses import JsonObject
 
@@ -209,6 +214,8 @@ class ResponseStore:
             stored = StoredResponse.from_log(log_of(*key))
         except SessionNotFoundError:
             raise not_found(response_id, param) from None
+        except SnapshotError as error:
+            raise _unreadable(error, response_id, param) from None
         return stored.interrupted() if stored.is_running and was_interrupted else stored
 
     def delete(self, owner: str, response_id: str) -> None:
@@ -224,6 +231,15 @@ def not_found(response_id: str, param: str = "response_id") -> ApiError:
     """A 404, the same for a response that is unknown and for one of another owner."""
     message = f"there is no stored response {shown(response_id)}"
     return ApiError(404, message, param=param, code="response_not_found")
+
+
+def _unreadable(error: SnapshotError, response_id: str, param: str) -> ApiError:
+    """Where a stored response cannot be used: it is of another model, or damaged."""
+    name = f"response {shown(response_id)}"
+    if isinstance(error, SnapshotMismatchError):
+        return stored_mismatch(error, name, param)
+    advice = f"DELETE /v1/responses/{response_id} removes it; send its conversation again"
+    return stored_damaged(error, name, advice)
 
 
 def response_id_of(session_id: str) -> str:

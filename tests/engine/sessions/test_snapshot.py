@@ -141,6 +141,23 @@ def test_a_mismatch_names_all_that_differs() -> None:
     assert "format" not in str(caught.value)
 
 
+def test_a_mismatch_of_dtype_alone_says_which_to_start_with() -> None:
+    layout = "state=1x2x3x4:float32 weights="
+    raws = {}
+    for dtype in ("int8", "float32", "floatier"):
+        prints = replace(PRINTS, layout=layout + dtype)
+        codec = SnapshotCodec(prints, SPEC, NUM_IDS, context_schedules(WINDOW), WINDOW)
+        raws[dtype] = codec.encode(FULL)
+    here = SnapshotCodec(
+        replace(PRINTS, layout=f"{layout}int8"), SPEC, NUM_IDS, context_schedules(WINDOW), WINDOW
+    )
+    with pytest.raises(SnapshotMismatchError, match="start it with --dtype float32") as caught:
+        here.decode(raws["float32"])
+    assert "differs" not in str(caught.value)
+    with pytest.raises(SnapshotMismatchError, match=r"differs in layout .*weights=floatier"):
+        here.decode(raws["floatier"])
+
+
 @pytest.mark.parametrize("number", ["1", "2", "4"])
 def test_another_format_is_refused_by_name(number: str) -> None:
     """Whatever else its header has: other formats have other fields, as those before had."""

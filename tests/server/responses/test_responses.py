@@ -7,7 +7,12 @@ from typing import Any
 import httpx
 import pytest
 
-from cottention.engine.errors import SessionQuotaError, StoreUnavailableError
+from cottention.engine.errors import (
+    SessionQuotaError,
+    SnapshotError,
+    SnapshotMismatchError,
+    StoreUnavailableError,
+)
 from cottention.server.generation.chat_template import ChatTemplate
 from cottention.server.generation.template_environment import compile_template
 from tests.server.fake_engine import FakeEngine
@@ -127,6 +132,31 @@ def test_a_continuation_reads_nothing_again(live: Live) -> None:
     assert usage["input_tokens"] == len("xabcy")
     assert usage["input_tokens_details"]["cached_tokens"] == len("xabc")
     assert second["previous_response_id"] == first["id"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (SnapshotError("secret path"), (500, None, "session_damaged")),
+        (SnapshotMismatchError("other"), (409, "previous_response_id", "snapshot_mismatch")),
+    ],
+)
+def test_what_cannot_be_read_of_a_response_says_which_it_is(
+    live: Live, error: Exception, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no session to its client, who cannot rewind it."""
+    response_id = made(live, "x", **KEEP)["id"]
+
+    def value(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(live.sessions, "value", value)
+    refused = create(live, "y", previous_response_id=response_id)
+    assert error_of(refused) == expected
+    message = refused.json()["error"]["message"]
+    assert response_id in message
+    assert "rewind" not in message
+    assert "secret" not in message
 
 
 def test_branches_are_apart_and_outlive_their_root(live: Live) -> None:

@@ -115,7 +115,30 @@ def test_a_folder_of_another_model_says_what_differs(tmp_path: Path) -> None:
     with keeping(tmp_path, weights="other") as live:
         refused = live.complete(prompt="y", session_id=session_id)
         assert refused.json()["error"]["code"] == "snapshot_mismatch"
+        assert f"session '{session_id}' cannot go on here" in refused.json()["error"]["message"]
         assert "weights" in refused.json()["error"]["message"]
+
+
+def test_a_damaged_state_says_whose_it_is_and_how_to_go_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with keeping(tmp_path) as live:
+        session_id = live.opened("x")
+        before = {path for path in tmp_path.rglob("*") if path.is_file()}
+        live.complete(prompt="y", session_id=session_id, max_tokens=2)
+    [newest] = {path for path in (tmp_path / "states").rglob("*") if path.is_file()} - before
+    newest.write_bytes(newest.read_bytes()[:-1] + b"!")
+    with keeping(tmp_path) as live:
+        refused = live.complete(prompt="z", session_id=session_id)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (500, "session_damaged")
+        assert f"session '{session_id}'" in refused.json()["error"]["message"]
+        assert newest.name not in refused.text
+        logged = [line for line in caplog.messages if newest.name in line]
+        assert any(session_id in line for line in logged)
+        rewind = f"/v1/sessions/{session_id}/rewind"
+        assert f"POST {rewind}" in refused.json()["error"]["message"]
+        assert live.client.post(rewind).status_code == 200
+        assert live.complete(prompt="z", session_id=session_id).status_code == 200
 
 
 def test_busy_moved_and_missing_are_told_alike(tmp_path: Path) -> None:
