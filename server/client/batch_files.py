@@ -26,7 +26,7 @@ MAX_NAMED = 5
 
 
 class BatchError(CottentionError):
-    """A file of a batch that cannot be read or written."""
+    """A file of a batch that cannot be read or written any more while the batch runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +75,11 @@ class BatchInput:
     """The requests of a file, by their custom_id. They are read again when it is their turn."""
 
     def __init__(self, path: Path) -> None:
-        """Raises BatchError where the file cannot be read, ConfigurationError where it is wrong."""
+        """Raises ConfigurationError where the file cannot be read or is wrong."""
         self._path = path
         self.places: dict[str, Place] = {}
         faults: list[str] = []
-        with self._opened() as file:
+        with self._opened(ConfigurationError) as file:
             for place, raw in _lines(file):
                 try:
                     request = BatchRequest.of(raw)
@@ -99,7 +99,7 @@ class BatchInput:
 
     def requests(self, done: Mapping[str, Any]) -> Iterator[BatchRequest]:
         """Those that are not in `done`, in the order of the file. Raises BatchError."""
-        with self._opened() as file:
+        with self._opened(BatchError) as file:
             for custom_id, place in self.places.items():
                 if custom_id in done:
                     continue
@@ -113,12 +113,16 @@ class BatchInput:
                 yield request
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[IO[bytes]]:
+    def _opened(self, fault: type[CottentionError]) -> Iterator[IO[bytes]]:
+        """Raises `fault` where the file cannot be read."""
         try:
             with self._path.open("rb") as file:
                 yield file
         except OSError as error:
-            raise BatchError(f"{self._path} cannot be read: {error.strerror}") from None
+            raise fault(
+                f"{self._path} cannot be read: {error.strerror}; give --input-file a file that this"
+                " process may read"
+            ) from None
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[Place, bytes]]:
@@ -160,8 +164,8 @@ class BatchOutput:
     def opened(cls, path: Path, custom_ids: Mapping[str, Any]) -> Iterator["BatchOutput"]:
         """Go on with a file, or begin it. A last line that was torn is taken away.
 
-        custom_ids: those of the input. Raises BatchError, ConfigurationError for a file that is no
-        output of this input, which is left as it is.
+        custom_ids: those of the input. Raises ConfigurationError for a file that cannot be written,
+        and for one that is no output of this input, which is left as it is.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -172,7 +176,10 @@ class BatchOutput:
             except BlockingIOError:
                 raise ConfigurationError(f"another run writes {path}") from None
             except OSError as error:
-                raise _unwritable(path, error) from None
+                raise ConfigurationError(
+                    f"{path} cannot be written: {error.strerror}; give --output-file a file, or a"
+                    " new name, in a folder that this process may write to"
+                ) from None
             yield cls(path, file, done)
 
     @property
@@ -197,12 +204,8 @@ class BatchOutput:
             while raw:
                 raw = raw[os.write(self._file.fileno(), raw) :]
         except OSError as error:
-            raise _unwritable(self._path, error) from None
+            raise BatchError(f"{self._path} cannot be written: {error.strerror}") from None
         self.done[custom_id] = answer.has_failed
-
-
-def _unwritable(path: Path, error: OSError) -> BatchError:
-    return BatchError(f"{path} cannot be written: {error.strerror}")
 
 
 def _read_done(path: Path, custom_ids: Mapping[str, Any]) -> tuple[dict[str, bool], int]:

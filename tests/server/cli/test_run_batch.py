@@ -232,9 +232,14 @@ def test_files_that_cannot_be_opened(
 ) -> None:
     good = tmp_path / "good.jsonl"
     fill(good, request("a"))
-    assert run((tmp_path / path, tmp_path / "out")) == 1
-    assert run((good, tmp_path / path)) == 1
-    assert capsys.readouterr().err.count("\n") == 2
+    for wrong, flag in (
+        ((tmp_path / path, tmp_path / "out"), "--input-file"),
+        ((good, tmp_path / path), "--output-file"),
+    ):
+        assert run(wrong) == 2, "the status of flags and files that are wrong"
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert f"give {flag}" in told
 
 
 def test_a_model_is_loaded_here(files: tuple[Path, Path], gptj_folder: Path) -> None:
