@@ -41,7 +41,8 @@ EXIT_FAILURE = 1
 EXIT_HANGUP = 129
 
 NO_TEMPLATE = (
-    "{} has no chat template: it cannot be asked, but it continues text (cottention generate)"
+    "{model} has no chat template, so it cannot be asked: {start} --chat-template plain, or with"
+    " --chat-template FILE, or let it continue text (cottention generate)"
 )
 
 
@@ -78,8 +79,8 @@ def chat(
         model = _model_of(client)
         if not is_plain and not model.has_template:
             if not is_interactive:
-                raise ConversationError(NO_TEMPLATE.format(model.name))
-            if not _accepts_continuation(model):
+                raise ConversationError(_no_template(model, client_config))
+            if not _accepts_continuation(_no_template(model, client_config)):
                 return EXIT_FAILURE
             is_plain = True
         parameters = _parameters(generation, model, client_config, is_plain=is_plain)
@@ -148,8 +149,13 @@ def _parameters(
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _accepts_continuation(model: Model) -> bool:
-    note(NO_TEMPLATE.format(model.name))
+def _no_template(model: Model, config: ClientConfig) -> str:
+    start = "chat with" if config.url is None else "start its server with"
+    return NO_TEMPLATE.format(model=model.name, start=start)
+
+
+def _accepts_continuation(reason: str) -> bool:
+    note(reason)
     with _interruptible():
         answer = LineReader(()).read("Continue your text instead? [Y/n] ")
     return answer is not None and answer.strip().lower() in ("", "y", "yes")

@@ -147,7 +147,18 @@ def test_a_model_without_a_template_is_offered_to_continue_text(tmp_path: Path) 
         done = piped("say:x", "chat", "--url", live.url)
         assert (done.returncode, done.stdout) == (1, "")
         assert "has no chat template" in done.stderr
+        assert "start its server with --chat-template plain" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_model_without_a_template_that_is_loaded_here_can_be_given_one(
+    gptj_folder: Path,
+) -> None:
+    refused = piped("x", "chat", "--model", gptj_folder)
+    assert refused.returncode == 1
+    assert "chat with --chat-template plain" in refused.stderr
+    flags = ["--chat-template", "plain", "--max-tokens", 1]
+    assert piped("x", "chat", "--model", gptj_folder, *flags).returncode == 0
 
 
 def test_texts_are_continued_line_by_line(tmp_path: Path) -> None:
