@@ -110,16 +110,16 @@ def _as_api_error(request: Request, error: Any) -> ApiError:
 
 def _of_route(request: Request, error: HTTPException) -> ApiError:
     """The framework's own errors: an unknown path or method."""
-    path, phrase = request.url.path, HTTPStatus(error.status_code).phrase
-    messages = {
-        404: f"there is no {path}; see /openapi.json for the endpoints",
-        405: f"{path} does not allow {request.method}",
-    }
-    message, headers = messages.get(error.status_code, phrase), dict(error.headers or {})
-    paths = request.app.openapi()["paths"]
-    if error.status_code == 405:
-        methods = _methods_at(path, paths) or set(headers.get("Allow", "").split(", "))
-        headers["Allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+    path, headers = request.url.path, dict(error.headers or {})
+    message = HTTPStatus(error.status_code).phrase
+    if error.status_code == 404:
+        message = f"there is no {path}; see /openapi.json for the endpoints"
+    elif error.status_code == 405:
+        methods = _methods_at(path, request.app.openapi()["paths"])
+        methods = methods or set(headers.get("Allow", "").split(", "))
+        allowed = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
+        message = f"{path} does not allow {request.method}; send {allowed}"
+        headers["Allow"] = allowed
     return ApiError(error.status_code, message, headers=headers)
 
 

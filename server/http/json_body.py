@@ -39,6 +39,8 @@ _NUMBERS = re.compile(rf"[-+.0-9eE, \t\r\n]{{256,{MAX_NUMBERS - 1}}},(?=[ \t\r\n
 
 def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`. Raises ApiError 400."""
+    if not raw.strip():
+        raise invalid(None, f"{NOT_AN_OBJECT}; it is empty: send {{}} to give no field")
     try:
         text = raw.decode("utf-8")
         if len(text) <= MAX_AT_ONCE:

@@ -175,7 +175,7 @@ def test_a_bad_field_is_named(shared: Live, fields: dict[str, Any], param: str, 
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b"", "not JSON"),
+        (b"", "it is empty: send {}"),
         (b"{", "not JSON"),
         (b"prompt=x", "not JSON"),
         (b"[]", "it is a list"),

@@ -63,6 +63,12 @@ def test_what_is_no_json_is_refused_at_its_place(text: str) -> None:
     assert str(found.value).endswith(str(expected.value))
 
 
+@pytest.mark.parametrize("raw", [b"", b" \r\n"])
+def test_an_empty_body_is_told_what_to_send(raw: bytes) -> None:
+    with pytest.raises(ApiError, match=r"it is empty: send \{\}"):
+        parse_object(raw)
+
+
 @pytest.mark.parametrize("text", ["\u0661", "[1,\u0661.5]"])
 def test_digits_of_other_scripts_are_no_json(text: str) -> None:
     with pytest.raises(ApiError, match="not JSON"):

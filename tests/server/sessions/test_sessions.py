@@ -459,3 +459,4 @@ def test_ids_count_once_their_text_is_out(
 def test_a_405_tells_all_that_a_path_takes(live: Live, path: str, allowed: str) -> None:
     answer = live.client.put(path)
     assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    assert answer.json()["error"]["message"] == f"{path} does not allow PUT; send {allowed}"
