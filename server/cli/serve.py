@@ -90,8 +90,11 @@ def bind_socket(host: str, port: int, send_seconds: float = SEND_SECONDS) -> soc
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         raise ConfigurationError(
-            f"--host {host} --port {port} is not an address: {error}"
+            f"--host {host} --port {port} is not an address of this machine: {reason}; give --host"
+            " an IP address or a name of this machine, such as 127.0.0.1, or 0.0.0.0 for all of its"
+            " IPv4 addresses"
         ) from None
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -22,7 +22,10 @@ def tls_context(config: ServerConfig) -> ssl.SSLContext | None:
                 pass
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigurationError(f"{flag} {path} cannot be read: {reason}") from None
+            raise ConfigurationError(
+                f"{flag} {path} cannot be read: {reason}; give it a file in PEM that this process"
+                " may read"
+            ) from None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.set_alpn_protocols(["http/1.1"])
     try:

@@ -18,6 +18,7 @@ from cottention.server.client.client import (
     RemoteError,
     address_of,
     headers_of,
+    unreachable,
 )
 
 BUSY = (429, 502, 503)
@@ -83,8 +84,7 @@ class BatchRun:
                 response = await client.post(request.url, content=raw)
             except httpx2.HTTPError as error:
                 if is_last or isinstance(error, httpx2.ConnectError):
-                    reason = str(error) or type(error).__name__
-                    raise RemoteError(f"{self._url} cannot be reached: {reason}") from None
+                    raise unreachable(self._url, error) from None
                 delay = wait
             else:
                 if response.status_code not in BUSY or (is_last and response.status_code == 429):

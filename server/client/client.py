@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class Client:
             try:
                 yield from response.iter_bytes()
             except httpx2.HTTPError as error:
-                raise self._unreachable(error) from None
+                raise unreachable(self.url, error) from None
 
     def upload(self, path: str, content: bytes) -> Any:
         """The JSON of a POST of bytes."""
@@ -90,14 +91,14 @@ class Client:
                         raise RemoteError(message_of(chunk) or "the answer ended with an error")
                     yield chunk
             except httpx2.HTTPError as error:
-                raise self._unreachable(error) from None
+                raise unreachable(self.url, error) from None
 
     def _request(self, method: str, path: str, **more: Any) -> httpx2.Response:
         with self._open(method, path, **more) as response:
             try:
                 response.read()
             except httpx2.HTTPError as error:
-                raise self._unreachable(error) from None
+                raise unreachable(self.url, error) from None
             return response
 
     @contextlib.contextmanager
@@ -107,7 +108,7 @@ class Client:
             request = self._http.build_request(method, path, **more)
             response = self._http.send(request, stream=True)
         except (httpx2.HTTPError, OSError) as error:
-            raise self._unreachable(error) from None
+            raise unreachable(self.url, error) from None
         with contextlib.closing(response):
             if not response.is_success:
                 raise self._refused(response)
@@ -124,10 +125,6 @@ class Client:
         where = f"{self.url} answers {response.request.url.path} with {status}"
         return RemoteError(text or where, response.status_code)
 
-    def _unreachable(self, error: Exception) -> RemoteError:
-        reason = str(error) or type(error).__name__
-        return RemoteError(f"{self.url} cannot be reached: {reason}")
-
     def _json(self, response: httpx2.Response) -> Any:
         return self._parsed(response.content)
 
@@ -139,6 +136,18 @@ class Client:
         if not isinstance(found, dict):
             raise RemoteError(f"{self.url} does not answer with JSON objects, as OpenAI's API does")
         return found
+
+
+def unreachable(url: str, error: Exception) -> RemoteError:
+    """The error where a request could not be sent, or its answer not be read."""
+    reason = _ERRNO.sub("", str(error)) or type(error).__name__
+    return RemoteError(
+        f"{url} cannot be reached: {reason}; start a server there (cottention serve), or give --url"
+        " the address of one that runs"
+    )
+
+
+_ERRNO = re.compile(r"^\[Errno -?\d+\] ")
 
 
 def address_of(url: str) -> tuple[str, str | None]:
@@ -171,7 +180,10 @@ def _first_key(path: str) -> str:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigurationError(f"--api-key-file {path} cannot be read: {reason}") from None
+        raise ConfigurationError(
+            f"--api-key-file {path} cannot be read: {reason}; give it a file that this process may"
+            " read, with the key on its first line"
+        ) from None
     lines = [line.strip() for line in text.splitlines()]
     found = next((line for line in lines if line and not line.startswith("#")), None)
     if text.lstrip().startswith("{"):
@@ -180,7 +192,9 @@ def _first_key(path: str) -> str:
         except (ValueError, StopIteration, LookupError, TypeError, AttributeError):
             found = None
     if not isinstance(found, str):
-        raise ConfigurationError(f"--api-key-file {path} has no key in it")
+        raise ConfigurationError(
+            f"--api-key-file {path} has no key in it; write one on its first line"
+        )
     return found
 
 

@@ -14,7 +14,13 @@ from typing import Any
 
 import httpx2
 
-from cottention.server.client.client import RemoteError, address_of, headers_of, message_of
+from cottention.server.client.client import (
+    RemoteError,
+    address_of,
+    headers_of,
+    message_of,
+    unreachable,
+)
 from cottention.server.client.conversation import choices_of, text_of
 
 CONNECT_SECONDS = 10.0
@@ -171,8 +177,7 @@ class LoadTest:
                     raise _refused(await response.aread(), response)
                 return await self._read(response, began)
         except (httpx2.HTTPError, OSError) as error:
-            reason = str(error) or type(error).__name__
-            raise RemoteError(f"{self._url} cannot be reached: {reason}") from None
+            raise unreachable(self._url, error) from None
 
     async def _read(self, response: httpx2.Response, began: float) -> Streamed:
         answer, times = Streamed(), []

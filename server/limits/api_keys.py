@@ -142,7 +142,7 @@ def load_api_keys(config: ServerConfig) -> tuple[ApiKey, ...]:
         parse = _parse_json if text.lstrip().startswith(("{", "[")) else _parse_lines
         keys += tuple(parse(text, limits, source))
         if len(keys) == len(config.api_key):
-            raise ConfigurationError(f"{source} has no key in it")
+            raise ConfigurationError(f"{source} has no key in it; write one on a line of its own")
     return keys
 
 
@@ -172,7 +172,10 @@ def _read_text(path: str) -> str:
         raw = Path(path).read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigurationError(f"--api-key-file {path} cannot be read: {reason}") from None
+        raise ConfigurationError(
+            f"--api-key-file {path} cannot be read: {reason}; give it a file that this process may"
+            " read, with a key on each line, or JSON"
+        ) from None
     fault = not_utf8(raw)
     if fault is not None:
         message = f"--api-key-file {path} cannot be read: {fault}; save it as UTF-8"

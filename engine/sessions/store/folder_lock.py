@@ -42,7 +42,8 @@ class FolderLock:
             os.close(fd)
             raise ConfigurationError(
                 f"{path.parent} is in use by another process ({owner or 'unknown'}): "
-                "a folder of sessions belongs to one server"
+                "a folder of sessions belongs to one server; give --session-dir another folder, or"
+                " end that process"
             ) from error
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()}{mark}\n".encode(), 0)

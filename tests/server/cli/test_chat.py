@@ -195,8 +195,8 @@ def test_pipes_carry_a_message_and_its_answer(
     ("url", "told"),
     [
         ("ftp://x", "give http://HOST:PORT"),
-        ("http://127.0.0.1:1", "http://127.0.0.1:1 cannot be reached"),
-        ("unix:/nowhere", "unix:/nowhere cannot be reached"),
+        ("http://127.0.0.1:1", "http://127.0.0.1:1 cannot be reached: Connection refused; start"),
+        ("unix:/nowhere", "unix:/nowhere cannot be reached: No such file or directory; start"),
         ("", "Incorrect API key provided"),
     ],
 )

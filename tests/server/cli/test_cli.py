@@ -146,8 +146,8 @@ def test_a_port_in_use_is_told_before_the_model_is_read(
     ("flag", "says"),
     [
         ("--session-dir", "sessions: a part of its path is a file; give --session-dir a folder"),
-        ("--api-key-file", "sessions cannot be read: Not a directory"),
-        ("--tls-cert", "sessions cannot be read: "),
+        ("--api-key-file", "sessions cannot be read: Not a directory; give it a file"),
+        ("--tls-cert", "sessions cannot be read: Not a directory; give it a file"),
     ],
 )
 def test_a_path_that_cannot_be_is_told_before_the_model_is_read(

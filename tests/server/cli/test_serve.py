@@ -150,7 +150,7 @@ def test_a_dead_engine_ends_the_process_with_a_status() -> None:
     ("host", "port", "says"),
     [
         ("127.0.0.1", None, "choose another"),
-        ("no-such-host.invalid", 8000, "is not an address"),
+        ("no-such-host.invalid", 8000, r"is not an address of this machine: \w.* give --host"),
         ("192.0.2.1", 8000, "cannot listen on 192.0.2.1:8000"),
     ],
 )
