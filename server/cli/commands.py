@@ -180,13 +180,15 @@ def _as_json(each: Setting, value: Any, origin: Origin) -> dict[str, Any]:
 
 
 def _facts(engine: "Engine", num_slots: int) -> Iterator[tuple[str, str]]:
-    config, size_of_one = engine.model_config, engine.spec.bytes_per_slot
+    config, spec = engine.model_config, engine.spec
+    size_of_one = spec.bytes_per_slot
     yield "model", engine.name
     yield "family", config.model_type
     yield "parameters", f"{engine.num_parameters:,}"
     yield "runs on", _on_what(engine)
     yield from config.description().items()
-    yield "bytes per session", f"{size_of_one:,}, whatever its length"
+    spare = f" (the state and its spare, {spec.bytes_per_row:,} each)" if spec.has_spare else ""
+    yield "bytes per session", f"{size_of_one:,} in a slot{spare}, whatever its length"
     yield from _costs(engine)
     yield "pool when served", _pool(num_slots, size_of_one)
     length = config.trained_length

@@ -178,7 +178,8 @@ def test_info_itemises_a_session(capsys: pytest.CaptureFixture[str], gptj_folder
     told = {name.strip(): value.strip() for name, value in facts.items()}
     assert told["model"] == "cottention-gptj"
     assert told["parameters"] == "124,104"
-    assert told["bytes per session"].startswith("16,384")
+    size = "16,384 in a slot (the state and its spare, 8,192 each), whatever its length"
+    assert told["bytes per session"] == size
     assert told["pool when served"] == "2 slots of 16,384 bytes, 0.0 MiB"
     assert told["sessions per GB"] == f"{10**9 // 16384:,}"
     assert told["state"] == told["spare"] == "8,192 bytes"
