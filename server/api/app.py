@@ -53,7 +53,7 @@ from cottention.server.limits.api_keys import (
 from cottention.server.limits.key_limits import KeyLimits
 from cottention.server.limits.rate_limit import KeyUsage, RateLimitMiddleware
 from cottention.server.limits.shared_limits import SharedKeyUsage, SharedLimits
-from cottention.server.observability.access_log import AccessLogMiddleware
+from cottention.server.observability.access_log import AccessLog, AccessLogMiddleware
 from cottention.server.observability.metrics import make_registry
 from cottention.server.observability.tracing import Tracing, TracingMiddleware
 from cottention.server.replicas.replicas import Replicas
@@ -136,6 +136,11 @@ def create_app(
         cost = session_bytes(cast("Engine", engine.engine), config)
         registry = make_registry(engine, sessions.sizes, cost, name, ledger)
         max_snapshot_bytes = min(config.max_snapshot_bytes, sessions.max_snapshot_nbytes)
+    access_log = AccessLog(
+        config.log_prompt_characters,
+        engine.engine.tokenizer.written_bytes,
+        {owner: each.name for owner, each in usage.items()},
+    )
     app.state.context = Context(
         engine,
         config,
@@ -147,6 +152,7 @@ def create_app(
         ReadLimit(config.max_session_reads),
         BodyMemory(config.max_received_bytes, max_snapshot_bytes, config.max_response_items),
         RunningRequests(engine.cancel),
+        access_log,
         template,
     )
     app.router.routes.extend(_routes())
@@ -155,7 +161,7 @@ def create_app(
         app.router.routes.extend(swagger.make_router().routes)
     install_openapi(app, BODIES, lambda path: requires_key(path, config))
     add_exception_handlers(app)
-    _add_middleware(app, usage, config, engine, tracing)
+    _add_middleware(app, usage, config, tracing, access_log)
     return app
 
 
@@ -267,8 +273,8 @@ def _add_middleware(
     app: FastAPI,
     usage: Mapping[str, KeyUsage],
     config: ServerConfig,
-    engine: AsyncEngine,
     tracing: Tracing | None,
+    access_log: AccessLog,
 ) -> None:
     """From the innermost to the outermost: a 401 has CORS headers and a request id as well."""
     has_keys = "" not in usage
@@ -282,10 +288,7 @@ def _add_middleware(
         is_checked=lambda path: checks_host(path, config),
     )
     app.add_middleware(OriginMiddleware, origins=allowed_origins(config))
-    table = engine.engine.tokenizer.written_bytes
-    app.add_middleware(
-        AccessLogMiddleware, num_characters=config.log_prompt_characters, table=table
-    )
+    app.add_middleware(AccessLogMiddleware, log=access_log)
     app.add_middleware(messages.MessagesErrorMiddleware)
     if tracing is not None:
         app.add_middleware(TracingMiddleware, tracing=tracing)

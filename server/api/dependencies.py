@@ -22,6 +22,7 @@ from cottention.server.http.errors import ApiError
 from cottention.server.idempotency.keys import IdempotencyKeys
 from cottention.server.limits.key_limits import KeyLimits, least
 from cottention.server.limits.rate_limit import counting_read, limits_of
+from cottention.server.observability.access_log import AccessLog
 from cottention.server.replicas.replicas import Replicas
 from cottention.server.responses.running import RunningResponses
 from cottention.server.sessions.journal import JournalWriter
@@ -75,6 +76,7 @@ class Context:
     reads: ReadLimit
     bodies: BodyMemory
     running: RunningRequests
+    access_log: AccessLog
     template: ChatTemplate | UnusableTemplate | None = None
     limits: KeyLimits = KeyLimits()
     ignored_keys: IgnoredKeys = field(default_factory=IgnoredKeys)

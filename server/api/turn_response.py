@@ -115,7 +115,7 @@ class TurnResponse(Response):
                 response = await self._whole(request, stream, turn, receive)
             await response(scope, receive, send)
 
-    async def go_on(self, adopted: "AdoptedTurn") -> None:
+    async def go_on(self, adopted: "AdoptedTurn", record: RequestRecord) -> None:
         """Go on with a turn that another server has begun; returns when its events can be followed.
 
         The stream of its idempotency key, if it has one, is followed to its end in a task.
@@ -134,7 +134,8 @@ class TurnResponse(Response):
             request, stream = await self._generate(turn, Client(entry.owner))
             self._cancellation.attach(stream)
             stack.callback(stream.close)
-            record, begun = RequestRecord(), asyncio.Event()
+            record.add(request, stream)
+            begun = asyncio.Event()
             response = self._continued(
                 request, stream, turn, stack.pop_all(), record, never, keyed, begun
             )

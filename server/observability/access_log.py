@@ -1,15 +1,15 @@
 """The access log: one line per request, with its key, its tokens, its times and how it ended.
 
 `RequestRecord` collects what is logged and what a key is charged. A turn of a session may go on
-after its client has left: its line is written when the turn has ended.
+after its client has left: its line is written when the turn has ended, by the server that ends it.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -100,17 +100,55 @@ def request_record(scope: Scope) -> RequestRecord:
     return record
 
 
+class RequestHead(NamedTuple):
+    """What a line begins with. began: when the head had arrived, by the monotonic clock."""
+
+    request_id: str
+    method: str
+    path: str
+    began: float
+
+
+class AccessLog:
+    """Writes the lines."""
+
+    def __init__(
+        self, num_characters: int, table: Sequence[bytes], key_names: Mapping[str, str]
+    ) -> None:
+        """num_characters: of each prompt to log; table: the bytes of each token id.
+
+        key_names: by owner.
+        """
+        self._num_characters = num_characters
+        self._table = table
+        self._key_names = key_names
+
+    def record_of(self, owner: str) -> RequestRecord:
+        """The record of what goes on here for an owner whose request another server has had."""
+        return RequestRecord(self._key_names.get(owner, ""))
+
+    def write(self, record: RequestRecord, head: RequestHead, status: int) -> None:
+        """One line, of a request that has ended."""
+        fields = _fields(record, head, status)
+        if self._num_characters and record.prompt_ids:
+            fields["prompt"] = self._text(record.prompt_ids)
+        logger.info("request", extra={FIELDS: fields})
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """The first characters; an id has at least one byte, a character at most four."""
+        raw = b"".join(self._table[each] for each in ids[: 4 * self._num_characters])
+        return raw.decode("utf-8", errors="replace")[: self._num_characters]
+
+
 class AccessLogMiddleware:
     """Logs each request after its response, or after its turn where that goes on for longer.
 
     Then its body is counted no more.
     """
 
-    def __init__(self, app: ASGIApp, num_characters: int, table: Sequence[bytes]) -> None:
-        """num_characters: of each prompt to log; table: the bytes of each token id."""
+    def __init__(self, app: ASGIApp, log: AccessLog) -> None:
         self._app = app
-        self._num_characters = num_characters
-        self._table = table
+        self._log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -139,32 +177,25 @@ class AccessLogMiddleware:
 
     def _end(self, scope: Scope, record: RequestRecord, status: int, began: float) -> None:
         release_bodies(scope)
-        fields = _fields(scope, record, status, began)
-        if self._num_characters and record.prompt_ids:
-            fields["prompt"] = self._text(record.prompt_ids)
-        logger.info("request", extra={FIELDS: fields})
-
-    def _text(self, ids: Sequence[int]) -> str:
-        """The first characters; an id has at least one byte, a character at most four."""
-        raw = b"".join(self._table[each] for each in ids[: 4 * self._num_characters])
-        return raw.decode("utf-8", errors="replace")[: self._num_characters]
+        head = RequestHead(scope["state"]["request_id"], scope["method"], scope["path"], began)
+        self._log.write(record, head, status)
 
 
-def _fields(scope: Scope, record: RequestRecord, status: int, began: float) -> dict[str, Any]:
-    """Names and values of one line. Times are in seconds since the request's head had arrived."""
+def _fields(record: RequestRecord, head: RequestHead, status: int) -> dict[str, Any]:
+    """Names and values of one line. Times are in seconds since `head.began`."""
     fields: dict[str, Any] = {
-        "id": scope["state"]["request_id"],
+        "id": head.request_id,
         "key": record.key_name,
-        "method": scope["method"],
-        "path": scope["path"],
+        "method": head.method,
+        "path": head.path,
         "status": status,
-        "seconds": round(time.monotonic() - began, 4),
+        "seconds": round(time.monotonic() - head.began, 4),
     }
     if not record.streams:
         return fields
     for name, at in (("start", record.started), ("first_token", record.first_token)):
         if at is not None:
-            fields[f"seconds_to_{name}"] = round(at - began, 4)
+            fields[f"seconds_to_{name}"] = round(at - head.began, 4)
     return fields | {
         "prompt_tokens": record.num_prompt,
         "cached_tokens": record.num_cached,

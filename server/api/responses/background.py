@@ -22,6 +22,7 @@ from cottention.server.generation.json_pieces import object_response
 from cottention.server.generation.sse import EventStreamResponse
 from cottention.server.idempotency.keys import KeyedRequest
 from cottention.server.idempotency.recording import answer_of
+from cottention.server.observability.access_log import RequestRecord
 from cottention.server.responses.values import response_id_of, response_owner
 from cottention.server.sessions.journal import TurnJournal
 from cottention.server.sessions.live_events import LiveEventFollower, LiveEvents
@@ -60,6 +61,7 @@ async def go_on(
     adopted: "AdoptedTurn",
     deadline: float | None,
     cancellation: Cancellation,
+    record: RequestRecord,
 ) -> None:
     """Go on with a response that another server has begun; returns when it can be followed here.
 
@@ -86,7 +88,8 @@ async def go_on(
     keyed = None
     if entry.key is not None and entry.token is not None:
         keyed = context.keys.follow(Claim(entry.owner, entry.key, entry.token))
-    response, _ = _detach(context, asked, begun, journal, keyed)
+    record.add(begun.request, begun.stream)
+    response, record.background_turn = _detach(context, asked, begun, journal, keyed)
     if keyed is not None:
 
         async def answered() -> Response:

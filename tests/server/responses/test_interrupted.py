@@ -25,6 +25,7 @@ from tests.server.responses.test_responses import (
     get,
     made,
 )
+from tests.server.sessions.test_events_restart import requests_logged
 
 
 @pytest.fixture
@@ -131,7 +132,10 @@ def test_it_goes_on_at_the_next_start(
             popen.wait(60)
     last = max(json.loads(each[6:])["sequence_number"] for each in first if each[:5] == "data:")
     told = [each for each in first if each.startswith("data: ")]
-    with served(gptj_folder, tmp_path, *flags) as (_, client):
+    with (
+        (tmp_path / "log").open("w+") as log,
+        served(gptj_folder, tmp_path, *flags, stderr=log.fileno()) as (_, client),
+    ):
         params = {"stream": True, "starting_after": last}
         rest = events_of(client.get(running, params=params).text)
         assert client.get(done).json() == whole
@@ -141,4 +145,9 @@ def test_it_goes_on_at_the_next_start(
         events = [json.loads(each[6:]) for each in told] + rest
         assert events[-1]["response"] == found
         assert [each["sequence_number"] for each in events] == [*range(len(events))]
+        num_tokens = found["usage"]["output_tokens"]
+        eventually(lambda: len(requests_logged(log)), equals=1)
+        [line] = requests_logged(log)
+        assert 'path="/v1/responses" status=200 ' in line
+        assert f"completion_tokens={num_tokens} " in line
         assert client.delete(running).json()["deleted"] is True

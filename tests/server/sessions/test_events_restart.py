@@ -2,11 +2,12 @@
 
 import signal
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
 
+from tests.server.live import eventually
 from tests.server.process import served
 from tests.server.sse import Told, read_told, text_of
 
@@ -36,6 +37,11 @@ def events(client: httpx.Client, session_id: str, last: str | None = None) -> li
     response = client.get(f"/v1/sessions/{session_id}/events", headers=headers)
     assert response.status_code == 200, response.text
     return read_told(response.text)
+
+
+def requests_logged(log: IO[str]) -> list[str]:
+    log.seek(0)
+    return [line for line in log if " INFO request " in line]
 
 
 def opened(client: httpx.Client) -> str:
@@ -78,7 +84,10 @@ def test_a_turn_goes_on_at_the_next_start(
         begun = left_after(client, 4, going_on(session_id, 600))
         popen.send_signal(number)
         popen.wait(60)
-    with served(gptj_folder, tmp_path) as (_, client):
+    with (
+        (tmp_path / "log").open("w+") as log,
+        served(gptj_folder, tmp_path, stderr=log.fileno()) as (_, client),
+    ):
         told = begun + events(client, session_id, begun[-1].id)
         [turn] = {each.id.partition("-")[0] for each in told}
         assert [each.id for each in told] == [f"{turn}-{n}" for n in range(len(told))]
@@ -88,6 +97,12 @@ def test_a_turn_goes_on_at_the_next_start(
         assert session["position"] == told[-2].json["session"]["position"]
         assert (session["interrupted"], session["version"]) == (False, 2)
         assert events(client, session_id) == told
+        if (number, seconds) == (signal.SIGTERM, "30"):
+            return  # it has ended before
+        eventually(lambda: len(requests_logged(log)), equals=1)
+        [line] = requests_logged(log)
+        assert 'path="/v1/completions" status=200 ' in line
+        assert "completion_tokens=600 finish_reason=length" in line
 
 
 def test_a_turn_that_ends_with_its_client_is_undone_by_kill_9(
