@@ -134,8 +134,8 @@ __all__ = [
 def zeros(shape: Sequence[int], device: str) -> Tensor:
     """float32 zeros, every page of which is written now, for memory that steps walk through.
 
-    On the CPU they are on large pages where the system has them for those who ask; with small ones
-    a step over states from memory took half as long again.
+    On the CPU they are on large pages where the system has them for those who ask: with small ones
+    a step over states took half as long again where memory is fast.
     """
     x = torch.empty(tuple(shape), dtype=torch.float32, device=device)
     if not compiled_takes(x):

@@ -38,7 +38,7 @@ def backend() -> Backend:
 
     Raises BuildError if COTTENTION_OPS=compiled and that fails, ValueError for an unknown value.
     """
-    with _lock:
+    with _lock:  # for first calls at the same time, of which one chooses
         return _choose()
 
 
