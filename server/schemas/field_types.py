@@ -1,7 +1,7 @@
 """Types of request fields: prompts, strings, token ids and biases, with validation messages."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, PlainValidator, ValidationInfo
@@ -17,6 +17,12 @@ PROMPTS = "text, a list of texts, a list of token ids, or a list of lists of tok
 BIASES = "an object of token ids, as strings, with a number from -100 to 100 each"
 MAX_ID_DIGITS = 10
 MAX_SHORT = 1024
+MAX_AT_ONCE = 1000
+"""Values of a list that are made distinct by one call."""
+
+NUM_PARTS = 256
+"""Sets that the values of a longer list are in, by their hashes."""
+
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 PATTERN = f"^{REQUEST_ID_PATTERN.pattern}$"
 
@@ -154,9 +160,24 @@ def _distinct_ids(value: Any) -> tuple[int, ...]:
     return _distinct(_token_ids(value))
 
 
-def _distinct(values: Iterable[T]) -> tuple[T, ...]:
-    """Each value once, in order; made in Python, so that other threads have turns meanwhile."""
-    return tuple({each: None for each in values})  # noqa: C420
+def _distinct(values: Collection[T]) -> tuple[T, ...]:
+    """Each value once, in order.
+
+    Of many, in a loop and into many small sets, so that other threads have turns meanwhile: one set
+    of all keeps the interpreter while it is made in C, and each time that it grows.
+    """
+    if len(values) <= MAX_AT_ONCE:
+        return tuple(dict.fromkeys(values))
+    distinct: list[T] = []
+    seen: list[set[T]] = [set() for _ in range(NUM_PARTS)]
+    for value in values:
+        part = seen[hash(value) % NUM_PARTS]
+        if value not in part:
+            part.add(value)
+            distinct.append(value)
+    for part in seen:
+        part.clear()  # here, not all of them together at the return
+    return tuple(distinct)
 
 
 def _biases(value: Any) -> dict[int, float]:
