@@ -50,15 +50,19 @@ class Model(Protocol):
 
 
 class Ours:
-    """The served model; its step does not depend on the context."""
+    """The served model; its step does not depend on the context.
+
+    `kind` is a type of weights, with "+compressed" for weights that are compressed without loss.
+    """
 
     def __init__(self, kind: str, _folder: Path) -> None:
         from cottention.engine import ops
         from cottention.engine.execution.loading import DTYPES
         from cottention.engine.models.gptj.inference import ServedGPTJ
 
-        with ops.eight_bit_weights(kind == "int8"):
-            self._model = ServedGPTJ(random_model(SHAPE, DTYPES[kind]), "cpu")
+        dtype, _, storage = kind.partition("+")
+        with ops.weight_storage("int8" if dtype == "int8" else storage or "packed"):
+            self._model = ServedGPTJ(random_model(SHAPE, DTYPES[dtype]), "cpu")
 
     def streams(self, number: int, context: int) -> Step:
         from cottention.engine import ops

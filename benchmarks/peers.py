@@ -37,7 +37,7 @@ STEPS = 3
 
 PACKAGES = {"ours": "torch", "llama.cpp": "llama_cpp", "transformers": "transformers"}
 DEFAULT_SIDES = (
-    *(f"ours {kind}" for kind in ("float32", "bfloat16", "int8")),
+    *(f"ours {kind}" for kind in ("float32", "bfloat16", "bfloat16+compressed", "int8")),
     *(f"llama.cpp {kind}{flash}" for kind in KINDS for flash in ("", "+fa")),
     *(f"transformers {kind}" for kind in ("float32", "bfloat16")),
 )

@@ -45,7 +45,7 @@ def measure(folder: Path, num_windows: int) -> Report:
     borders = [border for border in BORDERS if border <= config.window]
     rows: list[dict[str, object]] = []
     for kind in KINDS:
-        with ops.eight_bit_weights(kind == "int8"):
+        with ops.weight_storage("int8" if kind == "int8" else "packed"):
             weights = load_model(folder, config, DTYPES[kind])
             served: Any = family_of(config).implementation().serve(weights, "cpu")
         nats, sizes = torch.zeros(2, config.window, dtype=torch.float64)

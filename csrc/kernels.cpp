@@ -18,7 +18,9 @@
 namespace cottention::COTTENTION_ISA {
 
 const Kernels kernels = {denominators,         recurrent,   attention_gelu, linear<Float32Word>,
-                         linear<BFloat16Pair>, linear<WidenedPair>, linear<EightBits>, to_bfloat16,
+                         linear<BFloat16Pair>, linear<WidenedPair>,
+                         linear_compressed<BFloat16Pair>,
+                         linear_compressed<WidenedPair>, linear<EightBits>, to_bfloat16,
                          BFloat16Pair::kRowWords, to_int8,   EightBits::kRowGroup, quantize_panel,
                          features,             gelu,
                          gelu_erf,             elu_plus_one, layer_norm,  argmax,         sampling_weights,

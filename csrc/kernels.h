@@ -12,8 +12,11 @@ namespace cottention {
 
 constexpr int64_t kPanel = 64;     // output columns per panel of a packed weight
 constexpr int64_t kTaskRows = 48;  // maximum rows of x per task of the product
+constexpr int64_t kCompressedTaskRows = 128;  // the same with compressed weights
 constexpr int64_t kGroup = 64;     // channels with one scale, of weights of eight bits
 constexpr int64_t kGroupWords = 1 + kGroup / 4;  // 32-bit words of a group: its scale, its weights
+constexpr int64_t kHalfPanel = 64;  // bytes: two channels of half of a panel's columns
+constexpr int64_t kCompressedWord = 3 * kHalfPanel;  // bytes of a word of a compressed panel
 constexpr int64_t kMaxKeyWidth = 512;
 constexpr int64_t kMaxFusedWidth = 256;  // of a head in attention_gelu
 constexpr int64_t kScanChannels = 128;   // per task of the selective scan
@@ -62,18 +65,37 @@ struct RecurrentParams {
   }
 };
 
+// What a panel of compressed weights begins with; then come its exceptions, in order, the last with
+// kNoWord, and its words (compressed.h).
+struct CompressedHeader {
+  uint8_t table[16];   // the upper byte that each code stands for
+  uint32_t capacity;   // exceptions that there is room for
+  uint32_t unused[11];
+};
+struct CompressedException {
+  uint32_t word;
+  uint16_t place, value;  // of the 2 kPanel weights of a word; bits of bfloat16
+};
+constexpr uint32_t kNoWord = UINT32_MAX;
+constexpr int64_t compressed_bytes(int64_t words, int64_t capacity) {
+  const int64_t exceptions = capacity * sizeof(CompressedException);
+  return sizeof(CompressedHeader) + exceptions + words * kCompressedWord;
+}
+
 struct LinearParams {
   const float* x;       // 32-bit words, rows x_stride words apart; for one word of `packed` each kernel
                         // takes as many as its type of weights says
-  const float* packed;  // [ceil(columns / kPanel), words, kPanel]
+  const float* packed;  // [ceil(columns / kPanel), words, kPanel], or compressed panels
   const float* bias;    // [columns] or null
   float* out;           // [rows, columns]
   int64_t rows, words, columns, x_stride;
+  int64_t panel_stride;  // words from panel to panel
+  int64_t task_rows;     // at most
   bool adds;        // add to out in place of overwriting it
   bool prefetches;  // prefetches_ahead()
 
   [[gnu::always_inline]] int64_t panels() const { return (columns + kPanel - 1) / kPanel; }
-  [[gnu::always_inline]] int64_t blocks() const { return (rows + kTaskRows - 1) / kTaskRows; }
+  [[gnu::always_inline]] int64_t blocks() const { return (rows + task_rows - 1) / task_rows; }
 };
 
 // From a row of x to what the product takes: bfloat16, or eight bits.
@@ -210,6 +232,8 @@ struct Kernels {
   void (*linear)(const LinearParams&, int64_t task);                 // panels × blocks of rows
   void (*linear_bfloat16)(const LinearParams&, int64_t task);  // as linear, all in bfloat16
   void (*linear_widened)(const LinearParams&, int64_t task);   // as linear, weights in bfloat16
+  void (*linear_compressed)(const LinearParams&, int64_t task);          // as linear_bfloat16
+  void (*linear_compressed_widened)(const LinearParams&, int64_t task);  // as linear_widened
   void (*linear_int8)(const LinearParams&, int64_t task);      // as linear, all in eight bits
   void (*to_bfloat16)(const ConvertRowParams&, int64_t row);
   int64_t bfloat16_row_words;  // that to_bfloat16 writes for two channels

@@ -4,6 +4,8 @@
 // for each 32-bit word of channels, padded with zeros. A word is one float32 channel or two
 // bfloat16 channels; the tensor is [panels, C, 64] or [panels, C / 2, 128]. The latter as int16 says
 // that these are float32 weights, for x in float32, which lose nothing in bfloat16; C is even.
+// Compressed bfloat16 weights are uint8 [panels, bytes] (compressed.h), or int32
+// [panels, bytes / 4], which says that these are float32 weights.
 // Weights of eight bits, as int8 [panels, groups * kGroupWords, 256], have a word of scales before
 // the words of each kGroup channels (eight_bits.h).
 #include <torch/csrc/stable/ops.h>
@@ -73,23 +75,50 @@ void check_bias(const std::optional<Tensor>& bias, int64_t columns) {
   check_size(*bias, "bias", 0, columns);
 }
 
-// How weights of a packed type are laid out.
-struct Layout {
-  int64_t elements;  // in a word
-  int64_t channels, words;  // that belong together
-};
-
-Layout layout_of(const Tensor& packed) {
-  switch (packed.scalar_type()) {
+// Words of a panel for so many channels.
+int64_t words_of(ScalarType type, int64_t channels) {
+  switch (type) {
     case ScalarType::BFloat16:
     case ScalarType::Short:
-      return {2, 2, 1};
+    case ScalarType::Byte:
+    case ScalarType::Int:
+      return ceil_div(channels, 2);
     case ScalarType::Char:
-      return {4, kGroup, kGroupWords};
+      return ceil_div(channels, kGroup) * kGroupWords;
     default:
-      check_tensor(packed, "packed", 3, ScalarType::Float);
-      return {1, 1, 1};
+      return channels;
   }
+}
+
+bool is_compressed(ScalarType type) {
+  return type == ScalarType::Byte || type == ScalarType::Int;
+}
+
+void check_compressed(const Tensor& packed, int64_t words) {
+  check_contiguous(packed, "packed", 2, packed.scalar_type());
+  if (packed.size(0) == 0) return;
+  const auto element = int64_t(packed.element_size());
+  STD_TORCH_CHECK(packed.size(1) * element >= int64_t(sizeof(CompressedHeader)),
+                  "packed has no header");
+  const auto* header = static_cast<const CompressedHeader*>(packed.const_data_ptr());
+  check_size(packed, "packed", 1, compressed_bytes(words, header->capacity) / element);
+}
+
+void check_words(const Tensor& packed, int64_t words) {
+  const ScalarType type = packed.scalar_type();
+  const bool is_known = type == ScalarType::BFloat16 || type == ScalarType::Short ||
+                        type == ScalarType::Char;
+  check_contiguous(packed, "packed", 3, is_known ? type : ScalarType::Float);
+  check_size(packed, "packed", 1, words);
+  check_size(packed, "packed", 2, kPanel * int64_t(sizeof(float) / packed.element_size()));
+}
+
+void check_packed(const Tensor& packed, int64_t channels, int64_t words) {
+  const ScalarType type = packed.scalar_type();
+  is_compressed(type) ? check_compressed(packed, words) : check_words(packed, words);
+  const bool takes_pairs = type == ScalarType::Short || type == ScalarType::Int;
+  STD_TORCH_CHECK(!takes_pairs || channels % 2 == 0,
+                  "packed as int16 or int32 takes an even number of channels, not ", channels);
 }
 
 LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
@@ -98,21 +127,17 @@ LinearParams params(const Tensor& x, const Tensor& packed, const std::optional<T
   check_contiguous(out, "out", 2, ScalarType::Float);
   check_size(out, "out", 0, x.size(0));
   check_bias(bias, out.size(1));
-  const ScalarType type = packed.scalar_type();
-  const Layout layout = layout_of(packed);
-  const int64_t words = ceil_div(x.size(1), layout.channels) * layout.words;
-  check_contiguous(packed, "packed", 3, type);
+  const int64_t words = words_of(packed.scalar_type(), x.size(1));
+  check_packed(packed, x.size(1), words);
   check_size(packed, "packed", 0, ceil_div(out.size(1), kPanel));
-  check_size(packed, "packed", 1, words);
-  check_size(packed, "packed", 2, kPanel * layout.elements);
-  STD_TORCH_CHECK(type != ScalarType::Short || x.size(1) % 2 == 0,
-                  "packed as int16 takes an even number of channels, not ", x.size(1));
   LinearParams p{x.const_data_ptr<float>(), static_cast<const float*>(packed.const_data_ptr())};
   p.prefetches = prefetches_ahead();
   p.bias = bias ? bias->const_data_ptr<float>() : nullptr;
   p.out = out.mutable_data_ptr<float>();
   p.rows = x.size(0);
   p.words = words;
+  p.task_rows = is_compressed(packed.scalar_type()) ? kCompressedTaskRows : kTaskRows;
+  p.panel_stride = packed.stride(0) * packed.element_size() / int64_t(sizeof(float));
   p.columns = out.size(1);
   p.x_stride = x.stride(0);
   return p;
@@ -132,6 +157,10 @@ Kernel kernel_for(ScalarType type) {
       return {table.linear, nullptr, 0, 0};
     case ScalarType::BFloat16:
       return {table.linear_bfloat16, table.to_bfloat16, 2, table.bfloat16_row_words};
+    case ScalarType::Byte:
+      return {table.linear_compressed, table.to_bfloat16, 2, table.bfloat16_row_words};
+    case ScalarType::Int:
+      return {table.linear_compressed_widened, nullptr, 0, 0};
     case ScalarType::Char:
       return {table.linear_int8, table.to_int8, kGroup, table.int8_row_words};
     default:
@@ -178,7 +207,7 @@ void run(std::vector<Product> products) {
     const LinearParams& p = each.p;
     each.first_task = tasks;
     tasks += each.tasks();
-    work += each.tasks() * std::min(p.rows, kTaskRows) * kPanel * p.words;
+    work += each.tasks() * std::min(p.rows, p.task_rows) * kPanel * p.words;
   }
   const int64_t mean = std::max<int64_t>(1, work / std::max<int64_t>(1, tasks));
   for_each_task(tasks, kProductsPerThread / mean, [&](int64_t task) {

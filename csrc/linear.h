@@ -4,12 +4,15 @@
 // A panel of 64 output columns is multiplied with a few rows of x whose sums stay in registers.
 // Channels are processed in blocks, so that a block of a panel stays in a cache for all rows of the
 // task; between blocks the sums are kept in a float32 tile, which leaves the chain unchanged. Each
-// group of rows prefetches a part of the next block, so that loads overlap with arithmetic. Float32 and bfloat16 weights, and float32 ones that are kept in bfloat16 because that
-// loses nothing, differ in the word type alone (bfloat16.h); with weights of eight bits the chain
-// is one of groups (eight_bits.h). Included by kernels.cpp only.
+// group of rows prefetches a part of the next block, so that loads overlap with arithmetic. Float32
+// and bfloat16 weights, and float32 ones that are kept in bfloat16 because that loses nothing,
+// differ in the word type alone (bfloat16.h). Compressed weights are decoded to words of bfloat16,
+// in registers for few rows and a block at a time for many (compressed.h). With weights of eight
+// bits the chain is one of groups (eight_bits.h). Included by kernels.cpp only.
 #pragma once
 
 #include "bfloat16.h"
+#include "compressed.h"
 #include "eight_bits.h"
 #include "kernels.h"
 #include "prefetch.h"
@@ -39,8 +42,8 @@ struct RowBlock {
   int64_t stride;
 };
 
-// A block of words of a panel. Of what follows it, `lines` cache lines from `next` on are
-// prefetched by the group of rows that this is given to.
+// A block of words of a panel. `lines` cache lines from `next` on, which will be needed after it,
+// are prefetched meanwhile.
 struct PanelBlock {
   const float* data;
   int64_t words;
@@ -210,19 +213,27 @@ inline void extend_few(const RowBlock& x, const PanelBlock& block, int64_t rows,
   }
 }
 
-// One block of words for all rows of a task, in groups of nearly equal size.
-template <class Word>
-inline void extend_many(const RowBlock& x, PanelBlock block, int64_t rows, float* tile) {
-  const int64_t groups = (rows + Word::kMaxRows - 1) / Word::kMaxRows;
-  const int64_t lines = block.words * (kPanel / kLine);
+// Calls each(first row, rows, block) for groups of at most `most` rows, of nearly equal size; each
+// is given a part of the lines to prefetch.
+template <class Each>
+inline void for_each_group(int64_t rows, int64_t most, const PanelBlock& block, const Each& each) {
+  const int64_t groups = (rows + most - 1) / most;
   for (int64_t g = 0, row = 0; g < groups; ++g) {
     const int64_t count = (rows - row + groups - g - 1) / (groups - g);
-    block.next = block.data + (lines + lines * g / groups) * kLine;
-    block.lines = lines * (g + 1) / groups - lines * g / groups;
-    const RowBlock group{x.words + row * x.stride, x.stride};
-    extend_rows_for<Word>(count)(group, block, tile + row * kPanel);
+    const int64_t first = block.lines * g / groups, end = block.lines * (g + 1) / groups;
+    each(row, count, PanelBlock{block.data, block.words, block.next + first * kLine, end - first});
     row += count;
   }
+}
+
+// One block of words for all rows of a task.
+template <class Word>
+inline void extend_many(const RowBlock& x, const PanelBlock& block, int64_t rows, float* tile) {
+  const auto extend = [&](int64_t row, int64_t count, const PanelBlock& own) {
+    const RowBlock group{x.words + row * x.stride, x.stride};
+    extend_rows_for<Word>(count)(group, own, tile + row * kPanel);
+  };
+  for_each_group(rows, Word::kMaxRows, block, extend);
 }
 
 inline void write_rows(const LinearParams& p, int64_t first, int64_t rows, int64_t column,
@@ -237,29 +248,171 @@ inline void write_rows(const LinearParams& p, int64_t first, int64_t rows, int64
   }
 }
 
+// The rows of a task and their panel.
+struct LinearTask {
+  int64_t panel, first, rows;
+
+  static LinearTask of(const LinearParams& p, int64_t task) {
+    const int64_t block = task % p.blocks();  // a panel stays in the L2 cache for all its rows
+    const int64_t first = p.rows * block / p.blocks();
+    return {task / p.blocks(), first, p.rows * (block + 1) / p.blocks() - first};
+  }
+  const float* weights(const LinearParams& p) const { return p.packed + panel * p.panel_stride; }
+  // From word w on.
+  template <class Word>
+  RowBlock x(const LinearParams& p, int64_t w) const {
+    const int64_t place = w / Units<Word>::kWords * Units<Word>::kRowWords;
+    return {p.x + first * p.x_stride + place, p.x_stride};
+  }
+  template <class Word>
+  int64_t block_words() const {
+    return rows > kSmallBlockRows ? Units<Word>::kLargeBlock : Units<Word>::kBlock;
+  }
+  void write(const LinearParams& p, const float* tile) const {
+    write_rows(p, first, rows, panel * kPanel, tile);
+  }
+};
+
 template <class Word>
-inline void linear(const LinearParams& p, int64_t task) {
+inline void linear(const LinearParams& p, int64_t number) {
   alignas(64) float tile[kTaskRows * kPanel];
-  const int64_t panel = task / p.blocks();  // stays in the L2 cache for all its rows
-  const int64_t block_of_rows = task % p.blocks();
-  const int64_t first = p.rows * block_of_rows / p.blocks();
-  const int64_t rows = p.rows * (block_of_rows + 1) / p.blocks() - first;
-  __builtin_memset(tile, 0, rows * kPanel * sizeof(float));
-  using Unit = Units<Word>;
-  const int64_t most = rows > kSmallBlockRows ? Unit::kLargeBlock : Unit::kBlock;
+  const LinearTask task = LinearTask::of(p, number);
+  __builtin_memset(tile, 0, task.rows * kPanel * sizeof(float));
+  const int64_t most = task.block_words<Word>();
   for (int64_t w = 0; w < p.words; w += most) {
-    const float* row = p.x + first * p.x_stride + w / Unit::kWords * Unit::kRowWords;
-    const RowBlock x{row, p.x_stride};
-    const float* weights = p.packed + (panel * p.words + w) * kPanel;
-    const PanelBlock block{weights, min(p.words - w, most), weights, 0};
-    if (rows > kFewRows) {
-      extend_many<Word>(x, block, rows, tile);
+    const float* weights = task.weights(p) + w * kPanel;
+    const int64_t words = min(p.words - w, most), size = words * kPanel;
+    const RowBlock x = task.x<Word>(p, w);
+    if (task.rows > kFewRows) {
+      extend_many<Word>(x, {weights, words, weights + size, size / kLine}, task.rows, tile);
     } else {
-      if (p.prefetches) prefetch_pages(block.data, block.words * kPanel);
-      extend_few<Word>(x, block, rows, tile);
+      if (p.prefetches) prefetch_pages(weights, size);
+      extend_few<Word>(x, {weights, words, weights, 0}, task.rows, tile);
     }
   }
-  write_rows(p, first, rows, panel * kPanel, tile);
+  task.write(p, tile);
+}
+
+// Adds the terms of a block of compressed words to the chains of R rows and A × 16 columns, the
+// strip of that number.
+template <class Word, int R, int A, int kStrip>
+inline void extend_strip(const RowBlock& x, CompressedWords from, const PanelBlock& block,
+                         float* tile) {
+  constexpr int64_t column = kStrip * A * kLanes;
+  constexpr int kAtOnce = A < 2 ? A : 2;  // that are decoded before they are multiplied
+  const Table table = Table::of(from.table);
+  const Prefetch prefetch = Prefetch::of(block, kStrip, kPanel / kLanes / A);
+  tile += column;
+  Lanes sums[R][A];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a) sums[r][a] = load(tile + r * kPanel + a * kLanes);
+  const float* row = x.words;
+#pragma GCC unroll 1
+  for (int64_t w = 0; w < block.words; ++w, row += Word::kRowWords) {
+    if constexpr (R > kFewRows) prefetch.word(w);
+    alignas(64) float words[kPanel];
+    const uint8_t* bytes = from.bytes;
+    const bool is_exceptional = from.is_exceptional();
+    if (is_exceptional) [[unlikely]] decode_word(from, table, words);
+    else from.next();
+#pragma GCC unroll 2
+    for (int a0 = 0; a0 < A; a0 += kAtOnce) {
+      Lanes weights[kAtOnce];
+      if (is_exceptional) [[unlikely]] {
+#pragma GCC unroll 2
+        for (int a = 0; a < kAtOnce; ++a) weights[a] = load(words + column + (a0 + a) * kLanes);
+      } else {
+        decode<kAtOnce>(bytes, kStrip * A / kAtOnce + a0 / kAtOnce, table, weights);
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < Word::kRowWords; ++i)
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) {
+          const float value = row[r * x.stride + Word::place(i)];
+#pragma GCC unroll 2
+          for (int a = 0; a < kAtOnce; ++a) {
+            Lanes& sum = sums[r][a0 + a];
+            sum = Word::multiply_add(Word::part(weights[a], i), value, sum);
+          }
+        }
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a) store(tile + r * kPanel + a * kLanes, sums[r][a]);
+}
+
+// The same for all columns of the panel.
+template <class Word, int R>
+inline void extend_compressed(const RowBlock& x, const CompressedWords& from,
+                              const PanelBlock& block, float* tile) {
+  constexpr int A = across_compressed(R);
+  extend_strip<Word, R, A, 0>(x, from, block, tile);
+  if constexpr (A < 4) extend_strip<Word, R, A, 1>(x, from, block, tile);
+  if constexpr (A < 2) extend_strip<Word, R, A, 2>(x, from, block, tile);
+  if constexpr (A < 2) extend_strip<Word, R, A, 3>(x, from, block, tile);
+}
+
+using ExtendCompressed = void (*)(const RowBlock&, const CompressedWords&, const PanelBlock&,
+                                  float*);
+
+template <class Word, int R>
+constexpr ExtendCompressed extend_compressed_or_none() {
+  if constexpr (R <= kMaxRowsOfCompressed) return extend_compressed<Word, R>;
+  return nullptr;
+}
+
+template <class Word>
+inline ExtendCompressed extend_compressed_for(int64_t rows) {
+  static constexpr ExtendCompressed table[] = {
+      extend_compressed_or_none<Word, 1>(),  extend_compressed_or_none<Word, 2>(),
+      extend_compressed_or_none<Word, 3>(),  extend_compressed_or_none<Word, 4>(),
+      extend_compressed_or_none<Word, 5>(),  extend_compressed_or_none<Word, 6>(),
+      extend_compressed_or_none<Word, 7>(),  extend_compressed_or_none<Word, 8>(),
+      extend_compressed_or_none<Word, 9>(),  extend_compressed_or_none<Word, 10>(),
+      extend_compressed_or_none<Word, 11>(), extend_compressed_or_none<Word, 12>()};
+  static_assert(kMaxRowsOfCompressed <= sizeof table / sizeof *table);
+  return table[rows - 1];
+}
+
+// One block of compressed words for not many rows, in groups of nearly equal size: each decodes it.
+template <class Word>
+inline void extend_compressed_rows(const RowBlock& x, const CompressedWords& from,
+                                   const PanelBlock& block, int64_t rows, float* tile) {
+  const auto extend = [&](int64_t row, int64_t count, const PanelBlock& own) {
+    const RowBlock group{x.words + row * x.stride, x.stride};
+    extend_compressed_for<Word>(count)(group, from, own, tile + row * kPanel);
+  };
+  for_each_group(rows, kMaxRowsOfCompressed, block, extend);
+}
+
+// The product with compressed weights; the chains are those of linear<Word>. Up to kDecodedByEach
+// rows decode each word where they multiply with it, more rows decode a block first.
+template <class Word>
+inline void linear_compressed(const LinearParams& p, int64_t number) {
+  alignas(64) float tile[kCompressedTaskRows * kPanel], decoded[Units<Word>::kLargeBlock * kPanel];
+  const LinearTask task = LinearTask::of(p, number);
+  __builtin_memset(tile, 0, task.rows * kPanel * sizeof(float));
+  auto from = CompressedWords::of(reinterpret_cast<const uint8_t*>(task.weights(p)));
+  const Table table = Table::of(from.table);
+  const int64_t most = task.block_words<Word>();
+  for (int64_t w = 0; w < p.words; w += most) {
+    const int64_t words = min(p.words - w, most), size = words * kCompressedWord;
+    const RowBlock x = task.x<Word>(p, w);
+    const auto* next = reinterpret_cast<const float*>(from.bytes + size);
+    const PanelBlock block{decoded, words, next, size / int64_t(sizeof(float)) / kLine};
+    if (task.rows <= kDecodedByEach) {
+      extend_compressed_rows<Word>(x, from, block, task.rows, tile);
+      from.skip(words);
+    } else {
+      for (int64_t i = 0; i < words; ++i) decode_word(from, table, decoded + i * kPanel);
+      extend_many<Word>(x, block, task.rows, tile);
+    }
+  }
+  task.write(p, tile);
 }
 
 }  // namespace cottention::COTTENTION_ISA

@@ -17,6 +17,7 @@ Tensor recurrent_step(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       const std::optional<Tensor>& a, const std::optional<Tensor>& b);
 void zero_large_pages(const Tensor& x);
 Tensor pack_weight(const Tensor& weight);
+Tensor compress_weight(const Tensor& packed);
 Tensor quantize_weight(const Tensor& weight);
 Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
               int64_t out_features);

@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(cottention, m) {
   for (const char* schema : cottention::kCudaSchemas) m.def(schema);
   m.def("zero_large_pages(Tensor(a!) x) -> ()");
   m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("compress_weight(Tensor packed) -> Tensor");
   m.def("quantize_weight(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("rotary_table(Tensor positions, int rotary_dim, float base) -> (Tensor, Tensor)");
@@ -54,6 +55,7 @@ STABLE_TORCH_LIBRARY_IMPL(cottention, CPU, m) {
   m.impl("recurrent_step", TORCH_BOX(&cottention::recurrent_step));
   m.impl("zero_large_pages", TORCH_BOX(&cottention::zero_large_pages));
   m.impl("pack_weight", TORCH_BOX(&cottention::pack_weight));
+  m.impl("compress_weight", TORCH_BOX(&cottention::compress_weight));
   m.impl("quantize_weight", TORCH_BOX(&cottention::quantize_weight));
   m.impl("linear", TORCH_BOX(&cottention::linear));
   m.impl("rotary_table", TORCH_BOX(&cottention::rotary_table));

@@ -22,19 +22,30 @@ constexpr int64_t kHalf = 8;
 // weights are read in the order of addresses, which the hardware prefetches best.
 // Up to kSmallBlockRows rows, a block of a panel is small: on Zen 4 eight rows are then 5 % faster
 // with AVX-512, but 9 % slower with AVX2, which reads a block several times; many rows are slower.
+// Up to kDecodedByEach rows, in groups of kMaxRowsOfCompressed, decode compressed weights in
+// registers.
 #if defined(__AVX512F__)
 constexpr int kMaxRows = 6, kMaxRowsOfPairs = 6;
 constexpr int across(int) { return 4; }
+constexpr int kMaxRowsOfCompressed = 12;
+constexpr int64_t kDecodedByEach = 36;
+constexpr int across_compressed(int rows) { return rows <= 4 ? 4 : 2; }
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kSmallBlockRows = 16;
 #elif defined(__AVX2__)
 constexpr int kMaxRows = 6, kMaxRowsOfPairs = 5;
 constexpr int across(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+constexpr int kMaxRowsOfCompressed = 4;
+constexpr int64_t kDecodedByEach = 4;
+constexpr int across_compressed(int rows) { return across(rows); }
 constexpr int64_t kFewRows = 1;
 constexpr int64_t kSmallBlockRows = 1;
 #else
 constexpr int kMaxRows = 2, kMaxRowsOfPairs = 2;
 constexpr int across(int rows) { return rows == 1 ? 2 : 1; }
+constexpr int kMaxRowsOfCompressed = 1;
+constexpr int64_t kDecodedByEach = 1;
+constexpr int across_compressed(int) { return 1; }
 constexpr int64_t kFewRows = 1;
 constexpr int64_t kSmallBlockRows = 1;
 #endif

@@ -49,9 +49,10 @@ from cottention.engine.ops.fused import (
 from cottention.engine.ops.linear import (
     FixedOrderLinear,
     FixedOrderNorm,
+    StorageKind,
     can_pack,
-    eight_bit_weights,
     row_product,
+    weight_storage,
     wide_product,
 )
 from cottention.engine.ops.loader import (
@@ -81,6 +82,7 @@ __all__ = [
     "MapKind",
     "SegmentForm",
     "Segments",
+    "StorageKind",
     "add_layer_norm",
     "apply_token_bitmask",
     "argmax",
@@ -96,7 +98,6 @@ __all__ = [
     "cottention_layers",
     "cottention_pieces_gelu",
     "divide_outputs",
-    "eight_bit_weights",
     "elu_plus_one",
     "exp",
     "fold_updates",
@@ -126,6 +127,7 @@ __all__ = [
     "softplus",
     "tanh",
     "unpack_bitmask",
+    "weight_storage",
     "wide_product",
     "zeros",
 ]

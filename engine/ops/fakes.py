@@ -49,6 +49,11 @@ def pack_weight(weight: Tensor) -> Tensor:
     return weight.new_empty((columns + PANEL - 1) // PANEL, words, PANEL * per_word)
 
 
+def compress_weight(packed: Tensor) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return packed.new_empty(packed.shape[0], size, dtype=torch.uint8)
+
+
 def quantize_weight(weight: Tensor) -> Tensor:
     columns, channels = weight.shape
     words = (channels + GROUP - 1) // GROUP * (1 + GROUP // WORD_BYTES)
@@ -120,6 +125,7 @@ FAKES: dict[str, Callable[..., object]] = {
     "recurrent_pieces": recurrent_pieces,
     "zero_large_pages": in_place,
     "pack_weight": pack_weight,
+    "compress_weight": compress_weight,
     "quantize_weight": quantize_weight,
     "linear": linear,
     "rotary_table": rotary_table,

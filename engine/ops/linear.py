@@ -7,6 +7,8 @@ tiles of one height.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +18,37 @@ from cottention.engine.ops.loader import backend, needs_gradient
 
 TILE_ROWS = 32
 _ROWS_AT_ONCE = 256
+MAX_COMPRESSED = 0.9
+"""Of the bytes of bfloat16 weights. Compressed, weights of one scale take 0.76."""
 
-_in_eight_bits: ContextVar[bool] = ContextVar("in_eight_bits", default=False)
+
+StorageKind = Literal["packed", "int8", "compressed"]
+
+
+@dataclass(slots=True)
+class WeightStorage:
+    """How weights that bfloat16 holds are kept, and how many matrices were compressed."""
+
+    kind: StorageKind
+    num_compressed: int = 0
+
+
+_storage: ContextVar[WeightStorage | None] = ContextVar("weight_storage", default=None)
 
 
 @contextmanager
-def eight_bit_weights(wanted: bool = True) -> Iterator[None]:
-    """Within it, every new `FixedOrderLinear` keeps bfloat16 weights in eight bits, if `wanted`."""
-    token = _in_eight_bits.set(wanted)
+def weight_storage(kind: StorageKind) -> Iterator[WeightStorage]:
+    """Within it, how every new `FixedOrderLinear` keeps its weights.
+
+    int8 quantizes bfloat16 weights. compressed keeps what bfloat16 holds in twelve bits a weight,
+    without loss, where that is smaller.
+    """
+    storage = WeightStorage(kind)
+    token = _storage.set(storage)
     try:
-        yield
+        yield storage
     finally:
-        _in_eight_bits.reset(token)
+        _storage.reset(token)
 
 
 def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -50,8 +71,9 @@ class FixedOrderLinear(nn.Module):
     Float32 and bfloat16 weights on the CPU are packed for the compiled product, which takes and
     returns float32; for bfloat16 weights it rounds x to bfloat16 and accumulates in float32.
     Float32 weights that were widened from bfloat16 are kept in half the memory, with the bits of
-    the product in float32. Within `eight_bit_weights`, bfloat16 weights are quantized further, and
-    so is x in the product (`reference.quantized_linear`). No gradients.
+    the product in float32. Within `weight_storage`, either may be compressed, with the same bits of
+    the product, or bfloat16 weights are quantized further, and so is x in the product
+    (`reference.quantized_linear`). No gradients.
     """
 
     weight: Tensor
@@ -115,16 +137,33 @@ class FixedOrderNorm(nn.Module):
 def _packed(weight: Tensor) -> Tensor:
     """As the compiled product takes it; int16 holds the bfloat16 bits of float32 weights.
 
-    int8 holds quantized weights with their scales. Widening takes as long as multiplying where
-    vectors are short, so there float32 is kept.
+    int8 holds quantized weights with their scales; uint8 compressed bfloat16 weights, and int32
+    compressed ones of float32. Widening takes as long as multiplying where vectors are short, so
+    there float32 is kept.
     """
-    if weight.dtype == torch.bfloat16 and _in_eight_bits.get():
-        quantized: Tensor = torch.ops.cottention.quantize_weight(weight.float())
-        return quantized
+    if weight.dtype == torch.bfloat16:
+        storage = _storage.get()
+        if storage is not None and storage.kind == "int8":
+            quantized: Tensor = torch.ops.cottention.quantize_weight(weight.float())
+            return quantized
+        return _smaller(_pack_weight(weight), torch.uint8)
     can_widen = weight.shape[1] % 2 == 0 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-    if weight.dtype == torch.float32 and can_widen and _is_bfloat16(weight):
-        return _pack_weight(weight.to(torch.bfloat16)).view(torch.int16)
+    if can_widen and _is_bfloat16(weight):
+        packed = _smaller(_pack_weight(weight.to(torch.bfloat16)), torch.int32)
+        return packed.view(torch.int16) if packed.dtype == torch.bfloat16 else packed
     return _pack_weight(weight)
+
+
+def _smaller(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Packed bfloat16 weights, or the bytes of their compressed form as `dtype`."""
+    storage = _storage.get()
+    if storage is None or storage.kind != "compressed":
+        return packed
+    compressed: Tensor = torch.ops.cottention.compress_weight(packed)
+    if compressed.nbytes > MAX_COMPRESSED * packed.nbytes:
+        return packed
+    storage.num_compressed += 1
+    return compressed.view(dtype)
 
 
 def _pack_weight(weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def _weights(channels: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _layer(weight: Tensor, bias: Tensor | None = None) -> ops.FixedOrderLinear:
-    with ops.eight_bit_weights():
+    with ops.weight_storage("int8"):
         return ops.FixedOrderLinear(weight, bias)
 
 
@@ -97,10 +97,12 @@ import hashlib, torch
 from cottention.engine import ops
 torch.manual_seed(0)
 x, weight = torch.randn(61, 515), torch.randn(130, 515)
-for dtype in (torch.float32, torch.bfloat16, torch.int8):
-    with ops.eight_bit_weights(dtype == torch.int8):
-        kept = weight if dtype == torch.float32 else weight.bfloat16()
-        out = ops.FixedOrderLinear(kept)(x)
+for dtype, kind in (
+    (torch.float32, "packed"), (torch.bfloat16, "packed"), (torch.bfloat16, "int8"),
+    (torch.bfloat16, "compressed"),
+):
+    with ops.weight_storage(kind):
+        out = ops.FixedOrderLinear(weight.to(dtype))(x)
     print(hashlib.sha256(out.numpy().tobytes()).hexdigest())
 """
 
@@ -112,4 +114,4 @@ def test_vectors_of_any_width_give_equal_bits() -> None:
     done = run_forked([(BITS, _environment(COTTENTION_CPU_ISA=isa)) for isa in sets])
     found = [each.out for each in done if "not one of" not in each.err]
     assert len(set(found)) <= 1
-    assert all(len(out.splitlines()) == 3 for out in found)
+    assert all(len(out.splitlines()) == 4 for out in found)
