@@ -59,6 +59,7 @@ class Placed:
     folder: Path
     device: str
     dtype: str
+    storage: ops.StorageKind
     model_config: ModelConfig
 
 
@@ -141,10 +142,11 @@ def place(model: str | Path | None, config: EngineConfig) -> Placed:
     model_config.check_served(str(folder))
     device = _device(config)
     dtype = _dtype(config, device, model_config)
+    storage = _storage(config, device)
     use_exact_products(device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    return Placed(name, folder, device, dtype, model_config)
+    return Placed(name, folder, device, dtype, storage, model_config)
 
 
 def serve(placed: Placed) -> tuple[Any, int]:
@@ -152,8 +154,15 @@ def serve(placed: Placed) -> tuple[Any, int]:
     weights = load_model(placed.folder, placed.model_config, DTYPES[placed.dtype])
     num_parameters = sum(weight.numel() for weight in weights.parameters())
     implementation = family_of(placed.model_config).implementation()
-    with ops.eight_bit_weights(placed.dtype == "int8"):
-        return implementation.serve(weights, placed.device), num_parameters
+    with ops.weight_storage(placed.storage) as storage:
+        served = implementation.serve(weights, placed.device)
+    if storage.kind == "compressed" and storage.num_compressed == 0:
+        _log.warning(
+            "--compress-weights: no matrix of %s was compressed, because the values are not those"
+            " of bfloat16; --dtype bfloat16 rounds them",
+            placed.folder,
+        )
+    return served, num_parameters
 
 
 def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextPolicy:
@@ -202,6 +211,22 @@ def _dtype(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
         return config.dtype
     stored = model_config.torch_dtype
     return stored if device == "cuda" and stored in DTYPES else "float32"
+
+
+def _storage(config: EngineConfig, device: str) -> ops.StorageKind:
+    """How matrices are kept. Raises ConfigurationError where none can be compressed."""
+    if not config.compress_weights:
+        return "int8" if config.dtype == "int8" else "packed"
+    reason = None
+    if config.dtype == "int8":
+        reason = "with --dtype int8 weights take eight bits already"
+    elif device != "cpu":
+        reason = f"compressed weights are multiplied on the CPU only, not on {device}"
+    elif ops.backend() != "compiled":
+        reason = "it needs the compiled ops, which are missing here: `cottention build` says why"
+    if reason is not None:
+        raise ConfigurationError(f"--compress-weights: {reason}; leave it out")
+    return "compressed"
 
 
 def _tokenizer(folder: Path, chosen: str | None, model_config: ModelConfig) -> BaseTokenizer:

@@ -11,7 +11,8 @@ import torch
 
 import cottention.engine as library
 from cottention.engine import Engine, EngineConfig, FinishReason, Output, SamplingParams
-from cottention.engine.errors import ParameterError, RequestFailedError
+from cottention.engine.config import DType
+from cottention.engine.errors import ConfigurationError, ParameterError, RequestFailedError
 from cottention.engine.scheduling.batch import Batch, BatchResult
 from cottention.engine.scheduling.request import Choice
 from tests.engine.making import drew
@@ -558,6 +559,34 @@ def test_eight_bits_are_close(gptj_folder: Path) -> None:
         nats[dtype] = [each.logprob for each in output.prompt_logprobs if each is not None]
     pairs = zip(nats["float32"], nats["int8"], strict=True)
     assert 0 < max(abs(a - b) for a, b in pairs) < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compressed_weights_change_no_bit(
+    folder: Path, dtype: DType, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of weights that bfloat16 holds, whichever type they are used in."""
+    file = folder / "pytorch_model.bin"
+    torch.save({name: x.bfloat16() for name, x in torch.load(file).items()}, file)
+    params = SamplingParams(max_tokens=8, prompt_logprobs=0, logprobs=1, temperature=0)
+    found = []
+    for compress in (False, True):
+        config = EngineConfig(max_slots=1, dtype=dtype, compress_weights=compress)
+        engine = Engine(folder, config)
+        engine.submit(list(range(1, 40)), params)
+        outputs = [out for _ in range(12) for out in engine.step()]
+        found.append([(out.token_ids, out.logprobs, out.prompt_logprobs) for out in outputs])
+    assert found[0] == found[1]
+    assert "no matrix" not in caplog.text
+
+
+def test_weights_that_cannot_be_compressed_are_told(
+    gptj_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Engine(gptj_folder, EngineConfig(max_slots=1, compress_weights=True))
+    assert "no matrix" in caplog.text
+    with pytest.raises(ConfigurationError, match="eight bits already; leave it out"):
+        Engine(gptj_folder, EngineConfig(max_slots=1, compress_weights=True, dtype="int8"))
 
 
 def test_choices_that_want_the_likeliest_id_alone_skip_the_sampler(
