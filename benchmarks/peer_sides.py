@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peer_gguf, softmax
-from benchmarks.shapes import SHAPES, random_model
+from benchmarks.shapes import SHAPES, random_model, weight_type
 
 SHAPE = SHAPES["300M"]
 CHUNK = 512
@@ -57,12 +57,11 @@ class Ours:
 
     def __init__(self, kind: str, _folder: Path) -> None:
         from cottention.engine import ops
-        from cottention.engine.execution.loading import DTYPES
         from cottention.engine.models.gptj.inference import ServedGPTJ
 
-        dtype, _, storage = kind.partition("+")
-        with ops.weight_storage("int8" if dtype == "int8" else storage or "packed"):
-            self._model = ServedGPTJ(random_model(SHAPE, DTYPES[dtype]), "cpu")
+        dtype, storage = weight_type(kind)
+        with ops.weight_storage(storage):
+            self._model = ServedGPTJ(random_model(SHAPE, dtype), "cpu")
 
     def streams(self, number: int, context: int) -> Step:
         from cottention.engine import ops

@@ -2,6 +2,7 @@
 
 import torch
 
+from cottention.engine import ops
 from cottention.engine.models.gptj.config import GPTJConfig
 from cottention.engine.models.gptj.model import CottentionForCausalLM
 
@@ -11,6 +12,15 @@ SHAPES = {
     "300M": GPTJConfig(n_embd=1024, n_positions=1024, n_inner=3072, **_PUBLISHED),
     "1.2B": GPTJConfig(n_embd=2048, n_positions=512, n_inner=8192, **_PUBLISHED),
 }
+
+
+def weight_type(kind: str) -> tuple[torch.dtype, ops.StorageKind]:
+    """Of float32, bfloat16, int8, or one of the first two with "+compressed"."""
+    from cottention.engine.execution.loading import DTYPES  # late: a peer's process needs no engine
+
+    dtype, _, compressed = kind.partition("+")
+    stored: ops.StorageKind = "compressed" if compressed else "packed"
+    return DTYPES[dtype], "int8" if dtype == "int8" else stored
 
 
 def random_model(config: GPTJConfig, dtype: torch.dtype) -> CottentionForCausalLM:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from benchmarks.common import Report, machine, parser, show, write_json
 from benchmarks.held_out import LongText
 from benchmarks.long_context import BORDERS
+from benchmarks.shapes import weight_type
 from cottention.engine import ops
-from cottention.engine.execution.loading import DTYPES
 from cottention.engine.models.checkpoint import load_model
 from cottention.engine.models.model_folder import DEFAULT_MODEL
 from cottention.engine.models.recurrence import Recurrence
@@ -45,8 +45,9 @@ def measure(folder: Path, num_windows: int) -> Report:
     borders = [border for border in BORDERS if border <= config.window]
     rows: list[dict[str, object]] = []
     for kind in KINDS:
-        with ops.weight_storage("int8" if kind == "int8" else "packed"):
-            weights = load_model(folder, config, DTYPES[kind])
+        dtype, storage = weight_type(kind)
+        with ops.weight_storage(storage):
+            weights = load_model(folder, config, dtype)
             served: Any = family_of(config).implementation().serve(weights, "cpu")
         nats, sizes = torch.zeros(2, config.window, dtype=torch.float64)
         for _, ids in text.streams(num_windows, config.window):

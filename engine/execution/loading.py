@@ -224,6 +224,8 @@ def _storage(config: EngineConfig, device: str) -> ops.StorageKind:
         reason = f"compressed weights are multiplied on the CPU only, not on {device}"
     elif ops.backend() != "compiled":
         reason = "it needs the compiled ops, which are missing here: `cottention build` says why"
+    elif not ops.has_wide_vectors():
+        reason = "it needs a CPU with AVX2, without which decoding takes longer than memory"
     if reason is not None:
         raise ConfigurationError(f"--compress-weights: {reason}; leave it out")
     return "compressed"

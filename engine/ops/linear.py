@@ -147,7 +147,7 @@ def _packed(weight: Tensor) -> Tensor:
             quantized: Tensor = torch.ops.cottention.quantize_weight(weight.float())
             return quantized
         return _smaller(_pack_weight(weight), torch.uint8)
-    can_widen = weight.shape[1] % 2 == 0 and torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+    can_widen = weight.shape[1] % 2 == 0 and has_wide_vectors()
     if can_widen and _is_bfloat16(weight):
         packed = _smaller(_pack_weight(weight.to(torch.bfloat16)), torch.int32)
         return packed.view(torch.int16) if packed.dtype == torch.bfloat16 else packed
@@ -164,6 +164,11 @@ def _smaller(packed: Tensor, dtype: torch.dtype) -> Tensor:
         return packed
     storage.num_compressed += 1
     return compressed.view(dtype)
+
+
+def has_wide_vectors() -> bool:
+    """Whether the CPU has AVX2 or as much."""
+    return torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
 def _pack_weight(weight: Tensor) -> Tensor:

@@ -581,12 +581,15 @@ def test_compressed_weights_change_no_bit(
 
 
 def test_weights_that_cannot_be_compressed_are_told(
-    gptj_folder: Path, caplog: pytest.LogCaptureFixture
+    gptj_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Engine(gptj_folder, EngineConfig(max_slots=1, compress_weights=True))
     assert "no matrix" in caplog.text
     with pytest.raises(ConfigurationError, match="eight bits already; leave it out"):
         Engine(gptj_folder, EngineConfig(max_slots=1, compress_weights=True, dtype="int8"))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(ConfigurationError, match="a CPU with AVX2"):
+        Engine(gptj_folder, EngineConfig(max_slots=1, compress_weights=True))
 
 
 def test_choices_that_want_the_likeliest_id_alone_skip_the_sampler(

@@ -9,9 +9,7 @@ from cottention.engine import ops
 SHAPES = [(60, 257), (256, 64), (1, 1), (129, 130), (1000, 100), (515, 65), (1100, 70)]
 ROWS = [0, *range(1, 15), 24, 25, 36, 37, 64, 128, 129, 200]
 
-pytestmark = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="no AVX2"
-)
+pytestmark = pytest.mark.skipif(not ops.has_wide_vectors(), reason="no AVX2")
 
 
 def _weight(channels: int, columns: int) -> Tensor:
