@@ -28,7 +28,8 @@ class EngineConfig:
     compress_weights: bool = setting(
         False,
         "keep matrices of bfloat16 values in twelve bits a weight, with the same results, on the"
-        " CPU: a quarter less memory; steps of few streams are faster, of many a little slower",
+        " CPU: a quarter less memory; steps of up to ten streams with AVX-512, or one with AVX2,"
+        " are faster, of more a little slower",
     )
     tokenizer: str | None = setting(
         None,

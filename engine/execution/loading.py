@@ -50,6 +50,8 @@ DTYPES = {
 }
 """In which weights are read, by the setting; int8 quantizes those that the family has in it."""
 
+WITHOUT_OPS = "missing or turned off by COTTENTION_OPS=reference: `cottention build` builds them"
+
 
 @dataclass(frozen=True, slots=True)
 class Placed:
@@ -156,13 +158,22 @@ def serve(placed: Placed) -> tuple[Any, int]:
     implementation = family_of(placed.model_config).implementation()
     with ops.weight_storage(placed.storage) as storage:
         served = implementation.serve(weights, placed.device)
-    if storage.kind == "compressed" and storage.num_compressed == 0:
-        _log.warning(
-            "--compress-weights: no matrix of %s was compressed, because the values are not those"
-            " of bfloat16; --dtype bfloat16 rounds them",
-            placed.folder,
-        )
+    if storage.kind == "compressed":
+        _tell_compressed(storage)
     return served, num_parameters
+
+
+def _tell_compressed(storage: ops.WeightStorage) -> None:
+    found, total = storage.num_compressed, storage.num_matrices
+    if found:
+        _log.info("--compress-weights: %d of %d matrices are compressed", found, total)
+    else:
+        _log.warning(
+            "--compress-weights: none of %d matrices is compressed: float32 values that bfloat16"
+            " does not have are not (--dtype bfloat16 rounds them), nor are values that are spread"
+            " over many exponents, nor matrices so small that it would not save a tenth",
+            total,
+        )
 
 
 def _context_policy(config: EngineConfig, model_config: ModelConfig) -> ContextPolicy:
@@ -204,8 +215,7 @@ def _dtype(config: EngineConfig, device: str, model_config: ModelConfig) -> str:
         )
     if config.dtype == "int8" and ops.backend() != "compiled":
         raise ConfigurationError(
-            "--dtype int8 needs the compiled ops, which are missing here: `cottention build` says"
-            " why; or give another --dtype"
+            f"--dtype int8 needs the compiled ops, which are {WITHOUT_OPS}; or give another --dtype"
         )
     if config.dtype != "auto":
         return config.dtype
@@ -223,7 +233,7 @@ def _storage(config: EngineConfig, device: str) -> ops.StorageKind:
     elif device != "cpu":
         reason = f"compressed weights are multiplied on the CPU only, not on {device}"
     elif ops.backend() != "compiled":
-        reason = "it needs the compiled ops, which are missing here: `cottention build` says why"
+        reason = f"it needs the compiled ops, which are {WITHOUT_OPS}"
     elif not ops.has_wide_vectors():
         reason = "it needs a CPU with AVX2, without which decoding takes longer than memory"
     if reason is not None:
@@ -238,6 +248,7 @@ def _tokenizer(folder: Path, chosen: str | None, model_config: ModelConfig) -> B
             f"{folder}: the tokenizer has ids up to {tokenizer.num_ids - 1}, the model only"
             f" {model_config.vocab_size} embeddings (vocab_size)"
         )
+    tokenizer.cover(model_config.vocab_size)
     return tokenizer
 
 

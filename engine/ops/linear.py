@@ -27,9 +27,10 @@ StorageKind = Literal["packed", "int8", "compressed"]
 
 @dataclass(slots=True)
 class WeightStorage:
-    """How weights that bfloat16 holds are kept, and how many matrices were compressed."""
+    """How weights that bfloat16 holds are kept; of how many matrices how many are compressed."""
 
     kind: StorageKind
+    num_matrices: int = 0
     num_compressed: int = 0
 
 
@@ -141,8 +142,10 @@ def _packed(weight: Tensor) -> Tensor:
     compressed ones of float32. Widening takes as long as multiplying where vectors are short, so
     there float32 is kept.
     """
+    storage = _storage.get()
+    if storage is not None:
+        storage.num_matrices += 1
     if weight.dtype == torch.bfloat16:
-        storage = _storage.get()
         if storage is not None and storage.kind == "int8":
             quantized: Tensor = torch.ops.cottention.quantize_weight(weight.float())
             return quantized

@@ -52,6 +52,14 @@ class BaseTokenizer(ABC):
         Empty for an id without a token.
         """
 
+    def cover(self, num_ids: int) -> None:
+        """Give no bytes to the ids up to `num_ids` that a model has beyond the tokenizer's.
+
+        None is sampled, but each may be among the likeliest.
+        """
+        for table in (self.token_bytes, self.written_bytes):
+            table.extend([b""] * (num_ids - len(table)))
+
     def token_text(self, token_id: int) -> str:
         """Text of one id by itself, special tokens written out."""
         return self.written_bytes[token_id].decode("utf-8", errors="replace")

@@ -570,6 +570,7 @@ def test_compressed_weights_change_no_bit(
     torch.save({name: x.bfloat16() for name, x in torch.load(file).items()}, file)
     params = SamplingParams(max_tokens=8, prompt_logprobs=0, logprobs=1, temperature=0)
     found = []
+    caplog.set_level("INFO")
     for compress in (False, True):
         config = EngineConfig(max_slots=1, dtype=dtype, compress_weights=compress)
         engine = Engine(folder, config)
@@ -577,19 +578,40 @@ def test_compressed_weights_change_no_bit(
         outputs = [out for _ in range(12) for out in engine.step()]
         found.append([(out.token_ids, out.logprobs, out.prompt_logprobs) for out in outputs])
     assert found[0] == found[1]
-    assert "no matrix" not in caplog.text
+    assert " matrices are compressed" in caplog.text
 
 
 def test_weights_that_cannot_be_compressed_are_told(
     gptj_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Engine(gptj_folder, EngineConfig(max_slots=1, compress_weights=True))
-    assert "no matrix" in caplog.text
+    assert "--compress-weights: none of" in caplog.text
     with pytest.raises(ConfigurationError, match="eight bits already; leave it out"):
         Engine(gptj_folder, EngineConfig(max_slots=1, compress_weights=True, dtype="int8"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     with pytest.raises(ConfigurationError, match="a CPU with AVX2"):
         Engine(gptj_folder, EngineConfig(max_slots=1, compress_weights=True))
+
+
+def test_ids_beyond_the_tokenizer_s_may_be_the_likeliest(folder: Path) -> None:
+    """Padded vocabularies: such an id is not sampled, and is told without text."""
+    config = json.loads((folder / "config.json").read_text())
+    size = config["vocab_size"]
+    config["vocab_size"] = size + 8
+    (folder / "config.json").write_text(json.dumps(config))
+    file = folder / "pytorch_model.bin"
+    weights = torch.load(file)
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, 8))
+    weights["lm_head.bias"] = torch.nn.functional.pad(weights["lm_head.bias"], (0, 8), value=100)
+    torch.save(weights, file)
+    engine = Engine(folder, EngineConfig(max_slots=1))
+    engine.submit([1, 2, 3], SamplingParams(max_tokens=2, logprobs=3, temperature=0))
+    told = [each for out in engine.step() + engine.step() for each in out.logprobs]
+    assert all(each.token_id < size for each in told)
+    likeliest = [token_id for each in told for token_id, _ in each.top]
+    assert min(likeliest) >= size
+    assert [engine.tokenizer.token_text(token_id) for token_id in likeliest] == [""] * 6
 
 
 def test_choices_that_want_the_likeliest_id_alone_skip_the_sampler(
