@@ -79,8 +79,8 @@ class UnsavedStates:
         unsaved = self._found.get(session_id)
         if unsaved is not None and unsaved.num_turns > 1:
             raise NothingToRewindError(
-                "the session as it was before its last turn is not kept: the disk was full, or the"
-                " session folder took no writes"
+                "the session as it was before its last turn is not kept, since the disk was full or"
+                " the session folder took no writes"
             )
         return self.remove(session_id)
 

@@ -374,7 +374,7 @@ class Dialogue:
     @staticmethod
     def _path(name: str, command: str) -> Path:
         if not name:
-            raise ConversationError(f"{command} needs a file's name")
+            raise ConversationError(f"{command} needs a file's name, as in {command} talk.session")
         return Path(os.path.expanduser(name))
 
     def _tell_position(self) -> None:

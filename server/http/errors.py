@@ -49,6 +49,19 @@ SESSION_ERRORS: dict[type[SessionError], tuple[int, str]] = {
 }
 """Status and `code` by exception."""
 
+_NEXT_STEPS: dict[type[SessionError], str] = {
+    SessionNotFoundError: (
+        ": it was never opened, was deleted, has expired or belongs to another key; GET"
+        " /v1/sessions lists those there are"
+    ),
+    NothingToRewindError: (
+        ": at most --session-checkpoints turns can be undone; a fork made before a turn keeps the"
+        " session as it was"
+    ),
+    SessionMovedError: "; GET /v1/sessions/ID tells where it is now",
+}
+"""What a client can do, where the exception does not know it."""
+
 INVALID_REQUEST = "invalid_request_error"
 ERROR_TYPES = {429: "rate_limit_error"}
 """The `type` of a 4xx by status, where it is not INVALID_REQUEST."""
@@ -127,14 +140,16 @@ def session_error(error: SessionError) -> ApiError:
     """The response to an operation that a session does not allow."""
     status, code = SESSION_ERRORS[type(error)]
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
-    return ApiError(status, str(error), param="session_id", code=code, headers=headers)
+    message = f"{error}{_NEXT_STEPS.get(type(error), '')}"
+    return ApiError(status, message, param="session_id", code=code, headers=headers)
 
 
 def bad_snapshot(error: SnapshotError, param: str | None = None) -> ApiError:
     """A 409 for a snapshot of another model, a 400 for bytes that are none; `param` had them."""
     if isinstance(error, SnapshotMismatchError):
         return ApiError(409, str(error), param=param, code="snapshot_mismatch")
-    return ApiError(400, str(error), param=param, code="bad_snapshot")
+    message = f"{error}; send the bytes of an export, or of a returned state, as they came"
+    return ApiError(400, message, param=param, code="bad_snapshot")
 
 
 def unreadable_session(error: SnapshotError) -> ApiError:

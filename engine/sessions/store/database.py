@@ -271,5 +271,9 @@ def set_damaged_aside(folder: Path, index: str, states: str) -> None:
             (folder / name).rename(folder / f"{name}.damaged-{n}")
     sync_folder(folder)
     logger.error(
-        "%s cannot be used (%s): renamed to .damaged-%d; a new one is used", path, reason, n
+        "%s cannot be used (%s): it and its blobs are renamed to .damaged-%d, and the server begins"
+        " with no sessions. To have those of before, stop it and restore the folder from a backup",
+        path,
+        reason,
+        n,
     )

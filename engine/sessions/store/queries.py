@@ -205,7 +205,7 @@ def require_free(db: Db, seq: int, monotonic: float) -> None:
     """SessionBusyError where the session is leased."""
     statement = f"SELECT 1 FROM sessions WHERE seq = :seq AND {IS_FREE}"
     if db.execute(statement, {"seq": seq, "monotonic": monotonic}).fetchone() is None:
-        raise SessionBusyError("a turn has the session")
+        raise SessionBusyError("a turn has the session: try again when it has ended, or cancel it")
 
 
 def acquire_lease(

@@ -145,7 +145,9 @@ def test_rewind_goes_back_a_turn_until_there_is_none(live: Live) -> None:
     url = f"/v1/sessions/{session_id}/rewind"
     live.complete(session_id=session_id, prompt="y", max_tokens=3)
     assert live.client.post(url).json()["position"] == 1
-    assert error_of(live.client.post(url)) == (409, "session_id", "nothing_to_rewind")
+    refused = live.client.post(url)
+    assert error_of(refused) == (409, "session_id", "nothing_to_rewind")
+    assert "--session-checkpoints" in refused.json()["error"]["message"]
 
 
 def test_what_rewind_and_delete_do_not_take_is_named_and_changes_nothing(live: Live) -> None:
@@ -206,7 +208,9 @@ def test_a_deleted_session_is_gone(live: Live) -> None:
     url = f"/v1/sessions/{session_id}"
     told = live.client.delete(url).json()
     assert told == {"id": session_id, "object": "session", "deleted": True}
-    assert error_of(live.client.get(url)) == (404, "session_id", "session_not_found")
+    gone = live.client.get(url)
+    assert error_of(gone) == (404, "session_id", "session_not_found")
+    assert "GET /v1/sessions lists" in gone.json()["error"]["message"]
     assert live.client.delete(url).status_code == 404
     assert live.complete(session_id=session_id, prompt="x").status_code == 404
     assert error_of(live.complete(session_id="é", prompt="x", stream=True))[0] == 404

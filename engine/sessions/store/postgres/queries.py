@@ -371,7 +371,7 @@ def delete(db: Db, session_id: str, replica: str) -> None:
         raise SessionNotFoundError(f"no session {session_id!r}")
     seq, is_free = row
     if not is_free:
-        raise SessionBusyError("a turn has the session")
+        raise SessionBusyError("a turn has the session: try again when it has ended, or cancel it")
     remove(db, [seq])
 
 
