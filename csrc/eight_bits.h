@@ -19,6 +19,8 @@ namespace cottention::COTTENTION_ISA {
 constexpr int kOffset = 128;
 constexpr float kLargest = 127;
 
+// `Weights` are those of a word and 16 columns, `values` a row's of the same channels.
+
 #if defined(__AVX512VNNI__)
 
 // Four products of unsigned and signed bytes in each lane.
@@ -26,14 +28,20 @@ struct Quantized {
   struct Sum {
     __m512i all;
   };
+  using Weights = __m512i;
   static constexpr int kRowWords = 1;
-  static constexpr int kMaxRows = 4;  // with more, registers for the scales are missing
+  static constexpr int kMaxRows = 6;
   static Sum start(uint32_t word) { return {_mm512_set1_epi32(word)}; }
   static Lanes to_float(Sum x) { return {_mm512_cvtepi32_ps(x.all)}; }
-  static Lanes part(Lanes weights, int) { return weights; }
-  static Sum multiply_add(Lanes a, float b, Sum c) {
-    const __m512i values = _mm512_castps_si512(broadcast(b).all);
-    return {_mm512_dpbusd_epi32(c.all, _mm512_castps_si512(a.all), values)};
+  static Weights weights(const float* word) {
+    __m512i x = _mm512_loadu_si512(word);
+    hold(x);
+    return x;
+  }
+  static void add_word(const Weights& weights, const float* values, Sum& sum) {
+    const __m512i four = _mm512_castps_si512(_mm512_set1_ps(*values));
+    sum.all = _mm512_dpbusd_epi32(sum.all, weights, four);
+    hold(sum.all);
   }
 };
 
@@ -41,48 +49,63 @@ struct Quantized {
 
 // Two products of 16 bits in each lane: the even channels of a word, then the odd ones.
 struct Quantized {
+  static constexpr int kRowWords = 2;
 #if defined(__AVX512F__)
   struct Sum {
     __m512i all;
   };
+  struct Weights {
+    __m512i even, odd;
+  };
   static constexpr int kMaxRows = 5;
   static Sum start(uint32_t word) { return {_mm512_set1_epi32(word)}; }
   static Lanes to_float(Sum x) { return {_mm512_cvtepi32_ps(x.all)}; }
-  static Lanes part(Lanes weights, int i) {
-    const __m512i x = _mm512_castps_si512(weights.all);
-    const __m512i half = i == 0 ? _mm512_and_si512(x, _mm512_set1_epi16(0xff))
-                                : _mm512_srli_epi16(x, 8);
-    return {_mm512_castsi512_ps(half)};
+  static Weights weights(const float* word) {
+    __m512i x = _mm512_loadu_si512(word);
+    hold(x);
+    return {_mm512_and_si512(x, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(x, 8)};
   }
-  static Sum multiply_add(Lanes a, float b, Sum c) {
-    const __m512i values = _mm512_castps_si512(broadcast(b).all);
-    return {_mm512_add_epi32(c.all, _mm512_madd_epi16(_mm512_castps_si512(a.all), values))};
+  static __m512i products(__m512i weights, float values) {
+    return _mm512_madd_epi16(weights, _mm512_castps_si512(_mm512_set1_ps(values)));
+  }
+  static void add_word(const Weights& weights, const float* values, Sum& sum) {
+    const __m512i four = _mm512_add_epi32(products(weights.even, values[0]),
+                                          products(weights.odd, values[1]));
+    sum.all = _mm512_add_epi32(sum.all, four);
+    hold(sum.all);
   }
 #else
   struct Sum {
     __m256i low, high;
   };
+  struct Half {
+    __m256i even, odd;
+  };
+  struct Weights {
+    Half low, high;
+  };
   static constexpr int kMaxRows = 4;
   static Sum start(uint32_t word) { return {_mm256_set1_epi32(word), _mm256_set1_epi32(word)}; }
   static Lanes to_float(Sum x) { return {_mm256_cvtepi32_ps(x.low), _mm256_cvtepi32_ps(x.high)}; }
-  static __m256 half(__m256 weights, int i) {
-    const __m256i x = _mm256_castps_si256(weights);
-    return _mm256_castsi256_ps(i == 0 ? _mm256_and_si256(x, _mm256_set1_epi16(0xff))
-                                      : _mm256_srli_epi16(x, 8));
+  static Half half(const float* word) {
+    __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(word));
+    hold(x);
+    return {_mm256_and_si256(x, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(x, 8)};
   }
-  static Lanes part(Lanes weights, int i) {
-    return {half(weights.low, i), half(weights.high, i)};
+  static Weights weights(const float* word) { return {half(word), half(word + kHalf)}; }
+  static void add_half(const Half& weights, __m256i even, __m256i odd, __m256i& sum) {
+    const __m256i four = _mm256_add_epi32(_mm256_madd_epi16(weights.even, even),
+                                          _mm256_madd_epi16(weights.odd, odd));
+    sum = _mm256_add_epi32(sum, four);
+    hold(sum);
   }
-  static __m256i products(__m256 a, __m256 b) {
-    return _mm256_madd_epi16(_mm256_castps_si256(a), _mm256_castps_si256(b));
-  }
-  static Sum multiply_add(Lanes a, float b, Sum c) {
-    const Lanes values = broadcast(b);
-    return {_mm256_add_epi32(c.low, products(a.low, values.low)),
-            _mm256_add_epi32(c.high, products(a.high, values.high))};
+  static void add_word(const Weights& weights, const float* values, Sum& sum) {
+    const __m256i even = _mm256_castps_si256(_mm256_set1_ps(values[0]));
+    const __m256i odd = _mm256_castps_si256(_mm256_set1_ps(values[1]));
+    add_half(weights.low, even, odd, sum.low);
+    add_half(weights.high, even, odd, sum.high);
   }
 #endif
-  static constexpr int kRowWords = 2;
 };
 
 #else
@@ -90,27 +113,28 @@ struct Quantized {
 // In float32, which has all sums of a group exactly: one channel of a word after the other.
 struct Quantized {
   using Sum = Lanes;
+  using Weights = Lanes;
   static constexpr int kRowWords = 4;
   static constexpr int kMaxRows = COTTENTION_ISA::kMaxRows;
   static Sum start(uint32_t word) { return broadcast(float(int32_t(word))); }
   static Lanes to_float(Sum x) { return x; }
-  static Quad part(Quad weights, int i) {
+  static Weights weights(const float* word) { return load(word); }
+  static Quad channel(Quad weights, int i) {
     typedef int32_t Ints __attribute__((vector_size(16)));
     return __builtin_convertvector((Ints)((Words)weights >> (8 * i) & 0xffu), Quad);
   }
-  static Lanes part(Lanes weights, int i) {
-    return {{part(weights.part[0], i), part(weights.part[1], i), part(weights.part[2], i),
-             part(weights.part[3], i)}};
-  }
-  static Sum multiply_add(Lanes a, float b, Sum c) {
-    return COTTENTION_ISA::multiply_add(a, broadcast(b), c);
+  static void add_word(const Weights& weights, const float* values, Sum& sum) {
+    for (int i = 0; i < kRowWords; ++i)
+      for (int part = 0; part < kParts; ++part) {
+        const Quad value = broadcast_part(values[i]);
+        sum.part[part] = multiply_add(channel(weights.part[part], i), value, sum.part[part]);
+      }
   }
 };
 
 #endif
 
 struct EightBits : Quantized {
-  static int place(int i) { return i; }
   static constexpr int64_t kGroupValues = kGroup / 4 * kRowWords;  // words of a row's group
   static constexpr int64_t kScaleAt = kGroupValues, kStartAt = kGroupValues + 1;
   static constexpr int64_t kRowGroup = kGroupValues + 2;

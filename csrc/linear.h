@@ -33,7 +33,8 @@ struct Units {
 template <>
 struct Units<EightBits> {
   static constexpr int64_t kWords = kGroupWords, kRowWords = EightBits::kRowGroup;
-  static constexpr int64_t kBlock = 4 * kGroupWords, kLargeBlock = 16 * kGroupWords;
+  // A group's sums are in the tile after it in any case, so that a larger block gains nothing.
+  static constexpr int64_t kBlock = 4 * kGroupWords, kLargeBlock = kBlock;
 };
 
 // Rows of words, `stride` words apart.
@@ -65,33 +66,12 @@ struct Prefetch {
   void word(int64_t c) const {
     for (int64_t i = 0; i < each; ++i) __builtin_prefetch(next + c * step + i * kLine, 0, 2);
   }
-};
-
-// Adds the terms of `words` words to the sums of R rows and A × 16 columns. x: the words of the
-// first row; first: the number of the first word in its block.
-template <class Word, int R, int A, bool kPrefetches = true>
-inline void add_words(typename Word::Sum (&sums)[R][A], const float* x, int64_t stride,
-                      const float* panel, int64_t words, const Prefetch& prefetch, int64_t first) {
-#pragma GCC unroll 1  // a group of eight bits that was unrolled took up to a fifth longer
-  for (int64_t c = 0; c < words; ++c, panel += kPanel, x += Word::kRowWords) {
-    if constexpr (kPrefetches) prefetch.word(first + c);
-    Lanes weights[A];
-#pragma GCC unroll 4
-    for (int a = 0; a < A; ++a) weights[a] = load(panel + a * kLanes);
-#pragma GCC unroll 4
-    for (int i = 0; i < Word::kRowWords; ++i) {
-      Lanes part[A];
-#pragma GCC unroll 4
-      for (int a = 0; a < A; ++a) part[a] = Word::part(weights[a], i);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const float value = x[r * stride + Word::place(i)];
-#pragma GCC unroll 4
-        for (int a = 0; a < A; ++a) sums[r][a] = Word::multiply_add(part[a], value, sums[r][a]);
-      }
-    }
+  // Those of `count` words from c on.
+  void words(int64_t c, int64_t count) const {
+    const float* end = next + (c + count) * step;
+    for (const float* p = next + c * step; p < end; p += kLine) __builtin_prefetch(p, 0, 2);
   }
-}
+};
 
 // Adds the block's terms to the chains of R rows and A × 16 columns, which `tile` holds.
 template <class Word, int R, int A>
@@ -102,17 +82,53 @@ inline void extend_chains(const RowBlock& x, const PanelBlock& block, int64_t co
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) sums[r][a] = load(tile + r * kPanel + a * kLanes);
-  add_words<Word, R, A>(sums, x.words, x.stride, block.data + column, block.words, prefetch, 0);
+  const float *panel = block.data + column, *row = x.words;
+  for (int64_t w = 0; w < block.words; ++w, panel += kPanel, row += Word::kRowWords) {
+    prefetch.word(w);
+    Lanes weights[A];
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a) weights[a] = load(panel + a * kLanes);
+#pragma GCC unroll 4
+    for (int i = 0; i < Word::kRowWords; ++i) {
+      Lanes part[A];
+#pragma GCC unroll 4
+      for (int a = 0; a < A; ++a) part[a] = Word::part(weights[a], i);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const float value = row[r * x.stride + Word::place(i)];
+#pragma GCC unroll 4
+        for (int a = 0; a < A; ++a) sums[r][a] = Word::multiply_add(part[a], value, sums[r][a]);
+      }
+    }
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) store(tile + r * kPanel + a * kLanes, sums[r][a]);
 }
 
+// Adds the products of `words` words to the sums of R rows and A × 16 columns.
+template <int R, int A>
+inline void add_words(EightBits::Sum (&sums)[R][A], const RowBlock& x, const float* panel,
+                      int64_t words) {
+  const float* row = x.words;
+#pragma GCC unroll 1  // unrolled, a group took up to a fifth longer
+  for (int64_t w = 0; w < words; ++w, panel += kPanel, row += EightBits::kRowWords) {
+    EightBits::Weights weights[A];
+#pragma GCC unroll 4
+    for (int a = 0; a < A; ++a) weights[a] = EightBits::weights(panel + a * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int a = 0; a < A; ++a) EightBits::add_word(weights[a], row + r * x.stride, sums[r][a]);
+  }
+}
+
 // As extend_chains, a group at a time: each adds its sum times both scales.
 template <int R, int A>
 inline void extend_groups(const RowBlock& x, const PanelBlock& block, int64_t column, float* tile,
                           const Prefetch& prefetch) {
+  constexpr int64_t kAtOnce = 16 / A;  // words whose lines are prefetched before them
   const float* row = x.words;
   const float* panel = block.data + column;
   for (int64_t w = 0; w < block.words; w += kGroupWords) {
@@ -125,8 +141,13 @@ inline void extend_groups(const RowBlock& x, const PanelBlock& block, int64_t co
 #pragma GCC unroll 4
       for (int a = 0; a < A; ++a)
         sums[r][a] = EightBits::start(bits_of(row[r * x.stride + EightBits::kStartAt]));
-    prefetch.word(w);  // in place of the word of scales
-    add_words<EightBits, R, A>(sums, row, x.stride, panel + kPanel, kGroupWords - 1, prefetch, w + 1);
+    prefetch.words(w, 1);  // of scales
+#pragma GCC unroll 1
+    for (int64_t c = 0; c < kGroupWords - 1; c += kAtOnce) {
+      prefetch.words(w + 1 + c, kAtOnce);
+      const RowBlock from{row + c * EightBits::kRowWords, x.stride};
+      add_words<R, A>(sums, from, panel + (1 + c) * kPanel, kAtOnce);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const Lanes own = broadcast(row[r * x.stride + EightBits::kScaleAt]);
@@ -137,6 +158,7 @@ inline void extend_groups(const RowBlock& x, const PanelBlock& block, int64_t co
         store(total, multiply_add(EightBits::to_float(sums[r][a]), scale, load(total)));
       }
     }
+    forget_memory();
     row += EightBits::kRowGroup;
     panel += kGroupWords * kPanel;
   }
@@ -160,7 +182,7 @@ inline void extend_groups_of_one(const float* row, const PanelBlock& block, int6
       scale[a] = multiply(own, load(panel + a * kLanes));
       sums[0][a] = EightBits::start(bits_of(row[EightBits::kStartAt]));
     }
-    add_words<EightBits, 1, A, false>(sums, row, 0, panel + kPanel, kGroupWords - 1, {}, 0);
+    add_words<1, A>(sums, {row, 0}, panel + kPanel, kGroupWords - 1);
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a)
       total[a] = multiply_add(EightBits::to_float(sums[0][a]), scale[a], total[a]);

@@ -198,6 +198,18 @@ inline Part load_part(const float* p) {
 inline void store_part(float* p, Part x) { __builtin_memcpy(p, &x, sizeof x); }
 inline Part broadcast_part(float x) { return x - Part{}; }
 
+#if defined(__AVX2__)
+// Of x the compiler knows no more than the register. GCC 12 else copies sums of whole numbers from
+// one to another, or to memory, and loads weights again for each row.
+template <class Register>
+inline void hold(Register& x) {
+  asm("" : "+v"(x));
+}
+#endif
+// Of memory the compiler knows no more. GCC 12 else keeps stored values for a later load, and stores
+// them twice where registers are missing.
+inline void forget_memory() { asm volatile("" ::: "memory"); }
+
 // The last reduction of four folded sums, side by side: each is (x0 + x2) + (x1 + x3).
 inline Quad finish(Quad a, Quad b, Quad c, Quad d) {
   const Quad ab =
