@@ -111,6 +111,7 @@ def test_an_answer_that_is_begun_and_named_ids(client: OpenAI, served: Served) -
             "dry_multiplier": 0.8,
             "dry_sequence_breakers": ["."],
             "cache": {"read": False, "write": False},
+            "ignore_eos": True,
         },
     )
     assert chat.choices[0].logprobs

@@ -99,7 +99,7 @@ def test_a_long_prompt_tells_how_far_it_is() -> None:
         told.append((done, total))
         left.append(engine.num_to_prefill)
 
-    outputs = list(engine.stream([5] * 100, SamplingParams(max_tokens=2), tell))
+    outputs = list(engine.stream([5] * 100, SamplingParams(max_tokens=2, ignore_eos=True), tell))
     assert sum(len(each.token_ids) for each in outputs) == 2
     done = [each for each, _ in told]
     assert len(done) > 1

@@ -246,7 +246,7 @@ def test_a_model_is_loaded_here(files: tuple[Path, Path], gptj_folder: Path) -> 
     messages = [{"role": "user", "content": "x"}]
     fill(
         files[0],
-        request("text", model="mine"),
+        request("text", model="mine", ignore_eos=True),
         request("chat", "/v1/chat/completions", messages=messages, max_tokens=2),
         request("vector", "/v1/embeddings", input="x"),
     )

@@ -275,6 +275,6 @@ def test_no_body_whatever_is_a_500(shared: Live, body: dict[str, Any], prompt: A
     body = {"prompt": prompt} | body | {"max_tokens": 1}
     raw = json.dumps(body)
     response = shared.client.post("/v1/completions", content=raw)
-    assert response.status_code in (200, 400, 404), response.text
-    if response.status_code != 200:
+    assert response.status_code in (200, 400, 404, 504), response.text  # 504: its own timeout
+    if response.status_code in (400, 404):
         refused(response, response.status_code)
