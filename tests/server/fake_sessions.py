@@ -72,10 +72,9 @@ def is_over(session: FakeSession) -> bool:
 
 @dataclass
 class FakeSessions:
-    """fails: errors that the next calls of these names raise. slow: seconds that calls take."""
+    """fails: errors that the next calls of these names raise."""
 
     fails: dict[str, Exception] = field(default_factory=dict)
-    slow: dict[str, float] = field(default_factory=dict)
     is_full: bool = False
     max_snapshot_nbytes: int = 1 << 20
     key_ledger: Any = None
@@ -272,7 +271,6 @@ class FakeSessions:
         return self.leased.get(turn.session.id) is turn
 
     def _may_fail(self, name: str) -> None:
-        time.sleep(self.slow.get(name, 0))
         if error := self.fails.pop(name, None):
             raise error
 

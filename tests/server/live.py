@@ -128,7 +128,7 @@ class Live:
 
         self.engine.step = stepping
 
-    def connect(self, **body: Any) -> socket.socket:
+    def connect(self, path: str = "/v1/completions", **body: Any) -> socket.socket:
         """Send a request by hand and leave the answer unread."""
         host, port = self.url.removeprefix("http://").split(":")
         raw = json.dumps(body).encode()
@@ -136,7 +136,7 @@ class Live:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.settimeout(PATIENCE)
         sock.connect((host, int(port)))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(raw)}\r\n"
         if key := self.client.headers.get("authorization"):
             head += f"Authorization: {key}\r\n"
         sock.sendall(f"{head}\r\n".encode() + raw)

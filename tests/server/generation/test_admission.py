@@ -144,7 +144,7 @@ def test_whoever_has_a_token_leaves_and_whoever_goes_does_too() -> None:
         live.engine.step_seconds = 0.01
         with live.connect(prompt="abc", max_tokens=10_000, stream=True):
             eventually(lambda: live.engine.num_generated > 3)
-            assert line_of(live) == (0, 0)
+            eventually(lambda: line_of(live), equals=(0, 0))
         eventually(lambda: not live.engine.running)
         live.engine.may_step.clear()
         with live.connect(prompt="abc", max_tokens=10_000, stream=True):
@@ -181,7 +181,7 @@ def no_step_before_it_is_cancelled(live: Live) -> Iterator[None]:
     answered = threading.Event()
 
     def is_over() -> bool:
-        running = live.engine.running.values()
+        running = [*live.engine.running.values()]
         return answered.is_set() or any(r.cancelled_at is not None for r in running)
 
     def let_go() -> None:
@@ -207,7 +207,7 @@ def test_time_that_is_over_before_the_first_token_is_a_504() -> None:
 
 def test_time_passes_while_a_prompt_is_tokenised(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving() as live:
-        live.engine.step_seconds = 0.1
+        live.step_with_loop()
         encode = live.engine.tokenizer.encode
 
         def slowly(text: str) -> list[int]:

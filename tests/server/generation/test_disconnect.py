@@ -41,7 +41,7 @@ def test_a_disconnect_before_the_first_token(stream: bool) -> None:
 def test_a_disconnect_of_a_paused_stream_frees_its_slots() -> None:
     with serving() as live:
         with live.connect(prompt="loud", max_tokens=1_000_000, stream=True):
-            eventually(lambda: any(each.is_paused for each in live.engine.running.values()))
+            eventually(lambda: any(each.is_paused for each in [*live.engine.running.values()]))
         left_promptly(live, 1)
 
 
@@ -49,8 +49,13 @@ def test_a_disconnect_leaves_other_streams_complete() -> None:
     """Of twelve streams every third leaves; the others are complete."""
     with serving() as live:
         live.engine.step_seconds = 0.002
-        socks = [live.connect(prompt="x", max_tokens=200, stream=True) for _ in range(12)]
+        live.engine.may_step.clear()
+        socks = [
+            live.connect(prompt="x", max_tokens=200 if n % 3 else 1_000_000, stream=True)
+            for n in range(12)
+        ]
         eventually(lambda: len(live.engine.running), equals=12)
+        live.engine.may_step.set()
         for sock in socks[::3]:
             sock.close()
         for sock in socks[1::3] + socks[2::3]:

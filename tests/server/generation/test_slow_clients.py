@@ -21,7 +21,7 @@ TCP_REPAIR = 19
 
 
 def paused(live: Live) -> bool:
-    return any(each.is_paused for each in live.engine.running.values())
+    return any(each.is_paused for each in [*live.engine.running.values()])
 
 
 def read_to_the_end(sock: socket.socket) -> list[Any]:
@@ -70,7 +70,7 @@ def test_log_probabilities_count_towards_the_buffer() -> None:
 def test_each_prompt_of_a_request_pauses() -> None:
     with serving(stream_buffer_bytes=10_000) as live:
         with live.connect(prompt=["loud"] * 3, stream=True, max_tokens=300) as sock:
-            eventually(lambda: all(r.is_paused for r in live.engine.running.values()))
+            eventually(lambda: all(r.is_paused for r in [*live.engine.running.values()]))
             chunks = read_to_the_end(sock)
         told = dict.fromkeys(range(3), 0)
         for chunk in chunks:

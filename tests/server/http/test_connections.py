@@ -75,6 +75,7 @@ def test_running_requests_keep_their_connections_and_who_finds_all_busy_is_told(
         live.engine.step_seconds = 0.001
         with connect(live.url) as idle, streams(live, 3) as running:
             eventually(lambda: len(live.engine.running), equals=3)
+            live.engine.may_step.clear()
             with live.connect(prompt="x", stream=True, max_tokens=300) as last:
                 assert answer(idle) == b""
                 eventually(lambda: len(live.engine.running), equals=4)
@@ -82,6 +83,7 @@ def test_running_requests_keep_their_connections_and_who_finds_all_busy_is_told(
                     received = answer(newcomer)
                 assert "all 4 connections" in error_of(received, 503)
                 assert b"\r\nretry-after: 5\r\n" in received
+                live.engine.may_step.set()
                 assert len(text_of(read_to_the_end(last))) == 300
             with connect(live.url) as newcomer:
                 asked(newcomer)

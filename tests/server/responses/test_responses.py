@@ -72,7 +72,7 @@ def begun(live: Live, **body: Any) -> str:
     """The id of a response in the background that has said something."""
     response = made(live, "y", **ENDLESS | body)
     assert response["status"] == "queued"
-    eventually(lambda: any(each.said > 2 for each in live.engine.running.values()))
+    eventually(lambda: any(each.said > 2 for each in [*live.engine.running.values()]))
     return str(response["id"])
 
 

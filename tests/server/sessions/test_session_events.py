@@ -1,5 +1,6 @@
 """Turns that go on without their clients: what was missed is told, and nothing twice."""
 
+import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -50,6 +51,15 @@ def left_after(live: Live, num_events: int, **body: Any) -> list[Told]:
     """Ask by hand, read so many events, and leave."""
     with live.connect(**body) as sock:
         return read_events(sock, num_events)
+
+
+@contextlib.contextmanager
+def in_mid_turn(live: Live) -> Iterator[None]:
+    """The turn that is begun in the block does not end in it."""
+    live.engine.hold_after = live.engine.num_generated + 5
+    yield
+    eventually(lambda: not live.engine.may_step.is_set())
+    live.engine.may_step.set()
 
 
 def test_a_stream_without_interruption_has_ids(live: Live) -> None:
@@ -182,8 +192,9 @@ def test_ids_of_no_event_and_of_other_turns(live: Live) -> None:
     assert error_of(after(live, session_id, f"{turn}-{int(last) + 1}"))[0] == 400
     assert error_of(after(live, session_id, "0123456789abcdef-0")) == GONE
     assert missed(live, session_id, "") == first
-    second = left_after(live, 2, **going_on(session_id))
-    assert missed(live, session_id, first[3].id) == first[4:], "kept until the next one ends"
+    with in_mid_turn(live):
+        second = left_after(live, 2, **going_on(session_id))
+        assert missed(live, session_id, first[3].id) == first[4:], "kept until the next one ends"
     told = second + missed(live, session_id, second[-1].id)
     assert error_of(after(live, session_id, first[3].id)) == GONE
     assert missed(live, session_id) == told
@@ -220,17 +231,17 @@ def test_only_a_session_goes_on(live: Live) -> None:
 
 def test_events_are_their_owners_alone() -> None:
     with serving(api_key=("one", "two")) as live:
-        live.engine.step_seconds = SECONDS
         one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
         session_id = live.client.post("/v1/sessions", json={}, headers=one).json()["id"]
         url = f"/v1/sessions/{session_id}/events"
         with ThreadPoolExecutor() as pool:
-            asked = pool.submit(
-                live.client.post, "/v1/completions", json=going_on(session_id), headers=one
-            )
-            eventually(lambda: live.turns._live)
-            assert error_of(live.client.get(url, headers=two))[0] == 404
-            assert live.client.get(url).status_code == 401
+            with in_mid_turn(live):
+                asked = pool.submit(
+                    live.client.post, "/v1/completions", json=going_on(session_id), headers=one
+                )
+                eventually(lambda: live.turns._live)
+                assert error_of(live.client.get(url, headers=two))[0] == 404
+                assert live.client.get(url).status_code == 401
             assert asked.result().text == live.client.get(url, headers=one).text
         assert error_of(live.client.get(url, headers=two))[0] == 404
         assert live.client.get("/v1/sessions/none/events", headers=one).status_code == 404
@@ -238,10 +249,11 @@ def test_events_are_their_owners_alone() -> None:
 
 def test_one_writer_while_a_turn_goes_on(live: Live) -> None:
     session_id = live.opened("x")
-    left_after(live, 1, **going_on(session_id, num=60))
-    url = f"/v1/sessions/{session_id}"
-    assert live.complete(prompt="z", session_id=session_id).status_code == 409
-    assert live.client.delete(url).status_code == 409
+    with in_mid_turn(live):
+        left_after(live, 1, **going_on(session_id, num=60))
+        url = f"/v1/sessions/{session_id}"
+        assert live.complete(prompt="z", session_id=session_id).status_code == 409
+        assert live.client.delete(url).status_code == 409
     waited = live.complete(prompt="z", session_id=session_id, on_conflict="wait", max_tokens=1)
     assert waited.json()["session"]["position"] == 64
 
@@ -311,11 +323,11 @@ def test_a_server_that_stops_ends_a_turn_that_goes_on(live: Live) -> None:
 def test_a_server_drains_until_the_turn_has_ended() -> None:
     """Nobody reads it, and still it is a turn that runs."""
     with serving() as live:
-        live.engine.step_seconds = SECONDS
         session_id = live.opened("x")
-        left_after(live, 1, **going_on(session_id, num=50))
-        live.loop_call(live.async_engine.drain)
-        assert not live.async_engine._dispatcher._idle.is_set()
+        with in_mid_turn(live):
+            left_after(live, 1, **going_on(session_id, num=50))
+            live.loop_call(live.async_engine.drain)
+            assert not live.async_engine._dispatcher._idle.is_set()
         eventually(live.async_engine._dispatcher._idle.is_set)
         eventually(lambda: live.sessions.ends, equals=["commit"])
         assert len(live.text_of(session_id)) == 52

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cottention.server.generation.request import TurnOptions
 from cottention.server.sessions import turn
 from cottention.server.sessions.turn_queue import Caller, TurnQueue
 from tests.server.fake_sessions import FakeSessions
-from tests.server.live import Live, eventually, serving
+from tests.server.live import PATIENCE, Live, eventually, serving
 
 ENDLESS = {"prompt": "y", "max_tokens": 1_000_000}
 
@@ -100,7 +101,7 @@ def test_a_stalled_reader_keeps_what_was_written_to_its_socket() -> None:
         body = {"prompt": "loud", "max_tokens": 1_000_000, "session_id": session_id}
         with live.connect(**body, stream=True) as sock:
             sock.recv(1)  # something has been written
-            eventually(lambda: any(each.is_paused for each in live.engine.running.values()))
+            eventually(lambda: any(each.is_paused for each in [*live.engine.running.values()]))
         eventually(lambda: live.sessions.ends, equals=["commit"])
         assert live.sessions.state_of(session_id).num_tokens < live.engine.num_generated
         assert is_free(live, session_id)
@@ -149,16 +150,11 @@ def test_a_turn_of_which_nothing_was_sent_was_none(stream: bool) -> None:
 
 
 def test_an_append_whose_client_leaves_was_none() -> None:
-    with serving() as live, ThreadPoolExecutor() as pool:
+    with serving() as live:
         session_id = live.opened("x")
         live.engine.may_step.clear()
-        url = f"/v1/sessions/{session_id}/append"
-
-        def impatient() -> None:
-            with pytest.raises(Exception, match="timed out"):
-                live.client.post(url, json={"prompt": "y"}, timeout=0.2)
-
-        pool.submit(impatient).result()
+        with live.connect(f"/v1/sessions/{session_id}/append", prompt="y"):
+            eventually(lambda: live.engine.running)
         eventually(lambda: live.sessions.ends, equals=["abandon"])
         live.engine.may_step.set()
         assert live.text_of(session_id) == "x"
@@ -199,8 +195,24 @@ def test_a_damaged_session_is_the_servers_fault() -> None:
         assert is_free(live, session_id)
 
 
-async def cancelled_in_mid_turn(turns: TurnQueue, session_id: str, seconds: float) -> None:
-    """A turn that commits at once, in a task that is cancelled after so many seconds."""
+class HeldCall:
+    """A call of the sessions that stops until it may go on."""
+
+    def __init__(self, sessions: FakeSessions, held: str, patch: pytest.MonkeyPatch) -> None:
+        self.is_reached, self.may_go = threading.Event(), threading.Event()
+        may_fail = sessions._may_fail
+
+        def hold(name: str) -> None:
+            if name == held:
+                self.is_reached.set()
+                assert self.may_go.wait(PATIENCE)
+            may_fail(name)
+
+        patch.setattr(sessions, "_may_fail", hold)
+
+
+async def cancelled_in_mid_turn(turns: TurnQueue, session_id: str, call: HeldCall) -> None:
+    """A turn that commits at once, in a task that is cancelled while a call of it is held."""
 
     async def nobody() -> Any:
         await asyncio.Event().wait()
@@ -212,21 +224,23 @@ async def cancelled_in_mid_turn(turns: TurnQueue, session_id: str, seconds: floa
             await turn.commit(turn.state)
 
     task = asyncio.create_task(work())
-    await asyncio.sleep(seconds)
+    assert await asyncio.to_thread(call.is_reached.wait, PATIENCE)
     task.cancel()
+    call.may_go.set()
     with contextlib.suppress(asyncio.CancelledError):
         await task
     await turns.wait_settled()
     assert not turns._queues
 
 
-@pytest.mark.parametrize("slow", ["begin", "commit"])
-def test_a_cancelled_task_leaves_no_lease(slow: str) -> None:
-    sessions: Any = FakeSessions(slow={slow: 0.3})
+@pytest.mark.parametrize("held", ["begin", "commit"])
+def test_a_cancelled_task_leaves_no_lease(held: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions: Any = FakeSessions()
     session_id = sessions.open("", SessionState(), {}, None).id
-    asyncio.run(cancelled_in_mid_turn(TurnQueue(sessions), session_id, 0.1))
+    call = HeldCall(sessions, held, monkeypatch)
+    asyncio.run(cancelled_in_mid_turn(TurnQueue(sessions), session_id, call))
     assert not sessions.leased
-    assert sessions.ends == ["abandon" if slow == "begin" else "commit"]
+    assert sessions.ends == ["abandon" if held == "begin" else "commit"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

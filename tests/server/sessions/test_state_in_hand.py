@@ -84,7 +84,7 @@ def test_an_answer_that_was_cut_has_none(live: Live) -> None:
     endless = {"prompt": "y", "max_tokens": 1_000_000, "return_state": True, "request_id": "cut"}
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(live.client.post, "/v1/completions", json=endless)
-        eventually(lambda: any(each.said > 2 for each in live.engine.running.values()))
+        eventually(lambda: any(each.said > 2 for each in [*live.engine.running.values()]))
         live.client.post("/v1/requests/cut/cancel")
         answer = asked.result().json()
     assert (answer["choices"][0]["finish_reason"], answer["state"]) == ("abort", None)
