@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from cottention.engine.models.model_folder import DEFAULT_MODEL
 from tests.docs.pages import PAGES, ROOT, RUN, Block, blocks, matches
 from tests.engine.encoders import encoder_folder
 from tests.engine.making import model_folder, rwkv7_file
+from tests.engine.postgres import free_port
 from tests.server.process import served
 
 SERVES = re.compile(r"^cottention serve\b(?!.*&\s*(?:#.*)?$)")
@@ -155,10 +155,3 @@ def start_and_stop(line: str, place: Path, environment: dict[str, str]) -> None:
             assert popen.wait() == 0
         finally:
             popen.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port

@@ -1,6 +1,5 @@
 """The page around the conversations: key, path prefix, reload, restart, accessibility, size."""
 
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from tests.engine.postgres import free_port
 from tests.ui.conftest import AXE, ROOT, Server, Tab, eventually, serving, tab_of
 from tests.ui.test_conversation import GREEDY, PROMPT, continued
 
@@ -81,10 +81,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(browser: "Browser", endless: Pa
 def test_a_restart_is_noticed_and_the_running_turn_goes_on(
     browser: "Browser", endless: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    flags = ("--session-dir", str(tmp_path / "sessions"))
+    flags, port = ("--session-dir", str(tmp_path / "sessions")), free_port()
     with serving(*flags, model=endless, port=port) as served, tab_of(browser, served.url) as tab:
         tab.expects_failures = True
         tab.open()

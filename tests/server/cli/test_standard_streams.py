@@ -2,10 +2,8 @@
 
 import contextlib
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from cottention.engine.standard_streams import (
     write_notice,
     write_output,
 )
+from tests.engine.postgres import free_port
 from tests.server.live import PATIENCE, eventually
 
 ROOT = Path(__file__).parents[3]
@@ -47,15 +46,6 @@ def shell(kind: str, *descriptors: int) -> list[str]:
     """What runs a command, with these descriptors closed where they are to be."""
     redirections = " ".join(f"{each}>&-" for each in descriptors) if kind == CLOSED else ""
     return ["sh", "-c", f'exec "$0" "$@" {redirections}']
-
-
-def free_port() -> int:
-    """Of those that the system gives to no connection by itself while the server starts."""
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.randrange(10_000, first)
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 def is_ready(client: httpx.Client) -> bool:
