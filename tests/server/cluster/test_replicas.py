@@ -74,7 +74,7 @@ def test_a_server_that_is_stopped_ends_its_streams_and_gets_no_new_requests(
     cluster: Cluster,
 ) -> None:
     """What a load balancer that cuts streams of all that is not ready would break."""
-    with cluster.stream(cluster.opened(), 1500) as lines:
+    with cluster.stream(cluster.opened(), 10_000) as lines:
         stopped = cluster.runner()
         stopped.send(signal.SIGTERM)
         cluster.balancer.wait_for(2)

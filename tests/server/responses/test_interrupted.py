@@ -112,7 +112,7 @@ def test_it_goes_on_at_the_next_start(
     """As undisturbed, whoever asks for it meanwhile; and one that has ended is as it was."""
     flags = ("--chat-template", "plain", "--max-slots", "2", "--drain-seconds", "0.1")
     flags += ("--session-event-log-bytes", "4M")  # else whoever asks late has missed some of them
-    body = {"input": "y", "background": True, "temperature": 0, "max_output_tokens": 2000}
+    body = {"input": "y", "background": True, "temperature": 0, "max_output_tokens": 8000}
 
     def asked(client: httpx.Client) -> str:
         response_id = client.post("/v1/responses", json=body).json()["id"]

@@ -22,6 +22,7 @@ import pytest
 from cottention.engine import Engine, EngineConfig, SamplingParams
 from cottention.engine.state.session_state import SessionState
 from tests.engine.making import ATTENTIONS, SESSION_FAMILIES, model_folder
+from tests.server.live import eventually
 from tests.server.process import served
 from tests.server.sse import read_told, text_of
 
@@ -142,8 +143,10 @@ def kill_and_look(model: Path, num_rounds: int, folder: Path) -> None:
                 opened = [client.post("/v1/sessions", json={}) for _ in answered]
                 names = [each.json()["id"] for each in opened]
             check(client, twins, names, answered)
+            least = sum(map(len, answered)) + 2
             threads = under_load(client, names, answered)
             time.sleep(chance.uniform(0.1, 1.2))
+            eventually(lambda least=least: sum(map(len, answered)) >= least)
             popen.send_signal(signal.SIGKILL)
             for thread in threads:
                 thread.join()

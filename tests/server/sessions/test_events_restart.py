@@ -13,6 +13,10 @@ from tests.server.sse import Told, read_told, text_of
 
 pytestmark = pytest.mark.slow
 
+NUM_TOKENS = 3000
+"""Of a turn that has not ended when a busy machine gets to ending its server."""
+LOG = ("--session-event-log-bytes", "4M")
+"""Holds all events of such a turn."""
 TURN = {"prompt": "def f(x):", "ignore_eos": True, "seed": 7, "stream": True}
 
 
@@ -78,15 +82,15 @@ def test_a_turn_goes_on_at_the_next_start(
 
     One that has ended before the server does is told as it was.
     """
-    with served(gptj_folder, tmp_path, "--drain-seconds", seconds) as (popen, client):
+    with served(gptj_folder, tmp_path, *LOG, "--drain-seconds", seconds) as (popen, client):
         session_id, twin = opened(client), opened(client)
-        whole = read_told(client.post("/v1/completions", json=going_on(twin, 600)).text)
-        begun = left_after(client, 4, going_on(session_id, 600))
+        whole = read_told(client.post("/v1/completions", json=going_on(twin, NUM_TOKENS)).text)
+        begun = left_after(client, 4, going_on(session_id, NUM_TOKENS))
         popen.send_signal(number)
         popen.wait(60)
     with (
         (tmp_path / "log").open("w+") as log,
-        served(gptj_folder, tmp_path, stderr=log.fileno()) as (_, client),
+        served(gptj_folder, tmp_path, *LOG, stderr=log.fileno()) as (_, client),
     ):
         told = begun + events(client, session_id, begun[-1].id)
         [turn] = {each.id.partition("-")[0] for each in told}
@@ -102,7 +106,7 @@ def test_a_turn_goes_on_at_the_next_start(
         eventually(lambda: len(requests_logged(log)), equals=1)
         [line] = requests_logged(log)
         assert 'path="/v1/completions" status=200 ' in line
-        assert "completion_tokens=600 finish_reason=length" in line
+        assert f"completion_tokens={NUM_TOKENS} finish_reason=length" in line
 
 
 def test_a_turn_that_ends_with_its_client_is_undone_by_kill_9(

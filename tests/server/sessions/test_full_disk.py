@@ -19,7 +19,7 @@ def test_what_a_stop_could_not_store_is_told_and_only_that_is_lost(
     with served(gptj_folder, tmp_path, stderr=subprocess.PIPE) as (popen, client):
         session_id = client.post("/v1/sessions", json={"prompt": "def f(x):"}).json()["id"]
         before = client.get(f"/v1/sessions/{session_id}").json()
-        body = {"prompt": "y", "session_id": session_id, "ignore_eos": True, "max_tokens": 1000}
+        body = {"prompt": "y", "session_id": session_id, "ignore_eos": True, "max_tokens": 5000}
         with client.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
             lines = answer.iter_lines()
             assert next(lines)
