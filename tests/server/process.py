@@ -18,13 +18,14 @@ def served(
     *flags: str,
     stderr: int | None = None,
     max_files: tuple[int, int] | None = None,
+    module: str = "cottention.server",
 ) -> Iterator[tuple["subprocess.Popen[str]", httpx.Client]]:
     """A server of a model whose sessions are in a folder, or end with it; killed at the end.
 
     stderr: as subprocess has it; ours unless given. max_files: the soft and the hard limit of open
-    files, ours unless given.
+    files, ours unless given. module: what to run in place of `cottention`.
     """
-    command = [sys.executable, "-m", "cottention.server", "serve", str(model), "--port", "0"]
+    command = [sys.executable, "-m", module, "serve", str(model), "--port", "0"]
     command += [*flags, *(() if folder is None else ("--session-dir", str(folder)))]
     if max_files is not None:
         command = ["prlimit", "--nofile={}:{}".format(*max_files), *command]

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from cottention.engine.sessions.store.postgres.store import PostgresStore
+from cottention.server.limits import shared_limits
 from tests.engine.postgres import PASSWORD, Postgres, running_postgres
 from tests.server.fake_sessions import FakeSessions
 from tests.server.live import Live, eventually, serving
@@ -31,6 +32,12 @@ def servers(postgres: Postgres, num: int, **settings: Any) -> Iterator[list[Live
 
 
 @pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that answers late is waited for: without it a server counts alone."""
+    monkeypatch.setattr(shared_limits, "ANSWER_SECONDS", 30.0)
+
+
+@pytest.fixture
 def empty(postgres: Postgres) -> Postgres:
     with psycopg.connect(postgres.url, password=PASSWORD) as db:
         db.execute("DROP SCHEMA IF EXISTS cottention CASCADE")
@@ -41,6 +48,7 @@ def status(live: Live) -> int:
     return live.complete(prompt="x", max_tokens=1).status_code
 
 
+@pytest.mark.usefixtures("patient")
 def test_requests_that_run_anywhere_count_everywhere(empty: Postgres, tmp_path: Path) -> None:
     """Else a key would have as many times its limit as there are servers; another key has its own.
 
@@ -70,6 +78,7 @@ def test_requests_that_run_anywhere_count_everywhere(empty: Postgres, tmp_path: 
         socks.pop().close()
 
 
+@pytest.mark.usefixtures("patient")
 def test_tokens_of_a_minute_are_those_of_all_servers(empty: Postgres) -> None:
     """One server uses more than a minute has: the others refuse what they never had a part of."""
     with servers(empty, 3, key_max_tokens_per_minute=60) as [one, two, three]:

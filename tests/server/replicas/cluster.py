@@ -33,6 +33,8 @@ ROOT = Path(__file__).parents[3]
 TRIES = 400
 """Of a client, each after RETRY_SECONDS: longer than any server takes to start."""
 RETRY_SECONDS = 0.1
+LIFE_SECONDS = 2.0
+"""Of a server after its last beat, unless a test gives it more: its turns are adopted then."""
 
 
 @dataclass
@@ -43,6 +45,7 @@ class ReplicaProcess:
     log: Path
     port: int = field(default_factory=free_port)
     step_seconds: float = 0.01
+    life_seconds: float = LIFE_SECONDS
     process: "subprocess.Popen[bytes] | None" = None
 
     @property
@@ -53,7 +56,8 @@ class ReplicaProcess:
         """Begin to start it; `wait` waits."""
         command = [sys.executable, "-m", "tests.server.replicas.slow_main", "serve"]
         command += [str(model_folder("cottention")), "--port", str(self.port), *self.flags]
-        environment = os.environ | {"STEP_SECONDS": str(self.step_seconds)}
+        seconds = {"STEP_SECONDS": self.step_seconds, "LIFE_SECONDS": self.life_seconds}
+        environment = os.environ | {name: str(value) for name, value in seconds.items()}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log
@@ -117,7 +121,12 @@ class Cluster:
 
 @contextlib.contextmanager
 def cluster(
-    postgres: Postgres, folder: Path, *flags: str, num: int = 3, step_seconds: float = 0.01
+    postgres: Postgres,
+    folder: Path,
+    *flags: str,
+    num: int = 3,
+    step_seconds: float = 0.01,
+    life_seconds: float = LIFE_SECONDS,
 ) -> Iterator[Cluster]:
     """An empty database and servers over it, killed at the end."""
     with psycopg.connect(postgres.url, password=PASSWORD) as db:
@@ -126,7 +135,12 @@ def cluster(
     password.write_text(PASSWORD)
     store = ["--session-store", postgres.url, "--session-store-password-file", str(password)]
     replicas = [
-        ReplicaProcess([*store, *flags], folder / f"log{n}", step_seconds=step_seconds)
+        ReplicaProcess(
+            [*store, *flags],
+            folder / f"log{n}",
+            step_seconds=step_seconds,
+            life_seconds=life_seconds,
+        )
         for n in range(num)
     ]
     try:

@@ -38,7 +38,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 NUM_KILLS = int(os.environ.get("COTTENTION_KILLS", "3"))
 NUM_STREAMS = int(os.environ.get("COTTENTION_KILL_STREAMS", "10"))
 
-LEASE_SECONDS = 2.0
+LEASE_SECONDS = 4.0
+"""Longer than a busy machine stops a server: most streams here are read by who does not ask again
+for what was cut."""
 HANDED_OVER_SECONDS = 1.5
 """For a turn that nobody has, until another server has it and its client has found that one."""
 NUM_HOPS = 4
@@ -68,7 +70,8 @@ def engine() -> Engine:
 @pytest.fixture(scope="module")
 def group(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    with cluster(postgres, folder, "--drain-seconds", "1", "--max-slots", "64") as made:
+    flags = ("--drain-seconds", "1", "--max-slots", "64")
+    with cluster(postgres, folder, *flags, life_seconds=LEASE_SECONDS) as made:
         yield made
 
 

@@ -143,7 +143,7 @@ def answer_of(sock: socket.socket) -> bytes:
     return bytes(found)
 
 
-@settings(send_seconds=0.3, key_max_requests=1)
+@settings(send_seconds=1.0, key_max_requests=1)
 def test_a_reader_that_stalls_is_closed_and_its_place_is_free(large: Large) -> None:
     for path in large.paths:
         with large.unread(path) as sock:
