@@ -21,7 +21,7 @@ from cottention.engine.models.model_folder import DEFAULT_MODEL
 from tests.docs.pages import PAGES, ROOT, RUN, Block, blocks, matches
 from tests.engine.encoders import encoder_folder
 from tests.engine.making import model_folder, rwkv7_file
-from tests.engine.postgres import free_port
+from tests.ports import free_port
 from tests.server.process import served
 
 SERVES = re.compile(r"^cottention serve\b(?!.*&\s*(?:#.*)?$)")

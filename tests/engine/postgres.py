@@ -2,7 +2,6 @@
 
 import os
 import pwd
-import random
 import shutil
 import signal
 import socket
@@ -10,12 +9,14 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ports import free_port
 
 PASSWORD = "a password that no output may have"
 USER = "postgres"
@@ -27,15 +28,6 @@ def find_binaries(name: str = "postgres") -> Path | None:
     if (found := shutil.which(name)) is not None:
         folders.append(Path(found).resolve().parent)
     return next((each for each in folders if (each / "initdb").exists()), None)
-
-
-def free_port() -> int:
-    """Of those that the system gives to no connection by itself while the server starts."""
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.randrange(10_000, first)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
 
 
 def unprivileged() -> dict[str, Any]:

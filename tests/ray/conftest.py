@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.engine.postgres import PASSWORD, free_port, running_postgres
+from tests.engine.postgres import PASSWORD, running_postgres
+from tests.ports import free_port
 from tests.ray.served import NUM_REPLICAS, PATIENCE, Served, eventually
 
 ROOT = Path(__file__).parents[2]

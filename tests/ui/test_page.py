@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.engine.postgres import free_port
+from tests.ports import free_port
 from tests.ui.conftest import AXE, ROOT, Server, Tab, eventually, serving, tab_of
 from tests.ui.test_conversation import GREEDY, PROMPT, continued
 

@@ -50,17 +50,18 @@ def num_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def run_until(command: Sequence[str], output: Path, num: int) -> None:
+def is_killed_at(num: int, command: Sequence[str], output: Path) -> bool:
     """Kill a run when the output has so many lines, unless it has written all of them before."""
     with subprocess.Popen(command, cwd=ROOT) as popen:
         deadline = time.monotonic() + 4 * PATIENCE
         while num_lines(output) < num:
             if popen.poll() is not None:  # a busy machine may look too late
                 assert popen.returncode == 0
-                return
+                return False
             assert time.monotonic() < deadline, "it makes no progress"
             time.sleep(0.01)
         popen.kill()
+        return True
 
 
 @pytest.mark.parametrize("where", ["model", "server"])
@@ -70,9 +71,12 @@ def test_every_line_is_there_once(where: str, tmp_path: Path, gptj_folder: Path)
     with target(where, gptj_folder) as flags:
         files = ("-i", str(tmp_path / "in.jsonl"), "-o", str(output))
         command = [sys.executable, "-m", "cottention.server", "run-batch", *files, *flags]
+        num_killed = 0
         for kill in range(NUM_KILLS):
             done = num_lines(output)
-            run_until(command, output, done + max(1, (NUM_LINES - done) // (NUM_KILLS - kill + 1)))
+            more = max(1, (NUM_LINES - done) // (NUM_KILLS - kill + 1))
+            num_killed += is_killed_at(done + more, command, output)
+        assert num_killed
         assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert sorted(line["custom_id"] for line in lines) == sorted(

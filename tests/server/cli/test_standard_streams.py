@@ -20,7 +20,7 @@ from cottention.engine.standard_streams import (
     write_notice,
     write_output,
 )
-from tests.engine.postgres import free_port
+from tests.ports import free_port
 from tests.server.live import PATIENCE, eventually
 
 ROOT = Path(__file__).parents[3]

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.engine.postgres import free_port
+from tests.ports import free_port
 from tests.server.live import PATIENCE, eventually
 
 START = 240.0

@@ -13,7 +13,8 @@ from typing import Any
 
 import httpx
 
-from tests.engine.postgres import PASSWORD, Postgres, free_port, running_postgres
+from tests.engine.postgres import PASSWORD, Postgres, running_postgres
+from tests.ports import free_port
 from tests.server.cluster.haproxy import START, Balancer, running_haproxy
 from tests.server.live import PATIENCE, eventually
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import httpx
 import pytest
 
-from tests.engine.postgres import free_port
+from tests.ports import free_port
 from tests.server.cluster.haproxy import Balancer, running_haproxy
 from tests.server.cluster.tiny import TinyServer, tiny_servers
 from tests.server.live import eventually

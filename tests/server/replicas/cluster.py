@@ -22,7 +22,8 @@ import psycopg
 from cottention.engine.engine import Engine
 from cottention.engine.sampling_params import SamplingParams
 from tests.engine.making import model_folder
-from tests.engine.postgres import PASSWORD, Postgres, free_port
+from tests.engine.postgres import PASSWORD, Postgres
+from tests.ports import free_port
 from tests.server.live import PATIENCE
 
 # Without verify=False each call would read the certificates of all authorities, for plain HTTP.
