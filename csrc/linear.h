@@ -55,18 +55,14 @@ struct PanelBlock {
 // Lines to prefetch, spread over the words of a block: the same line may come twice.
 struct Prefetch {
   const float* next;
-  int64_t step, each;  // floats from word to word; lines at a word
+  int64_t step;  // floats from word to word
 
   static Prefetch of(const PanelBlock& block, int64_t strip, int64_t strips) {
     const int64_t first = block.lines * strip / strips;
     const int64_t lines = block.lines * (strip + 1) / strips - first;
-    const int64_t step = (lines * kLine + block.words - 1) / block.words;
-    return {block.next + first * kLine, step, (step + kLine - 1) / kLine};
+    return {block.next + first * kLine, (lines * kLine + block.words - 1) / block.words};
   }
-  void word(int64_t c) const {
-    for (int64_t i = 0; i < each; ++i) __builtin_prefetch(next + c * step + i * kLine, 0, 2);
-  }
-  // Those of `count` words from c on.
+  // Those of `count` words from word c on.
   void words(int64_t c, int64_t count) const {
     const float* end = next + (c + count) * step;
     for (const float* p = next + c * step; p < end; p += kLine) __builtin_prefetch(p, 0, 2);
@@ -84,7 +80,7 @@ inline void extend_chains(const RowBlock& x, const PanelBlock& block, int64_t co
     for (int a = 0; a < A; ++a) sums[r][a] = load(tile + r * kPanel + a * kLanes);
   const float *panel = block.data + column, *row = x.words;
   for (int64_t w = 0; w < block.words; ++w, panel += kPanel, row += Word::kRowWords) {
-    prefetch.word(w);
+    prefetch.words(w, 1);
     Lanes weights[A];
 #pragma GCC unroll 4
     for (int a = 0; a < A; ++a) weights[a] = load(panel + a * kLanes);
@@ -333,7 +329,7 @@ inline void extend_strip(const RowBlock& x, CompressedWords from, const PanelBlo
   const float* row = x.words;
 #pragma GCC unroll 1
   for (int64_t w = 0; w < block.words; ++w, row += Word::kRowWords) {
-    if constexpr (R > kFewRows) prefetch.word(w);
+    if constexpr (R > kFewRows) prefetch.words(w, 1);
     alignas(64) float words[kPanel];
     const uint8_t* bytes = from.bytes;
     const bool is_exceptional = from.is_exceptional();
